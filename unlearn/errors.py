@@ -1,0 +1,38 @@
+"""Mistakes a user can mend. Anything else that is raised is a bug of ours and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class UnlearnError(Exception):
+    """A problem with a plain cause: the command line prints the message and exits with code 2.
+
+    The message says what is wrong, where (file, line, key), and what to do about it.
+    """
+
+
+class RecipeError(UnlearnError):
+    """One or more mistakes in a recipe, reported together."""
+
+
+class DataError(UnlearnError):
+    """Rows that cannot become examples: unreadable, empty, missing columns, overlapping sets."""
+
+
+class ModelError(UnlearnError):
+    """A model or tokenizer that cannot be fetched, opened or used."""
+
+
+class VectorError(UnlearnError):
+    """A task vector that is malformed or does not fit the model it is put on."""
+
+
+class TrainingError(UnlearnError):
+    """Fine-tuning that went wrong: non-finite loss, out of memory, nothing to learn from."""
+
+
+class EvaluationError(UnlearnError):
+    """A score that cannot be computed, or would be computed on nothing."""
+
+
+class RunFolderError(UnlearnError):
+    """A run folder that belongs to another recipe, is damaged, or cannot be written."""

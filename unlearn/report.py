@@ -1,0 +1,147 @@
+"""What a run found: frozen values and their JSON. No I/O, no torch; ``report.json`` is exactly this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SCHEMA = 1
+Role = Literal["forget", "retain", "utility"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One measured number. ``stderr`` is None where lm-eval has no estimate; ``n`` counts items."""
+
+    value: float
+    stderr: float | None
+    n: int
+
+    def interval(self, z: float = 1.96) -> tuple[float, float] | None:
+        """Normal-approximation confidence interval (95 % by default)."""
+        if self.stderr is None:
+            return None
+        return self.value - z * self.stderr, self.value + z * self.stderr
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """A score with what it measures: which set, which data, which metric."""
+
+    set: Role
+    name: str
+    split: str
+    metric: str
+    higher_is_better: bool
+    score: Score
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Identity across coefficients and splits."""
+        return self.set, self.name, self.metric
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One line of the before/after table."""
+
+    set: Role
+    name: str
+    split: str
+    metric: str
+    higher_is_better: bool
+    before: Score
+    after: Score
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """All validation scores at one coefficient, and which kept metrics broke their bound there."""
+
+    coefficient: float
+    scores: tuple[TaskScore, ...]
+    within_bound: bool
+    broken: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The coefficient picked by rule. ``coefficient`` 0 with ``bound_met`` False: nothing passed, nothing changes."""
+
+    coefficient: float
+    bound_met: bool
+    rule: str
+    forget_metric: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One test item as the model answers it before and after."""
+
+    set: Role
+    name: str
+    prompt: str
+    target: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """Everything a run found."""
+
+    name: str
+    description: str
+    chosen: Chosen
+    scores: tuple[ScoreRow, ...]
+    sweep: tuple[SweepPoint, ...]
+    examples: tuple[Example, ...]
+    data: tuple[Mapping[str, Any], ...]
+    vector: Mapping[str, Any]
+    training: tuple[Mapping[str, Any], ...]
+    exports: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    provenance: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    schema: int = field(default=SCHEMA)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, ``schema`` first."""
+        plain = asdict(self)
+        return {"schema": plain.pop("schema"), **plain}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunReport:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: the file was written under another schema.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"report schema {data.get('schema')!r} is not {SCHEMA}")
+        return cls(
+            name=data["name"],
+            description=data["description"],
+            chosen=Chosen(**data["chosen"]),
+            scores=tuple(
+                ScoreRow(**{**r, "before": Score(**r["before"]), "after": Score(**r["after"])}) for r in data["scores"]
+            ),
+            sweep=tuple(
+                SweepPoint(
+                    coefficient=p["coefficient"],
+                    scores=tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in p["scores"]),
+                    within_bound=p["within_bound"],
+                    broken=tuple(p["broken"]),
+                )
+                for p in data["sweep"]
+            ),
+            examples=tuple(Example(**e) for e in data["examples"]),
+            data=tuple(data["data"]),
+            vector=data["vector"],
+            training=tuple(data["training"]),
+            exports=data["exports"],
+            seconds=data["seconds"],
+            provenance=data["provenance"],
+            warnings=tuple(data["warnings"]),
+        )
