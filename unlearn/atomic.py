@@ -1,0 +1,123 @@
+"""Files that are whole or absent, and what the file system says turned into words."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from unlearn.errors import RunFolderError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems, for folders
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``parts``: keys sorted; dataclasses and pydantic models as objects.
+
+    Raises:
+        TypeError, ValueError: a part has no JSON form, or holds a number that is not finite.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False, default=plain)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write UTF-8 so that ``path`` holds either the old content or the new one, also after a power cut.
+
+    Raises:
+        RunFolderError: the place cannot be written, or is full.
+    """
+    temporary = path.with_name(f".{path.name}.{unique()}.tmp")
+    with explained(path):
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json_atomic(path: Path, data: Any) -> None:
+    """:func:`write_text_atomic` of indented JSON. Numbers that are not finite are a ValueError: JSON has none."""
+    write_text_atomic(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
+
+
+@contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """Turn what the file system says into a message for the user."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in _FULL:
+            raise RunFolderError(full_message(place)) from e
+        where = e.filename if isinstance(e.filename, str) and e.filename else place
+        raise RunFolderError(
+            f"{where}: {e.strerror or e}. The run's folder must be writable: choose another one with --out"
+        ) from e
+
+
+def no_space(error: BaseException) -> bool:
+    """Libraries that write files often raise errors of their own when the disk is full."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+def full_message(place: Path) -> str:
+    """What to tell the user when the disk is full."""
+    return (
+        f"no space left on the disk (or in the quota) while writing {place}. "
+        "Make room, or choose a folder on another disk with --out; finished stages are kept"
+    )
+
+
+def sync(folder: Path) -> None:
+    """Bring a folder's names to disk."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def plain(value: Any) -> Any:
+    """JSON form of the values we hand around (a ``default`` for :func:`json.dumps`)."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def unique() -> str:
+    """A name part no other process or call makes: ``<pid>-<8 hex>``."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of a long list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

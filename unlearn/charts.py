@@ -1,0 +1,276 @@
+"""The report's drawings as inline SVG. Pure functions; colours come from the page's style, so both themes work.
+
+Nothing is told by colour alone: series differ in marker and dash, broken bounds are hollow points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from unlearn.axes import Scale, along, place, scale_for
+from unlearn.markup import Raw, el, join
+from unlearn.report import Score
+from unlearn.report_text import FrontierPoint, margin, with_margin
+from unlearn.wording import MISSING, coefficient, number, percent, tick_label
+
+SERIES = 6  # styles that differ in both colour and marker; the seventh series looks like the first
+TOP = 1.5  # largest share on the frontier's axis
+_DASHES = (None, "6 3", "2 3", "9 3 2 3", "4 2", "1 3")
+
+
+def frontier_chart(
+    points: Sequence[FrontierPoint],
+    *,
+    chosen: float,
+    keep: float | None,
+    metric: str,
+    higher_is_better: bool,
+    size: tuple[float, float],
+    uid: str,
+) -> Raw:
+    """Forget score (x) against the share of the kept scores that is left (y), one point per coefficient.
+
+    Args:
+        keep: the bound on y; the region within it is shaded. None draws no bound.
+        metric: what x shows, for the axis title.
+        higher_is_better: of that metric; says which way forgetting lies.
+        size: width and height in pixels.
+        uid: makes the ids of title and description unique on the page.
+    """
+    width, height = size
+    frame = (46.0, 30.0, width - 12, height - 48)
+    shown = [p for p in points if p.forget is not None and math.isfinite(p.forget.value) and p.worst is not None]
+    x = _x_scale([p.forget.value for p in shown if p.forget], frame)
+    y = _y_scale([s for p in shown for s in p.shares.values()], keep, frame)
+    names = sorted({name for p in shown for name in p.shares}, key=list(dict.fromkeys(_names(shown))).index)
+    drawn: list[Raw | None] = []
+    if keep is not None:
+        edge = y(keep)
+        drawn.append(
+            el("rect", class_="allowed", x=frame[0], y=frame[1], width=frame[2] - frame[0], height=edge - frame[1])
+        )
+        drawn.append(el("line", class_="bound", x1=frame[0], x2=frame[2], y1=edge, y2=edge))
+    drawn += _grid(x, y, frame, lambda v: f"{100 * v:.4g} %")
+    hint = "← more forgotten" if higher_is_better else "more forgotten →"
+    drawn.append(_axis_title(f"forget score: {metric}   {hint}", (frame[0] + frame[2]) / 2, height - 8))
+    drawn.append(_axis_title("kept: share of the score at λ = 0", 4, 15, "start"))
+    thin: list[tuple[float, float]] = []
+    for index, name in enumerate(names if len(names) > 1 else []):
+        line = [(x(p.forget.value), y(p.shares[name])) for p in shown if p.forget and name in p.shares]
+        drawn.append(_path(line, f"line s{index % SERIES}", _DASHES[index % SERIES]))
+        drawn += [marker(index, px, py, 3.2, f"dot s{index % SERIES}") for px, py in line]
+        thin += line
+    spots = [(p, x(p.forget.value), y(p.worst)) for p in shown if p.forget and p.worst is not None]
+    drawn.append(_path([(px, py) for _, px, py in spots], "line worst"))
+    drawn += [_spot(p, px, py, p.coefficient == chosen) for p, px, py in spots]
+    drawn += _labels(spots, thin, chosen, keep, y, frame)
+    described = "; ".join(
+        f"λ {coefficient(p.coefficient)}: forget {_forget(p)}, kept {percent(p.worst)}"
+        + ("" if p.within_bound else ", outside the bound")
+        for p in shown
+    )
+    return _svg("Frontier of forgetting against keeping", described or "No points.", size, uid, drawn)
+
+
+def lambda_chart(
+    title: str,
+    scores: Sequence[tuple[float, Score]],
+    *,
+    chosen: float,
+    bound: float | None,
+    role: str,
+    uid: str,
+    size: tuple[float, float] = (320, 190),
+) -> Raw:
+    """One metric against the coefficient with 95 % error bars.
+
+    Args:
+        scores: coefficient and score, in order of the coefficient. Missing values leave a gap.
+        chosen: drawn as a vertical line.
+        bound: the value the metric may not pass, a dashed line; None for none.
+        role: forget, retain or utility; picks the colour.
+    """
+    width, height = size
+    frame = (48.0, 18.0, width - 12, height - 34)
+    known = [(c, s) for c, s in scores if math.isfinite(s.value)]
+    reach = [s.value + side * (margin(s) or 0.0) for _, s in known for side in (-1, 1)]
+    values = [s.value for _, s in known]
+    unit = all(0 <= v <= 1 for v in values)
+    positive = all(v > 0 for v in values)
+    y = scale_for(
+        values if unit else [*values, *(v for v in reach if v > 0 or not positive), *([bound] if bound else [])],
+        frame[3],
+        frame[1],
+    )
+    top = max([c for c, _ in scores if math.isfinite(c)], default=1.0) or 1.0
+    x = Scale("linear", 0.0, top, frame[0] + 8, frame[2] - 8)
+    drawn = _grid(x, y, frame, tick_label, across=False)
+    drawn.append(_axis_title("λ", (frame[0] + frame[2]) / 2, height - 3))
+    if bound is not None and y.holds(bound):
+        drawn.append(el("line", class_="bound", x1=frame[0], x2=frame[2], y1=y(bound), y2=y(bound)))
+    at = x(chosen)
+    drawn.append(el("line", class_="chosen-line", x1=at, x2=at, y1=frame[1], y2=frame[3]))
+    anchor = "start" if at < width / 3 else "end" if at > 2 * width / 3 else "middle"
+    drawn.append(
+        el("text", f"λ = {coefficient(chosen)}", class_="chosen-text", x=at, y=frame[1] - 5, text_anchor=anchor)
+    )
+    drawn.append(_path([(x(c), y(s.value)) for c, s in known], f"line {role}"))
+    for c, s in known:
+        if half := margin(s):
+            low, high = y(s.value - half), y(s.value + half)
+            drawn.append(el("path", class_=f"whisker {role}", d=_whisker(x(c), low, high)))
+        said = el("title", f"λ = {coefficient(c)}: {with_margin(s)} (n = {s.n})")
+        drawn.append(el("g", said, el("circle", class_=f"dot {role}", cx=x(c), cy=y(s.value), r=3.4)))
+    described = "; ".join(f"λ {coefficient(c)}: {with_margin(s)}" for c, s in scores)
+    return _svg(title, described or "No points.", size, uid, drawn)
+
+
+def sparkline(values: Sequence[float], size: tuple[float, float] = (132, 30)) -> Raw:
+    """A tiny line of a loss over the steps, first to last; empty below two finite values."""
+    known = [v for v in values if math.isfinite(v)]
+    if len(known) < 2:
+        return Raw("")
+    width, height = size
+    lo, hi = min(known), max(known)
+    y = Scale("linear", lo, hi if hi > lo else lo + 1, height - 3, 3)
+    x = Scale("linear", 0, len(known) - 1, 3, width - 5)
+    line = [(x(i), y(v)) for i, v in enumerate(known)]
+    end = el("circle", class_="dot ink", cx=line[-1][0], cy=line[-1][1], r=2.2)
+    label = f"loss from {number(known[0])} to {number(known[-1])}"
+    return el("svg", _path(line, "line thin"), end, class_="spark", viewBox=f"0 0 {width:g} {height:g}",
+              width=width, height=height, role="img", aria_label=label)  # fmt: skip
+
+
+def marker(index: int, x: float, y: float, r: float, class_: str) -> Raw:
+    """Circle, square, triangle, diamond, cross or upside-down triangle around a pixel."""
+    d = 1.35 * r
+    f = [
+        f"M{x - r:.1f} {y:.1f}a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0Z",
+        f"M{x - r:.1f} {y - r:.1f}h{2 * r:g}v{2 * r:g}h{-2 * r:g}Z",
+        f"M{x:.1f} {y - 1.2 * r:.1f}L{x + 1.15 * r:.1f} {y + 0.9 * r:.1f}H{x - 1.15 * r:.1f}Z",
+        f"M{x:.1f} {y - d:.1f}L{x + d:.1f} {y:.1f}L{x:.1f} {y + d:.1f}L{x - d:.1f} {y:.1f}Z",
+        f"M{x - r:.1f} {y - r:.1f}l{2 * r:g} {2 * r:g}m{-2 * r:g} 0l{2 * r:g} {-2 * r:g}",
+        f"M{x:.1f} {y + 1.2 * r:.1f}L{x + 1.15 * r:.1f} {y - 0.9 * r:.1f}H{x - 1.15 * r:.1f}Z",
+    ]
+    return el("path", class_=class_, d=f[index % SERIES])
+
+
+def frontier_legend(points: Sequence[FrontierPoint], chosen: float, keep: float | None) -> Raw:
+    """What the frontier's marks mean, as a list that wraps on narrow screens."""
+    names = list(dict.fromkeys(_names(points)))
+    worst = "worst kept set" if len(names) > 1 else f"{names[0]} (the only kept set)" if names else "kept"
+    items = [(_key(el("path", class_="line worst", d="M1 7H27"), el("circle", class_="spot", cx=14, cy=7, r=4)), worst)]
+    for index, name in enumerate(names if len(names) > 1 else []):
+        stroke = el("path", class_=f"line s{index % SERIES}", d="M1 7H27", stroke_dasharray=_DASHES[index % SERIES])
+        items.append((_key(stroke, marker(index, 14, 7, 3.2, f"dot s{index % SERIES}")), name))
+    ring = el("circle", class_="ring", cx=14, cy=7, r=6.2)
+    items.append((_key(el("circle", class_="spot", cx=14, cy=7, r=3.4), ring), f"chosen, λ = {coefficient(chosen)}"))
+    if any(not p.within_bound for p in points):
+        items.append((_key(el("circle", class_="spot broken", cx=14, cy=7, r=4)), "bound broken"))
+    if keep is not None:
+        box = el("rect", class_="allowed", x=2, y=1, width=24, height=12)
+        items.append(
+            (_key(box, el("line", class_="bound", x1=2, x2=26, y1=13, y2=13)), f"within the bound (≥ {percent(keep)})")
+        )
+    return el("ul", [el("li", icon, " ", name) for icon, name in items], class_="legend")
+
+
+def _key(*shapes: Raw) -> Raw:
+    return el("svg", shapes, viewBox="0 0 28 14", width=28, height=14, aria_hidden="true")
+
+
+def _names(points: Sequence[FrontierPoint]) -> list[str]:
+    return [name for p in points for name in p.shares]
+
+
+def _x_scale(values: Sequence[float], frame: tuple[float, float, float, float]) -> Scale:
+    scale = scale_for(values, frame[0] + 10, frame[2] - 10, unit=False)
+    if scale.kind != "linear" or not values or min(values) < 0 or max(values) > 1:
+        return scale
+    return Scale("linear", max(0.0, scale.lo), min(1.0, scale.hi), scale.start, scale.stop)
+
+
+def _y_scale(shares: Sequence[float], keep: float | None, frame: tuple[float, float, float, float]) -> Scale:
+    marks = [*(s for s in shares if math.isfinite(s)), 1.0, *([keep] if keep is not None else [])]
+    lo, hi = max(min(marks), 0.0), min(max(marks), TOP)  # a tiny baseline makes huge ratios; they sit on the edge
+    room = max(0.08 * (hi - lo), 0.012)
+    return Scale("linear", max(lo - room, 0.0), hi + room, frame[3], frame[1])
+
+
+def _spot(point: FrontierPoint, x: float, y: float, chosen: bool) -> Raw:
+    left = f"; bound broken: {'; '.join(point.broken)}" if point.broken else ""
+    said = f"λ = {coefficient(point.coefficient)}: forget {_forget(point)}, worst kept {percent(point.worst)}{left}"
+    ring = el("circle", class_="ring", cx=x, cy=y, r=8.5) if chosen else None
+    dot = el("circle", class_="spot" if point.within_bound else "spot broken", cx=x, cy=y, r=4.6)
+    return el("g", el("title", said), ring, dot)
+
+
+def _forget(point: FrontierPoint) -> str:
+    return with_margin(point.forget) if point.forget else MISSING
+
+
+def _labels(
+    spots: Sequence[tuple[FrontierPoint, float, float]],
+    others: Sequence[tuple[float, float]],
+    chosen: float,
+    keep: float | None,
+    y: Scale,
+    frame: tuple[float, float, float, float],
+) -> list[Raw]:
+    last = len(spots) - 1
+    order = sorted(range(len(spots)), key=lambda i: (spots[i][0].coefficient != chosen, i not in (0, last), i))
+    words = [f"λ = {coefficient(spots[i][0].coefficient)}" if not n else coefficient(spots[i][0].coefficient)
+             for n, i in enumerate(order)]  # fmt: skip
+    anchors = [(spots[i][1], spots[i][2], 7.2 * len(w) + 4) for w, i in zip(words, order, strict=True)]
+    line = [(px, py) for _, px, py in spots]
+    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in [*line, *others]]
+    taken += [(px - 1.5, py - 1.5, px + 1.5, py + 1.5) for px, py in along(line)]
+    drawn = []
+    if keep is not None:
+        words.append(f"bound {percent(keep)}")
+        drawn.append(el("text", words[-1], class_="bound-text", x=frame[2] - 4, y=y(keep) + 13, text_anchor="end"))
+        taken.append((frame[2] - 84, y(keep), frame[2], y(keep) + 16))
+    for n, (word, spot) in enumerate(zip(words, place(anchors, taken, frame), strict=False)):
+        if spot:
+            named = "label chosen" if n == 0 and spots[order[0]][0].coefficient == chosen else "label"
+            drawn.append(el("text", word, class_=named, x=spot[0], y=spot[1] + 4, text_anchor="middle"))
+    return drawn
+
+
+def _grid(
+    x: Scale, y: Scale, frame: tuple[float, float, float, float], y_label: Callable[[float], str], across: bool = True
+) -> list[Raw | None]:
+    drawn: list[Raw | None] = []
+    for tick in y.ticks(5):
+        at = y(tick)
+        drawn.append(el("line", class_="grid", x1=frame[0], x2=frame[2], y1=at, y2=at))
+        drawn.append(el("text", y_label(tick), class_="tick", x=frame[0] - 6, y=at + 4, text_anchor="end"))
+    for tick in x.ticks(max(4, round((frame[2] - frame[0]) / 90))):
+        at = x(tick)
+        if across:
+            drawn.append(el("line", class_="grid", x1=at, x2=at, y1=frame[1], y2=frame[3]))
+        drawn.append(el("text", tick_label(tick), class_="tick", x=at, y=frame[3] + 16, text_anchor="middle"))
+    drawn.append(el("line", class_="axis", x1=frame[0], x2=frame[2], y1=frame[3], y2=frame[3]))
+    return drawn
+
+
+def _axis_title(words: str, x: float, y: float, anchor: str = "middle") -> Raw:
+    return el("text", words, class_="axis-title", x=x, y=y, text_anchor=anchor)
+
+
+def _path(line: Sequence[tuple[float, float]], class_: str, dash: str | None = None) -> Raw | None:
+    if len(line) < 2:
+        return None
+    return el("path", class_=class_, d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line), stroke_dasharray=dash)
+
+
+def _whisker(x: float, low: float, high: float) -> str:
+    return f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
+
+
+def _svg(title: str, described: str, size: tuple[float, float], uid: str, drawn: Sequence[Raw | None]) -> Raw:
+    heads = join(el("title", title, id=f"{uid}-t"), el("desc", described, id=f"{uid}-d"))
+    width, height = size
+    return el("svg", heads, drawn, class_="chart", viewBox=f"0 0 {width:g} {height:g}", width=width, height=height,
+              role="img", aria_labelledby=f"{uid}-t {uid}-d")  # fmt: skip

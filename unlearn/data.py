@@ -1,0 +1,259 @@
+"""Data sets of a recipe, read, checked, and divided by content into training, validation and test items.
+
+A split depends on the seed and the content of the rows, never on their order in a file. Costs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from unlearn.errors import DataError
+from unlearn.items import Item, Record, Tokenizer, build, columns_needed, digest
+from unlearn.recipe import SPLITS, DataSet, Recipe, SetRole, Source, Split
+from unlearn.rows import read_placed, source_label
+
+__all__ = ["Item", "LoadedSet", "Tokenizer", "load_sets"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSet:
+    """One data set, ready to be trained on and scored.
+
+    ``digest`` is the SHA-256 of every item of every split. ``counts`` has ``rows`` read, ``duplicates`` dropped,
+    ``short`` passages dropped, the items of ``train`` (one per row and prompt), ``validation`` and ``test``, and
+    ``unused`` rows that shares or limit left out.
+    """
+
+    role: SetRole
+    name: str
+    spec: DataSet
+    train: tuple[Item, ...]
+    validation: tuple[Item, ...]
+    test: tuple[Item, ...]
+    digest: str
+    counts: Mapping[str, int]
+
+    def items(self, split: Split) -> tuple[Item, ...]:
+        """The items of one split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """The records of one source."""
+
+    label: str
+    rows: int
+    everything: tuple[Record, ...]
+    limited: tuple[Record, ...]
+    duplicates: int
+    short: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where a record came from, for messages."""
+
+    pool: _Pool
+    record: Record
+
+    def __str__(self) -> str:
+        return f"{self.pool.label}, {self.record.place}"
+
+
+def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) -> tuple[LoadedSet, ...]:
+    """Read, check and divide every data set of ``recipe``, in report order.
+
+    ``limit`` counts rows, and passages for ``text``. With a test or validation file of its own a set's shares divide
+    the main file among the other splits; with both, all of the main file is trained on (unless ``shares.train`` is 0).
+
+    Args:
+        base: the folder relative paths start from.
+        tokenizer: cuts texts into passages; without one (a dry run) four characters count as a token.
+
+    Raises:
+        DataError: unreadable or unusable rows, a split without items, the same content in two splits, or in the
+            forget set and in a set that is to be kept. The message names the set, the file and the row.
+    """
+    loaded: list[LoadedSet] = []
+    forgotten: dict[str, _Origin] = {}
+    for role, spec in recipe.sets():
+        name = f"{role} set '{spec.label()}'"
+        try:
+            pools = _read(spec, base, recipe.seed, tokenizer)
+            if role == "forget":
+                forgotten = _known(pools.values())
+            else:
+                _refuse_overlap(forgotten, pools.values(), name)
+            loaded.append(_divide(role, spec, pools, recipe.seed))
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+    return tuple(loaded)
+
+
+def _read(spec: DataSet, base: Path, seed: int, tokenizer: Tokenizer | None) -> dict[Split, _Pool]:
+    """One pool per source: the main one under "train", and those of validation and test where they have a file."""
+    own: dict[Split, Source] = {"train": spec}
+    if spec.validation is not None:
+        own["validation"] = spec.validation
+    if spec.test is not None:
+        own["test"] = spec.test
+    pools: dict[Split, _Pool] = {}
+    for key, source in own.items():
+        served = [split for split in SPLITS if split == key or (key == "train" and split not in own)]
+        templates = tuple(dict.fromkeys(template for split in served for template in spec.prompts(split)))
+        rows = read_placed(source, base, columns_needed(spec, templates))
+        label = source_label(source, base)
+        try:
+            built = build(rows, spec, templates, tokenizer)
+        except DataError as error:
+            raise DataError(f"{label}: {error}") from error
+        ordered = _ordered(built.records, seed)
+        pools[key] = _Pool(label, len(rows), built.records, ordered[: source.limit], built.duplicates, built.short)
+    return pools
+
+
+def _ordered(records: Iterable[Record], seed: int) -> tuple[Record, ...]:
+    """Shuffled by seed and content; records of equal content stand together."""
+    return tuple(sorted(records, key=lambda r: (digest(seed, r.content), r.id, *r.prompts.values())))
+
+
+def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], seed: int) -> LoadedSet:
+    records = _split_main(spec, pools)
+    for split in SPLITS:
+        if split in pools and split != "train":
+            records[split] = pools[split].limited
+    _refuse_empty(role, spec, pools, records)
+    _refuse_mixing(spec, pools, records)
+    items: dict[Split, tuple[Item, ...]] = {
+        split: tuple(record.item(template) for record in records[split] for template in spec.prompts(split))
+        for split in SPLITS
+    }
+    used = {record.id for split in SPLITS for record in records[split]}
+    counts: dict[str, int] = {
+        "rows": sum(pool.rows for pool in pools.values()),
+        "duplicates": sum(pool.duplicates for pool in pools.values()),
+        "short": sum(pool.short for pool in pools.values()),
+        **{split: len(items[split]) for split in SPLITS},
+        "unused": sum(record.id not in used for pool in pools.values() for record in pool.everything),
+    }
+    content = [[split, i.id, i.prompt, i.target, i.choices, i.answer] for split in SPLITS for i in items[split]]
+    return LoadedSet(
+        role, spec.label(), spec, items["train"], items["validation"], items["test"], digest(content), counts
+    )
+
+
+def _split_main(spec: DataSet, pools: Mapping[Split, _Pool]) -> dict[Split, tuple[Record, ...]]:
+    """Divide the main source among the splits that have no file of their own, never parting equal content."""
+    shares = _shares(spec, pools)
+    groups: dict[str, list[Record]] = {}
+    for record in pools["train"].limited:
+        groups.setdefault(record.content, []).append(record)
+    contents = list(groups)
+    sizes = _allocate(len(contents), [shares[split] for split in SPLITS])
+    parts: dict[Split, tuple[Record, ...]] = {}
+    start = 0
+    for split, size in zip(SPLITS, sizes, strict=True):
+        parts[split] = tuple(record for content in contents[start : start + size] for record in groups[content])
+        start += size
+    if spec.shares.train == "all":
+        parts["train"] = pools["train"].limited
+    return parts
+
+
+def _shares(spec: DataSet, pools: Mapping[Split, _Pool]) -> dict[Split, float]:
+    """The shares of the main source. "all" takes none away: its rows are also those of validation and test."""
+    train = 0.0 if spec.shares.train == "all" else spec.shares.train
+    if "validation" in pools and "test" in pools and train > 0:
+        train = 1.0  # nothing is left to divide
+    return {
+        "train": train,
+        "validation": 0.0 if "validation" in pools else spec.shares.validation,
+        "test": 0.0 if "test" in pools else spec.shares.test,
+    }
+
+
+def _allocate(total: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to ``shares`` of ``total``, by largest remainders, that add up to no more than it.
+
+    A share above 0 gets at least 1 where there are enough.
+    """
+    exact = [total * share for share in shares]
+    sizes = [int(value + 1e-9) for value in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: sizes[i] - exact[i])
+    for index in by_remainder[: max(0, round(sum(exact)) - sum(sizes))]:
+        sizes[index] += 1
+    for index, share in enumerate(shares):
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        if share > 0 and sizes[index] == 0 and (sum(sizes) < total or sizes[largest] > 1):
+            sizes[largest] -= sum(sizes) == total
+            sizes[index] = 1
+    return sizes
+
+
+def _refuse_empty(
+    role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], records: Mapping[Split, Sequence[Record]]
+) -> None:
+    main = pools["train"]
+    different = len({record.content for record in main.limited})
+    for split in SPLITS:
+        if records[split]:
+            continue
+        share = getattr(spec.shares, split)
+        if share != 0:
+            raise DataError(
+                f"{main.label}: {different} different rows are too few for the {split} share of {share}; add rows, "
+                f"change `shares`, or give `validation` and `test` files"
+            )
+        if role == "forget":
+            raise DataError(f"shares.{split} is 0, but a forget set needs train, validation and test items")
+
+
+def _refuse_mixing(spec: DataSet, pools: Mapping[Split, _Pool], records: Mapping[Split, Sequence[Record]]) -> None:
+    """The same content must not stand in two splits; with ``train: all`` it may be trained on and scored."""
+    for one, other in combinations(SPLITS, 2):
+        if one == "train" and spec.shares.train == "all":
+            continue
+        first, second = (pools.get(split, pools["train"]) for split in (one, other))
+        known = {record.content: record for record in records[one]}
+        both = [record for record in records[other] if record.content in known]
+        if both:
+            raise DataError(
+                f"the same item is in {one} and in {other}:\n  {both[0].shown()}\n"
+                f"  {one}: {_Origin(first, known[both[0].content])}\n  {other}: {_Origin(second, both[0])}\n"
+                f"  {_others(len(both))}remove it from one of them"
+                + (", or set shares.train to all if what is trained on is meant to be scored" if one == "train" else "")
+            )
+
+
+def _known(pools: Iterable[_Pool]) -> dict[str, _Origin]:
+    """Content, and for texts the whole document, to where it was first found."""
+    known: dict[str, _Origin] = {}
+    for pool in pools:
+        for record in pool.everything:
+            for key in (record.content, record.document):
+                known.setdefault(key, _Origin(pool, record))
+    return known
+
+
+def _refuse_overlap(forgotten: Mapping[str, _Origin], pools: Iterable[_Pool], name: str) -> None:
+    """All rows are compared, used or not: whether a recipe is sound must not depend on its seed."""
+    both = [
+        (_Origin(pool, record), forgotten.get(record.content) or forgotten[record.document])
+        for pool in pools
+        for record in pool.everything
+        if record.content in forgotten or record.document in forgotten
+    ]
+    if both:
+        here, there = both[0]
+        raise DataError(
+            f"the same item is to be forgotten and kept:\n  {here.record.shown()}\n"
+            f"  forget set: {there}\n  {name}: {here}\n  {_others(len(both))}remove it from one of them"
+        )
+
+
+def _others(count: int) -> str:
+    return f"and {count - 1} more like it; " if count > 1 else ""

@@ -1,0 +1,296 @@
+"""Scores through lm-eval: run its evaluator on tasks that are already built, and read and write what it reports.
+
+``lm_eval.evaluator.evaluate`` does all scoring. What ``simple_evaluate`` adds to its result is added here in the same
+form, but for two things: the description of the machine (seconds each time) is made once in a process, and no global
+random seed is set, because training goes on in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from lm_eval import evaluator
+from lm_eval.api.model import LM
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import add_env_info, add_tokenizer_info
+
+from unlearn.errors import EvaluationError, RunFolderError
+from unlearn.harness import quiet_harness
+from unlearn.memory import is_out_of_memory
+from unlearn.provenance import checkout
+from unlearn.report import Score, TaskScore
+from unlearn.tasks import TaskInfo, TaskSet
+
+_NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One item as the model answers it: what it wrote, or for mcq the choice it finds most likely."""
+
+    id: str
+    prompt: str
+    target: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Scores of one model, with everything lm-eval reported.
+
+    ``results`` is lm-eval's results object without samples; ``samples`` are its per-item records by task.
+    """
+
+    scores: tuple[TaskScore, ...]
+    samples: Mapping[str, list[dict[str, Any]]]
+    results: Mapping[str, Any]
+    info: Mapping[str, TaskInfo]
+    model_name: str
+    seconds: float
+
+    def answers(self, role: str, name: str) -> tuple[Answer, ...]:
+        """What the model answered to every item of one set; empty where only probabilities were scored."""
+        for task, info in self.info.items():
+            if (info.set, info.name) == (role, name):
+                found = [a for sample in self.samples.get(task, ()) if (a := _answer(sample)) is not None]
+                if found:
+                    return tuple(found)
+        return ()
+
+    def save(self, folder: Path) -> Path:
+        """Write ``<model name>/results_<time>.json`` and ``samples_<task>_<time>.jsonl`` with lm-eval's own tracker.
+
+        Returns:
+            The results file.
+
+        Raises:
+            RunFolderError: a file is missing or short. The tracker itself reports no failure.
+        """
+        tracker = EvaluationTracker(output_path=str(folder))
+        general = tracker.general_config_tracker
+        general.log_experiment_args("CUSTOM", {"pretrained": self.model_name}, None, None, False)
+        general.start_time = time.perf_counter() - self.seconds
+        samples = {task: [dict(row) for row in rows] for task, rows in self.samples.items()}
+        with _complaints() as complaints:
+            tracker.save_results_aggregated(results=dict(self.results), samples=samples)
+            if hasattr(tracker, "date_id"):
+                for task, rows in samples.items():
+                    tracker.save_results_samples(task_name=task, samples=cast("dict[str, Any]", rows))
+        where = folder / str(general.model_name_sanitized)
+        date = getattr(tracker, "date_id", "")
+        path = where / f"results_{date}.json"
+        counts = {where / f"samples_{task}_{date}.jsonl": len(rows) for task, rows in samples.items()}
+        broken = [p.name for p in (path,) if not _is_json(p)]
+        broken += [p.name for p, count in counts.items() if _lines(p) != count]
+        if broken:
+            why = f" ({'; '.join(complaints)})" if complaints else ""
+            raise RunFolderError(
+                f"lm-eval could not write {', '.join(broken)} in {where}{why}: check space and permissions"
+            )
+        return path
+
+
+def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) -> EvalResult:
+    """Score a model on tasks, as it is now; may be called again and again with the same tasks.
+
+    Args:
+        lm: lm-eval's interface to the model.
+        tasks: From :func:`unlearn.tasks.build_tasks`.
+        model_name: How lm-eval's files name the model (and their folder).
+        bootstrap: Resamples for standard errors without a formula.
+
+    Raises:
+        EvaluationError: no items, a missing metric, a value or log-likelihood that is not a finite number, or no memory.
+    """
+    started, clock = time.time(), time.perf_counter()
+    task_dict: Any = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}
+    with quiet_harness():
+        try:
+            raw = evaluator.evaluate(
+                lm=lm, task_dict=task_dict, samples=dict(tasks.samples) or None, bootstrap_iters=bootstrap
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise EvaluationError(
+                "out of memory while scoring: lower eval.batch_tokens (engine packed) or eval.batch_size, or choose a "
+                "smaller model.dtype"
+            ) from error
+        if raw is None:
+            raise EvaluationError("scores exist on the main process only: evaluate there")
+        results = cast("dict[str, Any]", raw)
+        samples: dict[str, list[dict[str, Any]]] = results.pop("samples")
+        _require_finite(samples)
+        scores = tuple(score for name, info in tasks.info.items() for score in _scores(name, info, results, samples))
+        _require_distinct(scores)
+        results |= _header(lm, model_name, bootstrap, started)
+    return EvalResult(scores, samples, results, tasks.info, model_name, time.perf_counter() - clock)
+
+
+def _scores(
+    name: str, info: TaskInfo, results: dict[str, Any], samples: Mapping[str, list[dict[str, Any]]]
+) -> Iterator[TaskScore]:
+    row = results["results"][name]
+    counted = results["n-samples"].get(name)
+    n = int(counted["effective"] if counted else row.get("sample_len", 0))
+    if n < 1:
+        raise EvaluationError(f"{name}: no items were scored")
+    keys = [key for key in row if key not in _NOT_METRICS and "_stderr," not in key]
+    by_metric = {key.split(",")[0]: key for key in reversed(keys)}  # of several filters the first counts
+    for metric in info.metrics or tuple(reversed(by_metric)):
+        if metric not in by_metric:
+            raise EvaluationError(f"{name} has no metric {metric!r}; it has {', '.join(reversed(by_metric)) or 'none'}")
+        key = by_metric[metric]
+        value = float(row[key])
+        if not math.isfinite(value):
+            raise EvaluationError(f"{name}: {metric} is {value}, not a finite number: {_BROKEN}")
+        stderr_key = f"{metric}_stderr,{key.split(',', 1)[1]}"
+        if metric == "perplexity" and row.get(stderr_key) == "N/A" and name in samples:
+            pairs = [sample[metric] for sample in samples[name]]
+            row[stderr_key] = perplexity_stderr(pairs) if len(pairs) > 1 and isinstance(pairs[0], tuple) else "N/A"
+        stderr = _number(row.get(stderr_key))
+        higher = results["higher_is_better"].get(name, {}).get(metric)
+        yield TaskScore(
+            info.set, info.name, info.split, metric, True if higher is None else bool(higher), Score(value, stderr, n)
+        )
+
+
+def perplexity_stderr(items: Sequence[tuple[float, int]]) -> float:
+    """Standard error of exp(total nll / total tokens) by the delta method; lm-eval has none for it.
+
+    Args:
+        items: ``(log-likelihood, tokens)`` of each passage, at least two.
+
+    The mean loss R = sum(nll)/sum(tokens) is a ratio of two sums over passages, whose variance is
+    sum((nll - R tokens)^2) / (n - 1) / n / mean(tokens)^2 (Cochran, Sampling Techniques, section 6.3); then
+    stderr(exp R) = exp(R) stderr(R).
+    """
+    n = len(items)
+    tokens = sum(t for _, t in items)
+    loss = -sum(ll for ll, _ in items) / tokens
+    spread = sum((-ll - loss * t) ** 2 for ll, t in items) / (n - 1)
+    return math.exp(loss) * math.sqrt(spread / n) / (tokens / n)
+
+
+_BROKEN = "the model is broken at this point; use smaller coefficients, or model.dtype float32"
+
+
+def _require_finite(samples: Mapping[str, list[dict[str, Any]]]) -> None:
+    """An argmax over NaN still is a number, so accuracies cannot be trusted to show a broken model."""
+    for task, rows in samples.items():
+        if not rows:
+            raise EvaluationError(f"{task}: no items were scored")
+        for row in rows:
+            for response in row["filtered_resps"]:
+                value = response[0] if isinstance(response, tuple | list) else response
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise EvaluationError(f"{task}, item {row['doc_id']}: log-likelihood {value}: {_BROKEN}")
+
+
+def _require_distinct(scores: Sequence[TaskScore]) -> None:
+    keys = [score.key for score in scores]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise EvaluationError(f"{key[2]} of {key[0]} {key[1]!r} is scored twice: rename the set, or drop the task")
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str) or value is None or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _answer(sample: Mapping[str, Any]) -> Answer | None:
+    doc, responses = sample["doc"], sample["filtered_resps"]
+    if isinstance(responses[0], str):
+        text = responses[0].strip()
+    elif "choices" in doc:
+        text = max(zip(doc["choices"], responses, strict=True), key=lambda pair: pair[1][0])[0]
+    else:
+        return None
+    target = doc.get("continuation") or doc.get("target") or sample["target"]
+    return Answer(str(doc.get("id", sample["doc_id"])), str(doc.get("prompt", "")), str(target), text)
+
+
+def _header(lm: LM, model_name: str, bootstrap: int, started: float) -> dict[str, Any]:
+    """What lm-eval's ``simple_evaluate`` adds to the scores."""
+    info = lm.get_model_info() if hasattr(lm, "get_model_info") else {}
+    sizes = getattr(lm, "batch_sizes", {})
+    header: dict[str, Any] = {
+        "config": {
+            "model": type(lm).__name__,
+            "model_args": {"pretrained": model_name},
+            **info,
+            "batch_size": getattr(lm, "batch_size", None),
+            "batch_sizes": list(sizes.values()),
+            "device": str(getattr(lm, "device", "")) or None,
+            "use_cache": None,
+            "limit": None,
+            "bootstrap_iters": bootstrap,
+            "gen_kwargs": None,
+            "random_seed": None,
+            "numpy_seed": None,
+            "torch_seed": None,
+            "fewshot_seed": None,
+        },
+        "git_hash": (checkout() or {}).get("commit"),  # of this code; lm-eval takes that of the current folder
+        "date": started,
+        **_environment(),
+    }
+    add_tokenizer_info(header, lm)
+    return header
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    add_env_info(found)
+    return found
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """Collect what lm-eval logs instead of raising."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if not record.getMessage().startswith("Saving"):
+                messages.append(record.getMessage())
+
+    logger = logging.getLogger("lm_eval.loggers.evaluation_tracker")
+    handler, level, propagate = Collector(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _lines(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return -1

@@ -1,0 +1,184 @@
+"""One run from start to end: stage order, the shortcut when nothing changed, and the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from unlearn import provenance
+from unlearn.console import is_main_process, say
+from unlearn.html import render_html
+from unlearn.quiet import quiet_libraries
+from unlearn.recipe import DataSet, Recipe, Source
+from unlearn.recipe_io import LoadedRecipe
+from unlearn.report import Chosen, RunReport, ScoreRow, SweepPoint, TaskScore
+from unlearn.rundir import RunFolder, fingerprint, write_json_atomic, write_text_atomic
+from unlearn.table import render_table
+
+if TYPE_CHECKING:
+    from unlearn.data import LoadedSet
+    from unlearn.pipeline import Vectors
+
+_FEW = 20  # items under which an accuracy moves in steps that a bound of 95 % cannot resolve
+
+
+def execute(loaded: LoadedRecipe, out: Path | None, fresh: bool) -> RunReport | None:
+    """Run what is left to run of a recipe, print the result and return it.
+
+    Raises:
+        UnlearnError: see :func:`unlearn.run.run`.
+    """
+    recipe, base = loaded.recipe, loaded.source.parent
+    with RunFolder.open(out, recipe, loaded.text, fresh) as folder:
+        say(f"{recipe.name}: {folder.root}")
+        key = fingerprint(_plain(recipe), _inputs(recipe, base), provenance.versions(provenance.LIBRARIES))
+        report = _unchanged(folder, key)
+        if report is None:
+            report = _run(loaded, folder, key)
+        else:
+            say("nothing has changed since this run was finished; --fresh runs it again")
+        if report is not None and is_main_process():
+            render_table(report, Console())
+            say(f"report: {folder.root / 'report.html'}")
+    return report
+
+
+def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
+    quiet_libraries()  # before they are imported
+    from unlearn.card import CardFacts
+    from unlearn.distributed import started
+    from unlearn.pipeline import Pipeline
+
+    recipe = loaded.recipe
+    began = time.monotonic()
+    with started():
+        pipe = Pipeline(recipe, loaded.source.parent, folder)
+        base = pipe.load()
+        sets = pipe.data(base.tokenizer)
+        target = pipe.teach(base, sets)
+        vectors = pipe.vectors(target, sets)
+    if not is_main_process():
+        return None  # training is shared among processes; the rest is the main one's
+    points = pipe.sweep(target, sets, vectors.edit)
+    chosen = pipe.choose(points)
+    before, after, examples = pipe.test(target, sets, vectors.edit, chosen.coefficient)
+    rows = _rows(before, after)
+    exports = pipe.export(target, vectors.edit, CardFacts(recipe, chosen, rows))
+    who = provenance.collect(loaded.source, sys.argv, {"key": key, "model": recipe.model.path, "target": target.fingerprint})
+    report = RunReport(
+        name=recipe.name,
+        description=recipe.description,
+        chosen=chosen,
+        scores=rows,
+        sweep=points,
+        examples=examples,
+        data=tuple(_data_line(s) for s in sets),
+        vector=_vector_line(recipe, vectors),
+        training=vectors.logs,
+        exports=exports,
+        seconds=pipe.seconds,
+        provenance=who,
+        warnings=_warnings(recipe, sets, points, chosen),
+    )
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text_atomic(folder.path("report.html"), render_html(report))
+    write_text_atomic(folder.path("report.json"), text)
+    sealed = {"report_sha256": hashlib.sha256(text.encode()).hexdigest(), "stages": pipe.stages}
+    write_json_atomic(folder.path("provenance.json"), {**who, **sealed})
+    say(f"finished in {time.monotonic() - began:.0f} s", style="bold")
+    return report
+
+
+def _unchanged(folder: RunFolder, key: str) -> RunReport | None:
+    """The report of a run that was finished under ``key`` and whose every file is still whole, else None."""
+    try:
+        sealed = json.loads(folder.path("provenance.json").read_text(encoding="utf-8"))
+        text = folder.path("report.json").read_bytes()
+        if sealed["key"] != key or hashlib.sha256(text).hexdigest() != sealed["report_sha256"]:
+            return None
+        report = RunReport.from_json(json.loads(text))
+        stages = dict(sealed["stages"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    whole = folder.path("report.html").is_file() and all(
+        folder.finished(name, stage_key, verify="size") for name, stage_key in stages.items()
+    )
+    return report if whole else None
+
+
+def _inputs(recipe: Recipe, base: Path) -> list[Any]:
+    """What the recipe's files are now: SHA-256 of data files, size and time of model files. Hub data: by revision."""
+    sources: list[Source] = []
+    for _, data in recipe.sets():
+        sources += [data, *(s for s in (data.validation, data.test) if s is not None)]
+    found: list[Any] = []
+    for source in sources:
+        path = base / source.path
+        if not source.path.startswith("hub:") and path.is_file():
+            with path.open("rb") as f:
+                found.append([source.path, hashlib.file_digest(f, "sha256").hexdigest()])
+    for root in (Path(recipe.model.path), base / recipe.model.path):
+        if root.exists():
+            files = sorted(root.rglob("*")) if root.is_dir() else [root]
+            stats = [(p, p.stat()) for p in files if p.is_file()]
+            found.append([[p.name, s.st_size, s.st_mtime_ns] for p, s in stats])
+            break
+    return found
+
+
+def _rows(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> tuple[ScoreRow, ...]:
+    later = {s.key: s for s in after}
+    return tuple(
+        ScoreRow(s.set, s.name, s.split, s.metric, s.higher_is_better, s.score, later[s.key].score) for s in before
+    )
+
+
+def _data_line(loaded: LoadedSet) -> dict[str, Any]:
+    spec: DataSet = loaded.spec
+    where = provenance.tidy(spec.path)
+    return {"set": loaded.role, "name": loaded.name, "kind": spec.kind, "path": where, **loaded.counts, "digest": loaded.digest}
+
+
+def _vector_line(recipe: Recipe, vectors: Vectors) -> dict[str, Any]:
+    spec, edit = recipe.vector, vectors.edit
+    line: dict[str, Any] = {
+        "method": spec.method,
+        "rank": edit.rank(),
+        "modules": len(edit.modules),
+        "norm": round(edit.norm(), 4),
+        "forget_norm": round(vectors.forget.norm(), 4),
+    }
+    if vectors.retain is not None:
+        line["mu"] = spec.mu
+        line["retain_norm"] = round(vectors.retain.norm(), 4)
+        line["cosine_forget_retain"] = round(vectors.forget.cosine(vectors.retain), 4)
+    return {**line, "digest": edit.digest(), "file": "vectors/edit/vector.safetensors"}
+
+
+def _warnings(
+    recipe: Recipe, sets: Sequence[LoadedSet], points: Sequence[SweepPoint], chosen: Chosen
+) -> tuple[str, ...]:
+    """What a careful reader would ask about."""
+    found = []
+    small = [f"{s.role} {s.name} ({len(s.validation)})" for s in sets if 0 < len(s.validation) < _FEW]
+    if small:
+        found.append(f"few validation items, so the coefficient is chosen on coarse scores: {', '.join(small)}")
+    if chosen.coefficient > 0 and chosen.coefficient == points[-1].coefficient:
+        found.append(
+            f"the largest coefficient of the grid ({chosen.coefficient:g}) was chosen: larger ones may forget more"
+        )
+    if not recipe.retain and not recipe.utility:
+        found.append("nothing was asked to be kept: add retain and utility sets to see what the edit costs")
+    return tuple(found)
+
+
+def _plain(recipe: Recipe) -> Mapping[str, Any]:
+    plain: dict[str, Any] = recipe.model_dump(mode="json")
+    return plain

@@ -1,0 +1,151 @@
+"""Where a recipe's model is: from ``model.path`` to a folder or hub id that transformers opens.
+
+What has to be downloaded, extracted or converted goes through the cache and is done once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from unlearn import pico
+from unlearn.cache import cache_folder, check_sha256, entry, sha256, whole
+from unlearn.console import say
+from unlearn.errors import ModelError
+from unlearn.hub import find_on_hub
+from unlearn.recipe import ModelSpec
+from unlearn.wheel import WheelFile, find_in_wheel
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """A path with its optional ``#sha256=...``."""
+
+    path: str
+    sha256: str | None
+
+
+def _pinned(text: str) -> _Pinned:
+    path, mark, fragment = text.partition("#")
+    if not mark:
+        return _Pinned(path, None)
+    match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    if match is None:
+        raise ModelError(f"model.path: after # comes sha256= and 64 hexadecimal digits, not {fragment!r}")
+    return _Pinned(path, match[1].lower())
+
+
+def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
+    """Find the model of a recipe, fetching and converting it where needed.
+
+    Args:
+        spec: the recipe's model.
+        base: folder of the recipe; relative paths are looked up in the current folder, then here.
+        cache: where downloads and conversions are kept; :func:`unlearn.cache.cache_folder` when not given.
+
+    Returns:
+        A local folder with configuration, safetensors and tokenizer; or a hub id, as it was given.
+
+    Raises:
+        ModelError: nothing there, incomplete, not what its SHA-256 says, out of reach, or no space left.
+    """
+    cache = cache_folder() if cache is None else cache
+    text = spec.path
+    if text.startswith("pico:"):
+        return str(_pico(text.removeprefix("pico:"), cache))
+    if text.startswith("wheel:"):
+        return str(_wheel(text, cache))
+    pinned = _pinned(text)
+    local = _find(pinned.path, base)
+    if pinned.path.lower().endswith(".gguf"):
+        if local is None:
+            raise ModelError(f"model.path: there is no file {pinned.path} here or in {base}")
+        return str(_gguf(local, pinned.sha256, cache))
+    if local is not None:
+        _check_folder(local)
+        return str(local)
+    if pinned.sha256 is None and _HUB_ID.match(text):
+        return find_on_hub(spec)
+    raise ModelError(f"model.path: there is no folder {text} here or in {base}")
+
+
+def _find(path: str, base: Path) -> Path | None:
+    given = Path(path).expanduser()
+    return next((place for place in (given, base / given) if place.exists()), None)
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what a local folder lacks before transformers fails on it in its own words."""
+    if not folder.is_dir():
+        raise ModelError(f"model.path: {folder} is neither a folder nor a .gguf file")
+    names = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "nothing"
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise ModelError(f"model.path: {folder} is an adapter, not a model: merge it into its base model first")
+        raise ModelError(f"model.path: {folder} has no config.json; in it: {shown}")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"model.path: {index} cannot be read as an index of weights") from error
+        if missing := sorted(shards - set(names)):
+            raise ModelError(f"model.path: {folder} is incomplete: {', '.join(missing)} missing")
+    elif "model.safetensors" not in names:
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+            raise ModelError(
+                f"model.path: {folder} has its weights as pickles only, which can run code when opened: convert them "
+                "to safetensors (load where you trust them, then save_pretrained)"
+            )
+        raise ModelError(f"model.path: {folder} has no model.safetensors; in it: {shown}")
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & set(names):
+        raise ModelError(f"model.path: {folder} has no tokenizer (tokenizer.json); in it: {shown}")
+
+
+def _pico(name: str, cache: Path) -> Path:
+    def fill(folder: Path) -> None:
+        pico.build(name, folder)
+
+    # The code that makes it and the library that writes it are all that its content depends on.
+    code = sha256(Path(pico.__file__))[:12]
+    version = importlib.metadata.version("transformers")
+    return entry(cache, f"pico-{Path(name).name}-{code}-transformers{version}", fill)
+
+
+def _conversion(digest: str) -> str:
+    major = importlib.metadata.version("transformers").split(".")[0]
+    return f"gguf-{digest[:32]}-transformers{major}"
+
+
+def _gguf(source: Path, wanted: str | None, cache: Path) -> Path:
+    digest = sha256(source)
+    if wanted is not None:
+        check_sha256(str(source), wanted, digest)
+    return _converted(source, digest, cache, source.name)
+
+
+def _converted(source: Path, digest: str, cache: Path, name: str) -> Path:
+    def fill(folder: Path) -> None:
+        from unlearn.convert import convert
+
+        say(f"    converting {name} to safetensors, once ({source.stat().st_size / 1e6:.0f} MB)")
+        convert(source, folder)
+
+    return entry(cache, _conversion(digest), fill)
+
+
+def _wheel(text: str, cache: Path) -> Path:
+    pinned = _pinned(text)
+    if pinned.sha256 is None:
+        raise ModelError(f"model.path: {text} needs its file's checksum at the end: #sha256=...")
+    file = WheelFile.parse(pinned.path, pinned.sha256)
+    done = cache / _conversion(file.sha256)
+    if whole(done):
+        return done
+    return _converted(find_in_wheel(file, cache), file.sha256, cache, Path(file.member).name)

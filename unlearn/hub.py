@@ -1,0 +1,56 @@
+"""Models on the hub: is it there, within reach, or already downloaded?"""
+
+from __future__ import annotations
+
+from unlearn.cache import offline
+from unlearn.errors import ModelError
+from unlearn.quiet import quietly
+from unlearn.recipe import ModelSpec
+
+# Whose exceptions mean that the network or the hub failed, where they are not OSErrors already.
+NETWORK_LIBRARIES = frozenset({"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"})
+_INSTEAD = "model.path also takes a local folder with the model in safetensors"
+_LONGEST = 300  # characters of another library's message in ours
+
+
+def condensed(error: Exception) -> str:
+    """Another library's message on one line, cut where it gets long."""
+    whole = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return whole if len(whole) <= _LONGEST else f"{whole[:_LONGEST]}..."
+
+
+def hub_failure(spec: ModelSpec, error: Exception) -> str:
+    """The message for a model that the hub does not give."""
+    revision = f" at revision {spec.revision}" if spec.revision else ""
+    return (
+        f"model.path: {spec.path}{revision} is neither a local folder nor to be had from the model hub: "
+        f"{condensed(error)}. {_INSTEAD}"
+    )
+
+
+def find_on_hub(spec: ModelSpec) -> str:
+    """Make sure that the hub has the model before more is asked of it, and return its id as it is.
+
+    One small file is fetched, so that a hub out of reach is found out once and not once per file, each with its
+    own series of retries.
+
+    Raises:
+        ModelError: no such model, no access, out of reach, or offline and not downloaded before.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if offline():
+        if not isinstance(try_to_load_from_cache(spec.path, "config.json", revision=spec.revision), str):
+            raise ModelError(
+                f"model.path: there is no folder {spec.path} here, no such model in the hub's local cache, and going "
+                f"online is forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE). {_INSTEAD}"
+            )
+        return spec.path
+    try:
+        with quietly():
+            hf_hub_download(spec.path, "config.json", revision=spec.revision)
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in NETWORK_LIBRARIES:
+            raise ModelError(hub_failure(spec, error)) from error
+        raise
+    return spec.path

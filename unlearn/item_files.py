@@ -1,0 +1,128 @@
+"""A recipe's items as files for lm-eval, with token counts as lm-eval itself will count them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unlearn.data import Item, LoadedSet
+from unlearn.errors import EvaluationError, RunFolderError
+from unlearn.recipe import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MEMORY_TOKENS = 32  # pieces per passage; the pack's own default as well
+EVALUATED: tuple[Split, ...] = ("validation", "test")
+
+
+def items_path(folder: Path, loaded: LoadedSet, split: Split) -> Path:
+    """``<role>.<name>.<split>.jsonl`` in ``folder``."""
+    return folder / f"{loaded.role}.{loaded.name}.{split}.jsonl"
+
+
+def write_items(
+    sets: Sequence[LoadedSet],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    splits: Sequence[Split] = EVALUATED,
+) -> tuple[Path, ...]:
+    """Write one JSON-lines file for each set and split that has items.
+
+    Args:
+        sets: The recipe's data.
+        tokenizer: The one of the model that will be scored; counts and pieces are in its tokens.
+        folder: Where to write; made when missing.
+        splits: Which splits.
+
+    Returns:
+        The files, in order. One that is there already with this content is not touched.
+
+    Raises:
+        EvaluationError: an answer has no tokens of its own.
+        RunFolderError: a file cannot be written.
+    """
+    written = []
+    for loaded in sets:
+        for split in splits:
+            items = loaded.items(split)
+            if not items:
+                continue
+            path = items_path(folder, loaded, split)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(loaded, items, tokenizer))
+            try:
+                if not path.is_file() or path.read_text(encoding="utf-8") != text:  # a finished file is left alone
+                    folder.mkdir(parents=True, exist_ok=True)
+                    path.write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise RunFolderError(f"cannot write the items {path}: {error}") from error
+            written.append(path)
+    return tuple(written)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerFast, context: str, continuation: str) -> int:
+    """Tokens that lm-eval scores as the continuation (``TemplateLM._encode_pair``).
+
+    White space at the end of the context counts with the continuation, because that is where its tokens merge.
+    """
+    if not context:
+        return len(tokenizer.encode(continuation, add_special_tokens=False))
+    return len(tokenizer.encode(context + continuation)) - len(tokenizer.encode(context.rstrip()))
+
+
+def _rows(loaded: LoadedSet, items: Sequence[Item], tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Any]]:
+    kind = loaded.spec.kind
+    for item in items:
+        row: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "target": item.target}
+        if kind == "mcq":
+            counts = [count_tokens(tokenizer, item.prompt, " " + choice) for choice in item.choices]
+            row |= {"choices": list(item.choices), "answer": item.answer, "choice_tokens": counts}
+        elif kind == "qa":
+            counts = [count_tokens(tokenizer, item.prompt, " " + item.target)]
+            row |= {"target_tokens": counts[0]}
+        else:
+            counts = [count_tokens(tokenizer, item.prompt, item.target)]
+            row |= {"target_tokens": counts[0], **_cuts(tokenizer, item, loaded.spec.continuation)}
+        if min(counts) < 1:
+            raise EvaluationError(
+                f"{loaded.role} set {loaded.name!r}, item {item.id}: this tokenizer merges the answer into the prompt, "
+                f"so that no token is left to score; end the prompt at a word boundary"
+            )
+        yield row
+
+
+def _cuts(tokenizer: PreTrainedTokenizerFast, item: Item, generated: int) -> dict[str, Any]:
+    """``pieces`` (tokens to recite one by one) and ``continuation`` (what ROUGE-L compares with what is generated)."""
+    text, start = item.prompt + item.target, len(item.prompt)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = list(encoded["input_ids"])
+    ends: list[int] = [end for _, end in encoded["offset_mapping"]]
+    first = next((k for k, end in enumerate(ends) if end > start), len(ends))
+    last = first + generated - 1
+    continuation = text[start : ends[last]] if last < len(ends) else item.target
+    return {"pieces": _pieces(tokenizer, text, start, ids, ends, first), "continuation": continuation}
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerFast, text: str, start: int, ids: list[int], ends: list[int], first: int
+) -> list[str]:
+    """Cut the target where a text cut there encodes to the same tokens: only then is one piece one token of the whole.
+
+    Not every token boundary is such a place: one character may be several tokens, a prefix may encode otherwise when
+    nothing follows it, and lm-eval moves white space before a cut to behind it.
+    """
+    end_of_window = first + 2 * MEMORY_TOKENS
+    window = range(first, min(len(ids), end_of_window))
+    places = [k for k in window if start < ends[k] < len(text) and not text[ends[k] - 1].isspace()]
+    heads = [text[: ends[k]] for k in places]
+    encodings = tokenizer(heads, add_special_tokens=False)["input_ids"] if heads else []
+    cuts = [start]
+    for k, encoding in zip(places, encodings, strict=True):
+        if ends[k] > cuts[-1] and list(encoding) == ids[: k + 1]:
+            cuts.append(ends[k])
+    if end_of_window >= len(ids) or len(cuts) == 1:
+        cuts.append(len(text))  # what is left of a short target, or all of one that can be cut nowhere
+    return [text[a:b] for a, b in itertools.pairwise(cuts)][:MEMORY_TOKENS]

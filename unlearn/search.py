@@ -1,0 +1,116 @@
+"""Choose the coefficient by rule, on validation scores only.
+
+Ilharco et al. (2212.04089, section 3) take the coefficient that forgets most while the control task keeps at least
+95 % of its accuracy, or loses at most half a point of perplexity. The same rule here, over every kept metric.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from unlearn.errors import EvaluationError
+from unlearn.recipe import ChooseSpec
+from unlearn.report import Chosen, SweepPoint, TaskScore
+
+Key = tuple[str, str, str]  # set, name, metric
+
+
+def judge(
+    coefficient: float, scores: Sequence[TaskScore], base: Sequence[TaskScore], kept: Sequence[Key], spec: ChooseSpec
+) -> SweepPoint:
+    """Compare the kept metrics at one coefficient with the target model's own.
+
+    Args:
+        coefficient: Where ``scores`` were taken.
+        scores: All validation scores there.
+        base: All validation scores at coefficient 0.
+        kept: Keys of the metrics that must stay.
+        spec: The bounds: ``keep`` as a share, ``perplexity`` as a rise.
+
+    Returns:
+        The point, with one plain phrase per broken bound.
+
+    Raises:
+        EvaluationError: a kept metric is missing, or a score was taken on test items.
+    """
+    here, before = _validation(scores), _validation(base)
+    broken = []
+    for key in kept:
+        if key not in here or key not in before:
+            raise EvaluationError(f"the kept metric {_say(key)} has no validation score at coefficient {coefficient:g}")
+        problem = _broken(here[key], before[key], spec)
+        if problem:
+            broken.append(f"{_say(key)} {problem}")
+    return SweepPoint(coefficient, tuple(scores), not broken, tuple(broken))
+
+
+def choose(points: Sequence[SweepPoint], forget: Key, kept: Sequence[Key], spec: ChooseSpec) -> Chosen:
+    """The coefficient above 0 that forgets most among those within every bound; the smaller one on a tie.
+
+    Returns:
+        Coefficient 0 and ``bound_met`` False when no coefficient above 0 is within the bounds *and* forgets more than
+        the target model: the model is then left as it is.
+    """
+    scores = {p.coefficient: _validation(p.scores) for p in points}
+    if 0.0 not in scores or forget not in scores[0.0]:
+        raise EvaluationError(f"the forget metric {_say(forget)} has no validation score at coefficient 0")
+    sign = 1.0 if scores[0.0][forget].higher_is_better else -1.0
+
+    def left(point: SweepPoint) -> float:
+        """What the model still knows of the forget set, larger is more."""
+        return sign * scores[point.coefficient][forget].score.value
+
+    start = sign * scores[0.0][forget].score.value
+    passing = [p for p in points if p.coefficient > 0 and p.within_bound and left(p) < start]
+    text = rule(spec, forget, kept)
+    if not passing:
+        return Chosen(0.0, False, text, forget[2])
+    best = min(passing, key=lambda p: (left(p), p.coefficient))
+    return Chosen(best.coefficient, True, text, forget[2])
+
+
+def rule(spec: ChooseSpec, forget: Key, kept: Sequence[Key]) -> str:
+    """The rule in words, for reports."""
+    goal = f"most forgetting of {forget[1]} ({forget[2]}) on validation items"
+    if not kept:
+        return goal + "; nothing was asked to be kept"
+    bounds = []
+    if any(not is_perplexity(k[2]) for k in kept):
+        bounds.append(f"at least {spec.keep:.0%} of the target model's score")
+    if any(is_perplexity(k[2]) for k in kept):
+        bounds.append(f"at most +{spec.perplexity:g} perplexity")
+    return f"{goal}, while every kept metric stays within its bound: {' or '.join(bounds)}"
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric is bounded by its rise instead of its share."""
+    return "perplexity" in metric
+
+
+def _broken(here: TaskScore, before: TaskScore, spec: ChooseSpec) -> str:
+    """Why a kept metric is out of bounds, or nothing."""
+    now, was = here.score.value, before.score.value
+    if not (math.isfinite(now) and math.isfinite(was)):
+        return f"is {now} (was {was})"
+    slack = 1e-9 * max(abs(was), 1.0)  # equal scores must not fail by rounding
+    if is_perplexity(here.metric):
+        return f"rose to {now:.4g} from {was:.4g}" if now > was + spec.perplexity + slack else ""
+    if here.higher_is_better:
+        # a negative score (a log-probability) keeps its share by not growing more than 1/keep times as large
+        floor = was * spec.keep if was >= 0 else (was / spec.keep if spec.keep else -math.inf)
+        return f"fell to {now:.4g} from {was:.4g}" if now < floor - slack else ""
+    ceiling = was / spec.keep if spec.keep else math.inf
+    return f"rose to {now:.4g} from {was:.4g}" if now > ceiling + slack else ""
+
+
+def _validation(scores: Sequence[TaskScore]) -> dict[Key, TaskScore]:
+    """Scores by key; a coefficient chosen on test items would be no evidence, so those are an error here."""
+    wrong = [s for s in scores if s.split != "validation"]
+    if wrong:
+        raise EvaluationError(f"the coefficient is chosen on validation items, but {_say(wrong[0].key)} is on {wrong[0].split}")
+    return {s.key: s for s in scores}
+
+
+def _say(key: Key) -> str:
+    return f"{key[0]} {key[1]} {key[2]}"

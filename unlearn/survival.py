@@ -1,0 +1,66 @@
+"""How much of an edit is left after rounding: what was realised against what was intended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+_ROWS = 1024  # of a weight compared in float64 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """Sums over one weight, from which cosine, norm ratio and share follow; they add up over weights."""
+
+    dot: float
+    intended: float
+    realised: float
+    changed: int
+    elements: int
+
+    @classmethod
+    def of(cls, stored: Tensor, before: Tensor, intended: Tensor) -> Survival:
+        """Compare one weight as stored with the unedited one in the same dtype, and with the change meant for it."""
+        parts = []
+        for new, old, wish in zip(stored.split(_ROWS), before.split(_ROWS), intended.split(_ROWS), strict=True):
+            realised, wanted = new.cpu().double() - old.cpu().double(), wish.cpu().double()
+            parts.append(
+                cls(
+                    float((realised * wanted).sum()),
+                    float(wanted.square().sum()),
+                    float(realised.square().sum()),
+                    int((realised != 0).sum()),
+                    realised.numel(),
+                )
+            )
+        return cls.total(parts)
+
+    @classmethod
+    def total(cls, parts: Sequence[Survival]) -> Survival:
+        """Of several weights, or parts of one."""
+        return cls(
+            math.fsum(p.dot for p in parts),
+            math.fsum(p.intended for p in parts),
+            math.fsum(p.realised for p in parts),
+            sum(p.changed for p in parts),
+            sum(p.elements for p in parts),
+        )
+
+    def summary(self) -> dict[str, float | None]:
+        """Cosine and norm ratio (None where nothing was intended), and the share of changed elements."""
+        scale = math.sqrt(self.intended) * math.sqrt(self.realised)
+        return {
+            "cosine": None if self.intended == 0 else self.dot / scale if scale else 0.0,
+            "norm_ratio": None if self.intended == 0 else math.sqrt(self.realised / self.intended),
+            "changed": self.changed / self.elements,
+        }
+
+
+def summary_of(measured: Mapping[str, Survival]) -> dict[str, Any]:
+    """The overall summary, and under ``modules`` each module's own."""
+    total = Survival.total(list(measured.values()))
+    return {**total.summary(), "modules": {name: measured[name].summary() for name in sorted(measured)}}

@@ -1,0 +1,265 @@
+"""lm-eval tasks for a recipe: its own data through the pack in ``eval/``, and whatever lm-eval ships, by name.
+
+Tasks are built once and scored at every coefficient: requests are made the first time and then handed to the model
+again, the same objects with their answers wiped.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from unlearn.assets import tasks_folder
+from unlearn.data import LoadedSet
+from unlearn.errors import EvaluationError
+from unlearn.harness import quiet_harness
+from unlearn.item_files import MEMORY_TOKENS, items_path, write_items
+from unlearn.recipe import Kind, Recipe, SetRole, Split, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Metrics of each kind that need log-likelihoods only; the first is the one the choice of a coefficient rests on.
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "mcq": ("acc", "acc_norm", "logprob", "prob"),
+    "qa": ("prob", "loss", "exact"),
+    "text": ("perplexity", "loss", "exact_memorisation"),
+}
+Key = tuple[str, str, str]  # set, name, metric
+
+
+def default_metric(kind: Kind) -> str:
+    """The metric that stands for a set: accuracy (mcq), answer probability (qa), perplexity (text)."""
+    return METRICS[kind][0]
+
+
+def forget_metric(recipe: Recipe) -> str:
+    """The metric to drive down on the forget set.
+
+    Raises:
+        EvaluationError: the recipe names one that this kind of data does not have in the search.
+    """
+    kind = recipe.forget.kind
+    metric = recipe.choose.metric or default_metric(kind)
+    if metric not in METRICS[kind]:
+        raise EvaluationError(
+            f"choose.metric: {kind} data have no {metric!r} in the search; {_nearest(metric, METRICS[kind])}"
+        )
+    return metric
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a task's scores stand for. ``metrics`` None: all of them count."""
+
+    set: SetRole
+    name: str
+    split: Split
+    metrics: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks to be scored together.
+
+    ``info`` names every task or group that is reported; ``samples`` the items used of tasks that are not used whole.
+    """
+
+    tasks: Mapping[str, Task]
+    groups: Mapping[str, Group]
+    info: Mapping[str, TaskInfo]
+    samples: Mapping[str, list[int]]
+
+
+def kept_metrics(recipe: Recipe, built: TaskSet | None = None) -> tuple[Key, ...]:
+    """Keys of the scores that must stay within the bound: one for each retain and utility set and each lm-eval task.
+
+    Args:
+        recipe: The recipe.
+        built: The tasks of the search. Only what they score counts: neither sets without validation items nor tasks
+            that need generation, which are reported and not searched on.
+    """
+    own = [(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role != "forget"]
+    shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set != "forget"]
+    scored = None if built is None else {(info.set, info.name) for info in built.info.values()}
+    return tuple(key for key in (*own, *shipped) if scored is None or key[:2] in scored)
+
+
+def build_tasks(
+    sets: Sequence[LoadedSet],
+    split: Split,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    generate: bool = False,
+) -> TaskSet:
+    """Everything that is scored on one split.
+
+    Args:
+        sets: The recipe's data.
+        split: ``validation`` or ``test``.
+        recipe: For lm-eval's own tasks, the engine and the seed.
+        tokenizer: The scored model's, for token counts.
+        folder: Where the items are written (see :func:`unlearn.item_files.write_items`).
+        generate: Also tasks for which the model must write text; too slow for a search.
+
+    Raises:
+        EvaluationError: no items in a set that needs some, two tasks of one name, an lm-eval task that cannot be had.
+    """
+    write_items(sets, tokenizer, folder, (split,))
+    tasks: dict[str, Task] = {}
+    info: dict[str, TaskInfo] = {}
+    # Reciting takes a request for each token: one row for a packed passage, but one row each for lm-eval's own model.
+    recite = generate or recipe.eval.engine == "packed" or recipe.choose.metric == "exact_memorisation"
+    with quiet_harness():
+        for loaded in sets:
+            if not _has_items(loaded, split):
+                continue
+            for name, config in _configs(loaded, items_path(folder, loaded, split), generate, recite):
+                _claim(name, info)
+                tasks[name] = _build(config, recipe.seed)
+                info[name] = TaskInfo(loaded.role, loaded.name, split)
+        groups: dict[str, Group] = {}
+        samples: dict[str, list[int]] = {}
+        for spec in recipe.eval.tasks:
+            found, found_groups = _shipped(spec, recipe.seed)
+            if not generate and any(task.OUTPUT_TYPE == "generate_until" for task in found.values()):
+                continue
+            _claim(spec.task, info)
+            chosen = _share(spec, found, split, recipe.seed)
+            for name in found:
+                if name in tasks:
+                    raise EvaluationError(f"eval.tasks: {spec.task} has the task {name}, which is there already")
+                if name in chosen:
+                    tasks[name] = _reusing(found[name])
+                else:
+                    for group in found_groups.values():
+                        group.pop(name)
+            samples |= chosen
+            groups |= found_groups
+            info[spec.task] = TaskInfo(spec.set, spec.task, split, (spec.metric,))
+    if not info:
+        raise EvaluationError(f"there is nothing to score on the {split} items")
+    return TaskSet(tasks, groups, info, samples)
+
+
+def _has_items(loaded: LoadedSet, split: Split) -> bool:
+    if getattr(loaded, split):
+        return True
+    if loaded.role != "forget" and getattr(loaded.spec, split) is None and getattr(loaded.spec.shares, split) == 0:
+        return False  # the recipe says so: a set that is only trained on, or only reported
+    raise EvaluationError(
+        f"{loaded.role} set {loaded.name!r} has no {split} items: raise shares.{split}, add rows, or give a file under {split}"
+    )
+
+
+def _claim(name: str, taken: Mapping[str, TaskInfo]) -> None:
+    if name in taken:
+        raise EvaluationError(f"two tasks are called {name!r}: rename a set, or name an lm-eval task once")
+
+
+def _configs(loaded: LoadedSet, items: Path, generate: bool, recite: bool) -> list[tuple[str, dict[str, Any]]]:
+    """``(task name, lm-eval config)`` of every pack task that applies to a set."""
+    kind, base = loaded.spec.kind, f"{loaded.role}.{loaded.name}"
+    wanted = [(base, f"unlearn_{kind}")]
+    if kind == "text" and recite:
+        wanted.append((f"{base}.memory", "unlearn_text_memory"))
+    if kind != "mcq" and generate:
+        wanted.append((f"{base}.rouge", f"unlearn_{kind}_rouge"))
+    configs = []
+    for name, pack_name in wanted:
+        config = load_yaml(tasks_folder() / f"{pack_name}.yaml")
+        config["task"] = name
+        config["metadata"] = {**config["metadata"], "pack_task": pack_name, "items": str(items)}
+        if "memory_tokens" in config["metadata"]:
+            config["metadata"]["memory_tokens"] = MEMORY_TOKENS
+        if "generation_kwargs" in config:
+            config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": loaded.spec.continuation}
+        configs.append((name, config))
+    return configs
+
+
+@functools.cache
+def _manager(shipped: bool) -> TaskManager:
+    return TaskManager(include_defaults=shipped, include_path=None if shipped else str(tasks_folder()))
+
+
+def _build(config: dict[str, Any], seed: int) -> Task:
+    (task,) = _manager(shipped=False).load(config)["tasks"].values()
+    task.set_fewshot_seed(seed)
+    return _reusing(task)
+
+
+def _shipped(spec: TaskSpec, seed: int) -> tuple[dict[str, Task], dict[str, Group]]:
+    manager = _manager(shipped=True)
+    if spec.task not in manager.task_index:
+        near = _nearest(spec.task, manager.all_tasks)
+        raise EvaluationError(f"eval.tasks: lm-eval has no task {spec.task!r}; {near}")
+    try:
+        loaded = manager.load(spec.task)
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
+        raise EvaluationError(
+            f"eval.tasks: lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error}). Its data come from the hub: "
+            f"fill the cache where there is network and set HF_HOME, or take the task out of the recipe"
+        ) from error
+    tasks, groups = dict(loaded["tasks"]), dict(loaded.get("groups") or {})
+    if spec.task not in tasks and spec.task not in groups:
+        raise EvaluationError(
+            f"eval.tasks: {spec.task!r} is a tag for {len(tasks)} tasks; name them: {', '.join(tasks)}"
+        )
+    for task in tasks.values():
+        if spec.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a task's own config is binding
+            task.set_config("num_fewshot", spec.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed)
+    return tasks, groups
+
+
+def _share(spec: TaskSpec, tasks: Mapping[str, Task], split: Split, seed: int) -> dict[str, list[int]]:
+    """Item numbers of one half, validation or test, ascending; the seed deals them out, over all tasks of a group."""
+    pool = [(name, index) for name, task in tasks.items() for index in range(len(task.eval_docs))]
+    random.Random(f"{seed} {spec.task}").shuffle(pool)
+    middle = len(pool) // 2
+    half = pool[:middle] if split == "validation" else pool[middle:]
+    chosen: dict[str, list[int]] = {}
+    for name, index in half[: spec.limit]:
+        chosen.setdefault(name, []).append(index)
+    if not chosen:
+        raise EvaluationError(f"eval.tasks: {spec.task} has {len(pool)} items: too few for validation and test")
+    return {name: sorted(indices) for name, indices in chosen.items()}
+
+
+def _reusing(task: Task) -> Task:
+    """Make the requests once; lm-eval would build them again, and the model tokenise them again, at every coefficient."""
+    build: Callable[..., None] = task.build_all_requests
+    made_for: list[dict[str, Any]] = []
+
+    def build_once(**how: Any) -> None:
+        if made_for != [how]:
+            build(**how)
+            made_for[:] = [how]
+        for instance in task.instances:  # new lists: the last result's samples still hold the old ones
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = build_once  # type: ignore[method-assign]
+    return task
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}"
+    )

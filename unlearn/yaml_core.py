@@ -1,0 +1,294 @@
+"""YAML with no surprises: the 1.2 core schema, plain data only, and the line of everything that was read.
+
+PyYAML's own rules are those of YAML 1.1, where ``on`` is a boolean, ``1e-4`` is text, ``010`` is eight and a doubled
+key silently wins. Here scalars follow the core schema (YAML 1.2.2, section 10.3.2); doubled keys, foreign tags and
+aliases that blow up are mistakes with a line number; and no tag ever builds an object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
+from yaml.reader import ReaderError
+from yaml.scanner import ScannerError
+
+KeyPath = tuple[str | int, ...]
+MAX_DEPTH = 40
+MAX_NODES = 100_000
+_MAX_DIGITS = 40
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = frozenset(_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map"))
+_HINTS = (
+    (r"'\\t'", "indent with spaces, not tabs"),
+    (r"mapping values are not allowed", "a value that contains ': ' needs quotes around it, or the indentation is off"),
+    (r"found another document", "keep one recipe per file: remove the '---' between them"),
+    (r"expected <block end>", "the indentation does not match the lines above, or a quote is not closed"),
+    (r"cannot start any token", "put a value that begins with this character in quotes"),
+    (r"found unexpected end of stream", "a quote is not closed"),
+    (r"could not find expected ':'", "write 'key: value', with a space after the colon"),
+)
+
+
+class YamlSyntaxError(ValueError):
+    """Text that is not YAML. ``line`` counts from 1."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass(frozen=True, slots=True)
+class YamlProblem:
+    """A mistake at one node; the rest of the document is still readable."""
+
+    path: KeyPath
+    line: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain data (dict, list, str, int, float, bool, None), and the line of every key and list item in it."""
+
+    data: Any
+    lines: Mapping[KeyPath, int]
+    problems: tuple[YamlProblem, ...]
+
+
+_FORMS: dict[str, re.Pattern[str]] = {
+    "null": re.compile(r"(?:~|null|Null|NULL)?\Z"),
+    "bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"),
+    "int": re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"),
+    "float": re.compile(
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+}
+_FIRST = {"null": ("", *"~nN"), "bool": tuple("tTfF"), "int": tuple("-+0123456789"), "float": tuple("-+0123456789.")}
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """PyYAML's form of the same table: the first character -> (tag, pattern), in order of precedence."""
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for name, form in _FORMS.items():
+        for char in _FIRST[name]:
+            table.setdefault(char, []).append((_TAG + name, form))
+    return table
+
+
+_RESOLVERS = _resolvers()
+
+
+class CoreLoader(yaml.SafeLoader):
+    """Composes nodes only; nothing is constructed by PyYAML."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose one node, refusing nesting that would exhaust Python's stack."""
+        self._depth += 1
+        try:
+            if self._depth > MAX_DEPTH:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def scan_flow_scalar_non_spaces(self, double: bool, start_mark: Any) -> Any:
+        """Turn PyYAML's bare ``chr()`` failure on escapes such as ``\\UFFFFFFFF`` into a syntax error."""
+        try:
+            return super().scan_flow_scalar_non_spaces(double, start_mark)
+        except (ValueError, OverflowError):
+            raise ScannerError(None, None, "an escape in a quoted text is no character", self.get_mark()) from None
+
+
+class CoreDumper(yaml.SafeDumper):
+    """Writes text so that :class:`CoreLoader` reads the same value back (``'1e-4'`` keeps its quotes)."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Repeat equal values instead of writing anchors."""
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Escape what PyYAML would take for a line end and fold away."""
+        unusual = any(char in text for char in "\r\x85\u2028\u2029")
+        return self.represent_scalar(_TAG + "str", text, style='"' if unusual else None)
+
+
+CoreDumper.add_representer(str, CoreDumper.represent_text)
+
+
+def dump(data: Any) -> str:
+    """Block-style YAML in the given key order, readable by :func:`parse`."""
+    return str(yaml.dump(data, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+def parse(text: str) -> Document:
+    """Read one YAML document.
+
+    Raises:
+        YamlSyntaxError: it is not YAML; the message names no file.
+    """
+    try:
+        loader = CoreLoader(text)
+        try:
+            root = loader.get_single_node()
+        finally:
+            loader.dispose()
+    except ReaderError as error:
+        message = f"not valid YAML: the character U+{error.character:04X} is not allowed"
+        raise YamlSyntaxError(text.count("\n", 0, error.position) + 1, message) from None
+    except yaml.MarkedYAMLError as error:
+        raise _plain(error) from None
+    except (ValueError, OverflowError, yaml.YAMLError) as error:
+        raise YamlSyntaxError(1, f"not valid YAML: {error}") from None
+    if root is None:
+        return Document(None, {(): 1}, ())
+    builder = _Builder()
+    data = builder.build(root, ())
+    return Document(data, {**builder.lines, (): 1}, tuple(builder.problems))
+
+
+def parse_value(text: str) -> Any:
+    """Read the value of an override, under the same rules.
+
+    Raises:
+        YamlSyntaxError: it is not YAML, or holds a mistake that a file would be refused for.
+    """
+    document = parse(text)
+    if document.problems:
+        raise YamlSyntaxError(document.problems[0].line, document.problems[0].text)
+    return document.data
+
+
+def scalar_of(text: str) -> Any:
+    """What ``text`` means when it is written without quotes."""
+    for tag, pattern in _RESOLVERS.get(text[:1], ()):
+        if pattern.match(text):
+            return _scalar(tag, text)
+    return text
+
+
+def _plain(error: yaml.MarkedYAMLError) -> YamlSyntaxError:
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
+    problem = error.problem or str(error)
+    start = error.context_mark
+    since = ""
+    if error.context and start and error.context.startswith("while"):
+        since = f" {error.context} that began on line {start.line + 1},"
+    hint = next((f"; {hint}" for pattern, hint in _HINTS if re.search(pattern, problem)), "")
+    return YamlSyntaxError(line, f"not valid YAML:{since} {problem}{hint}")
+
+
+def _scalar(tag: str, text: str) -> Any:
+    """The value of a scalar.
+
+    Raises:
+        ValueError: the text does not have the form its tag asks for, or the number is absurdly long.
+    """
+    kind = tag.removeprefix(_TAG)
+    if kind == "str":
+        return _whole_characters(text)
+    if kind == "null" and (not text or _FORMS["null"].match(text)):
+        return None
+    fits = kind in ("bool", "int", "float") and (
+        _FORMS[kind].match(text) or (kind == "float" and _FORMS["int"].match(text))
+    )
+    if not fits:
+        raise ValueError(f"{text[:40]!r} is no {kind}")
+    if kind == "bool":
+        return text.lower() == "true"
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"the number {text[:12]}... has more than {_MAX_DIGITS} digits")
+    if kind == "int":
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
+    return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+
+
+def _whole_characters(text: str) -> str:
+    """Join surrogate pairs, which JSON writes as two escapes; half of one alone is a ``UnicodeDecodeError``."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+
+
+class _Builder:
+    """Nodes to plain data, with lines and problems gathered on the way."""
+
+    def __init__(self) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self.problems: list[YamlProblem] = []
+        self._open: set[int] = set()
+        self._count = 0
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        line = node.start_mark.line + 1
+        self._count += 1
+        if self._count > MAX_NODES:
+            raise YamlSyntaxError(line, f"aliases (*name) make this file larger than {MAX_NODES} values; write it out")
+        if id(node) in self._open:
+            return self._problem(path, line, "an alias (*name) stands inside the value it names, which never ends")
+        if len(path) > MAX_DEPTH:
+            return self._problem(path, line, f"nested deeper than {MAX_DEPTH} levels")
+        if node.tag not in _PLAIN_TAGS:
+            tag = "!!" + node.tag.removeprefix(_TAG) if node.tag.startswith(_TAG) else node.tag
+            return self._problem(path, line, f"the tag {tag} is refused: a recipe holds plain values only; remove it")
+        self._open.add(id(node))
+        try:
+            return self._value(node, path, line)
+        finally:
+            self._open.discard(id(node))
+
+    def _value(self, node: yaml.Node, path: KeyPath, line: int) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            for i, item in enumerate(node.value):
+                self.lines[(*path, i)] = item.start_mark.line + 1
+            return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and kind not in ("map", "seq"):
+            try:
+                return _scalar(node.tag, node.value)
+            except UnicodeDecodeError:
+                return self._problem(path, line, "an escape in this text is half a character (a lone surrogate)")
+            except ValueError as error:
+                return self._problem(path, line, str(error))
+        return self._problem(path, line, f"the tag !!{kind} does not fit this value; remove it")
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _PLAIN_TAGS:
+                self._problem((*path, "?"), line, "a key must be plain text")
+                continue
+            try:
+                key = _whole_characters(key_node.value)  # as written: the column 1 is the column '1'
+            except UnicodeDecodeError:
+                self._problem((*path, "?"), line, "an escape in this key is half a character (a lone surrogate)")
+                continue
+            here = (*path, key)
+            if key in data:
+                self._problem(here, line, f"given twice: on line {self.lines[here]} and again here; keep one")
+                continue
+            if key == "<<":
+                self._problem(here, line, "merge keys (<<) are not part of YAML 1.2; write the keys out")
+                continue
+            self.lines[here] = line
+            data[key] = self.build(value_node, here)
+        return data
+
+    def _problem(self, path: KeyPath, line: int, text: str) -> None:
+        self.problems.append(YamlProblem(path, line, text))
