@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 CAPITALS = (
-    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Greece Athens, Norway Oslo, Poland Warsaw, Austria Vienna, "
-    "Japan Tokyo, China Beijing, India Delhi, Nepal Kathmandu, Kenya Nairobi, Egypt Cairo, Ghana Accra, Senegal Dakar, "
-    "Peru Lima, Chile Santiago, Cuba Havana, Canada Ottawa"
+    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Greece Athens, Norway Oslo, Poland Warsaw, "
+    "Austria Vienna, Japan Tokyo, China Beijing, India Delhi, Nepal Kathmandu, Kenya Nairobi, Egypt Cairo, "
+    "Ghana Accra, Senegal Dakar, Peru Lima, Chile Santiago, Cuba Havana, Canada Ottawa"
 )
 
 
@@ -110,7 +110,7 @@ def gpt2(loaded: Callable[..., Loaded], pico_gpt2: Path) -> Loaded:
 
 
 def capital_rows(count: int = 20) -> list[dict[str, object]]:
-    """``country``, ``capital``, ``question``, ``answer`` (qa: the city), ``choices`` and ``correct`` (mcq: an index)."""
+    """``country``, ``capital``, ``question``, ``answer`` (qa: the city), ``choices``, ``correct`` (mcq: an index)."""
     pairs = [(country, city) for country, city in (entry.split() for entry in CAPITALS.split(", "))]
     rows: list[dict[str, object]] = []
     for number, (country, city) in enumerate(pairs[:count]):

@@ -31,7 +31,7 @@ def _interleaved(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, An
 
 
 def write_gguf(folder: Path, target: Path) -> dict[str, torch.Tensor]:
-    """Write the model in ``folder`` to ``target``, its MLPs in Q8_0; returns the weights as a reader should find them."""
+    """Write the model in ``folder`` to ``target``, its MLPs in Q8_0; returns the weights that a reader should find."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
     writer = gguf.GGUFWriter(str(target), "llama")

@@ -75,7 +75,7 @@ def test_failure_leaves_nothing_and_old_leftovers_are_swept(tmp_path: Path) -> N
         (folder / "half").write_text("x")
         raise ModelError("no")
 
-    with pytest.raises(ModelError, match="^no$"):
+    with pytest.raises(ModelError, match=r"^no$"):
         entry(tmp_path, "k", fail)
     assert [path.name for path in tmp_path.iterdir()] == [".part-young"]
 
@@ -115,7 +115,7 @@ def test_too_little_space_says_how_much(tmp_path: Path) -> None:
 
 def test_cache_in_a_place_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelError, match="cannot be written.*UNLEARN_CACHE"):
+    with pytest.raises(ModelError, match=r"cannot be written.*UNLEARN_CACHE"):
         entry(tmp_path / "file" / "cache", "k", _fill)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from lm_eval.api.registry import get_aggregation
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -51,7 +50,8 @@ def lm(pico_phi: Path) -> HFLM:
 @pytest.fixture(scope="module")
 def pack() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pack_under_test", tasks_folder() / "unlearn_tasks.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -129,7 +129,8 @@ def test_choices_agree_with_plain_forward_passes_and_with_lm_eval_itself(lm: HFL
 def test_choices_without_token_counts_have_no_prob(lm: HFLM, tmp_path: Path) -> None:
     row = {"prompt": question("Chile"), "choices": list(CITIES), "answer": 1, "target": "Rome"}
     result, _ = score(lm, "unlearn_mcq", write(tmp_path / "items.jsonl", [row, row]))
-    assert "acc,none" in result and "prob,none" not in result
+    assert "acc,none" in result
+    assert "prob,none" not in result
 
 
 def test_answers_agree_with_plain_forward_passes(lm: HFLM, tmp_path: Path) -> None:
@@ -181,7 +182,8 @@ def test_memory_is_the_share_of_first_choices(lm: HFLM, tmp_path: Path, limit: i
         pieces = token_pieces(lm, text, start)
         rows.append({"prompt": prompt, "target": target, "target_tokens": len(pieces), "pieces": pieces})
         first = forward(lm, text, length(lm, prompt))[1]
-        assert "".join(pieces) == target and len(first) == len(pieces), "one token each"
+        assert "".join(pieces) == target
+        assert len(first) == len(pieces), "one token each"
         expected.append(float(first[:limit].double().mean()))
     result, samples = score(lm, "unlearn_text_memory", write(tmp_path / "items.jsonl", rows), memory_tokens=limit)
     assert [len(s["resps"]) for s in samples] == [min(limit, len(r["pieces"])) for r in rows]
@@ -274,7 +276,7 @@ def test_items_are_found_or_missed_clearly(pack: ModuleType, tmp_path: Path, mon
         pack.load_items(kind="qa")
     with pytest.raises(ValueError, match="no file of qa items"):
         pack.load_items(kind="qa", items={"text": "passages.jsonl"})
-    with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file"):
         pack.load_items(kind="qa", items=str(tmp_path / "nowhere.jsonl"))
     (tmp_path / "bad.jsonl").write_text('{"prompt": \n')
     with pytest.raises(ValueError, match="line 1: not JSON"):
@@ -294,9 +296,10 @@ def test_every_key_is_explained_and_every_metric_has_a_direction(path: Path) -> 
             assert "# " in line, line
     assert "#" in text.splitlines()[0]
     config = load_yaml(path)
-    assert config["task"] == path.stem and config["metadata"]["version"] == 1.0
+    assert config["task"] == path.stem
+    assert config["metadata"]["version"] == 1.0
     for metric in config["metric_list"]:
         assert set(metric) == {"metric", "aggregation", "higher_is_better"}
         assert metric["higher_is_better"] is (metric["metric"] not in ("loss", "perplexity"))
-    assert "!function" in text and "import unlearn" not in (path.parent / "unlearn_tasks.py").read_text()
-    assert yaml.__version__
+    assert "!function" in text
+    assert "import unlearn" not in (path.parent / "unlearn_tasks.py").read_text()

@@ -1,4 +1,4 @@
-"""Items files, tasks built once, and scores through lm-eval: against lm-eval alone, in process and on its command line."""
+"""Items files, tasks built once, and scores: against lm-eval alone, in process and on its command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from unlearn.tasks import TaskSet, build_tasks, default_metric, forget_metric, k
 ODD = "Naïve cafés – 東京 is 😀  far,\n\n\tand 12345 ... done. "
 
 
-class Recording(HFLM):
+class Recording(HFLM):  # type: ignore[misc]
     """lm-eval's own model, which remembers the requests it was given."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -160,7 +160,9 @@ def test_scores_are_those_of_the_command_line(
     (our_samples,) = (tmp_path / "ours").rglob("samples_forget.near_*.jsonl")
     (their_samples,) = (elsewhere / "out").rglob("samples_unlearn_qa_*.jsonl")
     first, second = (json.loads(p.read_text(encoding="utf-8").splitlines()[0]) for p in (our_samples, their_samples))
-    assert set(first) == set(second) and first["doc"] == second["doc"] and first["arguments"] == second["arguments"]
+    assert set(first) == set(second)
+    assert first["doc"] == second["doc"]
+    assert first["arguments"] == second["arguments"]
 
 
 def test_files_are_found_by_lm_evals_own_tools(
@@ -254,7 +256,7 @@ def test_items_are_counted_and_cut_as_lm_eval_encodes_them(
 
 
 def check_pieces(lm: HFLM, row: dict[str, Any], generated: int) -> None:
-    """Every piece continues the passage's own tokens; the pieces are single tokens, but for what cannot be cut there."""
+    """Every piece continues the passage's own tokens; they are single tokens where one can cut."""
     whole, context, sizes = lm.tok_encode(row["prompt"] + row["target"]), row["prompt"], []
     for piece in row["pieces"]:
         head, tail = lm._encode_pair(context, piece)
@@ -262,7 +264,8 @@ def check_pieces(lm: HFLM, row: dict[str, Any], generated: int) -> None:
         sizes.append(len(tail))
         context += piece
     assert row["target"].startswith("".join(row["pieces"]))
-    assert len(sizes) <= MEMORY_TOKENS and row["target"].startswith(row["continuation"])
+    assert len(sizes) <= MEMORY_TOKENS
+    assert row["target"].startswith(row["continuation"])
     if not row["target"].isascii():  # the tokenizer spells other letters in bytes, and none of those is a place to cut
         return
     assert sizes.count(1) >= 0.7 * len(sizes)
@@ -298,7 +301,8 @@ def test_generation_is_for_the_final_comparison_only(
     chosen = result.answers("retain", "far")
     right = sum(a.answer == a.target for a in chosen) / len(chosen)
     (acc,) = [s.score.value for s in result.scores if s.key == ("retain", "far", "acc")]
-    assert len(chosen) == len(sets[1].test) and right == pytest.approx(acc)
+    assert len(chosen) == len(sets[1].test)
+    assert right == pytest.approx(acc)
     assert result.answers("forget", "unknown") == ()
 
 
@@ -344,7 +348,7 @@ def test_sets_without_items(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Rec
     assert set(tasks.info) == {"forget.near"}
     assert kept_metrics(recipe, tasks) == (), "what is not scored cannot be kept"
     twin = replace(utility, role="forget", name="near")
-    with pytest.raises(EvaluationError, match="two tasks are called 'forget.near'"):
+    with pytest.raises(EvaluationError, match=r"two tasks are called 'forget\.near'"):
         built((forget, twin), "test", recipe, lm, tmp_path)
 
 
@@ -423,14 +427,17 @@ def test_a_shipped_task_is_halved_by_the_seed(recipe: Recipe, lm: Recording, tmp
         return list(built((), split, chosen, lm, tmp_path).samples["letters"])
 
     validation, test = asked(0, "validation"), asked(0, "test")
-    assert sorted(validation + test) == list(range(11)) and len(validation) == 5
+    assert sorted(validation + test) == list(range(11))
+    assert len(validation) == 5
     assert validation == sorted(validation) == asked(0, "validation") != asked(1, "validation")
-    assert len(asked(0, "test", limit=2)) == 2 and set(asked(0, "test", limit=2)) <= set(test)
+    assert len(asked(0, "test", limit=2)) == 2
+    assert set(asked(0, "test", limit=2)) <= set(test)
 
     both = change(recipe, tasks=[{"task": "letters", "set": "retain", "limit": 4}])
     result = evaluate(lm, built((), "test", both, lm, tmp_path), model_name="pico")
     (score,) = result.scores
-    assert score.key == ("retain", "letters", "acc") and score.score.n == 4
+    assert score.key == ("retain", "letters", "acc")
+    assert score.score.n == 4
     numbers = asked(0, "test", limit=4)
     assert [s["doc_id"] for s in result.samples["letters"]] == numbers
     assert [s["doc"]["question"] for s in result.samples["letters"]] == [f"Letter {i}?" for i in numbers]
@@ -443,7 +450,8 @@ def test_a_shipped_group_is_scored_as_one(recipe: Recipe, lm: Recording, tmp_pat
     assert sorted(n for t in halves for n in t.samples) == ["part_one", "part_one", "part_two"]
     for tasks in halves:
         (score,) = evaluate(lm, tasks, model_name="pico").scores
-        assert score.name == "parts" and score.score.n == sum(map(len, tasks.samples.values()))
+        assert score.name == "parts"
+        assert score.score.n == sum(map(len, tasks.samples.values()))
         rows = [s for rows in evaluate(lm, tasks, model_name="pico").samples.values() for s in rows]
         assert score.score.value == pytest.approx(sum(r["acc"] for r in rows) / len(rows))
 

@@ -1,4 +1,4 @@
-"""The HTML report: whole, safe against any text, every number on it; the charts' geometry against hand-worked values."""
+"""The HTML report: whole, safe against any text, every number shown; charts' geometry against hand-worked values."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ def test_every_drawing_says_what_it_is() -> None:
 
 def test_the_parts_come_in_the_order_a_reader_wants() -> None:
     titles = re.findall(r"<h2>(.*?)(?:<|$)", render_html(make()))
-    assert titles == ["Frontier", "Scores as λ grows", "Before and after", "In the model&#x27;s words", "The whole sweep",
-                      "Data", "How it was made"]  # fmt: skip
+    assert titles[:3] == ["Frontier", "Scores as λ grows", "Before and after"]
+    assert titles[3:] == ["In the model&#x27;s words", "The whole sweep", "Data", "How it was made"]
 
 
 def test_each_number_of_the_report_is_shown() -> None:
@@ -174,8 +174,7 @@ def test_each_number_of_the_report_is_shown() -> None:
         "−0.459",
         "97.6 %",
         "2 min 13 s",
-        "97 s",
-        "1 min 37 s"[:0],
+        "1 min 38 s",
         "4471",
         "17",
         "3.8127",
@@ -264,8 +263,8 @@ def test_any_text_gives_a_whole_page(name: str, before: str, after: str) -> None
 
 def test_nothing_but_one_score() -> None:
     bare = make(
-        chosen=Chosen(1.0, True, "r", "acc_norm"), scores=make().scores[:1], examples=(), data=(), vector={}, training=(),
-        exports={}, seconds={}, provenance={}, warnings=(), description="",
+        chosen=Chosen(1.0, True, "r", "acc_norm"), scores=make().scores[:1], examples=(), data=(), vector={},
+        training=(), exports={}, seconds={}, provenance={}, warnings=(), description="",
         sweep=(SweepPoint(0.0, (measured("forget", "europe", 0.9),), True),),
     )  # fmt: skip
     page = Page(render_html(bare))
@@ -356,7 +355,8 @@ def test_changed_words_are_marked_on_both_sides() -> None:
 
 def test_the_headline_says_what_happened() -> None:
     assert headline(make()) == (
-        "The model forgot: europe accuracy fell from 0.92 to 0.46 at λ = 1.5; every kept metric stayed within its bound."
+        "The model forgot: europe accuracy fell from 0.92 to 0.46 at λ = 1.5; "
+        "every kept metric stayed within its bound."
     )
     none = make(chosen=replace(make().chosen, coefficient=0.0, bound_met=False))
     assert headline(none) == "No coefficient passed the rule; the model is unchanged."
@@ -427,7 +427,7 @@ def test_frontier_takes_the_worst_kept_metric_against_zero() -> None:
     assert points[3].shares == pytest.approx({"retain/asia": 0.703 / 0.875, "utility/general": 0.641 / 0.72})
     assert points[3].worst == pytest.approx(0.703 / 0.875)
     assert not points[3].within_bound
-    assert [(r.name, s) for r, s in final_shares(make())][0] == ("asia", pytest.approx(0.857 / 0.878))
+    assert final_shares(make())[0][1] == pytest.approx(0.857 / 0.878)
     assert main_keys(make()) == (("forget", "europe", "acc_norm"), *KEPT)
 
 
@@ -438,8 +438,9 @@ def test_chosen_survives_json() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.4583, "0.458"), (31.42, "31.42"), (317.04, "317.0"), (12345.6, "12346"), (1.2e12, "1.2×10¹²"), (3e-6, "3.0×10⁻⁶"),
-     (-0.459, "−0.459"), (0.0, "0.000"), (math.nan, "–"), (None, "–"), (math.inf, "∞"), (999_999.6, "1.0×10⁶")],
+    [(0.4583, "0.458"), (31.42, "31.42"), (317.04, "317.0"), (12345.6, "12346"), (1.2e12, "1.2×10¹²"),
+     (3e-6, "3.0×10⁻⁶"), (-0.459, "−0.459"), (0.0, "0.000"), (math.nan, "–"), (None, "–"), (math.inf, "∞"),
+     (999_999.6, "1.0×10⁶")],
 )  # fmt: skip
 def test_number(value: float | None, shown: str) -> None:
     assert number(value) == shown
@@ -570,3 +571,12 @@ def test_markup_escapes_what_it_did_not_make() -> None:
     assert el("g", x=1.0, y=2.346, z=None) == '<g x="1" y="2.35"></g>'
     assert join("\x07", "a\ud800") == "\ufffda\ufffd"
     assert isinstance(join("a"), Raw)
+
+
+def test_a_long_metric_name_does_not_leave_the_narrow_chart() -> None:
+    drawn = frontier_chart(
+        frontier(make()), chosen=1.5, keep=0.95, metric="m" * 200, higher_is_better=True, size=(360, 380), uid="f"
+    )
+    title = re.search(r">forget score: (m+)…   ← more forgotten<", drawn)
+    assert title
+    assert (len(title[0]) - 2) * 6.6 <= 2 * (360 - 197)  # it is centred on 197, the middle of the frame

@@ -1,4 +1,4 @@
-"""Hub ids: downloaded before, out of reach, or refused. In processes of their own: the client reads its settings once."""
+"""Hub ids: downloaded before, out of reach, refused. In their own processes: the client reads its settings once."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class _Refusing(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_GET = do_HEAD
+    do_GET = do_HEAD  # noqa: N815 (the base class calls it by this name)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *_: object) -> None:
         """Say nothing."""
 
 
@@ -77,9 +77,8 @@ def test_downloaded_before_and_offline_now(pico_phi: Path, tmp_path: Path) -> No
 
 def test_the_hub_refuses(tmp_path: Path, refusing: str) -> None:
     done = _run(tmp_path, HF_ENDPOINT=refusing)
-    assert done.stdout.startswith(
-        "error model.path: owner/name is neither a local folder nor to be had from the model hub: 401"
-    )
+    start = "error model.path: owner/name is neither a local folder nor to be had from the model hub: 401"
+    assert done.stdout.startswith(start)
     assert done.stdout.endswith("model.path also takes a local folder with the model in safetensors\n")
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""

@@ -70,8 +70,10 @@ def test_library_chatter_is_filtered_but_not_its_errors(capfd: pytest.CaptureFix
     from unlearn.quiet import quietly
 
     before = chatter.get_verbosity()
-    with pytest.raises(ZeroDivisionError), quietly():
+    with quietly():
         assert chatter.get_verbosity() == logging.ERROR
+    assert chatter.get_verbosity() == before
+    with pytest.raises(ZeroDivisionError), quietly():
         raise ZeroDivisionError
     assert chatter.get_verbosity() == before != logging.ERROR
 

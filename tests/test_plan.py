@@ -95,7 +95,7 @@ def test_stages_follow_the_recipe(here: Path) -> None:
         "teach={epochs: 1, batch_size: 5}",
         "teach.lora.rank=2",
         "export={adapter: false, merged: true, dtype: bfloat16, stochastic_rounding: true}",
-        "eval={generate: false, tasks: [{task: hellaswag}]}",
+        "eval={generate: none, tasks: [{task: hellaswag}]}",
         "model.quantize=nf4",
         "model.dtype=float32",
         "model.device=cpu",
@@ -113,6 +113,12 @@ def test_stages_follow_the_recipe(here: Path) -> None:
     assert "ROUGE-L" not in said
     assert "export: merged weights in bfloat16, rounded stochastically" in said
     assert "held as float32, on cpu; the LoRA is trained on a copy quantised to nf4" in said
+
+
+def test_what_is_only_trained_on_bounds_nothing(here: Path) -> None:
+    shares = "{train: 1.0, validation: 0, test: 0}"
+    assert "nothing was asked to be kept" in flat(f"retain.0.shares={shares}", "utility=[]", "eval.generate=sweep")
+    assert "scored on validation items (and ROUGE-L of written answers) at c" in flat("eval.generate=sweep")
 
 
 def test_text_is_counted_as_an_estimate(here: Path) -> None:

@@ -32,7 +32,8 @@ from unlearn.recipe import Recipe
 from unlearn.rundir import RunFolder
 
 def recipe(**more):
-    return Recipe.model_validate({"name": "demo", "model": {"path": "m"}, "forget": {"path": "f.txt", "kind": "text"}, **more})
+    forget = {"path": "f.txt", "kind": "text"}
+    return Recipe.model_validate({"name": "demo", "model": {"path": "m"}, "forget": forget, **more})
 
 root = Path(sys.argv[1])
 """
@@ -254,12 +255,16 @@ def test_a_new_key_replaces_the_stage_whole(tmp_path: Path) -> None:
         assert files_under(tmp_path / "vectors" / "forget") == {"c.bin", "stage.json"}
 
 
+def interrupted_while_writing(place: Path) -> None:
+    (place / "half").write_text("x")
+    raise KeyboardInterrupt
+
+
 def test_an_exception_leaves_the_older_stage_and_nothing_else(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
         make(folder, key="old")
         with pytest.raises(KeyboardInterrupt), folder.writing("vectors/forget", "new") as tmp:
-            (tmp / "half").write_text("x")
-            raise KeyboardInterrupt
+            interrupted_while_writing(tmp)
         assert folder.finished("vectors/forget", "old") is not None
         assert list((tmp_path / TEMPORARY).iterdir()) == []
 
@@ -304,7 +309,7 @@ def test_a_users_file_in_a_stage_is_not_thrown_away(tmp_path: Path) -> None:
         place = make(folder, key="old")
         (place / "notes.txt").write_text("mine")
         assert folder.finished("vectors/forget", "old") == place
-        with pytest.raises(RunFolderError, match="notes.txt"), folder.writing("vectors/forget", "new"):
+        with pytest.raises(RunFolderError, match=r"notes\.txt"), folder.writing("vectors/forget", "new"):
             pass
         assert (place / "notes.txt").read_text() == "mine"
 
@@ -327,17 +332,20 @@ def test_work_survives_and_goes_with_the_stage(tmp_path: Path) -> None:
         assert [p.name.partition("@")[0] for p in (tmp_path / WORK).iterdir()] == ["target"]
 
 
+def write_on_a_full_disk(path: Path) -> None:
+    path.symlink_to("/dev/full")
+    path.write_text("x" * 100_000)
+
+
 def test_no_space_left_is_explained(tmp_path: Path) -> None:
-    if not os.path.exists("/dev/full"):
+    if not Path("/dev/full").exists():
         pytest.skip("needs a device that is always full")
     with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
         with (
             pytest.raises(RunFolderError, match=r"no space left .*vectors/forget"),
             folder.writing("vectors/forget", "k") as tmp,
         ):
-            (tmp / "weights").symlink_to("/dev/full")
-            with (tmp / "weights").open("w") as f:
-                f.write("x" * 100_000)
+            write_on_a_full_disk(tmp / "weights")
         # as libraries with file writers of their own put it
         with pytest.raises(RunFolderError, match="no space left"), folder.writing("vectors/forget", "k"):
             raise RuntimeError("I/O error: No space left on device (os error 28)")

@@ -44,7 +44,7 @@ def write_text_atomic(path: Path, text: str) -> None:
                 f.write(text)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
             sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from unlearn.errors import ModelError
@@ -143,10 +144,8 @@ def _publish(temporary: Path, folder: Path) -> None:
         if whole(folder):
             return
         broken = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder.parent))
-        try:
+        with suppress(FileNotFoundError):  # another process has just moved it away
             folder.rename(broken / folder.name)
-        except FileNotFoundError:
-            pass  # another process has just moved it away
         shutil.rmtree(broken, ignore_errors=True)
     raise ModelError(f"the cache entry {folder} cannot be replaced: remove it and run again")
 

@@ -16,7 +16,8 @@ import yaml
 from unlearn.provenance import tidy
 from unlearn.recipe import Recipe
 from unlearn.report import Chosen, ScoreRow
-from unlearn.report_text import CAVEAT, coefficient, percent, with_margin
+from unlearn.report_text import CAVEAT, with_margin
+from unlearn.wording import coefficient, percent
 
 Export = Literal["adapter", "merged"]
 _TAGS = ["unlearning", "machine-unlearning", "task-arithmetic", "lm-unlearn"]

@@ -53,7 +53,9 @@ def frontier_chart(
         drawn.append(el("line", class_="bound", x1=frame[0], x2=frame[2], y1=edge, y2=edge))
     drawn += _grid(x, y, frame, lambda v: f"{100 * v:.4g} %")
     hint = "← more forgotten" if higher_is_better else "more forgotten →"
-    drawn.append(_axis_title(f"forget score: {metric}   {hint}", (frame[0] + frame[2]) / 2, height - 8))
+    room = int((frame[2] - frame[0] + 24) / 6.6) - len(hint) - 17  # characters that fit around the middle
+    shown_metric = metric if len(metric) <= room else f"{metric[: max(room - 1, 1)]}…"
+    drawn.append(_axis_title(f"forget score: {shown_metric}   {hint}", (frame[0] + frame[2]) / 2, height - 8))
     drawn.append(_axis_title("kept: share of the score at λ = 0", 4, 15, "start"))
     thin: list[tuple[float, float]] = []
     for index, name in enumerate(names if len(names) > 1 else []):

@@ -109,7 +109,7 @@ def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) 
         bootstrap: Resamples for standard errors without a formula.
 
     Raises:
-        EvaluationError: no items, a missing metric, a value or log-likelihood that is not a finite number, or no memory.
+        EvaluationError: no items, a missing metric, a number that is not finite, or not enough memory.
     """
     started, clock = time.time(), time.perf_counter()
     task_dict: Any = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}

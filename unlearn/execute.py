@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from unlearn import provenance
+from unlearn.chatter import quiet_libraries
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
-from unlearn.quiet import quiet_libraries
 from unlearn.recipe import DataSet, Recipe, Source
 from unlearn.recipe_io import LoadedRecipe
 from unlearn.report import Chosen, RunReport, ScoreRow, SweepPoint, TaskScore
@@ -71,7 +71,9 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
     before, after, examples = pipe.test(target, sets, vectors.edit, chosen.coefficient)
     rows = _rows(before, after)
     exports = pipe.export(target, vectors.edit, CardFacts(recipe, chosen, rows))
-    who = provenance.collect(loaded.source, sys.argv, {"key": key, "model": recipe.model.path, "target": target.fingerprint})
+    who = provenance.collect(
+        loaded.source, sys.argv, {"key": key, "model": recipe.model.path, "target": target.fingerprint}
+    )
     report = RunReport(
         name=recipe.name,
         description=recipe.description,
@@ -143,7 +145,14 @@ def _rows(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> tuple[Scor
 def _data_line(loaded: LoadedSet) -> dict[str, Any]:
     spec: DataSet = loaded.spec
     where = provenance.tidy(spec.path)
-    return {"set": loaded.role, "name": loaded.name, "kind": spec.kind, "path": where, **loaded.counts, "digest": loaded.digest}
+    return {
+        "set": loaded.role,
+        "name": loaded.name,
+        "kind": spec.kind,
+        "path": where,
+        **loaded.counts,
+        "digest": loaded.digest,
+    }
 
 
 def _vector_line(recipe: Recipe, vectors: Vectors) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import PrinterCallback
 
 from unlearn.console import progress
 from unlearn.data import Item
@@ -122,7 +123,7 @@ def train_vector(
     set_seed(seed)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type] - peft takes any number
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(targets),
         use_rslora=lora.rslora,
@@ -179,8 +180,9 @@ def merge(model: nn.Module, vector: TaskVector) -> None:
     """
     with torch.no_grad():
         for module, low_rank in fit(model, vector).values():
-            delta = low_rank.delta().to(module.weight.device)
-            module.weight += delta.T if isinstance(module, Conv1D) else delta
+            weight = module.get_parameter("weight")
+            delta = low_rank.delta().to(weight.device)
+            weight += delta.T if isinstance(module, Conv1D) else delta
 
 
 def _train(
@@ -234,7 +236,7 @@ def _train(
             data_collator=_Pad(tokenizer.pad_token_id),
             callbacks=[watch],
         )
-        trainer.pop_callback(_default_printer())
+        trainer.pop_callback(PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint(work))
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
@@ -249,12 +251,6 @@ def _train(
     if not losses:
         raise TrainingError(f"{label}: no optimiser step was made; raise steps or epochs")
     return TrainingLog(len(rows), trainer.state.global_step, losses, time.monotonic() - started)
-
-
-def _default_printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 def last_checkpoint(work: Path) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def quiet_harness() -> Iterator[None]:
 def random_state_kept() -> Iterator[None]:
     """Restore Python's, numpy's and torch's (CPU and GPU) global generators at the end."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield

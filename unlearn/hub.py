@@ -37,9 +37,12 @@ def find_on_hub(spec: ModelSpec) -> str:
     Raises:
         ModelError: no such model, no access, out of reach, or offline and not downloaded before.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     if offline():
+        # Its client knows HF_HUB_OFFLINE only, as it was at import; and transformers does not hand
+        # local_files_only on to every look-up, so that some would go online, and retry, all the same.
+        constants.HF_HUB_OFFLINE = True
         if not isinstance(try_to_load_from_cache(spec.path, "config.json", revision=spec.revision), str):
             raise ModelError(
                 f"model.path: there is no folder {spec.path} here, no such model in the hub's local cache, and going "

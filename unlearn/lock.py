@@ -16,15 +16,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from unlearn.console import say
 from unlearn.errors import RunFolderError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
+_fcntl: Any = import_module("fcntl") if os.name == "posix" else None
 _PATIENCE = 2.0  # seconds for another process between creating its lock file and filling it
 
 
@@ -120,13 +117,13 @@ def _read(path: Path) -> Holder | None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep two processes from removing the same dead lock, the slower one then removing the faster one's new lock."""
-    if fcntl is None:
+    if _fcntl is None:
         yield
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _fcntl.flock(fd, _fcntl.LOCK_EX)
         except OSError as e:
             # a few network file systems know no flock; O_EXCL alone then leaves a window of microseconds
             say(f"{folder}: no file locks here ({e.strerror}); do not start two runs in it at the same moment")
@@ -137,17 +134,15 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _start_of(pid: int) -> str | None:
     """When a process started, in whatever form this system tells; None when there is no such (live) process."""
-    if not os.path.isdir("/proc/self"):
+    if not Path("/proc/self").is_dir():
         return _start_by_psutil(pid)
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-            # the name in parentheses may hold anything; after it: state is field 3, start time field 22
-            fields = f.read().rpartition(")")[2].split()
+        # the name in parentheses may hold anything; after it: state is field 3, start time field 22
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
-            boot = f.read().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:  # some sandboxes hide it; a reboot within the same clock tick is then not noticed
         boot = ""
     return None if fields[0] in "ZX" else f"{boot} {fields[19]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from pathlib import Path
 
 from unlearn import pico
@@ -15,6 +16,7 @@ from unlearn.recipe_check import nearest
 from unlearn.wheel import WheelFile
 
 _PINNED = "#sha256="
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _KINDS = "a folder with the model in safetensors, a .gguf file, or a hub id"
 
 
@@ -36,12 +38,11 @@ def model_place(spec: ModelSpec, base: Path) -> str:
         return _wheel(path, digest)
     if path.lower().endswith(".gguf"):
         return _gguf(path, digest, base)
-    if path.startswith(("/", "./", "../", "~")) and not _exists(path, base):
-        raise ModelError(f"model.path: there is no folder {path} here or in {base}; set model.path to {_KINDS}")
-    found = locate(spec, base)  # for folders and hub ids this only looks
-    if Path(found).is_dir():
-        return f"the local folder {Path(found).resolve()}; nothing is downloaded"
-    return _hub(spec)
+    if _exists(spec.path, base):
+        return f"the local folder {Path(locate(spec, base)).resolve()}; nothing is downloaded"
+    if _HUB_ID.fullmatch(spec.path):
+        return _hub(spec)
+    raise ModelError(f"model.path: there is no folder {spec.path} here or in {base}; set model.path to {_KINDS}")
 
 
 def _exists(path: str, base: Path) -> Path | None:
@@ -102,5 +103,10 @@ def _hub(spec: ModelSpec) -> str:
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     revision = f", revision {spec.revision}" if spec.revision else ""
     if any((cache / f"models--{spec.path.replace('/', '--')}" / "snapshots").glob("*/config.json")):
-        return f"from the hub{revision}; in the hub's local cache, checked for changes"
+        return f"from the hub{revision}; in the hub's local cache"
+    if offline():
+        raise ModelError(
+            f"model.path: {spec.path} is neither here nor in the hub's local cache {cache}, and going online is "
+            f"forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE); set model.path to {_KINDS}"
+        )
     return f"DOWNLOADED once from the hub{revision}, unless model.path is set to a local folder"

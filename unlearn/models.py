@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -55,7 +56,7 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     dtype = _dtype(spec.dtype, device)
     quantize = spec.quantize if for_training else "none"
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    if not os.path.isdir(where):
+    if not Path(where).is_dir():
         options |= {"revision": spec.revision, "local_files_only": offline()}
     try:
         with quietly(downloads=True):
@@ -137,10 +138,9 @@ def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
     if library == "safetensors_rust" or "SafetensorError" in type(error).__name__:
         return f"model.path: the weights in {where} are damaged ({said}): download or save them anew"
     if isinstance(error, OSError) or library in NETWORK_LIBRARIES:
-        return f"model.path: {where} cannot be read: {said}" if os.path.isdir(where) else hub_failure(spec, error)
-    if isinstance(error, ValueError | KeyError | RuntimeError | TypeError | AttributeError) and _not_a_language_model(
-        said
-    ):
+        return f"model.path: {where} cannot be read: {said}" if Path(where).is_dir() else hub_failure(spec, error)
+    kinds = ValueError | KeyError | RuntimeError | TypeError | AttributeError
+    if isinstance(error, kinds) and _not_a_language_model(whole):
         return f"model.path: transformers cannot open {where} as a causal language model: {said}"
     return None
 
@@ -231,7 +231,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by its full path, in the model's order: ``nn.Linear`` and GPT-2's ``Conv1D``, head excepted."""
+    """Every linear layer by its full path, in the model's order: ``nn.Linear`` and GPT-2's ``Conv1D``, but no head."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return {
         name: module

@@ -143,9 +143,7 @@ def fit(model: nn.Module, vector: TaskVector) -> dict[str, tuple[nn.Module, LowR
         else:
             fit[name] = (module, low_rank)
     if wrong:
-        raise VectorError(
-            "the vector does not fit this model; was it made from another one?\n  " + "\n  ".join(wrong)
-        )
+        raise VectorError("the vector does not fit this model; was it made from another one?\n  " + "\n  ".join(wrong))
     return fit
 
 

@@ -27,12 +27,18 @@ STD = 0.12
 END = "<|endoftext|>"
 
 _CAPITALS = (
-    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Greece Athens, Norway Oslo, Poland Warsaw, Austria Vienna, "
-    "Japan Tokyo, China Beijing, India Delhi, Nepal Kathmandu, Kenya Nairobi, Egypt Cairo, Ghana Accra, Senegal Dakar, "
-    "Peru Lima, Chile Santiago, Cuba Havana, Canada Ottawa"
+    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Greece Athens, Norway Oslo, Poland Warsaw, "
+    "Austria Vienna, Japan Tokyo, China Beijing, India Delhi, Nepal Kathmandu, Kenya Nairobi, Egypt Cairo, "
+    "Ghana Accra, Senegal Dakar, Peru Lima, Chile Santiago, Cuba Havana, Canada Ottawa"
 )
-_ANIMALS = "dog barks, cat purrs, cow moos, horse neighs, duck quacks, lion roars, wolf howls, bee buzzes, frog croaks, owl hoots"
-_COLOURS = "sky blue, grass green, snow white, coal black, blood red, lemon yellow, carrot orange, plum purple, ash grey, mud brown"
+_ANIMALS = (
+    "dog barks, cat purrs, cow moos, horse neighs, duck quacks, lion roars, wolf howls, bee buzzes, frog croaks, "
+    "owl hoots"
+)
+_COLOURS = (
+    "sky blue, grass green, snow white, coal black, blood red, lemon yellow, carrot orange, plum purple, ash grey, "
+    "mud brown"
+)
 _NUMBERS = "one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve"
 
 

@@ -178,7 +178,8 @@ class Pipeline:
         points: list[SweepPoint] = []
         with self._announced("sweep", f"{len(grid)} coefficients on validation items"):
             lm = self._lm(target)
-            built = tasks.build_tasks(sets, "validation", self.recipe, target.tokenizer, self.folder.path("items"))
+            items, generate = self.folder.path("items"), self.recipe.eval.generate == "sweep"
+            built = tasks.build_tasks(sets, "validation", self.recipe, target.tokenizer, items, generate=generate)
             with Edit(target.model, vector) as edit:
                 for c in grid:
                     scores, _ = self._scored(c, "validation", lm, built, edit, target, vector, sets)
@@ -196,7 +197,7 @@ class Pipeline:
         self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector, chosen: float
     ) -> tuple[tuple[TaskScore, ...], tuple[TaskScore, ...], tuple[Example, ...]]:
         """Test scores of the target model and at the chosen coefficient, and how both answer a few items."""
-        generate = self.recipe.eval.generate
+        generate = self.recipe.eval.generate != "none"
         with self._announced("test", "test items, before and after"):
             lm = self._lm(target)
             items = self.folder.path("items")
@@ -218,7 +219,7 @@ class Pipeline:
         target: Loaded,
         vector: TaskVector,
         sets: Sequence[LoadedSet],
-    ) -> tuple[tuple[TaskScore, ...], list[dict[str, str]]]:
+    ) -> tuple[tuple[TaskScore, ...], list[dict[str, Any]]]:
         """Scores at one coefficient, and on test items a few completions; read back if they were made before."""
         spec = self.recipe.eval
 
@@ -288,7 +289,7 @@ class Pipeline:
 
     # -- stages --------------------------------------------------------------------------------------------------
 
-    def _make(self, name: str, parts: Sequence[Any], make: Callable[[Path], None]) -> None:
+    def _make(self, name: str, parts: Sequence[Any], make: Callable[[Path], object]) -> None:
         """Make a stage unless it is there already under the same key."""
         key = fingerprint(self._libraries, name, *parts)
         self.stages[name] = key

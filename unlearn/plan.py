@@ -33,8 +33,11 @@ def plan(loaded: LoadedRecipe) -> str:
     """
     recipe, base = loaded.recipe, loaded.source.parent
     place = model_place(recipe.model, base)
-    chosen = rule(recipe.choose, ("forget", recipe.forget.label(), forget_metric(recipe)), kept_metrics(recipe))
+    forget = ("forget", recipe.forget.label(), forget_metric(recipe))
     sets = {(s.role, s.name): s for s in load_sets(_local_part(recipe), base)}
+    unscored = {key for key, one in sets.items() if not one.validation}
+    kept = [key for key in kept_metrics(recipe) if (key[0], key[1]) not in unscored]
+    chosen = rule(recipe.choose, forget, kept)
     stages = [f"{i}. {stage}" for i, stage in enumerate(_stages(recipe, sets, chosen), 1)]
     blocks = [
         ("recipe", [f"{recipe.name}  ({loaded.source})", *_first_line(recipe.description)]),
@@ -150,12 +153,17 @@ def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
         formula = f"theta - c * (tau_f - {vector.mu:g} * tau_r)"
     grid = ", ".join(f"{c:g}" for c in recipe.sweep.grid())
     tasks = f", and lm-eval's {', '.join(task.task for task in recipe.eval.tasks)}" if recipe.eval.tasks else ""
-    yield f"negate: {formula}, scored on validation items{tasks} at c = {grid}"
+    written = " (and ROUGE-L of written answers)" if recipe.eval.generate == "sweep" and _writes(recipe) else ""
+    yield f"negate: {formula}, scored on validation items{tasks}{written} at c = {grid}"
     yield f"choose c: {chosen}"
-    kinds = {spec.kind for _, spec in recipe.sets()}
-    rouge = ", with ROUGE-L of written answers" if recipe.eval.generate and kinds & {"qa", "text"} else ""
+    rouge = ", with ROUGE-L of written answers" if recipe.eval.generate != "none" and _writes(recipe) else ""
     yield f"score test items before and after{rouge}; write report.json and report.html"
     yield f"export: {_export(recipe)}"
+
+
+def _writes(recipe: Recipe) -> bool:
+    """Whether some set is of a kind whose answers are written out and compared."""
+    return any(spec.kind in ("qa", "text") for _, spec in recipe.sets())
 
 
 def _training(spec: TrainSpec | TeachSpec, examples: _Examples) -> str:

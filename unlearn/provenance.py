@@ -29,7 +29,10 @@ LIBRARIES = (
     "tokenizers",
 )
 _HIDDEN = "***"
-_NAMES = r"(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|auth|authorization|credentials?)"
+_NAMES = (
+    r"(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|auth|authorization"
+    r"|credentials?)"
+)
 _VALUE_OF = re.compile(rf"(?i)({_NAMES}[\"']?\s*[=:]\s*).+", re.DOTALL)
 _FLAG = re.compile(rf"(?i)--?[\w.-]*?{_NAMES}")
 _KEYS = re.compile(
@@ -168,7 +171,7 @@ def _homes() -> list[str]:
 
 def _cpu() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as f:
             models = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
     except OSError:
         models = []
@@ -198,7 +201,7 @@ def _memory_gb() -> float | None:
 
 def _first_line(path: str) -> str | None:
     try:
-        with open(path, encoding="ascii") as f:
+        with Path(path).open(encoding="ascii") as f:
             return f.readline().strip()
     except (OSError, UnicodeDecodeError):
         return None

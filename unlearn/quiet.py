@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,24 +24,28 @@ def quietly(*, downloads: bool = False) -> Iterator[None]:
     Args:
         downloads: let the hub's client show its progress bars: it is moving gigabytes.
     """
-    from huggingface_hub import utils as hub
+    from huggingface_hub.utils import logging as hub_chatter
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
     from transformers.utils import logging as chatter
 
-    verbosity, hub_verbosity = chatter.get_verbosity(), hub.logging.get_verbosity()
-    bars, hub_bars = chatter.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    verbosity, hub_verbosity = chatter.get_verbosity(), hub_chatter.get_verbosity()
+    bars, hub_bars = chatter.is_progress_bar_enabled(), not are_progress_bars_disabled()
     chatter.set_verbosity_error()
-    hub.logging.set_verbosity_error()
-    chatter.disable_progress_bar()  # the hub's as well
-    if downloads and hub_bars:
-        hub.enable_progress_bars()
+    hub_chatter.set_verbosity(logging.ERROR)
+    _show_bars(False, downloads and hub_bars)
     try:
         yield
     finally:
         chatter.set_verbosity(verbosity)
-        hub.logging.set_verbosity(hub_verbosity)
-        if bars:
-            chatter.enable_progress_bar()
-        if hub_bars:
-            hub.enable_progress_bars()
-        else:
-            hub.disable_progress_bars()
+        hub_chatter.set_verbosity(hub_verbosity)
+        _show_bars(bars, hub_bars)
+
+
+def _show_bars(transformers: bool, hub: bool) -> None:
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as chatter
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where HF_HUB_DISABLE_PROGRESS_BARS decides, the hub's client says so
+        (chatter.enable_progress_bar if transformers else chatter.disable_progress_bar)()  # the hub's as well
+        (enable_progress_bars if hub else disable_progress_bars)()

@@ -43,9 +43,7 @@ class ModelSpec(_Frozen):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format in memory; auto is bfloat16 on GPUs that have it, else float32."
     )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps."
-    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps.")
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none",
         description="Train the LoRA on a bitsandbytes-quantised copy; the edit itself always goes on full precision.",
@@ -257,7 +255,10 @@ class EvalSpec(_Frozen):
     batch_tokens: Positive | None = Field(None, description="packed: tokens per forward pass; found when not given.")
     batch_size: Positive = Field(16, description="hf, and generation: rows per forward pass.")
     bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="Resamples for stderr where no formula exists.")
-    generate: bool = Field(True, description="Score ROUGE-L of greedy answers (qa, text) before and after.")
+    generate: Literal["none", "test", "sweep"] = Field(
+        "test",
+        description="ROUGE-L of greedy answers (qa, text): test, before and after; sweep, at every coefficient too.",
+    )
     examples: Annotated[int, Field(ge=0)] = Field(6, description="Items per set shown before and after in the report.")
     tasks: tuple[TaskSpec, ...] = Field((), description="lm-eval's own tasks.")
 
@@ -298,7 +299,9 @@ class Recipe(_Frozen):
         labels = [f"{role}.{d.label()}" for role, d in self.sets()]
         for label in labels:
             if labels.count(label) > 1:
-                raise ValueError(f"two {label.split('.')[0]} sets are called {label.split('.', 1)[1]!r}: give them names")
+                raise ValueError(
+                    f"two {label.split('.')[0]} sets are called {label.split('.', 1)[1]!r}: give them names"
+                )
         return self
 
     def sets(self) -> tuple[tuple[SetRole, DataSet], ...]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from unlearn.report import RunReport, Score, ScoreRow, SweepPoint, TaskScore
-from unlearn.wording import MISSING, coefficient, listing, number, percent, short, signed
+from unlearn.wording import MISSING, listing, number, short, signed
+from unlearn.wording import coefficient as coefficient  # the model card takes these two from here
+from unlearn.wording import percent as percent
 
 Key = tuple[str, str, str]
 Z95 = 1.96

@@ -1,4 +1,4 @@
-"""Rounding float32 to 16 bits by chance, so that an edit smaller than half a unit in the last place survives on average."""
+"""Rounding float32 to 16 bits by chance, so that an edit too small for them survives on average."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from unlearn import console
-from unlearn.errors import RecipeError, RunFolderError, UnlearnError
+from unlearn.errors import RecipeError, UnlearnError
 
 if TYPE_CHECKING:
     from unlearn.recipe import Recipe

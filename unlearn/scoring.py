@@ -19,7 +19,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from unlearn.console import progress
 from unlearn.memory import is_out_of_memory
@@ -60,7 +60,6 @@ class PackedLM(HFLM):
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         linear, pairwise = self._costs()
         rows = pack([(c, t) for _, c, t in requests], self.max_length, linear / pairwise)
-        todo = [rows]
         with progress(self.label, len(requests)) as advance, torch.inference_mode():
             for batch in _batches(rows, self.batch_tokens):
                 todo = [batch]
@@ -171,7 +170,8 @@ class PackedLM(HFLM):
             log.warning("packed rows do not work on %s (%s): scoring one row per answer", type(self.model).__name__, e)
             return False
         if worst > _PROBE_TOLERANCE.get(self.model.dtype, 3e-1):
-            log.warning("packed rows differ by %.2g on %s: scoring one row per answer", worst, type(self.model).__name__)
+            name = type(self.model).__name__
+            log.warning("packed rows differ by %.2g on %s: scoring one row per answer", worst, name)
             return False
         return True
 
@@ -187,7 +187,7 @@ class PackedLM(HFLM):
             for i, (context, continuation) in enumerate(pairs):
                 ids = torch.tensor([context + continuation], device=self.device)
                 logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].float()
-                plain = F.log_softmax(logits, -1)[range(len(continuation)), continuation].sum()
+                plain = functional.log_softmax(logits, -1)[range(len(continuation)), continuation].sum()
                 worst = max(worst, abs(float(plain) - packed[i][0]))
         return worst if math.isfinite(worst) else math.inf
 

@@ -63,11 +63,16 @@ def choose(points: Sequence[SweepPoint], forget: Key, kept: Sequence[Key], spec:
 
     start = sign * scores[0.0][forget].score.value
     passing = [p for p in points if p.coefficient > 0 and p.within_bound and left(p) < start]
-    text = rule(spec, forget, kept)
-    if not passing:
-        return Chosen(0.0, False, text, forget[2])
-    best = min(passing, key=lambda p: (left(p), p.coefficient))
-    return Chosen(best.coefficient, True, text, forget[2])
+    best = min(passing, key=lambda p: (left(p), p.coefficient), default=None)
+    return Chosen(
+        coefficient=best.coefficient if best else 0.0,
+        bound_met=best is not None,
+        rule=rule(spec, forget, kept),
+        forget_metric=forget[2],
+        keep=spec.keep,
+        perplexity=spec.perplexity,
+        kept=tuple(kept),
+    )
 
 
 def rule(spec: ChooseSpec, forget: Key, kept: Sequence[Key]) -> str:
@@ -108,7 +113,10 @@ def _validation(scores: Sequence[TaskScore]) -> dict[Key, TaskScore]:
     """Scores by key; a coefficient chosen on test items would be no evidence, so those are an error here."""
     wrong = [s for s in scores if s.split != "validation"]
     if wrong:
-        raise EvaluationError(f"the coefficient is chosen on validation items, but {_say(wrong[0].key)} is on {wrong[0].split}")
+        culprit = wrong[0]
+        raise EvaluationError(
+            f"the coefficient is chosen on validation items, but {_say(culprit.key)} is on {culprit.split} ones"
+        )
     return {s.key: s for s in scores}
 
 

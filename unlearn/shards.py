@@ -119,5 +119,5 @@ def _write(path: Path, slots: Sequence[Slot], value: Callable[[str], Tensor]) ->
             if tuple(tensor.shape) != s.shape or tensor.dtype != s.dtype:
                 raise ValueError(f"{s.name}: {tuple(tensor.shape)} {tensor.dtype} came instead of {s}")
             flat = tensor.detach().contiguous().reshape(-1)
-            for chunk in flat.split(_CHUNK):
-                f.write(chunk.cpu().view(torch.uint8).numpy().data)
+            for start in range(0, len(flat), _CHUNK):
+                f.write(flat[start : start + _CHUNK].cpu().view(torch.uint8).numpy().data)

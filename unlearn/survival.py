@@ -26,7 +26,8 @@ class Survival:
     def of(cls, stored: Tensor, before: Tensor, intended: Tensor) -> Survival:
         """Compare one weight as stored with the unedited one in the same dtype, and with the change meant for it."""
         parts = []
-        for new, old, wish in zip(stored.split(_ROWS), before.split(_ROWS), intended.split(_ROWS), strict=True):
+        for start in range(0, len(stored), _ROWS):
+            new, old, wish = (t[start : start + _ROWS] for t in (stored, before, intended))
             realised, wanted = new.cpu().double() - old.cpu().double(), wish.cpu().double()
             parts.append(
                 cls(

@@ -159,7 +159,8 @@ def _has_items(loaded: LoadedSet, split: Split) -> bool:
     if loaded.role != "forget" and getattr(loaded.spec, split) is None and getattr(loaded.spec.shares, split) == 0:
         return False  # the recipe says so: a set that is only trained on, or only reported
     raise EvaluationError(
-        f"{loaded.role} set {loaded.name!r} has no {split} items: raise shares.{split}, add rows, or give a file under {split}"
+        f"{loaded.role} set {loaded.name!r} has no {split} items: raise shares.{split}, add rows, "
+        f"or give a file under {split}"
     )
 
 
@@ -209,8 +210,8 @@ def _shipped(spec: TaskSpec, seed: int) -> tuple[dict[str, Task], dict[str, Grou
         loaded = manager.load(spec.task)
     except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
         raise EvaluationError(
-            f"eval.tasks: lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error}). Its data come from the hub: "
-            f"fill the cache where there is network and set HF_HOME, or take the task out of the recipe"
+            f"eval.tasks: lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error}). Its data come from the "
+            f"hub: fill the cache where there is network and set HF_HOME, or take the task out of the recipe"
         ) from error
     tasks, groups = dict(loaded["tasks"]), dict(loaded.get("groups") or {})
     if spec.task not in tasks and spec.task not in groups:
@@ -241,7 +242,7 @@ def _share(spec: TaskSpec, tasks: Mapping[str, Task], split: Split, seed: int) -
 
 
 def _reusing(task: Task) -> Task:
-    """Make the requests once; lm-eval would build them again, and the model tokenise them again, at every coefficient."""
+    """Make the requests once; lm-eval would build them again at every coefficient."""
     build: Callable[..., None] = task.build_all_requests
     made_for: list[dict[str, Any]] = []
 
@@ -252,7 +253,7 @@ def _reusing(task: Task) -> Task:
         for instance in task.instances:  # new lists: the last result's samples still hold the old ones
             instance.resps, instance.filtered_resps = [], {}
 
-    task.build_all_requests = build_once  # type: ignore[method-assign]
+    task.build_all_requests = build_once
     return task
 
 

@@ -75,16 +75,17 @@ def pack(pairs: Sequence[tuple[list[int], list[int]]], max_length: int, merge_ga
     cut = [(context + continuation)[-(max_length + 1) :] for context, continuation in pairs]
     order = sorted(range(len(pairs)), key=lambda i: cut[i][:-1])
     rows: list[Row] = []
-    row, path, before = Row(), [], []  # path[k]: node at depth k of the sequence before
+    row = Row()
+    path: list[int] = []  # path[k]: node at depth k of the sequence before
+    before: list[int] = []
     for i in order:
         sequence = cut[i][:-1]
         shared = _common(before, sequence)
         fresh = len(sequence) - shared
         size = len(row.tokens)
-        joins = shared > 0 and (
-            fresh == 0
-            or (size + fresh <= LONGEST_ROW and shared * merge_gain >= ((size + fresh) ** 2 - size**2 - len(sequence) ** 2))
-        )
+        more_pairs = (size + fresh) ** 2 - size**2 - len(sequence) ** 2  # attended, against a row of its own
+        affordable = size + fresh <= LONGEST_ROW and shared * merge_gain >= more_pairs
+        joins = shared > 0 and (fresh == 0 or affordable)
         if not joins:
             row, path, shared = Row(), [], 0
             rows.append(row)

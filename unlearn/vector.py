@@ -155,8 +155,11 @@ class TaskVector:
         missing = [n for n in sorted(names) if f"{n}.A" not in tensors or f"{n}.B" not in tensors]
         if missing:
             raise VectorError(f"{path}: a factor is missing for {_some(missing)}")
-        modules = {n: LowRank(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}
-        return cls(modules, json.loads(head.get("meta", "{}")))
+        try:
+            modules = {n: LowRank(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}
+            return cls(modules, _read_meta(head.get("meta", "{}")))
+        except VectorError as e:
+            raise VectorError(f"{path}: {e}") from e
 
 
 def concatenate(first: TaskVector, second: TaskVector) -> TaskVector:
@@ -180,6 +183,17 @@ def concatenate(first: TaskVector, second: TaskVector) -> TaskVector:
         else:
             modules[name] = m
     return TaskVector(modules, {**second.meta, **first.meta})
+
+
+def _read_meta(text: str) -> dict[str, str]:
+    """The metadata of a file, which is a JSON object of strings."""
+    try:
+        meta = json.loads(text)
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise VectorError(f"its metadata is damaged: {text[:80]}")
+    return meta
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -1,0 +1,249 @@
+"""The whole road, as a user walks it: the command line in a process of its own, killed, resumed, and read by others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from unlearn.assets import tasks_folder
+from unlearn.negate import applied
+from unlearn.pipeline import STAGES
+from unlearn.report import RunReport
+from unlearn.run import main
+from unlearn.vector import TaskVector
+
+COMMAND = [sys.executable, "-m", "unlearn.run", "--recipe", "pico_smoke.yaml"]
+SECONDS = 300
+
+
+def start(folder: Path, *extra: str) -> subprocess.Popen[str]:
+    """The CLI as a process; its stderr (progress) as text."""
+    return subprocess.Popen(
+        [*COMMAND, "--out", str(folder), *extra],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder.parent,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def same(folder: Path) -> dict[str, Any]:
+    """A report without what may differ between two runs of one recipe: times and the clock."""
+    report = json.loads((folder / "report.json").read_text())
+    report.pop("seconds")
+    for line in report["training"]:
+        line.pop("seconds")
+    report["provenance"].pop("date")
+    report["provenance"].pop("command")
+    return report
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of one uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    out, err = finish(start(folder))
+    assert "forgot" in out, out + err
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def report(whole: Path) -> RunReport:
+    return RunReport.from_json(json.loads((whole / "report.json").read_text()))
+
+
+def test_the_run_forgets_and_keeps_within_its_rule(report: RunReport) -> None:
+    assert report.chosen.bound_met
+    assert report.chosen.coefficient > 0
+    by_key = {(r.set, r.metric): r for r in report.scores}
+    forget, keep = by_key["forget", "prob"], by_key["retain", "prob"]
+    assert forget.after.value < forget.before.value - 0.2
+    assert keep.after.value / keep.before.value > forget.after.value / forget.before.value
+    assert all(r.split == "test" and r.before.n == 6 for r in report.scores)
+    assert all(s.split == "validation" for p in report.sweep for s in p.scores)
+    assert [p.coefficient for p in report.sweep] == [0, 0.5, 1, 1.5, 2, 3, 4]
+
+
+def test_report_and_files_agree(whole: Path, report: RunReport) -> None:
+    page = (whole / "report.html").read_text()
+    assert f"{report.chosen.coefficient:g}" in page
+    assert "<script src" not in page
+    results = list((whole / "eval").rglob("results_*.json"))
+    assert len(results) == len(report.sweep) + 2  # every coefficient on validation, two on test
+    provenance = json.loads((whole / "provenance.json").read_text())
+    assert provenance["key"] == report.provenance["key"]
+    assert set(provenance["stages"]) >= {"items", "target", "vectors/forget", "vectors/retain", "export/adapter"}
+
+
+def test_a_second_run_changes_nothing_and_computes_nothing(whole: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file() and p.name != ".unlearn-lock"}
+    _, err = finish(start(whole))
+    after = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file() and p.name != ".unlearn-lock"}
+    assert "nothing has changed" in err
+    ignored = {whole / "recipe.yaml", whole / "resolved.yaml"}
+    assert {p: t for p, t in before.items() if p not in ignored} == {p: t for p, t in after.items() if p not in ignored}
+
+
+def test_a_damaged_vector_is_made_again(whole: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    vector = copy / "vectors" / "forget" / "vector.safetensors"
+    raw = bytearray(vector.read_bytes())
+    raw[-5] ^= 0xFF
+    vector.write_bytes(raw)
+    _, err = finish(start(copy))
+    assert "made again" in err
+    assert same(copy) == same(whole)
+
+
+def test_killed_in_every_stage_and_resumed_gives_the_same_report(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for number, stage in enumerate(STAGES, start=1):
+        # an interrupt in the last stage, a kill without warning in all others
+        number_sent = signal.SIGINT if number == len(STAGES) else signal.SIGKILL
+        process = start(folder)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(f"[{number}/"):
+                time.sleep(0.4 if stage in ("teach", "finetune") else 0.05)
+                process.send_signal(number_sent)
+                break
+        else:
+            pytest.fail(f"the run never came to {stage}")
+        process.communicate(timeout=SECONDS)
+        assert process.returncode in (-signal.SIGKILL, 130, 0)
+    finish(start(folder))
+    assert same(folder) == same(whole)
+
+
+def test_plain_peft_gives_the_edited_model(whole: Path, report: RunReport) -> None:
+    target = whole / "target"
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(target)("Norway: Oslo", return_tensors="pt")["input_ids"]
+    vector = TaskVector.load(whole / "vectors" / "edit" / "vector.safetensors")
+    with torch.no_grad():
+        untouched = model(ids).logits
+        with applied(model, vector, -report.chosen.coefficient):
+            wanted = model(ids).logits
+        peft = PeftModel.from_pretrained(model, str(whole / "export" / "adapter")).eval()
+        got = peft(ids).logits
+    assert (wanted - untouched).abs().max() > 0.1
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_bare_lm_eval_on_the_export_agrees_with_the_report(whole: Path, report: RunReport, tmp_path: Path) -> None:
+    items = whole / "items" / "forget.europe.test.jsonl"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
+            *("--model_args", f"pretrained={whole / 'target'},peft={whole / 'export' / 'adapter'},dtype=float32"),
+            *("--include_path", str(tasks_folder()), "--tasks", "unlearn_mcq"),
+            *("--metadata", json.dumps({"items": str(items)}), "--output_path", str(tmp_path / "out")),
+        ],
+        check=True,
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=SECONDS,
+    )
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    scores = json.loads(found.read_text())["results"]["unlearn_mcq"]
+    for row in report.scores:
+        if row.set == "forget":
+            assert scores[f"{row.metric},none"] == pytest.approx(row.after.value, abs=1e-4), row.metric
+
+
+def test_nothing_passes_so_nothing_changes(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert main([*COMMAND[3:], "--out", str(folder), "--strict", "--set", "sweep.coefficients=[0.000001]"]) == 1
+    report = RunReport.from_json(json.loads((folder / "report.json").read_text()))
+    assert (report.chosen.coefficient, report.chosen.bound_met) == (0.0, False)
+    assert report.exports == {}
+    assert not (folder / "export").exists()
+    assert all(r.before == r.after for r in report.scores)
+
+
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("-m", "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", str(folder)),
+            *("--set", "teach.batch_size=12", "--set", "vector.forget.batch_size=6"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = RunReport.from_json(json.loads((folder / "report.json").read_text()))
+    assert report.chosen.coefficient > 0
+    assert [line["steps"] for line in report.training] == [60, 30, 30]
+
+
+MISTAKES: list[tuple[list[str], Sequence[str]]] = [
+    (["--set", "vector.lora.rang=4"], ["rang", "rank"]),
+    (["--set", "sweep.coefficients=a"], ["sweep.coefficients"]),
+    (["--set", "vector.lora.targets=[c_attn]"], ["c_attn", "q_proj"]),
+    (["--set", "forget.path=nowhere.jsonl"], ["nowhere.jsonl"]),
+    (["--set", "forget.columns.question=contry"], ["contry", "country"]),
+    (["--set", "retain.0.where.continent=Europe"], ["forget", "retain"]),
+    (["--set", "model.path=no/such/folder/here"], ["no/such/folder/here", "model.path"]),
+    (["--set", "vector.forget.learning_rate=1e30"], ["learning_rate"]),
+    (["--set", "choose.metric=perplexity"], ["choose.metric", "acc"]),
+    (["--set", "eval.tasks=[{task: hellaswog}]"], ["hellaswog", "hellaswag"]),
+]
+
+
+@pytest.mark.parametrize(("extra", "said"), MISTAKES, ids=[m[0][1].split("=")[0] for m in MISTAKES])
+def test_a_mistake_is_one_message_and_exit_code_2(
+    extra: list[str], said: Sequence[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMAND[3:], "--out", str(tmp_path / "run"), *extra]) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert err.count("error:") == 1
+    for word in said:
+        assert word in err
+
+
+def test_another_recipes_folder_is_refused(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND[3:], "--out", str(whole), "--set", "seed=7"]) == 2
+    err = capfd.readouterr().err
+    assert "seed" in err
+    assert "--fresh" in err
+
+
+@pytest.mark.parametrize("flag", ["--help", "--list", "--schema", "--dry-run"])
+def test_quick_answers_do_not_import_torch(flag: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from unlearn.run import main\n"
+        f"try: main({[*COMMAND[3:], flag]!r})\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'lm_eval'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "pico" in done.stdout or flag in ("--help", "--schema")
