@@ -94,7 +94,7 @@ def _rows(path: Path, kind: str) -> Iterable[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: an item must be a JSON object")  # noqa: TRY004 (the file is at fault)
+                raise ValueError(f"{where}: an item must be a JSON object")
             _check(row, kind, where)
             columns = (*_REQUIRED[kind], *_OPTIONAL[kind])
             yield {"id": str(row.get("id", number)), **{c: row[c] for c in columns if c in row}}
@@ -145,7 +145,7 @@ def memory_pieces(doc: Mapping[str, Any]) -> list[str]:
     return list(doc["pieces"]) if doc.get("pieces") else re.findall(r"\s*\S+", doc["target"])
 
 
-class PieceByPiece(ConfigurableTask):  # type: ignore[misc]
+class PieceByPiece(ConfigurableTask):
     """One request for each piece of the continuation, each after all the true text before it (teacher forcing)."""
 
     def __init__(self, config: dict[str, Any]) -> None:

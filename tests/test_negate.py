@@ -117,7 +117,9 @@ def test_negation_is_peft_s_own_at_minus_one(loaded: Load, folder: Path, rslora:
     peft_model = random_adapter(loaded(folder).model, use_rslora=rslora)
     vector = read_adapter(peft_model, {"set": "forget"})
     tuned = logits(peft_model)
-    peft_model.add_weighted_adapter(["default"], [-1.0], "minus", combination_type="linear")
+    # peft gives the new adapter alpha = r and folds the old scale in, but under rsLoRA alpha/sqrt(r) is then sqrt(r)
+    weight = -1.0 / math.sqrt(4) if rslora else -1.0
+    peft_model.add_weighted_adapter(["default"], [weight], "minus", combination_type="linear")
     peft_model.set_adapter("minus")
     negated = logits(peft_model)
 

@@ -125,7 +125,7 @@ def test_reopening_keeps_stages_and_takes_the_new_text(tmp_path: Path) -> None:
 def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
     RunFolder.open(tmp_path, recipe(), TEXT).close()
     retain = {"path": "r.txt", "kind": "text"}
-    other = recipe(seed=7, sweep={"coefficients": (0.5,)}, eval={"generate": False}, description="x", retain=(retain,))
+    other = recipe(seed=7, sweep={"coefficients": (0.5,)}, eval={"examples": 2}, description="x", retain=(retain,))
     with pytest.raises(RunFolderError) as caught:
         RunFolder.open(tmp_path, other, TEXT)
     message = str(caught.value)

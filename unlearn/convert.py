@@ -26,7 +26,7 @@ def _parsed_once() -> Iterator[None]:
     import gguf
     import numpy as np
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class Reader(gguf.GGUFReader):
         """Without np.memmap's cost per slice: the vocabulary alone takes a million slices."""
 
         @property

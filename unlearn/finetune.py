@@ -182,7 +182,7 @@ def merge(model: nn.Module, vector: TaskVector) -> None:
         for module, low_rank in fit(model, vector).values():
             weight = module.get_parameter("weight")
             delta = low_rank.delta().to(weight.device)
-            weight += delta.T if isinstance(module, Conv1D) else delta
+            weight.add_(delta.T if isinstance(module, Conv1D) else delta)
 
 
 def _train(

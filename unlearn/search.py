@@ -51,10 +51,14 @@ def choose(points: Sequence[SweepPoint], forget: Key, kept: Sequence[Key], spec:
     Returns:
         Coefficient 0 and ``bound_met`` False when no coefficient above 0 is within the bounds *and* forgets more than
         the target model: the model is then left as it is.
+
+    Raises:
+        EvaluationError: the forget metric is missing at some coefficient, or a score was taken on test items.
     """
     scores = {p.coefficient: _validation(p.scores) for p in points}
-    if 0.0 not in scores or forget not in scores[0.0]:
-        raise EvaluationError(f"the forget metric {_say(forget)} has no validation score at coefficient 0")
+    for c in sorted({0.0, *scores}):
+        if forget not in scores.get(c, {}):
+            raise EvaluationError(f"the forget metric {_say(forget)} has no validation score at coefficient {c:g}")
     sign = 1.0 if scores[0.0][forget].higher_is_better else -1.0
 
     def left(point: SweepPoint) -> float:
