@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn import tasks as tasks_module
 from unlearn.assets import tasks_folder
-from unlearn.data import LoadedSet, load_sets
+from unlearn.data import Item, LoadedSet, load_sets
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.evaluate import EvalResult, evaluate, perplexity_stderr
 from unlearn.item_files import MEMORY_TOKENS, count_tokens, items_path, write_items
@@ -272,6 +273,19 @@ def check_pieces(lm: HFLM, row: dict[str, Any], generated: int) -> None:
     assert lm.tok_encode(row["prompt"] + row["continuation"]) == whole[: len(lm.tok_encode(row["prompt"])) + generated]
 
 
+def test_no_cut_where_the_beginning_alone_encodes_otherwise(tmp_path: Path, sets: tuple[LoadedSet, ...]) -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.WordLevel({"[UNK]": 0, "ab": 1, "a": 2, "b": 3, "c": 4}, unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.Split(Regex("ab(?=c)|a|b|c"), "isolated")  # ab is one token before c only
+    words = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="[UNK]")
+    assert [words.tokenize(text) for text in ("cabca", "cab")] == [["c", "ab", "c", "a"], ["c", "a", "b"]]
+    utility = replace(sets[2], test=(Item("1", "c", "abcaabc"),))
+    (path,) = write_items((utility,), words, tmp_path / "odd", ("test",))
+    assert json.loads(path.read_text(encoding="utf-8"))["pieces"] == ["abc", "a", "abc"]
+
+
 @pytest.mark.parametrize("context", ["", "Who?", "Who? ", "Who?\n\n"])
 @pytest.mark.parametrize("continuation", [" Paris", "Buenos Aires", " 東京"])
 def test_token_counts(lm: Recording, context: str, continuation: str) -> None:
@@ -336,8 +350,6 @@ def test_a_broken_model_is_an_error_that_names_the_task(
 
 
 def test_sets_without_items(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     forget, retain, utility = sets
     with pytest.raises(EvaluationError, match=r"forget set 'near' has no test items: raise shares.test"):
         built((replace(forget, test=()), retain), "test", recipe, lm, tmp_path)

@@ -142,6 +142,16 @@ class DataSet(Source):
         return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.config or stem).strip("-.") or "set"
 
 
+def _only_scored() -> SplitShares:
+    return SplitShares(train=0.0, validation=0.4, test=0.6)
+
+
+class UtilitySet(DataSet):
+    """A utility set: only scored, so by default none of its rows are held back for training."""
+
+    shares: SplitShares = Field(default_factory=_only_scored, description="How the rows are split.")
+
+
 class LoraSpec(_Frozen):
     """Shape of the adapter that becomes the task vector (Hu et al. 2106.09685)."""
 
@@ -284,7 +294,7 @@ class Recipe(_Frozen):
     model: ModelSpec = Field(description="The model that knows too much.")
     forget: DataSet = Field(description="What must go.")
     retain: tuple[DataSet, ...] = Field((), description="What lies near it and must stay.")
-    utility: tuple[DataSet, ...] = Field((), description="General ability.")
+    utility: tuple[UtilitySet, ...] = Field((), description="General ability.")
     teach: TeachSpec | None = Field(None, description="First teach the model forget and retain sets.")
     vector: VectorSpec = Field(default_factory=VectorSpec, description="The task vector.")
     sweep: SweepSpec = Field(default_factory=SweepSpec, description="Coefficients tried.")
