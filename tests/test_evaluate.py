@@ -24,15 +24,17 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from unlearn import metrics
 from unlearn import tasks as tasks_module
 from unlearn.assets import tasks_folder
 from unlearn.data import Item, LoadedSet, load_sets
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.evaluate import EvalResult, evaluate, perplexity_stderr
 from unlearn.item_files import MEMORY_TOKENS, count_tokens, items_path, write_items
+from unlearn.metrics import default_metric, forget_metric
 from unlearn.pico import corpus
 from unlearn.recipe import Recipe, Split
-from unlearn.tasks import TaskSet, build_tasks, default_metric, forget_metric, kept_metrics
+from unlearn.tasks import TaskSet, build_tasks, kept_metrics
 
 ODD = "Naïve cafés – 東京 is 😀  far,\n\n\tand 12345 ... done. "
 
@@ -380,11 +382,13 @@ def test_perplexity_stderr_is_that_of_a_bootstrap() -> None:
 def test_metrics(recipe: Recipe) -> None:
     assert [default_metric(kind) for kind in ("mcq", "qa", "text")] == ["acc", "prob", "perplexity"]
     assert forget_metric(recipe) == "prob"
-    assert kept_metrics(recipe) == (("retain", "far", "acc"), ("utility", "passages", "perplexity"))
+    assert metrics.kept_metrics(recipe) == (("retain", "far", "acc"), ("utility", "passages", "perplexity"))
     with_tasks = change(recipe, tasks=[{"task": "wmdp_bio", "set": "forget"}, {"task": "piqa", "metric": "acc_norm"}])
-    assert kept_metrics(with_tasks)[2:] == (("utility", "piqa", "acc_norm"),)
+    assert metrics.kept_metrics(with_tasks)[2:] == (("utility", "piqa", "acc_norm"),)
     wrong = recipe.model_copy(update={"choose": recipe.choose.model_copy(update={"metric": "los"})})
-    with pytest.raises(EvaluationError, match=r"choose.metric: qa data have no 'los' in the search; did you mean loss"):
+    with pytest.raises(
+        EvaluationError, match=r"choose.metric: qa data have no 'los' in the search; did you mean 'loss'"
+    ):
         forget_metric(wrong)
 
 

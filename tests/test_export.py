@@ -406,6 +406,7 @@ def test_rounding_leaves_exact_values_and_overflow_alone() -> None:
     edge = torch.tensor([65504.0, 65510.0, -65510.0, 1e6, float("inf"), float("-inf")])
     out = round_stochastically(edge, torch.float16, g)
     assert torch.equal(out, edge.to(torch.float16))
+    assert torch.isnan(round_stochastically(torch.tensor([float("nan")]), torch.float16, g)).all()
     with pytest.raises(ValueError, match="float64"):
         round_stochastically(exact.double(), torch.float16, g)
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,12 @@ def same(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     out, err = finish(start(folder))
     assert "forgot" in out, out + err
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="module")

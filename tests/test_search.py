@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn.errors import EvaluationError
+from unlearn.metrics import Key, is_perplexity
 from unlearn.recipe import ChooseSpec
 from unlearn.report import Role, Score, SweepPoint, TaskScore
-from unlearn.search import Key, choose, is_perplexity, judge, rule
+from unlearn.search import choose, judge, rule
 
 FORGET: Key = ("forget", "europe", "acc_norm")
 ASIA: Key = ("retain", "asia", "acc_norm")
@@ -58,7 +59,14 @@ def test_a_score_keeps_its_share(was: float, now: float, keep: float, ok: bool) 
 
 @pytest.mark.parametrize(
     ("now", "allowed", "ok"),
-    [(12.5, 0.5, True), (12.51, 0.5, False), (11.0, 0.5, True), (12.0, 0.0, True), (12.01, 0.0, False), (14.0, 2.0, True)],
+    [
+        (12.5, 0.5, True),
+        (12.51, 0.5, False),
+        (11.0, 0.5, True),
+        (12.0, 0.0, True),
+        (12.01, 0.0, False),
+        (14.0, 2.0, True),
+    ],
 )
 def test_a_perplexity_may_rise_by_so_much(now: float, allowed: float, ok: bool) -> None:
     """From 12. The share (keep) has no say: 12.5 is more than 12 / 0.99."""
@@ -136,7 +144,9 @@ def test_test_items_are_no_ground_for_choosing() -> None:
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def sweep(*values: tuple[float, float, float], higher: bool = True, was: tuple[float, float] = (0.9, 0.8)) -> list[SweepPoint]:
+def sweep(
+    *values: tuple[float, float, float], higher: bool = True, was: tuple[float, float] = (0.9, 0.8)
+) -> list[SweepPoint]:
     """Points from (coefficient, forget score, score of ASIA), judged against ``was``, which is the point at 0."""
     base = [score(FORGET, was[0], higher), score(ASIA, was[1])]
     table = [(0.0, *was), *values]
@@ -211,7 +221,9 @@ UNIT = st.floats(0, 1).map(lambda x: round(x, 2))
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from([0.25, 0.5, 0.75, 1.0, 2.0]), st.tuples(UNIT, UNIT)), st.tuples(UNIT, UNIT), UNIT)
+@given(
+    st.dictionaries(st.sampled_from([0.25, 0.5, 0.75, 1.0, 2.0]), st.tuples(UNIT, UNIT)), st.tuples(UNIT, UNIT), UNIT
+)
 def test_no_better_point_was_passed_over(
     table: dict[float, tuple[float, float]], was: tuple[float, float], keep: float
 ) -> None:

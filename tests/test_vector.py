@@ -205,7 +205,7 @@ def test_a_vector_of_nothing() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("factor", ["A", "B"])
 def test_values_that_are_not_finite(value: float, factor: str) -> None:
-    good = random_vector({n: (4, 3) for n in NAMES}, dict.fromkeys(NAMES, 2), 0)
+    good = random_vector(dict.fromkeys(NAMES, (4, 3)), dict.fromkeys(NAMES, 2), 0)
     bad = {"A": torch.ones(2, 3), "B": torch.ones(4, 2)}
     bad[factor][0, 1] = value
     with pytest.raises(VectorError, match="not finite in 1 modules") as caught:
@@ -232,7 +232,7 @@ def test_a_long_list_of_clashes_is_cut() -> None:
     names = [f"m{i:02}" for i in range(11)]
     a = random_vector(dict.fromkeys(names, (2, 2)), dict.fromkeys(names, 1), 0)
     b = random_vector(dict.fromkeys(names, (2, 3)), dict.fromkeys(names, 1), 0)
-    with pytest.raises(VectorError, match="m07 .* and 3 more") as caught:
+    with pytest.raises(VectorError, match=r"m07 .* and 3 more") as caught:
         _ = a + b
     assert "m08" not in str(caught.value)
 
@@ -272,7 +272,7 @@ def test_factors_that_are_views_are_saved_as_they_look(tmp_path: Path) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "v.safetensors"
-    random_vector({n: (4, 3) for n in NAMES}, dict.fromkeys(NAMES, 2), 0, {"seed": "0"}).save(path)
+    random_vector(dict.fromkeys(NAMES, (4, 3)), dict.fromkeys(NAMES, 2), 0, {"seed": "0"}).save(path)
     return path
 
 

@@ -1,30 +1,43 @@
-"""Several processes under ``accelerate launch``: they train together, then the main one goes on alone."""
+"""Several processes under ``accelerate launch``: they train together, then the main one goes on alone.
+
+Alone, from the start, all of this does nothing and imports nothing.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-
-import torch.distributed as dist
 
 _PATIENCE = timedelta(days=7)  # the others wait while one downloads, converts or writes
 
 
-@contextmanager
-def started() -> Iterator[None]:
-    """Join the process group if there is one to join, and leave it at the end. Alone, nothing happens."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    from accelerate import PartialState
+def several() -> bool:
+    """Whether there are other processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
-    PartialState(timeout=_PATIENCE)
-    dist.barrier()  # the main process has opened the run folder
-    try:
-        yield
-        dist.barrier()
-    finally:
+
+def join() -> None:
+    """Join the others, and wait until all of them are there."""
+    if several():
+        from accelerate import PartialState
+
+        PartialState(timeout=_PATIENCE)
+        wait()
+
+
+def wait() -> None:
+    """Until every process is here. After :func:`leave` there is nobody to wait for."""
+    if several():
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def leave() -> None:
+    """Part from the others. Calling it again does nothing."""
+    if several():
+        import torch.distributed as dist
+
         if dist.is_initialized():
             dist.destroy_process_group()

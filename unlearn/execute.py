@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from unlearn import provenance
+from unlearn import distributed, provenance
 from unlearn.chatter import quiet_libraries
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
@@ -39,11 +39,15 @@ def execute(loaded: LoadedRecipe, out: Path | None, fresh: bool) -> RunReport | 
     with RunFolder.open(out, recipe, loaded.text, fresh) as folder:
         say(f"{recipe.name}: {folder.root}")
         key = fingerprint(_plain(recipe), _inputs(recipe, base), provenance.versions(provenance.LIBRARIES))
-        report = _unchanged(folder, key)
-        if report is None:
-            report = _run(loaded, folder, key)
-        else:
-            say("nothing has changed since this run was finished; --fresh runs it again")
+        distributed.join()
+        try:
+            report = _unchanged(folder, key)
+            if report is None:
+                report = _run(loaded, folder, key)
+            else:
+                say("nothing has changed since this run was finished; --fresh runs it again")
+        finally:
+            distributed.leave()
         if report is not None and is_main_process():
             render_table(report, Console())
             say(f"report: {folder.root / 'report.html'}")
@@ -53,21 +57,20 @@ def execute(loaded: LoadedRecipe, out: Path | None, fresh: bool) -> RunReport | 
 def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
     quiet_libraries()  # before they are imported
     from unlearn.card import CardFacts
-    from unlearn.distributed import started
     from unlearn.pipeline import Pipeline
 
     recipe = loaded.recipe
     began = time.monotonic()
-    with started():
-        pipe = Pipeline(recipe, loaded.source.parent, folder)
-        base = pipe.load()
-        sets = pipe.data(base.tokenizer)
-        target = pipe.teach(base, sets)
-        vectors = pipe.vectors(target, sets)
+    pipe = Pipeline(recipe, loaded.source.parent, folder)
+    base = pipe.load()
+    sets = pipe.data(base.tokenizer)
+    target = pipe.teach(base, sets)
+    vectors = pipe.vectors(target, sets)
+    distributed.wait()
+    distributed.leave()
     if not is_main_process():
         return None  # training is shared among processes; the rest is the main one's
-    points = pipe.sweep(target, sets, vectors.edit)
-    chosen = pipe.choose(points)
+    points, chosen = pipe.sweep(target, sets, vectors.edit)
     before, after, examples = pipe.test(target, sets, vectors.edit, chosen.coefficient)
     rows = _rows(before, after)
     exports = pipe.export(target, vectors.edit, CardFacts(recipe, chosen, rows))

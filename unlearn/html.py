@@ -8,9 +8,9 @@ from pathlib import Path
 from unlearn.charts import TOP, frontier_chart, frontier_legend, lambda_chart
 from unlearn.html_parts import data_section, examples_section, footer, making_section, scroll, section, warning_list
 from unlearn.markup import Child, Raw, el, join
+from unlearn.metrics import Key, is_perplexity
 from unlearn.report import RunReport, Score, ScoreRow, TaskScore
 from unlearn.report_text import (
-    Key,
     bound_figure,
     bound_of,
     final_shares,
@@ -18,7 +18,6 @@ from unlearn.report_text import (
     frontier,
     headline,
     interval,
-    is_perplexity,
     kept_figure,
     kept_keys,
     main_keys,

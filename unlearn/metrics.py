@@ -42,3 +42,8 @@ def kept_metrics(recipe: Recipe) -> tuple[Key, ...]:
     own = [(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role != "forget"]
     shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set != "forget"]
     return (*own, *shipped)
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric is bounded by how much it rises, not by the share it keeps."""
+    return metric.endswith("perplexity")

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lm_eval.models.huggingface import HFLM
 
 from unlearn import card, export, fetch, finetune, models, search, tasks
 from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet, load_sets
+from unlearn.distributed import wait
 from unlearn.evaluate import evaluate
 from unlearn.finetune import Encoded, TrainingLog
 from unlearn.item_files import write_items
 from unlearn.methods.contrast import contrast
 from unlearn.methods.negate import negate
+from unlearn.metrics import forget_metric
 from unlearn.models import Loaded
 from unlearn.negate import Edit
 from unlearn.provenance import LIBRARIES, versions
@@ -100,14 +101,14 @@ class Pipeline:
             def make(tmp: Path) -> None:
                 rows = self._encode(learned, base.tokenizer, spec)
                 work = self.folder.work("target", self.stages["target"])
-                _wait()
+                wait()
                 args = (base.model, base.tokenizer, rows, spec)
                 if spec.lora is None:
                     log = finetune.train_weights(*args, self.recipe.seed, work, "teaching")
                 else:
                     vector, log = finetune.train_vector(*args, spec.lora, self.recipe.seed, work, "teaching", {})
                     finetune.merge(base.model, vector)
-                _wait()
+                wait()
                 if is_main_process():
                     base.model.save_pretrained(tmp)
                     base.tokenizer.save_pretrained(tmp)
@@ -151,12 +152,12 @@ class Pipeline:
         def make(tmp: Path) -> None:
             rows = self._encode(sets, trainee.tokenizer, spec)
             work = self.folder.work(stage, self.stages[stage])
-            _wait()
+            wait()
             meta = {"set": name, "base": target, "data": json.dumps(digests), "lora": json.dumps(_plain(lora))}
             vector, log = finetune.train_vector(
                 trainee.model, trainee.tokenizer, rows, spec, lora, self.recipe.seed, work, f"{name} set", meta
             )
-            _wait()
+            wait()
             vector.save(tmp / VECTOR_FILE)
             write_json_atomic(tmp / "training.json", log.to_json(name))
             _say_training(log)
@@ -171,27 +172,25 @@ class Pipeline:
 
     # -- scores --------------------------------------------------------------------------------------------------
 
-    def sweep(self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector) -> tuple[SweepPoint, ...]:
-        """Validation scores at every coefficient of the grid, each from the pristine weights."""
+    def sweep(
+        self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector
+    ) -> tuple[tuple[SweepPoint, ...], Chosen]:
+        """Validation scores at every coefficient, each from the pristine weights, and the choice made on them."""
         grid = self.recipe.sweep.grid()
-        kept = tasks.kept_metrics(self.recipe)
+        forget = ("forget", self.recipe.forget.label(), forget_metric(self.recipe))
         points: list[SweepPoint] = []
         with self._announced("sweep", f"{len(grid)} coefficients on validation items"):
             lm = self._lm(target)
             items, generate = self.folder.path("items"), self.recipe.eval.generate == "sweep"
             built = tasks.build_tasks(sets, "validation", self.recipe, target.tokenizer, items, generate=generate)
+            kept = tasks.kept_metrics(self.recipe, built)
             with Edit(target.model, vector) as edit:
                 for c in grid:
                     scores, _ = self._scored(c, "validation", lm, built, edit, target, vector, sets)
                     point = search.judge(c, scores, points[0].scores if points else scores, kept, self.recipe.choose)
                     points.append(point)
                     say(f"    λ = {c:<6g}{_brief(scores)}" + ("" if point.within_bound else "   out of bounds"))
-        return tuple(points)
-
-    def choose(self, points: Sequence[SweepPoint]) -> Chosen:
-        """The coefficient, by rule, from validation scores alone."""
-        key = ("forget", self.recipe.forget.label(), tasks.forget_metric(self.recipe))
-        return search.choose(points, key, tasks.kept_metrics(self.recipe), self.recipe.choose)
+        return tuple(points), search.choose(points, forget, kept, self.recipe.choose)
 
     def test(
         self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector, chosen: float
@@ -294,11 +293,11 @@ class Pipeline:
         key = fingerprint(self._libraries, name, *parts)
         self.stages[name] = key
         done = self.folder.finished(name, key)
-        _wait()  # nobody may look for a stage that another process is writing
+        wait()  # nobody may look for a stage that another process is writing
         if done is None:
             with self.folder.writing(name, key) as tmp:
                 make(tmp)
-            _wait()
+            wait()
         else:
             say(f"    {name}: as before", style="dim")
 
@@ -313,12 +312,6 @@ class Pipeline:
         say(f"    {took:.1f} s", style="dim")
         made = [r.seconds for n in set(self.stages) - before if (r := self.folder.record(n)) is not None]
         self.seconds[stage] = round(max(took, sum(made)), 2)
-
-
-def _wait() -> None:
-    """Under ``accelerate launch``: until every process is here."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 def _plain(spec: Any) -> Any:

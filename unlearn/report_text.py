@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from unlearn.metrics import Key, is_perplexity
 from unlearn.report import RunReport, Score, ScoreRow, SweepPoint, TaskScore
 from unlearn.wording import MISSING, listing, number, short, signed
 from unlearn.wording import coefficient as coefficient  # the model card takes these two from here
 from unlearn.wording import percent as percent
 
-Key = tuple[str, str, str]
 Z95 = 1.96
 CAVEAT = (
     "Unlearning is not deletion. These scores say what the model does when it is asked like this; rephrasing, few "
@@ -75,11 +75,6 @@ def interval(score: Score, metric: str) -> str | None:
 def plain_metric(metric: str) -> str:
     """A metric's name in a sentence."""
     return _PLAIN.get(metric, metric)
-
-
-def is_perplexity(metric: str) -> bool:
-    """Perplexities are bounded by a difference, everything else by a share."""
-    return "perplexity" in metric
 
 
 def share_kept(

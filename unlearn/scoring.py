@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unlearn.console import progress
+from unlearn.errors import EvaluationError
 from unlearn.memory import is_out_of_memory
 from unlearn.tree import Row, pack
 
@@ -47,12 +48,21 @@ class PackedLM(HFLM):
         self.batch_tokens = batch_tokens or (16384 if self.device.type == "cuda" else 2048)
         self.label = "scoring"
         self._exact: bool | None = None
+        self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval does it, but once: a sweep asks for the same pairs at every coefficient."""
+        pair = context, continuation
+        if pair not in self._encoded:
+            self._encoded[pair] = super()._encode_pair(context, continuation)
+        return self._encoded[pair]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if not requests:
             return []
+        self._check(requests)
         if self._exact is None:
             self._exact = self._probe()
         if not self._exact:
@@ -61,7 +71,7 @@ class PackedLM(HFLM):
         linear, pairwise = self._costs()
         rows = pack([(c, t) for _, c, t in requests], self.max_length, linear / pairwise)
         with progress(self.label, len(requests)) as advance, torch.inference_mode():
-            for batch in _batches(rows, self.batch_tokens):
+            for batch in _batches(rows, lambda: self.batch_tokens):
                 todo = [batch]
                 while todo:
                     part = todo.pop()
@@ -70,7 +80,7 @@ class PackedLM(HFLM):
                     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
                         if not is_out_of_memory(e) or len(part) == 1:
                             raise
-                        self.batch_tokens = max(1, self.batch_tokens // 2)
+                        self.batch_tokens = max(1, min(self.batch_tokens, _size(part)) // 2)
                         half = len(part) // 2
                         todo += [part[half:], part[:half]]
                         continue
@@ -83,6 +93,17 @@ class PackedLM(HFLM):
         missing = [i for i, a in enumerate(answers) if a is None]
         assert not missing, f"{len(missing)} requests were lost in packing"
         return [a for a in answers if a is not None]
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        """Refuse what has no score: lm-eval asserts the same, without a word."""
+        for text, context, continuation in requests:
+            shown = "" if text is None else f": {text[0][-60:]!r} {text[1][:60]!r}"
+            if not context or not continuation:
+                raise EvaluationError(f"a prompt or an answer is nothing but white space{shown}")
+            if len(continuation) > self.max_length:
+                raise EvaluationError(
+                    f"an answer has {len(continuation)} tokens, but the model reads {self.max_length} at a time{shown}"
+                )
 
     def _score(self, rows: Sequence[Row]) -> Iterable[tuple[int, tuple[float, bool]]]:
         """One forward pass over ``rows``; yields (request index, (log-likelihood, is greedy))."""
@@ -188,15 +209,24 @@ class PackedLM(HFLM):
                 ids = torch.tensor([context + continuation], device=self.device)
                 logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].float()
                 plain = functional.log_softmax(logits, -1)[range(len(continuation)), continuation].sum()
-                worst = max(worst, abs(float(plain) - packed[i][0]))
-        return worst if math.isfinite(worst) else math.inf
+                difference = abs(float(plain) - packed[i][0])
+                worst = max(worst, difference if math.isfinite(difference) else math.inf)  # max() would drop a NaN
+        return worst
 
 
-def _batches(rows: Sequence[Row], budget: int) -> Iterable[list[Row]]:
-    """Rows of like length together, so that rows x longest stays within ``budget`` tokens; the longest first."""
+def _size(rows: Sequence[Row]) -> int:
+    """Tokens of a batch of rows, padding included."""
+    return len(rows) * max(len(row.tokens) for row in rows)
+
+
+def _batches(rows: Sequence[Row], budget: Callable[[], int]) -> Iterator[list[Row]]:
+    """Rows of like length together, so that rows x longest stays within the budget; the longest first.
+
+    The budget is asked for at every row, because it shrinks on the way when memory runs out.
+    """
     batch: list[Row] = []
     for row in sorted(rows, key=lambda r: len(r.tokens), reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0].tokens) > budget:
+        if batch and (len(batch) + 1) * len(batch[0].tokens) > budget():
             yield batch
             batch = []
         batch.append(row)

@@ -10,10 +10,9 @@ import math
 from collections.abc import Sequence
 
 from unlearn.errors import EvaluationError
+from unlearn.metrics import Key, is_perplexity
 from unlearn.recipe import ChooseSpec
 from unlearn.report import Chosen, SweepPoint, TaskScore
-
-Key = tuple[str, str, str]  # set, name, metric
 
 
 def judge(
@@ -90,11 +89,6 @@ def rule(spec: ChooseSpec, forget: Key, kept: Sequence[Key]) -> str:
     if any(is_perplexity(k[2]) for k in kept):
         bounds.append(f"at most +{spec.perplexity:g} perplexity")
     return f"{goal}, while every kept metric stays within its bound: {' or '.join(bounds)}"
-
-
-def is_perplexity(metric: str) -> bool:
-    """Whether a metric is bounded by its rise instead of its share."""
-    return "perplexity" in metric
 
 
 def _broken(here: TaskScore, before: TaskScore, spec: ChooseSpec) -> str:

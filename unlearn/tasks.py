@@ -19,43 +19,17 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from unlearn import metrics
 from unlearn.assets import tasks_folder
 from unlearn.data import LoadedSet
 from unlearn.errors import EvaluationError
 from unlearn.harness import quiet_harness
 from unlearn.item_files import MEMORY_TOKENS, items_path, write_items
-from unlearn.recipe import Kind, Recipe, SetRole, Split, TaskSpec
+from unlearn.metrics import Key
+from unlearn.recipe import Recipe, SetRole, Split, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# Metrics of each kind that need log-likelihoods only; the first is the one the choice of a coefficient rests on.
-METRICS: dict[Kind, tuple[str, ...]] = {
-    "mcq": ("acc", "acc_norm", "logprob", "prob"),
-    "qa": ("prob", "loss", "exact"),
-    "text": ("perplexity", "loss", "exact_memorisation"),
-}
-Key = tuple[str, str, str]  # set, name, metric
-
-
-def default_metric(kind: Kind) -> str:
-    """The metric that stands for a set: accuracy (mcq), answer probability (qa), perplexity (text)."""
-    return METRICS[kind][0]
-
-
-def forget_metric(recipe: Recipe) -> str:
-    """The metric to drive down on the forget set.
-
-    Raises:
-        EvaluationError: the recipe names one that this kind of data does not have in the search.
-    """
-    kind = recipe.forget.kind
-    metric = recipe.choose.metric or default_metric(kind)
-    if metric not in METRICS[kind]:
-        raise EvaluationError(
-            f"choose.metric: {kind} data have no {metric!r} in the search; {_nearest(metric, METRICS[kind])}"
-        )
-    return metric
 
 
 @dataclass(frozen=True)
@@ -81,18 +55,13 @@ class TaskSet:
     samples: Mapping[str, list[int]]
 
 
-def kept_metrics(recipe: Recipe, built: TaskSet | None = None) -> tuple[Key, ...]:
-    """Keys of the scores that must stay within the bound: one for each retain and utility set and each lm-eval task.
+def kept_metrics(recipe: Recipe, built: TaskSet) -> tuple[Key, ...]:
+    """Keys of the scores that must stay within the bound, of what ``built``, the tasks of the search, does score.
 
-    Args:
-        recipe: The recipe.
-        built: The tasks of the search. Only what they score counts: neither sets without validation items nor tasks
-            that need generation, which are reported and not searched on.
+    That leaves out sets without validation items, and tasks that need generation: reported, but not searched on.
     """
-    own = [(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role != "forget"]
-    shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set != "forget"]
-    scored = None if built is None else {(info.set, info.name) for info in built.info.values()}
-    return tuple(key for key in (*own, *shipped) if scored is None or key[:2] in scored)
+    scored = {(info.set, info.name) for info in built.info.values()}
+    return tuple(key for key in metrics.kept_metrics(recipe) if key[:2] in scored)
 
 
 def build_tasks(

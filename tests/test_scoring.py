@@ -1,0 +1,494 @@
+"""Packed scoring against lm-eval's own model, request by request."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, MistralConfig, PreTrainedModel
+
+from unlearn import scoring
+from unlearn.errors import EvaluationError
+from unlearn.models import Loaded
+from unlearn.negate import Edit
+from unlearn.pico import corpus
+from unlearn.scoring import PackedLM
+from unlearn.vector import LowRank, TaskVector
+
+FAMILIES = ["phi", "llama", "gpt2", "qwen2", "gpt_neox"]
+Load = Callable[..., Loaded]
+Texts = list[tuple[str, str]]
+ODD = "Naïve cafés – 東京 is 😀  far,\n\n\tand 12345 ... done."
+
+
+@pytest.fixture(params=FAMILIES)
+def got(request: pytest.FixtureRequest, loaded: Load) -> Loaded:
+    return loaded(request.getfixturevalue(f"pico_{request.param}"))
+
+
+def reference(model: Loaded, **options: Any) -> HFLM:
+    return HFLM(pretrained=model.model, tokenizer=model.tokenizer, backend="causal", batch_size=4, **options)
+
+
+def packed(model: Loaded, **options: Any) -> PackedLM:
+    return PackedLM(model.model, model.tokenizer, **options)
+
+
+def asked(texts: Sequence[tuple[Any, ...]], kind: str = "loglikelihood") -> list[Instance]:
+    return [Instance(kind, {}, arguments, i) for i, arguments in enumerate(texts)]
+
+
+def assert_same(got: Sequence[tuple[float, bool]], wanted: Sequence[tuple[float, bool]], within: float = 1e-4) -> None:
+    assert len(got) == len(wanted)
+    for i, ((value, greedy), (other, other_greedy)) in enumerate(zip(got, wanted, strict=True)):
+        # lm-eval adds up a long answer in float32, hence the second term
+        assert abs(value - other) <= within + 1e-6 * abs(other), (i, value, other)
+        assert greedy is other_greedy, i
+
+
+def compare(model: Loaded, texts: Texts, **options: Any) -> list[tuple[float, bool]]:
+    lm = packed(model, **options)
+    answers = lm.loglikelihood(asked(texts))
+    assert lm._exact is True  # not by way of lm-eval's own code
+    assert_same(answers, reference(model).loglikelihood(asked(texts), disable_tqdm=True))
+    return answers
+
+
+def questions() -> Texts:
+    """Four choices each: of one token and of several, sharing beginnings, some questions sharing theirs."""
+    cities = ["Paris", "Rome", "Madrid", "Papeete on Tahiti", "Paris, France", "New York"]
+    texts = []
+    for country in ("France", "Italy", "Francia", "Spain", "Peru"):
+        for template in ("The capital of {} is", "Question: What is the capital of {}?\nAnswer:"):
+            texts += [(template.format(country), f" {city}") for city in cities]
+    return texts
+
+
+# --- the same numbers ------------------------------------------------------------------------------------------------
+
+
+def test_choices(got: Loaded) -> None:
+    answers = compare(got, questions())
+    assert len({round(v, 3) for v, _ in answers}) > 40  # they do differ
+
+
+def test_odd_requests(got: Loaded) -> None:
+    long = " ".join(corpus()) * 3
+    assert len(got.tokenizer(long)["input_ids"]) > 2 * 512  # the window
+    texts = [
+        ("", "Paris"),
+        ("", " Paris is a city"),
+        ("a", "b"),
+        ("The capital of France is ", "Paris"),  # the space goes over to the answer
+        ("The capital  ", "  is"),
+        (ODD, " " + ODD),
+        ("東京", "は"),
+        ("😀" * 5, "😀"),
+        ("\nThe", "\n\n"),
+        (long, " Paris"),
+        (long, " Rome and more"),
+        (long[:2500], " Paris"),
+        ("x" + long, " Paris"),
+        ("The capital", " is" * 400),
+    ]
+    compare(got, texts + texts[::-1])
+
+
+def test_an_answer_that_the_model_would_give(got: Loaded) -> None:
+    """The greedy flag is True for what the model itself goes on with, False one token off it."""
+    prompt = "The capital of France is"
+    ids = got.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    own = got.model.generate(ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))[
+        0, ids.shape[1] :
+    ].tolist()
+    other = [*own[:-1], (own[-1] + 1) % 256]
+    requests = [(("", ""), ids[0].tolist(), answer) for answer in (own, other, own[:1], own[:4])]
+    flags = [greedy for _, greedy in packed(got)._loglikelihood_tokens(requests)]
+    assert flags == [True, False, True, True]
+
+
+def test_one_request_and_none(phi: Loaded) -> None:
+    compare(phi, [("The capital of France is", " Paris")])
+    assert packed(phi).loglikelihood([]) == []
+    assert packed(phi)._loglikelihood_tokens([]) == []
+
+
+def test_duplicates_get_their_answers_too(phi: Loaded) -> None:
+    texts = [("The capital of France is", " Paris"), ("The capital of Italy is", " Rome")] * 3
+    answers = compare(phi, texts)
+    assert answers[0] == answers[2] == answers[4]
+    assert answers[0] != answers[1]
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.text(max_size=30) | st.sampled_from(["The capital of", "The capital of France is", "The "]),
+            st.text(min_size=1, max_size=12) | st.sampled_from([" Paris", " Paris is", " Rome"]),
+        ),
+        min_size=1,
+        max_size=10,
+    )
+)
+def test_any_strings(phi: Loaded, texts: Texts) -> None:
+    compare(phi, texts)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
+def test_however_the_rows_are_batched(phi: Loaded, batch_tokens: int) -> None:
+    compare(phi, questions(), batch_tokens=batch_tokens)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_however_the_head_is_chunked(phi: Loaded, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_HEAD_BYTES", chunk * 4 * phi.model.get_output_embeddings().weight.shape[0])
+    compare(phi, questions())
+
+
+@pytest.mark.parametrize("gain", [0.0, math.inf])
+def test_whether_or_not_rows_are_merged(phi: Loaded, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedLM, "_costs", lambda self: (gain, 1.0))
+    compare(phi, questions())
+
+
+@pytest.mark.parametrize("window", [8, 24, 37])
+def test_a_small_window(got: Loaded, window: int) -> None:
+    """Longer contexts lose tokens on the left; with 8 the probe itself does not fit and lm-eval's code takes over."""
+    key = "n_positions" if hasattr(got.model.config, "n_positions") else "max_position_embeddings"
+    setattr(got.model.config, key, window)
+    texts = [t for t in questions() if len(got.tokenizer(t[1])["input_ids"]) <= window]
+    lm = packed(got)
+    assert lm.max_length == window
+    assert_same(lm.loglikelihood(asked(texts)), reference(got).loglikelihood(asked(texts), disable_tqdm=True))
+    assert lm._exact is (window > 8)
+
+
+def test_rolling_log_likelihoods(got: Loaded) -> None:
+    long = " ".join(corpus())
+    texts = [(corpus()[0],), (ODD,), (long,), (long[: len(long) // 2],), ("a",), (corpus()[0],)]
+    lm = packed(got)
+    values = lm.loglikelihood_rolling(asked(texts, "loglikelihood_rolling"))
+    wanted = reference(got).loglikelihood_rolling(asked(texts, "loglikelihood_rolling"), disable_tqdm=True)
+    assert lm._exact is True
+    assert values == pytest.approx(wanted, rel=1e-5, abs=1e-3)
+    assert values[2] < values[3] < values[0] < 0
+
+
+def test_generation_is_lm_eval_s(got: Loaded) -> None:
+    options = {"until": ["\n", " x"], "max_gen_toks": 12, "do_sample": False}
+    texts = [(prompt, options) for prompt in ("The capital of France is", "Question: What", "A dog", ODD, "a")]
+    mine = packed(got).generate_until(asked(texts, "generate_until"), disable_tqdm=True)
+    wanted = reference(got).generate_until(asked(texts, "generate_until"), disable_tqdm=True)
+    assert mine == wanted
+    assert any(mine)
+
+
+def test_half_precision_is_near(loaded: Load, pico_phi: Path) -> None:
+    """In bfloat16 the two add up in another order, so they agree to its few digits only."""
+    half = loaded(pico_phi, "bfloat16")
+    lm = packed(half)
+    answers = lm.loglikelihood(asked(questions()))
+    assert lm._exact is True
+    wanted = reference(half, softmax_dtype="float32").loglikelihood(asked(questions()), disable_tqdm=True)
+    exact = reference(loaded(pico_phi)).loglikelihood(asked(questions()), disable_tqdm=True)
+    tokens = [len(half.tokenizer(answer)["input_ids"]) for _, answer in questions()]
+    for (mine, _), (other, _), (true, _), count in zip(answers, wanted, exact, tokens, strict=True):
+        assert abs(mine - other) / count < 0.1
+        assert abs(mine - true) / count < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_edited_model_is_scored_as_edited(loaded: Load, pico_phi: Path, dtype: str) -> None:
+    got = loaded(pico_phi, dtype)
+    generator = torch.Generator().manual_seed(0)
+    vector = TaskVector(
+        {
+            f"model.layers.{layer}.mlp.fc1": LowRank(
+                torch.randn(2, 64, generator=generator) * 0.1, torch.randn(128, 2, generator=generator)
+            )
+            for layer in range(2)
+        }
+    )
+    lm, plain = packed(got), reference(got, softmax_dtype="float32")
+    within = 1e-4 if dtype == "float32" else 1.0
+    before = lm.loglikelihood(asked(questions()))
+    with Edit(got.model, vector) as edit:
+        for c in (-1.0, -0.5):
+            edit.set(c)
+            here = lm.loglikelihood(asked(questions()))
+            there = plain.loglikelihood(asked(questions()), disable_tqdm=True)
+            assert max(abs(a - b) for (a, _), (b, _) in zip(here, there, strict=True)) < within
+            assert max(abs(a - b) for (a, _), (b, _) in zip(here, before, strict=True)) > 2 * within
+    assert lm.loglikelihood(asked(questions())) == before
+
+
+# --- less work -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forwards(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Shapes of the batches that the pico Phi's body is run on, as they come."""
+    seen: list[tuple[int, int]] = []
+    body = phi.model.model
+    plain = body.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(kwargs["input_ids"].shape))
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(body, "forward", forward)
+    return seen
+
+
+def test_a_shared_context_is_computed_once(phi: Loaded, forwards: list[tuple[int, int]]) -> None:
+    context = " ".join(corpus()[:8])
+    texts = [(context, f" {city}") for city in ("Paris", "Rome", "Madrid", "Oslo")]
+    length = len(phi.tokenizer(context)["input_ids"])
+    lm = packed(phi)
+    lm.loglikelihood(asked(texts[:1]))  # with it the probe
+    forwards.clear()
+    lm.loglikelihood(asked(texts))
+    ((rows, width),) = forwards
+    assert rows == 1
+    assert length <= width < length + 30
+
+
+def test_batches_stay_within_the_budget(phi: Loaded, forwards: list[tuple[int, int]]) -> None:
+    lm = packed(phi, batch_tokens=64)
+    lm.loglikelihood(asked(questions()[:1]))
+    forwards.clear()
+    texts = [(text, " x") for text in corpus()]
+    lm.loglikelihood(asked(texts))
+    assert len(forwards) > 3
+    assert all(rows * width <= 64 or rows == 1 for rows, width in forwards)
+    assert any(rows > 1 for rows, _ in forwards)
+    widths = [width for _, width in forwards]
+    assert widths == sorted(widths, reverse=True)  # what needs most memory comes first
+
+
+def test_the_head_sees_scored_positions_only(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [(" ".join(corpus()[:8]), f" {city}") for city in ("Paris", "Rome", "Madrid", "Oslo")]
+    lm = packed(phi)
+    lm.loglikelihood(asked(texts))
+    seen = []
+    head = phi.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    lm.loglikelihood(asked(texts))
+    handle.remove()
+    scored = sum(len(phi.tokenizer(answer)["input_ids"]) for _, answer in texts)
+    assert sum(shape[0] for shape in seen) <= scored
+    # the first token of every answer is predicted from one position
+    assert sum(shape[0] for shape in seen) == scored - 3
+
+
+def test_answers_reach_lm_eval_s_cache(phi: Loaded) -> None:
+    class Hook:
+        def __init__(self) -> None:
+            self.kept: dict[tuple[str, str], tuple[float, bool]] = {}
+
+        def add_partial(self, attr: str, request: tuple[str, str], answer: tuple[float, bool]) -> None:
+            assert attr == "loglikelihood"
+            self.kept[request] = answer
+
+    lm = packed(phi)
+    lm.cache_hook = Hook()
+    answers = lm.loglikelihood(asked(questions()))
+    assert lm.cache_hook.kept == dict(zip(questions(), answers, strict=True))
+
+
+# --- out of memory ---------------------------------------------------------------------------------------------------
+
+
+def limited(
+    body: nn.Module, limit: int, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Let the body fail on more than ``limit`` tokens; returns the sizes it was asked for."""
+    sizes: list[int] = []
+    plain = body.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > limit:
+            raise error()
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(body, "forward", forward)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB"),
+        lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        lambda: MemoryError(),
+    ],
+)
+def test_running_out_of_memory_loses_nothing(
+    phi: Loaded, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [(text, answer) for text in corpus() for answer in (" Paris", " x")]
+    wanted = reference(phi).loglikelihood(asked(texts), disable_tqdm=True)
+    sizes = limited(phi.model.model, 300, error, monkeypatch)
+    lm = packed(phi, batch_tokens=2000)
+    assert_same(lm.loglikelihood(asked(texts)), wanted)
+    failed = [size for size in sizes if size > 300]
+    assert 1 <= len(failed) <= 4  # halved for what follows too, instead of failing at every batch
+    assert 50 <= lm.batch_tokens <= 300
+    # and the next call keeps within what fitted
+    sizes.clear()
+    assert_same(lm.loglikelihood(asked(texts)), wanted)
+    assert max(sizes) <= 300
+
+
+def test_one_row_that_does_not_fit_is_an_error(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = packed(phi)
+    lm.loglikelihood(asked(questions()))
+    limited(phi.model.model, 10, lambda: torch.OutOfMemoryError("out of memory"), monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        lm.loglikelihood(asked([(" ".join(corpus()[:4]), " x")]))
+
+
+def test_other_errors_are_not_taken_for_it(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = packed(phi)
+    lm.loglikelihood(asked(questions()))
+    sizes = limited(phi.model.model, 0, lambda: RuntimeError("expected all tensors on one device"), monkeypatch)
+    with pytest.raises(RuntimeError, match="on one device"):
+        lm.loglikelihood(asked(questions()))
+    assert len(sizes) == 1
+    # during the probe it must not look like a model that cannot be packed, either
+    monkeypatch.undo()
+    fresh = packed(phi)
+    limited(phi.model.model, 0, lambda: torch.OutOfMemoryError("out of memory"), monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        fresh.loglikelihood(asked(questions()))
+
+
+# --- models that cannot be packed ------------------------------------------------------------------------------------
+
+
+def small(config_type: type, phi: Loaded, **more: Any) -> Loaded:
+    """A tiny model of another family with the pico tokenizer."""
+    config = config_type(
+        vocab_size=len(phi.tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.12,
+        **more,
+    )
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return Loaded(model, phi.tokenizer, "", torch.float32, torch.device("cpu"))
+
+
+def falls_back(model: Loaded, caplog: pytest.LogCaptureFixture) -> str:
+    """Compare with lm-eval's numbers; returns what was said about the detour."""
+    lm = packed(model)
+    with caplog.at_level(logging.WARNING, "unlearn.scoring"):
+        answers = lm.loglikelihood(asked(questions()))
+        lm.loglikelihood(asked(questions()[:2]))
+    assert lm._exact is False
+    assert_same(answers, reference(model).loglikelihood(asked(questions()), disable_tqdm=True))
+    said = [r.getMessage() for r in caplog.records if r.name == "unlearn.scoring"]
+    assert len(said) == 1  # once, not at every call
+    assert "scoring one row per answer" in said[0]
+    return said[0]
+
+
+def test_a_model_that_scales_its_logits(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    assert "packed rows differ by" in falls_back(small(GraniteConfig, phi, logits_scaling=4.0), caplog)
+
+
+def test_a_model_that_caps_its_logits(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    full = ["full_attention"] * 2
+    capped = small(
+        Gemma3TextConfig, phi, head_dim=16, final_logit_softcapping=2.0, sliding_window=4096, layer_types=full
+    )
+    assert "packed rows differ by" in falls_back(capped, caplog)
+
+
+def test_a_model_with_a_sliding_window(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    assert "sliding window" in falls_back(small(MistralConfig, phi, sliding_window=8), caplog)
+
+
+def test_a_window_that_is_never_reached_does_not_matter(phi: Loaded) -> None:
+    compare(small(MistralConfig, phi, sliding_window=256), questions())
+    compare(small(MistralConfig, phi, sliding_window=None), questions())
+
+
+def test_a_body_that_takes_no_mask(
+    phi: Loaded, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recurrent models take neither positions nor a mask per token."""
+    plain = phi.model.model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("attention_mask must be (batch, tokens)")
+        return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(phi.model.model, "forward", forward)
+    assert "attention_mask must be (batch, tokens)" in falls_back(phi, caplog)
+
+
+def test_a_body_that_ignores_the_mask(
+    phi: Loaded, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that see each other would score wrongly without any error: the probe must notice."""
+    plain = phi.model.model.forward
+    monkeypatch.setattr(phi.model.model, "forward", lambda **kw: plain(**{**kw, "attention_mask": None}))
+    assert "packed rows differ by" in falls_back(phi, caplog)
+
+
+def test_a_probe_that_ends_in_nan_is_no_proof(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = packed(phi)
+    monkeypatch.setattr(lm, "_score", lambda rows: [(i, (math.nan, False)) for i in range(3)])
+    assert lm._probe() is False
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (("\n", " Paris"), r"nothing but white space: '\\n' ' Paris'"),
+        (("The capital", ""), "nothing but white space"),
+        (
+            ("The capital", " is" * 40),
+            r"an answer has 40 tokens, but the model reads 32 at a time: 'The capital' ' is is",
+        ),
+    ],
+)
+def test_requests_that_have_no_score(phi: Loaded, texts: tuple[str, str], said: str) -> None:
+    """lm-eval's own model stops at a bare assertion here."""
+    phi.model.config.max_position_embeddings = 32
+    with pytest.raises(EvaluationError, match=said):
+        packed(phi).loglikelihood(asked([("The capital", " of"), texts]))
+    with pytest.raises(AssertionError):
+        reference(phi).loglikelihood(asked([texts]), disable_tqdm=True)
+
+
+def test_the_model_is_not_changed(phi: Loaded) -> None:
+    before = copy.deepcopy(phi.model.state_dict())
+    config = phi.model.config.to_dict()
+    packed(phi).loglikelihood(asked(questions()))
+    assert all(torch.equal(t, before[n]) for n, t in phi.model.state_dict().items())
+    assert phi.model.config.to_dict() == config
+    assert not phi.model.training
