@@ -7,14 +7,14 @@ rows, resumes from the last whole checkpoint, and refuses what cannot give a vec
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -22,25 +22,26 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
+from unlearn.batches import IGNORE, ByLength, Encoded, Pad
 from unlearn.console import progress
 from unlearn.data import Item
 from unlearn.errors import TrainingError
 from unlearn.memory import is_out_of_memory
+from unlearn.methods.retain_kl import penalty
 from unlearn.models import resolve_targets
 from unlearn.negate import fit
-from unlearn.recipe import LoraSpec, TrainSpec
+from unlearn.recipe import LoraSpec, RetainKLSpec, TrainSpec
 from unlearn.vector import LowRank, TaskVector
 
-IGNORE = -100  # label of tokens without loss
 _WHOLE = "unlearn_checkpoint_is_whole"
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One training row: token ids and, per token, the label or :data:`IGNORE`."""
+class Keep:
+    """Retain rows and the penalty that holds the model's predictions on them."""
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    rows: Sequence[Encoded]
+    spec: RetainKLSpec
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def encode(items: Sequence[Item], kind: str, tokenizer: Any, max_length: int) ->
             skip = 1  # the first token has nothing before it
         else:
             ids = tokenizer(f"{item.prompt} {item.target}")["input_ids"]
-            skip = len(tokenizer(item.prompt)["input_ids"]) if item.prompt else 0
+            # blanks at a prompt's end count as the answer's; and the first token has nothing before it
+            prompt = item.prompt.rstrip()
+            skip = max(len(tokenizer(prompt)["input_ids"]) if prompt else 0, 1)
             if kind == "qa":
                 ids = [*ids, tokenizer.eos_token_id]
         ids = ids[:max_length]
@@ -104,6 +107,7 @@ def train_vector(
     work: Path,
     label: str,
     meta: Mapping[str, str],
+    keep: Keep | None = None,
 ) -> tuple[TaskVector, TrainingLog]:
     """LoRA on ``rows``; the model comes back without the adapter, its own weights untouched.
 
@@ -111,6 +115,7 @@ def train_vector(
         work: Folder for checkpoints; training goes on from the last whole one it finds there.
         label: What the progress bar says.
         meta: Goes into the vector's metadata.
+        keep: Retain rows on which the model's predictions must not change.
 
     Raises:
         ModelError: the LoRA's targets match nothing.
@@ -133,7 +138,7 @@ def train_vector(
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     try:
-        log = _train(peft_model, tokenizer, rows, spec, seed, work, label)
+        log = _train(peft_model, tokenizer, rows, spec, seed, work, label, keep)
         vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})
     finally:
         peft_model.unload()
@@ -186,7 +191,14 @@ def merge(model: nn.Module, vector: TaskVector) -> None:
 
 
 def _train(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Encoded], spec: TrainSpec, seed: int, work: Path, label: str
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    spec: TrainSpec,
+    seed: int,
+    work: Path,
+    label: str,
+    keep: Keep | None = None,
 ) -> TrainingLog:
     """Run the Trainer over ``rows``, from the last whole checkpoint in ``work`` if there is one."""
     epochs, max_steps = spec.duration()
@@ -203,8 +215,6 @@ def _train(
         weight_decay=spec.weight_decay,
         lr_scheduler_type=spec.schedule,
         warmup_steps=math.ceil(spec.warmup * total),
-        gradient_checkpointing=spec.gradient_checkpointing,
-        train_sampling_strategy="group_by_length",
         save_strategy="steps",
         save_steps=spec.save_every or max(1, math.ceil(total / 4)),
         save_total_limit=2,
@@ -218,24 +228,19 @@ def _train(
         remove_unused_columns=False,
         disable_tqdm=True,
         log_level="error",
+        **_checkpointing(spec.gradient_checkpointing),
     )
-    table = Dataset.from_dict(
-        {
-            "input_ids": [list(r.input_ids) for r in rows],
-            "labels": [list(r.labels) for r in rows],
-            "length": [len(r.input_ids) for r in rows],
-        }
-    )
+    order = ByLength(rows, spec.batch_size * spec.accumulation, seed)
     started = time.monotonic()
     with progress(label, total) as advance:
-        watch = _Watch(advance)
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=arguments,
-            train_dataset=table,
-            data_collator=_Pad(tokenizer.pad_token_id),
-            callbacks=[watch],
+            train_dataset=list(rows),
+            data_collator=Pad(tokenizer.pad_token_id),
+            callbacks=[_Watch(advance, order)],
         )
+        trainer.order = order
         trainer.pop_callback(PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint(work))
@@ -253,6 +258,13 @@ def _train(
     return TrainingLog(len(rows), trainer.state.global_step, losses, time.monotonic() - started)
 
 
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """The option by the name this transformers has for it: 5.23 renamed it."""
+    known = {f.name for f in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True} if on else {}
+
+
 def last_checkpoint(work: Path) -> str | None:
     """The newest checkpoint that was written to its end; one cut off by a kill is passed over."""
     whole = [p.parent for p in work.glob(f"checkpoint-*/{_WHOLE}")]
@@ -260,16 +272,57 @@ def last_checkpoint(work: Path) -> str | None:
     return str(newest) if newest else None
 
 
-class _Watch(TrainerCallback):
-    """Moves the bar, stops on a non-finite loss, and marks checkpoints that are whole."""
+class _Trainer(Trainer):
+    """The Trainer, with the order of rows given."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
+    order: ByLength
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> ByLength:
+        return self.order
+
+
+class _Trainer(Trainer):
+    """Adds the retain penalty to the forget loss."""
+
+    def __init__(self, keep: Keep | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._keep = keep
+        self._calls = 0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._keep is None:
+            return loss
+        # drawn from the step's own seed, so that a resumed training sees what an uninterrupted one sees
+        self._calls += 1
+        micro = self._calls % self.args.gradient_accumulation_steps
+        draw = random.Random(f"{self.args.seed} {self.state.global_step} {micro} {self.args.process_index}")
+        spec = self._keep.spec
+        rows = draw.sample(self._keep.rows, min(spec.batch_size, len(self._keep.rows)))
+        batch = self.data_collator([{"input_ids": r.input_ids, "labels": r.labels} for r in rows])
+        batch = {k: v.to(loss.device) for k, v in batch.items()}
+        c = draw.uniform(*spec.coefficients) if spec.sides == "two" else None
+        extra = penalty(self.accelerator.unwrap_model(model), batch, c)
+        return loss + spec.weight * extra / self.args.gradient_accumulation_steps
+
+
+class _Watch(TrainerCallback):
+    """Moves the bar, sets the order of each epoch, stops on a non-finite loss, and marks checkpoints that are whole."""
+
+    def __init__(self, advance: Callable[[int], None], order: ByLength) -> None:
         self._advance = advance
+        self._order = order
         self._seen = 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._order.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(state.global_step - self._seen)
         self._seen = state.global_step
+        if state.global_step >= state.max_steps:
+            # the vector is read off next; resumed from a checkpoint of the end, the Trainer would make one step more
+            control.should_save = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -281,19 +334,3 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
-
-
-@dataclass(frozen=True)
-class _Pad:
-    """Right-pad a batch; returns input_ids, attention_mask, labels, each (B, T)."""
-
-    pad_id: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(r["input_ids"]) for r in rows)
-
-        def fill(key: str, value: int) -> Tensor:
-            return torch.tensor([list(r[key]) + [value] * (width - len(r[key])) for r in rows])
-
-        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows])
-        return {"input_ids": fill("input_ids", self.pad_id), "attention_mask": mask, "labels": fill("labels", IGNORE)}

@@ -22,7 +22,7 @@ from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import wait
 from unlearn.evaluate import evaluate
-from unlearn.finetune import Encoded, TrainingLog
+from unlearn.finetune import Encoded, Keep, TrainingLog
 from unlearn.item_files import write_items
 from unlearn.methods.contrast import contrast
 from unlearn.methods.negate import negate
@@ -127,10 +127,10 @@ class Pipeline:
             trainee = target
             if self.recipe.model.quantize != "none":
                 trainee = models.load(self.recipe.model, self.where, for_training=True)
-            forget = self._vector("forget", target.fingerprint, trainee, [sets[0]], spec.forget)
+            near = [s for s in sets if s.role == "retain" and s.train]
+            forget = self._vector("forget", target.fingerprint, trainee, sets[:1], spec.forget, near)
             retain = None
             if self._contrasts:
-                near = [s for s in sets if s.role == "retain" and s.train]
                 retain = self._vector("retain", target.fingerprint, trainee, near, spec.retain or spec.forget)
             edit = contrast(forget, retain, spec.mu) if retain is not None else negate(forget)
             self._make("vectors/edit", [edit.digest()], lambda tmp: edit.save(tmp / VECTOR_FILE))
@@ -144,18 +144,29 @@ class Pipeline:
         return self.recipe.vector.method == "contrast"
 
     def _vector(
-        self, name: str, target: str, trainee: Loaded, sets: Sequence[LoadedSet], spec: TrainSpec
+        self,
+        name: str,
+        target: str,
+        trainee: Loaded,
+        sets: Sequence[LoadedSet],
+        spec: TrainSpec,
+        near: Sequence[LoadedSet] = (),
     ) -> TaskVector:
+        """One fine-tuning; ``near`` are the retain sets of its penalty, where the recipe has one."""
         digests = [s.digest for s in sets]
-        lora = self.recipe.vector.lora
+        lora, retain_kl = self.recipe.vector.lora, self.recipe.vector.retain_kl
+        penalised = retain_kl is not None and bool(near)
 
         def make(tmp: Path) -> None:
             rows = self._encode(sets, trainee.tokenizer, spec)
             work = self.folder.work(stage, self.stages[stage])
             wait()
             meta = {"set": name, "base": target, "data": json.dumps(digests), "lora": json.dumps(_plain(lora))}
+            keep = None
+            if retain_kl is not None and near:
+                keep = Keep(self._encode(near, trainee.tokenizer, spec), retain_kl)
             vector, log = finetune.train_vector(
-                trainee.model, trainee.tokenizer, rows, spec, lora, self.recipe.seed, work, f"{name} set", meta
+                trainee.model, trainee.tokenizer, rows, spec, lora, self.recipe.seed, work, f"{name} set", meta, keep
             )
             wait()
             vector.save(tmp / VECTOR_FILE)
@@ -164,6 +175,7 @@ class Pipeline:
 
         stage = f"vectors/{name}"
         parts = [target, digests, _plain(lora), _plain(spec), self.recipe.seed, self.recipe.model.quantize]
+        parts += [_plain(retain_kl), [s.digest for s in near]] if penalised else []
         self._make(stage, parts, make)
         return TaskVector.load(self.folder.path(stage) / VECTOR_FILE)
 

@@ -199,6 +199,26 @@ class TeachSpec(TrainSpec):
     lora: LoraSpec | None = Field(None, description="Teach through a LoRA that is then merged; null: all weights.")
 
 
+class RetainKLSpec(_Frozen):
+    """Keep the model's predictions on retain data while the forget vector is fitted."""
+
+    sides: Literal["one", "two"] = Field(
+        "two", description="one: KL(theta || theta + tau). two: also KL(theta || theta - c*tau), the side deployed."
+    )
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Weight of the penalty against the forget loss.")
+    coefficients: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] = Field(
+        (0.5, 3.0), description="two: c is drawn from this range at every step; equal ends fix it."
+    )
+    batch_size: Positive = Field(8, description="Retain examples per step.")
+
+    @field_validator("coefficients")
+    @classmethod
+    def _ascending(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if ends[0] > ends[1]:
+            raise ValueError("the range must go from low to high")
+        return ends
+
+
 class VectorSpec(_Frozen):
     """How the task vector is made and shaped."""
 
@@ -206,6 +226,9 @@ class VectorSpec(_Frozen):
         "negate", description="negate: theta - c*tau_f. contrast: theta - c*(tau_f - mu*tau_r)."
     )
     mu: Annotated[float, Field(ge=0)] = Field(1.0, description="contrast: weight of the retain vector.")
+    retain_kl: RetainKLSpec | None = Field(
+        None, description="Penalty at the fitting of the forget vector that makes its negation harmless."
+    )
     lora: LoraSpec = Field(default_factory=LoraSpec, description="Shape of the adapters.")
     forget: TrainSpec = Field(default_factory=TrainSpec, description="Fine-tuning on the forget set.")
     retain: TrainSpec | None = Field(
@@ -304,8 +327,11 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
-        if self.vector.method == "contrast" and not self.retain:
-            raise ValueError("vector.method contrast needs a retain set: add one, or use method: negate")
+        if not self.retain:
+            if self.vector.method == "contrast":
+                raise ValueError("vector.method contrast needs a retain set: add one, or use method: negate")
+            if self.vector.retain_kl is not None:
+                raise ValueError("vector.retain_kl needs a retain set: add one, or leave it out")
         labels = [f"{role}.{d.label()}" for role, d in self.sets()]
         for label in labels:
             if labels.count(label) > 1:

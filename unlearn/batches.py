@@ -1,0 +1,62 @@
+"""The order in which rows are trained on, and how some of them become one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+IGNORE = -100  # label of tokens without loss
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training row: token ids and, per token, the label or :data:`IGNORE`."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+class ByLength(LengthGroupedSampler):  # type: ignore[misc] - transformers is not typed here
+    """Rows of like length together, in an order that ``seed`` and ``epoch`` alone decide.
+
+    transformers' own draws from the global random state, which a resumed training cannot wind back to the start of
+    its epoch: from the second epoch on it would go on with other batches than the training that was interrupted.
+
+    Args:
+        rows: What is trained on.
+        size: Rows that should be of like length: batch size times accumulation.
+        seed: The recipe's.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], size: int, seed: int) -> None:
+        super().__init__(size, lengths=[len(row.input_ids) for row in rows])
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order: Iterator[int] = super().__iter__()
+        return order
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Right-pad a batch; returns input_ids, attention_mask, labels, each (B, T)."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        width = max(len(row.input_ids) for row in rows)
+
+        def fill(values: Sequence[Sequence[int]], value: int) -> Tensor:
+            return torch.tensor([[*v, *[value] * (width - len(v))] for v in values])
+
+        return {
+            "input_ids": fill([row.input_ids for row in rows], self.pad_id),
+            "attention_mask": fill([[1] * len(row.input_ids) for row in rows], 0),
+            "labels": fill([row.labels for row in rows], IGNORE),
+        }
