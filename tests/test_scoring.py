@@ -131,19 +131,26 @@ def test_duplicates_get_their_answers_too(phi: Loaded) -> None:
     assert answers[0] != answers[1]
 
 
+PROMPTS = st.text(max_size=30).filter(lambda text: not text or bool(text.strip()))
+ANSWERS = st.text(min_size=1, max_size=12)
+
+
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(
-            st.text(max_size=30) | st.sampled_from(["The capital of", "The capital of France is", "The "]),
-            st.text(min_size=1, max_size=12) | st.sampled_from([" Paris", " Paris is", " Rome"]),
+            PROMPTS | st.sampled_from(["The capital of", "The capital of France is", "The "]),
+            ANSWERS | st.sampled_from([" Paris", " Paris is", " Rome"]),
         ),
         min_size=1,
         max_size=10,
     )
 )
 def test_any_strings(phi: Loaded, texts: Texts) -> None:
-    compare(phi, texts)
+    # an answer may vanish into the prompt's last token; such requests have no score (see below)
+    lm = packed(phi)
+    texts = [pair for pair in texts if not pair[0] or all(lm._encode_pair(*pair))]
+    compare(phi, texts or [("a", "b")])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])

@@ -20,7 +20,7 @@ class Encoded:
     labels: tuple[int, ...]
 
 
-class ByLength(LengthGroupedSampler):  # type: ignore[misc] - transformers is not typed here
+class ByLength(LengthGroupedSampler):
     """Rows of like length together, in an order that ``seed`` and ``epoch`` alone decide.
 
     transformers' own draws from the global random state, which a resumed training cannot wind back to the start of

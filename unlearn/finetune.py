@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
@@ -234,13 +234,14 @@ def _train(
     started = time.monotonic()
     with progress(label, total) as advance:
         trainer = _Trainer(
+            order,
+            keep,
             model=model,
             args=arguments,
             train_dataset=list(rows),
             data_collator=Pad(tokenizer.pad_token_id),
             callbacks=[_Watch(advance, order)],
         )
-        trainer.order = order
         trainer.pop_callback(PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint(work))
@@ -273,34 +274,30 @@ def last_checkpoint(work: Path) -> str | None:
 
 
 class _Trainer(Trainer):
-    """The Trainer, with the order of rows given."""
+    """The Trainer, with the order of rows given, and with the retain penalty added to the loss where there is one."""
 
-    order: ByLength
+    def __init__(self, order: ByLength, keep: Keep | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._order = order
+        self._keep = keep
+        self._step, self._calls = -1, 0
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> ByLength:
-        return self.order
-
-
-class _Trainer(Trainer):
-    """Adds the retain penalty to the forget loss."""
-
-    def __init__(self, keep: Keep | None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._keep = keep
-        self._calls = 0
+        return self._order
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self._keep is None:
             return loss
-        # drawn from the step's own seed, so that a resumed training sees what an uninterrupted one sees
+        # drawn from the step's own seed, so that a resumed training sees what an uninterrupted one sees; counted
+        # anew at each step, because the last one of an epoch may have fewer batches
+        if self._step != self.state.global_step:
+            self._step, self._calls = self.state.global_step, 0
         self._calls += 1
-        micro = self._calls % self.args.gradient_accumulation_steps
-        draw = random.Random(f"{self.args.seed} {self.state.global_step} {micro} {self.args.process_index}")
+        draw = random.Random(f"{self.args.seed} {self._step} {self._calls} {self.args.process_index}")
         spec = self._keep.spec
         rows = draw.sample(self._keep.rows, min(spec.batch_size, len(self._keep.rows)))
-        batch = self.data_collator([{"input_ids": r.input_ids, "labels": r.labels} for r in rows])
-        batch = {k: v.to(loss.device) for k, v in batch.items()}
+        batch = {k: v.to(loss.device) for k, v in self.data_collator(rows).items()}
         c = draw.uniform(*spec.coefficients) if spec.sides == "two" else None
         extra = penalty(self.accelerator.unwrap_model(model), batch, c)
         return loss + spec.weight * extra / self.args.gradient_accumulation_steps

@@ -18,11 +18,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from unlearn import card, export, fetch, finetune, models, search, tasks
+from unlearn.batches import Encoded
 from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import wait
 from unlearn.evaluate import evaluate
-from unlearn.finetune import Encoded, Keep, TrainingLog
+from unlearn.finetune import Keep, TrainingLog
 from unlearn.item_files import write_items
 from unlearn.methods.contrast import contrast
 from unlearn.methods.negate import negate

@@ -1,0 +1,117 @@
+"""Imports go down and never up, the task pack stands alone, and what must be quick imports nothing slow."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the ground up. A module may import what stands before it, in its own layer or in an earlier one.
+LAYERS: dict[str, str] = {
+    "ground": "errors memory chatter quiet console distributed harness",
+    "values": "template recipe report vector",
+    "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
+    "words": "metrics wording report_text",
+    "folders": "atomic stage lock ownership rundir provenance",
+    "models": "cache hub wheel convert pico fetch model_place models",
+    "data": "readers rows items data item_files",
+    "vectors": "methods methods.negate methods.contrast methods.retain_kl negate batches finetune",
+    "scores": "tree scoring tasks evaluate samples search",
+    "exports": "card rounding shards survival export",
+    "pages": "markup axes charts html_parts html table",
+    "commands": "plan pipeline execute run unlearn",
+}
+ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
+# On the way to --help, --dry-run, --schema and --list, which answer in half a second.
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "lm_eval",
+    "accelerate",
+    "pandas",
+    "pyarrow",
+    "numpy",
+    "safetensors",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name. A data folder of the wheel is none."""
+    found = {}
+    for path in (ROOT / "unlearn").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[1] not in ("eval", "recipes"):
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere in it; of ``from a import b`` both ``a`` and ``a.b``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}, line {node.lineno}: imports are absolute here"
+            assert node.module is not None
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(ORDER) == sorted(modules())
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_down(name: str) -> None:
+    ours = modules()
+    used = {target for target in imported(ours[name]) if target in ours and target != "unlearn"}
+    assert used <= set(ORDER[: ORDER.index(name)])
+    if name != "unlearn":
+        # the package itself is the top: from below only its modules may be asked for, by name
+        public = {t for t in imported(ours[name]) if t.startswith("unlearn.") and t.rpartition(".")[0] == "unlearn"}
+        assert public <= set(ours)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "eval").rglob("*.py")), ids=lambda path: path.name)
+def test_the_task_pack_imports_nothing_of_ours(path: Path) -> None:
+    assert not [name for name in imported(path) if name.split(".")[0] in ("unlearn", "tests", "eval")]
+    # lm-eval and what it brings is all that is there when someone uses the pack without this package
+    allowed = {*sys.stdlib_module_names, "lm_eval", "datasets", "numpy", "rouge_score"}
+    assert {name.split(".")[0] for name in imported(path)} <= allowed
+
+
+def test_the_task_pack_is_no_package() -> None:
+    assert not list((ROOT / "eval").rglob("__init__.py"))
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after a statement."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    "name", ["errors", "recipe", "report", "console", "assets", "recipe_io", "plan", "run", "execute", "rundir", "html"]
+)
+def test_quick_commands_import_nothing_slow(name: str) -> None:
+    got = loaded_by(f"import unlearn.{name}")
+    assert "unlearn" in got
+    assert not got & HEAVY
+
+
+def test_the_package_imports_nothing_slow_until_it_is_asked() -> None:
+    got = loaded_by("import unlearn\nfrom unlearn import Recipe, run")
+    assert "pydantic" in got
+    assert not got & HEAVY
+    assert "torch" in loaded_by("from unlearn import TaskVector")
