@@ -18,15 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from unlearn import finetune
+from unlearn import finetune, trainer
 from unlearn.batches import IGNORE, ByLength, Encoded, Pad
 from unlearn.data import Item
 from unlearn.errors import ModelError, TrainingError, VectorError
-from unlearn.finetune import Keep, encode, last_checkpoint, merge, train_vector, train_weights
+from unlearn.finetune import encode, merge, train_vector, train_weights
 from unlearn.models import Loaded, linear_modules
 from unlearn.negate import applied
 from unlearn.pico import corpus
 from unlearn.recipe import LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.trainer import Keep, TrainingLog, last_checkpoint
 from unlearn.vector import LowRank, TaskVector
 
 Load = Callable[..., Loaded]
@@ -64,7 +65,7 @@ def train(
     lora: LoraSpec | None = None,
     seed: int = 0,
     rows: list[Encoded] | None = None,
-) -> tuple[TaskVector, finetune.TrainingLog]:
+) -> tuple[TaskVector, TrainingLog]:
     return train_vector(
         model.model,
         model.tokenizer,
@@ -284,6 +285,19 @@ def test_epochs_and_steps(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("penalised", [False, True])
+def test_the_model_s_settings_stay_as_they_are(phi: Loaded, tmp_path: Path, penalised: bool) -> None:
+    """Also those that the Trainer likes to bring in line with a tokenizer's: they are exported with the model."""
+    phi.model.config.pad_token_id = None
+    phi.model.generation_config.pad_token_id = None
+    config, generation = phi.model.config.to_dict(), phi.model.generation_config.to_dict()
+    keep = Keep(rows_of(phi)[:2], RetainKLSpec(batch_size=1)) if penalised else None
+    lora = LoraSpec(rank=4, alpha=8)
+    train_vector(phi.model, phi.tokenizer, rows_of(phi), train_spec(steps=2), lora, 0, tmp_path, "forget", {}, keep)
+    assert phi.model.config.to_dict() == config
+    assert phi.model.generation_config.to_dict() == generation
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_seed_decides_everything(loaded: Load, pico_phi: Path, tmp_path: Path, checkpointing: bool) -> None:
     spec = train_spec(gradient_checkpointing=checkpointing)
@@ -412,7 +426,7 @@ def test_running_out_of_memory(
 @contextmanager
 def interrupted(step: int) -> Iterator[None]:
     """Ctrl-C after so many steps."""
-    plain = finetune._Watch.on_step_end
+    plain = trainer._Watch.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         plain(self, args, state, control, **kwargs)
@@ -420,7 +434,7 @@ def interrupted(step: int) -> Iterator[None]:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune._Watch, "on_step_end", on_step_end)
+        patch.setattr(trainer._Watch, "on_step_end", on_step_end)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -437,7 +451,7 @@ def test_an_interrupted_training_ends_the_same(
     spec = train_spec(steps=17, save_every=every)
     lora = LoraSpec(rank=4, alpha=8, dropout=0.2)
 
-    def go(work: Path) -> tuple[TaskVector, finetune.TrainingLog]:
+    def go(work: Path) -> tuple[TaskVector, TrainingLog]:
         model = loaded(pico_phi)
         return train(model, work, spec, lora, rows=encode(MANY, "qa", model.tokenizer, 64))
 
@@ -493,11 +507,11 @@ def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path
     whole, _ = train(loaded(pico_phi), tmp_path / "whole", spec)
     work = tmp_path / "work"
     train(loaded(pico_phi), work, spec)
-    marks = sorted(p.parent.name for p in work.glob(f"checkpoint-*/{finetune._WHOLE}"))
+    marks = sorted(p.parent.name for p in work.glob(f"checkpoint-*/{trainer._WHOLE}"))
     assert marks == ["checkpoint-3", "checkpoint-6"]
     # as a kill leaves it: the folder is there, some files are short, the mark is not
     half = work / "checkpoint-6"
-    (half / finetune._WHOLE).unlink()
+    (half / trainer._WHOLE).unlink()
     (half / "adapter_model.safetensors").write_bytes(b"\0" * 10)
     (half / "trainer_state.json").write_text('{"global_')
     assert last_checkpoint(work) == str(work / "checkpoint-3")
@@ -506,7 +520,7 @@ def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path
     assert last_checkpoint(work) == str(half)  # written anew, and whole
 
     shutil.rmtree(work / "checkpoint-3")
-    (half / finetune._WHOLE).unlink()
+    (half / trainer._WHOLE).unlink()
     assert last_checkpoint(work) is None
 
 
@@ -516,7 +530,7 @@ def test_the_newest_checkpoint_by_number(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if step != 100:
-            (folder / finetune._WHOLE).touch()
+            (folder / trainer._WHOLE).touch()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
 
 
@@ -563,7 +577,7 @@ def test_a_padded_batch() -> None:
 
 
 def test_training_all_weights(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
-    def go(work: Path, seed: int = 0) -> tuple[Loaded, finetune.TrainingLog]:
+    def go(work: Path, seed: int = 0) -> tuple[Loaded, TrainingLog]:
         model = loaded(pico_phi)
         spec = train_spec(steps=12, batch_size=6, learning_rate=3e-3)
         log = train_weights(model.model, model.tokenizer, rows_of(model), spec, seed, work, "teach")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 IGNORE = -100  # label of tokens without loss
@@ -60,3 +61,26 @@ class Pad:
             "attention_mask": fill([[1] * len(row.input_ids) for row in rows], 0),
             "labels": fill([row.labels for row in rows], IGNORE),
         }
+
+
+def beside(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], copies: int, pad_id: int) -> dict[str, Tensor]:
+    """One batch of the forget rows and ``copies`` times the retain rows, which carry no label there.
+
+    Args:
+        forget: input_ids, attention_mask, labels, each (F, T).
+        retain: The same, each (K, T').
+
+    Returns:
+        The same keys, each (F + copies * K, max(T, T')), and ``retain_labels`` (K, max(T, T')).
+    """
+    width = max(forget["input_ids"].shape[1], retain["input_ids"].shape[1])
+    device = forget["input_ids"].device
+
+    def wide(rows: Tensor, value: int) -> Tensor:
+        return functional.pad(rows.to(device), (0, width - rows.shape[1]), value=value)
+
+    labels = wide(retain["labels"], IGNORE)
+    silent = torch.full_like(labels, IGNORE)
+    fills = {"input_ids": pad_id, "attention_mask": 0}
+    both = {k: torch.cat([wide(forget[k], v), *[wide(retain[k], v)] * copies]) for k, v in fills.items()}
+    return {**both, "labels": torch.cat([wide(forget["labels"], IGNORE), *[silent] * copies]), "retain_labels": labels}

@@ -23,7 +23,6 @@ from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import wait
 from unlearn.evaluate import evaluate
-from unlearn.finetune import Keep, TrainingLog
 from unlearn.item_files import write_items
 from unlearn.methods.contrast import contrast
 from unlearn.methods.negate import negate
@@ -36,6 +35,7 @@ from unlearn.report import Chosen, Example, Score, SweepPoint, TaskScore
 from unlearn.rundir import RunFolder, fingerprint, write_json_atomic
 from unlearn.samples import complete
 from unlearn.scoring import PackedLM
+from unlearn.trainer import Keep, TrainingLog
 from unlearn.vector import TaskVector
 
 VECTOR_FILE = "vector.safetensors"

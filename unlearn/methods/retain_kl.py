@@ -6,20 +6,23 @@ both sides to leave the model's predictions on retain data as they are:
     L = CE_forget(theta + tau) + beta * [ KL(theta || theta + tau) + KL(theta || theta - c*tau) ]_retain
 
 with c drawn anew each step from the range the sweep will cover, so that the whole path is harmless and not one point.
-One-sided (the second term left out) is what MOX (2602.06441) trains.
+One-sided (the second divergence left out) is what MOX (2602.06441) trains.
+
+All terms come from one pass over one batch, in which every row has its own multiple of the adapter: 1 for forget rows;
+1, -c and 0 for the copies of each retain row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from unlearn.batches import IGNORE
 
 
 def kl(reference: Tensor, logits: Tensor) -> Tensor:
@@ -33,38 +36,45 @@ def kl(reference: Tensor, logits: Tensor) -> Tensor:
     return functional.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
-def penalty(model: PeftModel, batch: Mapping[str, Tensor], coefficient: float | None) -> Tensor:
-    """KL(theta || theta + tau), plus KL(theta || theta - coefficient * tau) unless that is None.
+def multiples(forget: int, retain: int, coefficient: float | None) -> list[float]:
+    """The adapter's multiple in every row: forget rows, then the retain rows once per term, the untouched model last.
 
     Args:
-        model: The model with the adapter in training.
-        batch: Retain rows: input_ids, attention_mask, labels, each (B, T). Positions that predict a label count.
-        coefficient: Where on the negative side; None for the one-sided penalty.
+        forget: Number of forget rows.
+        retain: Number of retain rows.
+        coefficient: c of the negative side; None leaves it out.
     """
-    with torch.no_grad(), model.disable_adapter():
-        reference = _answers(model, batch)
-    total = kl(reference, _answers(model, batch))
-    if coefficient is not None:
-        with scaled(model, -coefficient):
-            total = total + kl(reference, _answers(model, batch))
-    return total
+    sides = [1.0] if coefficient is None else [1.0, -coefficient]
+    return [1.0] * forget + [side for side in (*sides, 0.0) for _ in range(retain)]
+
+
+def penalty(logits: Tensor, labels: Tensor, retain: int) -> Tensor:
+    """The divergences of every side from the untouched model, added up.
+
+    Args:
+        logits: (S * K, T, V) of the S copies of the retain rows, in the order of :func:`multiples`.
+        labels: (K, T) of the retain rows; positions that predict a label count.
+        retain: K.
+    """
+    *sides, untouched = (part[:, :-1][labels[:, 1:] != IGNORE] for part in torch.split(logits, retain))
+    reference = untouched.detach()
+    return torch.stack([kl(reference, side) for side in sides]).sum()
 
 
 @contextmanager
-def scaled(model: PeftModel, factor: float) -> Iterator[None]:
-    """The adapter's change times ``factor`` inside the ``with``."""
+def scaled_rows(model: nn.Module, factors: Sequence[float]) -> Iterator[None]:
+    """Inside the ``with``, row b of a batch sees ``factors[b]`` times the adapter's change.
+
+    The backward pass belongs inside too: with gradient checkpointing it runs the model again.
+    """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.scaling]
     before = [layer.scaling["default"] for layer in layers]
+    device = next(model.parameters()).device
+    rows = torch.tensor(factors, device=device)[:, None, None]  # (B, 1, 1), against outputs (B, T, out)
     for layer, scale in zip(layers, before, strict=True):
-        layer.scaling["default"] = scale * factor
+        layer.scaling["default"] = scale * rows
     try:
         yield
     finally:
         for layer, scale in zip(layers, before, strict=True):
             layer.scaling["default"] = scale
-
-
-def _answers(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """(N, V) logits at the positions that predict a label."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, T, V)
-    return logits[:, :-1][batch["labels"][:, 1:] != -100]
