@@ -21,7 +21,7 @@ LAYERS: dict[str, str] = {
     "folders": "atomic stage lock ownership rundir provenance",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files",
-    "vectors": "methods methods.negate methods.contrast methods.retain_kl negate batches trainer finetune",
+    "vectors": "methods methods.negate methods.contrast negate batches methods.retain_kl trainer finetune",
     "scores": "tree scoring tasks evaluate samples search",
     "exports": "card rounding shards survival export",
     "pages": "markup axes charts html_parts html table",

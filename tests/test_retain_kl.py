@@ -12,18 +12,29 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unlearn.finetune import read_adapter
-from unlearn.methods.retain_kl import kl, penalty, scaled
+from unlearn.batches import IGNORE, Encoded, Pad, beside
+from unlearn.finetune import read_adapter, train_vector
+from unlearn.methods.retain_kl import kl, multiples, penalty, scaled_rows
 from unlearn.models import Loaded
 from unlearn.negate import applied
+from unlearn.recipe import LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.trainer import Keep
+from unlearn.vector import TaskVector
 
 Load = Callable[..., Loaded]
+FORGET = [Encoded(tuple(range(20, 29)), (*[IGNORE] * 5, 25, 26, 27, 28)), Encoded((40, 41, 42), (IGNORE, 41, 42))]
+RETAIN = [
+    Encoded(tuple(range(60, 72)), (*[IGNORE] * 5, *range(65, 72))),
+    Encoded(tuple(range(90, 98)), (*[IGNORE] * 4, 94, 95, 96, 97)),
+]
 
 
 def adapted(model: Any) -> PeftModel:
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "fc1", "fc2"])
-    peft_model = get_peft_model(model, config)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    gpt2 = hasattr(model, "transformer")
+    targets = ["c_attn", "c_fc", "c_proj"] if gpt2 else linear
+    peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=10, target_modules=targets, fan_in_fan_out=gpt2))
     assert isinstance(peft_model, PeftModel)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
@@ -31,26 +42,37 @@ def adapted(model: Any) -> PeftModel:
     return peft_model.eval()
 
 
-def batch() -> dict[str, Tensor]:
-    ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :5] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def answers(model: nn.Module) -> Tensor:
-    """Logits in float64 at positions 4..10 of the first row and 4..7 of the second: those before a label."""
-    given = batch()
-    logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits.double()
-    return torch.cat([logits[0, 4:11], logits[1, 4:8]])
+def answers(model: nn.Module, rows: list[Encoded]) -> Tensor:
+    """Logits before each labelled token, one row at a time and without padding, in float64."""
+    found = []
+    for row in rows:
+        logits = model(torch.tensor([row.input_ids])).logits[0].double()
+        found += [logits[i - 1] for i, label in enumerate(row.labels) if label != IGNORE]
+    return torch.stack(found)
 
 
 def divergence(p: Tensor, q: Tensor) -> float:
     """Mean over positions of sum p (log p - log q)."""
     p, log_q = functional.softmax(p, -1), functional.log_softmax(q, -1)
     return float((p * (p.log() - log_q)).sum(-1).mean())
+
+
+def wanted_penalty(model: nn.Module, vector: TaskVector, c: float | None) -> float:
+    with torch.no_grad():
+        before = answers(model, RETAIN)
+        with applied(model, vector, 1.0):
+            total = divergence(before, answers(model, RETAIN))
+        if c is not None:
+            with applied(model, vector, -c):
+                total += divergence(before, answers(model, RETAIN))
+    return total
+
+
+def one_batch(c: float | None) -> tuple[dict[str, Tensor], list[float]]:
+    """Forget rows and the retain rows' copies as the trainer puts them together."""
+    factors = multiples(len(FORGET), len(RETAIN), c)
+    copies = (len(factors) - len(FORGET)) // len(RETAIN)
+    return beside(Pad(0)(FORGET), Pad(0)(RETAIN), copies, 0), factors
 
 
 def test_the_divergence() -> None:
@@ -61,25 +83,50 @@ def test_the_divergence() -> None:
     assert float(kl(p, p + 3.0)) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_batch() -> None:
+    batch, factors = one_batch(2.0)
+    assert factors == [1.0, 1.0, 1.0, 1.0, -2.0, -2.0, 0.0, 0.0]
+    assert multiples(1, 2, None) == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (8, 12)
+    for number, row in enumerate([*FORGET, *RETAIN * 3]):
+        length = len(row.input_ids)
+        assert batch["input_ids"][number, :length].tolist() == list(row.input_ids)
+        assert batch["attention_mask"][number].tolist() == [1] * length + [0] * (12 - length)
+        labels = [*row.labels, *[IGNORE] * (12 - length)]
+        assert batch["labels"][number].tolist() == (labels if number < 2 else [IGNORE] * 12)
+    assert batch["retain_labels"].tolist() == Pad(0)(RETAIN)["labels"].tolist()
+
+
+@pytest.mark.parametrize("family", ["phi", "llama", "gpt2"])
 @pytest.mark.parametrize("c", [None, 0.5, 2.0])
-def test_it_is_taken_where_the_formula_says(loaded: Load, pico_phi: Path, c: float | None) -> None:
-    peft_model = adapted(loaded(pico_phi).model)
+def test_it_is_taken_where_the_formula_says(
+    loaded: Load, request: pytest.FixtureRequest, family: str, c: float | None
+) -> None:
+    """One pass with a multiple per row gives what separate passes under separate vectors give."""
+    folder: Path = request.getfixturevalue(f"pico_{family}")
+    peft_model = adapted(loaded(folder).model)
     vector = read_adapter(peft_model, {})
-    model = loaded(pico_phi).model
-    with torch.no_grad():
-        before = answers(model)
-        with applied(model, vector, 1.0):
-            wanted = divergence(before, answers(model))
-        if c is not None:
-            with applied(model, vector, -c):
-                wanted += divergence(before, answers(model))
-        assert float(penalty(peft_model, batch(), c)) == pytest.approx(wanted, rel=1e-3)
+    model = loaded(folder).model
+    batch, factors = one_batch(c)
+    with torch.no_grad(), scaled_rows(peft_model, factors):
+        logits = peft_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    got = float(penalty(logits[2:], batch["retain_labels"], len(RETAIN)))
+    wanted = wanted_penalty(model, vector, c)
+    assert got == pytest.approx(wanted, rel=1e-3)
     assert wanted > 0.01
+    # the forget rows are those of theta + tau, whatever stands beside them
+    with torch.no_grad(), applied(model, vector, 1.0):
+        torch.testing.assert_close(
+            logits[0, :9], model(torch.tensor([FORGET[0].input_ids])).logits[0], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_only_the_adapter_learns_from_it(loaded: Load, pico_phi: Path) -> None:
     peft_model = adapted(loaded(pico_phi).model)
-    penalty(peft_model, batch(), 1.0).backward()
+    batch, factors = one_batch(1.0)
+    with scaled_rows(peft_model, factors):
+        logits = peft_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        penalty(logits[2:], batch["retain_labels"], len(RETAIN)).backward()
     moved = {name for name, p in peft_model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert moved
     assert all("lora_" in name for name in moved)
@@ -88,14 +135,42 @@ def test_only_the_adapter_learns_from_it(loaded: Load, pico_phi: Path) -> None:
 def test_the_adapter_s_scale_comes_back(loaded: Load, pico_phi: Path) -> None:
     peft_model = adapted(loaded(pico_phi).model)
     before = read_adapter(peft_model, {})
-    with scaled(peft_model, -2.0):
-        assert read_adapter(peft_model, {}).digest() == (-2.0 * before).digest()
-    assert read_adapter(peft_model, {}).digest() == before.digest()
 
     def fail_inside() -> None:
-        with scaled(peft_model, -2.0):
+        with scaled_rows(peft_model, [-2.0]):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail_inside()
     assert read_adapter(peft_model, {}).digest() == before.digest()
+
+
+@pytest.mark.parametrize("sides", ["one", "two"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_trained_loss_is_the_formula_s(
+    loaded: Load, pico_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sides: str, checkpointing: bool
+) -> None:
+    """CE on the forget answers plus weight times the penalty, from an adapter that is not zero to begin with."""
+    reference = adapted(loaded(pico_phi).model)
+    vector = read_adapter(reference, {})
+    state = {k: v.clone() for k, v in reference.state_dict().items() if "lora_" in k}
+
+    def start_there(model: Any, config: Any) -> Any:
+        peft_model = get_peft_model(model, config)
+        peft_model.load_state_dict(state, strict=False)
+        return peft_model
+
+    monkeypatch.setattr("unlearn.finetune.get_peft_model", start_there)
+    got = loaded(pico_phi)
+    spec = TrainSpec(steps=1, batch_size=2, learning_rate=1e-3, warmup=0.0, gradient_checkpointing=checkpointing)
+    keep = Keep(RETAIN, RetainKLSpec.model_validate({"sides": sides, "weight": 3.0, "coefficients": (1.5, 1.5)}))
+    lora = LoraSpec(rank=4, alpha=10)
+    _, log = train_vector(got.model, got.tokenizer, FORGET, spec, lora, 0, tmp_path, "forget", {}, keep)
+
+    model = loaded(pico_phi).model
+    labels = torch.tensor([label for row in FORGET for label in row.labels if label != IGNORE])
+    with torch.no_grad(), applied(model, vector, 1.0):
+        forget = float(functional.cross_entropy(answers(model, FORGET), labels))
+    extra = 3.0 * wanted_penalty(model, vector, 1.5 if sides == "two" else None)
+    assert extra > 0.05
+    assert log.losses[0] == pytest.approx(forget + extra, rel=1e-3)

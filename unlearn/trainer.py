@@ -97,6 +97,8 @@ def train(
     )
     order = ByLength(rows, spec.batch_size * spec.accumulation, seed)
     started = time.monotonic()
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
     with progress(label, total) as advance:
         trainer = _Trainer(
             order,
@@ -105,7 +107,6 @@ def train(
             args=arguments,
             train_dataset=list(rows),
             data_collator=Pad(tokenizer.pad_token_id),
-            processing_class=tokenizer,
             callbacks=[_Watch(advance, order)],
         )
         trainer.pop_callback(PrinterCallback)
@@ -118,6 +119,9 @@ def train(
                 f"{label}: out of memory. Lower batch_size (and raise accumulation by as much), lower max_length, "
                 "or set gradient_checkpointing: true"
             ) from e
+        finally:
+            if config is not None and use_cache is not None:
+                config.use_cache = use_cache  # the Trainer turned it off, and the model's config is exported
     model.eval()
     losses = tuple(h["loss"] for h in trainer.state.log_history if "loss" in h)
     if not losses:
@@ -166,7 +170,7 @@ class _Trainer(Trainer):
         c = draw.uniform(*spec.coefficients) if spec.sides == "two" else None
         factors = multiples(len(inputs["input_ids"]), len(retain), c)
         copies = (len(factors) - len(inputs["input_ids"])) // len(retain)
-        batch = beside(inputs, self.data_collator(retain), copies, self.processing_class.pad_token_id)
+        batch = beside(inputs, self.data_collator(retain), copies, self.data_collator.pad_id)
         with scaled_rows(self.accelerator.unwrap_model(model), factors):
             return super().training_step(model, batch, *args, **kwargs)
 
