@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from unlearn import distributed, provenance
-from unlearn.chatter import quiet_libraries
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
+from unlearn.quiet import quiet_libraries
 from unlearn.recipe import DataSet, Recipe, Source
 from unlearn.recipe_io import LoadedRecipe
 from unlearn.report import Chosen, RunReport, ScoreRow, SweepPoint, TaskScore

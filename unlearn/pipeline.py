@@ -70,7 +70,7 @@ class Pipeline:
 
     def load(self) -> Loaded:
         """Fetch (and convert) the model, and bring it into memory."""
-        with self._announced("load", f"the model {self.recipe.model.path}"):
+        with self._announced("load", f"the model {self.recipe.model.path.partition('#')[0]}"):
             self.where = fetch.locate(self.recipe.model, self.base)
             loaded = models.load(self.recipe.model, self.where)
             size = sum(p.numel() for p in loaded.model.parameters())
@@ -317,7 +317,8 @@ class Pipeline:
     @contextmanager
     def _announced(self, stage: str, what: str) -> Iterator[None]:
         """Say which stage begins, and what it took, in this run or in the one that made it."""
-        say(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {what}", style="bold")
+        stages = [s for s in STAGES if s != "teach" or self.recipe.teach is not None]
+        say(f"[{stages.index(stage) + 1}/{len(stages)}] {stage}: {what}", style="bold")
         before = set(self.stages)
         started = time.monotonic()
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,3 +50,17 @@ def _show_bars(transformers: bool, hub: bool) -> None:
         warnings.simplefilter("ignore")  # where HF_HUB_DISABLE_PROGRESS_BARS decides, the hub's client says so
         (chatter.enable_progress_bar if transformers else chatter.disable_progress_bar)()  # the hub's as well
         (enable_progress_bars if hub else disable_progress_bars)()
+
+
+def quiet_libraries() -> None:
+    """Called once, before the libraries are used: no bars beside ours, no advice the user cannot follow."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # transformers warns about arguments that transformers and peft pass to each other
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    from transformers.utils import logging as chatter
+
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    for name in ("lm_eval", "lm-eval", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
