@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.assets import tasks_folder
@@ -230,6 +231,18 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert err.count("error:") == 1
     for word in said:
         assert word in err
+
+
+def test_from_python(whole: Path) -> None:
+    import unlearn
+
+    found = unlearn.run("pico_smoke.yaml", out=whole)
+    assert isinstance(found, unlearn.RunReport)
+    assert found.to_json() == json.loads((whole / "report.json").read_text())
+    assert issubclass(unlearn.Recipe, BaseModel)
+    assert unlearn.TaskVector is TaskVector
+    with pytest.raises(unlearn.errors.RecipeError, match="seeds"):
+        unlearn.run("pico_smoke.yaml", set={"seeds": 1})
 
 
 def test_another_recipes_folder_is_refused(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
