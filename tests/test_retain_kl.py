@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from unlearn.batches import IGNORE, Encoded, Pad, beside
 from unlearn.finetune import read_adapter, train_vector
-from unlearn.methods.retain_kl import kl, multiples, penalty, scaled_rows
+from unlearn.methods.retain_kl import kl, multiples, only_at, penalty, scaled_rows
 from unlearn.models import Loaded
 from unlearn.negate import applied
 from unlearn.recipe import LoraSpec, RetainKLSpec, TrainSpec
@@ -75,6 +75,12 @@ def one_batch(c: float | None) -> tuple[dict[str, Tensor], list[float]]:
     return beside(Pad(0)(FORGET), Pad(0)(RETAIN), copies, 0), factors
 
 
+def labelled(batch: dict[str, Tensor], copies: int) -> Tensor:
+    """Positions that predict a label, of the forget rows and of the retain rows' copies."""
+    labels = torch.cat([batch["labels"], *[batch["retain_labels"]] * copies])
+    return functional.pad(labels[:, 1:] != IGNORE, (0, 1))
+
+
 def test_the_divergence() -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = torch.randn(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
@@ -87,13 +93,14 @@ def test_the_batch() -> None:
     batch, factors = one_batch(2.0)
     assert factors == [1.0, 1.0, 1.0, 1.0, -2.0, -2.0, 0.0, 0.0]
     assert multiples(1, 2, None) == [1.0, 1.0, 1.0, 0.0, 0.0]
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (8, 12)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, 12)
+    assert batch["labels"].shape == batch["retain_labels"].shape == (2, 12)
     for number, row in enumerate([*FORGET, *RETAIN * 3]):
         length = len(row.input_ids)
         assert batch["input_ids"][number, :length].tolist() == list(row.input_ids)
         assert batch["attention_mask"][number].tolist() == [1] * length + [0] * (12 - length)
-        labels = [*row.labels, *[IGNORE] * (12 - length)]
-        assert batch["labels"][number].tolist() == (labels if number < 2 else [IGNORE] * 12)
+        if number < 2:
+            assert batch["labels"][number].tolist() == [*row.labels, *[IGNORE] * (12 - length)]
     assert batch["retain_labels"].tolist() == Pad(0)(RETAIN)["labels"].tolist()
 
 
@@ -108,9 +115,14 @@ def test_it_is_taken_where_the_formula_says(
     vector = read_adapter(peft_model, {})
     model = loaded(folder).model
     batch, factors = one_batch(c)
+    copies = factors.count(0.0) // len(RETAIN) * (2 if c is None else 3)
     with torch.no_grad(), scaled_rows(peft_model, factors):
         logits = peft_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    got = float(penalty(logits[2:], batch["retain_labels"], len(RETAIN)))
+        with only_at(peft_model, labelled(batch, copies)):
+            few = peft_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(few, logits[labelled(batch, copies)])
+    forgotten = int((batch["labels"][:, 1:] != IGNORE).sum())
+    got = float(penalty(few[forgotten:], copies))
     wanted = wanted_penalty(model, vector, c)
     assert got == pytest.approx(wanted, rel=1e-3)
     assert wanted > 0.01
@@ -126,7 +138,8 @@ def test_only_the_adapter_learns_from_it(loaded: Load, pico_phi: Path) -> None:
     batch, factors = one_batch(1.0)
     with scaled_rows(peft_model, factors):
         logits = peft_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        penalty(logits[2:], batch["retain_labels"], len(RETAIN)).backward()
+        logits = logits[labelled(batch, 3)]
+        penalty(logits[int((batch["labels"][:, 1:] != IGNORE).sum()) :], 3).backward()
     moved = {name for name, p in peft_model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert moved
     assert all("lora_" in name for name in moved)

@@ -64,14 +64,15 @@ class Pad:
 
 
 def beside(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], copies: int, pad_id: int) -> dict[str, Tensor]:
-    """One batch of the forget rows and ``copies`` times the retain rows, which carry no label there.
+    """One batch of the forget rows and ``copies`` times the retain rows, whose labels stay apart.
 
     Args:
         forget: input_ids, attention_mask, labels, each (F, T).
         retain: The same, each (K, T').
 
     Returns:
-        The same keys, each (F + copies * K, max(T, T')), and ``retain_labels`` (K, max(T, T')).
+        ``input_ids``, ``attention_mask`` (F + copies * K, W), ``labels`` (F, W), ``retain_labels`` (K, W); W is
+        the larger width.
     """
     width = max(forget["input_ids"].shape[1], retain["input_ids"].shape[1])
     device = forget["input_ids"].device
@@ -79,8 +80,6 @@ def beside(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], copies: i
     def wide(rows: Tensor, value: int) -> Tensor:
         return functional.pad(rows.to(device), (0, width - rows.shape[1]), value=value)
 
-    labels = wide(retain["labels"], IGNORE)
-    silent = torch.full_like(labels, IGNORE)
     fills = {"input_ids": pad_id, "attention_mask": 0}
     both = {k: torch.cat([wide(forget[k], v), *[wide(retain[k], v)] * copies]) for k, v in fills.items()}
-    return {**both, "labels": torch.cat([wide(forget["labels"], IGNORE), *[silent] * copies]), "retain_labels": labels}
+    return {**both, "labels": wide(forget["labels"], IGNORE), "retain_labels": wide(retain["labels"], IGNORE)}

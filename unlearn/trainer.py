@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -19,7 +20,7 @@ from unlearn.batches import IGNORE, ByLength, Encoded, Pad, beside
 from unlearn.console import progress
 from unlearn.errors import TrainingError
 from unlearn.memory import is_out_of_memory
-from unlearn.methods.retain_kl import multiples, penalty, scaled_rows
+from unlearn.methods.retain_kl import multiples, only_at, penalty, scaled_rows
 from unlearn.recipe import RetainKLSpec, TrainSpec
 
 _WHOLE = "unlearn_checkpoint_is_whole"
@@ -174,15 +175,23 @@ class _Trainer(Trainer):
         with scaled_rows(self.accelerator.unwrap_model(model), factors):
             return super().training_step(model, batch, *args, **kwargs)
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss on the forget rows, plus the penalty on the others."""
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy on the forget rows plus the penalty on the others, from the positions that predict a label."""
         if self._keep is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        retain = inputs.pop("retain_labels")
-        kwargs["return_outputs"] = True
-        loss, outputs = super().compute_loss(model, inputs, *args, **kwargs)
-        copies = outputs.logits[(inputs["labels"] == IGNORE).all(dim=1)]
-        extra = self._keep.spec.weight * penalty(copies, retain, len(retain))
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels, retain = inputs["labels"], inputs["retain_labels"]  # (F, T), (K, T)
+        copies = (len(inputs["input_ids"]) - len(labels)) // len(retain)
+        predicts = torch.cat([labels, *[retain] * copies])[:, 1:] != IGNORE
+        with only_at(self.accelerator.unwrap_model(model), functional.pad(predicts, (0, 1))):
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits  # (N, V)
+        wanted = labels[:, 1:][labels[:, 1:] != IGNORE]
+        count = len(wanted) if num_items_in_batch is None else num_items_in_batch
+        loss = functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum") / count
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # which averages the gradients
+        extra = self._keep.spec.weight * penalty(logits[len(wanted) :], copies)
         return loss + extra / self.args.gradient_accumulation_steps
 
 

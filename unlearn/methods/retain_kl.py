@@ -22,8 +22,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unlearn.batches import IGNORE
-
 
 def kl(reference: Tensor, logits: Tensor) -> Tensor:
     """Mean KL(p || q) in nats over positions.
@@ -48,17 +46,34 @@ def multiples(forget: int, retain: int, coefficient: float | None) -> list[float
     return [1.0] * forget + [side for side in (*sides, 0.0) for _ in range(retain)]
 
 
-def penalty(logits: Tensor, labels: Tensor, retain: int) -> Tensor:
+def penalty(logits: Tensor, copies: int) -> Tensor:
     """The divergences of every side from the untouched model, added up.
 
     Args:
-        logits: (S * K, T, V) of the S copies of the retain rows, in the order of :func:`multiples`.
-        labels: (K, T) of the retain rows; positions that predict a label count.
-        retain: K.
+        logits: (S * N, V) at the labelled positions of S copies of the retain rows, in the order of :func:`multiples`.
+        copies: S; the last copy is the untouched model's.
     """
-    *sides, untouched = (part[:, :-1][labels[:, 1:] != IGNORE] for part in torch.split(logits, retain))
+    *sides, untouched = logits.chunk(copies)
     reference = untouched.detach()
     return torch.stack([kl(reference, side) for side in sides]).sum()
+
+
+@contextmanager
+def only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Inside the ``with``, the model's head runs at some positions only, and its logits are (N, V).
+
+    Answers are a few tokens at the end of a prompt; the vocabulary times all the others is a fifth of a small model's
+    work for nothing.
+
+    Args:
+        positions: (B, T) booleans.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][positions],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
