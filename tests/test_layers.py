@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A module may import what stands before it, in its own layer or in an earlier one.
 LAYERS: dict[str, str] = {
     "ground": "errors memory quiet console distributed harness",
-    "values": "template recipe report vector",
+    "values": "template recipe_data recipe report vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
     "words": "metrics wording report_text",
     "folders": "atomic stage lock ownership rundir provenance",
@@ -25,7 +25,7 @@ LAYERS: dict[str, str] = {
     "scores": "tree scoring tasks evaluate samples search",
     "exports": "card rounding shards survival export",
     "pages": "markup axes charts html_parts html table",
-    "commands": "plan pipeline execute run unlearn",
+    "commands": "plan stages pipeline execute run unlearn",
 }
 ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.

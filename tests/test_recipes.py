@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from unlearn.assets import recipes_folder, tasks_folder
 from unlearn.data import load_sets
 from unlearn.plan import plan
-from unlearn.recipe_io import LoadedRecipe, load_recipe, resolved_yaml
+from unlearn.recipe_io import LoadedRecipe, json_schema, load_recipe, resolved_yaml
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"))
 BRING_YOUR_OWN = {"phi15_books"}  # the texts are the user's
@@ -24,7 +25,7 @@ def test_a_shipped_recipe_is_valid_and_says_what_it_gave(path: Path, tmp_path: P
     head = path.read_text().splitlines()
     assert head[0].startswith(f"# unlearn --recipe {path.name}")
     comments = "\n".join(line for line in head if line.startswith("#"))
-    assert "Measured:" in comments
+    assert "# Measured" in comments
     copy = tmp_path / path.name
     copy.write_text(resolved_yaml(loaded.recipe))
     assert load_recipe(str(copy)).recipe == loaded.recipe
@@ -74,3 +75,24 @@ def test_the_quickstart_s_facts_are_hard_and_whole() -> None:
 
 def test_the_task_pack_is_found() -> None:
     assert (tasks_folder() / "unlearn_mcq.yaml").is_file()
+
+
+def test_editors_are_pointed_to_the_current_schema() -> None:
+    written = json.loads((recipes_folder() / "recipe.schema.json").read_text())
+    assert written == json_schema(), "write it anew: unlearn --schema > recipes/recipe.schema.json"
+    for path in RECIPES:
+        assert "# yaml-language-server: $schema=recipe.schema.json\n" in path.read_text()
+
+
+def test_the_recipe_in_readme_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block)
+    for name in ("forget", "neighbours"):
+        rows = [{"question": f"{name} {i}?", "answer": f"answer {i}"} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "everyday.txt").write_text("\n".join(f"Sentence {i} of an ordinary text." for i in range(2000)))
+    text = plan(load_recipe(str(tmp_path / "mine.yaml")))
+    assert "20           6    14" in text
+    assert "retain" in text

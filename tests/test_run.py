@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.assets import tasks_folder
 from unlearn.negate import applied
-from unlearn.pipeline import STAGES
 from unlearn.report import RunReport
 from unlearn.run import main
+from unlearn.stages import STAGES
 from unlearn.vector import TaskVector
 
 COMMAND = [sys.executable, "-m", "unlearn.run", "--recipe", "pico_smoke.yaml"]
@@ -216,6 +216,7 @@ MISTAKES: list[tuple[list[str], Sequence[str]]] = [
     (["--set", "retain.0.where.continent=Europe"], ["forget", "retain"]),
     (["--set", "model.path=no/such/folder/here"], ["no/such/folder/here", "model.path"]),
     (["--set", "vector.forget.learning_rate=1e30"], ["learning_rate"]),
+    (["--set", "retain.0.shares={train: 0, validation: 0.5, test: 0.5}"], ["contrast", "shares.train"]),
     (["--set", "choose.metric=perplexity"], ["choose.metric", "acc"]),
     (["--set", "eval.tasks=[{task: hellaswog}]"], ["hellaswog", "hellaswag"]),
 ]

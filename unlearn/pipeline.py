@@ -7,9 +7,7 @@ exports. What a stage depends on is in its key; what it found is in its folder; 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from unlearn.batches import Encoded
 from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import wait
+from unlearn.errors import DataError
 from unlearn.evaluate import evaluate
 from unlearn.item_files import write_items
 from unlearn.methods.contrast import contrast
@@ -29,17 +28,16 @@ from unlearn.methods.negate import negate
 from unlearn.metrics import forget_metric
 from unlearn.models import Loaded
 from unlearn.negate import Edit
-from unlearn.provenance import LIBRARIES, versions
-from unlearn.recipe import Recipe, TrainSpec
+from unlearn.recipe import TrainSpec
 from unlearn.report import Chosen, Example, Score, SweepPoint, TaskScore
-from unlearn.rundir import RunFolder, fingerprint, write_json_atomic
+from unlearn.rundir import write_json_atomic
 from unlearn.samples import complete
 from unlearn.scoring import PackedLM
+from unlearn.stages import Stages
 from unlearn.trainer import Keep, TrainingLog
 from unlearn.vector import TaskVector
 
 VECTOR_FILE = "vector.safetensors"
-STAGES = ("load", "data", "teach", "finetune", "sweep", "test", "export")
 
 
 @dataclass(frozen=True)
@@ -52,25 +50,14 @@ class Vectors:
     logs: tuple[Mapping[str, Any], ...]
 
 
-class Pipeline:
-    """One run in one folder. Methods are stages; call them in the order of :data:`STAGES`.
-
-    ``stages`` collects the key of every stage, ``seconds`` what each took (also when it took it in an earlier run).
-    """
-
-    def __init__(self, recipe: Recipe, base: Path, folder: RunFolder) -> None:
-        self.recipe = recipe
-        self.base = base
-        self.folder = folder
-        self.stages: dict[str, str] = {}
-        self.seconds: dict[str, float] = {}
-        self._libraries = versions(LIBRARIES)
+class Pipeline(Stages):
+    """One run in one folder. Methods are stages; call them in the order of :data:`unlearn.stages.STAGES`."""
 
     # -- model and data ------------------------------------------------------------------------------------------
 
     def load(self) -> Loaded:
         """Fetch (and convert) the model, and bring it into memory."""
-        with self._announced("load", f"the model {self.recipe.model.path.partition('#')[0]}"):
+        with self.announced("load", f"the model {self.recipe.model.path.partition('#')[0]}"):
             self.where = fetch.locate(self.recipe.model, self.base)
             loaded = models.load(self.recipe.model, self.where)
             size = sum(p.numel() for p in loaded.model.parameters())
@@ -79,12 +66,12 @@ class Pipeline:
 
     def data(self, tokenizer: Any) -> tuple[LoadedSet, ...]:
         """Read and split every set, and write the scored items where lm-eval (and anyone) can read them."""
-        with self._announced("data", "the forget, retain and utility sets"):
+        with self.announced("data", "the forget, retain and utility sets"):
             sets = load_sets(self.recipe, self.base, tokenizer)
             for s in sets:
                 counts = f"{len(s.train)} train, {len(s.validation)} validation, {len(s.test)} test"
                 say(f"    {s.role:8}{s.name}: {counts}")
-            self._make(
+            self.make(
                 "items",
                 [s.digest for s in sets],
                 lambda tmp: write_items(sets, tokenizer, tmp, ("validation", "test")),
@@ -97,7 +84,7 @@ class Pipeline:
         if spec is None:
             return base
         learned = [s for s in sets if s.role in ("forget", "retain") and s.train]
-        with self._announced("teach", "the base model the forget and retain sets"):
+        with self.announced("teach", "the base model the forget and retain sets"):
 
             def make(tmp: Path) -> None:
                 rows = self._encode(learned, base.tokenizer, spec)
@@ -115,7 +102,7 @@ class Pipeline:
                     base.tokenizer.save_pretrained(tmp)
                     write_json_atomic(tmp / "training.json", log.to_json("teach"))
 
-            self._make("target", [base.fingerprint, [s.digest for s in learned], _plain(spec), self.recipe.seed], make)
+            self.make("target", [base.fingerprint, [s.digest for s in learned], _plain(spec), self.recipe.seed], make)
             self.where = str(self.folder.path("target"))
             return models.load(self.recipe.model, self.where)
 
@@ -124,17 +111,22 @@ class Pipeline:
     def vectors(self, target: Loaded, sets: Sequence[LoadedSet]) -> Vectors:
         """Fine-tune on the forget set, and on the retain sets when contrasting; shape what is subtracted."""
         spec = self.recipe.vector
-        with self._announced("finetune", "LoRA on the forget set" + " and on the retain sets" * self._contrasts):
+        with self.announced("finetune", "LoRA on the forget set" + " and on the retain sets" * self._contrasts):
             trainee = target
             if self.recipe.model.quantize != "none":
                 trainee = models.load(self.recipe.model, self.where, for_training=True)
             near = [s for s in sets if s.role == "retain" and s.train]
+            if not near and (self._contrasts or spec.retain_kl is not None):
+                raise DataError(
+                    "no retain set has items to train on, and vector.method contrast and vector.retain_kl need some: "
+                    "raise shares.train of a retain set"
+                )
             forget = self._vector("forget", target.fingerprint, trainee, sets[:1], spec.forget, near)
             retain = None
             if self._contrasts:
                 retain = self._vector("retain", target.fingerprint, trainee, near, spec.retain or spec.forget)
             edit = contrast(forget, retain, spec.mu) if retain is not None else negate(forget)
-            self._make("vectors/edit", [edit.digest()], lambda tmp: edit.save(tmp / VECTOR_FILE))
+            self.make("vectors/edit", [edit.digest()], lambda tmp: edit.save(tmp / VECTOR_FILE))
         names = ["target"] * (self.recipe.teach is not None)
         names += ["vectors/forget"] + ["vectors/retain"] * (retain is not None)
         logs = tuple(json.loads((self.folder.path(n) / "training.json").read_text()) for n in names)
@@ -177,7 +169,7 @@ class Pipeline:
         stage = f"vectors/{name}"
         parts = [target, digests, _plain(lora), _plain(spec), self.recipe.seed, self.recipe.model.quantize]
         parts += [_plain(retain_kl), [s.digest for s in near]] if penalised else []
-        self._make(stage, parts, make)
+        self.make(stage, parts, make)
         return TaskVector.load(self.folder.path(stage) / VECTOR_FILE)
 
     def _encode(self, sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
@@ -192,7 +184,7 @@ class Pipeline:
         grid = self.recipe.sweep.grid()
         forget = ("forget", self.recipe.forget.label(), forget_metric(self.recipe))
         points: list[SweepPoint] = []
-        with self._announced("sweep", f"{len(grid)} coefficients on validation items"):
+        with self.announced("sweep", f"{len(grid)} coefficients on validation items"):
             lm = self._lm(target)
             items, generate = self.folder.path("items"), self.recipe.eval.generate == "sweep"
             built = tasks.build_tasks(sets, "validation", self.recipe, target.tokenizer, items, generate=generate)
@@ -210,7 +202,7 @@ class Pipeline:
     ) -> tuple[tuple[TaskScore, ...], tuple[TaskScore, ...], tuple[Example, ...]]:
         """Test scores of the target model and at the chosen coefficient, and how both answer a few items."""
         generate = self.recipe.eval.generate != "none"
-        with self._announced("test", "test items, before and after"):
+        with self.announced("test", "test items, before and after"):
             lm = self._lm(target)
             items = self.folder.path("items")
             built = tasks.build_tasks(sets, "test", self.recipe, target.tokenizer, items, generate=generate)
@@ -248,7 +240,7 @@ class Pipeline:
         stage = f"eval/{coefficient:g}/{split}"
         parts: list[Any] = [target.fingerprint, [s.digest for s in sets], _plain(spec), self.recipe.seed]
         parts += [vector.digest() if coefficient else None, coefficient]
-        self._make(stage, parts, make)
+        self.make(stage, parts, make)
         found = self.folder.path(stage)
         scores = json.loads((found / "scores.json").read_text())
         texts = json.loads((found / "completions.json").read_text())
@@ -269,7 +261,7 @@ class Pipeline:
         found: dict[str, Any] = {}
         if not wanted:
             return found
-        with self._announced("export", " and ".join(wanted)):
+        with self.announced("export", " and ".join(wanted)):
 
             def adapter(tmp: Path) -> None:
                 facts = export.export_adapter(vector, c, self.where, target.model, tmp, about)
@@ -294,38 +286,10 @@ class Pipeline:
 
             parts = [target.fingerprint, vector.digest(), c, _plain(spec), [asdict(row) for row in about.scores]]
             for name in wanted:
-                self._make(f"export/{name}", parts, adapter if name == "adapter" else merged)
+                self.make(f"export/{name}", parts, adapter if name == "adapter" else merged)
                 facts = json.loads((self.folder.path(f"export/{name}") / "export.json").read_text())
                 found[name] = {"path": f"export/{name}", **facts}
         return found
-
-    # -- stages --------------------------------------------------------------------------------------------------
-
-    def _make(self, name: str, parts: Sequence[Any], make: Callable[[Path], object]) -> None:
-        """Make a stage unless it is there already under the same key."""
-        key = fingerprint(self._libraries, name, *parts)
-        self.stages[name] = key
-        done = self.folder.finished(name, key)
-        wait()  # nobody may look for a stage that another process is writing
-        if done is None:
-            with self.folder.writing(name, key) as tmp:
-                make(tmp)
-            wait()
-        else:
-            say(f"    {name}: as before", style="dim")
-
-    @contextmanager
-    def _announced(self, stage: str, what: str) -> Iterator[None]:
-        """Say which stage begins, and what it took, in this run or in the one that made it."""
-        stages = [s for s in STAGES if s != "teach" or self.recipe.teach is not None]
-        say(f"[{stages.index(stage) + 1}/{len(stages)}] {stage}: {what}", style="bold")
-        before = set(self.stages)
-        started = time.monotonic()
-        yield
-        took = time.monotonic() - started
-        say(f"    {took:.1f} s", style="dim")
-        made = [r.seconds for n in set(self.stages) - before if (r := self.folder.record(n)) is not None]
-        self.seconds[stage] = round(max(took, sum(made)), 2)
 
 
 def _plain(spec: Any) -> Any:

@@ -6,31 +6,53 @@ costs no torch. Each field's description is what ``--schema`` shows in an editor
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Scalar = bool | int | float | str
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-SetRole = Literal["forget", "retain", "utility"]
-Kind = Literal["text", "qa", "mcq"]
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+from unlearn.recipe_data import (
+    SPLITS,
+    DataSet,
+    Frozen,
+    Kind,
+    Positive,
+    Scalar,
+    SetRole,
+    Share,
+    Source,
+    Split,
+    SplitPrompts,
+    SplitShares,
+    UtilitySet,
+)
 
-DEFAULT_PROMPT: dict[str, str] = {
-    "text": "{text}",
-    "qa": "Question: {question}\nAnswer:",
-    "mcq": "Question: {question}\nAnswer:",
-}
+__all__ = [
+    "SPLITS",
+    "ChooseSpec",
+    "DataSet",
+    "EvalSpec",
+    "ExportSpec",
+    "Kind",
+    "LoraSpec",
+    "ModelSpec",
+    "Recipe",
+    "RetainKLSpec",
+    "Scalar",
+    "SetRole",
+    "Source",
+    "Split",
+    "SplitPrompts",
+    "SplitShares",
+    "SweepSpec",
+    "TaskSpec",
+    "TeachSpec",
+    "TrainSpec",
+    "UtilitySet",
+    "VectorSpec",
+]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelSpec(_Frozen):
+class ModelSpec(Frozen):
     """Which model, and how it is held in memory."""
 
     path: str = Field(
@@ -51,108 +73,7 @@ class ModelSpec(_Frozen):
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
 
 
-class Source(_Frozen):
-    """Where rows come from."""
-
-    path: str = Field(
-        min_length=1,
-        description="A .json, .jsonl, .csv, .parquet or .txt file, relative to the recipe; or hub:OWNER/NAME.",
-    )
-    config: str | None = Field(None, description="Configuration (subset) of a hub data set.")
-    split: str | None = Field(None, description="Split of a hub data set; train when not given.")
-    revision: str | None = Field(None, description="Revision of a hub data set.")
-    where: dict[str, Scalar | tuple[Scalar, ...]] = Field(
-        default_factory=dict, description="Keep only rows whose columns equal (or are among) these values."
-    )
-    limit: Positive | None = Field(None, description="At most this many rows, chosen by the seed.")
-
-
-class SplitShares(_Frozen):
-    """How one source is divided, by content and seed."""
-
-    train: Share | Literal["all"] = Field(
-        0.5,
-        description="Share of the rows trained on. all: every row is trained on, and validation and test divide "
-        "the same rows between them; right for memorised content, where what is forgotten is what was trained on.",
-    )
-    validation: Share = Field(0.2, description="Share of the rows on which the coefficient is chosen.")
-    test: Share = Field(0.3, description="Share of the rows on which the result is reported.")
-
-    @model_validator(mode="after")
-    def _adds_up(self) -> SplitShares:
-        total = self.validation + self.test + (0.0 if self.train == "all" else float(self.train))
-        if total > 1 + 1e-9:
-            raise ValueError(f"shares add up to {total:g}; they must not exceed 1")
-        return self
-
-
-class SplitPrompts(_Frozen):
-    """A different phrasing per split, to see whether knowledge went or only one wording of it."""
-
-    train: str | tuple[str, ...] = Field(description="Template, or several: every row is then trained in each of them.")
-    validation: str = Field(description="Template of the validation items.")
-    test: str = Field(description="Template of the test items.")
-
-
-class DataSet(Source):
-    """A forget, retain or utility set."""
-
-    name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
-        description="Name in reports; the file's name when not given.",
-    )
-    kind: Kind = Field(description="text (passages), qa (question, answer) or mcq (question, choices, answer).")
-    columns: dict[str, str | tuple[str, ...]] = Field(
-        default_factory=dict,
-        description="Our field -> your column (text; question, answer; choices may be a list of columns).",
-    )
-    prompt: str | tuple[str, ...] | SplitPrompts | None = Field(
-        None, description="Template with {column} fields; what the model reads before the answer."
-    )
-    shares: SplitShares = Field(
-        default_factory=SplitShares, description="How the rows are split when no files are given."
-    )
-    validation: Source | None = Field(None, description="A file of its own for validation items.")
-    test: Source | None = Field(None, description="A file of its own for test items.")
-    length: Positive = Field(256, description="text: tokens per passage.")
-    prefix: Positive = Field(32, description="text: tokens the model is given before it must go on by itself.")
-    continuation: Positive = Field(64, description="qa, text: tokens generated for ROUGE-L.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataSet:
-        if self.kind == "text" and self.prefix >= self.length:
-            raise ValueError(f"prefix ({self.prefix}) must be shorter than length ({self.length})")
-        return self
-
-    def prompts(self, split: Split) -> tuple[str, ...]:
-        """The templates of one split, the default of the kind when the recipe gives none."""
-        given = getattr(self.prompt, split) if isinstance(self.prompt, SplitPrompts) else self.prompt
-        if given is None:
-            return (DEFAULT_PROMPT[self.kind],)
-        templates = (given,) if isinstance(given, str) else tuple(given)
-        return templates if split == "train" else templates[:1]
-
-    def label(self) -> str:
-        """Name used in reports, task names and files."""
-        if self.name:
-            return self.name
-        stem = self.path.removeprefix("hub:").rsplit("/", 1)[-1]
-        stem = re.sub(r"\.(jsonl?|csv|parquet|txt)$", "", stem)
-        return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.config or stem).strip("-.") or "set"
-
-
-def _only_scored() -> SplitShares:
-    return SplitShares(train=0.0, validation=0.4, test=0.6)
-
-
-class UtilitySet(DataSet):
-    """A utility set: only scored, so by default none of its rows are held back for training."""
-
-    shares: SplitShares = Field(default_factory=_only_scored, description="How the rows are split.")
-
-
-class LoraSpec(_Frozen):
+class LoraSpec(Frozen):
     """Shape of the adapter that becomes the task vector (Hu et al. 2106.09685)."""
 
     rank: Positive = Field(16, description="Rank r of the update.")
@@ -164,7 +85,7 @@ class LoraSpec(_Frozen):
     rslora: bool = Field(False, description="Scale by alpha/sqrt(rank) instead (2312.03732).")
 
 
-class TrainSpec(_Frozen):
+class TrainSpec(Frozen):
     """One fine-tuning, run by transformers' Trainer."""
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the data.")
@@ -199,7 +120,7 @@ class TeachSpec(TrainSpec):
     lora: LoraSpec | None = Field(None, description="Teach through a LoRA that is then merged; null: all weights.")
 
 
-class RetainKLSpec(_Frozen):
+class RetainKLSpec(Frozen):
     """Keep the model's predictions on retain data while the forget vector is fitted."""
 
     sides: Literal["one", "two"] = Field(
@@ -219,7 +140,7 @@ class RetainKLSpec(_Frozen):
         return ends
 
 
-class VectorSpec(_Frozen):
+class VectorSpec(Frozen):
     """How the task vector is made and shaped."""
 
     method: Literal["negate", "contrast"] = Field(
@@ -236,7 +157,7 @@ class VectorSpec(_Frozen):
     )
 
 
-class SweepSpec(_Frozen):
+class SweepSpec(Frozen):
     """Which coefficients are tried."""
 
     coefficients: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
@@ -259,7 +180,7 @@ class SweepSpec(_Frozen):
         return (0.0, *(c for c in self.coefficients if c > 0))
 
 
-class ChooseSpec(_Frozen):
+class ChooseSpec(Frozen):
     """The rule that picks the coefficient, on validation items only (Ilharco et al. 2212.04089, section 3)."""
 
     metric: str | None = Field(None, description="Forget metric to drive down; by kind when not given.")
@@ -269,7 +190,7 @@ class ChooseSpec(_Frozen):
     )
 
 
-class TaskSpec(_Frozen):
+class TaskSpec(Frozen):
     """A task that lm-eval ships, scored beside the recipe's own data."""
 
     task: str = Field(min_length=1, description="Its name in lm-eval (hellaswag, wmdp_bio, ...).")
@@ -279,7 +200,7 @@ class TaskSpec(_Frozen):
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Examples in the prompt.")
 
 
-class EvalSpec(_Frozen):
+class EvalSpec(Frozen):
     """How scores are computed."""
 
     engine: Literal["packed", "hf"] = Field(
@@ -296,7 +217,7 @@ class EvalSpec(_Frozen):
     tasks: tuple[TaskSpec, ...] = Field((), description="lm-eval's own tasks.")
 
 
-class ExportSpec(_Frozen):
+class ExportSpec(Frozen):
     """What is handed back."""
 
     adapter: bool = Field(True, description="The edit as a PEFT adapter with the coefficient folded in.")
@@ -308,7 +229,7 @@ class ExportSpec(_Frozen):
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Largest shard of the merged weights.")
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """One experiment."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Names the run folder.")

@@ -1,0 +1,129 @@
+"""The part of a recipe that says what is forgotten and what is kept: sources, splits, prompts, data sets."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Scalar = bool | int | float | str
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+SetRole = Literal["forget", "retain", "utility"]
+Kind = Literal["text", "qa", "mcq"]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+DEFAULT_PROMPT: dict[str, str] = {
+    "text": "{text}",
+    "qa": "Question: {question}\nAnswer:",
+    "mcq": "Question: {question}\nAnswer:",
+}
+
+
+class Frozen(BaseModel):
+    """A value that is checked when it is made and never changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Source(Frozen):
+    """Where rows come from."""
+
+    path: str = Field(
+        min_length=1,
+        description="A .json, .jsonl, .csv, .parquet or .txt file, relative to the recipe; or hub:OWNER/NAME.",
+    )
+    config: str | None = Field(None, description="Configuration (subset) of a hub data set.")
+    split: str | None = Field(None, description="Split of a hub data set; train when not given.")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+    where: dict[str, Scalar | tuple[Scalar, ...]] = Field(
+        default_factory=dict, description="Keep only rows whose columns equal (or are among) these values."
+    )
+    limit: Positive | None = Field(None, description="At most this many rows, chosen by the seed.")
+
+
+class SplitShares(Frozen):
+    """How one source is divided, by content and seed."""
+
+    train: Share | Literal["all"] = Field(
+        0.5,
+        description="Share of the rows trained on. all: every row is trained on, and validation and test divide "
+        "the same rows between them; right for memorised content, where what is forgotten is what was trained on.",
+    )
+    validation: Share = Field(0.2, description="Share of the rows on which the coefficient is chosen.")
+    test: Share = Field(0.3, description="Share of the rows on which the result is reported.")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> SplitShares:
+        total = self.validation + self.test + (0.0 if self.train == "all" else float(self.train))
+        if total > 1 + 1e-9:
+            raise ValueError(f"shares add up to {total:g}; they must not exceed 1")
+        return self
+
+
+class SplitPrompts(Frozen):
+    """A different phrasing per split, to see whether knowledge went or only one wording of it."""
+
+    train: str | tuple[str, ...] = Field(description="Template, or several: every row is then trained in each of them.")
+    validation: str = Field(description="Template of the validation items.")
+    test: str = Field(description="Template of the test items.")
+
+
+class DataSet(Source):
+    """A forget, retain or utility set."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Name in reports; the file's name when not given.",
+    )
+    kind: Kind = Field(description="text (passages), qa (question, answer) or mcq (question, choices, answer).")
+    columns: dict[str, str | tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Our field -> your column (text; question, answer; choices may be a list of columns).",
+    )
+    prompt: str | tuple[str, ...] | SplitPrompts | None = Field(
+        None, description="Template with {column} fields; what the model reads before the answer."
+    )
+    shares: SplitShares = Field(
+        default_factory=SplitShares, description="How the rows are split when no files are given."
+    )
+    validation: Source | None = Field(None, description="A file of its own for validation items.")
+    test: Source | None = Field(None, description="A file of its own for test items.")
+    length: Positive = Field(256, description="text: tokens per passage.")
+    prefix: Positive = Field(32, description="text: tokens the model is given before it must go on by itself.")
+    continuation: Positive = Field(64, description="qa, text: tokens generated for ROUGE-L.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSet:
+        if self.kind == "text" and self.prefix >= self.length:
+            raise ValueError(f"prefix ({self.prefix}) must be shorter than length ({self.length})")
+        return self
+
+    def prompts(self, split: Split) -> tuple[str, ...]:
+        """The templates of one split, the default of the kind when the recipe gives none."""
+        given = getattr(self.prompt, split) if isinstance(self.prompt, SplitPrompts) else self.prompt
+        if given is None:
+            return (DEFAULT_PROMPT[self.kind],)
+        templates = (given,) if isinstance(given, str) else tuple(given)
+        return templates if split == "train" else templates[:1]
+
+    def label(self) -> str:
+        """Name used in reports, task names and files."""
+        if self.name:
+            return self.name
+        stem = self.path.removeprefix("hub:").rsplit("/", 1)[-1]
+        stem = re.sub(r"\.(jsonl?|csv|parquet|txt)$", "", stem)
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.config or stem).strip("-.") or "set"
+
+
+def _only_scored() -> SplitShares:
+    return SplitShares(train=0.0, validation=0.4, test=0.6)
+
+
+class UtilitySet(DataSet):
+    """A utility set: only scored, so by default none of its rows are held back for training."""
+
+    shares: SplitShares = Field(default_factory=_only_scored, description="How the rows are split.")
