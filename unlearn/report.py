@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -115,7 +116,7 @@ class RunReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, ``schema`` first."""
-        plain = asdict(self)
+        plain = json.loads(json.dumps(asdict(self)))  # tuples become lists, as in the file
         return {"schema": plain.pop("schema"), **plain}
 
     @classmethod
