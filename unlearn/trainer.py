@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -68,7 +69,8 @@ def train(
 ) -> TrainingLog:
     """Run the Trainer over ``rows``, from the last whole checkpoint in ``work`` if there is one."""
     epochs, max_steps = spec.duration()
-    per_epoch = math.ceil(math.ceil(len(rows) / spec.batch_size) / spec.accumulation)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_epoch = math.ceil(math.ceil(len(rows) / (spec.batch_size * processes)) / spec.accumulation)
     total = max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
     first = next(model.parameters())
     arguments = TrainingArguments(
