@@ -69,6 +69,7 @@ def test_library_chatter_is_filtered_but_not_its_errors(capfd: pytest.CaptureFix
 
     from unlearn.quiet import quietly
 
+    chatter.set_verbosity_warning()  # a Trainer of another test may have changed it
     before = chatter.get_verbosity()
     with quietly():
         assert chatter.get_verbosity() == logging.ERROR
