@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,17 +65,17 @@ def applied(model: nn.Module, vector: TaskVector, coefficient: float) -> Iterato
         yield
 
 
-class _Part:
+class _Part(Protocol):
     """One module under the vector."""
 
     def set(self, coefficient: float) -> None:
-        raise NotImplementedError  # pragma: no cover
+        """Put ``coefficient`` times the change on the pristine module."""
 
     def restore(self) -> None:
-        raise NotImplementedError  # pragma: no cover
+        """Leave the module as it was found."""
 
 
-class _Merged(_Part):
+class _Merged:
     """The change is added into a float32 weight; one pristine copy is kept."""
 
     def __init__(self, module: nn.Module, low_rank: LowRank) -> None:
@@ -98,7 +98,7 @@ class _Merged(_Part):
         self.weight.copy_(self.pristine)
 
 
-class _Beside(_Part):
+class _Beside:
     """The change acts on the module's input beside it: y = W x + c * B (A x), the second term in float32."""
 
     def __init__(self, module: nn.Module, low_rank: LowRank) -> None:

@@ -91,7 +91,7 @@ def tidy(text: str) -> str:
     text = _VALUE_OF.sub(rf"\1{_HIDDEN}", text)
     text = _KEYS.sub(_HIDDEN, text)
     for home in _homes():
-        # a whole path component, not the beginning of /home/ann for /home/anna; nor the end of a longer path
+        # whole path components only: the home of ann is not the beginning of anna's, nor the end of a longer path
         text = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)
     return text
 
