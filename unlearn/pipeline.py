@@ -25,10 +25,10 @@ from unlearn.evaluate import evaluate
 from unlearn.item_files import write_items
 from unlearn.methods.contrast import contrast
 from unlearn.methods.negate import negate
-from unlearn.metrics import forget_metric
+from unlearn.metrics import default_metric, forget_metric
 from unlearn.models import Loaded
 from unlearn.negate import Edit
-from unlearn.recipe import TrainSpec
+from unlearn.recipe import Recipe, TrainSpec
 from unlearn.report import Chosen, Example, Score, SweepPoint, TaskScore
 from unlearn.rundir import write_json_atomic
 from unlearn.samples import complete
@@ -194,7 +194,10 @@ class Pipeline(Stages):
                     scores, _ = self._scored(c, "validation", lm, built, edit, target, vector, sets)
                     point = search.judge(c, scores, points[0].scores if points else scores, kept, self.recipe.choose)
                     points.append(point)
-                    say(f"    λ = {c:<6g}{_brief(scores)}" + ("" if point.within_bound else "   out of bounds"))
+                    say(
+                        f"    λ = {c:<6g}{_brief(self.recipe, scores)}"
+                        + ("" if point.within_bound else "   out of bounds")
+                    )
         return tuple(points), search.choose(points, forget, kept, self.recipe.choose)
 
     def test(
@@ -300,9 +303,8 @@ def _say_training(log: TrainingLog) -> None:
     say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
 
 
-def _brief(scores: Sequence[TaskScore]) -> str:
-    """The first metric of every set on one line."""
-    first: dict[tuple[str, str], TaskScore] = {}
-    for s in scores:
-        first.setdefault((s.set, s.name), s)
-    return "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in first.values())
+def _brief(recipe: Recipe, scores: Sequence[TaskScore]) -> str:
+    """The metric that stands for each set, on one line."""
+    main = {(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets()}
+    main |= {(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks}
+    return "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in scores if s.key in main)
