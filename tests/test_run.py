@@ -123,8 +123,8 @@ def test_a_damaged_vector_is_made_again(whole: Path, tmp_path: Path) -> None:
 def test_killed_in_every_stage_and_resumed_gives_the_same_report(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for number, stage in enumerate(STAGES, start=1):
-        # an interrupt in the last stage, a kill without warning in all others
-        number_sent = signal.SIGINT if number == len(STAGES) else signal.SIGKILL
+        # an interrupt in one stage, a kill without warning in all others
+        number_sent = signal.SIGINT if stage == "sweep" else signal.SIGKILL
         process = start(folder)
         assert process.stderr is not None
         for line in process.stderr:
@@ -135,7 +135,8 @@ def test_killed_in_every_stage_and_resumed_gives_the_same_report(whole: Path, tm
         else:
             pytest.fail(f"the run never came to {stage}")
         process.communicate(timeout=SECONDS)
-        assert process.returncode in (-signal.SIGKILL, 130, 0)
+        # 0: the stage and all after it were over before the signal came
+        assert process.returncode in (130 if stage == "sweep" else -signal.SIGKILL, 0)
     finish(start(folder))
     assert same(folder) == same(whole)
 
