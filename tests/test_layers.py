@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A module may import what stands before it, in its own layer or in an earlier one.
 LAYERS: dict[str, str] = {
-    "ground": "errors memory quiet console distributed harness",
+    "ground": "errors memory quiet console distributed silence",
     "values": "template recipe_data recipe report vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
     "words": "metrics wording report_text",

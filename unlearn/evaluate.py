@@ -24,7 +24,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.loggers.utils import add_env_info, add_tokenizer_info
 
 from unlearn.errors import EvaluationError, RunFolderError
-from unlearn.harness import quiet_harness
+from unlearn.silence import quiet_harness
 from unlearn.memory import is_out_of_memory
 from unlearn.provenance import checkout
 from unlearn.report import Score, TaskScore

@@ -253,7 +253,7 @@ class Pipeline(Stages):
         spec = self.recipe.eval
         if spec.engine == "hf":
             return HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=spec.batch_size)
-        return PackedLM(target.model, target.tokenizer, spec.batch_tokens, spec.batch_size)
+        return PackedLM(target.model, target.tokenizer, spec.batch_tokens, batch_size=spec.batch_size)
 
     # -- exports -------------------------------------------------------------------------------------------------
 

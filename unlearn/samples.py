@@ -8,7 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from unlearn.data import LoadedSet
-from unlearn.harness import quiet_harness
+from unlearn.silence import quiet_harness
 
 _TOKENS = {"mcq": 10, "qa": 40, "text": 40}
 _STOP = {"mcq": ["\n", "."], "qa": ["\n"], "text": ["\n\n"]}

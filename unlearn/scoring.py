@@ -34,17 +34,23 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e
 
 
 class PackedLM(HFLM):
-    """Drop-in for lm-eval's ``HFLM`` around a loaded causal model.
+    """Drop-in for lm-eval's ``HFLM``, for causal models.
 
     Args:
-        model: A transformers causal LM, on its device.
-        tokenizer: Its tokenizer.
-        batch_tokens: Tokens per forward pass, padding included; halved when memory runs out.
-        batch_size: Rows per batch for generation.
+        pretrained: A loaded transformers causal LM, or what lm-eval's own model takes: a folder or a name on the hub.
+        tokenizer: Its tokenizer; found beside the model when not given.
+        batch_tokens: Tokens per forward pass; halved when memory runs out.
+        options: Everything else that ``HFLM`` takes. Its batch_size counts only where its own code must score.
+
+    Raises:
+        EvaluationError: the model is not a causal one.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int | None = None, batch_size: int = 16) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    def __init__(self, pretrained: Any, tokenizer: Any = None, batch_tokens: int | None = None, **options: Any) -> None:
+        backend = options.pop("backend", "causal")
+        if backend not in ("causal", "default"):
+            raise EvaluationError(f"backend={backend}: only causal models are scored here; use --model hf")
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", **options)
         self.batch_tokens = batch_tokens or (16384 if self.device.type == "cuda" else 2048)
         self.label = "scoring"
         self._exact: bool | None = None

@@ -23,7 +23,7 @@ from unlearn import metrics
 from unlearn.assets import tasks_folder
 from unlearn.data import LoadedSet
 from unlearn.errors import EvaluationError
-from unlearn.harness import quiet_harness
+from unlearn.silence import quiet_harness
 from unlearn.item_files import MEMORY_TOKENS, items_path, write_items
 from unlearn.metrics import Key
 from unlearn.recipe import Recipe, SetRole, Split, TaskSpec
