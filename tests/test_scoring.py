@@ -16,14 +16,26 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, MistralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+)
 
-from unlearn import scoring
+from unlearn import attention, forward
 from unlearn.errors import EvaluationError
+from unlearn.forward import Forward
 from unlearn.models import Loaded
 from unlearn.negate import Edit
 from unlearn.pico import corpus
 from unlearn.scoring import PackedLM
+from unlearn.tree import Costs
 from unlearn.vector import LowRank, TaskVector
 
 FAMILIES = ["phi", "llama", "gpt2", "qwen2", "gpt_neox"]
@@ -60,7 +72,7 @@ def assert_same(got: Sequence[tuple[float, bool]], wanted: Sequence[tuple[float,
 def compare(model: Loaded, texts: Texts, **options: Any) -> list[tuple[float, bool]]:
     lm = packed(model, **options)
     answers = lm.loglikelihood(asked(texts))
-    assert lm._exact is True  # not by way of lm-eval's own code
+    assert lm.packs  # not by way of lm-eval's own code
     assert_same(answers, reference(model).loglikelihood(asked(texts), disable_tqdm=True))
     return answers
 
@@ -73,6 +85,14 @@ def questions() -> Texts:
         for template in ("The capital of {} is", "Question: What is the capital of {}?\nAnswer:"):
             texts += [(template.format(country), f" {city}") for city in cities]
     return texts
+
+
+EXAMPLES = "".join(f"Question: What is the capital of {x}?\nAnswer: {y}\n\n" for x, y in [("A", "B"), ("C", "D")] * 4)
+
+
+def few_shot() -> Texts:
+    """Questions after the same worked examples."""
+    return [(EXAMPLES + context, answer) for context, answer in questions()]
 
 
 # --- the same numbers ------------------------------------------------------------------------------------------------
@@ -160,14 +180,26 @@ def test_however_the_rows_are_batched(phi: Loaded, batch_tokens: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_however_the_head_is_chunked(phi: Loaded, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_HEAD_BYTES", chunk * 4 * phi.model.get_output_embeddings().weight.shape[0])
+    monkeypatch.setattr(forward, "_HEAD_BYTES", chunk * 4 * phi.model.get_output_embeddings().weight.shape[0])
     compare(phi, questions())
 
 
-@pytest.mark.parametrize("gain", [0.0, math.inf])
-def test_whether_or_not_rows_are_merged(phi: Loaded, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PackedLM, "_costs", lambda self: (gain, 1.0))
-    compare(phi, questions())
+@pytest.mark.parametrize("costs", [Costs(0.0, math.inf), Costs(1.0, 0.0), Costs(1.0, math.inf), Costs(0.01, 2.0)])
+def test_however_the_tree_is_cut(got: Loaded, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Forward, "costs", lambda self: costs)
+    compare(got, questions() + few_shot())
+
+
+def test_few_shot_examples_are_computed_once(phi: Loaded, forwards: list[tuple[int, int]]) -> None:
+    lm = packed(phi)
+    lm.loglikelihood(asked(questions()[:1]))
+    forwards.clear()
+    compare(phi, few_shot())
+    start = len(phi.tokenizer(EXAMPLES)["input_ids"])
+    lengths = [len(phi.tokenizer("".join(t))["input_ids"]) for t in few_shot()]
+    forwards.clear()
+    lm.loglikelihood(asked(few_shot()))
+    assert sum(rows * width for rows, width in forwards) < start + 0.8 * sum(n - start for n in lengths)
 
 
 @pytest.mark.parametrize("window", [8, 24, 37])
@@ -179,7 +211,7 @@ def test_a_small_window(got: Loaded, window: int) -> None:
     lm = packed(got)
     assert lm.max_length == window
     assert_same(lm.loglikelihood(asked(texts)), reference(got).loglikelihood(asked(texts), disable_tqdm=True))
-    assert lm._exact is (window > 8)
+    assert lm.packs is (window > 8)
 
 
 def test_rolling_log_likelihoods(got: Loaded) -> None:
@@ -188,7 +220,7 @@ def test_rolling_log_likelihoods(got: Loaded) -> None:
     lm = packed(got)
     values = lm.loglikelihood_rolling(asked(texts, "loglikelihood_rolling"))
     wanted = reference(got).loglikelihood_rolling(asked(texts, "loglikelihood_rolling"), disable_tqdm=True)
-    assert lm._exact is True
+    assert lm.packs
     assert values == pytest.approx(wanted, rel=1e-5, abs=1e-3)
     assert values[2] < values[3] < values[0] < 0
 
@@ -207,7 +239,7 @@ def test_half_precision_is_near(loaded: Load, pico_phi: Path) -> None:
     half = loaded(pico_phi, "bfloat16")
     lm = packed(half)
     answers = lm.loglikelihood(asked(questions()))
-    assert lm._exact is True
+    assert lm.packs
     wanted = reference(half, softmax_dtype="float32").loglikelihood(asked(questions()), disable_tqdm=True)
     exact = reference(loaded(pico_phi)).loglikelihood(asked(questions()), disable_tqdm=True)
     tokens = [len(half.tokenizer(answer)["input_ids"]) for _, answer in questions()]
@@ -272,17 +304,22 @@ def test_a_shared_context_is_computed_once(phi: Loaded, forwards: list[tuple[int
     assert length <= width < length + 30
 
 
-def test_batches_stay_within_the_budget(phi: Loaded, forwards: list[tuple[int, int]]) -> None:
+def test_batches_stay_within_the_budget(
+    phi: Loaded, forwards: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Forward, "costs", lambda self: Costs(1e-4, math.inf))  # no passes for trunks
     lm = packed(phi, batch_tokens=64)
     lm.loglikelihood(asked(questions()[:1]))
     forwards.clear()
     texts = [(text, " x") for text in corpus()]
     lm.loglikelihood(asked(texts))
-    assert len(forwards) > 3
-    assert all(rows * width <= 64 or rows == 1 for rows, width in forwards)
-    assert any(rows > 1 for rows, _ in forwards)
-    widths = [width for _, width in forwards]
-    assert widths == sorted(widths, reverse=True)  # what needs most memory comes first
+    longest = max(len(phi.tokenizer(text)["input_ids"]) for text, _ in texts)
+    sizes = [width for _, width in forwards]
+    assert len(sizes) > 3
+    assert max(sizes) <= max(64, longest)
+    assert all(rows == 1 for rows, _ in forwards)  # laid end to end: nothing is padded
+    assert sum(sizes) <= sum(len(phi.tokenizer(text + answer)["input_ids"]) for text, answer in texts)
+    assert min(sizes) > 0.3 * max(sizes)  # of like cost
 
 
 def test_the_head_sees_scored_positions_only(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +397,16 @@ def test_running_out_of_memory_loses_nothing(
     assert max(sizes) <= 300
 
 
+def test_a_tree_that_does_not_fit_is_cut(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = reference(phi).loglikelihood(asked(questions()), disable_tqdm=True)
+    lm = packed(phi, batch_tokens=4000)
+    monkeypatch.setattr(Forward, "costs", lambda self: Costs(0.0, math.inf))  # all questions in one tree
+    assert lm.packs
+    sizes = limited(phi.model.model, 100, lambda: torch.OutOfMemoryError("out of memory"), monkeypatch)
+    assert_same(lm.loglikelihood(asked(questions())), wanted)
+    assert sizes[0] > 100 >= sizes[-1]
+
+
 def test_one_row_that_does_not_fit_is_an_error(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = packed(phi)
     lm.loglikelihood(asked(questions()))
@@ -403,7 +450,7 @@ def small(config_type: type, phi: Loaded, **more: Any) -> Loaded:
         **more,
     )
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     return Loaded(model, phi.tokenizer, "", torch.float32, torch.device("cpu"))
 
 
@@ -413,28 +460,64 @@ def falls_back(model: Loaded, caplog: pytest.LogCaptureFixture) -> str:
     with caplog.at_level(logging.WARNING, "unlearn.scoring"):
         answers = lm.loglikelihood(asked(questions()))
         lm.loglikelihood(asked(questions()[:2]))
-    assert lm._exact is False
+    assert not lm.packs
     assert_same(answers, reference(model).loglikelihood(asked(questions()), disable_tqdm=True))
     said = [r.getMessage() for r in caplog.records if r.name == "unlearn.scoring"]
     assert len(said) == 1  # once, not at every call
-    assert "scoring one row per answer" in said[0]
+    assert "one row per answer" in said[0]
     return said[0]
 
 
-def test_a_model_that_scales_its_logits(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
-    assert "packed rows differ by" in falls_back(small(GraniteConfig, phi, logits_scaling=4.0), caplog)
+def test_a_model_that_scales_its_logits(phi: Loaded) -> None:
+    compare(small(GraniteConfig, phi, logits_scaling=4.0), questions())
+    compare(small(CohereConfig, phi, logit_scale=0.25), questions())
 
 
-def test_a_model_that_caps_its_logits(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
-    full = ["full_attention"] * 2
-    capped = small(
-        Gemma3TextConfig, phi, head_dim=16, final_logit_softcapping=2.0, sliding_window=4096, layer_types=full
+def test_a_model_that_caps_its_logits_and_its_attention(phi: Loaded) -> None:
+    capped = {"head_dim": 16, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}
+    compare(small(Gemma2Config, phi, **capped, sliding_window=8), questions() + few_shot())
+
+
+@pytest.mark.parametrize("window", [1, 8, 30])
+def test_a_model_with_a_sliding_window(phi: Loaded, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(MistralConfig, phi, sliding_window=window)
+    wide = small(MistralConfig, phi, sliding_window=None)
+    narrow = compare(model, questions() + few_shot())
+    assert narrow != packed(wide).loglikelihood(asked(questions() + few_shot()))
+    monkeypatch.setattr(Forward, "costs", lambda self: Costs(1.0, 0.0))
+    compare(model, questions() + few_shot())
+
+
+def test_a_model_that_attends_in_chunks(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    chunked = small(
+        Llama4TextConfig, phi, head_dim=16, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=16
     )
-    assert "packed rows differ by" in falls_back(capped, caplog)
+    assert "layers of chunked_attention" in falls_back(chunked, caplog)
 
 
-def test_a_model_with_a_sliding_window(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
-    assert "sliding window" in falls_back(small(MistralConfig, phi, sliding_window=8), caplog)
+def test_a_model_without_attention(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(phi.tokenizer), hidden_size=32, num_hidden_layers=2, pad_token_id=0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    mamba = Loaded(model, phi.tokenizer, "", torch.float32, torch.device("cpu"))
+    assert "one row per answer" in falls_back(mamba, caplog)
+
+
+def test_a_model_with_biases_by_distance(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=len(phi.tokenizer), hidden_size=32, n_layer=2, n_head=4)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    assert "one row per answer" in falls_back(
+        Loaded(model, phi.tokenizer, "", torch.float32, torch.device("cpu")), caplog
+    )
+
+
+def test_an_adapter_around_a_model(phi: Loaded) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    wrapped = get_peft_model(phi.model, LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=False)).eval()
+    compare(Loaded(wrapped, phi.tokenizer, "", torch.float32, torch.device("cpu")), questions())
 
 
 def test_a_window_that_is_never_reached_does_not_matter(phi: Loaded) -> None:
@@ -442,34 +525,36 @@ def test_a_window_that_is_never_reached_does_not_matter(phi: Loaded) -> None:
     compare(small(MistralConfig, phi, sliding_window=None), questions())
 
 
-def test_a_body_that_takes_no_mask(
+def test_a_body_that_takes_no_positions(
     phi: Loaded, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recurrent models take neither positions nor a mask per token."""
     plain = phi.model.model.forward
 
-    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError("attention_mask must be (batch, tokens)")
-        return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    def forward(input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if position_ids is not None:
+            raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
+        return plain(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(phi.model.model, "forward", forward)
-    assert "attention_mask must be (batch, tokens)" in falls_back(phi, caplog)
+    assert "unexpected keyword argument 'position_ids'" in falls_back(phi, caplog)
 
 
-def test_a_body_that_ignores_the_mask(
-    phi: Loaded, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ignored", ["position_ids", "layout"])
+def test_a_body_that_goes_its_own_way(
+    phi: Loaded, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ignored: str
 ) -> None:
     """Answers that see each other would score wrongly without any error: the probe must notice."""
-    plain = phi.model.model.forward
-    monkeypatch.setattr(phi.model.model, "forward", lambda **kw: plain(**{**kw, "attention_mask": None}))
+    if ignored == "layout":
+        monkeypatch.setattr(attention, "NAME", "sdpa")
+    else:
+        plain = phi.model.model.forward
+        monkeypatch.setattr(phi.model.model, "forward", lambda **kw: plain(**{**kw, "position_ids": None}))
     assert "packed rows differ by" in falls_back(phi, caplog)
 
 
 def test_a_probe_that_ends_in_nan_is_no_proof(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = packed(phi)
-    monkeypatch.setattr(lm, "_score", lambda rows: [(i, (math.nan, False)) for i in range(3)])
-    assert lm._probe() is False
+    monkeypatch.setattr(Forward, "score", lambda self, layout: [(i, math.nan, False, 1) for i in range(3)])
+    assert not packed(phi).packs
 
 
 @pytest.mark.parametrize(

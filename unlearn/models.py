@@ -113,7 +113,6 @@ def _read_weights(
     model, report = read(
         where,
         dtype=dtype,
-        attn_implementation="sdpa",
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that they come back in the report, all of them

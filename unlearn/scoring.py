@@ -10,26 +10,28 @@ model itself once) goes through lm-eval's code.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from lm_eval.models.utils import normalize_gen_kwargs
+from torch import Tensor
 
 from unlearn.console import progress
+from unlearn.decoding import greedy
 from unlearn.errors import EvaluationError
+from unlearn.forward import Budget, Forward, NotPackableError, Part, run
 from unlearn.memory import is_out_of_memory
-from unlearn.tree import Row, pack
+from unlearn.tree import Piece, pack
 
 log = logging.getLogger(__name__)
 
 Request = tuple[tuple[str, str], list[int], list[int]]
-_HEAD_BYTES = 64 * 2**20  # logits held at a time
+_ALL = 1 << 30  # a batch size that no list of requests reaches
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
@@ -39,7 +41,7 @@ class PackedLM(HFLM):
     Args:
         pretrained: A loaded transformers causal LM, or what lm-eval's own model takes: a folder or a name on the hub.
         tokenizer: Its tokenizer; found beside the model when not given.
-        batch_tokens: Tokens per forward pass; halved when memory runs out.
+        batch_tokens: Tokens per forward pass; found when not given, halved when memory runs out.
         options: Everything else that ``HFLM`` takes. Its batch_size counts only where its own code must score.
 
     Raises:
@@ -51,9 +53,9 @@ class PackedLM(HFLM):
         if backend not in ("causal", "default"):
             raise EvaluationError(f"backend={backend}: only causal models are scored here; use --model hf")
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", **options)
-        self.batch_tokens = batch_tokens or (16384 if self.device.type == "cuda" else 2048)
+        self.batch_tokens = batch_tokens
         self.label = "scoring"
-        self._exact: bool | None = None
+        self._forward: Forward | Literal[False] | None = None
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -69,36 +71,87 @@ class PackedLM(HFLM):
         if not requests:
             return []
         self._check(requests)
-        if self._exact is None:
-            self._exact = self._probe()
-        if not self._exact:
+        forward = self._packable()
+        if forward is None:
             return super()._loglikelihood_tokens(list(requests), disable_tqdm=True, override_bs=override_bs)
-        answers: list[tuple[float, bool] | None] = [None] * len(requests)
-        linear, pairwise = self._costs()
-        rows = pack([(c, t) for _, c, t in requests], self.max_length, linear / pairwise)
-        with progress(self.label, len(requests)) as advance, torch.inference_mode():
-            for batch in _batches(rows, lambda: self.batch_tokens):
-                todo = [batch]
-                while todo:
-                    part = todo.pop()
-                    try:
-                        scored = list(self._score(part))
-                    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
-                        if not is_out_of_memory(e) or len(part) == 1:
-                            raise
-                        self.batch_tokens = max(1, min(self.batch_tokens, _size(part)) // 2)
-                        half = len(part) // 2
-                        todo += [part[half:], part[:half]]
-                        continue
-                    for index, answer in scored:
-                        answers[index] = answer
-                        text = requests[index][0]
+        budget = self._budget(forward)
+        answers: dict[int, tuple[float, bool]] = {}
+        with progress(self.label, len(requests)) as advance, torch.inference_mode(), self._precision():
+            while len(answers) < len(requests):
+                left = [i for i in range(len(requests)) if i not in answers]
+                pairs = [requests[i][1:] for i in left]
+                pieces = pack(pairs, self.max_length, forward.costs(), longest=budget.tokens)
+                try:
+                    for index, answer in _finished(run(forward, pieces, budget), pieces):
+                        answers[left[index]] = answer
+                        text = requests[left[index]][0]
                         if text is not None:  # rolling windows have no text
                             self.cache_hook.add_partial("loglikelihood", text, answer)
-                    advance(len(scored))
-        missing = [i for i, a in enumerate(answers) if a is None]
-        assert not missing, f"{len(missing)} requests were lost in packing"
-        return [a for a in answers if a is not None]
+                        advance(1)
+                except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
+                    if not is_out_of_memory(e) or all(p.is_chain for p in pieces):
+                        raise
+                    budget.tokens //= 2  # a tree was too large: cut what is left into smaller ones
+        self.batch_tokens = min(self.batch_tokens or budget.tokens, budget.tokens)
+        return [answers[i] for i in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As lm-eval does it, but all windows of all passages at once instead of ``batch_size`` at a time."""
+        if self._packable() is None:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        before: Any = self.__dict__["batch_size_per_gpu"]
+        self.batch_size_per_gpu: Any = _ALL
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally:
+            self.batch_size_per_gpu = before
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As lm-eval does it, with its truncation and its stop sequences; greedy texts come from :mod:`decoding`."""
+        if self._packable() is None or not all(_is_greedy(self.model, r.args[1]) for r in requests):
+            return super().generate_until(requests, disable_tqdm=True)
+        before: Any = self.__dict__["batch_size_per_gpu"]
+        self.batch_size_per_gpu = _ALL  # all prompts reach _model_generate together
+        try:
+            return super().generate_until(requests, disable_tqdm=True)
+        finally:
+            self.batch_size_per_gpu = before
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """(rows, padded prompts + texts), as ``HFLM`` returns it.
+
+        Args:
+            context: (rows, longest prompt), padded on the left.
+            max_length: Of the padded prompts with their texts.
+            stop: A text ends where one of these appears in it.
+            generation_kwargs: ``attention_mask`` and what transformers' ``generate`` takes.
+        """
+        forward = self._packable()
+        if forward is None or self.batch_size_per_gpu != _ALL:
+            full: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+            return full
+        masks = generation_kwargs["attention_mask"].bool()
+        prompts = [row[mask].tolist() for row, mask in zip(context, masks, strict=True)]
+        ends = self._end_tokens()
+        back = max((len(self.tokenizer.encode(s, add_special_tokens=False)) for s in stop), default=0) + 2
+
+        def done(text: Sequence[int]) -> bool:
+            return text[-1] in ends or any(s in self.tokenizer.decode(text[-back:]) for s in stop if s)
+
+        room = max_length - context.shape[1]
+        found = context.new_full((len(prompts), room), self.tokenizer.pad_token_id)
+        slots = 256 if self.device.type == "cuda" else 64
+        with progress("generating", len(prompts)) as advance, torch.inference_mode(), self._precision():
+            for index, text in greedy(forward, prompts, room, done, slots, self._budget(forward)):
+                found[index, : len(text)] = torch.tensor(text)
+                advance(1)
+        return torch.cat([context, found], dim=1)
+
+    def _end_tokens(self) -> frozenset[int]:
+        config = getattr(self.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        listed = ends if isinstance(ends, list) else [ends]
+        return frozenset(e for e in (*listed, self.eot_token_id) if e is not None)
 
     def _check(self, requests: Sequence[Request]) -> None:
         """Refuse what has no score: lm-eval asserts the same, without a word."""
@@ -111,130 +164,65 @@ class PackedLM(HFLM):
                     f"an answer has {len(continuation)} tokens, but the model reads {self.max_length} at a time{shown}"
                 )
 
-    def _score(self, rows: Sequence[Row]) -> Iterable[tuple[int, tuple[float, bool]]]:
-        """One forward pass over ``rows``; yields (request index, (log-likelihood, is greedy))."""
-        hidden = self._hidden(rows)  # (B, T, d)
-        width = hidden.shape[1]
-        nodes = np.concatenate([b * width + row.scored_nodes for b, row in enumerate(rows)])
-        wanted, inverse = np.unique(nodes, return_inverse=True)  # positions whose logits are needed, each once
-        targets = torch.from_numpy(np.concatenate([row.scored_targets for row in rows])).to(hidden.device)
-        where = torch.from_numpy(inverse).to(hidden.device)
-        flat = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(wanted).to(hidden.device)]
-        values, greedy = self._head(flat, where, targets)
-        at = 0
-        for row in rows:
-            for index, length in row.requests:
-                yield index, (float(values[at : at + length].sum()), bool(greedy[at : at + length].all()))
-                at += length
+    @property
+    def packs(self) -> bool:
+        """Whether this model is scored in packed rows; if not, lm-eval's own code does it."""
+        return self._packable() is not None
 
-    def _head(self, hidden: Tensor, where: Tensor, targets: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Log-probability of each target at its position, and whether it is the argmax there.
-
-        Args:
-            hidden: (N, d) last hidden states.
-            where: (M,) index into hidden, per target.
-            targets: (M,) token ids.
-        """
-        head = self.model.get_output_embeddings()
-        chunk = max(1, _HEAD_BYTES // (4 * head.weight.shape[0]))
-        order = torch.argsort(where, stable=True)
-        sorted_where = where[order]
-        values = torch.empty(len(targets), dtype=torch.float64)
-        greedy = torch.empty(len(targets), dtype=torch.bool)
-        for start in range(0, len(hidden), chunk):
-            logits = head(hidden[start : start + chunk]).float()  # (n, V)
-            low, high = torch.searchsorted(sorted_where, torch.tensor([start, start + chunk], device=where.device))
-            mine = order[int(low) : int(high)]
-            rows, ids = where[mine] - start, targets[mine]
-            picked = logits[rows, ids] - torch.logsumexp(logits, dim=-1)[rows]
-            values[mine.cpu()] = picked.double().cpu()
-            greedy[mine.cpu()] = (logits.argmax(dim=-1)[rows] == ids).cpu()
-        return values.numpy(), greedy.numpy()
-
-    def _hidden(self, rows: Sequence[Row]) -> Tensor:
-        """Last hidden states (B, T, d) of packed rows; plain causal attention where no row branches."""
-        width = max(len(r.tokens) for r in rows)
-        tokens = np.zeros((len(rows), width), dtype=np.int64)
-        positions = np.zeros((len(rows), width), dtype=np.int64)
-        for b, row in enumerate(rows):
-            tokens[b, : len(row.tokens)] = row.tokens
-            positions[b, : len(row.tokens)] = row.positions
-        mask: Tensor | None = None
-        if not all(r.is_chain for r in rows):
-            allowed = np.zeros((len(rows), 1, width, width), dtype=bool)
-            for b, row in enumerate(rows):
-                row.fill_mask(allowed[b, 0])
-            mask = torch.from_numpy(allowed).to(self.device)
-        base: nn.Module = getattr(self.model, self.model.base_model_prefix)
-        out = base(
-            input_ids=torch.from_numpy(tokens).to(self.device),
-            attention_mask=mask,
-            position_ids=torch.from_numpy(positions).to(self.device),
-            use_cache=False,
-        )
-        return out.last_hidden_state
-
-    def _costs(self) -> tuple[float, float]:
-        """Multiply-adds per token, and per attended pair of tokens, of the body of the model."""
-        config = self.model.config.get_text_config()
-        body: nn.Module = getattr(self.model, self.model.base_model_prefix)
-        embedding = self.model.get_input_embeddings().weight.numel()
-        linear = sum(p.numel() for p in body.parameters()) - embedding
-        layers = getattr(config, "num_hidden_layers", 1)
-        return float(max(linear, 1)), float(2 * config.hidden_size * layers)
-
-    def _probe(self) -> bool:
-        """Whether a tree gives this model's own logits: no hidden recurrence, no scaled head, no position bias."""
-        limit = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if limit is not None and limit < self.max_length and getattr(self.model.config, "use_sliding_window", True):
-            log.warning("the model attends in a sliding window: scoring one row per answer")
-            return False
-        try:
-            worst = self._probe_difference()
-        except (AttributeError, TypeError, ValueError, RuntimeError) as e:
-            if is_out_of_memory(e):
-                raise
-            log.warning("packed rows do not work on %s (%s): scoring one row per answer", type(self.model).__name__, e)
-            return False
-        if worst > _PROBE_TOLERANCE.get(self.model.dtype, 3e-1):
+    def _packable(self) -> Forward | None:
+        """How to run packed rows on this model, or None if its numbers cannot be had that way; found out once."""
+        if self._forward is False:
+            return None
+        if self._forward is None:
             name = type(self.model).__name__
-            log.warning("packed rows differ by %.2g on %s: scoring one row per answer", worst, name)
-            return False
-        return True
+            try:
+                forward = Forward(self.model)
+                worst = forward.probe(self.max_length)
+                if worst > _PROBE_TOLERANCE.get(self.model.dtype, 3e-1):
+                    raise NotPackableError(f"packed rows differ by {worst:.2g}")
+            except (NotPackableError, AttributeError, KeyError, LookupError, TypeError, ValueError, RuntimeError) as e:
+                if is_out_of_memory(e):
+                    raise
+                log.warning("%s cannot be scored in packed rows (%s): one row per answer", name, e)
+                self._forward = False
+                return None
+            self._forward = forward
+        return self._forward
 
-    def _probe_difference(self) -> float:
-        """Largest difference in log-likelihood between a branching row and plain forwards, on made-up tokens."""
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        draw = np.random.default_rng(0).integers(0, vocabulary, size=24).tolist()
-        pairs = [(draw[:8], draw[8:12]), (draw[:8], draw[12:18]), (draw[:5], draw[18:24])]
-        (row,) = pack(pairs, self.max_length, math.inf)
-        worst = 0.0
-        with torch.inference_mode():
-            packed = dict(self._score([row]))
-            for i, (context, continuation) in enumerate(pairs):
-                ids = torch.tensor([context + continuation], device=self.device)
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].float()
-                plain = functional.log_softmax(logits, -1)[range(len(continuation)), continuation].sum()
-                difference = abs(float(plain) - packed[i][0])
-                worst = max(worst, difference if math.isfinite(difference) else math.inf)  # max() would drop a NaN
-        return worst
+    def _budget(self, forward: Forward) -> Budget:
+        return Budget(forward.costs(), self.batch_tokens or forward.tokens())
 
-
-def _size(rows: Sequence[Row]) -> int:
-    """Tokens of a batch of rows, padding included."""
-    return len(rows) * max(len(row.tokens) for row in rows)
+    def _precision(self) -> AbstractContextManager[Any]:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
-def _batches(rows: Sequence[Row], budget: Callable[[], int]) -> Iterator[list[Row]]:
-    """Rows of like length together, so that rows x longest stays within the budget; the longest first.
+def _finished(passes: Iterable[Sequence[Part]], pieces: Sequence[Piece]) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """(request, (log-likelihood, greedy)) as soon as the last part of an answer is there."""
+    missing = np.bincount(np.concatenate([p.requests for p in pieces]))  # tokens of each answer still to come
+    assert missing.all(), "a request was lost in packing"
+    values, greedy = [0.0] * len(missing), [True] * len(missing)
+    for scores in passes:
+        for index, value, is_greedy, tokens in scores:
+            values[index] += value
+            greedy[index] &= is_greedy
+            missing[index] -= tokens
+            if not missing[index]:
+                yield index, (values[index], greedy[index])
+    assert not missing.any(), f"{np.count_nonzero(missing)} requests were not scored"
 
-    The budget is asked for at every row, because it shrinks on the way when memory runs out.
-    """
-    batch: list[Row] = []
-    for row in sorted(rows, key=lambda r: len(r.tokens), reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0].tokens) > budget():
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+
+# settings of transformers' generate that leave greedy decoding what it is
+_HARMLESS = {"use_cache", "cache_implementation", "return_dict_in_generate", "transformers_version", "do_sample"}
+_HARMLESS |= {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"}
+_HARMLESS |= {"temperature", "top_p", "top_k", "min_p", "typical_p"}
+_HARMLESS |= {"output_attentions", "output_hidden_states", "output_scores"}
+
+
+def _is_greedy(model: Any, options: dict[str, Any]) -> bool:
+    """Whether generation with these options is plain greedy decoding, which needs nothing of transformers' own."""
+    wanted = normalize_gen_kwargs(options)
+    own = getattr(model, "generation_config", None)
+    settings = {k: v for k, v in (own.to_diff_dict() if own is not None else {}).items() if not k.startswith("_")}
+    unknown = set(wanted) - {"until", "max_gen_toks", "do_sample", "temperature"} | set(settings) - _HARMLESS
+    return not wanted["do_sample"] and not unknown

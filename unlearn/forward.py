@@ -1,0 +1,217 @@
+"""One pass of a causal transformers model over packed trees, and what its head says at the places that count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unlearn.attention import Attending, KeysValues, Layout, attending, lay_out
+from unlearn.memory import is_out_of_memory
+from unlearn.tree import Costs, Piece, pack
+
+# (request, log-likelihood of a part of its answer, whether that part is greedy, tokens in that part)
+Part = tuple[int, float, bool, int]
+
+_HEAD_BYTES = 64 * 2**20  # logits held at a time
+_ATTENTION_SLOWER = 1.5  # an attention multiply-add against one of a linear layer, measured on CPUs
+
+
+class NotPackableError(Exception):
+    """This model's numbers cannot be had from packed rows; the message says why."""
+
+
+class Forward:
+    """A causal LM, called by layouts instead of padded batches.
+
+    Args:
+        model: A transformers causal LM (or a PEFT model around one), on its device.
+
+    Raises:
+        NotPackableError: it mixes tokens in other ways than by attention, or its parts are not where they are expected.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self.model.config.get_text_config()
+        kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            raise NotPackableError(f"it has layers of {', '.join(sorted(kinds))}")
+        self.body: nn.Module = getattr(self.model, self.model.base_model_prefix, self.model)
+        self.head = self.model.get_output_embeddings()
+        if self.body is self.model or self.head is None:
+            raise NotPackableError("its body and its head are not apart")
+        self.dtype: torch.dtype = self.model.dtype
+        self.device: torch.device = self.model.get_input_embeddings().weight.device
+        # logits are scaled (Cohere, Granite) or capped (Gemma 2) after the head
+        self.scale = float(getattr(self.config, "logit_scale", 1.0) or 1.0)
+        self.scale /= float(getattr(self.config, "logits_scaling", 1.0) or 1.0)
+        self.cap = getattr(self.config, "final_logit_softcapping", None)
+
+    def costs(self) -> Costs:
+        """What trees are cut by: multiply-adds of the body, and what another pass costs on this kind of device."""
+        embedding = self.model.get_input_embeddings().weight.numel()
+        linear = max(sum(p.numel() for p in self.body.parameters()) - embedding, 1)
+        layers = getattr(self.config, "num_hidden_layers", 1)
+        pair = 2 * self.config.hidden_size * layers
+        # a pass is bound by reading the weights until it has about this many tokens
+        return Costs(pair * _ATTENTION_SLOWER / linear, 512.0 if self.device.type == "cuda" else 24.0)
+
+    def tokens(self) -> int:
+        """Tokens for one pass: on a GPU what fits into a quarter of its free memory, else what caches hold well."""
+        if self.device.type != "cuda":
+            return 1024
+        size = getattr(self.config, "head_dim", None) or 0
+        heads = self.config.num_attention_heads * size or self.config.hidden_size
+        inner = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
+        # what is alive at once in a layer: the stream and its norm, queries, keys and values twice, the inner states
+        each = (4 * self.config.hidden_size + 8 * heads + 4 * inner) * torch.finfo(self.dtype).bits // 8
+        return int(min(max(torch.cuda.mem_get_info(self.device)[0] // 4 // each, 1024), 65536))
+
+    def hidden(self, layout: Attending) -> Tensor:
+        """Last hidden states (N, d) of a batch."""
+        with attending(self.model, layout):
+            out = self.body(input_ids=layout.tokens, position_ids=layout.positions, use_cache=False)
+        states: Tensor = out.last_hidden_state
+        return states[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) float32 of (n, d), scaled and capped as the model does it."""
+        logits: Tensor = self.head(hidden).float() * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def score(self, layout: Layout) -> list[Part]:
+        """One pass; what every request that asks for something here gets."""
+        hidden = self.hidden(layout)
+        nodes = np.concatenate([p.nodes + start for p, start in zip(layout.pieces, layout.starts, strict=True)])
+        if not len(nodes):
+            return []
+        targets = np.concatenate([p.targets for p in layout.pieces])
+        requests = np.concatenate([p.requests for p in layout.pieces])
+        values, greedy = self._at(hidden, nodes, targets)
+        ids, place, counts = np.unique(requests, return_inverse=True, return_counts=True)
+        totals = np.bincount(place, weights=values)
+        misses = np.bincount(place, weights=~greedy) > 0
+        return list(zip(ids.tolist(), totals.tolist(), (~misses).tolist(), counts.tolist(), strict=True))
+
+    def _at(
+        self, hidden: Tensor, nodes: NDArray[np.int64], targets: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Log-probability of each target at its node, and whether it is the argmax there; logits once per node.
+
+        Args:
+            hidden: (N, d).
+            nodes, targets: (M,) each.
+        """
+        chunk = max(1, _HEAD_BYTES // (4 * self.head.weight.shape[0]))
+        order = np.argsort(nodes, kind="stable")
+        wanted, inverse = np.unique(nodes[order], return_inverse=True)
+        picked_ids = torch.from_numpy(targets[order]).to(hidden.device)
+        values = torch.empty(len(nodes), dtype=torch.float64, device=hidden.device)
+        greedy = torch.empty(len(nodes), dtype=torch.bool, device=hidden.device)
+        for start in range(0, len(wanted), chunk):
+            low, high = np.searchsorted(inverse, (start, start + chunk))
+            logits = self.logits(hidden[torch.from_numpy(wanted[start : start + chunk]).to(hidden.device)])  # (n, V)
+            rows = torch.from_numpy(inverse[low:high] - start).to(logits.device)
+            ids = picked_ids[low:high].to(logits.device)
+            values[low:high] = (logits[rows, ids] - torch.logsumexp(logits, dim=-1)[rows]).double().to(hidden.device)
+            greedy[low:high] = (logits.argmax(dim=-1)[rows] == ids).to(hidden.device)
+        back = np.argsort(order, kind="stable")
+        return values.cpu().numpy()[back], greedy.cpu().numpy()[back]
+
+    def trunk(self, layout: Layout) -> tuple[dict[nn.Module, KeysValues], list[Part]]:
+        """Run a trunk: its keys and values with those before it, by layer, and its own scores."""
+        kept: dict[nn.Module, KeysValues] = {}
+        layout.keep = kept
+        return kept, self.score(layout)
+
+    def probe(self, max_length: int) -> float:
+        """Largest difference in log-likelihood between packed trees and plain forwards, on made-up tokens.
+
+        The trees branch, hang on a trunk and share a batch, so that whatever mixes tokens out of order shows.
+        """
+        draw = np.random.default_rng(0).integers(0, self.head.weight.shape[0], size=40).tolist()
+        pairs = [(draw[:8], draw[8:12]), (draw[:8], draw[12:18]), (draw[:5], draw[18:24]), (draw[:6], draw[31:36])]
+        worst = 0.0
+        with torch.inference_mode():
+            for costs in (Costs(0.0, math.inf), Costs(1.0, 0.0)):  # one tree; rows on a trunk
+                found = [0.0] * len(pairs)
+                for parts in run(self, pack(pairs, max_length, costs), Budget(costs, 1 << 20)):
+                    for index, value, *_ in parts:
+                        found[index] += value
+                for i, (context, continuation) in enumerate(pairs):
+                    ids = torch.tensor([context + continuation], device=self.device)
+                    logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].float()
+                    plain = functional.log_softmax(logits, -1)[range(len(continuation)), continuation].sum()
+                    difference = abs(float(plain) - found[i])
+                    worst = max(worst, difference if math.isfinite(difference) else math.inf)  # max() would drop a NaN
+        return worst
+
+
+@dataclass
+class Budget:
+    """Tokens (or what costs as much) per pass; halved when memory runs out, and not raised again."""
+
+    costs: Costs
+    tokens: int
+
+    def cost(self, piece: Piece) -> float:
+        """Of a piece, in tokens."""
+        n = len(piece.tokens)
+        return n * (1 + self.costs.pair * (n + piece.before))
+
+    def batches(self, rows: Sequence[Piece]) -> Iterator[list[Piece]]:
+        """Batches of like cost within the budget, which may shrink on the way; the longest rows first."""
+        left = sorted(rows, key=lambda p: len(p.tokens), reverse=True)
+        while left:
+            upto = np.cumsum([self.cost(p) for p in left])
+            share = upto[-1] / math.ceil(upto[-1] / self.tokens)
+            n = max(1, int(np.searchsorted(upto, share * (1 + 1e-9), side="right")))
+            yield left[:n]
+            left = left[n:]
+
+
+def run(forward: Forward, pieces: Sequence[Piece], budget: Budget) -> Iterator[list[Part]]:
+    """Run all pieces, each trunk just before what hangs on it; yields the scores of each pass."""
+    below: dict[int | None, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        below.setdefault(piece.trunk, []).append(i)
+
+    def under(trunk: int | None, states: dict[nn.Module, KeysValues]) -> Iterator[list[Part]]:
+        here = below.get(trunk, [])
+        for batch in budget.batches([pieces[i] for i in here if not pieces[i].kept]):
+            yield from _within_memory(forward, batch, states, budget)
+        for i in here:
+            if pieces[i].kept:
+                kept, parts = forward.trunk(lay_out([pieces[i]], forward.device, states))
+                yield parts
+                yield from under(i, kept)
+
+    yield from under(None, {})
+
+
+def _within_memory(
+    forward: Forward, batch: list[Piece], states: dict[nn.Module, KeysValues], budget: Budget
+) -> Iterator[list[Part]]:
+    todo = [batch]
+    while todo:
+        part = todo.pop()
+        try:
+            scores = forward.score(lay_out(part, forward.device, states))
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e) or len(part) == 1:
+                raise
+        else:
+            yield scores
+            continue
+        # outside the handler: the exception holds on to the tensors of the failed pass
+        budget.tokens = max(1, min(budget.tokens, sum(len(p.tokens) for p in part)) // 2)
+        half = len(part) // 2
+        todo += [part[half:], part[:half]]
