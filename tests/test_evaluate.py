@@ -26,14 +26,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn import metrics
 from unlearn import tasks as tasks_module
+from unlearn.answers import Answers
 from unlearn.assets import tasks_folder
 from unlearn.data import Item, LoadedSet, load_sets
 from unlearn.errors import EvaluationError, RunFolderError
-from unlearn.evaluate import EvalResult, evaluate, perplexity_stderr
+from unlearn.evaluate import EvalResult, evaluate
 from unlearn.item_files import MEMORY_TOKENS, count_tokens, items_path, write_items
 from unlearn.metrics import default_metric, forget_metric
 from unlearn.pico import corpus
 from unlearn.recipe import Recipe, Split
+from unlearn.stderrs import perplexity_stderr
 from unlearn.tasks import TaskSet, build_tasks, kept_metrics
 
 ODD = "Naïve cafés – 東京 is 😀  far,\n\n\tand 12345 ... done. "
@@ -221,6 +223,98 @@ def test_requests_are_made_once_and_answers_never_carried_over(
     samples = [r.samples["forget.near"][0] for r in (before, changed, after)]
     assert [len(s["resps"][0]) for s in samples] == [1, 1, 1]
     assert samples[0]["resps"] == samples[2]["resps"] != samples[1]["resps"], "an older result keeps its own answers"
+
+
+def asked_of(lm: Recording) -> list[tuple[str, str]]:
+    return [request.args for request in lm.given[-1]]
+
+
+def test_a_part_of_the_items(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
+    tasks = built(sets, "test", recipe, lm, tmp_path)
+    sizes = {name: len(task.eval_docs) for name, task in tasks.tasks.items()}
+    quarter, half, other = tasks.part(0.25, 0), tasks.part(0.5, 0), tasks.part(0.5, 1)
+    assert {n: len(items) for n, items in quarter.samples.items()} == {n: math.ceil(s / 4) for n, s in sizes.items()}
+    assert all(set(quarter.samples[name]) < set(half.samples[name]) < set(range(sizes[name])) for name in sizes)
+    assert all(items == sorted(items) for items in half.samples.values())
+    assert half.samples == tasks.part(0.5, 0).samples != other.samples
+    assert half.samples["utility.passages"] == half.samples["utility.passages.memory"]
+    assert tasks.count() == sum(sizes.values()) > half.count() == sum(map(len, half.samples.values()))
+
+    whole, some = evaluate(lm, tasks, model_name="pico"), evaluate(lm, half, model_name="pico")
+    again = evaluate(lm, tasks, model_name="pico")
+    evaluate(lm, tasks.part(0.5, 0), model_name="pico")
+    first, second, third, fourth = lm.given
+    assert len(second) < len(first)
+    assert all(a is b for a, b in zip(first + second, third + fourth, strict=True)), "no request was made twice"
+    assert again.scores == whole.scores
+    for task, items in half.samples.items():
+        assert [row["doc_id"] for row in some.samples[task]] == items
+        assert [row["doc"] for row in some.samples[task]] == [whole.samples[task][item]["doc"] for item in items]
+    by_key = {score.key: score.score for score in some.scores}
+    known = whole.values()
+    for key in (("forget", "near", "prob"), ("retain", "far", "acc"), ("utility", "passages", "exact_memorisation")):
+        items = next(half.samples[name] for name, info in half.info.items() if (info.set, info.name) == key[:2])
+        assert by_key[key].value == pytest.approx(sum(known[key][item][0] for item in items) / len(items), abs=1e-5)
+        assert by_key[key].n == len(items)
+
+
+def test_values_make_up_the_scores(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
+    result = evaluate(lm, built(sets, "validation", recipe, lm, tmp_path), model_name="pico")
+    found = result.values()
+    assert found.keys() == {score.key for score in result.scores}
+    for score in result.scores:
+        numbers, weights = np.array(list(found[score.key].values())).T
+        mean = numbers.sum() / weights.sum()
+        value = math.exp(-mean) if score.metric == "perplexity" else mean
+        assert score.score.value == pytest.approx(value)
+        assert list(found[score.key]) == list(range(score.score.n))
+    tokens = [count for _, count in found["utility", "passages", "perplexity"].values()]
+    assert tokens == [row["doc"]["target_tokens"] for row in result.samples["utility.passages"]]
+
+
+def test_only_what_is_new_is_asked(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
+    tasks = built(sets, "test", recipe, lm, tmp_path)
+    plain = evaluate(lm, tasks, model_name="pico")
+    everything = asked_of(lm)
+    answers = Answers()
+    part = evaluate(lm, tasks.part(0.5, 0), model_name="pico", answers=answers)
+    some = asked_of(lm)
+    answers.save(tmp_path / "answers.json")
+    merged = evaluate(lm, tasks, model_name="pico", answers=Answers.load(tmp_path / "answers.json"))
+    assert sorted(some + asked_of(lm)) == sorted(everything)
+    assert len(answers) == len(some) > 0
+    assert [s.key for s in merged.scores] == [s.key for s in plain.scores]
+    for ours, theirs in zip(merged.scores, plain.scores, strict=True):
+        assert ours.score.value == pytest.approx(theirs.score.value, abs=1e-5)
+        assert ours.score.n == theirs.score.n
+    for task, rows in part.samples.items():
+        whole = {row["doc_id"]: row["resps"] for row in merged.samples[task]}
+        assert all(whole[row["doc_id"]] == row["resps"] for row in rows), "the very numbers"
+    rounds = len(lm.given)
+    done = Answers()
+    twice = [evaluate(lm, tasks, model_name="pico", answers=done) for _ in range(2)]
+    assert len(lm.given) == rounds + 1
+    assert twice[0].scores == twice[1].scores
+    assert merged.results["config"]["model"] == "Recording"
+
+
+def test_answers_are_told_apart_by_kind_and_count(lm: Recording) -> None:
+    def ask(kind: str, *arguments: Any) -> list[Instance]:
+        return [Instance(kind, {}, given, 0) for given in arguments]
+
+    answers = Answers()
+    model = answers.over(lm)
+    how = {"until": ["\n"], "max_gen_toks": 3}
+    (text,) = model.generate_until(ask("generate_until", ("Norway: Oslo", how)))
+    (rolled,) = model.loglikelihood_rolling(ask("loglikelihood_rolling", ("Norway: Oslo",)))
+    pair = model.loglikelihood(
+        ask("loglikelihood", ("Norway:", " Oslo"), ("Norway:", " Oslo"), ("", "Oslo \ud800"[:5]))
+    )
+    assert isinstance(text, str)
+    assert isinstance(rolled, float)
+    assert pair[0] == pair[1] != pair[2]
+    assert len(answers) == 5, "one that is put twice in one go may have two answers"
+    assert model.max_length == lm.max_length
 
 
 def test_nothing_is_said_and_no_random_state_is_touched(
@@ -470,6 +564,36 @@ def test_a_shipped_group_is_scored_as_one(recipe: Recipe, lm: Recording, tmp_pat
         assert score.score.n == sum(map(len, tasks.samples.values()))
         rows = [s for rows in evaluate(lm, tasks, model_name="pico").samples.values() for s in rows]
         assert score.score.value == pytest.approx(sum(r["acc"] for r in rows) / len(rows))
+
+
+@pytest.mark.usefixtures("shelf")
+def test_standard_errors_without_resampling(recipe: Recipe, lm: Recording, tmp_path: Path) -> None:
+    """``acc`` has a formula, ``f1`` is resampled by lm-eval."""
+    path = tmp_path / "shelf" / "letters.yaml"
+    path.write_text(path.read_text().replace("higher_is_better: true}]", "higher_is_better: true}, {metric: f1}]"))
+    both = change(recipe, tasks=[{"task": "letters", "metric": "f1"}])
+    tasks = built((), "validation", both, lm, tmp_path)
+    tasks = replace(tasks, info={name: replace(info, metrics=("acc", "f1")) for name, info in tasks.info.items()})
+    (acc, f1), (quick_acc, quick_f1) = (
+        [s.score for s in evaluate(lm, tasks, model_name="pico", bootstrap=n).scores] for n in (100, 0)
+    )
+    assert quick_acc == acc
+    assert acc.stderr is not None
+    assert f1.stderr is not None
+    assert quick_f1 == replace(f1, stderr=None)
+    assert evaluate(lm, tasks, model_name="pico", bootstrap=100).scores[1].score == f1, "nothing is left changed"
+
+
+@pytest.mark.usefixtures("shelf")
+def test_part_of_a_group(recipe: Recipe, lm: Recording, tmp_path: Path) -> None:
+    tasks = built((), "test", change(recipe, tasks=[{"task": "parts"}]), lm, tmp_path)
+    half = tasks.part(0.5, 0)
+    assert all(set(half.samples[name]) <= set(tasks.samples[name]) for name in tasks.samples)
+    result = evaluate(lm, half, model_name="pico", bootstrap=0)
+    (score,) = result.scores
+    assert score.score.n == half.count() < tasks.count()
+    assert score.score.stderr is None or score.score.stderr > 0
+    assert result.values() == {}, "a group's items are its tasks'"
 
 
 @pytest.mark.usefixtures("shelf")

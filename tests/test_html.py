@@ -21,7 +21,16 @@ from unlearn.html import render_html
 from unlearn.html_parts import changes
 from unlearn.markup import VOID, Raw, el, join
 from unlearn.report import Chosen, Example, Role, RunReport, Score, ScoreRow, SweepPoint, TaskScore
-from unlearn.report_text import bound_of, final_shares, frontier, headline, main_keys, remarks, share_kept
+from unlearn.report_text import (
+    bound_of,
+    final_shares,
+    frontier,
+    headline,
+    how_searched,
+    main_keys,
+    remarks,
+    share_kept,
+)
 from unlearn.wording import coefficient, duration, file_size, number, percent, tick_label
 
 KEPT = (("retain", "asia", "acc_norm"), ("utility", "general", "acc_norm"))
@@ -209,6 +218,50 @@ def test_the_sweep_table_marks_the_chosen_line_and_the_broken_bound() -> None:
     here = table[table.index('<tr class="here">') :]
     assert here.startswith('<tr class="here"><th scope="row">1.5<small> chosen</small></th><td class="verdict">within')
     assert table.count('class="here"') == 1
+
+
+def test_how_the_coefficient_was_looked_for() -> None:
+    stopped = SweepPoint(
+        3.0,
+        tuple(replace(s, score=score(0.1, 0.09, 10)) for s in point(3.0, 0.1, 0.1, 0.1).scores),
+        False,
+        ("retain asia acc_norm fell to 0.1 from 0.9 (on 10 of 37 items)",),
+        0.27,
+    )
+    steps = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+    sweep = (*make().sweep, stopped)
+    found = make(sweep=sweep, chosen=replace(make().chosen, search="bisect", grid=steps))
+    words = (
+        "Found by bisection: 4 of the grid's 8 coefficients were scored, 1 of them only on as many items as it took to "
+        "be all but certain that a bound is broken. That is 41 % of the cost of scoring all."
+    )
+    assert how_searched(found) == words
+    page = Page(render_html(found))
+    assert page.text.count(words) == 2
+    assert "fell to 0.1 from 0.9 (on 10 of 37 items)" in page.text
+    assert "(n = 10)" in page.text.replace("\xa0", " ")
+    assert frontier(found)[-1].within_bound is False
+    whole = replace(found, sweep=make().sweep)
+    assert "3 of the grid's 8 coefficients were scored. That is 38 %" in (how_searched(whole) or "")
+    every = make(chosen=replace(make().chosen, grid=(0.75, 1.5, 2.0)))
+    assert how_searched(every) == "All 3 coefficients of the grid were scored."
+    assert how_searched(make()) is None, "a report from before there was a choice"
+
+
+def test_reports_are_read_back_also_those_without_a_search() -> None:
+    report = make(chosen=replace(make().chosen, search="bisect", grid=(0.75, 1.5)))
+    report = replace(report, sweep=(*report.sweep[:3], replace(report.sweep[3], share=0.5)))
+    plain = json.loads(json.dumps(report.to_json()))
+    assert plain["schema"] == 1
+    again = RunReport.from_json(plain)
+    assert (again.chosen, again.sweep) == (report.chosen, report.sweep)
+    for key in ("search", "grid"):
+        del plain["chosen"][key]
+    for at in plain["sweep"]:
+        del at["share"]
+    old = RunReport.from_json(plain)
+    assert (old.chosen.search, old.chosen.grid) == ("grid", ())
+    assert [p.share for p in old.sweep] == [1.0] * 4
 
 
 HOSTILE = '</script><script>alert(1)</script><b onclick="x">\'&"]]>--><svg/onload=1>\x00\x1b[31m\ud800'

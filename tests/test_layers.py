@@ -22,10 +22,11 @@ LAYERS: dict[str, str] = {
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files",
     "vectors": "methods methods.negate methods.contrast negate batches methods.retain_kl trainer finetune",
-    "scores": "tree scoring tasks evaluate samples search",
+    "scores": "tree attention forward decoding scoring answers tasks stderrs eval_files evaluate samples",
+    "choices": "search early_stop bisect_search",
     "exports": "card rounding shards survival export",
     "pages": "markup axes charts html_parts html table",
-    "commands": "plan stages pipeline execute run unlearn",
+    "commands": "plan stages scored pipeline execute run harness unlearn",
 }
 ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.

@@ -187,6 +187,58 @@ def test_nothing_passes_so_nothing_changes(whole: Path, tmp_path: Path) -> None:
     assert all(r.before == r.after for r in report.scores)
 
 
+BISECT = (
+    *("--set", "retain.0.where={continent: [Africa, Asia]}", "--set", "retain.0.limit=84"),
+    *("--set", "retain.0.shares={train: all, validation: 0.5, test: 0.5}", "--set", "teach.steps=150"),
+    *("--set", "sweep.coefficients=[1, 2, 3, 4, 6, 8, 10, 12]"),
+)
+
+
+def test_bisection_agrees_with_the_grid_for_half_of_its_cost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, cut, grid = tmp_path / "run", tmp_path / "cut", tmp_path / "grid"
+    bisect = (*COMMAND[3:], *BISECT, "--set", "sweep.search=bisect")
+    assert main([*bisect, "--out", str(folder)]) == 0
+    report = RunReport.from_json(json.loads((folder / "report.json").read_text()))
+    tried = [p for p in report.sweep if p.coefficient > 0]
+    assert report.chosen.search == "bisect"
+    assert report.chosen.grid == (1, 2, 3, 4, 6, 8, 10, 12)
+    assert report.chosen.bound_met
+    assert sum(p.share for p in tried) <= 4
+    assert f"{len(tried)} of the grid&#x27;s 8 coefficients were scored" in (folder / "report.html").read_text()
+
+    # one was ruled out on half of the items: no more was scored there, and everything that is shown says so
+    (partly,) = [p for p in tried if p.share < 1]
+    assert not partly.within_bound
+    assert all("items)" in phrase for phrase in partly.broken)
+    assert {s.score.n for s in partly.scores} == {3, 21}
+    assert {s.score.n for s in report.sweep[0].scores} == {6, 42}
+    assert sorted(p.name for p in (folder / "eval" / f"{partly.coefficient:g}").iterdir()) == ["validation-24"]
+    accepted = folder / "eval" / f"{report.chosen.coefficient:g}"
+    assert (accepted / "validation-24" / "answers.json").is_file()
+
+    # killed after the look and before the rest
+    shutil.copytree(folder, cut)
+    shutil.rmtree(cut / "eval" / accepted.name / "validation")
+    assert main([*bisect, "--out", str(cut)]) == 0
+    assert same(cut) == same(folder)
+
+    # the whole grid, which takes what is there
+    shutil.copytree(folder, grid)
+    capfd.readouterr()
+    assert main([*COMMAND[3:], *BISECT, "--out", str(grid)]) == 0
+    assert f"eval/{accepted.name}/validation: as before" in capfd.readouterr().err
+    assert "search: grid" in (grid / "resolved.yaml").read_text()
+    full = RunReport.from_json(json.loads((grid / "report.json").read_text()))
+    assert full.chosen.search == "grid"
+    assert [p.coefficient for p in full.sweep] == [0, *full.chosen.grid]
+    assert all(p.share == 1 for p in full.sweep)
+    steps = full.chosen.grid
+    assert abs(steps.index(report.chosen.coefficient) - steps.index(full.chosen.coefficient)) <= 1
+    whole = {p.coefficient: p for p in full.sweep}
+    assert all(whole[p.coefficient] == p for p in report.sweep if p.share == 1)
+    assert not whole[partly.coefficient].within_bound, "the stop was right"
+
+
 def test_two_processes_train_together(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from unlearn.errors import EvaluationError
 from unlearn.metrics import Key, is_perplexity
 from unlearn.recipe import ChooseSpec
 from unlearn.report import Role, Score, SweepPoint, TaskScore
-from unlearn.search import choose, judge, rule
+from unlearn.search import choose, judge, left, may_be_chosen, rule
 
 FORGET: Key = ("forget", "europe", "acc_norm")
 ASIA: Key = ("retain", "asia", "acc_norm")
@@ -204,6 +205,21 @@ def test_a_coefficient_that_forgets_nothing_is_none(forget: float) -> None:
 def test_a_forget_score_that_is_no_number_is_no_forgetting() -> None:
     assert chosen(sweep((0.5, math.nan, 0.8), (1.0, 0.6, 0.8))) == (1.0, True)
     assert chosen(sweep((0.5, math.nan, 0.8))) == (0.0, False)
+
+
+def test_a_part_of_the_items_is_no_ground_for_choosing() -> None:
+    points = sweep((0.5, 0.6, 0.8), (1.0, 0.1, 0.8))
+    assert chosen(points) == (1.0, True)
+    assert chosen([*points[:2], replace(points[2], share=0.25)]) == (0.5, True)
+    assert not may_be_chosen(replace(points[2], share=0.25))
+
+
+def test_what_is_left_of_a_forget_score() -> None:
+    assert [left(p, FORGET) for p in sweep((0.5, 0.6, 0.8))] == [0.9, 0.6]
+    losses = sweep((0.5, 2.0, 0.8), higher=False, was=(1.0, 0.8))
+    assert [left(p, FORGET) for p in losses] == [-1.0, -2.0], "a higher loss is less knowledge"
+    with pytest.raises(EvaluationError, match=r"no validation score at coefficient 0\.5"):
+        left(losses[1], FACTS)
 
 
 def test_no_score_to_start_from() -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +18,17 @@ from typing import Any, cast
 
 from lm_eval import evaluator
 from lm_eval.api.model import LM
-from lm_eval.loggers import EvaluationTracker
 from lm_eval.loggers.utils import add_env_info, add_tokenizer_info
 
-from unlearn.errors import EvaluationError, RunFolderError
-from unlearn.silence import quiet_harness
+from unlearn.answers import Answers
+from unlearn.errors import EvaluationError
+from unlearn.eval_files import write_files
 from unlearn.memory import is_out_of_memory
+from unlearn.metrics import Key
 from unlearn.provenance import checkout
 from unlearn.report import Score, TaskScore
+from unlearn.silence import quiet_harness
+from unlearn.stderrs import formulas_only, perplexity_stderr
 from unlearn.tasks import TaskInfo, TaskSet
 
 _NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
@@ -66,6 +67,23 @@ class EvalResult:
                     return tuple(found)
         return ()
 
+    def values(self) -> dict[Key, dict[int, tuple[float, float]]]:
+        """Per metric and item number the item's share in the score: (value, 1), or (log-likelihood, tokens).
+
+        Metrics of groups of tasks, and those that are not numbers per item, are left out.
+        """
+        found: dict[Key, dict[int, tuple[float, float]]] = {}
+        for task, info in self.info.items():
+            rows = self.samples.get(task, [])
+            rows = [row for row in rows if row["filter"] == rows[0]["filter"]]  # of several filters the first counts
+            for score in self.scores:
+                if (score.set, score.name) == (info.set, info.name):
+                    pairs = {int(row["doc_id"]): _pair(row.get(score.metric)) for row in rows}
+                    whole = {item: pair for item, pair in pairs.items() if pair is not None}
+                    if whole and len(whole) == len(pairs):
+                        found[score.key] = whole
+        return found
+
     def save(self, folder: Path) -> Path:
         """Write ``<model name>/results_<time>.json`` and ``samples_<task>_<time>.jsonl`` with lm-eval's own tracker.
 
@@ -73,50 +91,33 @@ class EvalResult:
             The results file.
 
         Raises:
-            RunFolderError: a file is missing or short. The tracker itself reports no failure.
+            RunFolderError: a file is missing or short.
         """
-        tracker = EvaluationTracker(output_path=str(folder))
-        general = tracker.general_config_tracker
-        general.log_experiment_args("CUSTOM", {"pretrained": self.model_name}, None, None, False)
-        general.start_time = time.perf_counter() - self.seconds
-        samples = {task: [dict(row) for row in rows] for task, rows in self.samples.items()}
-        with _complaints() as complaints:
-            tracker.save_results_aggregated(results=dict(self.results), samples=samples)
-            if hasattr(tracker, "date_id"):
-                for task, rows in samples.items():
-                    tracker.save_results_samples(task_name=task, samples=cast("dict[str, Any]", rows))
-        where = folder / str(general.model_name_sanitized)
-        date = getattr(tracker, "date_id", "")
-        path = where / f"results_{date}.json"
-        counts = {where / f"samples_{task}_{date}.jsonl": len(rows) for task, rows in samples.items()}
-        broken = [p.name for p in (path,) if not _is_json(p)]
-        broken += [p.name for p, count in counts.items() if _lines(p) != count]
-        if broken:
-            why = f" ({'; '.join(complaints)})" if complaints else ""
-            raise RunFolderError(
-                f"lm-eval could not write {', '.join(broken)} in {where}{why}: check space and permissions"
-            )
-        return path
+        return write_files(folder, self.model_name, self.results, self.samples, self.seconds)
 
 
-def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) -> EvalResult:
+def evaluate(
+    lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000, answers: Answers | None = None
+) -> EvalResult:
     """Score a model on tasks, as it is now; may be called again and again with the same tasks.
 
     Args:
         lm: lm-eval's interface to the model.
         tasks: From :func:`unlearn.tasks.build_tasks`.
         model_name: How lm-eval's files name the model (and their folder).
-        bootstrap: Resamples for standard errors without a formula.
+        bootstrap: Resamples for standard errors without a formula; 0: do without those.
+        answers: What the model, as it is now, is known to answer; it is asked for the rest, which is then known too.
 
     Raises:
         EvaluationError: no items, a missing metric, a number that is not finite, or not enough memory.
     """
     started, clock = time.time(), time.perf_counter()
     task_dict: Any = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}
-    with quiet_harness():
+    asked = lm if answers is None else answers.over(lm)
+    with quiet_harness(), contextlib.nullcontext() if bootstrap else formulas_only(tasks.tasks.values()):
         try:
             raw = evaluator.evaluate(
-                lm=lm, task_dict=task_dict, samples=dict(tasks.samples) or None, bootstrap_iters=bootstrap
+                lm=asked, task_dict=task_dict, samples=dict(tasks.samples) or None, bootstrap_iters=bootstrap or 1
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -126,7 +127,7 @@ def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) 
                 "smaller model.dtype"
             ) from error
         if raw is None:
-            raise EvaluationError("scores exist on the main process only: evaluate there")
+            raise EvaluationError("lm-eval deals out the items and scores them in one process: share_requests does not")
         results = cast("dict[str, Any]", raw)
         samples: dict[str, list[dict[str, Any]]] = results.pop("samples")
         _require_finite(samples)
@@ -164,23 +165,6 @@ def _scores(
         )
 
 
-def perplexity_stderr(items: Sequence[tuple[float, int]]) -> float:
-    """Standard error of exp(total nll / total tokens) by the delta method; lm-eval has none for it.
-
-    Args:
-        items: ``(log-likelihood, tokens)`` of each passage, at least two.
-
-    The mean loss R = sum(nll)/sum(tokens) is a ratio of two sums over passages, whose variance is
-    sum((nll - R tokens)^2) / (n - 1) / n / mean(tokens)^2 (Cochran, Sampling Techniques, section 6.3); then
-    stderr(exp R) = exp(R) stderr(R).
-    """
-    n = len(items)
-    tokens = sum(t for _, t in items)
-    loss = -sum(ll for ll, _ in items) / tokens
-    spread = sum((-ll - loss * t) ** 2 for ll, t in items) / (n - 1)
-    return math.exp(loss) * math.sqrt(spread / n) / (tokens / n)
-
-
 _BROKEN = "the model is broken at this point; use smaller coefficients, or model.dtype float32"
 
 
@@ -201,6 +185,12 @@ def _require_distinct(scores: Sequence[TaskScore]) -> None:
     for key in keys:
         if keys.count(key) > 1:
             raise EvaluationError(f"{key[2]} of {key[0]} {key[1]!r} is scored twice: rename the set, or drop the task")
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return float(value[0]), float(value[1])
+    return (float(value), 1.0) if isinstance(value, int | float) else None
 
 
 def _number(value: Any) -> float | None:
@@ -255,42 +245,3 @@ def _environment() -> dict[str, Any]:
     found: dict[str, Any] = {}
     add_env_info(found)
     return found
-
-
-@contextlib.contextmanager
-def _complaints() -> Iterator[list[str]]:
-    """Collect what lm-eval logs instead of raising."""
-    messages: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if not record.getMessage().startswith("Saving"):
-                messages.append(record.getMessage())
-
-    logger = logging.getLogger("lm_eval.loggers.evaluation_tracker")
-    handler, level, propagate = Collector(), logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return -1

@@ -18,7 +18,7 @@ from unlearn.html import render_html
 from unlearn.quiet import quiet_libraries
 from unlearn.recipe import DataSet, Recipe, Source
 from unlearn.recipe_io import LoadedRecipe
-from unlearn.report import Chosen, RunReport, ScoreRow, SweepPoint, TaskScore
+from unlearn.report import Chosen, RunReport, ScoreRow, TaskScore
 from unlearn.rundir import RunFolder, fingerprint, write_json_atomic, write_text_atomic
 from unlearn.table import render_table
 
@@ -90,7 +90,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
         exports=exports,
         seconds=pipe.seconds,
         provenance=who,
-        warnings=_warnings(recipe, sets, points, chosen),
+        warnings=_warnings(recipe, sets, chosen),
     )
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(folder.path("report.html"), render_html(report))
@@ -174,15 +174,13 @@ def _vector_line(recipe: Recipe, vectors: Vectors) -> dict[str, Any]:
     return {**line, "digest": edit.digest(), "file": "vectors/edit/vector.safetensors"}
 
 
-def _warnings(
-    recipe: Recipe, sets: Sequence[LoadedSet], points: Sequence[SweepPoint], chosen: Chosen
-) -> tuple[str, ...]:
+def _warnings(recipe: Recipe, sets: Sequence[LoadedSet], chosen: Chosen) -> tuple[str, ...]:
     """What a careful reader would ask about."""
     found = []
     small = [f"{s.role} {s.name} ({len(s.validation)})" for s in sets if 0 < len(s.validation) < _FEW]
     if small:
         found.append(f"few validation items, so the coefficient is chosen on coarse scores: {', '.join(small)}")
-    if chosen.coefficient > 0 and chosen.coefficient == points[-1].coefficient:
+    if chosen.coefficient > 0 and chosen.coefficient == recipe.sweep.grid()[-1]:
         found.append(
             f"the largest coefficient of the grid ({chosen.coefficient:g}) was chosen: larger ones may forget more"
         )

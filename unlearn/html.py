@@ -17,6 +17,7 @@ from unlearn.report_text import (
     forget_row,
     frontier,
     headline,
+    how_searched,
     interval,
     kept_figure,
     kept_keys,
@@ -103,7 +104,8 @@ def _cards(report: RunReport) -> Raw:
         )
         cards.append(_card("Kept, at worst", kept_figure(report, worst), where, [figures, *bound], "retain"))
     note = "no change" if chosen.coefficient == 0 else "chosen on validation items"
-    cards.append(_card("Coefficient", f"λ = {coefficient(chosen.coefficient)}", note, [chosen.rule], "plain"))
+    notes = [chosen.rule, *([words] if (words := how_searched(report)) else [])]
+    cards.append(_card("Coefficient", f"λ = {coefficient(chosen.coefficient)}", note, notes, "plain"))
     stages = {k: v for k, v in report.seconds.items() if k != "total"}
     longest = max(stages, key=lambda k: stages[k], default=None)
     notes = [f"longest stage: {longest}, {duration(stages[longest])}"] if longest else []
@@ -264,7 +266,7 @@ def _sweep_section(report: RunReport) -> Raw | None:
     table = el("table", el("thead", first, el("tr", heads)), el("tbody", rows), class_="sweep")
     more = el("details", el("summary", f"{counted(len(report.sweep), 'coefficient')}, {counted(len(order), 'metric')}"),
               scroll("Scores at every coefficient", table), class_="panel")  # fmt: skip
-    return section("The whole sweep", "validation", None, more)
+    return section("The whole sweep", "validation", how_searched(report), more)
 
 
 def _arrow(higher_is_better: bool) -> Raw:

@@ -46,6 +46,10 @@ def refuse_strangers(place: Path) -> None:
         )
 
 
+# The same run, another way of going about it: what is finished is used again.
+_MAY_CHANGE = frozenset({"sweep.search"})
+
+
 def require_same_recipe(place: Path, resolved: str) -> None:
     """Compare the folder's ``resolved.yaml`` with ``resolved``.
 
@@ -61,6 +65,7 @@ def require_same_recipe(place: Path, resolved: str) -> None:
         ) from e
     here, absent = _leaves(yaml_core.parse(resolved).data), object()
     differs = [k for k in dict.fromkeys([*here, *there]) if here.get(k, absent) != there.get(k, absent)]
+    differs = [k for k in differs if k not in _MAY_CHANGE]
     if differs:
         lines = [f"  {k}: {_short(there, k)} there, {_short(here, k)} here" for k in differs[:5]]
         more = [f"  and {len(differs) - 5} more"] if len(differs) > 5 else []

@@ -13,27 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 
-from unlearn import card, export, fetch, finetune, models, search, tasks
+from unlearn import card, export, fetch, finetune, models
 from unlearn.batches import Encoded
 from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import wait
 from unlearn.errors import DataError
-from unlearn.evaluate import evaluate
 from unlearn.item_files import write_items
 from unlearn.methods.contrast import contrast
 from unlearn.methods.negate import negate
-from unlearn.metrics import default_metric, forget_metric
 from unlearn.models import Loaded
-from unlearn.negate import Edit
-from unlearn.recipe import Recipe, TrainSpec
-from unlearn.report import Chosen, Example, Score, SweepPoint, TaskScore
+from unlearn.recipe import TrainSpec
 from unlearn.rundir import write_json_atomic
-from unlearn.samples import complete
-from unlearn.scoring import PackedLM
-from unlearn.stages import Stages
+from unlearn.scored import Scored
 from unlearn.trainer import Keep, TrainingLog
 from unlearn.vector import TaskVector
 
@@ -50,7 +43,7 @@ class Vectors:
     logs: tuple[Mapping[str, Any], ...]
 
 
-class Pipeline(Stages):
+class Pipeline(Scored):
     """One run in one folder. Methods are stages; call them in the order of :data:`unlearn.stages.STAGES`."""
 
     # -- model and data ------------------------------------------------------------------------------------------
@@ -175,86 +168,6 @@ class Pipeline(Stages):
     def _encode(self, sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
         return [row for s in sets for row in finetune.encode(s.train, s.spec.kind, tokenizer, spec.max_length)]
 
-    # -- scores --------------------------------------------------------------------------------------------------
-
-    def sweep(
-        self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector
-    ) -> tuple[tuple[SweepPoint, ...], Chosen]:
-        """Validation scores at every coefficient, each from the pristine weights, and the choice made on them."""
-        grid = self.recipe.sweep.grid()
-        forget = ("forget", self.recipe.forget.label(), forget_metric(self.recipe))
-        points: list[SweepPoint] = []
-        with self.announced("sweep", f"{len(grid)} coefficients on validation items"):
-            lm = self._lm(target)
-            items, generate = self.folder.path("items"), self.recipe.eval.generate == "sweep"
-            built = tasks.build_tasks(sets, "validation", self.recipe, target.tokenizer, items, generate=generate)
-            kept = tasks.kept_metrics(self.recipe, built)
-            with Edit(target.model, vector) as edit:
-                for c in grid:
-                    scores, _ = self._scored(c, "validation", lm, built, edit, target, vector, sets)
-                    point = search.judge(c, scores, points[0].scores if points else scores, kept, self.recipe.choose)
-                    points.append(point)
-                    say(
-                        f"    λ = {c:<6g}{_brief(self.recipe, scores)}"
-                        + ("" if point.within_bound else "   out of bounds")
-                    )
-        return tuple(points), search.choose(points, forget, kept, self.recipe.choose)
-
-    def test(
-        self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector, chosen: float
-    ) -> tuple[tuple[TaskScore, ...], tuple[TaskScore, ...], tuple[Example, ...]]:
-        """Test scores of the target model and at the chosen coefficient, and how both answer a few items."""
-        generate = self.recipe.eval.generate != "none"
-        with self.announced("test", "test items, before and after"):
-            lm = self._lm(target)
-            items = self.folder.path("items")
-            built = tasks.build_tasks(sets, "test", self.recipe, target.tokenizer, items, generate=generate)
-            with Edit(target.model, vector) as edit:
-                before, said = self._scored(0.0, "test", lm, built, edit, target, vector, sets)
-                after, says = self._scored(chosen, "test", lm, built, edit, target, vector, sets)
-        pairs = zip(said, says, strict=True)
-        examples = tuple(Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]) for b, a in pairs)
-        return before, after, examples
-
-    def _scored(
-        self,
-        coefficient: float,
-        split: str,
-        lm: HFLM,
-        built: tasks.TaskSet,
-        edit: Edit,
-        target: Loaded,
-        vector: TaskVector,
-        sets: Sequence[LoadedSet],
-    ) -> tuple[tuple[TaskScore, ...], list[dict[str, Any]]]:
-        """Scores at one coefficient, and on test items a few completions; read back if they were made before."""
-        spec = self.recipe.eval
-
-        def make(tmp: Path) -> None:
-            edit.set(-coefficient)
-            if isinstance(lm, PackedLM):
-                lm.label = f"λ = {coefficient:g}"
-            result = evaluate(lm, built, model_name=f"{self.recipe.name}@{coefficient:g}", bootstrap=spec.bootstrap)
-            result.save(tmp)
-            write_json_atomic(tmp / "scores.json", [asdict(s) for s in result.scores])
-            texts = complete(lm, sets, spec.examples) if split == "test" else []
-            write_json_atomic(tmp / "completions.json", texts)
-
-        stage = f"eval/{coefficient:g}/{split}"
-        parts: list[Any] = [target.fingerprint, [s.digest for s in sets], _plain(spec), self.recipe.seed]
-        parts += [vector.digest() if coefficient else None, coefficient]
-        self.make(stage, parts, make)
-        found = self.folder.path(stage)
-        scores = json.loads((found / "scores.json").read_text())
-        texts = json.loads((found / "completions.json").read_text())
-        return tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in scores), texts
-
-    def _lm(self, target: Loaded) -> HFLM:
-        spec = self.recipe.eval
-        if spec.engine == "hf":
-            return HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=spec.batch_size)
-        return PackedLM(target.model, target.tokenizer, spec.batch_tokens, batch_size=spec.batch_size)
-
     # -- exports -------------------------------------------------------------------------------------------------
 
     def export(self, target: Loaded, vector: TaskVector, about: card.CardFacts) -> dict[str, Any]:
@@ -301,10 +214,3 @@ def _plain(spec: Any) -> Any:
 
 def _say_training(log: TrainingLog) -> None:
     say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
-
-
-def _brief(recipe: Recipe, scores: Sequence[TaskScore]) -> str:
-    """The metric that stands for each set, on one line."""
-    main = {(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets()}
-    main |= {(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks}
-    return "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in scores if s.key in main)

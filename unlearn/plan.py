@@ -154,7 +154,8 @@ def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
     grid = ", ".join(f"{c:g}" for c in recipe.sweep.grid())
     tasks = f", and lm-eval's {', '.join(task.task for task in recipe.eval.tasks)}" if recipe.eval.tasks else ""
     written = " (and ROUGE-L of written answers)" if recipe.eval.generate == "sweep" and _writes(recipe) else ""
-    yield f"negate: {formula}, scored on validation items{tasks}{written} at c = {grid}"
+    needed = ", as many of them as the choice needs" if recipe.sweep.search == "bisect" else ""
+    yield f"negate: {formula}, scored on validation items{tasks}{written} at c = {grid}{needed}"
     yield f"choose c: {chosen}"
     rouge = ", with ROUGE-L of written answers" if recipe.eval.generate != "none" and _writes(recipe) else ""
     yield f"score test items before and after{rouge}; write report.json and report.html"

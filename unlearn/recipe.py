@@ -165,6 +165,11 @@ class SweepSpec(Frozen):
         min_length=1,
         description="Grid of coefficients; 0, the model as it is, is always scored as well.",
     )
+    search: Literal["grid", "bisect"] = Field(
+        "grid",
+        description="grid: every coefficient is scored, which shows the whole frontier. bisect: only as many as the "
+        "choice needs, half of the grid at most; takes kept scores to fall as the coefficient grows.",
+    )
 
     @field_validator("coefficients")
     @classmethod

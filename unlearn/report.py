@@ -58,12 +58,16 @@ class ScoreRow:
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """All validation scores at one coefficient, and which kept metrics broke their bound there."""
+    """All validation scores at one coefficient, and which kept metrics broke their bound there.
+
+    ``share`` below 1: scored on that share of the validation items only, which was enough to rule the coefficient out.
+    """
 
     coefficient: float
     scores: tuple[TaskScore, ...]
     within_bound: bool
     broken: tuple[str, ...] = ()
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,8 @@ class Chosen:
     """The coefficient picked by rule. ``coefficient`` 0 with ``bound_met`` False: nothing passed, nothing changes.
 
     ``keep`` and ``perplexity`` are the recipe's bound (None: not recorded), ``kept`` the (set, name, metric) it was
-    put on (empty: every retain and utility metric of the sweep).
+    put on (empty: every retain and utility metric of the sweep). ``search`` says how the coefficient was looked for
+    among those of ``grid`` (above 0; empty: not recorded).
     """
 
     coefficient: float
@@ -81,6 +86,8 @@ class Chosen:
     keep: float | None = None
     perplexity: float | None = None
     kept: tuple[tuple[str, str, str], ...] = ()
+    search: Literal["grid", "bisect"] = "grid"
+    grid: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,7 @@ class RunReport:
         return cls(
             name=data["name"],
             description=data["description"],
-            chosen=Chosen(**{**data["chosen"], "kept": tuple(tuple(k) for k in data["chosen"].get("kept", ()))}),
+            chosen=_chosen(data["chosen"]),
             scores=tuple(
                 ScoreRow(**{**r, "before": Score(**r["before"]), "after": Score(**r["after"])}) for r in data["scores"]
             ),
@@ -141,6 +148,7 @@ class RunReport:
                     scores=tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in p["scores"]),
                     within_bound=p["within_bound"],
                     broken=tuple(p["broken"]),
+                    share=p.get("share", 1.0),
                 )
                 for p in data["sweep"]
             ),
@@ -153,3 +161,9 @@ class RunReport:
             provenance=data["provenance"],
             warnings=tuple(data["warnings"]),
         )
+
+
+def _chosen(data: Mapping[str, Any]) -> Chosen:
+    """From JSON; reports written before there was a choice of searches have no ``search`` and no ``grid``."""
+    kept = tuple(tuple(key) for key in data.get("kept", ()))
+    return Chosen(**{**data, "kept": kept, "grid": tuple(data.get("grid", ()))})

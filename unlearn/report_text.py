@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from unlearn.metrics import Key, is_perplexity
 from unlearn.report import RunReport, Score, ScoreRow, SweepPoint, TaskScore
-from unlearn.wording import MISSING, listing, number, short, signed
+from unlearn.wording import MISSING, counted, listing, number, short, signed
 from unlearn.wording import coefficient as coefficient  # the model card takes these two from here
 from unlearn.wording import percent as percent
 
@@ -263,6 +263,22 @@ def remarks(report: RunReport) -> tuple[str, ...]:
         f"The bound ({bound_figure(report, _missed(report)[0].metric)}) was met on validation items, where λ is chosen"
     )
     return (f"{met}; on test items it was not met by {listing(under)}.",)
+
+
+def how_searched(report: RunReport) -> str | None:
+    """How the coefficient was looked for and what that took, in whole scorings; None where it is not recorded."""
+    size = len(report.chosen.grid)
+    tried = [p for p in report.sweep if p.coefficient > 0]
+    if not size:
+        return None
+    if report.chosen.search == "grid":
+        return f"All {counted(size, 'coefficient')} of the grid were scored." if size > 1 else None
+    partly = sum(p.share < 1 for p in tried)
+    what = f"{len(tried)} of the grid's {counted(size, 'coefficient')} were scored"
+    if partly:
+        what += f", {partly} of them only on as many items as it took to be all but certain that a bound is broken"
+    cost = sum(p.share for p in tried) / size
+    return f"Found by bisection: {what}. That is {percent(round(cost, 2))} of the cost of scoring all."
 
 
 def _point(report: RunReport, value: float) -> SweepPoint | None:

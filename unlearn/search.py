@@ -37,15 +37,19 @@ def judge(
     broken = []
     for key in kept:
         if key not in here or key not in before:
-            raise EvaluationError(f"the kept metric {_say(key)} has no validation score at coefficient {coefficient:g}")
+            raise EvaluationError(
+                f"the kept metric {say_key(key)} has no validation score at coefficient {coefficient:g}"
+            )
         problem = _broken(here[key], before[key], spec)
         if problem:
-            broken.append(f"{_say(key)} {problem}")
+            broken.append(f"{say_key(key)} {problem}")
     return SweepPoint(coefficient, tuple(scores), not broken, tuple(broken))
 
 
 def choose(points: Sequence[SweepPoint], forget: Key, kept: Sequence[Key], spec: ChooseSpec) -> Chosen:
     """The coefficient above 0 that forgets most among those within every bound; the smaller one on a tie.
+
+    A point that was scored on a part of the items only (see :mod:`unlearn.early_stop`) is never chosen.
 
     Returns:
         Coefficient 0 and ``bound_met`` False when no coefficient above 0 is within the bounds *and* forgets more than
@@ -54,19 +58,13 @@ def choose(points: Sequence[SweepPoint], forget: Key, kept: Sequence[Key], spec:
     Raises:
         EvaluationError: the forget metric is missing at some coefficient, or a score was taken on test items.
     """
-    scores = {p.coefficient: _validation(p.scores) for p in points}
-    for c in sorted({0.0, *scores}):
-        if forget not in scores.get(c, {}):
-            raise EvaluationError(f"the forget metric {_say(forget)} has no validation score at coefficient {c:g}")
-    sign = 1.0 if scores[0.0][forget].higher_is_better else -1.0
-
-    def left(point: SweepPoint) -> float:
-        """What the model still knows of the forget set, larger is more."""
-        return sign * scores[point.coefficient][forget].score.value
-
-    start = sign * scores[0.0][forget].score.value
-    passing = [p for p in points if p.coefficient > 0 and p.within_bound and left(p) < start]
-    best = min(passing, key=lambda p: (left(p), p.coefficient), default=None)
+    for point in points:
+        _validation(point.scores)
+    known = {p.coefficient: left(p, forget) for p in points}
+    if 0.0 not in known:
+        raise EvaluationError(_unscored(forget, 0.0))
+    passing = [p for p in points if p.coefficient > 0 and may_be_chosen(p) and known[p.coefficient] < known[0.0]]
+    best = min(passing, key=lambda p: (known[p.coefficient], p.coefficient), default=None)
     return Chosen(
         coefficient=best.coefficient if best else 0.0,
         bound_met=best is not None,
@@ -76,6 +74,23 @@ def choose(points: Sequence[SweepPoint], forget: Key, kept: Sequence[Key], spec:
         perplexity=spec.perplexity,
         kept=tuple(kept),
     )
+
+
+def left(point: SweepPoint, forget: Key) -> float:
+    """What the model still knows of the forget set at a point, in the forget metric: larger is more.
+
+    Raises:
+        EvaluationError: the point has no score of that metric.
+    """
+    for score in point.scores:
+        if score.key == forget:
+            return score.score.value if score.higher_is_better else -score.score.value
+    raise EvaluationError(_unscored(forget, point.coefficient))
+
+
+def may_be_chosen(point: SweepPoint) -> bool:
+    """Whether the rule's bounds hold at a point, and that on all items."""
+    return point.within_bound and point.share >= 1
 
 
 def rule(spec: ChooseSpec, forget: Key, kept: Sequence[Key]) -> str:
@@ -89,6 +104,15 @@ def rule(spec: ChooseSpec, forget: Key, kept: Sequence[Key]) -> str:
     if any(is_perplexity(k[2]) for k in kept):
         bounds.append(f"at most +{spec.perplexity:g} perplexity")
     return f"{goal}, while every kept metric stays within its bound: {' or '.join(bounds)}"
+
+
+def say_key(key: Key) -> str:
+    """A metric in a sentence: set, name, metric."""
+    return f"{key[0]} {key[1]} {key[2]}"
+
+
+def _unscored(forget: Key, coefficient: float) -> str:
+    return f"the forget metric {say_key(forget)} has no validation score at coefficient {coefficient:g}"
 
 
 def _broken(here: TaskScore, before: TaskScore, spec: ChooseSpec) -> str:
@@ -113,10 +137,6 @@ def _validation(scores: Sequence[TaskScore]) -> dict[Key, TaskScore]:
     if wrong:
         culprit = wrong[0]
         raise EvaluationError(
-            f"the coefficient is chosen on validation items, but {_say(culprit.key)} is on {culprit.split} ones"
+            f"the coefficient is chosen on validation items, but {say_key(culprit.key)} is on {culprit.split} ones"
         )
     return {s.key: s for s in scores}
-
-
-def _say(key: Key) -> str:
-    return f"{key[0]} {key[1]} {key[2]}"

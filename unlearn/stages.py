@@ -31,9 +31,13 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self._libraries = versions(LIBRARIES)
 
+    def key(self, name: str, parts: Sequence[Any]) -> str:
+        """The key of a stage that depends on ``parts``."""
+        return fingerprint(self._libraries, name, *parts)
+
     def make(self, name: str, parts: Sequence[Any], make: Callable[[Path], object]) -> None:
         """Make a stage unless it is there already under the same key."""
-        key = fingerprint(self._libraries, name, *parts)
+        key = self.key(name, parts)
         self.stages[name] = key
         done = self.folder.finished(name, key)
         wait()  # nobody may look for a stage that another process is writing

@@ -1,20 +1,22 @@
 """lm-eval tasks for a recipe: its own data through the pack in ``eval/``, and whatever lm-eval ships, by name.
 
-Tasks are built once and scored at every coefficient: requests are made the first time and then handed to the model
-again, the same objects with their answers wiped.
+Tasks are built once and scored at every coefficient: requests are made the first time, for each choice of items, and
+then handed to the model again, the same objects with their answers wiped.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -23,10 +25,10 @@ from unlearn import metrics
 from unlearn.assets import tasks_folder
 from unlearn.data import LoadedSet
 from unlearn.errors import EvaluationError
-from unlearn.silence import quiet_harness
 from unlearn.item_files import MEMORY_TOKENS, items_path, write_items
 from unlearn.metrics import Key
 from unlearn.recipe import Recipe, SetRole, Split, TaskSpec
+from unlearn.silence import quiet_harness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,6 +55,26 @@ class TaskSet:
     groups: Mapping[str, Group]
     info: Mapping[str, TaskInfo]
     samples: Mapping[str, list[int]]
+
+    def count(self) -> int:
+        """Items of all tasks together."""
+        return sum(len(items) for items in self._items().values())
+
+    def part(self, share: float, seed: int) -> TaskSet:
+        """A random share of every task's items, at least one of each; a larger share holds the smaller ones.
+
+        The seed deals them out: the same items whenever it is asked for, and the same in all tasks of one set.
+        """
+        drawn = {}
+        for name, items in self._items().items():
+            info = self.info.get(name)
+            label = f"{info.set} {info.name}" if info else name
+            random.Random(f"{seed} {label} {len(items)} in parts").shuffle(items)
+            drawn[name] = sorted(items[: math.ceil(share * len(items))])
+        return replace(self, samples=drawn)
+
+    def _items(self) -> dict[str, list[int]]:
+        return {name: list(self.samples.get(name, range(len(task.eval_docs)))) for name, task in self.tasks.items()}
 
 
 def kept_metrics(recipe: Recipe, built: TaskSet) -> tuple[Key, ...]:
@@ -211,14 +233,17 @@ def _share(spec: TaskSpec, tasks: Mapping[str, Task], split: Split, seed: int) -
 
 
 def _reusing(task: Task) -> Task:
-    """Make the requests once; lm-eval would build them again at every coefficient."""
+    """Make the requests of each choice of items once; lm-eval would build them again at every coefficient."""
     build: Callable[..., None] = task.build_all_requests
-    made_for: list[dict[str, Any]] = []
+    made: list[tuple[dict[str, Any], list[Instance]]] = []
 
     def build_once(**how: Any) -> None:
-        if made_for != [how]:
+        known = next((instances for made_for, instances in made if made_for == how), None)
+        if known is None:
             build(**how)
-            made_for[:] = [how]
+            made.append((how, task.instances))
+        else:
+            task._instances = known
         for instance in task.instances:  # new lists: the last result's samples still hold the old ones
             instance.resps, instance.filtered_resps = [], {}
 
