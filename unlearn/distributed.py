@@ -1,4 +1,4 @@
-"""Several processes under ``accelerate launch``: they train together, then the main one goes on alone.
+"""Several processes, under ``accelerate launch`` or ``torchrun``: they train and score together; the main one writes.
 
 Alone, from the start, all of this does nothing and imports nothing.
 """
@@ -6,9 +6,14 @@ Alone, from the start, all of this does nothing and imports nothing.
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
+from typing import Any
 
 _PATIENCE = timedelta(days=7)  # the others wait while one downloads, converts or writes
+_KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+_GENERATION = 1000  # characters of prompt that take about as long as writing one answer
 
 
 def several() -> bool:
@@ -19,9 +24,13 @@ def several() -> bool:
 def join() -> None:
     """Join the others, and wait until all of them are there."""
     if several():
+        import torch
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        PartialState(timeout=_PATIENCE)
+        # unless it is told, it takes processes without a GPU for strangers, each alone in the world
+        on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        PartialState(cpu=on_cpus, timeout=_PATIENCE)
         wait()
 
 
@@ -41,3 +50,114 @@ def leave() -> None:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def share_requests(lm: Any) -> None:
+    """From now on every process answers a part of what ``lm`` is asked, and all of them get all answers.
+
+    So all processes have the same scores and decide the same. They must ask the same things in the same order. What
+    goes wrong in one is raised in all, so that nobody waits for it.
+
+    lm-eval's evaluator is left unaware of the others. Where it deals out the items itself (as it does for several GPUs)
+    each process draws other few-shot examples than one process would, tasks with fewer items than processes fail, and
+    some requests are made twice.
+
+    Args:
+        lm: An lm-eval model, the same in every process. Its request methods are replaced; it answers by itself again
+            after :func:`leave`.
+    """
+    if several() and not set(_KINDS) & set(vars(lm)):  # the second time there is nothing left to do
+        for name in _KINDS:
+            setattr(lm, name, _shared(getattr(lm, name)))
+        lm.set_cache_hook = _cache_for_all(lm.set_cache_hook)
+        lm._rank, lm._world_size = 0, 1  # to lm-eval
+
+
+def shares(requests: Sequence[Any], count: int) -> list[list[int]]:
+    """Deal out lm-eval's requests: those of one item stay together, because they share text, and parts weigh alike.
+
+    Returns:
+        ``count`` lists of indices, ascending; together every index once. Some are empty when there are few items.
+    """
+    items: dict[Hashable, list[int]] = {}
+    for index, request in enumerate(requests):
+        known = request.doc_id is not None
+        items.setdefault((request.task_name, request.doc_id) if known else index, []).append(index)
+    weights = {key: _weight([requests[i].args for i in indices]) for key, indices in items.items()}
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for key in sorted(items, key=lambda k: weights[k], reverse=True):
+        lightest = loads.index(min(loads))
+        parts[lightest] += items[key]
+        loads[lightest] += weights[key]
+    return [sorted(part) for part in parts]
+
+
+def _weight(asked: Sequence[tuple[Any, ...]]) -> int:
+    """About what an item's requests cost, in characters: the longest prompt once, and every answer."""
+    rest = (len(a) if isinstance(a, str) else _GENERATION for arguments in asked for a in arguments[1:])
+    return max(len(arguments[0]) for arguments in asked) + sum(rest)
+
+
+def _shared(ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def ask_together(requests: Sequence[Any], *args: Any, **options: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            return ask(requests, *args, **options)
+        parts = shares(requests, dist.get_world_size())
+        mine = [requests[i] for i in parts[dist.get_rank()]]
+        answers: list[Any] = []
+        failure: Exception | None = None
+        try:
+            answers = ask(mine, *args, **options) if mine else []
+        except Exception as e:
+            failure = e
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (_checksum(requests), answers, _portable(failure)))
+        if failure is not None:
+            raise failure
+        for _, _, other in told:
+            if other is not None:
+                raise other
+        if len({checksum for checksum, _, _ in told}) > 1:
+            raise RuntimeError("the processes do not ask for the same: their requests differ")
+        merged: list[Any] = [None] * len(requests)
+        for part, (_, found, _) in zip(parts, told, strict=True):
+            for index, answer in zip(part, found, strict=True):
+                merged[index] = answer
+        return merged
+
+    return ask_together
+
+
+def _cache_for_all(set_hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """lm-eval's cache of answers is a file for each process, and what one knows it does not ask: all must know it."""
+
+    def set_cache_hook(hook: Any) -> None:
+        import torch.distributed as dist
+
+        if dist.is_initialized() and hook.dbdict is not None:
+            told: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(told, dict(hook.dbdict.items()))
+            for known in told:
+                hook.dbdict.update(known)
+        set_hook(hook)
+
+    return set_cache_hook
+
+
+def _checksum(requests: Sequence[Any]) -> int:
+    value = len(requests)
+    for request in requests:
+        for argument in request.args:
+            text = argument if isinstance(argument, str) else repr(argument)
+            value = zlib.crc32(text.encode("utf-8", "surrogatepass"), value)
+    return value
+
+
+def _portable(failure: Exception | None) -> Exception | None:
+    """As it is sent to the other processes. Of other libraries' exceptions some cannot be sent."""
+    if failure is None or type(failure).__module__.partition(".")[0] in ("builtins", "unlearn"):
+        return failure
+    return RuntimeError(f"{type(failure).__name__} in another process: {failure}")

@@ -127,7 +127,10 @@ def evaluate(
                 "smaller model.dtype"
             ) from error
         if raw is None:
-            raise EvaluationError("lm-eval deals out the items and scores them in one process: share_requests does not")
+            raise EvaluationError(
+                "lm-eval has dealt out the items to several processes and given the scores to the main one: with "
+                "unlearn.distributed.share_requests(lm) all of them have the scores"
+            )
         results = cast("dict[str, Any]", raw)
         samples: dict[str, list[dict[str, Any]]] = results.pop("samples")
         _require_finite(samples)

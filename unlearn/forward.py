@@ -139,20 +139,23 @@ class Forward:
         """
         draw = np.random.default_rng(0).integers(0, self.head.weight.shape[0], size=40).tolist()
         pairs = [(draw[:8], draw[8:12]), (draw[:8], draw[12:18]), (draw[:5], draw[18:24]), (draw[:6], draw[31:36])]
-        worst = 0.0
         with torch.inference_mode():
+            plain = [self._plain(context, continuation) for context, continuation in pairs]
+            worst = 0.0
             for costs in (Costs(0.0, math.inf), Costs(1.0, 0.0)):  # one tree; rows on a trunk
                 found = [0.0] * len(pairs)
                 for parts in run(self, pack(pairs, max_length, costs), Budget(costs, 1 << 20)):
                     for index, value, *_ in parts:
                         found[index] += value
-                for i, (context, continuation) in enumerate(pairs):
-                    ids = torch.tensor([context + continuation], device=self.device)
-                    logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].float()
-                    plain = functional.log_softmax(logits, -1)[range(len(continuation)), continuation].sum()
-                    difference = abs(float(plain) - found[i])
-                    worst = max(worst, difference if math.isfinite(difference) else math.inf)  # max() would drop a NaN
+                off = [abs(x - y) for x, y in zip(plain, found, strict=True)]
+                worst = max(worst, *(d if math.isfinite(d) else math.inf for d in off))  # max() would drop a NaN
         return worst
+
+    def _plain(self, context: list[int], continuation: list[int]) -> float:
+        """Log-likelihood of a continuation, the model's own way."""
+        ids = torch.tensor([context + continuation], device=self.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].float()
+        return float(functional.log_softmax(logits, -1)[range(len(continuation)), continuation].sum())
 
 
 @dataclass
