@@ -173,6 +173,12 @@ def test_any_strings(phi: Loaded, texts: Texts) -> None:
     compare(phi, texts or [("a", "b")])
 
 
+@pytest.mark.parametrize("wrong", [0, -5, 2.5, "abc", True])
+def test_a_budget_that_is_none(phi: Loaded, wrong: Any) -> None:
+    with pytest.raises(EvaluationError, match="whole number of tokens, 1 or more"):
+        packed(phi, batch_tokens=wrong)
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
 def test_however_the_rows_are_batched(phi: Loaded, batch_tokens: int) -> None:
     compare(phi, questions(), batch_tokens=batch_tokens)

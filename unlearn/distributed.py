@@ -34,6 +34,16 @@ def join() -> None:
         wait()
 
 
+def count() -> int:
+    """How many processes work together; 1 before :func:`join`."""
+    if several():
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            return dist.get_world_size()
+    return 1
+
+
 def wait() -> None:
     """Until every process is here. After :func:`leave` there is nobody to wait for."""
     if several():

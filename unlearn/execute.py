@@ -40,6 +40,8 @@ def execute(loaded: LoadedRecipe, out: Path | None, fresh: bool) -> RunReport | 
         say(f"{recipe.name}: {folder.root}")
         key = fingerprint(_plain(recipe), _inputs(recipe, base), provenance.versions(provenance.LIBRARIES))
         distributed.join()
+        if distributed.count() > 1:
+            say(f"{distributed.count()} processes share training and scoring")
         try:
             report = _unchanged(folder, key)
             if report is None:
@@ -66,12 +68,12 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
     sets = pipe.data(base.tokenizer)
     target = pipe.teach(base, sets)
     vectors = pipe.vectors(target, sets)
+    points, chosen = pipe.sweep(target, sets, vectors.edit)
+    before, after, examples = pipe.test(target, sets, vectors.edit, chosen.coefficient)
     distributed.wait()
     distributed.leave()
     if not is_main_process():
-        return None  # training is shared among processes; the rest is the main one's
-    points, chosen = pipe.sweep(target, sets, vectors.edit)
-    before, after, examples = pipe.test(target, sets, vectors.edit, chosen.coefficient)
+        return None  # training and scoring are shared among processes; the rest is the main one's
     rows = _rows(before, after)
     exports = pipe.export(target, vectors.edit, CardFacts(recipe, chosen, rows))
     who = provenance.collect(

@@ -13,8 +13,9 @@ from lm_eval.models.huggingface import HFLM
 from unlearn import search, tasks
 from unlearn.answers import Answers
 from unlearn.bisect_search import bisect, may_tie
-from unlearn.console import say
+from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet
+from unlearn.distributed import share_requests
 from unlearn.early_stop import Values, beyond_doubt, worth_a_look
 from unlearn.evaluate import evaluate
 from unlearn.metrics import Key, default_metric, forget_metric
@@ -104,7 +105,8 @@ class Scored(Stages):
                 bootstrap=self.recipe.eval.bootstrap if desk.split == "test" else 0,
                 answers=answers,
             )
-            result.save(tmp)
+            if is_main_process():
+                result.save(tmp)
             if part and answers:
                 answers.save(tmp / "answers.json")
             texts = complete(desk.lm, desk.sets, self.recipe.eval.examples) if desk.split == "test" else []
@@ -143,6 +145,7 @@ class Scored(Stages):
             lm = HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=spec.batch_size)
         else:
             lm = PackedLM(target.model, target.tokenizer, spec.batch_tokens, batch_size=spec.batch_size)
+        share_requests(lm)
         items = self.folder.path("items")
         built = tasks.build_tasks(sets, split, self.recipe, target.tokenizer, items, generate=generate)
         key = (target.fingerprint, [s.digest for s in sets], spec.model_dump(mode="json"), self.recipe.seed)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from unlearn.console import progress
 from unlearn.decoding import greedy
+from unlearn.distributed import share_requests
 from unlearn.errors import EvaluationError
 from unlearn.forward import Budget, Forward, NotPackableError, Part, run
 from unlearn.memory import is_out_of_memory
@@ -45,14 +46,18 @@ class PackedLM(HFLM):
         options: Everything else that ``HFLM`` takes. Its batch_size counts only where its own code must score.
 
     Raises:
-        EvaluationError: the model is not a causal one.
+        EvaluationError: the model is not a causal one, or batch_tokens no number of tokens.
     """
 
     def __init__(self, pretrained: Any, tokenizer: Any = None, batch_tokens: int | None = None, **options: Any) -> None:
         backend = options.pop("backend", "causal")
         if backend not in ("causal", "default"):
             raise EvaluationError(f"backend={backend}: only causal models are scored here; use --model hf")
+        if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
+            raise EvaluationError(f"batch_tokens={batch_tokens}: give a whole number of tokens, 1 or more")
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", **options)
+        if hasattr(self, "accelerator"):  # lm-eval found several processes, each with a whole model
+            share_requests(self)
         self.batch_tokens = batch_tokens
         self.label = "scoring"
         self._forward: Forward | Literal[False] | None = None

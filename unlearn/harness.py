@@ -1,0 +1,105 @@
+"""lm-eval's own command line with the packed model in it: ``python -m unlearn.harness --model unlearn ...``.
+
+From Python, importing this module is enough: ``lm_eval.simple_evaluate(model="unlearn", ...)`` then knows the name.
+lm-eval looks for no plugins, so it has to be imported by somebody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import lm_eval.models  # noqa: F401 - fills the registry; lm-eval does so by itself only while it is empty
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.registry import model_registry
+from lm_eval.utils import setup_logging
+
+from unlearn import distributed
+from unlearn.console import is_main_process, say
+from unlearn.errors import UnlearnError
+
+MODEL = "unlearn"
+EXIT_MISTAKE = 2
+_PROGRAM = "python -m unlearn.harness"
+_NOTE = f"""
+--model {MODEL} scores causal language models as --model hf does, in less time. It takes hf's --model_args, and
+batch_tokens=N for the number of tokens in a forward pass.
+"""
+
+
+def register() -> None:
+    """Make the model known to lm-eval as ``unlearn``; again does nothing. It is imported when it is first used."""
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="unlearn.scoring:PackedLM")
+
+
+register()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run lm-eval's command line, by all processes together where there are several.
+
+    Args:
+        argv: Its arguments, by default those of this program.
+
+    Returns:
+        0, or 2 after a mistake that this project's model tells of. lm-eval's own errors are raised as lm-eval does.
+    """
+    setup_logging(logging.INFO if is_main_process() else logging.ERROR)
+    before = sys.argv
+    sys.argv = [before[0], *(before[1:] if argv is None else argv)]  # where lm-eval reads, and writes to
+    try:
+        _run(HarnessCLI())
+    except UnlearnError as e:
+        say(f"error: {e}", style="red")
+        return EXIT_MISTAKE
+    finally:
+        sys.argv = before
+    distributed.leave()
+    return 0
+
+
+def _run(cli: HarnessCLI) -> None:
+    with _under_our_name():
+        arguments = cli.parse_args()
+        if arguments.command is None:
+            cli.execute(arguments)  # prints the help
+            return
+    if arguments.command == "run":
+        distributed.join()
+        if not is_main_process():
+            _run_silently(cli, arguments)
+            return
+    cli.execute(arguments)
+
+
+def _run_silently(cli: HarnessCLI, arguments: argparse.Namespace) -> None:
+    """All processes have the results; lm-eval would have them written once on each machine."""
+    arguments.hf_hub_log_args = arguments.wandb_args = arguments.trackio_args = None
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        arguments.output_path = folder
+        cli.execute(arguments)
+
+
+@contextlib.contextmanager
+def _under_our_name() -> Iterator[None]:
+    """Help and usage call the program by the name it has here: as ``lm-eval`` it would not know the model."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        for text, stream in ((out.getvalue(), sys.stdout), (err.getvalue(), sys.stderr)):
+            stream.write(re.sub(r"\blm-eval\b", _PROGRAM, text))
+        if "--model" in out.getvalue():
+            sys.stdout.write(_NOTE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
