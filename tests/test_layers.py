@@ -15,13 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A module may import what stands before it, in its own layer or in an earlier one.
 LAYERS: dict[str, str] = {
     "ground": "errors memory quiet console distributed silence",
-    "values": "template recipe_data recipe report vector",
+    "values": "template recipe_data recipe report changes compress vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
     "words": "metrics wording report_text",
     "folders": "atomic stage lock ownership rundir provenance",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files",
-    "vectors": "methods methods.negate methods.contrast negate batches methods.retain_kl trainer finetune",
+    "vectors": "methods methods.negate methods.contrast methods.checks methods.msa methods.project methods.ext_sub "
+    "methods.ethos methods.perta methods.consensus methods.lines methods.random_vector methods.learned negate batches "
+    "methods.baselines methods.retain_kl frozen importance learn_weights trainer finetune",
     "scores": "tree attention forward decoding scoring answers tasks stderrs eval_files evaluate samples",
     "choices": "search early_stop bisect_search",
     "exports": "card rounding shards survival export",

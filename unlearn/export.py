@@ -23,13 +23,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.card import CardFacts, card
+from unlearn.changes import Change, Dense, listed
 from unlearn.errors import VectorError
-from unlearn.negate import fit
+from unlearn.negate import edited, fit
 from unlearn.quiet import quietly
 from unlearn.rounding import generator_for, round_stochastically
 from unlearn.shards import Slot, parse_size, write_shards
 from unlearn.survival import Survival, summary_of
-from unlearn.vector import LowRank, TaskVector
+from unlearn.vector import TaskVector
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROUNDED = (torch.bfloat16, torch.float16)
@@ -124,7 +125,7 @@ def export_merged(
             "adapter only" + (f". Quantised: {', '.join(packed)}" if packed else "")
         )
     folder.mkdir(parents=True, exist_ok=True)
-    edits = {f"{n}.weight": _edit(n, module, low_rank, coefficient) for n, (module, low_rank) in fitted.items()}
+    edits = {f"{n}.weight": _edit(n, module, change, coefficient) for n, (module, change) in fitted.items()}
     measured: dict[str, Survival] = {}
     state = _distinct(model)
 
@@ -196,17 +197,18 @@ def _targets(names: list[str], present: list[str]) -> list[str] | str:
 
 
 def _edit(
-    name: str, module: nn.Module, low_rank: LowRank, coefficient: float
+    name: str, module: nn.Module, change: Change, coefficient: float
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """A function from a pristine float32 weight to (the edited weight, the intended change), in its own layout."""
 
     def edit(pristine: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = low_rank.A.to(pristine.device), low_rank.B.to(pristine.device)
-        left, right = (a.T, b.T) if isinstance(module, Conv1D) else (b, a)  # Conv1D keeps (in, out)
-        if tuple(pristine.shape) != (left.shape[0], right.shape[1]):
+        transposed = isinstance(module, Conv1D)  # it keeps (in, out)
+        if tuple(pristine.shape) != (change.shape[::-1] if transposed else change.shape):
             raise VectorError(f"{name}: its weight is stored as {tuple(pristine.shape)}, which cannot take the vector")
+        here = change.to(pristine.device)
+        intended = -coefficient * (here.delta().T if transposed else here.delta())
         # the same operation that put the vector on the model while it was scored
-        return torch.addmm(pristine, left, right, alpha=-coefficient), -coefficient * (left @ right)
+        return edited(pristine, here, -coefficient, transposed), intended
 
     return edit
 

@@ -133,29 +133,33 @@ class Forward:
         return kept, self.score(layout)
 
     def probe(self, max_length: int) -> float:
-        """Largest difference in log-likelihood between packed trees and plain forwards, on made-up tokens.
+        """Largest difference in log-likelihood between packed trees and a plain forward, on made-up tokens.
 
         The trees branch, hang on a trunk and share a batch, so that whatever mixes tokens out of order shows.
         """
-        draw = np.random.default_rng(0).integers(0, self.head.weight.shape[0], size=40).tolist()
-        pairs = [(draw[:8], draw[8:12]), (draw[:8], draw[12:18]), (draw[:5], draw[18:24]), (draw[:6], draw[31:36])]
+        draw = np.random.default_rng(0).integers(0, self.head.weight.shape[0], size=45).tolist()
+        start, more = draw[:12], draw[:15]
+        pairs = [(more, draw[20:24]), (more, draw[24:30]), (start, draw[30:36]), (start + draw[36:40], draw[40:45])]
+        costs = Costs(0.01, 2.0)  # by these: a trunk, one tree with two branches on it, and two plain rows
+        found = [0.0] * len(pairs)
         with torch.inference_mode():
-            plain = [self._plain(context, continuation) for context, continuation in pairs]
-            worst = 0.0
-            for costs in (Costs(0.0, math.inf), Costs(1.0, 0.0)):  # one tree; rows on a trunk
-                found = [0.0] * len(pairs)
-                for parts in run(self, pack(pairs, max_length, costs), Budget(costs, 1 << 20)):
-                    for index, value, *_ in parts:
-                        found[index] += value
-                off = [abs(x - y) for x, y in zip(plain, found, strict=True)]
-                worst = max(worst, *(d if math.isfinite(d) else math.inf for d in off))  # max() would drop a NaN
-        return worst
+            plain = self._plain(pairs)
+            for parts in run(self, pack(pairs, max_length, costs), Budget(costs, 1 << 20)):
+                for index, value, *_ in parts:
+                    found[index] += value
+        off = [abs(x - y) for x, y in zip(plain, found, strict=True)]
+        return max(d if math.isfinite(d) else math.inf for d in off)  # max() would drop a NaN
 
-    def _plain(self, context: list[int], continuation: list[int]) -> float:
-        """Log-likelihood of a continuation, the model's own way."""
-        ids = torch.tensor([context + continuation], device=self.device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].float()
-        return float(functional.log_softmax(logits, -1)[range(len(continuation)), continuation].sum())
+    def _plain(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Log-likelihood of continuations, the model's own way: one padded batch, in which nobody looks ahead."""
+        longest = max(len(context) + len(continuation) for context, continuation in pairs)
+        rows = [(context + continuation + [0] * longest)[:longest] for context, continuation in pairs]
+        logits = self.model(input_ids=torch.tensor(rows, device=self.device), use_cache=False).logits.float()
+        found = []
+        for row, (context, continuation) in zip(functional.log_softmax(logits, -1), pairs, strict=True):
+            places = range(len(context) - 1, len(context) + len(continuation) - 1)
+            found.append(float(row[places, continuation].sum()))
+        return found
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 theta_c = theta + c * tau, with c = -lambda for forgetting (Ilharco et al. 2212.04089, "negation"). Every coefficient
 starts from the pristine weights. In float32 the sum goes into the weights; in any other format it would be rounded
-away where it is small, so there the factors act beside the weight, in float32, and only their output is rounded.
+away where it is small, so there the change acts beside the weight, in float32, and only its output is rounded.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from unlearn.changes import Change, LowRank
 from unlearn.errors import VectorError
-from unlearn.vector import LowRank, TaskVector
+from unlearn.vector import TaskVector
 
 
 class Edit:
@@ -25,7 +26,7 @@ class Edit:
 
     Args:
         model: A transformers model. Its weights are changed in place between enter and exit only.
-        vector: The change. Factors are moved to each module's device once.
+        vector: The change. It is moved to each module's device once.
 
     Raises:
         VectorError: a module of the vector is not in the model, has another shape, is not linear, or shares its
@@ -38,9 +39,9 @@ class Edit:
         self._parts: list[_Part] = []
 
     def __enter__(self) -> Edit:
-        for module, low_rank in fit(self._model, self._vector).values():
+        for module, change in fit(self._model, self._vector).values():
             in_weights = type(module) in (nn.Linear, Conv1D) and module.weight.dtype == torch.float32
-            part = _Merged(module, low_rank) if in_weights else _Beside(module, low_rank)
+            part = _Merged(module, change) if in_weights else _Beside(module, change)
             self._parts.append(part)
         return self
 
@@ -78,40 +79,36 @@ class _Part(Protocol):
 class _Merged:
     """The change is added into a float32 weight; one pristine copy is kept."""
 
-    def __init__(self, module: nn.Module, low_rank: LowRank) -> None:
+    def __init__(self, module: nn.Module, change: Change) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
         self.weight = weight.data
         self.pristine = self.weight.clone()
-        # Conv1D (GPT-2) keeps its weight as (in, out)
-        flip = isinstance(module, Conv1D)
-        a, b = low_rank.A.to(weight.device), low_rank.B.to(weight.device)
-        self.left, self.right = (a.T, b.T) if flip else (b, a)
+        self.change = change.to(weight.device)
+        self.transposed = isinstance(module, Conv1D)
 
     def set(self, coefficient: float) -> None:
         if coefficient == 0.0:
             self.weight.copy_(self.pristine)  # not + 0 * delta: -0.0 must stay -0.0
         else:
-            torch.addmm(self.pristine, self.left, self.right, alpha=coefficient, out=self.weight)
+            edited(self.pristine, self.change, coefficient, self.transposed, out=self.weight)
 
     def restore(self) -> None:
         self.weight.copy_(self.pristine)
 
 
 class _Beside:
-    """The change acts on the module's input beside it: y = W x + c * B (A x), the second term in float32."""
+    """The change acts on the module's input beside it: y = W x + c * delta x, the second term in float32."""
 
-    def __init__(self, module: nn.Module, low_rank: LowRank) -> None:
-        device = next(module.parameters()).device
-        self.a, self.b = low_rank.A.to(device), low_rank.B.to(device)
+    def __init__(self, module: nn.Module, change: Change) -> None:
+        self.change = change.to(next(module.parameters()).device)
         self.coefficient = 0.0
         self.handle = module.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.coefficient == 0.0:
             return output
-        x = args[0].float()  # (..., in)
-        change = nn.functional.linear(nn.functional.linear(x, self.a), self.b)  # (..., out)
+        change = self.change.act(args[0].float())  # (..., out)
         return (output.float() + self.coefficient * change).to(output.dtype)
 
     def set(self, coefficient: float) -> None:
@@ -121,27 +118,43 @@ class _Beside:
         self.handle.remove()
 
 
-def fit(model: nn.Module, vector: TaskVector) -> dict[str, tuple[nn.Module, LowRank]]:
+def edited(
+    pristine: Tensor, change: Change, coefficient: float, transposed: bool, out: Tensor | None = None
+) -> Tensor:
+    """``pristine + coefficient * delta`` in float32, the one way it is computed wherever weights are edited.
+
+    Args:
+        pristine: ``(out, in)``, or ``(in, out)`` where ``transposed`` (Conv1D of GPT-2), float32.
+        out: Write here instead of into new memory.
+    """
+    if isinstance(change, LowRank):
+        left, right = (change.A.T, change.B.T) if transposed else (change.B, change.A)
+        return torch.addmm(pristine, left, right, alpha=coefficient, out=out)
+    delta = change.values.T if transposed else change.values
+    return torch.add(pristine, delta, alpha=coefficient, out=out)
+
+
+def fit(model: nn.Module, vector: TaskVector) -> dict[str, tuple[nn.Module, Change]]:
     """Pair every module of the vector with the model's, or raise one error that names all misfits."""
     found = dict(model.named_modules())
     owners: dict[int, list[str]] = {}
     for name, module in found.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    fit: dict[str, tuple[nn.Module, LowRank]] = {}
+    fit: dict[str, tuple[nn.Module, Change]] = {}
     wrong: list[str] = []
-    for name, low_rank in vector.modules.items():
+    for name, change in vector.modules.items():
         module = found.get(name)
         if module is None:
             wrong.append(f"{name}: the model has no such module")
         elif not isinstance(module, nn.Linear | Conv1D):
             wrong.append(f"{name}: {type(module).__name__} is not a linear layer")
-        elif (shape := shape_of(module)) != low_rank.shape:
-            wrong.append(f"{name}: the vector changes {low_rank.shape}, the model has {shape}")
+        elif (shape := shape_of(module)) != change.shape:
+            wrong.append(f"{name}: the vector changes {change.shape}, the model has {shape}")
         elif len(shared := owners.get(id(module.weight), [])) > 1:
             wrong.append(f"{name}: its weight is shared by {', '.join(shared)} and would change twice")
         else:
-            fit[name] = (module, low_rank)
+            fit[name] = (module, change)
     if wrong:
         raise VectorError("the vector does not fit this model; was it made from another one?\n  " + "\n  ".join(wrong))
     return fit

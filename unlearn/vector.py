@@ -1,202 +1,251 @@
-"""Task vectors kept as low-rank factors.
+"""Task vectors: what a fine-tuning changed, as a value that can be added, scaled, compared and kept.
 
-A task vector is the change a fine-tuning made, weight by weight: tau = theta_finetuned - theta
-(Ilharco et al. 2212.04089, section 2). After LoRA that change is ``B @ A`` per module, so it is kept as the two
-thin factors, in float32, with LoRA's scale alpha/r already folded into ``B``.
+A task vector is the change weight by weight: tau = theta_finetuned - theta (Ilharco et al. 2212.04089, section 2).
+After LoRA that change is ``B @ A`` per module, so it is kept as the two thin factors, in float32, with LoRA's scale
+alpha/r already folded into ``B``. After full fine-tuning it is dense.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from unlearn.changes import Change, Dense, LowRank, listed, total
+from unlearn.compress import largest_entries, largest_rows, truncated
 from unlearn.errors import VectorError
+from unlearn.vector_file import FORMAT, VERSION, read_vector, write_vector
 
-FORMAT = "unlearn.task_vector"
-VERSION = "1"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LowRank:
-    """The change of one weight matrix, ``delta = B @ A``: ``A`` is ``(r, in)``, ``B`` is ``(out, r)``, float32.
-
-    Raises:
-        VectorError: shapes do not chain, the dtype is not float32, or a value is not finite.
-    """
-
-    A: Tensor
-    B: Tensor
-
-    def __post_init__(self) -> None:
-        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
-            raise VectorError(f"factors do not chain: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}")
-        if self.A.dtype != torch.float32 or self.B.dtype != torch.float32:
-            raise VectorError(f"factors must be float32, not {self.A.dtype} and {self.B.dtype}")
-
-    @property
-    def rank(self) -> int:
-        """r, an upper bound of the rank of ``delta``."""
-        return self.A.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)`` of the weight this changes."""
-        return self.B.shape[0], self.A.shape[1]
-
-    def delta(self) -> Tensor:
-        """The dense change, ``(out, in)``. For tests and merging one weight; sums and norms never need it."""
-        return self.B @ self.A
-
-    def dot(self, other: LowRank) -> float:
-        """Frobenius inner product <B A, B' A'> = tr((B^T B') (A' A^T)), in float64, without building either."""
-        bb = self.B.double().T @ other.B.double()  # (r, r')
-        aa = self.A.double() @ other.A.double().T  # (r, r')
-        return float((bb * aa).sum())
+__all__ = ["FORMAT", "VERSION", "Change", "Dense", "LowRank", "TaskVector", "analogy"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskVector:
-    """A change of a model: module path -> :class:`LowRank`, with string metadata about where it came from.
+    """A change of a model: module path -> :data:`Change`, with string metadata about where it came from.
 
-    Vectors add and scale as the dense changes they stand for. Sums concatenate along r, so they stay exact;
-    adding factors element by element, or negating both of them, would be wrong.
+    Vectors add and scale as the dense changes they stand for. Sums of factors concatenate along r, so they stay
+    exact and low-rank; adding factors element by element, or negating both of them, would be wrong. A sum with a
+    dense change is dense. A module that only one operand names is unchanged by the other.
 
     Raises:
-        VectorError: no module, or a value that is not finite.
+        VectorError: no module, or a value that is not finite; also from every operation whose result would be so.
     """
 
-    modules: Mapping[str, LowRank]
+    modules: Mapping[str, Change]
     meta: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modules:
             raise VectorError("a task vector without a single module changes nothing")
-        bad = [
-            name
-            for name, m in self.modules.items()
-            if not (bool(torch.isfinite(m.A).all()) and bool(torch.isfinite(m.B).all()))
-        ]
+        bad = [n for n, m in self.modules.items() if not all(_finite(t) for t in m.tensors().values())]
         if bad:
-            raise VectorError(f"the vector holds values that are not finite in {len(bad)} modules: {_some(bad)}")
+            raise VectorError(f"the vector holds values that are not finite in {len(bad)} modules: {listed(bad)}")
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
         object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
 
-    def __rmul__(self, c: float) -> TaskVector:
-        return TaskVector({n: LowRank(m.A, c * m.B) for n, m in self.modules.items()}, self.meta)
+    def map(self, change: Callable[[str, Change], Change]) -> TaskVector:
+        """The vector whose change of each module is ``change(name, the change here)``; the metadata stays."""
+        return TaskVector({n: change(n, m) for n, m in self.modules.items()}, self.meta)
+
+    def __mul__(self, c: float) -> TaskVector:
+        if not isinstance(c, Real):
+            return NotImplemented
+        return self.map(lambda _, m: m.scaled(float(c)))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: float) -> TaskVector:
+        if not isinstance(c, Real):
+            return NotImplemented
+        if c == 0:
+            raise VectorError("a task vector cannot be divided by 0")
+        return self * (1.0 / float(c))
 
     def __neg__(self) -> TaskVector:
         return -1.0 * self
 
     def __add__(self, other: TaskVector) -> TaskVector:
-        return concatenate(self, other)
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        return TaskVector.sum((self, other))
+
+    def __radd__(self, other: Any) -> TaskVector:
+        """``0 + vector``, with which the builtin ``sum()`` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: TaskVector) -> TaskVector:
-        return concatenate(self, -other)
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        return TaskVector.sum((self, -other))
+
+    @classmethod
+    def sum(cls, vectors: Iterable[TaskVector]) -> TaskVector:
+        """The exact sum (Ilharco et al., "addition"). Metadata are the first one's wherever several speak.
+
+        Raises:
+            VectorError: none given, or modules of different shapes, all of them named.
+        """
+        summands = tuple(vectors)
+        if not summands:
+            raise VectorError("a sum of no task vectors at all has no modules")
+        changes: dict[str, list[Change]] = {}
+        for vector in summands:
+            for name, m in vector.modules.items():
+                changes.setdefault(name, []).append(m)
+        _refuse_clashes(changes, "added")
+        meta = {k: v for vector in reversed(summands) for k, v in vector.meta.items()}
+        return cls({n: total(ms) for n, ms in changes.items()}, meta)
+
+    def dot(self, other: TaskVector) -> float:
+        """Inner product of two whole changes; modules that only one of them has count as zero in the other.
+
+        Raises:
+            VectorError: modules of different shapes, all of them named.
+        """
+        return sum(one.dot(two) for one, two in self._shared(other).values())
 
     def norms(self) -> dict[str, float]:
         """Frobenius norm of the change, per module."""
-        return {n: max(m.dot(m), 0.0) ** 0.5 for n, m in self.modules.items()}
+        return {n: _norm(m) for n, m in self.modules.items()}
 
     def norm(self) -> float:
         """Frobenius norm of the whole change."""
-        return sum(v * v for v in self.norms().values()) ** 0.5
+        return math.hypot(*self.norms().values())
 
     def cosine(self, other: TaskVector) -> float:
-        """Cosine similarity of two whole changes; modules that only one of them has count as zero in the other."""
-        dot = sum(m.dot(other.modules[n]) for n, m in self.modules.items() if n in other.modules)
-        scale = self.norm() * other.norm()
-        return dot / scale if scale else 0.0
+        """Cosine similarity of two whole changes, of which Li et al.'s task correlation is the counterpart in outputs.
+
+        Modules that only one of them has count as zero in the other. 0 where one of the changes is zero.
+
+        Raises:
+            VectorError: modules of different shapes, all of them named.
+        """
+        return _ratio(self.dot(other), self.norm() * other.norm())
+
+    def cosines(self, other: TaskVector) -> dict[str, float]:
+        """Cosine similarity per module, of the modules that both have.
+
+        Raises:
+            VectorError: modules of different shapes, all of them named.
+        """
+        return {n: _ratio(a.dot(b), _norm(a) * _norm(b)) for n, (a, b) in self._shared(other).items()}
+
+    def _shared(self, other: TaskVector) -> dict[str, tuple[Change, Change]]:
+        pairs = {n: (m, other.modules[n]) for n, m in self.modules.items() if n in other.modules}
+        _refuse_clashes(pairs, "compared")
+        return pairs
 
     def rank(self) -> int:
         """Largest r over the modules."""
         return max(m.rank for m in self.modules.values())
 
+    def to_low_rank(self, rank: int | None = None, energy: float | None = None) -> TaskVector:
+        """Every module truncated to its leading singular terms (:func:`unlearn.compress.truncated`).
+
+        Args:
+            rank: Terms to keep per module; one that has no more stays as it is.
+            energy: Instead: the share of each module's squared norm to keep, in (0, 1].
+
+        Raises:
+            VectorError: not exactly one of the two, ``rank`` below 1 or above a matrix (all such modules are named),
+                or ``energy`` outside (0, 1].
+        """
+        if (rank is None) == (energy is None):
+            raise VectorError("give either rank or energy to say how much is kept")
+        if energy is not None:
+            _check_share("energy", energy)
+        if rank is not None:
+            if rank < 1:
+                raise VectorError(f"rank must be at least 1, not {rank}")
+            small = [f"{n} {m.shape}" for n, m in self.modules.items() if rank > min(m.shape)]
+            if small:
+                raise VectorError(f"rank {rank} is above what these matrices can have: {listed(small)}")
+        return self.map(lambda _, m: truncated(m, rank, energy))
+
+    def prune(self, keep: float, by: Literal["magnitude", "rows"] = "magnitude") -> TaskVector:
+        """The largest part of every matrix, the rest set to zero.
+
+        Shares are taken per matrix, so no module vanishes because its entries are smaller than another's, and one
+        dense matrix at a time is enough.
+
+        Args:
+            keep: Share to keep, in (0, 1].
+            by: ``magnitude``: entries of ΔW with the largest absolute value; the result is dense. ``rows``: rows of ΔW
+                with the largest norm (Li et al. 2504.10957, Corollary 2); factors stay factors.
+
+        Raises:
+            VectorError: ``keep`` outside (0, 1], or ``by`` is neither.
+        """
+        _check_share("keep", keep)
+        if by == "magnitude":
+            return self.map(lambda _, m: largest_entries(m, keep))
+        if by == "rows":
+            return self.map(lambda _, m: largest_rows(m, keep))
+        raise VectorError(f"by must be magnitude or rows, not {by!r}")
+
     def digest(self) -> str:
         """SHA-256 over names, shapes and values (not metadata)."""
         h = hashlib.sha256()
         for name, m in self.modules.items():
-            for t in (m.A, m.B):
-                h.update(f"{name}{tuple(t.shape)}".encode())
-                h.update(t.contiguous().numpy().data)
+            for letter, t in m.tensors().items():
+                h.update(f"{name}{'.W' if letter == 'W' else ''}{tuple(t.shape)}".encode())
+                h.update(t.cpu().contiguous().numpy().data)
         return h.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write safetensors: ``<module>.A``, ``<module>.B`` and the metadata. No pickle anywhere."""
-        tensors = {f"{n}.{k}": getattr(m, k).contiguous() for n, m in self.modules.items() for k in "AB"}
-        save_file(tensors, path, {"format": FORMAT, "version": VERSION, "meta": json.dumps(dict(self.meta))})
+        """Write it as :mod:`unlearn.vector_file` says; read back it is the same bit for bit."""
+        write_vector(path, self.modules, self.meta)
 
     @classmethod
     def load(cls, path: Path) -> TaskVector:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, now or in version 1.
 
         Raises:
             VectorError: not such a file, damaged, or of a later version.
         """
+        modules, meta = read_vector(path)
         try:
-            with safe_open(path, framework="pt") as f:
-                head = f.metadata() or {}
-                if head.get("format") != FORMAT:
-                    raise VectorError(f"{path}: not a task vector of this program")
-                if head.get("version") != VERSION:
-                    raise VectorError(f"{path}: written as version {head.get('version')}, this program reads {VERSION}")
-                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - a safe_open has no __iter__
-        except (SafetensorError, OSError) as e:
-            raise VectorError(f"{path}: cannot be read as a task vector: {e}") from e
-        names = {k.rpartition(".")[0] for k in tensors}
-        missing = [n for n in sorted(names) if f"{n}.A" not in tensors or f"{n}.B" not in tensors]
-        if missing:
-            raise VectorError(f"{path}: a factor is missing for {_some(missing)}")
-        try:
-            modules = {n: LowRank(tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}
-            return cls(modules, _read_meta(head.get("meta", "{}")))
+            return cls(modules, meta)
         except VectorError as e:
             raise VectorError(f"{path}: {e}") from e
 
 
-def concatenate(first: TaskVector, second: TaskVector) -> TaskVector:
-    """Exact sum: per module ``[B1 B2] @ [A1; A2]``, of rank at most r1 + r2.
+def analogy(a: TaskVector, b: TaskVector, c: TaskVector) -> TaskVector:
+    """tau_c + (tau_b - tau_a): "a is to b as c is to ..." (Ilharco et al. 2212.04089, section 5).
 
     Raises:
-        VectorError: a module of both has different shapes.
+        VectorError: modules of different shapes, all of them named.
     """
-    clash = [
-        f"{n} {first.modules[n].shape} and {m.shape}"
-        for n, m in second.modules.items()
-        if n in first.modules and first.modules[n].shape != m.shape
-    ]
+    return TaskVector.sum((c, b, -a))
+
+
+def _refuse_clashes(changes: Mapping[str, Iterable[Change]], done: str) -> None:
+    shapes = {n: list(dict.fromkeys(m.shape for m in ms)) for n, ms in changes.items()}
+    clash = [f"{n} {' and '.join(map(str, s))}" for n, s in shapes.items() if len(s) > 1]
     if clash:
-        raise VectorError(f"vectors of different models cannot be added: {_some(clash)}")
-    modules = dict(first.modules)
-    for name, m in second.modules.items():
-        if name in modules:
-            one = modules[name]
-            modules[name] = LowRank(torch.cat([one.A, m.A]), torch.cat([one.B, m.B], dim=1))
-        else:
-            modules[name] = m
-    return TaskVector(modules, {**second.meta, **first.meta})
+        raise VectorError(f"vectors of different models cannot be {done}: {listed(clash)}")
 
 
-def _read_meta(text: str) -> dict[str, str]:
-    """The metadata of a file, which is a JSON object of strings."""
-    try:
-        meta = json.loads(text)
-    except ValueError:
-        meta = None
-    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
-        raise VectorError(f"its metadata is damaged: {text[:80]}")
-    return meta
+def _check_share(what: str, value: float) -> None:
+    if not 0.0 < value <= 1.0:
+        raise VectorError(f"{what} must be above 0 and at most 1, not {value}")
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    """The first few of a long list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _norm(m: Change) -> float:
+    return max(m.dot(m), 0.0) ** 0.5
+
+
+def _ratio(dot: float, scale: float) -> float:
+    return max(-1.0, min(1.0, dot / scale)) if scale else 0.0
