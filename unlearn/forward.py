@@ -84,7 +84,9 @@ class Forward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) float32 of (n, d), scaled and capped as the model does it."""
-        logits: Tensor = self.head(hidden).float() * self.scale
+        logits: Tensor = self.head(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def score(self, layout: Layout) -> list[Part]:

@@ -142,7 +142,10 @@ class Scored(Stages):
     ) -> _Desk:
         spec = self.recipe.eval
         if spec.engine == "hf":
-            lm = HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=spec.batch_size)
+            # its cache of logits (on by default) scores a text that is cut in two places at the wrong one
+            lm = HFLM(
+                pretrained=target.model, tokenizer=target.tokenizer, batch_size=spec.batch_size, logits_cache=False
+            )
         else:
             lm = PackedLM(target.model, target.tokenizer, spec.batch_tokens, batch_size=spec.batch_size)
         share_requests(lm)

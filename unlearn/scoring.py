@@ -55,6 +55,8 @@ class PackedLM(HFLM):
             raise EvaluationError(f"backend={backend}: only causal models are scored here; use --model hf")
         if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
             raise EvaluationError(f"batch_tokens={batch_tokens}: give a whole number of tokens, 1 or more")
+        # HFLM's cache of logits scores a text that is asked for with two different continuations at the wrong place
+        options.setdefault("logits_cache", False)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", **options)
         if hasattr(self, "accelerator"):  # lm-eval found several processes, each with a whole model
             share_requests(self)
