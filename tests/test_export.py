@@ -27,7 +27,7 @@ from unlearn.recipe import Recipe
 from unlearn.report import Chosen, Score, ScoreRow
 from unlearn.rounding import generator_for, round_stochastically
 from unlearn.shards import Slot, parse_size, write_shards
-from unlearn.vector import LowRank, TaskVector
+from unlearn.vector import Dense, LowRank, TaskVector
 
 # PEFT asks transformers under a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -71,7 +71,7 @@ def dense(model: nn.Module, vector: TaskVector, c: float) -> dict[str, Tensor]:
     weights = {}
     for name, m in vector.modules.items():
         weight = model.get_parameter(f"{name}.weight").detach().float()
-        delta = m.B @ m.A
+        delta = m.delta()
         weights[f"{name}.weight"] = weight - c * (delta.T if isinstance(model.get_submodule(name), Conv1D) else delta)
     return weights
 
@@ -272,6 +272,47 @@ def test_merged_bf16_is_rounded_to_nearest_even_once(loaded: Load, folder: Path,
         assert not off
     # where the float32 sum itself is not exact, one bit of it may decide a tie; nowhere more than that
     assert all((state[n] != wanted[n]).float().mean() < 1e-3 for n in off)
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+def test_a_dense_vector_merges_as_its_factors_do(loaded: Load, folder: Path, tmp_path: Path, held: str) -> None:
+    made = loaded(folder, held)
+    factors = a_vector(made.model, grid=2**-12)
+    vector = factors.map(lambda name, m: m if name.endswith(("dense", "c_attn", "o_proj")) else Dense(m.delta()))
+    assert {type(m) for m in vector.modules.values()} == {LowRank, Dense}
+    said = export_merged(made.model, vector, LAMBDA, None, tmp_path / "dense", dtype=torch.float32)
+    export_merged(made.model, factors, LAMBDA, None, tmp_path / "factors", dtype=torch.float32)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "factors"))
+    for name, weight in dense(made.model, vector, LAMBDA).items():
+        torch.testing.assert_close(one[name], weight, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-6)
+    assert said["survived"]["cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert said["survived"]["norm_ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_what_a_dense_vector_was_scored_with_is_what_is_written(loaded: Load, folder: Path, tmp_path: Path) -> None:
+    made = loaded(folder)
+    vector = a_vector(made.model).map(lambda _, m: Dense(m.delta()))
+    with applied(made.model, vector, -LAMBDA):
+        scored = snapshot(made.model)
+    export_merged(made.model, vector, LAMBDA, None, tmp_path)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(written[name], scored[name]) for name in written)
+
+
+def test_a_dense_vector_is_no_adapter(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    model = loaded(pico_phi).model
+    factors = a_vector(model)
+    vector = factors.map(lambda name, m: Dense(m.delta()) if name.endswith("fc1") else m)
+    with pytest.raises(VectorError, match=r"dense in 2 modules: model\.layers\.0\.mlp\.fc1, model") as caught:
+        export_adapter(vector, LAMBDA, "base", model, tmp_path / "a")
+    assert "to_low_rank(rank)" in str(caught.value)
+    assert "export merged" in str(caught.value)
+    assert not (tmp_path / "a").exists()
+    # and the advice helps
+    export_adapter(vector.to_low_rank(rank=4), LAMBDA, "base", model, tmp_path / "a")
+    wanted = dense_logits(model, factors, LAMBDA)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(model, tmp_path / "a")), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_survival_against_a_direct_computation(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:

@@ -21,14 +21,15 @@ LAYERS: dict[str, str] = {
     "folders": "atomic stage lock ownership rundir provenance",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files",
-    "vectors": "methods methods.negate methods.contrast methods.checks methods.msa methods.project methods.ext_sub "
+    "vectors": "vector_adapter architecture checkpoint_vector vector_table "
+    "methods methods.negate methods.contrast methods.checks methods.msa methods.project methods.ext_sub "
     "methods.ethos methods.perta methods.consensus methods.lines methods.random_vector methods.learned negate batches "
     "methods.baselines methods.retain_kl frozen importance learn_weights trainer finetune",
     "scores": "tree attention forward decoding scoring answers tasks stderrs eval_files evaluate samples",
     "choices": "search early_stop bisect_search",
     "exports": "card rounding shards survival export",
     "pages": "markup axes charts html_parts html table",
-    "commands": "plan stages scored pipeline execute run harness unlearn",
+    "commands": "plan stages scored pipeline execute run harness vectors unlearn",
 }
 ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.
@@ -105,7 +106,21 @@ def loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["errors", "recipe", "report", "console", "assets", "recipe_io", "plan", "run", "execute", "rundir", "html"]
+    "name",
+    [
+        "errors",
+        "recipe",
+        "report",
+        "console",
+        "assets",
+        "recipe_io",
+        "plan",
+        "run",
+        "execute",
+        "rundir",
+        "html",
+        "vectors",
+    ],
 )
 def test_quick_commands_import_nothing_slow(name: str) -> None:
     got = loaded_by(f"import unlearn.{name}")

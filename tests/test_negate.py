@@ -19,7 +19,7 @@ from unlearn.errors import VectorError
 from unlearn.finetune import merge, read_adapter
 from unlearn.models import Loaded, linear_modules
 from unlearn.negate import Edit, applied, fit, shape_of
-from unlearn.vector import LowRank, TaskVector
+from unlearn.vector import Dense, LowRank, TaskVector
 
 FAMILIES = ["phi", "llama", "gpt2", "qwen2", "gpt_neox"]
 Load = Callable[..., Loaded]
@@ -41,6 +41,12 @@ def a_vector(model: nn.Module, scale: float = 0.1, rank: int = 3, seed: int = 0,
             a = torch.randn(rank, fan_in, generator=generator) / fan_in**0.5
             modules[name] = LowRank(a, torch.randn(out, rank, generator=generator) * scale)
     return TaskVector(modules)
+
+
+def whole(vector: TaskVector) -> TaskVector:
+    """The same vector with every second module dense."""
+    dense = set(list(vector.modules)[::2])
+    return vector.map(lambda name, m: Dense(m.delta()) if name in dense else m)
 
 
 def tokens() -> Tensor:
@@ -70,7 +76,7 @@ def dense_logits(model: nn.Module, vector: TaskVector, c: float) -> Tensor:
     twin = copy.deepcopy(model).float()
     for name, m in vector.modules.items():
         module = twin.get_submodule(name)
-        delta = c * (m.B.double() @ m.A.double())
+        delta = c * (m.B.double() @ m.A.double() if isinstance(m, LowRank) else m.values.double())
         weight = module.weight
         assert isinstance(weight, Tensor)
         weight.data = (weight.double() + (delta.T if isinstance(module, Conv1D) else delta)).float()
@@ -81,9 +87,10 @@ def dense_logits(model: nn.Module, vector: TaskVector, c: float) -> Tensor:
 
 
 @pytest.mark.parametrize("c", [-1.0, -0.3, 2.0])
-def test_it_is_the_dense_sum(loaded: Load, folder: Path, c: float) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_it_is_the_dense_sum(loaded: Load, folder: Path, c: float, dense: bool) -> None:
     model = loaded(folder).model
-    vector = a_vector(model)
+    vector = whole(a_vector(model)) if dense else a_vector(model)
     before = logits(model)
     wanted = dense_logits(model, vector, c)
     with applied(model, vector, c):
@@ -169,9 +176,10 @@ def test_contrast_of_two_adapters_is_peft_s_concatenation(loaded: Load, pico_phi
         torch.testing.assert_close(logits(model), logits(peft_model), atol=1e-4, rtol=1e-4)
 
 
-def test_merging_for_good_is_the_same_sum(loaded: Load, folder: Path) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_merging_for_good_is_the_same_sum(loaded: Load, folder: Path, dense: bool) -> None:
     model = loaded(folder).model
-    vector = a_vector(model)
+    vector = whole(a_vector(model)) if dense else a_vector(model)
     wanted = dense_logits(model, vector, -0.5)
     merge(model, -0.5 * vector)
     torch.testing.assert_close(logits(model), wanted, atol=2e-4, rtol=1e-4)
@@ -181,9 +189,10 @@ def test_merging_for_good_is_the_same_sum(loaded: Load, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_coefficients_do_not_add_up(loaded: Load, folder: Path, dtype: str) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_coefficients_do_not_add_up(loaded: Load, folder: Path, dtype: str, dense: bool) -> None:
     model = loaded(folder, dtype).model
-    vector = a_vector(model)
+    vector = whole(a_vector(model)) if dense else a_vector(model)
     untouched, before = logits(model), state(model)
     alone = {}
     for c in (-1.0, -2.0):
@@ -284,14 +293,15 @@ def watch(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_beside_a_16_bit_weight_only_the_output_is_rounded(loaded: Load, folder: Path, dtype: str) -> None:
     model = loaded(folder, dtype).model
-    vector = a_vector(model, scale=0.02)
+    vector = whole(a_vector(model, scale=0.02))
     for name, m in list(vector.modules.items())[:4]:
         module = model.get_submodule(name)
         with applied(model, TaskVector({name: m}), -0.7), watch(module) as seen:
             logits(model)
         ((x, got),) = seen
         plain = module(x)  # the layer's own output, already in 16 bits
-        change = -0.7 * (m.B.double() @ (m.A.double() @ x.double().transpose(-1, -2))).transpose(-1, -2)
+        exact = m.B.double() @ m.A.double() if isinstance(m, LowRank) else m.values.double()
+        change = -0.7 * (exact @ x.double().transpose(-1, -2)).transpose(-1, -2)
         wanted = plain.double() + change
         assert got.dtype == plain.dtype == getattr(torch, dtype)
         # rounded once: nowhere further from the exact sum than half a unit in the last place (and float32's own error)
@@ -320,6 +330,7 @@ def test_a_change_too_small_for_16_bits_is_not_lost(loaded: Load, pico_phi: Path
     assert share < 0.5  # what DESIGN's Numerics warns of: most elements do not move at all
 
     part = m.modules[name]
+    assert isinstance(part, LowRank)
     with applied(half, m, -1.0):
         hooks = list(module._forward_hooks.values())
         assert len(hooks) == 1
@@ -349,6 +360,8 @@ def test_beside_four_bit_weights() -> None:
     assert 0 < (plain - x @ weight.T).abs().max() < 1.0
     with applied(model, TaskVector({"0": m}), -2.0):
         torch.testing.assert_close(model(x), plain - 2.0 * x @ m.delta().T, atol=1e-5, rtol=1e-5)
+    with applied(model, TaskVector({"0": Dense(m.delta())}), -2.0):
+        torch.testing.assert_close(model(x), plain - 2.0 * x @ m.delta().T, atol=1e-5, rtol=1e-5)
     assert torch.equal(model(x), plain)
     assert torch.equal(model[0].weight.data, packed)
     wrong = LowRank(torch.zeros(1, 64), torch.zeros(128, 1))
@@ -372,6 +385,7 @@ def test_every_misfit_is_named_at_once(phi: Loaded) -> None:
             "model.layers.1.input_layernorm": factors(64, 1),
             "model.embed_tokens": factors(64, 64),
             good: factors(64, 128),
+            "model.layers.1.mlp.fc2": Dense(torch.ones(128, 64)),
         }
     )
     before = state(phi.model)
@@ -382,6 +396,7 @@ def test_every_misfit_is_named_at_once(phi: Loaded) -> None:
     assert "model.layers.0.mlp.fc1: the vector changes (64, 128), the model has (128, 64)" in said
     assert "model.layers.1.input_layernorm: LayerNorm is not a linear layer" in said
     assert "model.embed_tokens: Embedding is not a linear layer" in said
+    assert "model.layers.1.mlp.fc2: the vector changes (128, 64), the model has (64, 128)" in said
     assert good not in said
     assert_same_bits(phi.model, before)
     assert not any(m._forward_hooks for m in phi.model.modules())

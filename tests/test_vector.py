@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor
 from unlearn.errors import VectorError
 from unlearn.methods.contrast import contrast
 from unlearn.methods.negate import negate
-from unlearn.vector import FORMAT, LowRank, TaskVector
+from unlearn.vector import FORMAT, Change, Dense, LowRank, TaskVector, analogy
 
 Shapes = dict[str, tuple[int, int]]
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.fc1", "model.layers.1.mlp.fc2")
@@ -43,10 +45,15 @@ def random_vector(shapes: Shapes, ranks: dict[str, int], seed: int, meta: dict[s
     )
 
 
+def exact(change: Change) -> Tensor:
+    """The change in float64, from what it is stored as."""
+    return change.B.double() @ change.A.double() if isinstance(change, LowRank) else change.values.double()
+
+
 def dense(vector: TaskVector, shapes: Shapes) -> dict[str, Tensor]:
     """Every module's change in float64, zero where the vector has none."""
     zero = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    return zero | {name: m.B.double() @ m.A.double() for name, m in vector.modules.items()}
+    return zero | {name: exact(m) for name, m in vector.modules.items()}
 
 
 def assert_dense(vector: TaskVector, shapes: Shapes, wanted: dict[str, Tensor]) -> None:
@@ -57,14 +64,16 @@ def assert_dense(vector: TaskVector, shapes: Shapes, wanted: dict[str, Tensor]) 
 
 @st.composite
 def spaces(draw: st.DrawFn) -> tuple[Shapes, list[TaskVector]]:
-    """One model's shapes and three vectors on it, each of its own ranks and its own modules."""
+    """One model's shapes and three vectors on it, each of its own ranks and its own modules, some of them dense."""
     side = st.integers(1, 9)
     shapes = {name: (draw(side), draw(side)) for name in NAMES}
     vectors = []
     for _ in range(3):
         chosen = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
         ranks = {name: draw(st.integers(1, 5)) for name in chosen}
-        vectors.append(random_vector(shapes, ranks, draw(st.integers(0, 2**20))))
+        vector = random_vector(shapes, ranks, draw(st.integers(0, 2**20)))
+        whole = draw(st.sets(st.sampled_from(NAMES)))
+        vectors.append(vector.map(lambda name, m, whole=whole: Dense(m.delta()) if name in whole else m))
     return shapes, vectors
 
 
@@ -81,6 +90,8 @@ def test_sums_and_scales_are_those_of_the_dense_changes(
     assert_dense(c * a + d * b, shapes, {n: c * x[n] + d * y[n] for n in shapes})
     assert_dense(c * (a + b), shapes, dense(c * a + c * b, shapes))
     assert_dense((c + d) * a, shapes, dense(c * a + d * a, shapes))
+    assert_dense(a * c, shapes, dense(c * a, shapes))
+    assert_dense(a / 4, shapes, {n: x[n] / 4 for n in shapes})
 
 
 @quick
@@ -96,6 +107,35 @@ def test_a_vector_less_itself_is_zero(space: tuple[Shapes, list[TaskVector]]) ->
 
 @quick
 @given(spaces())
+def test_sums_of_many_and_analogies(space: tuple[Shapes, list[TaskVector]]) -> None:
+    shapes, (a, b, c) = space
+    x, y, z = (dense(v, shapes) for v in (a, b, c))
+    wanted = {n: x[n] + y[n] + z[n] for n in shapes}
+    assert_dense(sum([a, b, c]), shapes, wanted)
+    assert_dense(TaskVector.sum(v for v in (a, b, c)), shapes, wanted)
+    assert_dense(analogy(a, b, c), shapes, {n: z[n] + y[n] - x[n] for n in shapes})
+    assert_dense(analogy(a, b, a), shapes, y)
+    assert sum([a]).digest() == TaskVector.sum([a]).digest() == a.digest()
+
+
+@quick
+@given(spaces())
+def test_the_rank_of_a_sum_is_at_most_the_sum_of_the_ranks(space: tuple[Shapes, list[TaskVector]]) -> None:
+    shapes, (a, b, _) = space
+    for name, m in (a + b).modules.items():
+        parts = [v.modules[name] for v in (a, b) if name in v.modules]
+        # factors add along r; one dense summand makes the sum dense, whose bound is the matrix's own
+        if all(isinstance(part, LowRank) for part in parts):
+            assert isinstance(m, LowRank)
+            assert m.rank == sum(part.rank for part in parts)
+        else:
+            assert isinstance(m, Dense)
+            assert m.rank == min(shapes[name])
+        assert int(torch.linalg.matrix_rank(exact(m))) <= sum(part.rank for part in parts)
+
+
+@quick
+@given(spaces())
 def test_dot_norm_and_cosine_are_those_of_the_dense_changes(space: tuple[Shapes, list[TaskVector]]) -> None:
     shapes, (a, b, _) = space
     x, y = dense(a, shapes), dense(b, shapes)
@@ -104,9 +144,14 @@ def test_dot_norm_and_cosine_are_those_of_the_dense_changes(space: tuple[Shapes,
         if name in b.modules:
             wanted = float((x[name] * y[name]).sum())
             assert m.dot(b.modules[name]) == pytest.approx(wanted, rel=1e-7, abs=1e-7)
+            scale = float(x[name].norm() * y[name].norm())
+            assert a.cosines(b)[name] == pytest.approx(wanted / scale, abs=1e-7)
+    assert set(a.cosines(b)) == set(a.modules) & set(b.modules)
     flat_a = torch.cat([x[n].flatten() for n in shapes])
     flat_b = torch.cat([y[n].flatten() for n in shapes])
     assert a.norm() == pytest.approx(float(flat_a.norm()), rel=1e-7)
+    assert a.dot(b) == pytest.approx(float(flat_a @ flat_b), rel=1e-7, abs=1e-7)
+    assert b.dot(a) == pytest.approx(a.dot(b), rel=1e-12, abs=1e-12)
     assert a.cosine(b) == pytest.approx(float(flat_a @ flat_b / (flat_a.norm() * flat_b.norm())), abs=1e-7)
     assert a.cosine(3.0 * a) == pytest.approx(1.0)
     assert a.cosine(-a) == pytest.approx(-1.0)
@@ -175,8 +220,47 @@ def test_digest_is_of_the_values_alone() -> None:
         TaskVector({NAMES[0]: a.modules[NAMES[0]], NAMES[2]: a.modules[NAMES[1]]}),
         TaskVector({NAMES[0]: a.modules[NAMES[0]]}),
         2.0 * a,
+        a.map(lambda _, m: Dense(m.delta())),
+        a.map(lambda _, m: Dense(m.delta().reshape(m.shape[::-1]))),
     ]
-    assert len({a.digest(), *(v.digest() for v in others)}) == 6
+    assert len({a.digest(), *(v.digest() for v in others)}) == 8
+
+
+def test_the_digest_of_factors_is_the_one_they_always_had() -> None:
+    """Runs of earlier versions are found again by it."""
+    vector = TaskVector({"m": LowRank(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0], [5.0]]))})
+    assert vector.digest() == "6b7614146e3e230e5d8e85d6e84e272b03706fc84da1281c727bb5c882e1e2b0"
+
+
+class _Counted(torch.Tensor):
+    """A tensor that remembers the largest result any operation on it had."""
+
+    largest = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, Tensor):
+            cls.largest = max(cls.largest, result.numel())
+        return result
+
+
+def test_factors_are_never_multiplied_out() -> None:
+    """1000 x 900 of rank 3: nothing as large as the matrix is made by any operation that has no dense result."""
+    _Counted.largest = 0
+    generator = torch.Generator().manual_seed(0)
+
+    def factors() -> LowRank:
+        a, b = torch.randn(3, 900, generator=generator), torch.randn(1000, 3, generator=generator)
+        return LowRank(a.as_subclass(_Counted), b.as_subclass(_Counted))
+
+    one, two = TaskVector({"m": factors()}), TaskVector({"m": factors()})
+    both = one - 0.5 * two
+    both.norm(), both.cosine(one), both.cosines(two), both.dot(two)
+    both.to_low_rank(rank=2), both.to_low_rank(energy=0.5), both.prune(0.5, by="rows")
+    assert 0 < _Counted.largest < 1000 * 900 / 100
+    both.modules["m"].delta()
+    assert _Counted.largest == 1000 * 900
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -197,9 +281,72 @@ def test_factors_that_are_no_change_of_a_weight(a: Tensor, b: Tensor, said: str)
         LowRank(a, b)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (torch.ones(3), r"must be a matrix, not \(3,\)"),
+        (torch.ones(2, 2, 2), "must be a matrix"),
+        (torch.ones(2, 2, dtype=torch.float16), "must be float32, not torch.float16"),
+    ],
+)
+def test_values_that_are_no_dense_change(values: Tensor, said: str) -> None:
+    with pytest.raises(VectorError, match=said):
+        Dense(values)
+
+
+def test_changes_of_different_weights() -> None:
+    factors, whole = LowRank(torch.ones(1, 3), torch.ones(4, 1)), Dense(torch.ones(3, 4))
+    for operation in (operator.methodcaller("plus", whole), operator.methodcaller("dot", whole)):
+        with pytest.raises(VectorError, match=r"\(4, 3\) and \(3, 4\)"):
+            operation(factors)
+    with pytest.raises(VectorError, match=r"\(3, 4\) and \(4, 3\)"):
+        whole.plus(factors)
+    with pytest.raises(VectorError, match=r"\(3, 4\) and \(1, 1\)"):
+        whole.dot(Dense(torch.ones(1, 1)))
+
+
+def test_a_change_on_its_own() -> None:
+    factors, whole = LowRank(torch.ones(1, 3), torch.ones(4, 1)), Dense(torch.full((4, 3), 2.0))
+    x = torch.arange(6.0).reshape(2, 3)
+    for change in (factors, whole, factors.plus(whole), factors.scaled(-2), whole.scaled(-2)):
+        torch.testing.assert_close(change.act(x), x @ change.delta().T)
+        assert (change.shape, change.dtype, change.device.type) == ((4, 3), torch.float32, "cpu")
+        assert torch.equal(change.to("cpu").delta(), change.delta())
+    assert isinstance(factors.plus(whole), Dense)
+    assert torch.equal(factors.plus(whole).delta(), torch.full((4, 3), 3.0))
+    assert torch.equal(factors.scaled(-2).delta(), torch.full((4, 3), -2.0))
+
+
 def test_a_vector_of_nothing() -> None:
     with pytest.raises(VectorError, match="without a single module"):
         TaskVector({})
+    with pytest.raises(VectorError, match="a sum of no task vectors"):
+        TaskVector.sum([])
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda v: v * v,
+        lambda v: v * "2",
+        lambda v: v + 1,
+        lambda v: 1 + v,
+        lambda v: v - 1,
+        lambda v: 1 - v,
+        lambda v: v / v,
+        lambda v: 1 / v,
+        lambda v: v * torch.ones(2),
+        lambda v: sum([v], start=1),
+    ],
+)
+def test_what_is_no_arithmetic_of_vectors(mistake: Callable[[TaskVector], object]) -> None:
+    with pytest.raises(TypeError):
+        mistake(random_vector({NAMES[0]: (4, 3)}, {NAMES[0]: 2}, 0))
+
+
+def test_division_by_zero() -> None:
+    with pytest.raises(VectorError, match="divided by 0"):
+        _ = random_vector({NAMES[0]: (4, 3)}, {NAMES[0]: 2}, 0) / 0.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -214,13 +361,27 @@ def test_values_that_are_not_finite(value: float, factor: str) -> None:
     assert NAMES[0] not in str(caught.value)
     with pytest.raises(VectorError, match="not finite in 3 modules"):
         value * good
+    dense_bad = torch.ones(4, 3)
+    dense_bad[1, 1] = value
+    with pytest.raises(VectorError, match=f"not finite in 1 modules: {NAMES[2]}"):
+        TaskVector({**good.modules, NAMES[2]: Dense(dense_bad)})
+
+
+def test_a_product_of_finite_factors_that_is_not() -> None:
+    """It shows where it is multiplied out, and not as a wrong number."""
+    huge = TaskVector({"m": LowRank(torch.full((1, 2), 1e30), torch.full((2, 1), 1e30))})
+    assert huge.norm() == pytest.approx(2e60)
+    with pytest.raises(VectorError, match="not finite in 1 modules: m"):
+        huge + TaskVector({"m": Dense(torch.ones(2, 2))})
 
 
 def test_vectors_of_different_models_name_every_clash() -> None:
     ranks = dict.fromkeys(NAMES, 1)
     a = random_vector({NAMES[0]: (4, 3), NAMES[1]: (5, 5), NAMES[2]: (2, 2)}, ranks, 0)
     b = random_vector({NAMES[0]: (3, 4), NAMES[1]: (5, 5), NAMES[2]: (2, 1)}, ranks, 1)
-    for join in (lambda: a + b, lambda: a - b):
+    whole = b.map(lambda _, m: Dense(m.delta()))
+    joins = (lambda: a + b, lambda: a - b, lambda: a.dot(b), lambda: a.cosine(whole), lambda: a.cosines(b))
+    for join in (*joins, lambda: TaskVector.sum([a, a, whole]), lambda: analogy(a, whole, a)):
         with pytest.raises(VectorError, match="different models") as caught:
             join()
         assert f"{NAMES[0]} (4, 3) and (3, 4)" in str(caught.value)
@@ -248,13 +409,16 @@ def test_save_and_load_are_the_identity(
     path = tmp_path_factory.mktemp("vector") / "v.safetensors"
     _, (a, b, _) = space
     written = TaskVector((a - 0.3 * b).modules, meta)
+    assert {type(m) for m in written.modules.values()} <= {LowRank, Dense}
     written.save(path)
     read = TaskVector.load(path)
     assert dict(read.meta) == meta
     assert list(read.modules) == list(written.modules)
     for name, m in written.modules.items():
-        for factor in "AB":
-            one, other = getattr(m, factor), getattr(read.modules[name], factor)
+        there = read.modules[name].tensors()
+        assert there.keys() == m.tensors().keys()
+        for letter, one in m.tensors().items():
+            other = there[letter]
             assert other.dtype == torch.float32
             assert torch.equal(one.contiguous().view(torch.int32), other.view(torch.int32))  # bits: -0.0 is not 0.0
     assert read.digest() == written.digest()
@@ -265,8 +429,14 @@ def test_factors_that_are_views_are_saved_as_they_look(tmp_path: Path) -> None:
     vector = TaskVector({"m": LowRank(base.T[:3], base[:, 5:])})  # neither is contiguous, both share memory
     vector.save(tmp_path / "v.safetensors")
     read = TaskVector.load(tmp_path / "v.safetensors").modules["m"]
+    assert isinstance(read, LowRank)
     assert torch.equal(read.A, base.T[:3])
     assert torch.equal(read.B, base[:, 5:])
+    parts = {f"m{i}": Dense(base[2 * i : 2 * i + 2]) for i in range(3)}  # contiguous, and of one memory
+    TaskVector({**parts, "again": parts["m0"]}).save(tmp_path / "v.safetensors")
+    again = TaskVector.load(tmp_path / "v.safetensors")
+    assert torch.equal(torch.cat([again.modules[f"m{i}"].delta() for i in range(3)]), base)
+    assert torch.equal(again.modules["again"].delta(), base[:2])
 
 
 @pytest.fixture
@@ -324,6 +494,16 @@ def test_a_later_version(saved: Path) -> None:
     _refused(saved, "version 3, this program reads up to 2")
 
 
+def test_an_earlier_version(saved: Path) -> None:
+    a, b = torch.rand(2, 3), torch.rand(4, 2)
+    save_file({"m.A": a, "m.B": b}, saved, {"format": FORMAT, "version": "1", "meta": '{"set": "forget"}'})
+    read = TaskVector.load(saved)
+    assert read.digest() == TaskVector({"m": LowRank(a, b)}).digest()
+    assert dict(read.meta) == {"set": "forget"}
+    save_file({"m.W": b}, saved, {"format": FORMAT, "version": "1", "meta": "{}"})
+    _refused(saved, "no part of a vector: m.W")  # a damaged header: version 1 had no such thing
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
@@ -333,6 +513,15 @@ def test_a_later_version(saved: Path) -> None:
         ({"m.A": torch.ones(2, 3).half(), "m.B": torch.ones(4, 2).half()}, "float32"),
         ({"m.A": torch.full((2, 3), math.nan), "m.B": torch.ones(4, 2)}, "not finite"),
         ({}, "without a single module"),
+        ({"m.W": torch.ones(4)}, "must be a matrix"),
+        ({"m.W": torch.ones(4, 3).bfloat16()}, "float32"),
+        ({"m.W": torch.full((4, 3), math.inf)}, "not finite"),
+        ({"m.W": torch.ones(4, 3), "m.A": torch.ones(2, 3)}, "both factors and a dense change are there for m"),
+        ({"m.W": torch.ones(4, 3), "m.A": torch.ones(2, 3), "m.B": torch.ones(4, 2)}, "both factors and a dense"),
+        ({"m.A": torch.ones(2, 3), "m.B": torch.ones(4, 2), "m.C": torch.ones(1)}, "no part of a vector: m.C"),
+        ({"m.A": torch.ones(2, 3), "m.B": torch.ones(4, 2), "m.AB": torch.ones(1)}, "no part of a vector: m.AB"),
+        ({"A": torch.ones(2, 3), "B": torch.ones(4, 2)}, "no part of a vector: A, B"),
+        ({"m.": torch.ones(2, 3)}, "no part of a vector: m."),
     ],
 )
 def test_contents_that_are_no_vector(saved: Path, tensors: dict[str, Tensor], said: str) -> None:
@@ -341,7 +530,7 @@ def test_contents_that_are_no_vector(saved: Path, tensors: dict[str, Tensor], sa
     _refused(saved, said)
 
 
-@pytest.mark.parametrize("meta", ["{", "[1]", '"x"', json.dumps({"a": 1})])
+@pytest.mark.parametrize("meta", ["{", "[1]", '"x"', json.dumps({"a": 1}), "[" * 100_000])
 def test_metadata_that_is_none(saved: Path, meta: str) -> None:
     head = _head(saved) | {"meta": meta}
     save_file({"m.A": torch.ones(2, 3), "m.B": torch.ones(4, 2)}, saved, head)

@@ -7,23 +7,19 @@ weights in 16 bits are not: what they keep of the edit is measured and reported.
 from __future__ import annotations
 
 import copy
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, TaskType
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.card import CardFacts, card
-from unlearn.changes import Change, Dense, listed
+from unlearn.changes import Change
 from unlearn.errors import VectorError
 from unlearn.negate import edited, fit
 from unlearn.quiet import quietly
@@ -31,8 +27,8 @@ from unlearn.rounding import generator_for, round_stochastically
 from unlearn.shards import Slot, parse_size, write_shards
 from unlearn.survival import Survival, summary_of
 from unlearn.vector import TaskVector
+from unlearn.vector_adapter import require_factors, target_modules, write_adapter
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROUNDED = (torch.bfloat16, torch.float16)
 
 
@@ -59,18 +55,14 @@ def export_adapter(
         ``coefficient``, ``modules`` (how many), ``rank`` (the largest), ``bytes``, ``files``.
 
     Raises:
-        VectorError: the vector does not fit the model, or scaled by ``coefficient`` is not finite.
+        VectorError: the vector does not fit the model, is dense, or scaled by ``coefficient`` is not finite.
     """
+    require_factors(vector)
     scaled = -coefficient * vector
     fitted = fit(model, scaled)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, low_rank in scaled.modules.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = low_rank.A.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = low_rank.B.contiguous()
+    targets = target_modules(list(scaled.modules), [n for n, _ in model.named_modules()])
     conv1d = any(isinstance(module, Conv1D) for module, _ in fitted.values())
-    _adapter_config(scaled, base_name, model, conv1d).save_pretrained(str(folder))
-    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    write_adapter(scaled, folder, base_name, targets, conv1d)
     _readme(folder, about, "adapter", base_name)
     return {
         "coefficient": coefficient,
@@ -157,43 +149,6 @@ def export_merged(
         **_contents(folder),
         "survived": survived,
     }
-
-
-def _adapter_config(vector: TaskVector, base_name: str, model: nn.Module, conv1d: bool) -> LoraConfig:
-    ranks = {name: m.rank for name, m in vector.modules.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT reads these keys as regular expressions that may match the end of a name
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_name,
-        inference_mode=True,
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=dict(others),
-        alpha_pattern=dict(others),
-        target_modules=_targets(list(ranks), [n for n, _ in model.named_modules()]),
-        lora_dropout=0.0,
-        bias="none",
-        fan_in_fan_out=conv1d,
-    )
-
-
-def _targets(names: list[str], present: list[str]) -> list[str] | str:
-    """``target_modules`` that PEFT matches to exactly ``names``.
-
-    An entry of a list also matches every module whose path ends with ``.entry``. So the last parts (``q_proj``) serve
-    when they mean just these modules, which is what other tools read best; else full paths; else, should a full
-    path be the end of another, one regular expression, which must match the whole path.
-    """
-
-    def matched(entries: list[str]) -> set[str]:
-        return {p for p in present if any(p == e or p.endswith(f".{e}") for e in entries)}
-
-    for entries in (sorted({n.rpartition(".")[2] for n in names}), names):
-        if matched(entries) == set(names):
-            return entries
-    return "|".join(re.escape(n) for n in names)
 
 
 def _edit(

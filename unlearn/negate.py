@@ -118,9 +118,7 @@ class _Beside:
         self.handle.remove()
 
 
-def edited(
-    pristine: Tensor, change: Change, coefficient: float, transposed: bool, out: Tensor | None = None
-) -> Tensor:
+def edited(pristine: Tensor, change: Change, coefficient: float, transposed: bool, out: Tensor | None = None) -> Tensor:
     """``pristine + coefficient * delta`` in float32, the one way it is computed wherever weights are edited.
 
     Args:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unlearn.changes import Change, Dense, LowRank, listed, total
-from unlearn.compress import largest_entries, largest_rows, truncated
+from unlearn.compress import check_rank, check_share, check_terms, largest_entries, largest_rows, truncated
 from unlearn.errors import VectorError
 from unlearn.vector_file import FORMAT, VERSION, read_vector, write_vector
 
@@ -160,14 +160,8 @@ class TaskVector:
         """
         if (rank is None) == (energy is None):
             raise VectorError("give either rank or energy to say how much is kept")
-        if energy is not None:
-            _check_share("energy", energy)
-        if rank is not None:
-            if rank < 1:
-                raise VectorError(f"rank must be at least 1, not {rank}")
-            small = [f"{n} {m.shape}" for n, m in self.modules.items() if rank > min(m.shape)]
-            if small:
-                raise VectorError(f"rank {rank} is above what these matrices can have: {listed(small)}")
+        check_terms(rank, energy)
+        check_rank(rank, {n: m.shape for n, m in self.modules.items()})
         return self.map(lambda _, m: truncated(m, rank, energy))
 
     def prune(self, keep: float, by: Literal["magnitude", "rows"] = "magnitude") -> TaskVector:
@@ -184,7 +178,7 @@ class TaskVector:
         Raises:
             VectorError: ``keep`` outside (0, 1], or ``by`` is neither.
         """
-        _check_share("keep", keep)
+        check_share("keep", keep)
         if by == "magnitude":
             return self.map(lambda _, m: largest_entries(m, keep))
         if by == "rows":
@@ -232,11 +226,6 @@ def _refuse_clashes(changes: Mapping[str, Iterable[Change]], done: str) -> None:
     clash = [f"{n} {' and '.join(map(str, s))}" for n, s in shapes.items() if len(s) > 1]
     if clash:
         raise VectorError(f"vectors of different models cannot be {done}: {listed(clash)}")
-
-
-def _check_share(what: str, value: float) -> None:
-    if not 0.0 < value <= 1.0:
-        raise VectorError(f"{what} must be above 0 and at most 1, not {value}")
 
 
 def _finite(tensor: Tensor) -> bool:

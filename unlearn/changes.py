@@ -1,0 +1,207 @@
+"""The change of one weight matrix, ``(out, in)``: as two thin factors, or dense.
+
+Both kinds hold float32 and have the same operations, so that sums, norms and cosines need not ask which one it is.
+What can be computed on the factors is: ``B @ A`` is built only where the answer is itself a dense matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from unlearn.errors import VectorError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """``delta = B @ A``: ``A`` is ``(r, in)``, ``B`` is ``(out, r)``, float32.
+
+    Raises:
+        VectorError: shapes do not chain, or the dtype is not float32.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise VectorError(f"factors do not chain: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}")
+        if self.A.dtype != torch.float32 or self.B.dtype != torch.float32:
+            raise VectorError(f"factors must be float32, not {self.A.dtype} and {self.B.dtype}")
+
+    @property
+    def rank(self) -> int:
+        """r, an upper bound of the rank of ``delta``."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of the weight this changes."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Always float32."""
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.A.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by the letter it is stored under."""
+        return {"A": self.A, "B": self.B}
+
+    def to(self, device: torch.device | str) -> LowRank:
+        """The same on another device."""
+        return LowRank(self.A.to(device), self.B.to(device))
+
+    def delta(self) -> Tensor:
+        """The dense change, ``(out, in)``. For tests and merging one weight; sums and norms never need it."""
+        return self.B @ self.A
+
+    def dot(self, other: Change) -> float:
+        """Frobenius inner product with another change, in float64, without building ``B @ A``.
+
+        <B A, B' A'> = tr((B^T B') (A' A^T)), and <B A, W> = <A, B^T W>.
+
+        Raises:
+            VectorError: the other one has another shape.
+        """
+        _same_shape(self, other)
+        if isinstance(other, Dense):
+            return float((self.A.double() * (self.B.double().T @ other.values.double())).sum())  # (r, in)
+        bb = self.B.double().T @ other.B.double()  # (r, r')
+        aa = self.A.double() @ other.A.double().T  # (r, r')
+        return float((bb * aa).sum())
+
+    def scaled(self, c: float) -> LowRank:
+        """c times the change: one factor is scaled (both would make it c squared)."""
+        return LowRank(self.A, c * self.B)
+
+    def plus(self, other: Change) -> Change:
+        """The exact sum: ``[B B'] @ [A; A']`` of rank r + r'; dense if the other one is.
+
+        Raises:
+            VectorError: the other one has another shape.
+        """
+        return total([self, other])
+
+    def act(self, x: Tensor) -> Tensor:
+        """``delta @ x`` for inputs ``(..., in)``, through the factors: ``(..., out)``."""
+        return nn.functional.linear(nn.functional.linear(x, self.A), self.B)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """A change that is kept whole: ``values`` is ``(out, in)``, float32.
+
+    Raises:
+        VectorError: it is no matrix, or the dtype is not float32.
+    """
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2:
+            raise VectorError(f"a dense change must be a matrix, not {tuple(self.values.shape)}")
+        if self.values.dtype != torch.float32:
+            raise VectorError(f"a dense change must be float32, not {self.values.dtype}")
+
+    @property
+    def rank(self) -> int:
+        """min(out, in), an upper bound of the rank."""
+        return min(self.values.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of the weight this changes."""
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Always float32."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return self.values.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by the letter it is stored under."""
+        return {"W": self.values}
+
+    def to(self, device: torch.device | str) -> Dense:
+        """The same on another device."""
+        return Dense(self.values.to(device))
+
+    def delta(self) -> Tensor:
+        """The change itself, ``(out, in)``; not a copy."""
+        return self.values
+
+    def dot(self, other: Change) -> float:
+        """Frobenius inner product with another change, in float64.
+
+        Raises:
+            VectorError: the other one has another shape.
+        """
+        if isinstance(other, LowRank):
+            return other.dot(self)
+        _same_shape(self, other)
+        return float((self.values.double() * other.values.double()).sum())
+
+    def scaled(self, c: float) -> Dense:
+        """c times the change."""
+        return Dense(c * self.values)
+
+    def plus(self, other: Change) -> Dense:
+        """The sum, dense.
+
+        Raises:
+            VectorError: the other one has another shape.
+        """
+        both = total([self, other])
+        assert isinstance(both, Dense)
+        return both
+
+    def act(self, x: Tensor) -> Tensor:
+        """``delta @ x`` for inputs ``(..., in)``: ``(..., out)``."""
+        return nn.functional.linear(x, self.values)
+
+
+Change: TypeAlias = LowRank | Dense
+
+
+def total(changes: Sequence[Change]) -> Change:
+    """The sum of one or more changes of the same weight: low-rank if all are, else dense.
+
+    Raises:
+        VectorError: they have different shapes.
+    """
+    first, *rest = changes
+    for other in rest:
+        _same_shape(first, other)
+    if not rest:
+        return first
+    factored = [c for c in changes if isinstance(c, LowRank)]
+    if len(factored) == len(changes):
+        return LowRank(torch.cat([c.A for c in factored]), torch.cat([c.B for c in factored], dim=1))
+    return Dense(reduce(torch.add, (c.delta() for c in changes)))
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first few of a long list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _same_shape(one: Change, other: Change) -> None:
+    if one.shape != other.shape:
+        raise VectorError(f"changes of {one.shape} and {other.shape} are not of the same weight")

@@ -1,0 +1,263 @@
+"""Task vectors from and to PEFT's LoRA folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Such an adapter is the change ``s * B @ A`` per module with s = alpha/r (Hu et al. 2106.09685), or alpha/sqrt(r) with
+rsLoRA (Kalajdzievski 2312.03732). Only files are read: no model is loaded. What an adapter may hold beside that is
+refused, because leaving it out would make another change than the one that was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unlearn.changes import Dense, LowRank, listed
+from unlearn.errors import VectorError
+from unlearn.vector import TaskVector
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRANSPOSED = "fan_in_fan_out"  # metadata key: "true" where the base keeps its weights as (in, out), as GPT-2 does
+_TRANSPOSED_TYPES = ("gpt2", "openai-gpt")  # causal language models of transformers made of Conv1D
+_PICKLE = "adapter_model.bin"
+_TOO_MUCH = 2**31  # for a rank or an alpha
+_PREFIX = "base_model.model."
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Keys of a LoRA's configuration that are read here, or only matter while it is trained or found its modules.
+_KNOWN = frozenset(
+    (
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config"),
+        *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+        *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core"),
+        *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
+        *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+    )
+)
+# Starting values that leave the base model as it is. The others (PiSSA, OLoRA, LoftQ, ...) change its weights too.
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def from_adapter(folder: Path) -> TaskVector:
+    """The task vector of a LoRA adapter as PEFT saves it, in float32, with its scale folded into ``B``.
+
+    Returns:
+        The vector; its metadata name the base model, and whether that one keeps its weights transposed.
+
+    Raises:
+        VectorError: no such folder, damaged, pickled weights, or more than a plain LoRA on linear layers: DoRA,
+            trained biases, ``modules_to_save``, embeddings, or a setting this program does not know.
+    """
+    config = _read_config(folder)
+    _refuse_more_than_lora(folder, config)
+    factors = _factors(folder, _read_weights(folder))
+    try:
+        modules = {name: _module(name, a, b, config) for name, (a, b) in factors.items()}
+        meta = {
+            "source": "adapter",
+            "base": str(config.get("base_model_name_or_path") or ""),
+            TRANSPOSED: "true" if config.get("fan_in_fan_out") else "false",
+        }
+        return TaskVector(modules, meta)
+    except VectorError as e:
+        raise VectorError(f"{folder}: {e}") from e
+
+
+def to_adapter(vector: TaskVector, folder: Path, base: str, *, transposed: bool | None = None) -> None:
+    """Write the vector as a LoRA adapter for ``PeftModel.from_pretrained(base, folder)``: exactly the same change.
+
+    Args:
+        folder: Where to; made if missing.
+        base: What the adapter is to be put on: a hub id or a folder.
+        transposed: Whether the base keeps its weights as (in, out) (GPT-2's Conv1D); None takes it from the folder
+            ``base`` or the vector's metadata. When it is wrong PEFT warns, and does the right thing all the same.
+
+    Raises:
+        VectorError: a module is dense.
+    """
+    if transposed is None:
+        transposed = vector.meta.get(TRANSPOSED) == "true" or _keeps_transposed(Path(base))
+    names = list(vector.modules)
+    write_adapter(vector, folder, base, target_modules(names, names, short=False), transposed)
+
+
+def write_adapter(vector: TaskVector, folder: Path, base: str, targets: Sequence[str] | str, transposed: bool) -> None:
+    """Write both files: factors in float32 and LoRA's scale alpha/r at 1 in every module.
+
+    Raises:
+        VectorError: a module is dense.
+    """
+    from peft import LoraConfig, TaskType
+
+    require_factors(vector)
+    tensors, ranks = {}, {}
+    for name, m in vector.modules.items():
+        a, b = m.tensors()["A"], m.tensors()["B"]
+        if not len(a):  # PEFT has no rank 0
+            a, b = a.new_zeros(1, m.shape[1]), b.new_zeros(m.shape[0], 1)
+        ranks[name] = len(a)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    # PEFT reads these keys as regular expressions that may match the end of a name
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+        inference_mode=True,
+        r=usual,
+        lora_alpha=usual,
+        rank_pattern=dict(others),
+        alpha_pattern=dict(others),
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=transposed,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def require_factors(vector: TaskVector) -> None:
+    """Refuse a vector that cannot be an adapter.
+
+    Raises:
+        VectorError: a module is dense.
+    """
+    dense = [name for name, m in vector.modules.items() if isinstance(m, Dense)]
+    if dense:
+        raise VectorError(
+            f"an adapter holds low-rank factors, but the change is dense in {len(dense)} modules: {listed(dense)}. "
+            "Compress it with to_low_rank(rank) (unlearn.vectors low-rank) first, or export merged weights"
+        )
+
+
+def target_modules(names: Sequence[str], present: Sequence[str], *, short: bool = True) -> list[str] | str:
+    """``target_modules`` that PEFT matches to exactly ``names``.
+
+    An entry of a list also matches every module whose path ends with ``.entry``. So the last parts (``q_proj``) serve
+    when they mean just these modules, which is what other tools read best; else full paths; else, should a full
+    path be the end of another, one regular expression, which must match the whole path.
+
+    Args:
+        present: All modules of the model, as far as they are known.
+        short: Whether all are known, so that last parts may be used.
+    """
+
+    def matched(entries: Sequence[str]) -> set[str]:
+        return {p for p in present if any(p == e or p.endswith(f".{e}") for e in entries)}
+
+    shortest = sorted({n.rpartition(".")[2] for n in names})
+    for entries in (shortest, list(names)) if short else (list(names),):
+        if matched(entries) == set(names) and (short or all("." in e for e in entries)):
+            return entries
+    return "|".join(re.escape(n) for n in names)
+
+
+def _keeps_transposed(base: Path) -> bool:
+    """What a folder's ``config.json`` says of its model; False where there is none (a hub id)."""
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in _TRANSPOSED_TYPES
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise VectorError(f"{folder}: no adapter of PEFT's: it has no {ADAPTER_CONFIG}") from e
+    except OSError as e:
+        raise VectorError(f"{path}: cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise VectorError(f"{path}: damaged: it is not JSON ({e})") from e
+    if not isinstance(config, dict):
+        raise VectorError(f"{path}: damaged: it holds no JSON object")
+    return config
+
+
+def _refuse_more_than_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    start = config.get("init_lora_weights")
+    strange = sorted(key for key, value in config.items() if key not in _KNOWN and value)
+    whys = {
+        f"it is {kind or 'of no kind'}; only LORA is a sum with the weights": kind != "LORA",
+        "it is a DoRA, which rescales whole weights; a vector holds sums only": bool(config.get("use_dora")),
+        "it trained biases, which a vector cannot hold: train with bias none": (config.get("bias") or "none") != "none",
+        f"it holds whole modules (modules_to_save: {config.get('modules_to_save')}), which a vector cannot":
+            bool(config.get("modules_to_save")),
+        f"it starts with init_lora_weights {start!r}, which changes the base model's own weights as well: save it with "
+        "PEFT's path_initial_model_for_weight_conversion":
+            start not in _PLAIN_STARTS,
+        f"it uses {listed(strange)}, which this program does not know how to read": bool(strange),
+    }  # fmt: skip
+    for why, so in whys.items():
+        if so:
+            raise VectorError(f"{folder}: cannot become a task vector: {why}")
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        if (folder / _PICKLE).exists():
+            raise VectorError(
+                f"{folder}: its weights are pickled ({_PICKLE}), which can run any code and is never opened: save it "
+                "with PEFT's safe_serialization"
+            )
+        raise VectorError(f"{folder}: {ADAPTER_WEIGHTS} is missing")
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - a safe_open has no __iter__
+    except (SafetensorError, OSError) as e:
+        raise VectorError(f"{path}: damaged: {e}") from e
+
+
+def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> (A, B) as stored."""
+    found: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if match is None or tensor.dtype not in _FLOATS:
+            strange.append(key)
+        else:
+            found.setdefault(match[1], {})[match[2]] = tensor
+    if strange:
+        raise VectorError(f"{folder}: it holds what is no factor of a linear layer: {listed(sorted(strange))}")
+    alone = sorted(name for name, pair in found.items() if len(pair) < 2)
+    if alone:
+        raise VectorError(f"{folder}: a factor is missing for {listed(alone)}")
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _module(name: str, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> LowRank:
+    rank, alpha = _setting(name, config, "r", "rank_pattern"), _setting(name, config, "lora_alpha", "alpha_pattern")
+    if a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[1] != rank or rank < 1:
+        raise VectorError(
+            f"{name}: {ADAPTER_CONFIG} says rank {rank:g}, its factors are {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LowRank(a.float(), b.float() * scale)
+
+
+def _setting(name: str, config: Mapping[str, Any], key: str, patterns: str) -> float:
+    """A number for one module: of the first pattern that matches the end of its path, as PEFT does, else the usual."""
+    special = config.get(patterns) or {}
+    try:
+        value = next((v for k, v in special.items() if re.match(rf"(.*\.)?({k})$", name)), config.get(key))
+    except (re.error, AttributeError) as e:
+        raise VectorError(f"{ADAPTER_CONFIG}: {patterns} is no mapping of patterns to numbers: {e}") from e
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _TOO_MUCH:
+        raise VectorError(f"{ADAPTER_CONFIG}: {key} of {name} is {str(value)[:40]!r}, not a number that makes sense")
+    return value

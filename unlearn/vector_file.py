@@ -1,0 +1,88 @@
+"""A task vector's file: safetensors with ``<module>.A`` and ``<module>.B``, or ``<module>.W``. No pickle anywhere.
+
+Its header holds ``format``, ``version`` and ``meta`` (a JSON object of strings). Version 1 had factors only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unlearn.changes import Change, Dense, LowRank, listed
+from unlearn.errors import VectorError
+
+FORMAT = "unlearn.task_vector"
+VERSION = "2"
+_LETTERS = {"1": "AB", "2": "ABW"}  # version -> what its tensors' names may end with
+
+
+def write_vector(path: Path, modules: Mapping[str, Change], meta: Mapping[str, str]) -> None:
+    """Write a vector's modules and metadata in the current version."""
+    tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()  # safetensors refuses tensors that share theirs, as views of one matrix do
+    for name, change in modules.items():
+        for letter, tensor in change.tensors().items():
+            at = tensor.untyped_storage().data_ptr()
+            shared = at in memory
+            memory.add(at)
+            whole = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+            tensors[f"{name}.{letter}"] = whole
+    save_file(tensors, path, {"format": FORMAT, "version": VERSION, "meta": json.dumps(dict(meta))})
+
+
+def read_vector(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
+    """A vector's modules and metadata.
+
+    Raises:
+        VectorError: not such a file, damaged, or of a later version.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            head = f.metadata() or {}
+            if head.get("format") != FORMAT:
+                raise VectorError(f"{path}: not a task vector of this program")
+            version = str(head.get("version"))
+            if version not in _LETTERS:
+                raise VectorError(f"{path}: written as version {version}, this program reads up to {VERSION}")
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - a safe_open has no __iter__
+    except (SafetensorError, OSError) as e:
+        raise VectorError(f"{path}: cannot be read as a task vector: {e}") from e
+    try:
+        return _changes(tensors, _LETTERS[version]), _read_meta(head.get("meta", "{}"))
+    except VectorError as e:
+        raise VectorError(f"{path}: {e}") from e
+
+
+def _changes(tensors: Mapping[str, Tensor], letters: str) -> dict[str, Change]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        name, _, letter = key.rpartition(".")
+        if not name or len(letter) != 1 or letter not in letters:
+            strange.append(key)
+        parts.setdefault(name, {})[letter] = tensor
+    if strange:
+        raise VectorError(f"it holds tensors that are no part of a vector: {listed(sorted(strange))}")
+    missing = [n for n, found in parts.items() if "W" not in found and len(found) == 1]
+    if missing:
+        raise VectorError(f"a factor is missing for {listed(sorted(missing))}")
+    twice = [n for n, found in parts.items() if "W" in found and len(found) > 1]
+    if twice:
+        raise VectorError(f"both factors and a dense change are there for {listed(sorted(twice))}")
+    return {n: Dense(p["W"]) if "W" in p else LowRank(p["A"], p["B"]) for n, p in parts.items()}
+
+
+def _read_meta(text: str) -> dict[str, str]:
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise VectorError(f"its metadata is damaged: {text[:80]}")
+    return meta
