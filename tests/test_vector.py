@@ -232,6 +232,17 @@ def test_the_digest_of_factors_is_the_one_they_always_had() -> None:
     assert vector.digest() == "6b7614146e3e230e5d8e85d6e84e272b03706fc84da1281c727bb5c882e1e2b0"
 
 
+def test_matrices_of_many_rows() -> None:
+    """They are summed in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    factors = LowRank(torch.randn(3, 5, generator=generator), torch.randn(2500, 3, generator=generator))
+    whole = Dense(torch.randn(2500, 5, generator=generator))
+    wanted = float((exact(factors) * exact(whole)).sum())
+    assert factors.dot(whole) == pytest.approx(wanted, rel=1e-9)
+    assert whole.dot(factors) == pytest.approx(wanted, rel=1e-9)
+    assert whole.dot(whole) == pytest.approx(float(exact(whole).square().sum()), rel=1e-12)
+
+
 class _Counted(torch.Tensor):
     """A tensor that remembers the largest result any operation on it had."""
 

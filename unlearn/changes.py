@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from unlearn.errors import VectorError
 
+_ROWS = 1024  # of a dense change that are in float64 at a time
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
@@ -76,7 +78,9 @@ class LowRank:
         """
         _same_shape(self, other)
         if isinstance(other, Dense):
-            return float((self.A.double() * (self.B.double().T @ other.values.double())).sum())  # (r, in)
+            parts = zip(torch.split(self.B, _ROWS), torch.split(other.values, _ROWS), strict=True)
+            projected = sum(b.double().T @ w.double() for b, w in parts)  # B^T W, (r, in)
+            return float((self.A.double() * projected).sum())
         bb = self.B.double().T @ other.B.double()  # (r, r')
         aa = self.A.double() @ other.A.double().T  # (r, r')
         return float((bb * aa).sum())
@@ -155,7 +159,8 @@ class Dense:
         if isinstance(other, LowRank):
             return other.dot(self)
         _same_shape(self, other)
-        return float((self.values.double() * other.values.double()).sum())
+        parts = zip(torch.split(self.values, _ROWS), torch.split(other.values, _ROWS), strict=True)
+        return float(sum((a.double() * b.double()).sum() for a, b in parts))
 
     def scaled(self, c: float) -> Dense:
         """c times the change."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -74,19 +74,18 @@ def from_checkpoints(
         raise VectorError("give rank or energy, not both, to say how much is kept")
     check_terms(rank, energy)
     model = architecture_of(base)
-    with ExitStack() as stack:
-        comparison = _Comparison(_Weights(base, model, stack), _Weights(finetuned, model, stack), model)
-        with progress("comparing", comparison.tensors) as advance:
-            linear = comparison.sort_out(advance)
-            if on_unequal == "error" and comparison.unequal:
-                raise VectorError(_unequal_message(base, finetuned, comparison.unequal))
-            check_rank(rank, {name: comparison.shape(name) for name in linear})
-            modules: dict[str, Change] = {}
-            for name, difference in comparison.differences(linear):
-                if difference is not None:
-                    change = Dense(difference)
-                    modules[name] = change if rank is energy is None else truncated(change, rank, energy)
-                advance(1)
+    comparison = _Comparison(_weights(base, model), _weights(finetuned, model), model)
+    with progress("comparing", comparison.tensors) as advance:
+        linear = comparison.sort_out(advance)
+        if on_unequal == "error" and comparison.unequal:
+            raise VectorError(_unequal_message(base, finetuned, comparison.unequal))
+        check_rank(rank, {name: comparison.shape(name) for name in linear})
+        modules: dict[str, Change] = {}
+        for name, difference in comparison.differences(linear):
+            if difference is not None:
+                change = Dense(difference)
+                modules[name] = truncated(change, rank, energy) if rank or energy else change
+            advance(1)
     if comparison.not_finite:
         raise VectorError(f"{finetuned} less {base} is not finite in {listed(comparison.not_finite)}")
     if not modules:
@@ -100,46 +99,52 @@ def from_checkpoints(
     return TaskVector(modules, meta), comparison.report()
 
 
-class _Weights:
-    """The tensors of one folder under the names the model gives them; opened, not read."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One tensor of a file: number format (``BF16``) and shape as the file's header gives them."""
 
-    def __init__(self, folder: Path, model: Architecture, stack: ExitStack) -> None:
-        self._at: dict[str, tuple[Any, str]] = {}
-        for file, wanted in _files(folder).items():
-            try:
-                opened = stack.enter_context(safe_open(folder / file, framework="pt"))
-            except (SafetensorError, OSError) as e:
-                raise VectorError(f"{folder / file}: cannot be read: {e}") from e
-            stored = list(opened.keys())
-            if missing := sorted(set(wanted or stored) - set(stored)):
+    path: Path
+    name: str
+    format: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The values. The file is opened for them alone, so that its pages go when they do."""
+        with _opened(self.path) as file:
+            tensor: Tensor = file.get_tensor(self.name)
+            return tensor
+
+
+def _weights(folder: Path, model: Architecture) -> dict[str, _Stored]:
+    """The tensors of a folder under the names the model gives them; only headers are read."""
+    found: dict[str, _Stored] = {}
+    for file, wanted in _files(folder).items():
+        with _opened(folder / file) as opened:
+            there = list(opened.keys())
+            if missing := sorted(set(wanted) - set(there)):
                 raise VectorError(f"{folder / file}: {_INDEX} says it holds {listed(missing)}, which it does not")
-            self._at |= {model.canonical(name): (opened, name) for name in wanted or stored}
+            for name in wanted or there:
+                part = opened.get_slice(name)
+                stored = _Stored(folder / file, name, part.get_dtype(), tuple(part.get_shape()))
+                found[model.canonical(name)] = stored
+    return found
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._at)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._at
-
-    def head(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Number format (``BF16``) and shape as stored."""
-        opened, stored = self._at[name]
-        part = opened.get_slice(stored)
-        return part.get_dtype(), tuple(part.get_shape())
-
-    def read(self, name: str) -> Tensor:
-        """The values."""
-        opened, stored = self._at[name]
-        tensor: Tensor = opened.get_tensor(stored)
-        return tensor
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as e:
+        raise VectorError(f"{path}: cannot be read: {e}") from e
 
 
 @dataclass
 class _Comparison:
     """What is found out along the way."""
 
-    old: _Weights
-    new: _Weights
+    old: Mapping[str, _Stored]
+    new: Mapping[str, _Stored]
     model: Architecture
     unchanged: list[str] = field(default_factory=list)
     unequal: dict[str, str] = field(default_factory=dict)
@@ -155,7 +160,7 @@ class _Comparison:
 
     def shape(self, name: str) -> tuple[int, int]:
         """``(out, in)`` of a linear weight."""
-        rows, columns = self.old.head(name)[1]
+        rows, columns = self.old[name].shape
         return (columns, rows) if self.model.linear[name] else (rows, columns)
 
     def sort_out(self, advance: Any) -> list[str]:
@@ -165,13 +170,13 @@ class _Comparison:
             why = self._misfit(name)
             if why is not None:
                 self.unequal[name] = why
-            elif name in self.model.linear and len(self.old.head(name)[1]) == 2 and self._floating(name):
+            elif name in self.model.linear and len(self.old[name].shape) == 2 and self._floating(name):
                 linear.append(name)
                 continue
             elif self._equal(name):
                 self.unchanged.append(name)
             else:
-                formats = "/".join(dict.fromkeys((self.old.head(name)[0], self.new.head(name)[0])))
+                formats = "/".join(dict.fromkeys(self._formats(name)))
                 self.unequal[name] = self.model.why_not(name) if self._floating(name) else f"stored as {formats}"
             advance(1)
         return linear
@@ -190,7 +195,7 @@ class _Comparison:
                 self.unchanged.append(name)
                 yield module, None
                 continue
-            if _ROUNDED & {self.old.head(name)[0], self.new.head(name)[0]}:
+            if not _ROUNDED.isdisjoint(self._formats(name)):
                 self.rounded += 1
                 self.elements += difference.numel()
                 self.same += difference.numel() - differing
@@ -210,14 +215,17 @@ class _Comparison:
             return "in the base only"
         if name not in self.old:
             return "in the fine-tuned checkpoint only"
-        one, two = self.old.head(name)[1], self.new.head(name)[1]
+        one, two = self.old[name].shape, self.new[name].shape
         return None if one == two else f"shapes {one} and {two}"
 
+    def _formats(self, name: str) -> tuple[str, str]:
+        return self.old[name].format, self.new[name].format
+
     def _floating(self, name: str) -> bool:
-        return {self.old.head(name)[0], self.new.head(name)[0]} <= _FLOATS
+        return _FLOATS.issuperset(self._formats(name))
 
     def _equal(self, name: str) -> bool:
-        one, two = self.old.read(name), self.new.read(name)
+        one, two = self.old[name].read(), self.new[name].read()
         if one.dtype == two.dtype and torch.equal(_bytes(one), _bytes(two)):
             return True
         if not self._floating(name):
@@ -228,8 +236,8 @@ class _Comparison:
         return norm == 0.0
 
     def _subtract(self, name: str) -> Tensor:
-        wide = torch.float64 if "F64" in (self.old.head(name)[0], self.new.head(name)[0]) else torch.float32
-        return (self.new.read(name).to(wide) - self.old.read(name).to(wide)).float()
+        wide = torch.float64 if "F64" in self._formats(name) else torch.float32
+        return (self.new[name].read().to(wide) - self.old[name].read().to(wide)).float()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -268,8 +276,8 @@ def _unequal_message(base: Path, finetuned: Path, unequal: Mapping[str, str]) ->
     lines = [f"  {why} ({len(names)}): {listed(names)}" for why, names in groups.items()]
     return "\n".join(
         [
-            f"{finetuned} differs from {base} in {len(unequal)} tensors that a task vector cannot hold; skip them to "
-            "take the linear layers alone:",
+            f"{finetuned} differs from {base} in {len(unequal)} tensors that a task vector cannot hold; skip them "
+            "(--skip-unequal) to take the linear layers alone:",
             *lines,
         ]
     )

@@ -126,7 +126,7 @@ def _terms(s: Tensor, energy: float) -> int:
 def _row_norms(change: Change) -> Tensor:
     """Squared norm of every row of ΔW, float64: of factors ``b (A A^T) b^T`` for each row b of ``B``."""
     if isinstance(change, Dense):
-        return change.values.double().square().sum(dim=1)
+        return torch.linalg.vector_norm(change.values, dim=1, dtype=torch.float64).square()
     a, b = change.A.double(), change.B.double()
     return ((b @ (a @ a.T)) * b).sum(dim=1)
 

@@ -38,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stdout = None  # whoever read it has gone; nothing may be flushed to it
     return 0
 
 
@@ -152,6 +150,8 @@ def _keep(vector: TaskVector, arguments: argparse.Namespace, made: str, before: 
 @contextmanager
 def _whole(place: Path) -> Iterator[Path]:
     """A name beside ``place`` for a file or folder that takes its place when it is whole, or is removed."""
+    if not place.parent.is_dir():
+        raise VectorError(f"{place}: cannot be written: there is no folder {place.parent}")
     temporary = place.with_name(f".{place.name}.{unique()}.tmp")
     try:
         try:
