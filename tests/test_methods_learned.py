@@ -273,7 +273,8 @@ def test_learned_coefficients_spare_the_retain_set(loaded: Load, pico_phi: Path,
     ]
     vector, _ = train_vector(got.model, got.tokenizer, FORGET, spec, LoraSpec(rank=4), 0, tmp_path, "forget", {})
     vector = components(vector)
-    weights, log = learn(got.model, vector, FORGET, near, LearnSpec(steps=40, rate=0.05, ceiling=9.8), 0, 0)
+    fit = LearnSpec(steps=40, rate=0.05, beta=1.0, ceiling=9.8)
+    weights, log = learn(got.model, vector, FORGET, near, fit, 0, 0)
 
     def measured(edit: TaskVector, c: float) -> tuple[float, float]:
         with torch.no_grad():

@@ -62,10 +62,10 @@ class LearnSpec:
     """
 
     steps: int = 60
-    rate: float = 0.05
+    rate: float = 0.1
     batch_size: int = 8
     retain_batch_size: int = 8
-    beta: float = 1.0
+    beta: float = 5.0
     ceiling: float = 10.0
     l1: float = 0.0
     l2: float = 0.0
