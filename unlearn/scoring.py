@@ -98,7 +98,7 @@ class PackedLM(HFLM):
                 except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
                     if not is_out_of_memory(e) or all(p.is_chain for p in pieces):
                         raise
-                    budget.tokens //= 2  # a tree was too large: cut what is left into smaller ones
+                    budget.tokens = max(1, budget.tokens // 2)  # cut what is left into smaller trees
         self.batch_tokens = min(self.batch_tokens or budget.tokens, budget.tokens)
         return [answers[i] for i in range(len(requests))]
 
