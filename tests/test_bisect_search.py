@@ -58,7 +58,7 @@ class Model:
 
     def searched(self, ties: bool = True) -> tuple[int, tuple[SweepPoint, ...]]:
         """The index that is chosen after a bisection, and the points it saw."""
-        points = bisect(self.grid, self.point(0), self.score, lambda p: left(p, FORGET), ties=ties)
+        points = bisect(self.grid, self.point(0), self.score, lambda p: left(p, [FORGET]), ties=ties)
         assert [p.coefficient for p in points] == sorted(p.coefficient for p in points)
         return self.chosen(points), points
 
@@ -68,7 +68,7 @@ class Model:
 
     @staticmethod
     def chosen(points: Sequence[SweepPoint]) -> int:
-        found = choose(points, FORGET, [], ChooseSpec())
+        found = choose(points, [FORGET], [], ChooseSpec())
         assert found.bound_met == (found.coefficient > 0)
         return round(4 * found.coefficient)
 

@@ -426,7 +426,7 @@ def test_the_same_item_forgotten_and_kept(tmp_path: Path, role: str) -> None:
     save(tmp_path, "k.jsonl", [{"question": f"k{i}", "choices": ["a", "b"], "answer": 0} for i in range(5)] + [kept])
     told = fails(tmp_path, qa("f.jsonl"), **{role: [mcq("k.jsonl", prompt="{question} ->")]})
     assert told.startswith(f"{role} set 'k': the same item is to be forgotten and kept:\n  WHAT is 4? -> It is 4.\n")
-    assert f"forget set: {tmp_path / 'f.jsonl'}, line 5" in told
+    assert f"forget set 'f': {tmp_path / 'f.jsonl'}, line 5" in told
     assert f"{tmp_path / 'k.jsonl'}, line 6" in told
     assert "more like it" not in told
 

@@ -32,7 +32,7 @@ from unlearn.data import Item, LoadedSet, load_sets
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.evaluate import EvalResult, evaluate
 from unlearn.item_files import MEMORY_TOKENS, count_tokens, items_path, write_items
-from unlearn.metrics import default_metric, forget_metric
+from unlearn.metrics import default_metric, goal_metrics
 from unlearn.pico import corpus
 from unlearn.recipe import Recipe, Split
 from unlearn.stderrs import perplexity_stderr
@@ -475,7 +475,7 @@ def test_perplexity_stderr_is_that_of_a_bootstrap() -> None:
 
 def test_metrics(recipe: Recipe) -> None:
     assert [default_metric(kind) for kind in ("mcq", "qa", "text")] == ["acc", "prob", "perplexity"]
-    assert forget_metric(recipe) == "prob"
+    assert goal_metrics(recipe) == (("forget", recipe.forget.label(), "prob"),)
     assert metrics.kept_metrics(recipe) == (("retain", "far", "acc"), ("utility", "passages", "perplexity"))
     with_tasks = change(recipe, tasks=[{"task": "wmdp_bio", "set": "forget"}, {"task": "piqa", "metric": "acc_norm"}])
     assert metrics.kept_metrics(with_tasks)[2:] == (("utility", "piqa", "acc_norm"),)
@@ -483,7 +483,7 @@ def test_metrics(recipe: Recipe) -> None:
     with pytest.raises(
         EvaluationError, match=r"choose.metric: qa data have no 'los' in the search; did you mean 'loss'"
     ):
-        forget_metric(wrong)
+        goal_metrics(wrong)
 
 
 # --- tasks by name ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from unlearn.models import Loaded, linear_modules
 from unlearn.negate import applied
 from unlearn.pico import corpus
 from unlearn.recipe import LoraSpec, RetainKLSpec, TrainSpec
-from unlearn.trainer import Keep, TrainingLog, last_checkpoint
+from unlearn.trainer import Against, Keep, TrainingLog, last_checkpoint
 from unlearn.vector import LowRank, TaskVector
 
 Load = Callable[..., Loaded]
@@ -291,7 +291,7 @@ def test_the_model_s_settings_stay_as_they_are(phi: Loaded, tmp_path: Path, pena
     phi.model.config.pad_token_id = None
     phi.model.generation_config.pad_token_id = None
     config, generation = phi.model.config.to_dict(), phi.model.generation_config.to_dict()
-    keep = Keep(rows_of(phi)[:2], RetainKLSpec(batch_size=1)) if penalised else None
+    keep = Keep(rows_of(phi)[:2], RetainKLSpec(batch_size=1, coefficients=(0.5, 3.0))) if penalised else None
     lora = LoraSpec(rank=4, alpha=8)
     train_vector(phi.model, phi.tokenizer, rows_of(phi), train_spec(steps=2), lora, 0, tmp_path, "forget", {}, keep)
     assert phi.model.config.to_dict() == config
@@ -481,25 +481,30 @@ def test_a_finished_training_ends_the_same_again(
     assert second.digest() == first.digest()
 
 
-def test_a_retain_penalty_is_resumed_too(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
-    """Its draws are per step: seven batches by threes, so that the last step of an epoch has one batch only."""
+@pytest.mark.parametrize("kind", ["penalty", "gradient_difference"])
+def test_what_draws_retain_rows_is_resumed_too(loaded: Load, pico_phi: Path, tmp_path: Path, kind: str) -> None:
+    """The draws are per step: seven batches by threes, so that the last step of an epoch has one batch only."""
     spec = train_spec(steps=8, save_every=2, accumulation=3)
 
-    def go(work: Path, penalised: bool = True) -> TaskVector:
+    def go(work: Path, drawn: bool = True) -> TaskVector:
         model = loaded(pico_phi)
         rows = encode(MANY, "qa", model.tokenizer, 64)
         near = encode(
             [item(f"A {animal}", "is an animal") for animal in ("cat", "cow", "bee")], "mcq", model.tokenizer, 64
         )
-        keep = Keep(near, RetainKLSpec(batch_size=2)) if penalised else None
+        penalty = RetainKLSpec(batch_size=2, coefficients=(0.5, 3.0))
+        keep = Keep(near, penalty) if drawn and kind == "penalty" else None
+        against = None
+        if kind == "gradient_difference":
+            against = Against(kind, near, batch_size=2) if drawn else Against("gradient_ascent")
         lora = LoraSpec(rank=4, alpha=8)
-        return train_vector(model.model, model.tokenizer, rows, spec, lora, 0, work, "forget", {}, keep)[0]
+        return train_vector(model.model, model.tokenizer, rows, spec, lora, 0, work, "forget", {}, keep, against)[0]
 
     whole = go(tmp_path / "whole")
     with interrupted(7):
         go(tmp_path / "stopped")
     assert go(tmp_path / "stopped").digest() == whole.digest()
-    assert go(tmp_path / "without", penalised=False).digest() != whole.digest()
+    assert go(tmp_path / "without", drawn=False).digest() != whole.digest()
 
 
 def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:

@@ -17,10 +17,23 @@ from hypothesis import strategies as st
 
 from unlearn.axes import Scale, along, linear_ticks, log_ticks, overlap, place, scale_for
 from unlearn.charts import frontier_chart, lambda_chart, sparkline
+from unlearn.foresight_page import prediction_chart
 from unlearn.html import render_html
 from unlearn.html_parts import changes
 from unlearn.markup import VOID, Raw, el, join
-from unlearn.report import Chosen, Example, Role, RunReport, Score, ScoreRow, SweepPoint, TaskScore
+from unlearn.prediction import Point
+from unlearn.report import (
+    Chosen,
+    Example,
+    Foresight,
+    Role,
+    RunReport,
+    Score,
+    ScoreRow,
+    SetForesight,
+    SweepPoint,
+    TaskScore,
+)
 from unlearn.report_text import (
     bound_of,
     final_shares,
@@ -86,6 +99,31 @@ def make(**changed: Any) -> RunReport:
         warnings=("Two rows were cut.",),
     )
     return replace(report, **changed)
+
+
+MODULES = {"model.layers.0.mlp.fc1": 0.317, "model.layers.10.mlp.fc1": 0.318, "model.layers.2.q": -0.4, "head": 0.05}
+FORESIGHT = Foresight(
+    (SetForesight("forget", "europe", "logprob", 4.25, 36),),
+    (
+        SetForesight("retain", "asia", "logprob", 1.5, 35, 0.991, 0.42, 0.03, 0.211, MODULES, "aligned"),
+        SetForesight("utility", "general", "loss", -0.014, 64),
+    ),
+)
+
+
+def foreseen(**changed: Any) -> RunReport:
+    """A report with foresight, and with the losses that it is held against; ``changed`` as in :func:`make`."""
+    report = make(**changed)
+    sweep = []
+    for at in report.sweep:
+        c = at.coefficient
+        nats = (
+            measured("forget", "europe", -3.0 - 3 * c, "logprob"),
+            measured("retain", "asia", -2.0 - 0.5 * c, "logprob"),
+            measured("utility", "general", 3.25 + 0.125 * c, "loss", False),
+        )
+        sweep.append(replace(at, scores=(*at.scores, *nats)))
+    return replace(report, sweep=tuple(sweep), foresight=FORESIGHT)
 
 
 class Page(HTMLParser):
@@ -249,19 +287,85 @@ def test_how_the_coefficient_was_looked_for() -> None:
 
 
 def test_reports_are_read_back_also_those_without_a_search() -> None:
-    report = make(chosen=replace(make().chosen, search="bisect", grid=(0.75, 1.5)))
-    report = replace(report, sweep=(*report.sweep[:3], replace(report.sweep[3], share=0.5)))
+    report = make(chosen=replace(make().chosen, search="bisect", grid=(0.75, 1.5)), foresight=FORESIGHT)
+    report = replace(report, sweep=(*report.sweep[:3], replace(report.sweep[3], share=0.5, collapsed="perplexity")))
     plain = json.loads(json.dumps(report.to_json()))
     assert plain["schema"] == 1
     again = RunReport.from_json(plain)
-    assert (again.chosen, again.sweep) == (report.chosen, report.sweep)
+    assert (again.chosen, again.sweep, again.foresight) == (report.chosen, report.sweep, FORESIGHT)
+    del plain["foresight"]
     for key in ("search", "grid"):
         del plain["chosen"][key]
     for at in plain["sweep"]:
-        del at["share"]
+        del at["share"], at["collapsed"]
     old = RunReport.from_json(plain)
     assert (old.chosen.search, old.chosen.grid) == ("grid", ())
     assert [p.share for p in old.sweep] == [1.0] * 4
+    assert [p.collapsed for p in old.sweep] == [""] * 4
+    assert old.foresight is None
+
+
+def test_what_was_foreseen_is_shown_beside_what_came() -> None:
+    source = render_html(foreseen())
+    page = Page(source)
+    titles = re.findall(r"<h2>(.*?)(?:<|$)", source)
+    assert titles[1:4] == ["Scores as λ grows", "What could be known beforehand", "Before and after"]
+    for shown in (
+        "0.991", "0.420 ± 0.059", "0.211", "+1.500", "aligned",  # 1.96 * 0.03
+        "Predicted at λ = 1.5", "+2.250", "+0.750", "−0.021", "+0.188",
+        "retain/asia. Aligned: no λ comes with a guarantee", "utility/general. No fine-tuning on this set",
+        "a reading, not a bound",
+        # |.75 - 2.25| and |.1875 + .021|
+        "the straight line was off by 0.854 nats on average over 2 kept sets",
+        "Cosine of the vectors per module: retain/asia, 4 modules",
+    ):  # fmt: skip
+        assert shown in page.text, shown
+    folded = source[source.index("Cosine of the vectors per module") :]
+    rows = re.findall(r'<th scope="row">(.*?)</th>', folded[: folded.index("</table>")])
+    assert rows == ["0", "2", "10", "–"]
+    assert page.tags["svg"] > Page(render_html(replace(foreseen(), foresight=None))).tags["svg"]
+    assert "What could be known" not in render_html(make())
+    bare = render_html(make(foresight=FORESIGHT, sweep=()))
+    assert "The sweep has no loss of a kept set" in Page(bare).text
+
+
+def test_the_prediction_s_drawing() -> None:
+    points = [Point(0.0, 0.0, 0.0), Point(1.0, 2.0, 1.0), Point(2.0, 5.0, 2.0)]
+    drawn = prediction_chart("t <&>", points, chosen=1.0, role="retain", uid="p", size=(320, 190))
+    # frame 48..308 by 18..156, λ inset by 8; nats from 0 to 5.3
+    assert 'class="chosen-line" x1="178" x2="178" y1="18" y2="156"' in drawn
+    line = re.search(r'<path class="line retain" d="M56.0 156.0L178.0 ([\d.]+)L300.0 ([\d.]+)"></path>', drawn)
+    dashed = re.search(r'class="line thin" d="M56.0 156.0L178.0 ([\d.]+)L300.0 ([\d.]+)" stroke-dasharray="4 3"', drawn)
+    assert line
+    assert dashed
+    assert [float(v) for v in line.groups()] == pytest.approx([156 - 138 * 2 / 5.3, 156 - 138 * 5 / 5.3], abs=0.06)
+    assert [float(v) for v in dashed.groups()] == pytest.approx([156 - 138 / 5.3, 156 - 138 * 2 / 5.3], abs=0.06)
+    assert '<title id="p-t">t &lt;&amp;&gt;</title>' in drawn
+    assert "λ 2: measured +5.000, predicted +2.000" in drawn
+    lost = prediction_chart("t", [Point(1.0, math.nan, 1.0)], chosen=0.0, role="retain", uid="p")
+    assert "nan" not in lost
+    assert "chosen-line" not in lost
+    below = prediction_chart("t", [Point(0.0, 0.0, 0.0), Point(1.0, -2.0, 1.0)], chosen=0.0, role="retain", uid="p")
+    ys = [float(y) for y in re.findall(r'cy="([\d.]+)"', below)]
+    assert 18 < ys[0] < ys[1] < 156
+
+
+def test_collapsed_coefficients_are_marked() -> None:
+    gone = replace(make().sweep[3], collapsed="the held-out perplexity is 1e6 <b>")
+    report = make(sweep=(*make().sweep[:3], gone))
+    source = render_html(report)
+    page = Page(source)
+    assert "× predictions collapsed: the held-out perplexity is 1e6 <b>; retain asia acc_norm fell" in page.text
+    assert "A cross: there the model's predictions have collapsed" in page.text
+    chart = source[source.index('id="frontier-wide-d"') : source.index("</svg>")]
+    assert "outside the bound, predictions collapsed" in chart
+    assert len(re.findall(r'<path class="spot broken"', chart)) == 1
+    assert '<circle class="spot broken"' not in chart
+    legend = source[source.index('class="legend"') : source.index("</ul>", source.index('class="legend"'))]
+    assert "predictions collapsed" in legend
+    assert "bound broken" not in legend
+    fine = render_html(make())
+    assert "collapsed" not in fine
 
 
 HOSTILE = '</script><script>alert(1)</script><b onclick="x">\'&"]]>--><svg/onload=1>\x00\x1b[31m\ud800'
@@ -277,7 +381,7 @@ def poisoned(value: Any, counter: itertools.count[int]) -> Any:
 
 
 def test_hostile_strings_in_every_field_stay_text() -> None:
-    plain, counter = make().to_json(), itertools.count()
+    plain, counter = foreseen().to_json(), itertools.count()
     for field in ("name", "description", "data", "vector", "training", "exports", "provenance", "warnings"):
         plain[field] = poisoned(plain[field], counter)
     plain["seconds"] = {f"{HOSTILE}{k}": v for k, v in plain["seconds"].items()}
@@ -290,9 +394,15 @@ def test_hostile_strings_in_every_field_stay_text() -> None:
                 line[key] = HOSTILE if key == "metric" else f"{line[key]}{HOSTILE}"
     for at in plain["sweep"]:
         at["broken"] = [HOSTILE for _ in at["broken"]]
+        at["collapsed"] = HOSTILE
+    for entry in (*plain["foresight"]["goals"], *plain["foresight"]["kept"]):
+        entry["name"] += HOSTILE
+        entry["metric"] = HOSTILE  # as the sweep's is, above
+        entry["modules"] = {f"{key}{HOSTILE}": value for key, value in entry["modules"].items()}
+        entry["verdict"] = HOSTILE if entry["verdict"] else None
     report = RunReport.from_json(plain)
     source = render_html(report)
-    page, harmless = Page(source), Page(render_html(make()))
+    page, harmless = Page(source), Page(render_html(foreseen()))
     assert set(page.tags) <= set(harmless.tags) | {"ins", "del"}
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert page.tags["svg"] == harmless.tags["svg"]

@@ -14,22 +14,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A module may import what stands before it, in its own layer or in an earlier one.
 LAYERS: dict[str, str] = {
-    "ground": "errors memory quiet console distributed silence",
-    "values": "template recipe_data recipe report changes compress vector_file vector",
+    "ground": "errors layers memory quiet console distributed silence",
+    "values": "template recipe_data recipe_training recipe_vector recipe report changes compress vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
-    "words": "metrics wording report_text",
+    "words": "metrics wording formula report_text prediction",
     "folders": "atomic stage lock ownership rundir provenance",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files",
     "vectors": "vector_adapter architecture checkpoint_vector vector_table "
     "methods methods.negate methods.contrast methods.checks methods.msa methods.project methods.ext_sub "
-    "methods.ethos methods.perta methods.consensus methods.lines methods.random_vector methods.learned negate batches "
-    "methods.baselines methods.retain_kl frozen importance learn_weights trainer finetune",
+    "methods.ethos methods.perta methods.consensus methods.lines methods.random_vector methods.learned methods.rescale "
+    "negate batches "
+    "methods.baselines methods.retain_kl frozen importance learn_weights objectives trainer finetune "
+    "correlation foresight",
     "scores": "tree attention forward decoding scoring answers tasks stderrs eval_files evaluate samples",
-    "choices": "search early_stop bisect_search",
+    "choices": "search early_stop bisect_search joint",
     "exports": "card rounding shards survival export",
-    "pages": "markup axes charts html_parts html table",
-    "commands": "plan stages scored pipeline execute run harness vectors unlearn",
+    "pages": "markup axes drawing charts html_parts foresight_page html table",
+    "commands": "plan stages scored fitted pipeline execute run harness vectors unlearn",
 }
 ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from unlearn.changes import Change, Dense, LowRank
 from unlearn.errors import VectorError
+from unlearn.layers import layer_of
 from unlearn.methods.consensus import consensus
 from unlearn.methods.ethos import ethos
 from unlearn.methods.ext_sub import ext_sub
 from unlearn.methods.learned import components, sizes, weigh
-from unlearn.methods.lines import layer_of, lines
+from unlearn.methods.lines import lines
 from unlearn.methods.msa import msa
 from unlearn.methods.perta import perta
 from unlearn.methods.project import project

@@ -11,7 +11,7 @@ import pytest
 
 from unlearn import cache, fetch
 from unlearn.errors import DataError, EvaluationError, ModelError
-from unlearn.metrics import METRICS, forget_metric, kept_metrics
+from unlearn.metrics import METRICS, goal_metrics, kept_metrics
 from unlearn.plan import plan
 from unlearn.recipe_io import load_recipe
 
@@ -83,7 +83,7 @@ def test_the_whole_plan(here: Path) -> None:
     assert "most forgetting of europe (prob)" in said
     assert "at least 95% of the target model's score or at most +0.5 perplexity" in said
     assert "with ROUGE-L of written answers" in said
-    assert said.endswith("6. export: the edit as a PEFT adapter")
+    assert said.endswith("7. export: the edit as a PEFT adapter")
 
 
 def test_stages_follow_the_recipe(here: Path) -> None:
@@ -100,9 +100,8 @@ def test_stages_follow_the_recipe(here: Path) -> None:
         "model.dtype=float32",
         "model.device=cpu",
     )
-    order = [
-        said.index(f"{i}. {word}") for i, word in enumerate(["load", "teach", "fine", "fine", "negate", "choose"], 1)
-    ]
+    stages = ["load", "teach", "fine", "fine", "make", "foresee", "negate", "choose"]
+    order = [said.index(f"{i}. {word}") for i, word in enumerate(stages, 1)]
     assert order == sorted(order)
     assert "teach the model forget and retain sets first: LoRA of rank 2" in said
     assert "35 examples, 1 epoch = 7 steps of 5" in said
@@ -153,7 +152,8 @@ def test_mistakes_in_data_and_metric(here: Path) -> None:
 def test_metrics_of_a_recipe(here: Path) -> None:
     tasks = "eval.tasks=[{task: hellaswag, metric: acc_norm}, {task: wmdp_bio, set: forget}]"
     recipe = load_recipe("r.yaml", [tasks]).recipe
-    assert forget_metric(recipe) == METRICS["qa"][0] == "prob"
+    assert goal_metrics(recipe) == (("forget", "europe", METRICS["qa"][0]),)
+    assert METRICS["qa"][0] == "prob"
     assert kept_metrics(recipe) == (
         ("retain", "asia", "prob"),
         ("utility", "passages", "perplexity"),

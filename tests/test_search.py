@@ -139,7 +139,7 @@ def test_test_items_are_no_ground_for_choosing() -> None:
         judge(0.5, base, peeking, [ASIA], spec())
     points = [SweepPoint(0.0, tuple(base), True), SweepPoint(0.5, tuple(peeking), True)]
     with pytest.raises(EvaluationError, match="is on test"):
-        choose(points, FORGET, [ASIA], spec())
+        choose(points, [FORGET], [ASIA], spec())
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def sweep(
 
 
 def chosen(points: list[SweepPoint]) -> tuple[float, bool]:
-    got = choose(points, FORGET, [ASIA], spec())
+    got = choose(points, [FORGET], [ASIA], spec())
     return got.coefficient, got.bound_met
 
 
@@ -191,10 +191,10 @@ def test_log_probabilities_of_the_forget_set() -> None:
 
 
 def test_nothing_passes() -> None:
-    got = choose(sweep((0.5, 0.1, 0.7), (1.0, 0.0, 0.1)), FORGET, [ASIA], spec())
+    got = choose(sweep((0.5, 0.1, 0.7), (1.0, 0.0, 0.1)), [FORGET], [ASIA], spec())
     assert (got.coefficient, got.bound_met) == (0.0, False)
     assert got.forget_metric == "acc_norm"
-    assert got.rule == rule(spec(), FORGET, [ASIA])
+    assert got.rule == rule(spec(), [FORGET], [ASIA])
 
 
 @pytest.mark.parametrize("forget", [0.9, 0.95])
@@ -215,22 +215,22 @@ def test_a_part_of_the_items_is_no_ground_for_choosing() -> None:
 
 
 def test_what_is_left_of_a_forget_score() -> None:
-    assert [left(p, FORGET) for p in sweep((0.5, 0.6, 0.8))] == [0.9, 0.6]
+    assert [left(p, [FORGET]) for p in sweep((0.5, 0.6, 0.8))] == [0.9, 0.6]
     losses = sweep((0.5, 2.0, 0.8), higher=False, was=(1.0, 0.8))
-    assert [left(p, FORGET) for p in losses] == [-1.0, -2.0], "a higher loss is less knowledge"
+    assert [left(p, [FORGET]) for p in losses] == [-1.0, -2.0], "a higher loss is less knowledge"
     with pytest.raises(EvaluationError, match=r"no validation score at coefficient 0\.5"):
-        left(losses[1], FACTS)
+        left(losses[1], [FACTS])
 
 
 def test_no_score_to_start_from() -> None:
     points = sweep((0.5, 0.5, 0.8))
     with pytest.raises(EvaluationError, match="forget europe acc_norm has no validation score at coefficient 0"):
-        choose(points[1:], FORGET, [ASIA], spec())
+        choose(points[1:], [FORGET], [ASIA], spec())
     with pytest.raises(EvaluationError, match="forget europe other has no"):
-        choose(points, ("forget", "europe", "other"), [ASIA], spec())
+        choose(points, [("forget", "europe", "other")], [ASIA], spec())
     lacking = [points[0], SweepPoint(0.5, points[1].scores[1:], True)]
     with pytest.raises(EvaluationError, match=r"forget europe acc_norm has no validation score at coefficient 0\.5"):
-        choose(lacking, FORGET, [ASIA], spec())
+        choose(lacking, [FORGET], [ASIA], spec())
 
 
 UNIT = st.floats(0, 1).map(lambda x: round(x, 2))
@@ -248,18 +248,18 @@ def test_no_better_point_was_passed_over(
         judge(c, [score(FORGET, f), score(ASIA, r)], base, [ASIA], spec(keep=keep))
         for c, (f, r) in {0.0: was, **table}.items()
     ]
-    got = choose(points, FORGET, [ASIA], spec(keep=keep))
+    got = choose(points, [FORGET], [ASIA], spec(keep=keep))
     # an independent reading of the rule: sort everything by (forget score, coefficient), take the first allowed
     allowed = [(f, c) for c, (f, r) in table.items() if f < was[0] and r - keep * was[1] > -1e-6]
     assert (got.coefficient, got.bound_met) == ((min(allowed)[1], True) if allowed else (0.0, False))
 
 
 def test_the_rule_in_words() -> None:
-    assert rule(spec(), FORGET, []) == (
+    assert rule(spec(), [FORGET], []) == (
         "most forgetting of europe (acc_norm) on validation items; nothing was asked to be kept"
     )
-    both = rule(spec(keep=0.9, perplexity=1.5), FORGET, [ASIA, PPL])
+    both = rule(spec(keep=0.9, perplexity=1.5), [FORGET], [ASIA, PPL])
     assert "at least 90% of the target model's score or at most +1.5 perplexity" in both
-    assert "perplexity" not in rule(spec(), FORGET, [ASIA])
-    assert "share" not in rule(spec(), FORGET, [PPL])
-    assert "95%" not in rule(spec(), FORGET, [PPL])
+    assert "perplexity" not in rule(spec(), [FORGET], [ASIA])
+    assert "share" not in rule(spec(), [FORGET], [PPL])
+    assert "95%" not in rule(spec(), [FORGET], [PPL])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from unlearn.report import Chosen, RunReport, Score, ScoreRow, SweepPoint, TaskScore
+from unlearn.report import Chosen, Foresight, RunReport, Score, ScoreRow, SetForesight, SweepPoint, TaskScore
 from unlearn.table import render_table
 
 
@@ -122,3 +122,26 @@ def test_huge_perplexities_fit() -> None:
     text = printed(replace(base, scores=(base.scores[0], big)))
     assert "1.2×10¹²" in text
     assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+
+
+def test_what_was_foreseen_takes_two_lines() -> None:
+    base = report()
+    foresight = Foresight(
+        (SetForesight("forget", "europe", "logprob", 4.0, 36),),
+        (
+            SetForesight("utility", "general", "loss", 0.01, 64),
+            SetForesight("retain", "asia", "logprob", 0.25, 35, 0.99, 0.42, 0.03, 0.2, {}, "aligned"),
+        ),
+    )
+    sweep = tuple(
+        SweepPoint(c, (TaskScore("retain", "asia", "validation", "logprob", True, Score(-2.0 - c, 0.1, 40)),), True)
+        for c in (0.0, 1.5)
+    )
+    text = printed(replace(base, foresight=foresight, sweep=sweep))
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+    flat = squeezed(text)
+    assert "foreseen retain/asia aligned (α +0.420), +0.375 nats predicted, +1.500 measured at λ = 1.5" in flat
+    assert "prediction At λ = 1.5 the straight line was off by 1.125 nats on average over 1 kept set." in flat
+    early = squeezed(printed(replace(base, foresight=foresight), encoding="ascii"))
+    assert "retain/asia aligned (alpha +0.420), +0.250 nats per unit of lambda" in early
+    assert "foreseen" not in printed(base)

@@ -63,6 +63,19 @@ class Pad:
         }
 
 
+def answers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the labelled tokens of a batch are predicted, and what they are.
+
+    Args:
+        labels: (B, T), :data:`IGNORE` where a token carries no loss. The first token has nothing before it.
+
+    Returns:
+        Booleans (B, T), true where the next token has a label; those labels (N,); the row each of them is in (N,).
+    """
+    predicts = functional.pad(labels[:, 1:] != IGNORE, (0, 1))
+    return predicts, labels[:, 1:][predicts[:, :-1]], predicts.nonzero()[:, 0]
+
+
 def beside(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], copies: int, pad_id: int) -> dict[str, Tensor]:
     """One batch of the forget rows and ``copies`` times the retain rows, whose labels stay apart.
 

@@ -5,6 +5,8 @@ saturates. So there is a last coefficient within the bounds, which bisection fin
 same at several coefficients, as an accuracy may, a first one that forgets as much, which bisection finds too. The
 choice itself stays with :func:`unlearn.search.choose`, among the points that were scored: noise that breaks the
 assumptions can make it another one than the grid's, never one that was not scored on all items or is out of bounds.
+What is said of forgetting holds for learning with the sign changed; a set that is learned best well within the bounds
+and worse again behind that breaks the second assumption, and wants the whole grid.
 
 The cost is counted in whole scorings of one coefficient above 0. It is at most half of the grid's, or where the grid is
 too small for that (below 6 coefficients) what the bisection for the bound takes: ceil(log2(n + 1)). Within that the

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
+from unlearn.formula import GREEK, formula, phrases
+from unlearn.metrics import KEPT
 from unlearn.provenance import tidy
 from unlearn.recipe import Recipe
 from unlearn.report import Chosen, ScoreRow
@@ -84,7 +86,7 @@ def _header(facts: CardFacts, export: Export, base_name: str) -> str:
         **({"base_model_relation": "adapter" if export == "adapter" else "finetune"} if on_hub else {}),
         "library_name": "peft" if export == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": _TAGS,
+        "tags": _TAGS if facts.recipe.forget is not None else _TAGS[2:],
         **({"license": facts.license} if facts.license else {}),
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)}---"
@@ -92,24 +94,47 @@ def _header(facts: CardFacts, export: Export, base_name: str) -> str:
 
 def _summary(facts: CardFacts, export: Export, base_name: str) -> str:
     recipe, chosen = facts.recipe, facts.chosen
-    kept = [f"{escape(d.label())} ({role})" for role, d in recipe.sets() if role != "forget"]
-    kept += [f"{escape(t.task)} ({t.set})" for t in recipe.eval.tasks if t.set != "forget"]
-    change = "θ − λτ" if recipe.vector.method == "negate" else f"θ − λ(τ_f − {coefficient(recipe.vector.mu)} τ_r)"
+    kept = [f"{escape(d.label())} ({role})" for role, d in recipe.sets() if role in KEPT]
+    kept += [f"{escape(t.task)} ({t.set})" for t in recipe.eval.tasks if t.set in KEPT]
+    change = formula(recipe, GREEK).replace("_", chr(92) + "_")
     what = "A LoRA adapter that makes" if export == "adapter" else "Whole weights that make"
-    how = (
-        "forget a set of data by task arithmetic ([Ilharco et al., 2022](https://arxiv.org/abs/2212.04089)): "
-        "a vector towards the data is learned, then subtracted."
-    )
+    goals = {
+        word: [escape(d.label()) for r, d in recipe.goals() if r == role]
+        for word, role in (("Removed", "forget"), ("Added", "learn"))
+    }
+    more = phrases(recipe.vector)
+    if len(recipe.goals()) > 1:
+        more = (*more, "the weights w were found together, on validation items")
     return "\n".join(
         [
-            f"{what} {escape(tidy(base_name))} {how}",
+            f"{what} {escape(tidy(base_name))} {_how(recipe)}",
             "",
-            f"- Removed: {escape(recipe.forget.label())}",
+            *(f"- {word}: {', '.join(names)}" for word, names in goals.items() if names),
             f"- Measured as kept: {', '.join(kept) or 'nothing was measured'}",
-            f"- Edit: {change.replace('_', chr(92) + '_')} with λ = {coefficient(chosen.coefficient)}",
+            f"- Edit: {change} with λ = {coefficient(chosen.coefficient)}",
+            *(f"- How the vector was made: {escape(phrase)}" for phrase in more),
             f"- How λ was chosen: {escape(chosen.rule)} ({'met' if chosen.bound_met else 'not met by any λ > 0'})",
         ]
     )
+
+
+def _how(recipe: Recipe) -> str:
+    """What the edit does to the model, and by which operation."""
+    cited = "by task arithmetic ([Ilharco et al., 2022](https://arxiv.org/abs/2212.04089))"
+    if recipe.analogy is not None:
+        names = [escape(d.label()) for d in (recipe.analogy.a, recipe.analogy.b, recipe.analogy.c)]
+        return (
+            f"do what it was not trained to do {cited}: {names[0]} is to {names[1]} as {names[2]} is to "
+            f"{escape(recipe.learn[0].label())}, and only the first three were learned."
+        )
+    many = len(recipe.goals()) > 1
+    some = "several sets of data" if many else "a set of data"
+    towards = f"a vector towards {'each' if many else 'the data'} is learned"
+    if not recipe.learn:
+        return f"forget {some} {cited}: {towards}, then subtracted."
+    if recipe.forget is None:
+        return f"know {some} {cited}: {towards}, then added."
+    return f"forget and learn {some} {cited}: {towards}, then subtracted or added."
 
 
 def _table(facts: CardFacts) -> str:

@@ -1,20 +1,20 @@
 """The report's drawings as inline SVG. Pure functions; colours come from the page's style, so both themes work.
 
-Nothing is told by colour alone: series differ in marker and dash, broken bounds are hollow points.
+Nothing is told by colour alone: series differ in marker and dash, broken bounds are hollow points, collapse a cross.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from unlearn.axes import Scale, along, place, scale_for
-from unlearn.markup import Raw, el, join
+from unlearn.drawing import CROSS, SERIES, axis_title, grid, marker, path, svg, whisker
+from unlearn.markup import Raw, el
 from unlearn.report import Score
 from unlearn.report_text import FrontierPoint, margin, with_margin
 from unlearn.wording import MISSING, coefficient, number, percent, tick_label
 
-SERIES = 6  # styles that differ in both colour and marker; the seventh series looks like the first
 TOP = 1.5  # largest share on the frontier's axis
 _DASHES = (None, "6 3", "2 3", "9 3 2 3", "4 2", "1 3")
 
@@ -51,28 +51,29 @@ def frontier_chart(
             el("rect", class_="allowed", x=frame[0], y=frame[1], width=frame[2] - frame[0], height=edge - frame[1])
         )
         drawn.append(el("line", class_="bound", x1=frame[0], x2=frame[2], y1=edge, y2=edge))
-    drawn += _grid(x, y, frame, lambda v: f"{100 * v:.4g} %")
+    drawn += grid(x, y, frame, lambda v: f"{100 * v:.4g} %")
     hint = "← more forgotten" if higher_is_better else "more forgotten →"
     room = int((frame[2] - frame[0] + 24) / 6.6) - len(hint) - 17  # characters that fit around the middle
     shown_metric = metric if len(metric) <= room else f"{metric[: max(room - 1, 1)]}…"
-    drawn.append(_axis_title(f"forget score: {shown_metric}   {hint}", (frame[0] + frame[2]) / 2, height - 8))
-    drawn.append(_axis_title("kept: share of the score at λ = 0", 4, 15, "start"))
+    drawn.append(axis_title(f"forget score: {shown_metric}   {hint}", (frame[0] + frame[2]) / 2, height - 8))
+    drawn.append(axis_title("kept: share of the score at λ = 0", 4, 15, "start"))
     thin: list[tuple[float, float]] = []
     for index, name in enumerate(names if len(names) > 1 else []):
         line = [(x(p.forget.value), y(p.shares[name])) for p in shown if p.forget and name in p.shares]
-        drawn.append(_path(line, f"line s{index % SERIES}", _DASHES[index % SERIES]))
+        drawn.append(path(line, f"line s{index % SERIES}", _DASHES[index % SERIES]))
         drawn += [marker(index, px, py, 3.2, f"dot s{index % SERIES}") for px, py in line]
         thin += line
     spots = [(p, x(p.forget.value), y(p.worst)) for p in shown if p.forget and p.worst is not None]
-    drawn.append(_path([(px, py) for _, px, py in spots], "line worst"))
+    drawn.append(path([(px, py) for _, px, py in spots], "line worst"))
     drawn += [_spot(p, px, py, p.coefficient == chosen) for p, px, py in spots]
     drawn += _labels(spots, thin, chosen, keep, y, frame)
     described = "; ".join(
         f"λ {coefficient(p.coefficient)}: forget {_forget(p)}, kept {percent(p.worst)}"
         + ("" if p.within_bound else ", outside the bound")
+        + (", predictions collapsed" if p.collapsed else "")
         for p in shown
     )
-    return _svg("Frontier of forgetting against keeping", described or "No points.", size, uid, drawn)
+    return svg("Frontier of forgetting against keeping", described or "No points.", size, uid, drawn)
 
 
 def lambda_chart(
@@ -107,8 +108,8 @@ def lambda_chart(
     )
     top = max([c for c, _ in scores if math.isfinite(c)], default=1.0) or 1.0
     x = Scale("linear", 0.0, top, frame[0] + 8, frame[2] - 8)
-    drawn = _grid(x, y, frame, tick_label, across=False)
-    drawn.append(_axis_title("λ", (frame[0] + frame[2]) / 2, height - 3))
+    drawn = grid(x, y, frame, tick_label, across=False)
+    drawn.append(axis_title("λ", (frame[0] + frame[2]) / 2, height - 3))
     if bound is not None and y.holds(bound):
         drawn.append(el("line", class_="bound", x1=frame[0], x2=frame[2], y1=y(bound), y2=y(bound)))
     at = x(chosen)
@@ -117,15 +118,15 @@ def lambda_chart(
     drawn.append(
         el("text", f"λ = {coefficient(chosen)}", class_="chosen-text", x=at, y=frame[1] - 5, text_anchor=anchor)
     )
-    drawn.append(_path([(x(c), y(s.value)) for c, s in known], f"line {role}"))
+    drawn.append(path([(x(c), y(s.value)) for c, s in known], f"line {role}"))
     for c, s in known:
         if half := margin(s):
             low, high = y(s.value - half), y(s.value + half)
-            drawn.append(el("path", class_=f"whisker {role}", d=_whisker(x(c), low, high)))
+            drawn.append(el("path", class_=f"whisker {role}", d=whisker(x(c), low, high)))
         said = el("title", f"λ = {coefficient(c)}: {with_margin(s)} (n = {s.n})")
         drawn.append(el("g", said, el("circle", class_=f"dot {role}", cx=x(c), cy=y(s.value), r=3.4)))
     described = "; ".join(f"λ {coefficient(c)}: {with_margin(s)}" for c, s in scores)
-    return _svg(title, described or "No points.", size, uid, drawn)
+    return svg(title, described or "No points.", size, uid, drawn)
 
 
 def sparkline(values: Sequence[float], size: tuple[float, float] = (132, 30)) -> Raw:
@@ -140,22 +141,8 @@ def sparkline(values: Sequence[float], size: tuple[float, float] = (132, 30)) ->
     line = [(x(i), y(v)) for i, v in enumerate(known)]
     end = el("circle", class_="dot ink", cx=line[-1][0], cy=line[-1][1], r=2.2)
     label = f"loss from {number(known[0])} to {number(known[-1])}"
-    return el("svg", _path(line, "line thin"), end, class_="spark", viewBox=f"0 0 {width:g} {height:g}",
+    return el("svg", path(line, "line thin"), end, class_="spark", viewBox=f"0 0 {width:g} {height:g}",
               width=width, height=height, role="img", aria_label=label)  # fmt: skip
-
-
-def marker(index: int, x: float, y: float, r: float, class_: str) -> Raw:
-    """Circle, square, triangle, diamond, cross or upside-down triangle around a pixel."""
-    d = 1.35 * r
-    f = [
-        f"M{x - r:.1f} {y:.1f}a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0Z",
-        f"M{x - r:.1f} {y - r:.1f}h{2 * r:g}v{2 * r:g}h{-2 * r:g}Z",
-        f"M{x:.1f} {y - 1.2 * r:.1f}L{x + 1.15 * r:.1f} {y + 0.9 * r:.1f}H{x - 1.15 * r:.1f}Z",
-        f"M{x:.1f} {y - d:.1f}L{x + d:.1f} {y:.1f}L{x:.1f} {y + d:.1f}L{x - d:.1f} {y:.1f}Z",
-        f"M{x - r:.1f} {y - r:.1f}l{2 * r:g} {2 * r:g}m{-2 * r:g} 0l{2 * r:g} {-2 * r:g}",
-        f"M{x:.1f} {y + 1.2 * r:.1f}L{x + 1.15 * r:.1f} {y - 0.9 * r:.1f}H{x - 1.15 * r:.1f}Z",
-    ]
-    return el("path", class_=class_, d=f[index % SERIES])
 
 
 def frontier_legend(points: Sequence[FrontierPoint], chosen: float, keep: float | None) -> Raw:
@@ -168,8 +155,10 @@ def frontier_legend(points: Sequence[FrontierPoint], chosen: float, keep: float 
         items.append((_key(stroke, marker(index, 14, 7, 3.2, f"dot s{index % SERIES}")), name))
     ring = el("circle", class_="ring", cx=14, cy=7, r=6.2)
     items.append((_key(el("circle", class_="spot", cx=14, cy=7, r=3.4), ring), f"chosen, λ = {coefficient(chosen)}"))
-    if any(not p.within_bound for p in points):
+    if any(not p.within_bound and not p.collapsed for p in points):
         items.append((_key(el("circle", class_="spot broken", cx=14, cy=7, r=4)), "bound broken"))
+    if any(p.collapsed for p in points):
+        items.append((_key(marker(CROSS, 14, 7, 4, "spot broken")), "predictions collapsed"))
     if keep is not None:
         box = el("rect", class_="allowed", x=2, y=1, width=24, height=12)
         items.append(
@@ -202,8 +191,11 @@ def _y_scale(shares: Sequence[float], keep: float | None, frame: tuple[float, fl
 
 def _spot(point: FrontierPoint, x: float, y: float, chosen: bool) -> Raw:
     left = f"; bound broken: {'; '.join(point.broken)}" if point.broken else ""
+    left += f"; predictions collapsed: {point.collapsed}" if point.collapsed else ""
     said = f"λ = {coefficient(point.coefficient)}: forget {_forget(point)}, worst kept {percent(point.worst)}{left}"
     ring = el("circle", class_="ring", cx=x, cy=y, r=8.5) if chosen else None
+    if point.collapsed:
+        return el("g", el("title", said), ring, marker(CROSS, x, y, 5.8, "spot broken"))
     dot = el("circle", class_="spot" if point.within_bound else "spot broken", cx=x, cy=y, r=4.6)
     return el("g", el("title", said), ring, dot)
 
@@ -238,41 +230,3 @@ def _labels(
             named = "label chosen" if n == 0 and spots[order[0]][0].coefficient == chosen else "label"
             drawn.append(el("text", word, class_=named, x=spot[0], y=spot[1] + 4, text_anchor="middle"))
     return drawn
-
-
-def _grid(
-    x: Scale, y: Scale, frame: tuple[float, float, float, float], y_label: Callable[[float], str], across: bool = True
-) -> list[Raw | None]:
-    drawn: list[Raw | None] = []
-    for tick in y.ticks(5):
-        at = y(tick)
-        drawn.append(el("line", class_="grid", x1=frame[0], x2=frame[2], y1=at, y2=at))
-        drawn.append(el("text", y_label(tick), class_="tick", x=frame[0] - 6, y=at + 4, text_anchor="end"))
-    for tick in x.ticks(max(4, round((frame[2] - frame[0]) / 90))):
-        at = x(tick)
-        if across:
-            drawn.append(el("line", class_="grid", x1=at, x2=at, y1=frame[1], y2=frame[3]))
-        drawn.append(el("text", tick_label(tick), class_="tick", x=at, y=frame[3] + 16, text_anchor="middle"))
-    drawn.append(el("line", class_="axis", x1=frame[0], x2=frame[2], y1=frame[3], y2=frame[3]))
-    return drawn
-
-
-def _axis_title(words: str, x: float, y: float, anchor: str = "middle") -> Raw:
-    return el("text", words, class_="axis-title", x=x, y=y, text_anchor=anchor)
-
-
-def _path(line: Sequence[tuple[float, float]], class_: str, dash: str | None = None) -> Raw | None:
-    if len(line) < 2:
-        return None
-    return el("path", class_=class_, d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line), stroke_dasharray=dash)
-
-
-def _whisker(x: float, low: float, high: float) -> str:
-    return f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
-
-
-def _svg(title: str, described: str, size: tuple[float, float], uid: str, drawn: Sequence[Raw | None]) -> Raw:
-    heads = join(el("title", title, id=f"{uid}-t"), el("desc", described, id=f"{uid}-d"))
-    width, height = size
-    return el("svg", heads, drawn, class_="chart", viewBox=f"0 0 {width:g} {height:g}", width=width, height=height,
-              role="img", aria_labelledby=f"{uid}-t {uid}-d")  # fmt: skip

@@ -24,7 +24,8 @@ class LoadedSet:
 
     ``digest`` is the SHA-256 of every item of every split. ``counts`` has ``rows`` read, ``duplicates`` dropped,
     ``short`` passages dropped, the items of ``train`` (one per row and prompt), ``validation`` and ``test``, and
-    ``unused`` rows that shares or limit left out.
+    ``unused`` rows that shares, limit or the role left out: the terms of an analogy are only trained on, and the set
+    that it should teach never is.
     """
 
     role: SetRole
@@ -59,6 +60,7 @@ class _Origin:
 
     pool: _Pool
     record: Record
+    owner: str = ""
 
     def __str__(self) -> str:
         return f"{self.pool.label}, {self.record.place}"
@@ -75,23 +77,51 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
         tokenizer: cuts texts into passages; without one (a dry run) four characters count as a token.
 
     Raises:
-        DataError: unreadable or unusable rows, a split without items, the same content in two splits, or in the
-            forget set and in a set that is to be kept. The message names the set, the file and the row.
+        DataError: unreadable or unusable rows, a split without items, the same content in two splits, in a set that is
+            to be forgotten and in one of another role, or in a term of an analogy and in the set that it should teach.
+            The message names the set, the file and the row.
     """
     loaded: list[LoadedSet] = []
     forgotten: dict[str, _Origin] = {}
+    reached: dict[str, _Origin] = {}
     for role, spec in recipe.sets():
         name = f"{role} set '{spec.label()}'"
         try:
             pools = _read(spec, base, recipe.seed, tokenizer)
             if role == "forget":
-                forgotten = _known(pools.values())
+                forgotten = {**_known(pools.values(), name), **forgotten}
             else:
-                _refuse_overlap(forgotten, pools.values(), name)
-            loaded.append(_divide(role, spec, pools, recipe.seed))
+                _refuse_overlap(forgotten, pools.values(), name, "to be forgotten and " + _FATE[role])
+            if role == "learn" and recipe.analogy is not None:
+                reached = _known(pools.values(), name)
+            elif role == "term":
+                _refuse_overlap(reached, pools.values(), name, "to be reached by analogy and trained on")
+            loaded.append(_divide(role, spec, pools, recipe.seed, _uses(role, recipe)))
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
     return tuple(loaded)
+
+
+_FATE = {"learn": "learned", "term": "trained on", "retain": "kept", "utility": "kept"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Uses:
+    """The splits that a set's role makes use of, and those of them that it cannot do without."""
+
+    splits: tuple[Split, ...]
+    needs: tuple[Split, ...]
+    what: str
+
+
+def _uses(role: SetRole, recipe: Recipe) -> _Uses:
+    if role == "term":
+        return _Uses(("train",), ("train",), "a term of an analogy needs train items")
+    if role == "learn" and recipe.analogy is not None:
+        scored: tuple[Split, ...] = ("validation", "test")
+        return _Uses(scored, scored, "the set that an analogy should teach needs validation and test items")
+    needs = SPLITS if role in ("forget", "learn") else ()
+    return _Uses(SPLITS, needs, f"a {role} set needs train, validation and test items")
 
 
 def _read(spec: DataSet, base: Path, seed: int, tokenizer: Tokenizer | None) -> dict[Split, _Pool]:
@@ -121,12 +151,13 @@ def _ordered(records: Iterable[Record], seed: int) -> tuple[Record, ...]:
     return tuple(sorted(records, key=lambda r: (digest(seed, r.content), r.id, *r.prompts.values())))
 
 
-def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], seed: int) -> LoadedSet:
+def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], seed: int, uses: _Uses) -> LoadedSet:
     records = _split_main(spec, pools)
     for split in SPLITS:
         if split in pools and split != "train":
             records[split] = pools[split].limited
-    _refuse_empty(role, spec, pools, records)
+    records = {split: records[split] if split in uses.splits else () for split in SPLITS}
+    _refuse_empty(uses, spec, pools, records)
     _refuse_mixing(spec, pools, records)
     items: dict[Split, tuple[Item, ...]] = {
         split: tuple(record.item(template) for record in records[split] for template in spec.prompts(split))
@@ -195,11 +226,11 @@ def _allocate(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def _refuse_empty(
-    role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], records: Mapping[Split, Sequence[Record]]
+    uses: _Uses, spec: DataSet, pools: Mapping[Split, _Pool], records: Mapping[Split, Sequence[Record]]
 ) -> None:
     main = pools["train"]
     different = len({record.content for record in main.limited})
-    for split in SPLITS:
+    for split in uses.splits:
         if records[split]:
             continue
         share = getattr(spec.shares, split)
@@ -208,8 +239,8 @@ def _refuse_empty(
                 f"{main.label}: {different} different rows are too few for the {split} share of {share}; add rows, "
                 f"change `shares`, or give `validation` and `test` files"
             )
-        if role == "forget":
-            raise DataError(f"shares.{split} is 0, but a forget set needs train, validation and test items")
+        if split in uses.needs:
+            raise DataError(f"shares.{split} is 0, but {uses.what}")
 
 
 def _refuse_mixing(spec: DataSet, pools: Mapping[Split, _Pool], records: Mapping[Split, Sequence[Record]]) -> None:
@@ -229,29 +260,29 @@ def _refuse_mixing(spec: DataSet, pools: Mapping[Split, _Pool], records: Mapping
             )
 
 
-def _known(pools: Iterable[_Pool]) -> dict[str, _Origin]:
+def _known(pools: Iterable[_Pool], owner: str) -> dict[str, _Origin]:
     """Content, and for texts the whole document, to where it was first found."""
     known: dict[str, _Origin] = {}
     for pool in pools:
         for record in pool.everything:
             for key in (record.content, record.document):
-                known.setdefault(key, _Origin(pool, record))
+                known.setdefault(key, _Origin(pool, record, owner))
     return known
 
 
-def _refuse_overlap(forgotten: Mapping[str, _Origin], pools: Iterable[_Pool], name: str) -> None:
+def _refuse_overlap(known: Mapping[str, _Origin], pools: Iterable[_Pool], name: str, fates: str) -> None:
     """All rows are compared, used or not: whether a recipe is sound must not depend on its seed."""
     both = [
-        (_Origin(pool, record), forgotten.get(record.content) or forgotten[record.document])
+        (_Origin(pool, record), known.get(record.content) or known[record.document])
         for pool in pools
         for record in pool.everything
-        if record.content in forgotten or record.document in forgotten
+        if record.content in known or record.document in known
     ]
     if both:
         here, there = both[0]
         raise DataError(
-            f"the same item is to be forgotten and kept:\n  {here.record.shown()}\n"
-            f"  forget set: {there}\n  {name}: {here}\n  {_others(len(both))}remove it from one of them"
+            f"the same item is {fates}:\n  {here.record.shown()}\n"
+            f"  {there.owner}: {there}\n  {name}: {here}\n  {_others(len(both))}remove it from one of them"
         )
 
 

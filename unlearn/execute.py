@@ -24,7 +24,8 @@ from unlearn.table import render_table
 
 if TYPE_CHECKING:
     from unlearn.data import LoadedSet
-    from unlearn.pipeline import Vectors
+    from unlearn.fitted import Goal, Vectors
+    from unlearn.vector import TaskVector
 
 _FEW = 20  # items under which an accuracy moves in steps that a bound of 95 % cannot resolve
 
@@ -68,14 +69,16 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
     sets = pipe.data(base.tokenizer)
     target = pipe.teach(base, sets)
     vectors = pipe.vectors(target, sets)
-    points, chosen = pipe.sweep(target, sets, vectors.edit)
-    before, after, examples = pipe.test(target, sets, vectors.edit, chosen.coefficient)
+    weights = pipe.balance(target, sets, vectors.parts)
+    edit = pipe.edit(vectors, weights)
+    points, chosen = pipe.sweep(target, sets, edit)
+    before, after, examples = pipe.test(target, sets, edit, chosen.coefficient)
     distributed.wait()
     distributed.leave()
     if not is_main_process():
         return None  # training and scoring are shared among processes; the rest is the main one's
     rows = _rows(before, after)
-    exports = pipe.export(target, vectors.edit, CardFacts(recipe, chosen, rows))
+    exports = pipe.export(target, edit, CardFacts(recipe, chosen, rows))
     who = provenance.collect(
         loaded.source, sys.argv, {"key": key, "model": recipe.model.path, "target": target.fingerprint}
     )
@@ -87,8 +90,8 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
         sweep=points,
         examples=examples,
         data=tuple(_data_line(s) for s in sets),
-        vector=_vector_line(recipe, vectors),
-        training=vectors.logs,
+        vector=_vector_line(recipe, vectors, edit, weights, chosen.coefficient),
+        training=pipe.training(vectors),
         exports=exports,
         seconds=pipe.seconds,
         provenance=who,
@@ -160,19 +163,36 @@ def _data_line(loaded: LoadedSet) -> dict[str, Any]:
     }
 
 
-def _vector_line(recipe: Recipe, vectors: Vectors) -> dict[str, Any]:
-    spec, edit = recipe.vector, vectors.edit
+def _vector_line(
+    recipe: Recipe, vectors: Vectors, edit: TaskVector, weights: Mapping[Goal, float], coefficient: float
+) -> dict[str, Any]:
+    """What is subtracted, and for every request its share in it."""
+    spec = recipe.vector
     line: dict[str, Any] = {
-        "method": spec.method,
+        "method": " + ".join(spec.steps()),
         "rank": edit.rank(),
         "modules": len(edit.modules),
         "norm": round(edit.norm(), 4),
-        "forget_norm": round(vectors.forget.norm(), 4),
     }
+    first = next(iter(vectors.fitted.values()))
+    if len(vectors.fitted) == 1:
+        line["forget_norm"] = round(first.norm(), 4)
+    if spec.uses("contrast"):
+        line["mu"] = 1.0 if spec.mu is None else spec.mu
     if vectors.retain is not None:
-        line["mu"] = spec.mu
         line["retain_norm"] = round(vectors.retain.norm(), 4)
-        line["cosine_forget_retain"] = round(vectors.forget.cosine(vectors.retain), 4)
+        line["cosine_forget_retain"] = round(first.cosine(vectors.retain), 4)
+    if len(vectors.parts) > 1:
+        line["requests"] = [
+            {
+                "set": goal[0],
+                "name": goal[1],
+                "coefficient": round(weights[goal] * coefficient, 6),
+                "norm": round(part.norm(), 4),
+                "digest": part.digest(),
+            }
+            for goal, part in sorted(vectors.parts.items())
+        ]
     return {**line, "digest": edit.digest(), "file": "vectors/edit/vector.safetensors"}
 
 

@@ -23,7 +23,7 @@ from unlearn.errors import TrainingError
 from unlearn.models import resolve_targets
 from unlearn.negate import fit
 from unlearn.recipe import LoraSpec, TrainSpec
-from unlearn.trainer import Keep, TrainingLog, train
+from unlearn.trainer import Against, Keep, TrainingLog, train
 from unlearn.vector import LowRank, TaskVector
 
 
@@ -69,6 +69,7 @@ def train_vector(
     label: str,
     meta: Mapping[str, str],
     keep: Keep | None = None,
+    against: Against | None = None,
 ) -> tuple[TaskVector, TrainingLog]:
     """LoRA on ``rows``; the model comes back without the adapter, its own weights untouched.
 
@@ -77,12 +78,15 @@ def train_vector(
         label: What the progress bar says.
         meta: Goes into the vector's metadata.
         keep: Retain rows on which the model's predictions must not change.
+        against: A baseline's loss in place of cross-entropy. The vector is what was trained, and with these losses
+            theta + tau is the model that has forgotten ``rows``: who subtracts vectors negates it first.
 
     Raises:
         ModelError: the LoRA's targets match nothing.
         TrainingError: non-finite loss, out of memory, or an adapter that learned nothing.
+        ValueError: ``keep`` and ``against`` together.
     """
-    targets = resolve_targets(model, lora.targets)
+    targets = resolve_targets(model, lora.targets, lora.depth)
     quantised = bool(getattr(model, "is_quantized", False))
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
@@ -99,7 +103,7 @@ def train_vector(
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     try:
-        log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep)
+        log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep, against)
         vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})
     finally:
         peft_model.unload()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unlearn.charts import TOP, frontier_chart, frontier_legend, lambda_chart
+from unlearn.foresight_page import foresight_section
 from unlearn.html_parts import data_section, examples_section, footer, making_section, scroll, section, warning_list
 from unlearn.markup import Child, Raw, el, join
 from unlearn.metrics import Key, is_perplexity
@@ -55,6 +56,7 @@ def render_html(report: RunReport) -> str:
             "main",
             _frontier_section(report),
             _curves_section(report),
+            foresight_section(report),
             _scores_section(report),
             examples_section(report),
             _sweep_section(report),
@@ -137,6 +139,8 @@ def _frontier_section(report: RunReport) -> Raw:
         intro += f" Perplexities are scaled so that a rise of {number(chosen.perplexity)} lies on the bound."
     if any(share < 0 or share > TOP for p in drawable for share in p.shares.values()):
         intro += " Points beyond the axis are drawn on its edge."
+    if any(p.collapsed for p in drawable):
+        intro += " A cross: there the model's predictions have collapsed, so what it forgot says nothing."
     charts = [
         el(
             "div",
@@ -259,6 +263,8 @@ def _sweep_section(report: RunReport) -> Raw | None:
         cells = [el("td", _score(scores[k].score) if k in scores else MISSING, class_="num") for k in order]
         here = point.coefficient == report.chosen.coefficient
         verdict = "within" if point.within_bound else "; ".join(point.broken) or "broken"
+        if point.collapsed:
+            verdict = f"× predictions collapsed: {point.collapsed}; {verdict}"
         label = join(coefficient(point.coefficient), el("small", " chosen") if here else None)
         rows.append(el("tr", el("th", label, scope="row"), el("td", verdict, class_="verdict"), cells,
                        class_="here" if here else None))  # fmt: skip

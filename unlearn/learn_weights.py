@@ -137,7 +137,7 @@ def learn(
     optimiser = torch.optim.Adam(weights.values(), lr=spec.rate)
     steps: list[tuple[float, float, float]] = []
     started = time.monotonic()
-    with frozen(model), _edited(model, vector, weights) as scale, torch.enable_grad():
+    with frozen(model), weighted(model, vector, weights) as scale, torch.enable_grad():
         for step in range(spec.steps):
             draw = random.Random(f"{seed} {step}")
             rows = draw.sample(forget, min(spec.batch_size, len(forget)))
@@ -159,14 +159,14 @@ def learn(
 
 
 @dataclass
-class _Scale:
+class Scale:
     """c of the step; at 0 the model is the untouched one."""
 
     value: float = 0.0
 
 
 def _measure(
-    model: nn.Module, forget: Sequence[Encoded], retain: Sequence[Encoded], scale: _Scale, pad_id: int
+    model: nn.Module, forget: Sequence[Encoded], retain: Sequence[Encoded], scale: Scale, pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """NLL of every forget answer in nats per token, (F,), and the mean divergence on the retain answers, ()."""
     logits, wanted, row = answer_logits(model, Pad(pad_id)([*forget, *retain]))
@@ -182,9 +182,16 @@ def _measure(
 
 
 @contextmanager
-def _edited(model: nn.Module, vector: TaskVector, weights: Mapping[str, Tensor]) -> Iterator[_Scale]:
-    """Inside the ``with``, every module of the vector gives W x - c * sum_k w_k tau_k x, differentiable in w."""
-    scale = _Scale()
+def weighted(model: nn.Module, vector: TaskVector, weights: Mapping[str, Tensor]) -> Iterator[Scale]:
+    """Inside the ``with``, every module of the vector gives W x - c * sum_k w_k tau_k x, differentiable in w.
+
+    Args:
+        weights: Module path -> (r,), or (1,) for one weight on the whole change; on the device it acts on.
+
+    Yields:
+        c, to be set; it begins at 0.
+    """
+    scale = Scale()
     handles = []
     try:
         for name, (module, change) in fit(model, vector).items():
@@ -197,7 +204,7 @@ def _edited(model: nn.Module, vector: TaskVector, weights: Mapping[str, Tensor])
 
 
 def _subtract(
-    change: Change, w: Tensor, scale: _Scale, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    change: Change, w: Tensor, scale: Scale, module: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> Tensor:
     if scale.value == 0.0:
         return output

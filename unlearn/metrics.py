@@ -20,13 +20,19 @@ def default_metric(kind: Kind) -> str:
     return METRICS[kind][0]
 
 
-def forget_metric(recipe: Recipe) -> str:
-    """The metric to drive down on the forget set.
+KEPT = ("retain", "utility")  # roles whose scores must stay
+
+
+def goal_metrics(recipe: Recipe) -> tuple[Key, ...]:
+    """Keys of the scores the edit is for, in report order: to be driven down (forget) or up (learn).
+
+    ``choose.metric`` names the metric of the sets of the first one's kind; others have the default of their kind.
 
     Raises:
         EvaluationError: the recipe names one that this kind of data does not have in the search.
     """
-    kind = recipe.forget.kind
+    goals = recipe.goals()
+    kind = goals[0][1].kind
     metric = recipe.choose.metric or default_metric(kind)
     if metric not in METRICS[kind]:
         guess = nearest(metric, METRICS[kind])
@@ -34,13 +40,13 @@ def forget_metric(recipe: Recipe) -> str:
         raise EvaluationError(
             f"choose.metric: {kind} data have no {metric!r} in the search{meant} (there are {', '.join(METRICS[kind])})"
         )
-    return metric
+    return tuple((role, d.label(), metric if d.kind == kind else default_metric(d.kind)) for role, d in goals)
 
 
 def kept_metrics(recipe: Recipe) -> tuple[Key, ...]:
     """Keys of the scores that must stay within the bound: one for each retain and utility set, and lm-eval's tasks."""
-    own = [(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role != "forget"]
-    shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set != "forget"]
+    own = [(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role in KEPT]
+    shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set in KEPT]
     return (*own, *shipped)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from unlearn.cache import offline
 from unlearn.errors import ModelError
 from unlearn.hub import NETWORK_LIBRARIES, condensed, hub_failure
+from unlearn.layers import layer_of
 from unlearn.memory import is_out_of_memory
 from unlearn.quiet import quietly
 from unlearn.recipe import ModelSpec
@@ -239,15 +240,19 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def resolve_targets(model: nn.Module, targets: Literal["all-linear"] | tuple[str, ...]) -> tuple[str, ...]:
+def resolve_targets(
+    model: nn.Module, targets: Literal["all-linear"] | tuple[str, ...], depth: tuple[float, float] = (0.0, 1.0)
+) -> tuple[str, ...]:
     """Full paths of the modules a recipe's ``vector.lora.targets`` means, in the model's order.
 
     Args:
         model: a causal language model.
         targets: ``all-linear``, or names: a full path or its end (``q_proj``, ``mlp.fc1``).
+        depth: Only layers l of L with depth[0] <= (l + .5) / L <= depth[1]; modules outside the layers only when the
+            whole depth is meant.
 
     Raises:
-        ModelError: a name that matches no linear layer; lists what there is.
+        ModelError: a name that matches no linear layer, or a depth with no layer; lists what there is.
     """
     linear = tuple(linear_modules(model))
     if targets == "all-linear":
@@ -264,4 +269,19 @@ def resolve_targets(model: nn.Module, targets: Literal["all-linear"] | tuple[str
             f"vector.lora.targets: no linear layer of this {type(model).__name__} is called {', '.join(named)}. "
             f"It has {', '.join(kinds) or 'none'}"
         )
-    return tuple(path for path in linear if path in chosen)
+    return tuple(path for path in linear if path in chosen and path in _within(linear, depth))
+
+
+def _within(paths: Sequence[str], depth: tuple[float, float]) -> frozenset[str]:
+    """Those of some modules whose layer lies within a stretch of the depth."""
+    if depth == (0.0, 1.0):
+        return frozenset(paths)
+    layers = {path: layer_of(path) for path in paths}
+    count = 1 + max((n for n in layers.values() if n is not None), default=-1)
+    low, high = depth
+    found = frozenset(p for p, n in layers.items() if n is not None and low <= (n + 0.5) / count <= high)
+    if not found:
+        raise ModelError(
+            f"vector.lora.depth: none of the {count} layers lies between {low:g} and {high:g} of the depth"
+        )
+    return found

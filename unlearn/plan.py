@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from unlearn.data import LoadedSet, load_sets
-from unlearn.metrics import forget_metric, kept_metrics
+from unlearn.formula import formula, penalty, phrases
+from unlearn.metrics import goal_metrics, kept_metrics
 from unlearn.model_place import model_place
 from unlearn.recipe import DataSet, LoraSpec, Recipe, SetRole, TeachSpec, TrainSpec
 from unlearn.recipe_io import LoadedRecipe
+from unlearn.recipe_vector import NEED_RETAIN_VECTOR, ConsensusSpec
 from unlearn.rows import HUB
 from unlearn.search import rule
 
@@ -29,15 +31,15 @@ def plan(loaded: LoadedRecipe) -> str:
     Raises:
         DataError: a local data set is missing, unreadable or unfit.
         ModelError: a local model is missing or incomplete, or a ``pico:`` or ``wheel:`` name is wrong.
-        EvaluationError: the recipe's forget metric does not exist for its kind of data.
+        EvaluationError: the metric of the choice does not exist for its kind of data.
     """
     recipe, base = loaded.recipe, loaded.source.parent
     place = model_place(recipe.model, base)
-    forget = ("forget", recipe.forget.label(), forget_metric(recipe))
+    goals = goal_metrics(recipe)
     sets = {(s.role, s.name): s for s in load_sets(_local_part(recipe), base)}
     unscored = {key for key, one in sets.items() if not one.validation}
     kept = [key for key in kept_metrics(recipe) if (key[0], key[1]) not in unscored]
-    chosen = rule(recipe.choose, forget, kept)
+    chosen = rule(recipe.choose, goals, kept)
     stages = [f"{i}. {stage}" for i, stage in enumerate(_stages(recipe, sets, chosen), 1)]
     blocks = [
         ("recipe", [f"{recipe.name}  ({loaded.source})", *_first_line(recipe.description)]),
@@ -81,8 +83,8 @@ class _Examples:
 _Sets = Mapping[tuple[SetRole, str], LoadedSet]
 
 
-def _examples(recipe: Recipe, sets: _Sets, roles: Sequence[SetRole]) -> _Examples:
-    wanted = [(role, spec) for role, spec in recipe.sets() if role in roles]
+def _examples(recipe: Recipe, sets: _Sets, roles: Sequence[SetRole], name: str | None = None) -> _Examples:
+    wanted = [(role, spec) for role, spec in recipe.sets() if role in roles and name in (None, spec.label())]
     here = [sets[role, spec.label()] for role, spec in wanted if not _on_hub(spec)]
     about = any(spec.kind == "text" for _, spec in wanted)
     return _Examples(sum(len(one.train) for one in here), len(here) == len(wanted), about)
@@ -143,23 +145,68 @@ def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
         how = "all weights" if recipe.teach.lora is None else _lora(recipe.teach.lora)
         examples = _examples(recipe, sets, ("forget", "retain"))
         yield f"teach the model forget and retain sets first: {how}; {_training(recipe.teach, examples)}"
-    forget = _training(vector.forget, _examples(recipe, sets, ("forget",)))
-    yield f"fine-tune on the forget set: {_lora(vector.lora)}; {forget}"
-    if vector.method == "contrast":
-        retain = _training(vector.retain or vector.forget, _examples(recipe, sets, ("retain",)))
-        yield f"fine-tune on the retain sets, the same LoRA; {retain}"
-    formula = "theta - c * tau_f"
-    if vector.method == "contrast":
-        formula = f"theta - c * (tau_f - {vector.mu:g} * tau_r)"
+    yield from _fits(recipe, sets)
+    if words := phrases(vector):
+        yield f"make of {'each vector' if len(recipe.goals()) > 1 else 'it'} what is subtracted. {'; '.join(words)}"
+    if len(recipe.goals()) > 1:
+        yield (
+            f"balance: relative weights w of the {len(recipe.goals())} vectors, on validation items: from the best "
+            "coefficient for all of them on, one at a time is moved along the grid"
+        )
+    if recipe.forget is not None and vector.correlation is not None:
+        measured = vector.correlation
+        length = "as many steps as for the forget set" if measured.steps is None else _several(measured.steps, "step")
+        short = f"; for that {length} of fine-tuning on each retain set with train items" if recipe.retain else ""
+        yield f"foresee, on at most {_several(measured.items, 'item')} of each set, what the edit will cost{short}"
     grid = ", ".join(f"{c:g}" for c in recipe.sweep.grid())
     tasks = f", and lm-eval's {', '.join(task.task for task in recipe.eval.tasks)}" if recipe.eval.tasks else ""
     written = " (and ROUGE-L of written answers)" if recipe.eval.generate == "sweep" and _writes(recipe) else ""
     needed = ", as many of them as the choice needs" if recipe.sweep.search == "bisect" else ""
-    yield f"negate: {formula}, scored on validation items{tasks}{written} at c = {grid}{needed}"
+    edit = "add" if recipe.forget is None else "negate and add" if recipe.learn else "negate"
+    edit = "add by analogy" if recipe.analogy is not None else edit
+    where = f"scored on validation items{tasks}{written} at c = {grid}{needed}"
+    yield f"{edit}: {formula(recipe)}, {where}"
     yield f"choose c: {chosen}"
     rouge = ", with ROUGE-L of written answers" if recipe.eval.generate != "none" and _writes(recipe) else ""
     yield f"score test items before and after{rouge}; write report.json and report.html"
     yield f"export: {_export(recipe)}"
+
+
+def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
+    """Every fine-tuning that the methods need; the first says what is trained, the others that it is the same."""
+    vector, source = recipe.vector, recipe.vector.steps()[0]
+    lora = f": {_lora(vector.lora)}; "
+    clean = ""
+    if source == "msa":
+        given = vector.msa.clean if vector.msa is not None else None
+        clean = f", from the clean checkpoint {given}" if given else ", from the model before the teaching"
+    if source != "retain_only":
+        trained = [(r, d) for r, d in recipe.sets() if r in ("forget", "term") or (r == "learn" and not recipe.analogy)]
+        for role, data in trained:
+            examples = _examples(recipe, sets, (role,), data.label())
+            what = f"the {role} set" if len(trained) == 1 else f"the {role} set {data.label()}"
+            yield f"{_trained_how(recipe)} {what}{clean}{lora}{_training(vector.forget, examples)}{_extra(recipe)}"
+            lora = ", the same LoRA; "
+    if vector.uses(*NEED_RETAIN_VECTOR):
+        retain = _training(vector.retain or vector.forget, _examples(recipe, sets, ("retain",)))
+        yield f"fine-tune on the retain sets{clean}{lora}{retain}"
+
+
+def _trained_how(recipe: Recipe) -> str:
+    source = recipe.vector.steps()[0]
+    against = {"gradient_ascent": "gradient ascent", "gradient_difference": "gradient difference", "npo": "NPO"}
+    return f"train by {against[source]} on" if source in against else "fine-tune on"
+
+
+def _extra(recipe: Recipe) -> str:
+    """What a forget set's fine-tuning costs beyond its own steps."""
+    vector, found = recipe.vector, ""
+    if vector.uses("consensus"):
+        found += f"; {_several((vector.consensus or ConsensusSpec()).runs, 'time')}, with different seeds"
+    kept = recipe.penalty()
+    if kept is not None:
+        found += f"; with {penalty(kept)}, {_several(kept.batch_size, 'retain example')} in every step"
+    return found
 
 
 def _writes(recipe: Recipe) -> bool:

@@ -6,6 +6,7 @@ costs no torch. Each field's description is what ``--schema`` shows in an editor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -25,9 +26,12 @@ from unlearn.recipe_data import (
     SplitShares,
     UtilitySet,
 )
+from unlearn.recipe_training import LoraSpec, TeachSpec, TrainSpec
+from unlearn.recipe_vector import ADDABLE, BASELINES, NEED_RETAIN, RetainKLSpec, VectorSpec
 
 __all__ = [
     "SPLITS",
+    "AnalogySpec",
     "ChooseSpec",
     "DataSet",
     "EvalSpec",
@@ -73,90 +77,6 @@ class ModelSpec(Frozen):
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
 
 
-class LoraSpec(Frozen):
-    """Shape of the adapter that becomes the task vector (Hu et al. 2106.09685)."""
-
-    rank: Positive = Field(16, description="Rank r of the update.")
-    alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scale: the update is (alpha/rank) * B @ A.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="Module names (q_proj, fc1, ...), or all-linear: every linear layer but the head."
-    )
-    rslora: bool = Field(False, description="Scale by alpha/sqrt(rank) instead (2312.03732).")
-
-
-class TrainSpec(Frozen):
-    """One fine-tuning, run by transformers' Trainer."""
-
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the data.")
-    steps: Positive | None = Field(None, description="Optimiser steps; instead of epochs.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate (AdamW).")
-    batch_size: Positive = Field(8, description="Examples per step and device.")
-    accumulation: Positive = Field(1, description="Batches added up before each step.")
-    warmup: Share = Field(0.1, description="Share of the steps over which the rate rises.")
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="Rate over time.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
-    max_length: Positive = Field(512, description="Longest example in tokens; longer ones are cut at the end.")
-    gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
-    save_every: Positive | None = Field(None, description="Checkpoint every so many steps; default: 4 in all.")
-    report_to: tuple[str, ...] = Field((), description="Trainer integrations: tensorboard, wandb, ...")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainSpec:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("give epochs or steps, not both (a key set to null counts as not given)")
-        return self
-
-    def duration(self) -> tuple[float, int]:
-        """``(epochs, max_steps)`` as the Trainer takes them; 3 epochs when the recipe gives neither."""
-        if self.steps is not None:
-            return 1.0, self.steps
-        return (3.0 if self.epochs is None else self.epochs), -1
-
-
-class TeachSpec(TrainSpec):
-    """Fine-tune the base on forget and retain together to get the target model, as TOFU and MUSE do."""
-
-    lora: LoraSpec | None = Field(None, description="Teach through a LoRA that is then merged; null: all weights.")
-
-
-class RetainKLSpec(Frozen):
-    """Keep the model's predictions on retain data while the forget vector is fitted."""
-
-    sides: Literal["one", "two"] = Field(
-        "two", description="one: KL(theta || theta + tau). two: also KL(theta || theta - c*tau), the side deployed."
-    )
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Weight of the penalty against the forget loss.")
-    coefficients: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] = Field(
-        (0.5, 3.0), description="two: c is drawn from this range at every step; equal ends fix it."
-    )
-    batch_size: Positive = Field(8, description="Retain examples per step.")
-
-    @field_validator("coefficients")
-    @classmethod
-    def _ascending(cls, ends: tuple[float, float]) -> tuple[float, float]:
-        if ends[0] > ends[1]:
-            raise ValueError("the range must go from low to high")
-        return ends
-
-
-class VectorSpec(Frozen):
-    """How the task vector is made and shaped."""
-
-    method: Literal["negate", "contrast"] = Field(
-        "negate", description="negate: theta - c*tau_f. contrast: theta - c*(tau_f - mu*tau_r)."
-    )
-    mu: Annotated[float, Field(ge=0)] = Field(1.0, description="contrast: weight of the retain vector.")
-    retain_kl: RetainKLSpec | None = Field(
-        None, description="Penalty at the fitting of the forget vector that makes its negation harmless."
-    )
-    lora: LoraSpec = Field(default_factory=LoraSpec, description="Shape of the adapters.")
-    forget: TrainSpec = Field(default_factory=TrainSpec, description="Fine-tuning on the forget set.")
-    retain: TrainSpec | None = Field(
-        None, description="contrast: fine-tuning on the retain sets; like forget when not given."
-    )
-
-
 class SweepSpec(Frozen):
     """Which coefficients are tried."""
 
@@ -188,7 +108,11 @@ class SweepSpec(Frozen):
 class ChooseSpec(Frozen):
     """The rule that picks the coefficient, on validation items only (Ilharco et al. 2212.04089, section 3)."""
 
-    metric: str | None = Field(None, description="Forget metric to drive down; by kind when not given.")
+    metric: str | None = Field(
+        None,
+        description="Metric to drive down on what is forgotten, or up on what is learned; by kind when not given. "
+        "Where sets are of several kinds, that of the first one's kind.",
+    )
     keep: Share = Field(0.95, description="Share of the target model's score that every kept metric must retain.")
     perplexity: Annotated[float, Field(ge=0)] = Field(
         0.5, description="For kept metrics that are perplexities: the most they may rise."
@@ -199,7 +123,7 @@ class TaskSpec(Frozen):
     """A task that lm-eval ships, scored beside the recipe's own data."""
 
     task: str = Field(min_length=1, description="Its name in lm-eval (hellaswag, wmdp_bio, ...).")
-    set: SetRole = Field("utility", description="What it measures here.")
+    set: Literal["forget", "learn", "retain", "utility"] = Field("utility", description="What it measures here.")
     metric: str = Field("acc", description="Which of its metrics counts.")
     limit: Positive | None = Field(None, description="Use at most this many items, chosen by the seed.")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Examples in the prompt.")
@@ -234,6 +158,14 @@ class ExportSpec(Frozen):
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Largest shard of the merged weights.")
 
 
+class AnalogySpec(Frozen):
+    """a is to b as c is to the one set of ``learn``: theta + c*(tau_c + tau_b - tau_a) (2212.04089, section 5)."""
+
+    a: DataSet = Field(description="Trained on, and its vector subtracted.")
+    b: DataSet = Field(description="Trained on, and its vector added.")
+    c: DataSet = Field(description="Trained on, and its vector added.")
+
+
 class Recipe(Frozen):
     """One experiment."""
 
@@ -241,7 +173,14 @@ class Recipe(Frozen):
     description: str = Field("", description="One line for the report.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Splits, initialisation and data order.")
     model: ModelSpec = Field(description="The model that knows too much.")
-    forget: DataSet = Field(description="What must go.")
+    forget: DataSet | None = Field(None, description="What must go: its vector is subtracted (negation).")
+    also_forget: tuple[DataSet, ...] = Field(
+        (), description="Further requests, each with a vector of its own; leaving one out again withdraws it exactly."
+    )
+    learn: tuple[DataSet, ...] = Field(
+        (), description="What must come: vectors that are added (addition). With analogy: the one set it should teach."
+    )
+    analogy: AnalogySpec | None = Field(None, description="Reach the set of learn without any training item of it.")
     retain: tuple[DataSet, ...] = Field((), description="What lies near it and must stay.")
     utility: tuple[UtilitySet, ...] = Field((), description="General ability.")
     teach: TeachSpec | None = Field(None, description="First teach the model forget and retain sets.")
@@ -250,26 +189,82 @@ class Recipe(Frozen):
     choose: ChooseSpec = Field(default_factory=ChooseSpec, description="The rule that picks one.")
     eval: EvalSpec = Field(default_factory=EvalSpec, description="Scoring.")
     export: ExportSpec = Field(default_factory=ExportSpec, description="What is handed back.")
+    reuse: tuple[str, ...] = Field(
+        (),
+        description="Run folders, relative to the recipe, whose finished stages are taken over where they are what "
+        "this run would make: a vector fitted or a model taught before.",
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
-        if not self.retain:
-            if self.vector.method == "contrast":
-                raise ValueError("vector.method contrast needs a retain set: add one, or use method: negate")
-            if self.vector.retain_kl is not None:
-                raise ValueError("vector.retain_kl needs a retain set: add one, or leave it out")
-        labels = [f"{role}.{d.label()}" for role, d in self.sets()]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise ValueError(
-                    f"two {label.split('.')[0]} sets are called {label.split('.', 1)[1]!r}: give them names"
-                )
+        problem = self._goals() or self._needs() or _same_names(self.sets())
+        if problem:
+            raise ValueError(problem)
         return self
 
     def sets(self) -> tuple[tuple[SetRole, DataSet], ...]:
         """Every data set with its role, in report order."""
+        terms = (self.analogy.a, self.analogy.b, self.analogy.c) if self.analogy else ()
         return (
-            ("forget", self.forget),
+            *self.goals(),
+            *(("term", d) for d in terms),
             *(("retain", d) for d in self.retain),
             *(("utility", d) for d in self.utility),
         )
+
+    def goals(self) -> tuple[tuple[SetRole, DataSet], ...]:
+        """The sets whose scores the edit is for: to be driven down (forget) or up (learn)."""
+        first = (self.forget,) if self.forget is not None else ()
+        return (*(("forget", d) for d in (*first, *self.also_forget)), *(("learn", d) for d in self.learn))
+
+    def penalty(self) -> RetainKLSpec | None:
+        """The retain penalty of the vector's fitting, its range of coefficients filled in from the sweep."""
+        spec = self.vector.penalty()
+        if spec is None or spec.coefficients is not None:
+            return spec
+        _, low, *more = self.sweep.grid()
+        return spec.model_copy(update={"coefficients": (low, more[-1] if more else low)})
+
+    def _goals(self) -> str:
+        """Why the sets to forget and to learn do not make an experiment, or nothing."""
+        if self.forget is None and not self.learn:
+            return "forget is missing: a recipe needs a set to forget (or sets to learn, for addition and analogy)"
+        if self.also_forget and self.forget is None:
+            return "also_forget holds further requests; give the first one as forget"
+        if self.analogy is None:
+            return ""
+        if self.forget is not None or len(self.learn) != 1:
+            return "analogy needs exactly one set in learn, the one that is to be reached, and no forget set"
+        return ""
+
+    def _needs(self) -> str:
+        """What the methods need and the recipe does not have, or nothing."""
+        vector, steps = self.vector, self.vector.steps()
+        needy = next((m for m in steps if m in NEED_RETAIN), None)
+        if needy and not self.retain:
+            return f"vector.method {needy} needs a retain set: add one, or leave {needy} out"
+        if vector.penalty() is not None and not self.retain:
+            return "vector.retain_kl needs a retain set: add one, or leave it out"
+        if "msa" in steps and self.teach is None and (vector.msa is None or vector.msa.clean is None):
+            return (
+                "vector.method msa fits its vectors on a checkpoint that never saw the forget set: give it as "
+                "vector.msa.clean, or teach, or use method: contrast"
+            )
+        if "msa" in steps and self.teach is not None and vector.msa is not None and vector.msa.clean is not None:
+            return "vector.msa.clean: with teach, the clean checkpoint is the model before the teaching; leave it out"
+        unfit = next((m for m in steps if m not in ADDABLE), None)
+        if self.learn and unfit:
+            which = "a baseline of forgetting" if unfit in BASELINES else "fitted against what must be forgotten"
+            return f"vector.method {unfit} is {which}; sets of learn take {', '.join(ADDABLE)}"
+        if self.learn and vector.penalty() is not None:
+            return "vector.retain_kl makes the subtraction of a vector harmless; sets of learn are added: leave it out"
+        return ""
+
+
+def _same_names(sets: Sequence[tuple[SetRole, DataSet]]) -> str:
+    labels = [f"{role}.{d.label()}" for role, d in sets]
+    for label in labels:
+        if labels.count(label) > 1:
+            role, _, name = label.partition(".")
+            return f"two {role} sets are called {name!r}: give them names"
+    return ""

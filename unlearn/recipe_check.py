@@ -20,6 +20,11 @@ from unlearn.template import template_fields
 from unlearn.yaml_core import KeyPath, scalar_of
 
 _TRUE, _FALSE = ("on", "yes", "y"), ("off", "no", "n")
+_PLACES: tuple[KeyPath, ...] = (
+    *(("forget",), ("also_forget",), ("learn",)),
+    *(("analogy", "a"), ("analogy", "b"), ("analogy", "c")),
+    *(("retain",), ("utility",)),
+)
 
 
 class Mistake(NamedTuple):
@@ -75,11 +80,10 @@ def semantic_mistakes(data: Any) -> list[Mistake]:
 
 def data_sets(data: Any) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
     """Place and entry of every data set in unchecked recipe data that has the form of a mapping."""
-    for role in ("forget", "retain", "utility"):
-        entry = value_at(data, (role,))
-        for path, one in (
-            [((role, i), e) for i, e in enumerate(entry)] if isinstance(entry, list) else [((role,), entry)]
-        ):
+    for place in _PLACES:
+        entry = value_at(data, place)
+        many = isinstance(entry, list) and len(place) == 1
+        for path, one in [((*place, i), e) for i, e in enumerate(entry)] if many else [(place, entry)]:
             if isinstance(one, dict):
                 yield path, one
 

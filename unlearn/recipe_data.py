@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Scalar = bool | int | float | str
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-SetRole = Literal["forget", "retain", "utility"]
+SetRole = Literal["forget", "learn", "term", "retain", "utility"]
 Kind = Literal["text", "qa", "mcq"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

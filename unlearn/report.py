@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 SCHEMA = 1
-Role = Literal["forget", "retain", "utility"]
+Role = Literal["forget", "learn", "retain", "utility"]
+Verdict = Literal["irrelevant", "aligned", "contradictory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class SweepPoint:
     """All validation scores at one coefficient, and which kept metrics broke their bound there.
 
     ``share`` below 1: scored on that share of the validation items only, which was enough to rule the coefficient out.
+    ``collapsed`` says why the model counts as broken there; empty where it does not.
     """
 
     coefficient: float
@@ -68,6 +70,7 @@ class SweepPoint:
     within_bound: bool
     broken: tuple[str, ...] = ()
     share: float = 1.0
+    collapsed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,39 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class SetForesight:
+    """What could be known of one set before the edit.
+
+    ``slope`` is d/dlambda at 0 of its loss under theta - lambda * tau, in nats per unit of lambda, on ``items`` of its
+    items; the loss is that of the sweep's ``metric`` (``logprob``, negated, or ``loss``).
+
+    The rest compares the forget sets' fine-tuning with one on this set, and is empty where there is none: the
+    correlations of outputs, of changes of outputs (with its standard error) and of the two vectors, all in [-1, 1]; the
+    vectors' cosine per module; and what the theory makes of it (see :mod:`unlearn.prediction`).
+    """
+
+    set: Role
+    name: str
+    metric: str
+    slope: float
+    items: int
+    alpha_outputs: float | None = None
+    alpha_changes: float | None = None
+    alpha_stderr: float | None = None
+    alpha_vectors: float | None = None
+    modules: Mapping[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """What could be known before the edit, of the sets it is for (those to forget first) and of every kept set."""
+
+    goals: tuple[SetForesight, ...]
+    kept: tuple[SetForesight, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """Everything a run found."""
 
@@ -119,6 +155,7 @@ class RunReport:
     seconds: Mapping[str, float]
     provenance: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    foresight: Foresight | None = None
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> dict[str, Any]:
@@ -149,6 +186,7 @@ class RunReport:
                     within_bound=p["within_bound"],
                     broken=tuple(p["broken"]),
                     share=p.get("share", 1.0),
+                    collapsed=p.get("collapsed", ""),
                 )
                 for p in data["sweep"]
             ),
@@ -160,6 +198,7 @@ class RunReport:
             seconds=data["seconds"],
             provenance=data["provenance"],
             warnings=tuple(data["warnings"]),
+            foresight=_foresight(data.get("foresight")),
         )
 
 
@@ -167,3 +206,11 @@ def _chosen(data: Mapping[str, Any]) -> Chosen:
     """From JSON; reports written before there was a choice of searches have no ``search`` and no ``grid``."""
     kept = tuple(tuple(key) for key in data.get("kept", ()))
     return Chosen(**{**data, "kept": kept, "grid": tuple(data.get("grid", ()))})
+
+
+def _foresight(data: Mapping[str, Any] | None) -> Foresight | None:
+    """From JSON; older reports have none."""
+    if data is None:
+        return None
+    goals, kept = (tuple(SetForesight(**entry) for entry in data[key]) for key in ("goals", "kept"))
+    return Foresight(goals, kept)

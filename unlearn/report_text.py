@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unlearn.metrics import Key, is_perplexity
+from unlearn.metrics import KEPT, Key, is_perplexity
 from unlearn.report import RunReport, Score, ScoreRow, SweepPoint, TaskScore
 from unlearn.wording import MISSING, counted, listing, number, short, signed
 from unlearn.wording import coefficient as coefficient  # the model card takes these two from here
@@ -41,6 +41,7 @@ class FrontierPoint:
     shares: Mapping[str, float]
     within_bound: bool
     broken: tuple[str, ...]
+    collapsed: str = ""
 
     @property
     def worst(self) -> float | None:
@@ -119,7 +120,7 @@ def kept_keys(report: RunReport) -> tuple[Key, ...]:
     if report.chosen.kept:
         return report.chosen.kept
     scores = report.sweep[0].scores if report.sweep else ()
-    return tuple(s.key for s in scores if s.set != "forget")
+    return tuple(s.key for s in scores if s.set in KEPT)
 
 
 def main_keys(report: RunReport) -> tuple[Key, ...]:
@@ -153,8 +154,9 @@ def frontier(report: RunReport) -> tuple[FrontierPoint, ...]:
                 shares[label] = min(share, shares.get(label, math.inf))
         forget = [s for s in point.scores if s.set == "forget"]
         shown = next((s for s in forget if s.metric == report.chosen.forget_metric), forget[0] if forget else None)
+        forgotten = shown.score if shown else None
         points.append(
-            FrontierPoint(point.coefficient, shown.score if shown else None, shares, point.within_bound, point.broken)
+            FrontierPoint(point.coefficient, forgotten, shares, point.within_bound, point.broken, point.collapsed)
         )
     return tuple(points)
 

@@ -1,16 +1,19 @@
-"""The stages that score: the sweep over coefficients on validation items with the choice, and the test items."""
+"""The stages that score: coefficients of several vectors, the sweep on validation items with the choice, test items."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from unlearn import search, tasks
+from unlearn import joint, search, tasks
 from unlearn.answers import Answers
 from unlearn.bisect_search import bisect, may_tie
 from unlearn.console import is_main_process, say
@@ -18,14 +21,15 @@ from unlearn.data import LoadedSet
 from unlearn.distributed import share_requests
 from unlearn.early_stop import Values, beyond_doubt, worth_a_look
 from unlearn.evaluate import evaluate
-from unlearn.metrics import Key, default_metric, forget_metric
+from unlearn.metrics import Key, default_metric, goal_metrics
 from unlearn.models import Loaded
 from unlearn.negate import Edit
-from unlearn.recipe import ChooseSpec, Recipe, Split
+from unlearn.recipe import ChooseSpec, Recipe, SetRole, Split
 from unlearn.report import Chosen, Example, Score, SweepPoint, TaskScore
-from unlearn.rundir import write_json_atomic
+from unlearn.rundir import RunFolder, write_json_atomic
 from unlearn.samples import complete
 from unlearn.scoring import PackedLM
+from unlearn.stage import STAGE_FILE
 from unlearn.stages import Stages
 from unlearn.tasks import TaskSet
 from unlearn.vector import TaskVector
@@ -35,7 +39,8 @@ from unlearn.vector import TaskVector
 class _Desk:
     """What the items of one split are scored with, the same at every coefficient.
 
-    ``key`` is all that its scores depend on but the coefficient; ``vector`` the digest of what is subtracted.
+    ``key`` is all that its scores depend on but the coefficient; ``vector`` the digest of what is subtracted. A
+    combination of vectors has a ``place`` of its own and says which one it is.
     """
 
     split: Split
@@ -45,17 +50,71 @@ class _Desk:
     sets: Sequence[LoadedSet]
     key: tuple[Any, ...]
     vector: str
+    place: str = "eval"
+    says: str = ""
 
 
 class Scored(Stages):
-    """Sweep and test of one run."""
+    """Balance, sweep and test of one run."""
+
+    def __init__(self, recipe: Recipe, base: Path, folder: RunFolder) -> None:
+        super().__init__(recipe, base, folder)
+        self._twins: dict[tuple[str, float], Path] = {}  # validation scores that the balance took, by vector
+
+    def balance(
+        self, target: Loaded, sets: Sequence[LoadedSet], parts: Mapping[tuple[SetRole, str], TaskVector]
+    ) -> Mapping[tuple[SetRole, str], float]:
+        """Relative weights of what is subtracted for each goal, found on validation items; the largest is 1.
+
+        A single part has weight 1, and nothing is scored. What is scored here is not scored again by the sweep.
+        """
+        if len(parts) == 1:
+            return dict.fromkeys(parts, 1.0)
+        _, *grid = self.recipe.sweep.grid()
+        goals, names = goal_metrics(self.recipe), sorted(parts)
+        equal = joint.direction(parts, dict.fromkeys(parts, 1.0))
+        with self.announced("balance", f"coefficients of {len(parts)} vectors, together, on validation items"):
+            with Edit(target.model, equal) as edit:
+                desk = self._desk("validation", target, sets, equal, edit, self.recipe.eval.generate == "sweep")
+                points = _Points(self, desk, tasks.kept_metrics(self.recipe, desk.tasks), self.recipe.choose)
+
+            def left(point: SweepPoint) -> float:
+                return search.left(point, goals)
+
+            @functools.cache
+            def score(coefficients: tuple[float, ...]) -> SweepPoint:
+                scale = max(coefficients)
+                vector = joint.direction(parts, {n: c / scale for n, c in zip(names, coefficients, strict=True)})
+                digest = vector.digest()
+                says = ", ".join(f"{name} {c:g}" for (_, name), c in zip(names, coefficients, strict=True))
+                with Edit(target.model, vector) as edit:
+                    there = replace(desk, edit=edit, vector=digest, place=f"joint/{digest[:16]}", says=says)
+                    point = points.at(there).whole(scale)
+                    self._twins[digest, scale] = self.folder.path(self._stage(there, scale, None)[0])
+                return point
+
+            def diagonal(coefficient: float, share: float) -> SweepPoint:
+                return score((coefficient,) * len(names))
+
+            seen = None
+            if self.recipe.sweep.search == "bisect":
+                ties = all(may_tie(key[2]) for key in goals)
+                seen = [p.coefficient for p in bisect(grid, points.base, diagonal, left, ties=ties, looks=())]
+            weights, trail = joint.balance(names, grid, score, lambda a, b: left(a) < left(b), seen)
+            found = [[list(t.coefficients), left(t.point), t.point.within_bound] for t in trail]
+            self.make(
+                "joint/trail",
+                [desk.key, [parts[name].digest() for name in names], found],
+                lambda tmp: write_json_atomic(tmp / "trail.json", {"names": names, "tried": found}),
+            )
+        return weights
 
     def sweep(
         self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector
     ) -> tuple[tuple[SweepPoint, ...], Chosen]:
         """Validation scores at every coefficient, or at those the choice needs, each from the pristine weights."""
         spec, rule = self.recipe.sweep, self.recipe.choose
-        forget = ("forget", self.recipe.forget.label(), forget_metric(self.recipe))
+        goals = goal_metrics(self.recipe)
         _, *grid = spec.grid()
         what = f"{len(grid) + 1} coefficients on validation items"
         if spec.search == "bisect":
@@ -65,10 +124,11 @@ class Scored(Stages):
             kept = tasks.kept_metrics(self.recipe, desk.tasks)
             points = _Points(self, desk, kept, rule)
             if spec.search == "bisect":
-                found = bisect(grid, points.base, points, lambda p: search.left(p, forget), ties=may_tie(forget[2]))
+                ties = all(may_tie(key[2]) for key in goals)
+                found = bisect(grid, points.base, points, lambda p: search.left(p, goals), ties=ties)
             else:
                 found = (points.base, *(points.whole(c) for c in grid))
-        chosen = search.choose(found, forget, kept, rule)
+        chosen = search.choose(found, goals, kept, rule)
         return found, replace(chosen, search=spec.search, grid=tuple(grid))
 
     def test(
@@ -91,9 +151,14 @@ class Scored(Stages):
             part: The tasks with fewer items. Its folder keeps the model's answers as well.
             known: A folder with answers given at this coefficient; those are not asked for again.
         """
-        stage, parts = self._stage(desk, coefficient, part)
+        stage, parts, kind = self._stage(desk, coefficient, part)
 
         def make(tmp: Path) -> None:
+            twin = self._twin(desk, coefficient)
+            if twin is not None and part is None:
+                if is_main_process():
+                    shutil.copytree(twin, tmp, ignore=shutil.ignore_patterns(STAGE_FILE), dirs_exist_ok=True)
+                return
             desk.edit.set(-coefficient)
             if isinstance(desk.lm, PackedLM):
                 desk.lm.label = f"λ = {coefficient:g}"
@@ -117,19 +182,27 @@ class Scored(Stages):
             ):
                 write_json_atomic(tmp / f"{name}.json", found)
 
-        self.make(stage, parts, make)
+        self.make(stage, parts, make, kind)
         return self.folder.path(stage)
 
     def is_scored(self, desk: _Desk, coefficient: float) -> bool:
         """Whether all items were scored at a coefficient before."""
-        stage, parts = self._stage(desk, coefficient, None)
-        return self.folder.finished(stage, self.key(stage, parts)) is not None
+        stage, parts, kind = self._stage(desk, coefficient, None)
+        known = self.folder.finished(stage, self.key(kind, parts)) or self._twin(desk, coefficient)
+        return known is not None
 
-    def _stage(self, desk: _Desk, coefficient: float, part: TaskSet | None) -> tuple[str, list[Any]]:
-        """Name of a stage, and what it depends on."""
+    def _twin(self, desk: _Desk, coefficient: float) -> Path | None:
+        """The stage with the same scores that the balance made."""
+        wanted = desk.split == "validation" and desk.place == "eval"
+        return self._twins.get((desk.vector, coefficient)) if wanted else None
+
+    def _stage(self, desk: _Desk, coefficient: float, part: TaskSet | None) -> tuple[str, list[Any], str]:
+        """Name of a stage, what it depends on, and the name that its key has wherever it lies."""
         parts = [*desk.key, desk.vector if coefficient else None, coefficient]
-        name = f"eval/{coefficient:g}/{desk.split}"
-        return (name, parts) if part is None else (f"{name}-{part.count()}", [*parts, part.samples])
+        name = f"{coefficient:g}/{desk.split}"
+        if part is not None:
+            name, parts = f"{name}-{part.count()}", [*parts, part.samples]
+        return f"{desk.place if coefficient else 'eval'}/{name}", parts, f"eval/{name}"
 
     def _desk(
         self,
@@ -168,6 +241,12 @@ class _Points:
         self._answered: dict[float, Path] = {}
         self.base = self._told(search.judge(0.0, _scores(start), _scores(start), kept, rule))
 
+    def at(self, desk: _Desk) -> _Points:
+        """The same for another vector, judged by the same start."""
+        other = copy.copy(self)
+        other._desk, other._answered = desk, {}
+        return other
+
     def whole(self, coefficient: float) -> SweepPoint:
         """On all items."""
         place = self._stages.score(self._desk, coefficient, known=self._answered.get(coefficient))
@@ -192,7 +271,8 @@ class _Points:
     def _told(self, point: SweepPoint) -> SweepPoint:
         out = "" if point.within_bound else "   out of bounds"
         some = "" if point.share >= 1 else f", all but certain after {point.share:.0%} of the items"
-        say(f"    λ = {point.coefficient:<6g}{_brief(self._stages.recipe, point.scores)}{out}{some}")
+        where = f"{self._desk.says}  " if self._desk.says and point.coefficient else f"λ = {point.coefficient:<6g}"
+        say(f"    {where}{_brief(self._stages.recipe, point.scores)}{out}{some}")
         return point
 
 

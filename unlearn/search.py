@@ -1,7 +1,8 @@
 """Choose the coefficient by rule, on validation scores only.
 
 Ilharco et al. (2212.04089, section 3) take the coefficient that forgets most while the control task keeps at least
-95 % of its accuracy, or loses at most half a point of perplexity. The same rule here, over every kept metric.
+95 % of its accuracy, or loses at most half a point of perplexity. The same rule here, over every kept metric. Where
+there are several goals, requests to forget or sets to learn, it is what is left of them on average that counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from unlearn.errors import EvaluationError
 from unlearn.metrics import Key, is_perplexity
 from unlearn.recipe import ChooseSpec
 from unlearn.report import Chosen, SweepPoint, TaskScore
+from unlearn.wording import listing
 
 
 def judge(
@@ -46,56 +48,60 @@ def judge(
     return SweepPoint(coefficient, tuple(scores), not broken, tuple(broken))
 
 
-def choose(points: Sequence[SweepPoint], forget: Key, kept: Sequence[Key], spec: ChooseSpec) -> Chosen:
-    """The coefficient above 0 that forgets most among those within every bound; the smaller one on a tie.
+def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Key], spec: ChooseSpec) -> Chosen:
+    """The coefficient above 0 that forgets (learns) most among those within every bound; the smaller one on a tie.
 
     A point that was scored on a part of the items only (see :mod:`unlearn.early_stop`) is never chosen.
 
     Returns:
-        Coefficient 0 and ``bound_met`` False when no coefficient above 0 is within the bounds *and* forgets more than
-        the target model: the model is then left as it is.
+        Coefficient 0 and ``bound_met`` False when no coefficient above 0 is within the bounds *and* forgets (learns)
+        more than the target model: the model is then left as it is. ``forget_metric`` is the first goal's.
 
     Raises:
-        EvaluationError: the forget metric is missing at some coefficient, or a score was taken on test items.
+        EvaluationError: a goal's metric is missing at some coefficient, or a score was taken on test items.
     """
     for point in points:
         _validation(point.scores)
-    known = {p.coefficient: left(p, forget) for p in points}
+    known = {p.coefficient: left(p, goals) for p in points}
     if 0.0 not in known:
-        raise EvaluationError(_unscored(forget, 0.0))
+        raise EvaluationError(_unscored(goals[0], 0.0))
     passing = [p for p in points if p.coefficient > 0 and may_be_chosen(p) and known[p.coefficient] < known[0.0]]
     best = min(passing, key=lambda p: (known[p.coefficient], p.coefficient), default=None)
     return Chosen(
         coefficient=best.coefficient if best else 0.0,
         bound_met=best is not None,
-        rule=rule(spec, forget, kept),
-        forget_metric=forget[2],
+        rule=rule(spec, goals, kept),
+        forget_metric=goals[0][2],
         keep=spec.keep,
         perplexity=spec.perplexity,
         kept=tuple(kept),
     )
 
 
-def left(point: SweepPoint, forget: Key) -> float:
-    """What the model still knows of the forget set at a point, in the forget metric: larger is more.
+def left(point: SweepPoint, goals: Sequence[Key]) -> float:
+    """What is left to do at a point, to be made as small as can be: the mean over the goals.
+
+    Of a forget set it is what the model still knows, its score; of a set to learn, the score negated. Where a metric is
+    better when lower, the other way round.
 
     Raises:
-        EvaluationError: the point has no score of that metric.
+        EvaluationError: the point has no score of a goal's metric.
     """
-    for score in point.scores:
-        if score.key == forget:
-            return score.score.value if score.higher_is_better else -score.score.value
-    raise EvaluationError(_unscored(forget, point.coefficient))
+    return math.fsum(_left(point, goal) for goal in goals) / len(goals)
 
 
 def may_be_chosen(point: SweepPoint) -> bool:
     """Whether the rule's bounds hold at a point, and that on all items."""
-    return point.within_bound and point.share >= 1
+    return point.within_bound and not point.collapsed and point.share >= 1
 
 
-def rule(spec: ChooseSpec, forget: Key, kept: Sequence[Key]) -> str:
+def rule(spec: ChooseSpec, goals: Sequence[Key], kept: Sequence[Key]) -> str:
     """The rule in words, for reports."""
-    goal = f"most forgetting of {forget[1]} ({forget[2]}) on validation items"
+    wanted = []
+    for role, verb in (("forget", "forgetting"), ("learn", "learning")):
+        of = [f"{name} ({metric})" for set_, name, metric in goals if set_ == role]
+        wanted += [f"{verb} of {listing(of)}"] if of else []
+    goal = f"most {listing(wanted)} on validation items" + (", on average" if len(goals) > 1 else "")
     if not kept:
         return goal + "; nothing was asked to be kept"
     bounds = []
@@ -111,8 +117,16 @@ def say_key(key: Key) -> str:
     return f"{key[0]} {key[1]} {key[2]}"
 
 
-def _unscored(forget: Key, coefficient: float) -> str:
-    return f"the forget metric {say_key(forget)} has no validation score at coefficient {coefficient:g}"
+def _left(point: SweepPoint, goal: Key) -> float:
+    for score in point.scores:
+        if score.key == goal:
+            down = (goal[0] == "forget") == score.higher_is_better
+            return score.score.value if down else -score.score.value
+    raise EvaluationError(_unscored(goal, point.coefficient))
+
+
+def _unscored(goal: Key, coefficient: float) -> str:
+    return f"the {goal[0]} metric {say_key(goal)} has no validation score at coefficient {coefficient:g}"
 
 
 def _broken(here: TaskScore, before: TaskScore, spec: ChooseSpec) -> str:

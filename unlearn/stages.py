@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unlearn.console import say
+from unlearn.console import is_main_process, say
 from unlearn.distributed import wait
-from unlearn.provenance import LIBRARIES, versions
+from unlearn.errors import RunFolderError
+from unlearn.provenance import LIBRARIES, tidy, versions
 from unlearn.recipe import Recipe
 from unlearn.rundir import RunFolder, fingerprint
+from unlearn.stage import STAGE_FILE, damage_of, read_record
 
-STAGES = ("load", "data", "teach", "finetune", "sweep", "test", "export")
+STAGES = ("load", "data", "teach", "finetune", "balance", "sweep", "test", "export")
 
 
 class Stages:
@@ -35,23 +38,49 @@ class Stages:
         """The key of a stage that depends on ``parts``."""
         return fingerprint(self._libraries, name, *parts)
 
-    def make(self, name: str, parts: Sequence[Any], make: Callable[[Path], object]) -> None:
-        """Make a stage unless it is there already under the same key."""
-        key = self.key(name, parts)
+    def make(self, name: str, parts: Sequence[Any], make: Callable[[Path], object], kind: str = "") -> None:
+        """Make a stage unless it is there already under the same key.
+
+        ``kind`` stands for the name in the key, where stages of several names may hold one thing.
+        """
+        key = self.key(kind or name, parts)
         self.stages[name] = key
         done = self.folder.finished(name, key)
         wait()  # nobody may look for a stage that another process is writing
         if done is None:
+            found = self._elsewhere(key)
             with self.folder.writing(name, key) as tmp:
-                make(tmp)
+                if found is None:
+                    make(tmp)
+                elif is_main_process():
+                    shutil.copytree(found, tmp, ignore=shutil.ignore_patterns(STAGE_FILE), dirs_exist_ok=True)
             wait()
+            if found is not None:
+                say(f"    {name}: taken from {tidy(str(found))}", style="dim")
         else:
             say(f"    {name}: as before", style="dim")
+
+    def _elsewhere(self, key: str) -> Path | None:
+        """A whole and undamaged stage of this key in one of the run folders that the recipe lets us take from.
+
+        Raises:
+            RunFolderError: one of them is not there.
+        """
+        for given in self.recipe.reuse:
+            root = self.base / given
+            if not root.is_dir():
+                raise RunFolderError(f"reuse: there is no run folder {root}; remove it from the recipe")
+            for seal in sorted(root.rglob(STAGE_FILE)):
+                record = read_record(seal.parent)
+                if record is not None and record.key == key and not damage_of(seal.parent, record, "sha256"):
+                    return seal.parent
+        return None
 
     @contextmanager
     def announced(self, stage: str, what: str) -> Iterator[None]:
         """Say which stage begins, and what it took, in this run or in the one that made it."""
-        stages = [s for s in STAGES if s != "teach" or self.recipe.teach is not None]
+        absent = {"teach": self.recipe.teach is None, "balance": len(self.recipe.goals()) < 2}
+        stages = [s for s in STAGES if not absent.get(s)]
         say(f"[{stages.index(stage) + 1}/{len(stages)}] {stage}: {what}", style="bold")
         before = set(self.stages)
         started = time.monotonic()

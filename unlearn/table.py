@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unlearn.prediction import dearest, how_good, of_report
 from unlearn.report import RunReport, Score, ScoreRow
 from unlearn.report_text import (
     final_shares,
@@ -21,9 +22,9 @@ from unlearn.report_text import (
 )
 from unlearn.wording import coefficient, duration, signed
 
-_COLOUR = {"forget": "dark_orange", "retain": "blue", "utility": "green"}
+_COLOUR = {"forget": "dark_orange", "learn": "magenta", "retain": "blue", "utility": "green"}
 _ASCII = str.maketrans({"λ": "lambda", "±": "+/-", "−": "-", "–": "-", "→": "->", "×": "x", "≥": ">=", "≤": "<=",
-                        "↑": "^", "↓": "v", "∞": "inf", "⁻": "-", "…": "..."}
+                        "↑": "^", "↓": "v", "∞": "inf", "α": "alpha", "⁻": "-", "…": "..."}
                        | {c: str(i) for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})  # fmt: skip
 
 
@@ -45,6 +46,7 @@ def render_table(report: RunReport, console: Console) -> None:
         facts.append(
             ("kept at worst", f"{kept_figure(report, row)} ({row.set}/{row.name} {row.metric}, {row.split} items)")
         )
+    facts += _foreseen(report)
     facts += [(name.replace("_", " "), place) for name, value in report.exports.items() if (place := _place(value))]
     facts.append(("time", duration(total_seconds(report))))
     grid = Table.grid(padding=(0, 2))
@@ -53,6 +55,12 @@ def render_table(report: RunReport, console: Console) -> None:
     for name, value in facts:
         grid.add_row(write.text(name), write.text(value))
     console.print(grid)
+
+
+def _foreseen(report: RunReport) -> list[tuple[str, str]]:
+    """What was known before the edit of the kept set that was to lose most, and how good the predictions were."""
+    line, found = dearest(report), of_report(report)
+    return [] if line is None or found is None else [("foreseen", line), ("prediction", how_good(found)[0])]
 
 
 def _place(export: object) -> str | None:

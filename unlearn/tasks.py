@@ -27,7 +27,8 @@ from unlearn.data import LoadedSet
 from unlearn.errors import EvaluationError
 from unlearn.item_files import MEMORY_TOKENS, items_path, write_items
 from unlearn.metrics import Key
-from unlearn.recipe import Recipe, SetRole, Split, TaskSpec
+from unlearn.recipe import Recipe, Split, TaskSpec
+from unlearn.report import Role
 from unlearn.silence import quiet_harness
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 class TaskInfo:
     """What a task's scores stand for. ``metrics`` None: all of them count."""
 
-    set: SetRole
+    set: Role
     name: str
     split: Split
     metrics: tuple[str, ...] | None = None
@@ -114,7 +115,7 @@ def build_tasks(
     recite = generate or recipe.eval.engine == "packed" or recipe.choose.metric == "exact_memorisation"
     with quiet_harness():
         for loaded in sets:
-            if not _has_items(loaded, split):
+            if loaded.role == "term" or not _has_items(loaded, split):
                 continue
             for name, config in _configs(loaded, items_path(folder, loaded, split), generate, recite):
                 _claim(name, info)
@@ -147,7 +148,8 @@ def build_tasks(
 def _has_items(loaded: LoadedSet, split: Split) -> bool:
     if getattr(loaded, split):
         return True
-    if loaded.role != "forget" and getattr(loaded.spec, split) is None and getattr(loaded.spec.shares, split) == 0:
+    wanted = loaded.role in ("forget", "learn")
+    if not wanted and getattr(loaded.spec, split) is None and getattr(loaded.spec.shares, split) == 0:
         return False  # the recipe says so: a set that is only trained on, or only reported
     raise EvaluationError(
         f"{loaded.role} set {loaded.name!r} has no {split} items: raise shares.{split}, add rows, "

@@ -1,4 +1,4 @@
-"""transformers' Trainer with what this project needs of it: order by seed, checkpoints that are whole, a penalty."""
+"""transformers' Trainer with what this project needs of it: order by seed, whole checkpoints, other losses."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from unlearn.batches import IGNORE, ByLength, Encoded, Pad, beside
+from unlearn.batches import ByLength, Encoded, Pad, answers
 from unlearn.console import progress
 from unlearn.errors import TrainingError
+from unlearn.frozen import with_answers
 from unlearn.memory import is_out_of_memory
-from unlearn.methods.retain_kl import multiples, only_at, penalty, scaled_rows
-from unlearn.recipe import RetainKLSpec, TrainSpec
+from unlearn.methods.retain_kl import only_at, scaled_rows
+from unlearn.objectives import Against, Answers, Keep, Objective, Share, all_labels, mend, objective
+from unlearn.recipe import TrainSpec
+
+__all__ = ["Against", "Keep", "TrainingLog", "last_checkpoint", "train"]
 
 _WHOLE = "unlearn_checkpoint_is_whole"
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Retain rows and the penalty that holds the model's predictions on them."""
-
-    rows: Sequence[Encoded]
-    spec: RetainKLSpec
-
-
-@dataclass(frozen=True)
 class TrainingLog:
-    """What a fine-tuning did. ``losses`` has one value per optimiser step, in nats per trained token."""
+    """What a fine-tuning did.
+
+    ``losses`` has one value per optimiser step, of what was minimised: nats per trained token (with gradient ascent
+    minus those), and for NPO 2/beta times nats per answer.
+    """
 
     examples: int
     steps: int
@@ -66,8 +65,21 @@ def train(
     work: Path,
     label: str,
     keep: Keep | None = None,
+    against: Against | None = None,
 ) -> TrainingLog:
-    """Run the Trainer over ``rows``, from the last whole checkpoint in ``work`` if there is one."""
+    """Run the Trainer over ``rows``, from the last whole checkpoint in ``work`` if there is one.
+
+    Args:
+        keep: Retain rows whose predictions must not change, in addition to the loss on ``rows``.
+        against: A baseline's loss in place of cross-entropy, ``rows`` being what is to be forgotten.
+
+    Raises:
+        TrainingError: non-finite loss, out of memory, a row without an answer, or no step made.
+        ValueError: ``keep`` and ``against`` together.
+    """
+    minimised = objective(keep, against)
+    if against is not None and len(with_answers(rows)) < len(rows):
+        raise TrainingError(f"{label}: {against.loss} needs rows with a token to be predicted, and one has none")
     epochs, max_steps = spec.duration()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_epoch = math.ceil(math.ceil(len(rows) / (spec.batch_size * processes)) / spec.accumulation)
@@ -105,12 +117,12 @@ def train(
     with progress(label, total) as advance:
         trainer = _Trainer(
             order,
-            keep,
+            minimised,
             model=model,
             args=arguments,
             train_dataset=list(rows),
             data_collator=Pad(tokenizer.pad_token_id),
-            callbacks=[_Watch(advance, order)],
+            callbacks=[_Watch(advance, order, mend(against))],
         )
         trainer.pop_callback(PrinterCallback)
         try:
@@ -147,20 +159,27 @@ def last_checkpoint(work: Path) -> str | None:
 
 
 class _Trainer(Trainer):
-    """The Trainer, with the order of rows given, and with the retain penalty added to the loss where there is one."""
+    """The Trainer, with the order of rows given, and with another objective than cross-entropy where there is one."""
 
-    def __init__(self, order: ByLength, keep: Keep | None, **options: Any) -> None:
+    def __init__(self, order: ByLength, minimised: Objective | None, **options: Any) -> None:
         super().__init__(**options)
         self._order = order
-        self._keep = keep
+        self._objective = minimised
         self._step, self._calls = -1, 0
+        self._batches, self._rows = 1, 0
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> ByLength:
         return self._order
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one step; how many they are and how many rows they have, for means over all of them."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._batches, self._rows = len(found[0]), sum(len(batch["input_ids"]) for batch in found[0])
+        return found
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """One batch forward and backward; with a penalty the retain rows' copies go in beside the forget rows."""
-        if self._keep is None:
+        """One batch forward and backward; an objective may put other rows, and copies, beside the forget rows."""
+        if self._objective is None:
             return super().training_step(model, inputs, *args, **kwargs)
         # drawn from the step's own seed, so that a resumed training sees what an uninterrupted one sees; counted
         # anew at each step, because the last one of an epoch may have fewer batches
@@ -168,41 +187,39 @@ class _Trainer(Trainer):
             self._step, self._calls = self.state.global_step, 0
         self._calls += 1
         draw = random.Random(f"{self.args.seed} {self._step} {self._calls} {self.args.process_index}")
-        spec = self._keep.spec
-        retain = draw.sample(self._keep.rows, min(spec.batch_size, len(self._keep.rows)))
-        c = draw.uniform(*spec.coefficients) if spec.sides == "two" else None
-        factors = multiples(len(inputs["input_ids"]), len(retain), c)
-        copies = (len(factors) - len(inputs["input_ids"])) // len(retain)
-        batch = beside(inputs, self.data_collator(retain), copies, self.data_collator.pad_id)
+        batch, factors = self._objective.batch(inputs, self.data_collator, draw)
         with scaled_rows(self.accelerator.unwrap_model(model), factors):
             return super().training_step(model, batch, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy on the forget rows plus the penalty on the others, from the positions that predict a label."""
-        if self._keep is None:
+        """The objective's loss, from the positions that predict a label."""
+        if self._objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels, retain = inputs["labels"], inputs["retain_labels"]  # (F, T), (K, T)
-        copies = (len(inputs["input_ids"]) - len(labels)) // len(retain)
-        predicts = torch.cat([labels, *[retain] * copies])[:, 1:] != IGNORE
-        with only_at(self.accelerator.unwrap_model(model), functional.pad(predicts, (0, 1))):
+        positions, targets, rows = answers(all_labels(inputs))
+        with only_at(self.accelerator.unwrap_model(model), positions):
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits  # (N, V)
-        wanted = labels[:, 1:][labels[:, 1:] != IGNORE]
-        count = len(wanted) if num_items_in_batch is None else num_items_in_batch
-        loss = functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum") / count
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # which averages the gradients
-        extra = self._keep.spec.weight * penalty(logits[len(wanted) :], copies)
-        return loss + extra / self.args.gradient_accumulation_steps
+        said = Answers(logits, targets, rows)
+        return self._objective.loss(said, len(inputs["labels"]), self._share(num_items_in_batch))
+
+    def _share(self, tokens: Any) -> Share:
+        """What the batch is of its step; the Trainer itself divides by the batches where it counts no tokens."""
+        if tokens is None:
+            return Share()
+        # the tokens are counted over all processes, whose gradients are averaged; rows and batches over this one's,
+        # and every process has as many of them
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return Share(tokens / processes, self._rows, self._batches)
 
 
 class _Watch(TrainerCallback):
     """Moves the bar, sets the order of each epoch, stops on a non-finite loss, and marks checkpoints that are whole."""
 
-    def __init__(self, advance: Callable[[int], None], order: ByLength) -> None:
+    def __init__(self, advance: Callable[[int], None], order: ByLength, advice: str) -> None:
         self._advance = advance
         self._order = order
+        self._advice = advice
         self._seen = 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -218,9 +235,7 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} at step {state.global_step}: lower learning_rate, or use dtype: float32"
-            )
+            raise TrainingError(f"the loss became {loss} at step {state.global_step}: {self._advice}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -90,7 +90,7 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
+def write_json(path: Path | None, result: Any) -> None:
     """Keep a result in a file, if one is wanted."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

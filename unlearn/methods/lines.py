@@ -6,14 +6,11 @@ former. The paper writes alpha and beta, and counts layers from 1.
 
 from __future__ import annotations
 
-import re
-
 from unlearn.changes import Change, listed
 from unlearn.errors import VectorError
+from unlearn.layers import layer_of
 from unlearn.methods.checks import check_left, check_moved, check_number
 from unlearn.vector import TaskVector
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)(?:\.|$)")
 
 
 def lines(
@@ -57,9 +54,3 @@ def lines(
         return change.scaled(a + b * layer / max(count - 1, 1))
 
     return check_left("lines", vector.map(shape), vector, "raise a or b")
-
-
-def layer_of(name: str) -> int | None:
-    """The layer number in a module path (``model.layers.3.mlp.fc1``, ``transformer.h.3.attn.c_attn``), from 0."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None

@@ -1,0 +1,304 @@
+"""One pair and seed of the methods' benchmark: the vectors are fitted once, then every method is scored with them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.model import LM
+from methods_pairs import KNOWN, NATS
+from methods_pairs import recipe as recipe_of
+
+from unlearn import finetune, models, tasks
+from unlearn.data import LoadedSet, load_sets
+from unlearn.errors import EvaluationError
+from unlearn.evaluate import evaluate
+from unlearn.fetch import locate
+from unlearn.models import Loaded
+from unlearn.negate import Edit
+from unlearn.quiet import quiet_libraries
+from unlearn.recipe import ChooseSpec, Recipe, RetainKLSpec, Split, TrainSpec, VectorSpec
+from unlearn.recipe_vector import NEED_RETAIN_VECTOR
+from unlearn.report import Score, SweepPoint, TaskScore
+from unlearn.scoring import PackedLM
+from unlearn.search import choose, judge
+from unlearn.shaping import Materials, shape
+from unlearn.trainer import Against, Keep
+from unlearn.vector import TaskVector
+
+GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+BOUNDS = (0.95, 0.9)
+AREA = tuple(0.8 + 0.02 * i for i in range(11))  # bounds that the area under the frontier is the mean over
+LEAST = 0.05  # nats; a smaller loss is not told from none
+HOPELESS = 0.7  # of a kept score: where two coefficients in a row are below it, larger ones are not looked at
+Scores = dict[tuple[str, str, str], float]  # (set, name, metric) -> value
+
+
+@dataclass
+class Cell:
+    """What the methods of one pair and seed share. Vectors are fitted when they are first asked for, and kept on disk.
+
+    ``clean`` is the model before it was taught, where the pair teaches; ``used`` the fittings that a method needed,
+    with the seconds they took.
+    """
+
+    recipe: Recipe
+    base: Path
+    target: Loaded
+    work: Path
+    clean: Callable[[], Loaded] | None = None
+    used: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.base_scores: dict[str, Scores] = {}
+        self.sets = load_sets(self.recipe, self.base, self.target.tokenizer)
+        self.lm: LM = PackedLM(self.target.model, self.target.tokenizer)
+        self.near = [s for s in self.sets if s.role == "retain" and s.train]
+        self.tasks = {split: self._tasks(split) for split in ("validation", "test")}
+
+    def _tasks(self, split: Split) -> tasks.TaskSet:
+        items = Path(tempfile.mkdtemp())
+        return tasks.build_tasks(self.sets, split, self.recipe, self.target.tokenizer, items, generate=False)
+
+    def rows(self, sets: Sequence[LoadedSet]) -> list[Any]:
+        """Training rows of some sets."""
+        length = self.recipe.vector.forget.max_length
+        return [r for s in sets for r in finetune.encode(s.train, s.spec.kind, self.target.tokenizer, length)]
+
+    def once(self, split: Split) -> Scores:
+        """Scores of the untouched model, taken once."""
+        if split not in self.base_scores:
+            self.base_scores[split] = self.score(split)
+        return self.base_scores[split]
+
+    def score(self, split: Split) -> Scores:
+        """Every metric of the model as it is now."""
+        found = evaluate(self.lm, self.tasks[split], model_name="bench", bootstrap=0)
+        return {s.key: s.score.value for s in found.scores}
+
+    def fitted(self, name: str, fit: Callable[[Path], tuple[TaskVector, Any]]) -> TaskVector:
+        """A fitted vector, from disk if it was fitted before."""
+        place = self.work / f"{name}.safetensors"
+        if not place.exists():
+            self.work.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                started = time.monotonic()
+                vector, log = fit(Path(scratch))
+                took = time.monotonic() - started
+            print(f"    {name}: loss {log.losses[0]:.2f} to {log.losses[-1]:.2f}, {took:.0f} s", flush=True)
+            (self.work / f"{name}.seconds").write_text(f"{took:.1f}")
+            vector.save(place)
+        self.used[name] = float((self.work / f"{name}.seconds").read_text())
+        return TaskVector.load(place)
+
+    def fit(
+        self,
+        name: str,
+        sets: Sequence[LoadedSet],
+        keep: RetainKLSpec | None = None,
+        seed: int | None = None,
+        model: Loaded | None = None,
+        depth: tuple[float, float] = (0.0, 1.0),
+        against: Against | None = None,
+    ) -> TaskVector:
+        """LoRA on some sets, with the recipe's training."""
+        spec, on = self.recipe.vector, model or self.target
+        lora = spec.lora.model_copy(update={"depth": depth})
+        held = Keep(self.rows(self.near), keep) if keep else None
+        return self.fitted(
+            name,
+            lambda scratch: finetune.train_vector(
+                on.model,
+                on.tokenizer,
+                self.rows(sets),
+                spec.forget,
+                lora,
+                self.recipe.seed if seed is None else seed,
+                scratch,
+                name,
+                {},
+                held,
+                against,
+            ),
+        )
+
+    def forget(self, run: int = 0) -> TaskVector:
+        """The plain forget vector; of other initialisations and orders for other runs."""
+        return self.fit("forget" + f"-{run}" * bool(run), self.sets[:1], seed=self.recipe.seed + 100 * run)
+
+    def retain(self) -> TaskVector:
+        """The plain retain vector."""
+        return self.fit("retain", self.near)
+
+    def shaped(self, vector: TaskVector, retain: TaskVector | None = None, **how: Any) -> TaskVector:
+        """A vector shaped by methods, with their settings as in a recipe's ``vector`` block."""
+        spec = VectorSpec.model_validate(how)
+        if retain is None and spec.uses(*NEED_RETAIN_VECTOR):
+            retain = self.retain()
+        have = Materials(
+            self.target.model,
+            self.target.tokenizer.pad_token_id,
+            self.recipe.seed,
+            vector,
+            retain,
+            self.rows(self.sets[:1]),
+            self.rows(self.near),
+        )
+        return shape(vector, spec.steps(), spec, have)
+
+    def keys(self, roles: Sequence[str], metrics: Mapping[str, str]) -> list[tuple[str, str, str]]:
+        """Score keys of the sets of some roles, by a metric for each kind of data."""
+        return [(s.role, s.name, metrics[s.spec.kind]) for s in self.sets if s.role in roles]
+
+
+def teach(pair: str, work: Path) -> None:
+    """Teach the model the passages, once for all cells; other pairs need nothing."""
+    place = work / pair / "target"
+    if pair != "passages" or (place / "config.json").is_file():
+        return
+    plain, base = recipe_of(pair, 0, work / pair)
+    recipe = Recipe.model_validate_json(json.dumps(plain))
+    loaded = models.load(recipe.model, locate(recipe.model, base))
+    sets = load_sets(recipe, base, loaded.tokenizer)
+    learned = [s for s in sets if s.role in ("forget", "retain")]
+    everything = [
+        row
+        for s in learned
+        for items in (s.train, s.validation, s.test)
+        for row in finetune.encode(items, "text", loaded.tokenizer, 96)
+    ]
+    distinct = list(dict.fromkeys(everything))
+    spec = TrainSpec(epochs=12, batch_size=12, learning_rate=1e-4, max_length=96)
+    print(f"    teaching {len(distinct)} passages", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        log = finetune.train_weights(loaded.model, loaded.tokenizer, distinct, spec, 0, Path(scratch), "teaching")
+    print(f"    taught: loss {log.losses[0]:.2f} to {log.losses[-1]:.2f}, {log.seconds:.0f} s", flush=True)
+    loaded.tokenizer.save_pretrained(place)
+    loaded.model.save_pretrained(place)
+
+
+def run_cell(pair: str, seed: int, work: Path, only: Sequence[str], threads: int) -> list[dict[str, Any]]:
+    """Every method on one pair and seed: a row for each method and bound. In a process of its own."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    plain, base = recipe_of(pair, seed, work / pair)
+    recipe = Recipe.model_validate_json(json.dumps(plain))
+    where = locate(recipe.model, base)
+    target = models.load(recipe.model, str(work / pair / "target") if pair == "passages" else where)
+    clean = (lambda: models.load(recipe.model, where)) if pair == "passages" else None
+    cell = Cell(recipe, base, target, work / pair / str(seed), clean)
+    return [row for name in _names(cell, only) for row in _method(cell, name)]
+
+
+def _names(cell: Cell, only: Sequence[str]) -> list[str]:
+    """The methods that make sense on a pair."""
+    from methods_tried import METHODS, TAUGHT_ONLY
+
+    unknown = [name for name in only if name not in METHODS]
+    if unknown:
+        raise EvaluationError(f"no method {unknown[0]!r} here; there are {', '.join(METHODS)}")
+    return [n for n in METHODS if (not only or n in only) and (cell.clean is not None or n not in TAUGHT_ONLY)]
+
+
+def _method(cell: Cell, name: str) -> list[dict[str, Any]]:
+    """Rows of one method, from disk if it was run before."""
+    from methods_tried import METHODS
+
+    place = cell.work / f"method-{name}.json"
+    if not place.is_file():
+        print(f"  {cell.recipe.name} {cell.recipe.seed} {name}", flush=True)
+        cell.used = {}
+        started = time.monotonic()
+        vector = METHODS[name](cell)
+        fitting = sum(cell.used.values())
+        seconds = fitting + max(0.0, time.monotonic() - started - fitting)
+        place.write_text(json.dumps(_rows(cell, name, vector, round(seconds, 1)), indent=1), encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(place.read_text(encoding="utf-8"))
+    return found
+
+
+def _rows(cell: Cell, name: str, vector: TaskVector, seconds: float) -> list[dict[str, Any]]:
+    known = cell.keys(("forget",), KNOWN)[0]
+    kept = cell.keys(("retain", "utility"), KNOWN)
+    near, far = cell.keys(("retain",), KNOWN), cell.keys(("utility",), KNOWN)
+    forget_nats, near_nats = cell.keys(("forget",), NATS), cell.keys(("retain",), NATS)
+    with Edit(cell.target.model, vector) as edit:
+        path = _path(cell, edit, kept)
+        rows = []
+        before = cell.once("test")
+        for bound in BOUNDS:
+            points = [_point(c, scores, path[0.0], kept, bound) for c, scores in path.items()]
+            chosen = choose(points, (known,), kept, ChooseSpec(keep=bound)).coefficient
+            edit.set(-chosen)
+            after = cell.score("test") if chosen else before
+            lost = {
+                what: sum(_lost(before, after, key) for key in keys) / len(keys)
+                for what, keys in (("forget", forget_nats), ("near", near_nats), ("far", cell.keys(("utility",), NATS)))
+            }
+            rows.append(
+                {
+                    "pair": cell.recipe.name,
+                    "method": name,
+                    "seed": cell.recipe.seed,
+                    "kept_bound": bound,
+                    "coefficient": chosen,
+                    "forget_before": before[known],
+                    "forget_after": after[known],
+                    "kept_before": sum(before[k] for k in near) / len(near),
+                    "kept_after": sum(after[k] for k in near) / len(near),
+                    "general_before": sum(before[k] for k in far) / len(far),
+                    "general_after": sum(after[k] for k in far) / len(far),
+                    "forget_nats": lost["forget"],
+                    "kept_nats": lost["near"],
+                    "general_nats": lost["far"],
+                    "selectivity": lost["forget"] / max(lost["near"], LEAST),
+                    "area": _area(path, known, kept),
+                    "seconds": seconds,
+                    "validation": {str(c): {"/".join(k): v for k, v in scores.items()} for c, scores in path.items()},
+                }
+            )
+    return rows
+
+
+def _path(cell: Cell, edit: Edit, kept: Sequence[tuple[str, str, str]]) -> dict[float, Scores]:
+    """Validation scores along the grid, as far as something may still be kept."""
+    found = {0.0: cell.once("validation")}
+    below = 0
+    for c in GRID:
+        edit.set(-c)
+        found[c] = cell.score("validation")
+        below = below + 1 if any(found[c][k] < HOPELESS * found[0.0][k] for k in kept) else 0
+        if below == 2:
+            break
+    return found
+
+
+def _point(c: float, scores: Scores, base: Scores, kept: Sequence[Any], bound: float) -> SweepPoint:
+    here, there = ([_score(k, v) for k, v in s.items()] for s in (scores, base))
+    return judge(c, here, there, kept, ChooseSpec(keep=bound))
+
+
+def _score(key: tuple[str, str, str], value: float) -> TaskScore:
+    role: Any = key[0]
+    return TaskScore(role, key[1], "validation", key[2], key[2] not in ("loss", "perplexity"), Score(value, None, 1))
+
+
+def _lost(before: Scores, after: Scores, key: tuple[str, str, str]) -> float:
+    """Nats lost; ``logprob`` falls where ``loss`` rises."""
+    return after[key] - before[key] if key[2] == "loss" else before[key] - after[key]
+
+
+def _area(path: Mapping[float, Scores], forget: tuple[str, str, str], kept: Sequence[Any]) -> float:
+    """Mean over bounds from 80 to 100 % of the largest share of the forget score that goes within the bound."""
+    base = path[0.0]
+    gone = []
+    for bound in AREA:
+        within = [s for s in path.values() if all(s[k] >= bound * base[k] - 1e-9 for k in kept)]
+        gone.append(max(1 - s[forget] / base[forget] for s in within))
+    return sum(gone) / len(gone)

@@ -1,0 +1,93 @@
+"""The methods of the benchmark by name: each takes a cell and gives what is subtracted.
+
+Hyperparameters are the papers' or the recipe's defaults, but for those chosen on capitals, seed 0, which say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from unlearn.methods.consensus import consensus
+from unlearn.methods.msa import msa
+from unlearn.methods.random_vector import random_like
+from unlearn.recipe import RetainKLSpec
+from unlearn.trainer import Against
+from unlearn.vector import TaskVector
+
+if TYPE_CHECKING:
+    from methods_cell import Cell
+
+DEEP = (0.73, 1.0)  # chosen on capitals: the last 8 of 30 layers
+TAUGHT_ONLY = ("msa",)
+
+
+def _one_sided(cell: Cell) -> TaskVector:
+    return cell.fit("one_sided", cell.sets[:1], RetainKLSpec(sides="one", batch_size=8))
+
+
+def _two_sided(cell: Cell) -> TaskVector:
+    return cell.fit("two_sided", cell.sets[:1], RetainKLSpec(sides="two", coefficients=(1.0, 4.0), batch_size=8))
+
+
+def _fixed(cell: Cell) -> TaskVector:
+    return cell.fit("two_sided_fixed", cell.sets[:1], RetainKLSpec(sides="two", coefficients=(2.0, 2.0), batch_size=8))
+
+
+def _deep(cell: Cell) -> TaskVector:
+    penalty = RetainKLSpec(sides="two", coefficients=(1.0, 4.0), batch_size=8)
+    return cell.fit("two_sided_deep", cell.sets[:1], penalty, depth=DEEP)
+
+
+def _shaped(source: Callable[[Cell], TaskVector], **how: Any) -> Callable[[Cell], TaskVector]:
+    return lambda cell: cell.shaped(source(cell), **how)
+
+
+def _plain(cell: Cell) -> TaskVector:
+    return cell.forget()
+
+
+def _msa(cell: Cell) -> TaskVector:
+    assert cell.clean is not None
+    clean = cell.clean()
+    return msa(cell.fit("clean_forget", cell.sets[:1], model=clean), cell.fit("clean_retain", cell.near, model=clean))
+
+
+def _against(loss: Any) -> Callable[[Cell], TaskVector]:
+    def made(cell: Cell) -> TaskVector:
+        retain = cell.rows(cell.near) if loss == "gradient_difference" else ()
+        return -cell.fit(loss, cell.sets[:1], against=Against(loss, retain, batch_size=8))
+
+    return made
+
+
+METHODS: dict[str, Callable[[Cell], TaskVector]] = {
+    # baselines
+    "random": lambda cell: random_like(cell.forget(), cell.recipe.seed),
+    "gradient_ascent": _against("gradient_ascent"),
+    "gradient_difference": _against("gradient_difference"),
+    "npo": _against("npo"),
+    "retain_only": lambda cell: -cell.retain(),
+    # vectors, plain and shaped
+    "negate": _plain,
+    "contrast": _shaped(_plain, method="contrast"),
+    "msa": _msa,
+    "project": _shaped(_plain, method=("project", "rescale")),
+    "ext_sub": _shaped(_plain, method=("ext_sub", "rescale")),
+    "ext_sub+project": _shaped(_plain, method=("ext_sub", "project", "rescale"), project={"energy": 0.7}),
+    "ethos": _shaped(_plain, method="ethos"),
+    "perta_grad": _shaped(_plain, method=("perta", "rescale"), perta={"samples": 16}),
+    "perta_fisher": _shaped(_plain, method=("perta", "rescale"), perta={"importance": "fisher", "samples": 16}),
+    "consensus": lambda cell: consensus([cell.forget(run) for run in range(3)]),
+    "lines": _shaped(_plain, method="lines", lines={"a": 0.2, "b": 0.8}),
+    "rank_1": _shaped(_plain, method="low_rank", low_rank={"rank": 1}),
+    "prune_rows": _shaped(_plain, method=("prune", "rescale"), prune={"keep": 0.2, "by": "rows"}),
+    "learned": _shaped(_plain, method="learned", learned={"steps": 15, "scale": 1.0}),
+    # vectors fitted so that they spare
+    "one_sided": _one_sided,
+    "two_sided_fixed": _fixed,
+    "two_sided": _two_sided,
+    "two_sided+project": _shaped(_two_sided, method=("project", "rescale")),
+    "two_sided_deep": _deep,
+    "two_sided_deep+learned": _shaped(_deep, method="learned", learned={"steps": 15, "scale": 3.0}),
+}

@@ -1,0 +1,237 @@
+"""How alike two fine-tunings act, and what the first bit of an edit costs: measured on the model before it is edited.
+
+Li et al. (2504.10957) call the mean cosine of two fine-tuned models' outputs, averaged over both tasks' data, the
+correlation alpha of the tasks, and find that it decides what negation can do. What the first bit costs is the
+derivative of the loss along the edit, d/dlambda loss(theta - lambda * tau) at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unlearn.batches import IGNORE, Encoded, Pad
+from unlearn.data import Item
+from unlearn.errors import EvaluationError
+from unlearn.frozen import answer_logits, frozen, with_answers
+from unlearn.learn_weights import weighted
+from unlearn.negate import applied
+from unlearn.recipe import Kind
+from unlearn.vector import TaskVector
+
+_TOKENS = 1024  # of a padded pass
+_TOKENS_BACKWARD = 256  # of one that keeps every layer's activations for the way back
+_NUMBERS = 1 << 25  # of one model's outputs that are held at a time: 128 MiB, of which there are three
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """How alike two fine-tunings act on the same positions; every value in [-1, 1].
+
+    ``outputs`` is the mean cosine of the two fine-tuned models' outputs, as the paper defines it. Little of an output
+    comes from a small fine-tuning, so this is near 1 whatever the tasks. ``changes`` is the mean cosine of what each
+    fine-tuning changed in the outputs. ``stderr`` is that mean's, with the positions of one item taken as one draw;
+    None where a data set has a single item. ``positions`` counts the tokens predicted.
+
+    Two things ``stderr`` does not cover. Another fine-tuning on the same data gives another vector: between unrelated
+    random vectors on a pico model ``changes`` varied by 1.5 to 2 times as much. And large changes spoil predictions in
+    like ways: there the mean over unrelated vectors was .03 while ``outputs`` was near 1, .12 at .7 and .29 at .26. So
+    a small positive value beside a low ``outputs`` says little.
+    """
+
+    outputs: float
+    changes: float
+    stderr: float | None
+    positions: int
+
+
+def scored_rows(items: Sequence[Item], kind: Kind, tokenizer: Any, max_length: int) -> list[Encoded]:
+    """Tokens with labels exactly where the sweep scores: on the right answer, or on a passage after its beginning.
+
+    Unlike the rows that are trained on (:func:`unlearn.finetune.encode`) these have no end-of-text token after an
+    answer, and what does not fit is cut from the left, as lm-eval cuts it. Items without a token to score are left out.
+
+    Args:
+        max_length: Tokens that the model can read at a time.
+    """
+    rows = []
+    for item in items:
+        whole = tokenizer(item.prompt + ("" if kind == "text" else " ") + item.target)["input_ids"]
+        prompt = item.prompt.rstrip()  # its white space merges into the answer's tokens
+        skip = len(tokenizer(prompt)["input_ids"]) if prompt else 0
+        labels = [*[IGNORE] * skip, *whole[skip:]][: len(whole)]
+        rows.append(Encoded(tuple(whole[-max_length:]), tuple(labels[-max_length:])))
+    return with_answers(rows)
+
+
+def outputs(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
+    """What the model says of every labelled token: (N, V) log-probabilities, float32, on the model's device.
+
+    The passes are small; how many rows' worth of N * V numbers fit is the caller's to know.
+    """
+    found = []
+    with frozen(model), torch.no_grad():
+        for batch in _passes(rows, _TOKENS):
+            logits, _, _ = answer_logits(model, Pad(pad_id)(batch))
+            found.append(functional.log_softmax(logits, dim=-1))
+    return torch.cat(found)
+
+
+def correlate(
+    model: nn.Module,
+    first: TaskVector,
+    second: TaskVector,
+    sets: Sequence[Sequence[Encoded]],
+    pad_id: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Correlation:
+    """The measured correlation of two fine-tunings; the model comes back as it was.
+
+    Args:
+        model: theta, a causal LM on its device.
+        first: theta + first is the one fine-tuned model.
+        second: theta + second is the other.
+        sets: Rows of each data set, usually both tasks'. A set counts the same however many rows it has.
+        pad_id: Token that fills up short rows.
+        advance: Told how many rows are done.
+
+    Raises:
+        EvaluationError: a set has no row with a token to predict.
+        VectorError: a vector does not fit the model.
+    """
+    answered = [with_answers(rows) for rows in sets]
+    if not answered or not all(answered):
+        raise EvaluationError("a correlation needs at least one item with an answer from each data set")
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    means, variances, positions = [], [], 0
+    for rows in answered:
+        parts = []
+        for chunk in _chunks(rows, max(1, _NUMBERS // vocabulary)):
+            parts.append(_cosines(model, first, second, chunk, pad_id))
+            advance(len(chunk))
+        cosines = torch.cat(parts)  # (N, 2)
+        item = torch.repeat_interleave(torch.tensor([_answers(row) for row in rows]))
+        means.append(cosines.mean(0))
+        variances.append(_variance(cosines[:, 1], item))
+        positions += len(item)
+    both = torch.stack(means).mean(0)
+    known = [v for v in variances if v is not None]
+    stderr = math.sqrt(sum(known)) / len(known) if len(known) == len(answered) else None
+    return Correlation(float(both[0]), float(both[1]), stderr, positions)
+
+
+def slope(
+    model: nn.Module,
+    vector: TaskVector,
+    rows: Sequence[Encoded],
+    kind: Kind,
+    pad_id: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> float:
+    """d/dlambda at 0 of the mean loss under theta - lambda * tau, exactly, in nats per unit of lambda.
+
+    The loss is what the sweep reports: for mcq the negative ``logprob`` (an answer's nats, summed over its tokens), for
+    qa and text ``loss`` (its nats per token); every item counts the same. Autograd goes through lambda alone: one
+    backward pass, no weight gets a gradient.
+
+    Args:
+        model: theta, a causal LM on its device; it comes back as it was.
+        vector: What would be subtracted.
+        rows: From :func:`scored_rows`, of items of ``kind``.
+        pad_id: Token that fills up short rows.
+        advance: Told how many rows are done.
+
+    Raises:
+        EvaluationError: no row with a token to predict.
+        VectorError: the vector does not fit the model.
+    """
+    rows = with_answers(rows)
+    if not rows:
+        raise EvaluationError("a slope needs at least one item with an answer")
+    coefficient = torch.zeros(1, device=next(model.parameters()).device, requires_grad=True)
+    total = 0.0
+    with frozen(model), weighted(model, vector, dict.fromkeys(vector.modules, coefficient)) as scale:
+        scale.value = 1.0  # so that the weight that all modules share is lambda itself
+        for batch in _passes(rows, _TOKENS_BACKWARD):
+            with torch.enable_grad():
+                logits, wanted, row = answer_logits(model, Pad(pad_id)(batch))
+                nll = functional.cross_entropy(logits, wanted, reduction="none")  # (N,)
+                share = 1.0 if kind == "mcq" else 1.0 / row.bincount(minlength=len(batch))[row]
+                (change,) = torch.autograd.grad((nll * share).sum(), coefficient)
+            total += float(change)
+            advance(len(batch))
+    return total / len(rows)
+
+
+def _cosines(model: nn.Module, first: TaskVector, second: TaskVector, rows: Sequence[Encoded], pad_id: int) -> Tensor:
+    """(N, 2) in float64: per position the cosine of the outputs, and that of the changes.
+
+    Each row of V is centred first. Adding a constant to all logits changes no probability, so that direction means
+    nothing; in log-probabilities, all of them far below 0, it would make any two outputs look alike.
+    """
+    base = _centred(outputs(model, rows, pad_id))
+    with applied(model, first, 1.0):
+        one = _centred(outputs(model, rows, pad_id))
+    with applied(model, second, 1.0):
+        two = _centred(outputs(model, rows, pad_id))
+    said = _cosine(one, two)
+    return torch.stack([said, _cosine(one.sub_(base), two.sub_(base))], dim=-1).double().cpu()
+
+
+def _centred(values: Tensor) -> Tensor:
+    """The same tensor, which may be large, less each row's mean."""
+    return values.sub_(values.mean(-1, keepdim=True))
+
+
+def _cosine(one: Tensor, two: Tensor) -> Tensor:
+    """(N,); 0 where one of the two is zero. Unlike torch's own, right for the smallest changes too."""
+    scale = one.norm(dim=-1) * two.norm(dim=-1)
+    return torch.where(scale > 0, (one * two).sum(-1) / scale, scale).clamp(-1.0, 1.0)
+
+
+def _variance(values: Tensor, item: Tensor) -> float | None:
+    """Of the mean of ``values`` (N,), whose deviations within one item may go together; None of a single item."""
+    count = int(item.max()) + 1
+    if count < 2:
+        return None
+    sums = torch.zeros(count, dtype=values.dtype).index_add(0, item, values - values.mean())
+    return float(sums.square().sum()) * count / (count - 1) / len(values) ** 2
+
+
+def _answers(row: Encoded) -> int:
+    """Tokens of a row that are predicted."""
+    return sum(label != IGNORE for label in row.labels[1:])
+
+
+def _passes(rows: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
+    """Rows in order, together while they fit into so many padded tokens; a longer row goes alone."""
+    batch: list[Encoded] = []
+    width = 0
+    for row in rows:
+        width = max(width, len(row.input_ids))
+        if batch and width * (len(batch) + 1) > tokens:
+            yield batch
+            batch, width = [], len(row.input_ids)
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _chunks(rows: Sequence[Encoded], positions: int) -> Iterator[list[Encoded]]:
+    """Rows in order, together while they have at most so many labelled tokens."""
+    chunk: list[Encoded] = []
+    held = 0
+    for row in rows:
+        if chunk and held + _answers(row) > positions:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(row)
+        held += _answers(row)
+    if chunk:
+        yield chunk
