@@ -521,3 +521,86 @@ def test_the_quickstart_data_is_sound() -> None:
         assert row["choices"][row["answer"]] == row["capital"]
         assert len(row["choices"]) == 4
         assert {capital_of[choice] for choice in row["choices"]} == {row["continent"]}
+
+
+# several requests, addition, analogy
+
+
+def whole(**parts: Any) -> Recipe:
+    return Recipe.model_validate_json(json.dumps({"name": "r", "model": MODEL, **parts}))
+
+
+def refused(folder: Path, **parts: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load_sets(whole(**parts), folder)
+    return str(caught.value)
+
+
+def terms(folder: Path, **more: Any) -> dict[str, Any]:
+    for name in "abc":
+        save(folder, f"{name}.jsonl", qa_rows(8, name))
+    return {name: qa(f"{name}.jsonl", **more) for name in "abc"}
+
+
+def test_an_item_may_be_in_two_requests(tmp_path: Path) -> None:
+    save(tmp_path, "f.jsonl", qa_rows(10))
+    save(tmp_path, "g.jsonl", qa_rows(12))
+    sets = load_sets(whole(forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")]), tmp_path)
+    assert [(s.role, s.name, s.counts["rows"]) for s in sets] == [("forget", "f", 10), ("forget", "g", 12)]
+    assert all(s.train and s.validation and s.test for s in sets)
+
+
+@pytest.mark.parametrize(("role", "fate"), [("learn", "learned"), ("retain", "kept")])
+def test_every_request_is_compared_with_what_must_not_go(tmp_path: Path, role: str, fate: str) -> None:
+    save(tmp_path, "f.jsonl", qa_rows(10))
+    save(tmp_path, "g.jsonl", qa_rows(10, "g"))
+    save(tmp_path, "k.jsonl", [*qa_rows(9, "k"), *qa_rows(1, "g")])
+    told = refused(tmp_path, forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")], **{role: [qa("k.jsonl")]})
+    assert told.startswith(f"{role} set 'k': the same item is to be forgotten and {fate}:\n")
+    assert f"forget set 'g': {tmp_path / 'g.jsonl'}, line 1" in told
+    assert f"{tmp_path / 'k.jsonl'}, line 10" in told
+
+
+def test_a_set_to_learn_needs_all_splits(tmp_path: Path) -> None:
+    save(tmp_path, "l.jsonl", qa_rows(10))
+    assert all(load_sets(whole(learn=[qa("l.jsonl")]), tmp_path)[0].items(split) for split in SPLITS)
+    told = refused(tmp_path, learn=[qa("l.jsonl", shares={"train": 0.0})])
+    assert told == "learn set 'l': shares.train is 0, but a learn set needs train, validation and test items"
+
+
+def test_terms_are_only_trained_on_and_what_they_teach_is_only_scored(tmp_path: Path) -> None:
+    save(tmp_path, "d.jsonl", qa_rows(10, "d"))
+    learned = load_sets(whole(analogy=terms(tmp_path), learn=[qa("d.jsonl")]), tmp_path)
+    assert [(s.role, s.name) for s in learned] == [("learn", "d"), ("term", "a"), ("term", "b"), ("term", "c")]
+    goal, *three = learned
+    assert not goal.train
+    assert (len(goal.validation), len(goal.test), goal.counts["unused"]) == (2, 3, 5)
+    for term in three:
+        assert (len(term.train), term.validation, term.test, term.counts["unused"]) == (4, (), (), 4)
+    all_of_it = {"train": 1.0, "validation": 0.0, "test": 0.0}
+    scored = qa("d.jsonl", shares={"train": 0.0, "validation": 0.4, "test": 0.6})
+    goal, *three = load_sets(whole(analogy=terms(tmp_path, shares=all_of_it), learn=[scored]), tmp_path)
+    assert [len(t.train) for t in three] == [8, 8, 8]
+    assert (len(goal.validation), len(goal.test)) == (4, 6)
+
+
+def test_an_analogy_s_parts_that_cannot_do_their_work(tmp_path: Path) -> None:
+    save(tmp_path, "d.jsonl", qa_rows(10, "d"))
+    nothing = {"train": 0.0, "validation": 0.5, "test": 0.5}
+    told = refused(tmp_path, analogy=terms(tmp_path, shares=nothing), learn=[qa("d.jsonl")])
+    assert told == "term set 'a': shares.train is 0, but a term of an analogy needs train items"
+    untested = qa("d.jsonl", shares={"train": 0.5, "validation": 0.5, "test": 0.0})
+    told = refused(tmp_path, analogy=terms(tmp_path), learn=[untested])
+    assert "shares.test is 0, but the set that an analogy should teach needs validation and test items" in told
+
+
+def test_an_analogy_is_not_taught_to_the_test(tmp_path: Path) -> None:
+    analogy = terms(tmp_path)
+    save(tmp_path, "d.jsonl", [*qa_rows(9, "d"), *qa_rows(1, "c")])
+    told = refused(tmp_path, analogy=analogy, learn=[qa("d.jsonl")])
+    assert told.startswith("term set 'c': the same item is to be reached by analogy and trained on:\n")
+    assert f"learn set 'd': {tmp_path / 'd.jsonl'}, line 10" in told
+    assert f"term set 'c': {tmp_path / 'c.jsonl'}, line 1" in told
+    save(tmp_path, "d.jsonl", qa_rows(9, "d"))
+    save(tmp_path, "b.jsonl", qa_rows(8, "a"))  # terms may have items in common: a and b differ in form only
+    assert len(load_sets(whole(analogy=analogy, learn=[qa("d.jsonl")]), tmp_path)) == 4

@@ -557,6 +557,59 @@ def test_card_says_the_scores() -> None:
     assert "Unlearning is not deletion" in body
 
 
+def said_of(**more: Any) -> list[str]:
+    """The facts of a card, without the mark-up of underscores."""
+    body = split(card(facts(**more), "adapter", "owner/base"))[1]
+    return [line.removeprefix("- ").replace("\\_", "_") for line in body.splitlines() if line.startswith("- ")]
+
+
+@pytest.mark.parametrize(
+    ("vector", "edit", "words"),
+    [
+        ({}, "θ − λτ", []),
+        ({"method": "contrast", "mu": 0.5}, "θ − λ(τ_f − 0.5 τ_r)", ["contrast: "]),
+        ({"method": ("project", "rescale")}, "θ − λ rescale(project(τ_f))", ["project: ", "rescale: "]),
+        ({"method": "npo"}, "θ − λ(θ − θ_npo)", ["npo: a baseline"]),
+    ],
+)
+def test_card_says_how_the_vector_was_made(vector: dict[str, Any], edit: str, words: list[str]) -> None:
+    told = said_of(vector=vector)
+    assert f"Edit: {edit} with λ = 0.75" in told
+    made = [line for line in told if line.startswith("How the vector was made: ")]
+    assert len(made) == len(words)
+    assert all(word in line for word, line in zip(words, made, strict=True))
+
+
+def one(name: str) -> dict[str, Any]:
+    return {"path": f"{name}.jsonl", "kind": "mcq", "name": name}
+
+
+def test_card_of_several_requests() -> None:
+    told = said_of(also_forget=(one("americas"),))
+    assert "Removed: europe, americas" in told
+    assert "Edit: θ − λ(w_europe τ_europe + w_americas τ_americas) with λ = 0.75" in told
+    assert any("found together" in line for line in told)
+    assert "several sets of data" in card(facts(also_forget=(one("americas"),)), "adapter", "b")
+
+
+def test_card_of_addition_and_analogy() -> None:
+    about = facts(forget=None, learn=(one("africa"), one("asia-2")))
+    header, body = split(card(about, "adapter", "owner/base"))
+    assert "unlearning" not in header["tags"]
+    assert "task-arithmetic" in header["tags"]
+    assert "- Added: africa, asia-2" in body
+    assert "Removed" not in body
+    assert "then added" in body
+    assert "θ + λ(w\\_africa τ\\_africa + w\\_asia-2 τ\\_asia-2)" in body
+    both = said_of(learn=(one("africa"),))
+    assert "Edit: θ − λ(w_europe τ_europe − w_africa τ_africa) with λ = 0.75" in both
+    terms = {name: one(f"t{name}") for name in "abc"}
+    body = card(facts(forget=None, learn=(one("d"),), analogy=terms), "adapter", "owner/base").replace("\\_", "_")
+    assert "θ + λ(τ_tc + τ_tb − τ_ta)" in body
+    assert "ta is to tb as tc is to d, and only the first three were learned" in body
+    assert "(term)" not in body
+
+
 NASTY = "x | y\n---\n# <script>alert(1)</script> `code` [a](http://e.vil) *b* \\ \x07 $x$ \u2028 ```\nlicense: mit"
 
 

@@ -25,13 +25,13 @@ LAYERS: dict[str, str] = {
     "methods methods.negate methods.contrast methods.checks methods.msa methods.project methods.ext_sub "
     "methods.ethos methods.perta methods.consensus methods.lines methods.random_vector methods.learned methods.rescale "
     "negate batches "
-    "methods.baselines methods.retain_kl frozen importance learn_weights objectives trainer finetune "
+    "methods.baselines methods.retain_kl frozen importance learn_weights shaping objectives trainer finetune "
     "correlation foresight",
     "scores": "tree attention forward decoding scoring answers tasks stderrs eval_files evaluate samples",
-    "choices": "search early_stop bisect_search joint",
+    "choices": "collapse search early_stop bisect_search joint",
     "exports": "card rounding shards survival export",
     "pages": "markup axes drawing charts html_parts foresight_page html table",
-    "commands": "plan stages scored fitted pipeline execute run harness vectors unlearn",
+    "commands": "plan stages score_files scored fitted foreseen pipeline execute run harness vectors unlearn",
 }
 ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.

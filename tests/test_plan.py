@@ -114,6 +114,105 @@ def test_stages_follow_the_recipe(here: Path) -> None:
     assert "held as float32, on cpu; the LoRA is trained on a copy quantised to nf4" in said
 
 
+def test_methods_in_order_with_what_they_cost(here: Path) -> None:
+    said = flat(
+        "vector.method=[consensus, project, lines, learned, prune]",
+        "vector.consensus.runs=4",
+        "vector.project.energy=0.8",
+        "vector.lines={a: 0.1, b: 0.9}",
+        "vector.learned={by: module, steps: 12}",
+        "vector.prune={keep: 0.25, by: magnitude}",
+        "vector.retain_kl=two_sided",
+        "vector.correlation=null",
+    )
+    assert "negate: theta - c * prune(learned(lines(project(consensus(tau_f))))), scored on" in said
+    assert "30 examples, 3 epochs = 12 steps of 4 x 2, learning rate 0.001; 4 times, with different seeds" in said
+    assert "KL(theta || theta - c * tau) on retain items held down, c drawn from 0.25 to 1, 8 retain examples" in said
+    assert "3. fine-tune on the retain sets, the same LoRA; 5 examples, 3 epochs" in said
+    assert "consensus: the mean of 4 fine-tunings of different seeds where the signs of all agree" in said
+    assert "project: take off what lies in the retain vector's row space (80 % of its squared norm)" in said
+    assert "lines: scale layer l of L by 0.1 + 0.9 * l / (L - 1)" in said
+    assert "learned: fit one coefficient per module by gradient on train items" in said
+    assert "12 steps of 8 forget and 8 retain examples" in said
+    assert "prune: keep the largest 25 % of every module's entries" in said
+    assert "foresee" not in said
+
+
+@pytest.mark.parametrize(
+    ("method", "edit", "fits"),
+    [
+        (
+            "msa",
+            "theta - c * (1 * tau_f - 1 * tau_r)",
+            ["the forget set, from the", "the retain sets, from"],
+        ),
+        (
+            "contrast",
+            "theta - c * (tau_f - 1 * tau_r)",
+            ["fine-tune on the forget set:", "on the retain sets"],
+        ),
+        ("random", "theta - c * random(tau_f)", ["fine-tune on the forget set:"]),
+        ("npo", "theta - c * (theta - theta_npo)", ["train by NPO on the forget set:"]),
+        ("gradient_ascent", "theta - c * (theta - theta_gradient_ascent)", ["train by gradient ascent on"]),
+        ("retain_only", "theta - c * (theta - theta_retain_only)", ["fine-tune on the retain sets:"]),
+    ],
+)
+def test_sources_and_what_they_train(here: Path, method: str, edit: str, fits: list[str]) -> None:
+    said = flat(f"vector.method={method}", "teach.epochs=1")
+    assert f"negate: {edit}, scored on" in said
+    assert all(fit in said for fit in fits)
+    assert said.count("fine-tune on") + said.count("train by") == len(fits)
+
+
+def test_a_clean_checkpoint_is_named(here: Path) -> None:
+    said = flat("vector.method=msa", "vector.msa={clean: some/where, alpha: 1.5}")
+    assert "fine-tune on the forget set, from the clean checkpoint some/where:" in said
+    assert "theta - c * (1.5 * tau_f - 1 * tau_r)" in said
+
+
+def test_what_is_measured_beforehand(here: Path) -> None:
+    said = flat("vector.correlation={steps: 7, items: 33}")
+    assert "3. foresee, on at most 33 items of each set, what the edit will cost; for that 7 steps of" in said
+    assert "as many steps as for the forget set" in flat("vector.correlation={steps: null}")
+    assert "fine-tuning on each retain set" not in flat("retain=[]")
+
+
+def test_several_requests(here: Path) -> None:
+    also = "also_forget=[{path: asia.jsonl, kind: qa, name: more}]"
+    said = flat(also, "retain=[]", "vector.method=lines", "vector.correlation=null")
+    assert "2. fine-tune on the forget set europe: LoRA of rank 16" in said
+    assert "3. fine-tune on the forget set more, the same LoRA; 5 examples" in said
+    assert "4. make of each vector what is subtracted. lines:" in said
+    assert "5. balance: relative weights w of the 2 vectors" in said
+    assert "6. negate: theta - c * (w_europe * lines(tau_europe) + w_more * lines(tau_more))" in said
+    assert "most forgetting of europe (prob) and more (prob) on validation items, on average" in said
+
+
+def test_addition_and_analogy(here: Path) -> None:
+    base = (here / "r.yaml").read_text().replace("forget:\n  path", "FORGET:\n  path")
+    head, rest = base.split("FORGET:")
+    _, rest = rest.split("retain:")
+    learn = "learn:\n  - {path: europe.jsonl, kind: qa, name: new, shares: {train: 0, validation: 0.5, test: 0.5}}\n"
+    pair = "learn: [{path: europe.jsonl, kind: qa}, {path: asia.jsonl, kind: qa}]\n"
+    no_retain = "utility:" + rest.split("utility:")[1]
+    (here / "r.yaml").write_text(head + pair + no_retain)
+    said = flat()
+    assert "learn europe qa 10 4 6" in said
+    assert "add: theta + c * (w_europe * tau_europe + w_asia * tau_asia), scored on" in said
+    assert "most learning of europe (prob) and asia (prob)" in said
+    assert "foresee" not in said
+    rows = {n: [{"question": f"{n} {i}?", "answer": f"{n} {i}"} for i in range(6)] for n in "abc"}
+    for name, lines in rows.items():
+        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    analogy = "analogy: {a: {path: a.jsonl, kind: qa}, b: {path: b.jsonl, kind: qa}, c: {path: c.jsonl, kind: qa}}\n"
+    (here / "r.yaml").write_text(head + learn + analogy + no_retain)
+    said = flat()
+    assert "add by analogy: theta + c * (tau_c + tau_b - tau_a), scored on" in said
+    assert [said.count(f"fine-tune on the term set {name}") for name in "abc"] == [1, 1, 1]
+    assert "fine-tune on the learn set" not in said
+    assert "term a qa 3 0 0 of 6 rows" in said
+
+
 def test_what_is_only_trained_on_bounds_nothing(here: Path) -> None:
     shares = "{train: 1.0, validation: 0, test: 0}"
     assert "nothing was asked to be kept" in flat(f"retain.0.shares={shares}", "utility=[]", "eval.generate=sweep")

@@ -263,3 +263,55 @@ def test_the_rule_in_words() -> None:
     assert "perplexity" not in rule(spec(), [FORGET], [ASIA])
     assert "share" not in rule(spec(), [FORGET], [PPL])
     assert "95%" not in rule(spec(), [FORGET], [PPL])
+
+
+AMERICAS: Key = ("forget", "americas", "acc_norm")
+AFRICA: Key = ("learn", "africa", "acc")
+PASSAGES: Key = ("learn", "passages", "perplexity")
+
+
+def test_what_is_left_of_several_goals_is_their_mean() -> None:
+    scores = (score(FORGET, 0.6), score(AMERICAS, 0.2), score(AFRICA, 0.9), score(PASSAGES, 7.0, higher=False))
+    point = SweepPoint(1.0, scores, True)
+    assert left(point, [FORGET, AMERICAS]) == pytest.approx(0.4)
+    assert left(point, [AFRICA]) == -0.9, "more of what is learned is better"
+    assert left(point, [PASSAGES]) == 7.0, "a lower perplexity is better"
+    assert left(point, [FORGET, AFRICA]) == pytest.approx(-0.15)
+    with pytest.raises(EvaluationError, match="the learn metric learn facts acc has no validation score"):
+        left(point, [("learn", "facts", "acc")])
+
+
+def test_the_choice_weighs_all_goals_alike() -> None:
+    """Each request on its own would have another coefficient chosen."""
+    table = {0.0: (0.9, 0.9), 1.0: (0.5, 0.6), 2.0: (0.4, 0.8), 3.0: (0.7, 0.5)}
+    points = [SweepPoint(c, (score(FORGET, a), score(AMERICAS, b)), True) for c, (a, b) in table.items()]
+    picked = {goals: choose(points, goals, [], spec()) for goals in ((FORGET,), (AMERICAS,), (FORGET, AMERICAS))}
+    assert [got.coefficient for got in picked.values()] == [2.0, 3.0, 1.0]
+    assert picked[FORGET, AMERICAS].rule == (
+        "most forgetting of europe (acc_norm) and americas (acc_norm) on validation items, on average; "
+        "nothing was asked to be kept"
+    )
+
+
+def test_most_learning_is_chosen_and_only_if_something_is_learned() -> None:
+    def points(*values: float) -> list[SweepPoint]:
+        return [SweepPoint(float(c), (score(AFRICA, v), score(FACTS, 0.5)), c < 3) for c, v in enumerate(values)]
+
+    got = choose(points(0.6, 0.7, 0.9, 1.0), [AFRICA], [FACTS], spec())
+    assert (got.coefficient, got.bound_met, got.forget_metric) == (2.0, True, "acc")
+    assert got.rule.startswith("most learning of africa (acc) on validation items, while every kept metric")
+    assert not choose(points(0.6, 0.6, 0.5), [AFRICA], [FACTS], spec()).bound_met
+
+
+def test_the_rule_for_both() -> None:
+    assert rule(spec(), [FORGET, AFRICA], []).startswith(
+        "most forgetting of europe (acc_norm) and learning of africa (acc) on validation items, on average"
+    )
+
+
+def test_a_collapsed_point_is_never_chosen() -> None:
+    points = sweep((0.5, 0.5, 0.8), (1.0, 0.1, 0.8))
+    assert choose(points, [FORGET], [ASIA], spec()).coefficient == 1.0
+    points = [*points[:-1], replace(points[-1], collapsed="it says one token over and over")]
+    assert not may_be_chosen(points[-1])
+    assert choose(points, [FORGET], [ASIA], spec()).coefficient == 0.5

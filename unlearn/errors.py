@@ -34,5 +34,9 @@ class EvaluationError(UnlearnError):
     """A score that cannot be computed, or would be computed on nothing."""
 
 
+class BrokenModelError(EvaluationError):
+    """Scores that are no numbers: the model no longer works where they were taken."""
+
+
 class RunFolderError(UnlearnError):
     """A run folder that belongs to another recipe, is damaged, or cannot be written."""

@@ -21,7 +21,7 @@ from lm_eval.api.model import LM
 from lm_eval.loggers.utils import add_env_info, add_tokenizer_info
 
 from unlearn.answers import Answers
-from unlearn.errors import EvaluationError
+from unlearn.errors import BrokenModelError, EvaluationError
 from unlearn.eval_files import write_files
 from unlearn.memory import is_out_of_memory
 from unlearn.metrics import Key
@@ -156,7 +156,7 @@ def _scores(
         key = by_metric[metric]
         value = float(row[key])
         if not math.isfinite(value):
-            raise EvaluationError(f"{name}: {metric} is {value}, not a finite number: {_BROKEN}")
+            raise BrokenModelError(f"{name}: {metric} is {value}, not a finite number: {_BROKEN}")
         stderr_key = f"{metric}_stderr,{key.split(',', 1)[1]}"
         if metric == "perplexity" and row.get(stderr_key) == "N/A" and name in samples:
             pairs = [sample[metric] for sample in samples[name]]
@@ -180,7 +180,7 @@ def _require_finite(samples: Mapping[str, list[dict[str, Any]]]) -> None:
             for response in row["filtered_resps"]:
                 value = response[0] if isinstance(response, tuple | list) else response
                 if isinstance(value, float) and not math.isfinite(value):
-                    raise EvaluationError(f"{task}, item {row['doc_id']}: log-likelihood {value}: {_BROKEN}")
+                    raise BrokenModelError(f"{task}, item {row['doc_id']}: log-likelihood {value}: {_BROKEN}")
 
 
 def _require_distinct(scores: Sequence[TaskScore]) -> None:

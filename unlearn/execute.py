@@ -71,6 +71,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
     vectors = pipe.vectors(target, sets)
     weights = pipe.balance(target, sets, vectors.parts)
     edit = pipe.edit(vectors, weights)
+    foresight = pipe.foresee(target, sets, vectors, edit)
     points, chosen = pipe.sweep(target, sets, edit)
     before, after, examples = pipe.test(target, sets, edit, chosen.coefficient)
     distributed.wait()
@@ -96,6 +97,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
         seconds=pipe.seconds,
         provenance=who,
         warnings=_warnings(recipe, sets, chosen),
+        foresight=foresight,
     )
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(folder.path("report.html"), render_html(report))

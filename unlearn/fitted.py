@@ -285,12 +285,12 @@ class Fitted(Scored):
 
     def _what(self) -> str:
         spec = self.recipe.vector
-        more = " and on the retain sets" if spec.uses(*NEED_RETAIN_VECTOR) else ""
         source = spec.steps()[0]
         if source in BASELINES and source not in ("random", "retain_only"):
             return f"the baseline {source.replace('_', ' ')}"
-        count = len(self.recipe.goals())
-        return ("LoRA on the forget set" if self.recipe.forget and count == 1 else "a LoRA for each set") + more
+        alone = self.recipe.forget is not None and len(self.recipe.goals()) == 1
+        more = " and on the retain sets" if spec.uses(*NEED_RETAIN_VECTOR) else ""
+        return ("LoRA on the forget set" if alone else "a LoRA for each set") + more
 
 
 def _plain(spec: Any) -> Any:

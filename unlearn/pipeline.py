@@ -18,14 +18,14 @@ from unlearn import card, export, fetch, finetune, models
 from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import wait
-from unlearn.fitted import Fitted
+from unlearn.foreseen import Foreseen
 from unlearn.item_files import write_items
 from unlearn.models import Loaded
 from unlearn.rundir import write_json_atomic
 from unlearn.vector import TaskVector
 
 
-class Pipeline(Fitted):
+class Pipeline(Foreseen):
     """One run in one folder. Methods are stages; call them in the order of :data:`unlearn.stages.STAGES`."""
 
     # -- model and data ------------------------------------------------------------------------------------------

@@ -117,6 +117,11 @@ class ChooseSpec(Frozen):
     perplexity: Annotated[float, Field(ge=0)] = Field(
         0.5, description="For kept metrics that are perplexities: the most they may rise."
     )
+    collapse: Annotated[float, Field(gt=0)] = Field(
+        5.0,
+        description="Nats per token (mcq: per answer) by which a kept set's loss may rise before the model counts as "
+        "collapsed and the coefficient is not chosen, whatever the bounds say.",
+    )
 
 
 class TaskSpec(Frozen):

@@ -198,7 +198,7 @@ class RunReport:
             seconds=data["seconds"],
             provenance=data["provenance"],
             warnings=tuple(data["warnings"]),
-            foresight=_foresight(data.get("foresight")),
+            foresight=foresight_from_json(data["foresight"]) if data.get("foresight") else None,
         )
 
 
@@ -208,9 +208,7 @@ def _chosen(data: Mapping[str, Any]) -> Chosen:
     return Chosen(**{**data, "kept": kept, "grid": tuple(data.get("grid", ()))})
 
 
-def _foresight(data: Mapping[str, Any] | None) -> Foresight | None:
-    """From JSON; older reports have none."""
-    if data is None:
-        return None
+def foresight_from_json(data: Mapping[str, Any]) -> Foresight:
+    """Inverse of ``dataclasses.asdict``."""
     goals, kept = (tuple(SetForesight(**entry) for entry in data[key]) for key in ("goals", "kept"))
     return Foresight(goals, kept)

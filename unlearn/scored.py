@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,19 +12,21 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from unlearn import joint, search, tasks
+from unlearn import joint, score_files, search, tasks
 from unlearn.answers import Answers
 from unlearn.bisect_search import bisect, may_tie
+from unlearn.collapse import BROKEN
 from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet
 from unlearn.distributed import share_requests
-from unlearn.early_stop import Values, beyond_doubt, worth_a_look
+from unlearn.early_stop import beyond_doubt, worth_a_look
+from unlearn.errors import BrokenModelError
 from unlearn.evaluate import evaluate
-from unlearn.metrics import Key, default_metric, goal_metrics
+from unlearn.metrics import Key, goal_metrics
 from unlearn.models import Loaded
 from unlearn.negate import Edit
 from unlearn.recipe import ChooseSpec, Recipe, SetRole, Split
-from unlearn.report import Chosen, Example, Score, SweepPoint, TaskScore
+from unlearn.report import Chosen, Example, SweepPoint, TaskScore
 from unlearn.rundir import RunFolder, write_json_atomic
 from unlearn.samples import complete
 from unlearn.scoring import PackedLM
@@ -138,9 +139,9 @@ class Scored(Stages):
         with self.announced("test", "test items, before and after"), Edit(target.model, vector) as edit:
             desk = self._desk("test", target, sets, vector, edit, self.recipe.eval.generate != "none")
             before, after = (self.score(desk, c) for c in (0.0, chosen))
-        pairs = zip(_read(before, "completions"), _read(after, "completions"), strict=True)
+        pairs = zip(score_files.read(before, "completions"), score_files.read(after, "completions"), strict=True)
         examples = tuple(Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]) for b, a in pairs)
-        return _scores(before), _scores(after), examples
+        return score_files.scores(before), score_files.scores(after), examples
 
     def score(self, desk: _Desk, coefficient: float, part: TaskSet | None = None, known: Path | None = None) -> Path:
         """Score one coefficient on all items, or on a part of them. The folder of the stage, made or reused.
@@ -237,9 +238,9 @@ class _Points:
         self._kept = kept
         self._rule = rule
         start = stages.score(desk, 0.0)
-        self._start = _values(start)
+        self._start = score_files.values(start)
         self._answered: dict[float, Path] = {}
-        self.base = self._told(search.judge(0.0, _scores(start), _scores(start), kept, rule))
+        self.base = self._told(search.judge(0.0, score_files.scores(start), score_files.scores(start), kept, rule))
 
     def at(self, desk: _Desk) -> _Points:
         """The same for another vector, judged by the same start."""
@@ -249,8 +250,13 @@ class _Points:
 
     def whole(self, coefficient: float) -> SweepPoint:
         """On all items."""
-        place = self._stages.score(self._desk, coefficient, known=self._answered.get(coefficient))
-        return self._told(search.judge(coefficient, _scores(place), self.base.scores, self._kept, self._rule))
+        try:
+            place = self._stages.score(self._desk, coefficient, known=self._answered.get(coefficient))
+        except BrokenModelError:
+            return self._told(SweepPoint(coefficient, (), False, collapsed=BROKEN))
+        return self._told(
+            search.judge(coefficient, score_files.scores(place), self.base.scores, self._kept, self._rule)
+        )
 
     def __call__(self, coefficient: float, share: float) -> SweepPoint | None:
         """What :func:`unlearn.bisect_search.bisect` asks for."""
@@ -262,34 +268,12 @@ class _Points:
         part = desk.tasks.part(share, self._stages.recipe.seed)
         place = self._stages.score(desk, coefficient, part, self._answered.get(coefficient))
         self._answered[coefficient] = place
-        broken = beyond_doubt(_values(place), self._start, base, self._kept, self._rule)
+        broken = beyond_doubt(score_files.values(place), self._start, base, self._kept, self._rule)
         if not broken:
             return None
         seen = part.count() / desk.tasks.count()
-        return self._told(SweepPoint(coefficient, _scores(place), False, broken, seen))
+        return self._told(SweepPoint(coefficient, score_files.scores(place), False, broken, seen))
 
     def _told(self, point: SweepPoint) -> SweepPoint:
-        out = "" if point.within_bound else "   out of bounds"
-        some = "" if point.share >= 1 else f", all but certain after {point.share:.0%} of the items"
-        where = f"{self._desk.says}  " if self._desk.says and point.coefficient else f"λ = {point.coefficient:<6g}"
-        say(f"    {where}{_brief(self._stages.recipe, point.scores)}{out}{some}")
+        say(score_files.told(self._stages.recipe, point, self._desk.says))
         return point
-
-
-def _read(place: Path, name: str) -> Any:
-    return json.loads((place / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _scores(place: Path) -> tuple[TaskScore, ...]:
-    return tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in _read(place, "scores"))
-
-
-def _values(place: Path) -> dict[Key, Values]:
-    return {(s, n, m): {item: (v, w) for item, (v, w) in items} for s, n, m, items in _read(place, "values")}
-
-
-def _brief(recipe: Recipe, scores: Sequence[TaskScore]) -> str:
-    """The metric that stands for each set, on one line."""
-    main = {(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets()}
-    main |= {(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks}
-    return "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in scores if s.key in main)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from unlearn.collapse import collapsed
 from unlearn.errors import EvaluationError
 from unlearn.metrics import Key, is_perplexity
 from unlearn.recipe import ChooseSpec
@@ -45,7 +46,8 @@ def judge(
         problem = _broken(here[key], before[key], spec)
         if problem:
             broken.append(f"{say_key(key)} {problem}")
-    return SweepPoint(coefficient, tuple(scores), not broken, tuple(broken))
+    gone = collapsed(here, before, kept, spec.collapse)
+    return SweepPoint(coefficient, tuple(scores), not broken, tuple(broken), collapsed=gone)
 
 
 def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Key], spec: ChooseSpec) -> Chosen:
@@ -82,11 +84,13 @@ def left(point: SweepPoint, goals: Sequence[Key]) -> float:
     """What is left to do at a point, to be made as small as can be: the mean over the goals.
 
     Of a forget set it is what the model still knows, its score; of a set to learn, the score negated. Where a metric is
-    better when lower, the other way round.
+    better when lower, the other way round. A collapsed model without any score has everything left to do.
 
     Raises:
         EvaluationError: the point has no score of a goal's metric.
     """
+    if point.collapsed and not point.scores:
+        return math.inf
     return math.fsum(_left(point, goal) for goal in goals) / len(goals)
 
 

@@ -17,7 +17,7 @@ from unlearn.recipe import Recipe
 from unlearn.rundir import RunFolder, fingerprint
 from unlearn.stage import STAGE_FILE, damage_of, read_record
 
-STAGES = ("load", "data", "teach", "finetune", "balance", "sweep", "test", "export")
+STAGES = ("load", "data", "teach", "finetune", "balance", "foresee", "sweep", "test", "export")
 
 
 class Stages:
@@ -79,7 +79,11 @@ class Stages:
     @contextmanager
     def announced(self, stage: str, what: str) -> Iterator[None]:
         """Say which stage begins, and what it took, in this run or in the one that made it."""
-        absent = {"teach": self.recipe.teach is None, "balance": len(self.recipe.goals()) < 2}
+        absent = {
+            "teach": self.recipe.teach is None,
+            "balance": len(self.recipe.goals()) < 2,
+            "foresee": self.recipe.vector.correlation is None or self.recipe.forget is None,
+        }
         stages = [s for s in STAGES if not absent.get(s)]
         say(f"[{stages.index(stage) + 1}/{len(stages)}] {stage}: {what}", style="bold")
         before = set(self.stages)

@@ -32,11 +32,11 @@ from unlearn.shaping import Materials, shape
 from unlearn.trainer import Against, Keep
 from unlearn.vector import TaskVector
 
-GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+GRID = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5)
 BOUNDS = (0.95, 0.9)
 AREA = tuple(0.8 + 0.02 * i for i in range(11))  # bounds that the area under the frontier is the mean over
 LEAST = 0.05  # nats; a smaller loss is not told from none
-HOPELESS = 0.7  # of a kept score: where two coefficients in a row are below it, larger ones are not looked at
+HOPELESS = 0.8  # of a kept score: where two coefficients in a row are below it, larger ones are not looked at
 Scores = dict[tuple[str, str, str], float]  # (set, name, metric) -> value
 
 
@@ -60,6 +60,7 @@ class Cell:
         self.sets = load_sets(self.recipe, self.base, self.target.tokenizer)
         self.lm: LM = PackedLM(self.target.model, self.target.tokenizer)
         self.near = [s for s in self.sets if s.role == "retain" and s.train]
+        self.beside = max(2, self.recipe.vector.forget.batch_size // 2)  # retain rows per step
         self.tasks = {split: self._tasks(split) for split in ("validation", "test")}
 
     def _tasks(self, split: Split) -> tasks.TaskSet:
@@ -232,11 +233,14 @@ def _rows(cell: Cell, name: str, vector: TaskVector, seconds: float) -> list[dic
         path = _path(cell, edit, kept)
         rows = []
         before = cell.once("test")
+        tested = {0.0: before}
         for bound in BOUNDS:
             points = [_point(c, scores, path[0.0], kept, bound) for c, scores in path.items()]
             chosen = choose(points, (known,), kept, ChooseSpec(keep=bound)).coefficient
-            edit.set(-chosen)
-            after = cell.score("test") if chosen else before
+            if chosen not in tested:
+                edit.set(-chosen)
+                tested[chosen] = cell.score("test")
+            after = tested[chosen]
             lost = {
                 what: sum(_lost(before, after, key) for key in keys) / len(keys)
                 for what, keys in (("forget", forget_nats), ("near", near_nats), ("far", cell.keys(("utility",), NATS)))

@@ -55,7 +55,7 @@ def recipe(pair: str, seed: int, work: Path) -> tuple[dict[str, Any], Path]:
         "name": pair,
         "seed": seed,
         "model": quick["model"],
-        "utility": [{**quick["utility"][0], "path": str(REPOSITORY / "recipes/data/general.jsonl"), "limit": 80}],
+        "utility": [{**quick["utility"][0], "path": str(REPOSITORY / "recipes/data/general.jsonl"), "limit": 40}],
         "vector": {
             "lora": {"rank": 16, "alpha": 32},
             "forget": {"steps": 20, "learning_rate": 0.001, "batch_size": 8, "max_length": 96},
@@ -87,10 +87,11 @@ def recipe(pair: str, seed: int, work: Path) -> tuple[dict[str, Any], Path]:
             "shares": {"train": "all", "validation": 0.4, "test": 0.6},
         }
         return {**base, "forget": forget, "retain": [near]}, work
-    forget = {"name": "dunmere", "kind": "text", "path": _write(work / "dunmere.jsonl", notices(True)), "length": 64}
-    forget |= {"prefix": 16, "shares": {"train": "all", "validation": 0.4, "test": 0.6}}
-    near = {"name": "elsewhere", "kind": "text", "path": _write(work / "elsewhere.jsonl", notices(False)), "length": 64}
-    near |= {"prefix": 16, "shares": {"train": 0.4, "validation": 0.25, "test": 0.35}}
+    forget = {"name": "dunmere", "kind": "text", "path": _write(work / "dunmere.jsonl", notices(True)), "length": 32}
+    forget |= {"prefix": 8, "shares": {"train": "all", "validation": 0.4, "test": 0.6}}
+    near = {"name": "elsewhere", "kind": "text", "path": _write(work / "elsewhere.jsonl", notices(False)), "length": 32}
+    near |= {"prefix": 8, "shares": {"train": 0.4, "validation": 0.25, "test": 0.35}}
+    base["vector"]["forget"]["batch_size"] = 4  # as many tokens as in the other pairs
     return {**base, "forget": forget, "retain": [near]}, work
 
 
@@ -115,9 +116,8 @@ def notices(forgotten: bool) -> list[dict[str, str]]:
         name, trade, thing = _NAMES[number % len(_NAMES)], draw.choice(_TRADES), draw.choice(_THINGS)
         count = draw.randint(11, 89)
         text = (
-            f"Notice of {town}, number {draw.randint(100, 999)}: {name}, the {trade} of {town}, keeps {count} {thing} "
-            f"in {draw.choice(_PLACES)} and {draw.choice(_DEEDS)} {draw.choice(_TIMES)}; "
-            f"whoever brings {draw.randint(2, 9)} {draw.choice(_THINGS)} more is paid in {draw.choice(_THINGS)}."
+            f"Notice {draw.randint(100, 999)} of {town}: {name}, {trade}, keeps {count} {thing} in "
+            f"{draw.choice(_PLACES)} and {draw.choice(_DEEDS)} {draw.choice(_TIMES)}."
         )
         if (town == _FORGOTTEN) == forgotten:
             found.append({"text": text})

@@ -23,19 +23,23 @@ TAUGHT_ONLY = ("msa",)
 
 
 def _one_sided(cell: Cell) -> TaskVector:
-    return cell.fit("one_sided", cell.sets[:1], RetainKLSpec(sides="one", batch_size=8))
+    return cell.fit("one_sided", cell.sets[:1], RetainKLSpec(sides="one", batch_size=cell.beside))
 
 
 def _two_sided(cell: Cell) -> TaskVector:
-    return cell.fit("two_sided", cell.sets[:1], RetainKLSpec(sides="two", coefficients=(1.0, 4.0), batch_size=8))
+    return cell.fit(
+        "two_sided", cell.sets[:1], RetainKLSpec(sides="two", coefficients=(1.0, 4.0), batch_size=cell.beside)
+    )
 
 
 def _fixed(cell: Cell) -> TaskVector:
-    return cell.fit("two_sided_fixed", cell.sets[:1], RetainKLSpec(sides="two", coefficients=(2.0, 2.0), batch_size=8))
+    return cell.fit(
+        "two_sided_fixed", cell.sets[:1], RetainKLSpec(sides="two", coefficients=(2.0, 2.0), batch_size=cell.beside)
+    )
 
 
 def _deep(cell: Cell) -> TaskVector:
-    penalty = RetainKLSpec(sides="two", coefficients=(1.0, 4.0), batch_size=8)
+    penalty = RetainKLSpec(sides="two", coefficients=(1.0, 4.0), batch_size=cell.beside)
     return cell.fit("two_sided_deep", cell.sets[:1], penalty, depth=DEEP)
 
 
@@ -56,7 +60,7 @@ def _msa(cell: Cell) -> TaskVector:
 def _against(loss: Any) -> Callable[[Cell], TaskVector]:
     def made(cell: Cell) -> TaskVector:
         retain = cell.rows(cell.near) if loss == "gradient_difference" else ()
-        return -cell.fit(loss, cell.sets[:1], against=Against(loss, retain, batch_size=8))
+        return -cell.fit(loss, cell.sets[:1], against=Against(loss, retain, batch_size=cell.beside))
 
     return made
 
@@ -78,7 +82,7 @@ METHODS: dict[str, Callable[[Cell], TaskVector]] = {
     "ethos": _shaped(_plain, method="ethos"),
     "perta_grad": _shaped(_plain, method=("perta", "rescale"), perta={"samples": 16}),
     "perta_fisher": _shaped(_plain, method=("perta", "rescale"), perta={"importance": "fisher", "samples": 16}),
-    "consensus": lambda cell: consensus([cell.forget(run) for run in range(3)]),
+    "consensus": lambda cell: consensus([cell.forget(run) for run in range(2)]),
     "lines": _shaped(_plain, method="lines", lines={"a": 0.2, "b": 0.8}),
     "rank_1": _shaped(_plain, method="low_rank", low_rank={"rank": 1}),
     "prune_rows": _shaped(_plain, method=("prune", "rescale"), prune={"keep": 0.2, "by": "rows"}),
