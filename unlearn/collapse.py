@@ -38,10 +38,12 @@ def collapsed(scores: Mapping[Key, TaskScore], base: Mapping[Key, TaskScore], ke
 def _rise(before: TaskScore, after: TaskScore) -> float | None:
     """Of a loss, in nats; None for metrics that are none."""
     was, now = before.score.value, after.score.value
+    if not math.isfinite(was):
+        return None
     if before.metric == "loss":
         return now - was
     if before.metric == "logprob":
         return was - now
-    if is_perplexity(before.metric) and was > 0 and now > 0:
+    if is_perplexity(before.metric) and was > 0 and 0 < now < math.inf:
         return math.log(now / was)
     return None

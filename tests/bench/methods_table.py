@@ -1,0 +1,96 @@
+"""The table of the methods' benchmark: means over pairs and seeds, with intervals, and which goals were reached."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from measure import console
+from methods_pairs import DEVELOPED_ON, PAIRS
+from rich.table import Table
+
+Row = Mapping[str, Any]
+LEAST = 0.05  # nats; see methods.py
+GOALS = {"selectivity": 20.0, "forget": 0.35, "kept": 0.95, "general": 0.05}
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print everything; methods in falling order of the area under their frontier."""
+    methods = sorted({r["method"] for r in rows}, key=lambda m: -_mean(_of(rows, m, 0.95), lambda r: r["area"]))
+    pairs = [p for p in PAIRS if any(r["pair"] == p for r in rows)]
+    table = Table("method", title="kept ≥ 95 % on validation items; test items unless said otherwise")
+    for pair in pairs:
+        table.add_column(f"{pair}: left", justify="right")
+    for name in ("left at ≥ 90 %", "kept", "general nats", "selectivity", "area (validation)", "nothing passed", "s"):
+        table.add_column(name, justify="right")
+    for method in methods:
+        table.add_row(method, *_cells(rows, method, pairs))
+    console.print(table)
+    before = {p: _mean([r for r in rows if r["pair"] == p], lambda r: r["forget_before"]) for p in pairs}
+    console.print("before: " + ", ".join(f"{p} {v:.3f}" for p, v in before.items()))
+    cells = {(r["pair"], r["seed"]) for r in rows}
+    console.print(f"{len(cells)} cells (pair, seed); hyperparameters were chosen on {DEVELOPED_ON}, seed 0")
+    for method in methods:
+        if reached := _reached(_of(rows, method, 0.95)):
+            console.print(f"goals reached by {method}: {', '.join(reached)}")
+
+
+def _cells(rows: Sequence[Row], method: str, pairs: Sequence[str]) -> list[str]:
+    strict, loose = _of(rows, method, 0.95), _of(rows, method, 0.9)
+    found = []
+    for pair in pairs:
+        here = [r["forget_after"] for r in strict if r["pair"] == pair]
+        found.append(_with_interval(here) if here else "-")
+    low, middle, high = selectivity(strict)
+    return [
+        *found,
+        f"{_mean(loose, lambda r: r['forget_after']):.3f}",
+        f"{_mean(strict, lambda r: r['kept_after'] / r['kept_before']):.3f}",
+        f"{_mean(strict, lambda r: r['general_nats']):+.2f}",
+        f"{middle:.1f} ({low:.1f}–{high:.1f})",
+        _with_interval([r["area"] for r in strict]),
+        f"{sum(r['coefficient'] == 0 for r in strict)} of {len(strict)}",
+        f"{_mean(strict, lambda r: r['seconds']):.0f}",
+    ]
+
+
+def selectivity(rows: Sequence[Row], draws: int = 2000) -> tuple[float, float, float]:
+    """Mean nats the forget set lost over mean nats the neighbours lost: 95 % bootstrap over cells, and the value."""
+
+    def ratio(some: Sequence[Row]) -> float:
+        return _mean(some, lambda r: r["forget_nats"]) / max(_mean(some, lambda r: r["kept_nats"]), LEAST)
+
+    draw = random.Random(0)
+    found = sorted(ratio([draw.choice(rows) for _ in rows]) for _ in range(draws))
+    return found[int(0.025 * draws)], ratio(rows), found[int(0.975 * draws)]
+
+
+def _reached(rows: Sequence[Row]) -> list[str]:
+    means = {
+        "selectivity": selectivity(rows)[1],
+        "forget": _mean(rows, lambda r: r["forget_after"]),
+        "kept": _mean(rows, lambda r: r["kept_after"] / r["kept_before"]),
+        "general": _mean(rows, lambda r: r["general_nats"]),
+    }
+    if means["forget"] >= statistics.mean(r["forget_before"] for r in rows) - 1e-9:
+        return []  # whoever changes nothing keeps everything
+    low = ("forget", "general")
+    return [k for k, goal in GOALS.items() if (means[k] <= goal if k in low else means[k] >= goal)]
+
+
+def _of(rows: Sequence[Row], method: str, bound: float) -> list[Row]:
+    return [r for r in rows if r["method"] == method and r["kept_bound"] == bound]
+
+
+def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
+    return statistics.mean(value(r) for r in rows)
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    """Mean ± half of a 95 % normal interval."""
+    middle = statistics.mean(values)
+    if len(values) < 2:
+        return f"{middle:.3f}"
+    return f"{middle:.3f} ± {1.96 * statistics.stdev(values) / len(values) ** 0.5:.3f}"

@@ -1,0 +1,191 @@
+"""Several requests, addition and analogy, end to end on a pico model: order, withdrawal, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unlearn.fitted import VECTOR_FILE
+from unlearn.recipe_io import load_recipe
+from unlearn.report import RunReport
+from unlearn.run import run
+from unlearn.vector import TaskVector
+
+SHARES = {"train": "all", "validation": 0.5, "test": 0.5}
+LATER = {"train": 0.0, "validation": 0.5, "test": 0.5}
+TERM = {"train": 1.0, "validation": 0.0, "test": 0.0}
+
+
+def a_set(name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "path": f"{name}.jsonl", "kind": "qa", "prompt": "{question}", "shares": SHARES, **more}
+
+
+@pytest.fixture
+def start(tmp_path: Path, pico_phi: Path) -> Callable[..., RunReport]:
+    """``start(out, **parts)`` runs a recipe of those parts in ``tmp_path/out``."""
+    for i, name in enumerate(("one", "two", "near", "form")):
+        rows = [{"question": f"{name} {k}", "answer": f"{chr(97 + (k * (i + 2)) % 26)}{i}{k}"} for k in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def begin(out: str, **parts: Any) -> RunReport:
+        recipe: dict[str, Any] = {
+            "name": "r",
+            "model": {"path": str(pico_phi), "device": "cpu"},
+            "retain": [a_set("near", shares=LATER)],
+            "vector": {
+                "correlation": None,
+                "lora": {"rank": 2, "alpha": 4.0},
+                "forget": {"steps": 8, "batch_size": 4, "learning_rate": 0.02},
+            },
+            "sweep": {"coefficients": [0.5, 1.0, 1.5]},
+            "choose": {"keep": 0.3},
+            "eval": {"generate": "none", "examples": 1},
+            **parts,
+        }
+        (tmp_path / f"{out}.json").write_text(json.dumps(recipe))
+        report = run(tmp_path / f"{out}.json", out=tmp_path / out)
+        assert report is not None
+        return report
+
+    return begin
+
+
+def scores(report: RunReport) -> dict[Any, Any]:
+    return {(r.set, r.name, r.metric): (r.before.value, r.after.value) for r in report.scores}
+
+
+def stages(folder: Path) -> dict[str, int]:
+    """When each stage was sealed."""
+    return {str(p.parent.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("stage.json")}
+
+
+def seal(folder: Path, stage: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads((folder / stage / "stage.json").read_text())
+    return found
+
+
+ONE, TWO = a_set("one"), a_set("two")
+
+
+def test_the_order_of_requests_does_not_matter(start: Callable[..., RunReport], tmp_path: Path) -> None:
+    there = start("there", forget=ONE, also_forget=[TWO])
+    back = start("back", forget=TWO, also_forget=[ONE])
+    assert there.vector["digest"] == back.vector["digest"]
+    assert there.vector["requests"] == back.vector["requests"]
+    assert [r["name"] for r in there.vector["requests"]] == ["one", "two"]
+    assert there.chosen.coefficient == back.chosen.coefficient > 0
+    assert scores(there) == scores(back)
+    assert {s.name for s in there.scores if s.set == "forget"} == {"one", "two"}
+    for name in ("one", "two"):
+        before, after = scores(there)["forget", name, "prob"]
+        assert after < before
+    files = [TaskVector.load(tmp_path / out / "vectors/edit" / VECTOR_FILE).digest() for out in ("there", "back")]
+    assert files[0] == files[1] == there.vector["digest"]
+
+
+def test_a_request_is_withdrawn_exactly(
+    start: Callable[..., RunReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = start("both", forget=ONE, also_forget=[TWO])
+    parts = {r["name"]: r["digest"] for r in both.vector["requests"]}
+    for kept, stage in ((ONE, "vectors/forget"), (TWO, "vectors/forget")):
+        name = kept["name"]
+        never = start(f"never-{name}", forget=kept)
+        capsys.readouterr()
+        withdrawn = start(f"withdrawn-{name}", forget=kept, reuse=["both"])
+        said = "".join(capsys.readouterr())
+        assert f"{stage}: taken from" in said
+        assert "steps, loss" not in said, "fitted again"
+        assert withdrawn.vector["digest"] == never.vector["digest"] == parts[name]
+        assert withdrawn.chosen == never.chosen
+        assert withdrawn.sweep == never.sweep
+        assert scores(withdrawn) == scores(never)
+
+
+def test_nothing_is_scored_twice(start: Callable[..., RunReport], tmp_path: Path) -> None:
+    report = start("run", forget=ONE, also_forget=[TWO])
+    folder = tmp_path / "run"
+    made = stages(folder)
+    tried = json.loads((folder / "joint/trail/trail.json").read_text())
+    assert tried["names"] == [["forget", "one"], ["forget", "two"]]
+    combinations = [tuple(c) for c, _, _ in tried["tried"]]
+    assert combinations[:3] == [(0.5, 0.5), (1.0, 1.0), (1.5, 1.5)]
+    assert len(set(combinations)) == len(combinations)
+    assert sum(s.startswith("joint/") and s.endswith("validation") for s in made) == len(combinations)
+    # what the balance found is on the sweep's way; its stage is the same one, copied
+    share = {r["name"]: r["coefficient"] for r in report.vector["requests"]}
+    weights = [share["one"] / report.chosen.coefficient, share["two"] / report.chosen.coefficient]
+    on_the_way = [c for c in (0.5, 1.0, 1.5) if any(t == pytest.approx([w * c for w in weights]) for t in combinations)]
+    assert on_the_way
+    by_key = {seal(folder, s)["key"]: s for s in made if s.startswith("joint/") and s.endswith("validation")}
+    for c in on_the_way:
+        here = seal(folder, f"eval/{c:g}/validation")
+        assert here["files"] == seal(folder, by_key[here["key"]])["files"], "lm-eval's own files have a date in them"
+    # a run that was cut off in the sweep goes on where it was
+    for name in ("report.json", "provenance.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "eval/1")
+    again = start("run", forget=ONE, also_forget=[TWO])
+    assert scores(again) == scores(report)
+    assert again.chosen == report.chosen
+    now = stages(folder)
+    assert {s: t for s, t in now.items() if not s.startswith("eval/1/")} == {
+        s: t for s, t in made.items() if not s.startswith("eval/1/")
+    }
+
+
+def test_bisection_takes_fewer_points_of_the_diagonal(start: Callable[..., RunReport], tmp_path: Path) -> None:
+    grid = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+    report = start(
+        "run", forget=ONE, also_forget=[TWO], sweep={"coefficients": grid, "search": "bisect"}, choose={"keep": 0.9}
+    )
+    tried = json.loads((tmp_path / "run/joint/trail/trail.json").read_text())["tried"]
+    assert 0 < sum(len(set(c)) == 1 for c, _, _ in tried) <= len(grid) / 2 + 1
+    assert report.chosen.search == "bisect"
+    assert len(report.vector["requests"]) == 2
+
+
+def test_addition(start: Callable[..., RunReport]) -> None:
+    report = start("run", learn=[ONE, TWO])
+    assert report.chosen.rule.startswith("most learning of one (prob) and two (prob)")
+    assert report.chosen.bound_met
+    for name in ("one", "two"):
+        before, after = scores(report)["learn", name, "prob"]
+        assert after > 2 * before
+    assert all(r["coefficient"] > 0 for r in report.vector["requests"])
+
+
+def test_forgetting_and_learning_at_once(start: Callable[..., RunReport]) -> None:
+    report = start("run", forget=ONE, learn=[TWO])
+    found = scores(report)
+    assert found["forget", "one", "prob"][0] > found["forget", "one", "prob"][1]
+    assert found["learn", "two", "prob"][0] < found["learn", "two", "prob"][1]
+
+
+def test_analogy(start: Callable[..., RunReport], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    told = [{"question": f"say {r['question']}", "answer": r["answer"]} for r in rows]
+    (tmp_path / "told.jsonl").write_text("\n".join(map(json.dumps, told)))
+    terms = {k: a_set(n, shares=TERM) for k, n in (("a", "two"), ("b", "form"), ("c", "one"))}
+    report = start("run", learn=[a_set("told", shares=LATER)], analogy=terms)
+    folder = tmp_path / "run"
+    a, b, c = (TaskVector.load(folder / f"vectors/term-{n}" / VECTOR_FILE) for n in ("two", "form", "one"))
+    edit = TaskVector.load(folder / "vectors/edit" / VECTOR_FILE)
+    assert (edit + (c + b - a)).norm() < 1e-5 * edit.norm(), "what is subtracted is minus the analogy"
+    assert not (folder / "vectors/learn-told").exists(), "the goal is never trained on"
+    assert not list((folder / "items").glob("term*"))
+    assert {s.set for s in report.scores} == {"learn", "retain"}
+    before, after = scores(report)["learn", "told", "prob"]
+    assert after > before
+
+
+def test_the_fit_of_a_request_does_not_depend_on_its_company(tmp_path: Path) -> None:
+    """The plan for the recipes that are shipped: as many vectors as requests, one edit."""
+    recipe = load_recipe("requests.yaml").recipe
+    assert len(recipe.goals()) == 2
+    assert load_recipe("requests.yaml", ["also_forget=[]"]).recipe.goals() == recipe.goals()[:1]
