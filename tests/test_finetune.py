@@ -653,3 +653,13 @@ def test_the_numbers_of_one_pinned_run(phi: Loaded, tmp_path: Path) -> None:
     assert log.losses[0] == pytest.approx(6.7982, rel=1e-3)
     assert log.losses[-1] == pytest.approx(4.8958, rel=1e-3)
     assert vector.norm() == pytest.approx(2.8227, rel=1e-3)
+
+
+def test_a_rank_above_the_matrices_is_refused_before_training(phi: Loaded, tmp_path: Path) -> None:
+    small = min(min(module.weight.shape) for module in linear_modules(phi.model).values())
+    with pytest.raises(VectorError, match=rf"rank {small + 1} is above what these matrices can have"):
+        train_vector(
+            *(phi.model, phi.tokenizer, rows_of(phi), train_spec(), LoraSpec(rank=small + 1)),
+            *(0, tmp_path, "forget", {}),
+        )
+    assert not any(tmp_path.iterdir())

@@ -73,6 +73,23 @@ def test_the_quickstart_s_facts_are_hard_and_whole() -> None:
         assert max(places.values()) < 0.4 * len(lines), "the right answer has a favourite place"
 
 
+def test_the_analogy_s_choices_are_two_cities_in_two_forms() -> None:
+    lines = (recipes_folder() / "data" / "capitals_city.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    told = (recipes_folder() / "data" / "capitals.jsonl").read_text().splitlines()
+    plain = {row["country"]: row for row in map(json.loads, told)}
+    for row in rows:
+        capital, wrong = plain[row["country"]]["capital"], set(plain[row["country"]]["choices"])
+        assert row["choices"][row["answer"]] == f"the city of {capital}"
+        others = [c for c in row["choices"] if c not in (capital, f"the city of {capital}")]
+        (other,) = {c.removeprefix("the city of ") for c in others}
+        assert len(others) == 2
+        assert other in wrong
+        assert row["continent"] == plain[row["country"]]["continent"]
+    assert Counter(row["continent"] for row in rows) == {"Europe": 40, "Africa": 45}
+    assert max(Counter(row["answer"] for row in rows).values()) < 0.4 * len(rows)
+
+
 def test_the_task_pack_is_found() -> None:
     assert (tasks_folder() / "unlearn_mcq.yaml").is_file()
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from unlearn.fitted import VECTOR_FILE
-from unlearn.recipe_io import load_recipe
 from unlearn.report import RunReport
 from unlearn.run import run
 from unlearn.vector import TaskVector
@@ -182,10 +181,3 @@ def test_analogy(start: Callable[..., RunReport], tmp_path: Path) -> None:
     assert {s.set for s in report.scores} == {"learn", "retain"}
     before, after = scores(report)["learn", "told", "prob"]
     assert after > before
-
-
-def test_the_fit_of_a_request_does_not_depend_on_its_company(tmp_path: Path) -> None:
-    """The plan for the recipes that are shipped: as many vectors as requests, one edit."""
-    recipe = load_recipe("requests.yaml").recipe
-    assert len(recipe.goals()) == 2
-    assert load_recipe("requests.yaml", ["also_forget=[]"]).recipe.goals() == recipe.goals()[:1]

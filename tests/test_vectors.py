@@ -304,3 +304,22 @@ def test_what_cannot_be_written_whole_leaves_no_trace(
         assert "cannot be written" in mistake(capsys, "to-adapter", a, a.parent / "new", "--base", "x")
     assert a.read_bytes() == before
     assert sorted(a.parent.iterdir()) == there
+
+
+def test_vectors_of_two_models_are_not_added_unless_that_is_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "three")]
+    change = {"layer": Dense(torch.ones(2, 2))}
+    for place, base in zip(places, ("a" * 64, "b" * 64, ""), strict=True):
+        TaskVector(change, {"base": base} if base else {}).save(place)
+    one, two, three = places
+    said = mistake(capsys, "sum", one, two, "-o", tmp_path / "out")
+    assert "fingerprint aaaaaaaaaaaa" in said
+    assert "fingerprint bbbbbbbbbbbb" in said
+    assert "--any-base" in said
+    assert "of different models" in mistake(capsys, "analogy", three, one, two, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert run("sum", one, two, "--any-base", "-o", tmp_path / "forced") == 0
+    assert run("sum", one, three, "-o", tmp_path / "unsaid") == 0
+    assert torch.equal(TaskVector.load(tmp_path / "forced").modules["layer"].delta(), torch.full((2, 2), 2.0))

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.batches import IGNORE, Encoded
+from unlearn.compress import check_rank
 from unlearn.data import Item
 from unlearn.errors import TrainingError
 from unlearn.models import resolve_targets
-from unlearn.negate import fit
+from unlearn.negate import fit, shape_of
 from unlearn.recipe import LoraSpec, TrainSpec
 from unlearn.trainer import Against, Keep, TrainingLog, train
 from unlearn.vector import LowRank, TaskVector
@@ -83,10 +84,12 @@ def train_vector(
 
     Raises:
         ModelError: the LoRA's targets match nothing.
+        VectorError: its rank is above what a target's matrix can have.
         TrainingError: non-finite loss, out of memory, or an adapter that learned nothing.
         ValueError: ``keep`` and ``against`` together.
     """
     targets = resolve_targets(model, lora.targets, lora.depth)
+    check_rank(lora.rank, {name: shape_of(model.get_submodule(name)) for name in targets})
     quantised = bool(getattr(model, "is_quantized", False))
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 _SHOWN = 10  # modules in a table
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _A_VECTOR = "a vector's file (vector.safetensors), or the folder of a LoRA adapter of PEFT's"
 
 
@@ -57,8 +59,30 @@ def _cosine(arguments: argparse.Namespace) -> None:
 def _sum(arguments: argparse.Namespace) -> None:
     from unlearn.vector import TaskVector
 
-    whole = TaskVector.sum(read_vector(place) for place in arguments.V)
+    whole = TaskVector.sum(_of_one_model(arguments.V, arguments.any_base))
     _keep(whole, arguments, f"sum of {', '.join(place.name for place in arguments.V)}")
+
+
+def _of_one_model(places: Sequence[Path], any_base: bool) -> list[TaskVector]:
+    """Vectors that can be added: of one model, as far as they say which.
+
+    Raises:
+        VectorError: two of them name different models.
+    """
+    vectors = [read_vector(place) for place in places]
+    named = [(place, v.meta["base"]) for place, v in zip(places, vectors, strict=True) if v.meta.get("base")]
+    for place, base in named[1:]:
+        if base != named[0][1] and not any_base:
+            raise VectorError(
+                f"{named[0][0]} was made from {_short(named[0][1])} and {place} from {_short(base)}: a sum of vectors "
+                "of different models is a vector of neither. --any-base adds them all the same"
+            )
+    return vectors
+
+
+def _short(base: str) -> str:
+    """A model's name, or the beginning of its fingerprint."""
+    return f"the model with fingerprint {base[:12]}" if _FINGERPRINT.fullmatch(base) else repr(base)
 
 
 def _scale(arguments: argparse.Namespace) -> None:
@@ -68,7 +92,7 @@ def _scale(arguments: argparse.Namespace) -> None:
 def _analogy(arguments: argparse.Namespace) -> None:
     from unlearn.vector import analogy
 
-    a, b, c = (read_vector(place) for place in (arguments.A, arguments.B, arguments.C))
+    a, b, c = _of_one_model((arguments.A, arguments.B, arguments.C), arguments.any_base)
     names = f"{arguments.C.name} + ({arguments.B.name} - {arguments.A.name})"
     _keep(analogy(a, b, c), arguments, names)
 
@@ -229,12 +253,15 @@ def _parser() -> argparse.ArgumentParser:
     cosine = command("cosine", _cosine, "compare two vectors", {"V": _A_VECTOR, "W": "another"}, out=False)
     for table in (info, cosine):
         table.add_argument("--all", action="store_true", help=f"all modules, not the {_SHOWN} largest")
-    command("sum", _sum, "add vectors", {}).add_argument("V", type=Path, nargs="+", help=_A_VECTOR)
+    adding = command("sum", _sum, "add vectors", {})
+    adding.add_argument("V", type=Path, nargs="+", help=_A_VECTOR)
     scale = command("scale", _scale, "multiply a vector by a number; -1 negates it", {})
     scale.add_argument("C", type=float, help="the number")
     scale.add_argument("V", type=Path, help=_A_VECTOR)
     roles = {"A": "a is to", "B": "b", "C": "as c is to the result"}
-    command("analogy", _analogy, "C + (B - A), as Ilharco et al. (2212.04089) have it", roles)
+    relating = command("analogy", _analogy, "C + (B - A), as Ilharco et al. (2212.04089) have it", roles)
+    for table in (adding, relating):
+        table.add_argument("--any-base", action="store_true", help="also where the vectors name different models")
     low = command("low-rank", _low_rank, "truncate every module by its singular values", {"V": _A_VECTOR})
     _size(low, required=True)
     prune = command("prune", _prune, "keep the largest part of every matrix, the rest zero", {"V": _A_VECTOR})
