@@ -44,12 +44,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=None, help="where vectors and scores are kept")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="only print the table of --json")
+    parser.add_argument("--collect", action="store_true", help="only put what --work has into --json")
     options = parser.parse_args()
-    if not options.show:
+    if options.collect:
+        _collect(options)
+    elif not options.show:
         _run(options)
     from methods_table import show
 
     show(json.loads(options.json.read_text(encoding="utf-8")))
+
+
+def _collect(options: argparse.Namespace) -> None:
+    """Rows of every method that was run, in however many goes."""
+    files = sorted(options.work.glob("*/*/method-*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    write_json(options.json, sorted(rows, key=_order))
+
+
+def _order(row: dict[str, Any]) -> tuple[int, int, str, float]:
+    return PAIRS.index(row["pair"]), row["seed"], row["method"], row["kept_bound"]
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -69,8 +83,7 @@ def _run(options: argparse.Namespace) -> None:
         }
         for done in as_completed(waiting):
             rows += done.result()
-            rows.sort(key=lambda r: (PAIRS.index(r["pair"]), r["seed"], r["kept_bound"]))
-            write_json(options.json, rows)
+            write_json(options.json, sorted(rows, key=_order))
             console.print("{} seed {}: done".format(*waiting[done]))
     console.print(environment())
 

@@ -33,6 +33,7 @@ from unlearn.trainer import Against, Keep
 from unlearn.vector import TaskVector
 
 GRID = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5)
+SMALLER = (0.05, 0.12)
 BOUNDS = (0.95, 0.9)
 AREA = tuple(0.8 + 0.02 * i for i in range(11))  # bounds that the area under the frontier is the mean over
 LEAST = 0.05  # nats; a smaller loss is not told from none
@@ -273,14 +274,24 @@ def _rows(cell: Cell, name: str, vector: TaskVector, seconds: float) -> list[dic
 def _path(cell: Cell, edit: Edit, kept: Sequence[tuple[str, str, str]]) -> dict[float, Scores]:
     """Validation scores along the grid, as far as something may still be kept."""
     found = {0.0: cell.once("validation")}
+
+    def passes(c: float) -> bool:
+        edit.set(-c)
+        found[c] = cell.score("validation")
+        return all(found[c][k] >= min(BOUNDS) * found[0.0][k] for k in kept)
+
+    # where the smallest is too much already, smaller ones: a baseline is not to fail for the grid's sake
+    if not passes(GRID[0]):
+        for c in SMALLER:
+            passes(c)
     below = 0
-    for c in GRID:
+    for c in GRID[1:]:
         edit.set(-c)
         found[c] = cell.score("validation")
         below = below + 1 if any(found[c][k] < HOPELESS * found[0.0][k] for k in kept) else 0
         if below == 2:
             break
-    return found
+    return dict(sorted(found.items()))
 
 
 def _point(c: float, scores: Scores, base: Scores, kept: Sequence[Any], bound: float) -> SweepPoint:
