@@ -35,7 +35,7 @@ def point(c: float, forget: float, near: float, metric: str, nats: float) -> tup
     ("metric", "before", "after", "rise"),
     [
         ("loss", 2.0, 5.5, 3.5),
-        ("logprob", -2.0, -5.5, 3.5),
+        ("logprob", -2.0, -12.5, 3.5),
         ("perplexity", 10.0, 10.0 * math.exp(3.5), 3.5),
     ],
 )
@@ -43,7 +43,7 @@ def test_the_loss_is_compared_in_nats(metric: str, before: float, after: float, 
     base = {s.key: s for s in point(0, 1, 1, metric, before)}
     here = {s.key: s for s in point(1, 1, 1, metric, after)}
     assert collapsed(here, base, [KEEP], rise + 0.01) == ""
-    assert f"retain near rose by {rise:.1f} nats" in collapsed(here, base, [KEEP], rise - 0.01)
+    assert f"retain near rose by {rise:.1f} nats per token" in collapsed(here, base, [KEEP], rise - 0.01)
     assert collapsed(here, base, [], 0.1) == ""  # nothing was asked to be kept
 
 
@@ -59,7 +59,7 @@ def test_a_collapsed_point_is_not_chosen_though_its_accuracies_look_best() -> No
     points = [
         judge(0.0, base, base, [KEEP], rule),
         judge(1.0, point(1, 0.5, 0.8, "logprob", -3.0), base, [KEEP], rule),
-        judge(2.0, point(2, 0.1, 0.8, "logprob", -9.0), base, [KEEP], rule),
+        judge(2.0, point(2, 0.1, 0.8, "logprob", -19.0), base, [KEEP], rule),
         SweepPoint(3.0, (), False, collapsed=BROKEN),
     ]
     assert [p.within_bound for p in points] == [True, True, True, False]

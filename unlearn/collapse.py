@@ -2,7 +2,7 @@
 that happens to look good there must not be chosen.
 
 Accuracies hide it: four choices can be told apart by a model that can no longer write. So the kept sets' losses are
-looked at, in nats: per token where they are texts or answers, per answer for choices.
+looked at, in nats per token. The log-probability of a choice is that of a whole answer, and counts as some tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from unlearn.metrics import Key, is_perplexity
 from unlearn.report import TaskScore
 
 BROKEN = "its log-likelihoods are no numbers"
+TOKENS = 3.0  # that the answer of a choice counts as
 
 
 def collapsed(scores: Mapping[Key, TaskScore], base: Mapping[Key, TaskScore], kept: Sequence[Key], limit: float) -> str:
@@ -32,7 +33,7 @@ def collapsed(scores: Mapping[Key, TaskScore], base: Mapping[Key, TaskScore], ke
             worst, where = rise, f"{key[0]} {key[1]}"
     if worst <= limit:
         return ""
-    return f"the loss on {where} rose by {worst:.1f} nats, more than {limit:g}: the model has collapsed"
+    return f"the loss on {where} rose by {worst:.1f} nats per token, more than {limit:g}: the model has collapsed"
 
 
 def _rise(before: TaskScore, after: TaskScore) -> float | None:
@@ -43,7 +44,7 @@ def _rise(before: TaskScore, after: TaskScore) -> float | None:
     if before.metric == "loss":
         return now - was
     if before.metric == "logprob":
-        return was - now
+        return (was - now) / TOKENS
     if is_perplexity(before.metric) and was > 0 and 0 < now < math.inf:
         return math.log(now / was)
     return None

@@ -118,9 +118,9 @@ class ChooseSpec(Frozen):
         0.5, description="For kept metrics that are perplexities: the most they may rise."
     )
     collapse: Annotated[float, Field(gt=0)] = Field(
-        5.0,
-        description="Nats per token (mcq: per answer) by which a kept set's loss may rise before the model counts as "
-        "collapsed and the coefficient is not chosen, whatever the bounds say.",
+        4.0,
+        description="Nats per token by which a kept set's loss may rise (mcq: an answer counts as three tokens) before "
+        "the model counts as collapsed and the coefficient is not chosen, whatever the bounds say.",
     )
 
 

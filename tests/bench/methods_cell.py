@@ -226,6 +226,7 @@ def _method(cell: Cell, name: str) -> list[dict[str, Any]]:
 
 
 def _rows(cell: Cell, name: str, vector: TaskVector, seconds: float) -> list[dict[str, Any]]:
+    before = cell.once("test")  # first of all: below, the model is under the vector
     known = cell.keys(("forget",), KNOWN)[0]
     kept = cell.keys(("retain", "utility"), KNOWN)
     near, far = cell.keys(("retain",), KNOWN), cell.keys(("utility",), KNOWN)
@@ -233,7 +234,6 @@ def _rows(cell: Cell, name: str, vector: TaskVector, seconds: float) -> list[dic
     with Edit(cell.target.model, vector) as edit:
         path = _path(cell, edit, kept)
         rows = []
-        before = cell.once("test")
         tested = {0.0: before}
         for bound in BOUNDS:
             points = [_point(c, scores, path[0.0], kept, bound) for c, scores in path.items()]
@@ -273,7 +273,7 @@ def _rows(cell: Cell, name: str, vector: TaskVector, seconds: float) -> list[dic
 
 def _path(cell: Cell, edit: Edit, kept: Sequence[tuple[str, str, str]]) -> dict[float, Scores]:
     """Validation scores along the grid, as far as something may still be kept."""
-    found = {0.0: cell.once("validation")}
+    found = {0.0: cell.once("validation")}  # nothing is set yet
 
     def passes(c: float) -> bool:
         edit.set(-c)
