@@ -45,14 +45,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="only print the table of --json")
     parser.add_argument("--collect", action="store_true", help="only put what --work has into --json")
+    parser.add_argument("--markdown", action="store_true", help="only print README's table of --json")
     options = parser.parse_args()
     if options.collect:
         _collect(options)
-    elif not options.show:
+    elif not (options.show or options.markdown):
         _run(options)
-    from methods_table import show
+    from methods_table import markdown, show
 
-    show(json.loads(options.json.read_text(encoding="utf-8")))
+    rows = json.loads(options.json.read_text(encoding="utf-8"))
+    if options.markdown:
+        print(markdown(rows))
+    else:
+        show(rows)
 
 
 def _collect(options: argparse.Namespace) -> None:

@@ -38,6 +38,32 @@ def show(rows: Sequence[Row]) -> None:
             console.print(f"goals reached by {method}: {', '.join(reached)}")
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """README's table: methods in falling order of area, before first."""
+    methods = sorted({r["method"] for r in rows}, key=lambda m: -_mean(_of(rows, m, 0.95), lambda r: r["area"]))
+    pairs = [p for p in PAIRS if any(r["pair"] == p for r in rows)]
+    head = ["method", *pairs, "kept", "general, nats", "selectivity", "area", "none passed", "s"]
+    before = [f"{_mean([r for r in rows if r['pair'] == p], lambda r: r['forget_before']):.2f}" for p in pairs]
+    lines = [head, ["---"] * len(head), ["before", *before, "1", "0", "", "", "", ""]]
+    for method in methods:
+        strict = _of(rows, method, 0.95)
+        left = [[r["forget_after"] for r in strict if r["pair"] == pair] for pair in pairs]
+        low, middle, high = selectivity(strict)
+        lines.append(
+            [
+                f"`{method}`",
+                *(f"{statistics.mean(v):.2f} ({len(v)})" if v else "" for v in left),
+                f"{_mean(strict, lambda r: r['kept_after'] / r['kept_before']):.2f}",
+                f"{_mean(strict, lambda r: r['general_nats']):+.2f}",
+                f"{middle:.1f} ({low:.1f}–{high:.1f})",
+                _with_interval([r["area"] for r in strict], 2),
+                f"{sum(r['coefficient'] == 0 for r in strict)} of {len(strict)}",
+                f"{_mean(strict, lambda r: r['seconds']):.0f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def _cells(rows: Sequence[Row], method: str, pairs: Sequence[str]) -> list[str]:
     strict, loose = _of(rows, method, 0.95), _of(rows, method, 0.9)
     found = []
@@ -90,9 +116,9 @@ def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
     return statistics.mean(value(r) for r in rows)
 
 
-def _with_interval(values: Sequence[float]) -> str:
+def _with_interval(values: Sequence[float], digits: int = 3) -> str:
     """Mean ± half of a 95 % normal interval."""
-    middle = statistics.mean(values)
+    middle = f"{statistics.mean(values):.{digits}f}"
     if len(values) < 2:
-        return f"{middle:.3f}"
-    return f"{middle:.3f} ± {1.96 * statistics.stdev(values) / len(values) ** 0.5:.3f}"
+        return middle
+    return f"{middle} ± {1.96 * statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
