@@ -206,7 +206,7 @@ def _warnings(recipe: Recipe, sets: Sequence[LoadedSet], chosen: Chosen) -> tupl
         found.append(f"few validation items, so the coefficient is chosen on coarse scores: {', '.join(small)}")
     if chosen.coefficient > 0 and chosen.coefficient == recipe.sweep.grid()[-1]:
         found.append(
-            f"the largest coefficient of the grid ({chosen.coefficient:g}) was chosen: larger ones may forget more"
+            f"the largest coefficient of the grid ({chosen.coefficient:g}) was chosen: larger ones may do more"
         )
     if not recipe.retain and not recipe.utility:
         found.append("nothing was asked to be kept: add retain and utility sets to see what the edit costs")

@@ -209,12 +209,20 @@ def headline(report: RunReport) -> str:
     at = f"λ = {coefficient(chosen.coefficient)}"
     kept = _kept_clause(report)
     if row is None:
-        return f"The task vector was subtracted at {at}; {kept}."
+        learned = [_learned(r) for r in report.scores if r.set == "learn" and r.metric == chosen.forget_metric]
+        what = f"The model {listing(learned)}" if learned else "The task vector was subtracted"
+        return f"{what} at {at}; {kept}."
     fall = row.before.value - row.after.value
     verb = "fell" if fall > 0 else "rose" if fall < 0 else "stayed"
     figures = f"from {short(row.before.value)} to {short(row.after.value)}" if fall else f"at {short(row.before.value)}"
     what = f"{row.name} {plain_metric(row.metric)} {verb} {figures}"
     return f"{_opening(row)}: {what} at {at}; {kept}."
+
+
+def _learned(row: ScoreRow) -> str:
+    gain = row.after.value - row.before.value if row.higher_is_better else row.before.value - row.after.value
+    verb = "learned" if gain > 0 else "did not learn"
+    return f"{verb} {row.name} ({plain_metric(row.metric)} {short(row.before.value)} to {short(row.after.value)})"
 
 
 def _opening(row: ScoreRow) -> str:
