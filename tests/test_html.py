@@ -537,8 +537,8 @@ def test_the_headline_says_what_happened() -> None:
 def test_the_headline_of_an_addition_says_what_was_learned() -> None:
     learned = (row("learn", "africa", 0.7, 1.0), row("learn", "oceania", 0.8, 0.8), row("utility", "general", 0.7, 0.7))
     assert headline(make(scores=learned)) == (
-        "The model learned africa (accuracy 0.70 to 1.00) and did not learn oceania (accuracy 0.80 to 0.80) at λ = 1.5; "
-        "every kept metric stayed within its bound."
+        "The model learned africa (accuracy 0.70 to 1.00) and did not learn oceania (accuracy 0.80 to 0.80) "
+        "at λ = 1.5; every kept metric stayed within its bound."
     )
 
 
