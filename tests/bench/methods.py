@@ -13,9 +13,11 @@ Columns: what of the forget set is still known (accuracy of four choices; for pa
 of the neighbours is, the nats general statements lost, selectivity (nats per answer, or per token, that the forget set
 lost for each that unseen neighbours lost; a loss below .05 counts as .05, because less is not resolved), the area under
 the frontier (mean share of the forget score that goes while kept scores stay above 80 ... 100 %, validation items; and
-by how much it is larger than plain negation's in the same cells), and seconds of fitting and shaping. ± is half of a 95 % interval over pairs and seeds.
+by how much it is larger than plain negation's in the same cells), and seconds of fitting and shaping. ± is half of a
+95 % interval over pairs and seeds.
 
-``--work`` keeps vectors and scores: run again, what is there is not made again. On two cores about 75 minutes.
+``--work`` keeps vectors and scores: run again, what is there is not made again. All of it takes about 100 minutes on
+two cores (an estimate: it was run in several goes, and not every method on every seed).
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def _keep(place: Path, rows: list[dict[str, Any]]) -> None:
     def short(value: Any) -> Any:
         return round(value, 6) if isinstance(value, float) else value
 
-    kept = [{k: short(v) for k, v in row.items() if k not in ("validation", "mended")} for row in rows]
+    kept = [{k: short(v) for k, v in row.items() if k != "validation"} for row in rows]
     write_json(place, sorted(kept, key=_order))
 
 
