@@ -31,7 +31,7 @@ from unlearn.recipe_vector import (
 from unlearn.rundir import write_json_atomic
 from unlearn.scored import Scored
 from unlearn.shaping import Materials, shape
-from unlearn.trainer import Against, Keep, TrainingLog
+from unlearn.trainer import Against, Keep
 from unlearn.vector import TaskVector
 
 VECTOR_FILE = "vector.safetensors"
@@ -137,7 +137,7 @@ class Fitted(Scored):
 
         def make(tmp: Path) -> None:
             rows = self.encode(sets, trainee.tokenizer, spec)
-            beside = self.encode(near, trainee.tokenizer, spec) if near else []
+            beside = self.encode(near, trainee.tokenizer, spec) if penalty is not None or (against and near) else []
             work = self.folder.work(stage, self.stages[stage])
             wait()
             meta = {"set": name, "base": target, "data": json.dumps(digests), "lora": json.dumps(_plain(lora))}
@@ -157,7 +157,7 @@ class Fitted(Scored):
             wait()
             vector.save(tmp / VECTOR_FILE)
             write_json_atomic(tmp / "training.json", log.to_json(name))
-            _say_training(log)
+            say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
 
         parts: list[Any] = [target, digests, _plain(lora), _plain(spec), seed, self.recipe.model.quantize]
         if penalty is not None:
@@ -295,7 +295,3 @@ class Fitted(Scored):
 
 def _plain(spec: Any) -> Any:
     return spec.model_dump(mode="json")
-
-
-def _say_training(log: TrainingLog) -> None:
-    say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")

@@ -37,8 +37,6 @@ from unlearn.recipe_vector import (
 )
 from unlearn.vector import TaskVector
 
-Row = Sequence[Encoded]
-
 
 @dataclass(frozen=True)
 class Materials:
