@@ -40,3 +40,7 @@ class BrokenModelError(EvaluationError):
 
 class RunFolderError(UnlearnError):
     """A run folder that belongs to another recipe, is damaged, or cannot be written."""
+
+
+class GridError(UnlearnError):
+    """A grid of jobs that cannot be made, read, or submitted."""

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from unlearn.recipe_bench import BenchmarkSpec, PushSpec, RobustnessSpec
+from unlearn.recipe_cluster import ClusterSpec
 from unlearn.recipe_data import (
     SPLITS,
     DataSet,
@@ -35,6 +36,7 @@ __all__ = [
     "AnalogySpec",
     "BenchmarkSpec",
     "ChooseSpec",
+    "ClusterSpec",
     "DataSet",
     "EvalSpec",
     "ExportSpec",
@@ -131,6 +133,9 @@ class Recipe(Frozen):
         (),
         description="Run folders, relative to the recipe, whose finished stages are taken over where they are what "
         "this run would make: a vector fitted or a model taught before.",
+    )
+    cluster: ClusterSpec | None = Field(
+        None, description="What unlearn.submit asks a batch system for; changes nothing about the result."
     )
 
     @model_validator(mode="after")

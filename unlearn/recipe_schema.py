@@ -16,6 +16,7 @@ PATTERNS = {
     r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "text of letters, digits, '.', '_' and '-' that begins with a letter or digit",
     r"^(auto|cpu|mps|cuda(:\d+)?)$": "one of auto, cpu, mps, cuda, or cuda:NUMBER",
     r"^\d+(\.\d+)?[KMGT]B$": "a size such as 500MB or 5GB",
+    r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$": "a time such as 4:00:00 (hours) or 1-12:00:00 (days and hours)",
     r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$": "a name on the hub, OWNER/NAME",
 }
 
