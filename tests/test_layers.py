@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A module may import what stands before it, in its own layer or in an earlier one.
 LAYERS: dict[str, str] = {
-    "ground": "errors layers memory quiet console distributed silence wording",
+    "ground": "errors layers memory quiet redact console launch distributed silence wording",
     "values": "template recipe_data recipe_training recipe_vector recipe_bench recipe_cluster recipe_eval recipe "
     "attacks attacks.values report changes compress vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
     "words": "metrics formula report_text prediction evidence_text",
     "numbers": "benchmarks benchmarks.samples_in benchmarks.memorisation benchmarks.membership "
     "benchmarks.tofu benchmarks.muse",
-    "folders": "atomic stage lock ownership rundir provenance grid job_state",
+    "folders": "atomic stage lock ownership rundir provenance pool grid job_state",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files board_runs member_files references",
     "vectors": "vector_adapter architecture checkpoint_vector vector_table "

@@ -102,7 +102,7 @@ class Compared(Foreseen):
                 write_json_atomic(tmp / "training.json", log.to_json("teach" if name == "target" else name))
 
         parts = [base.fingerprint, [s.digest for s in learned], spec.model_dump(mode="json"), self.recipe.seed]
-        self.make(name, parts, make, kind="target")
+        self.make(name, parts, make, kind="target", share=True)
         return str(self.folder.path(name))
 
     def reference(self, sets: Sequence[LoadedSet]) -> Loaded | None:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from unlearn import distributed, provenance, references
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
+from unlearn.pool import Pool
 from unlearn.quiet import quiet_libraries
 from unlearn.recipe import DataSet, Recipe, Source
 from unlearn.recipe_io import LoadedRecipe
@@ -31,12 +33,23 @@ if TYPE_CHECKING:
 _FEW = 20  # items under which an accuracy moves in steps that a bound of 95 % cannot resolve
 
 
-def execute(loaded: LoadedRecipe, out: Path | None, fresh: bool) -> RunReport | None:
+def execute(
+    loaded: LoadedRecipe, out: Path | None, fresh: bool = False, *, pool: Path | None = None, prepare: bool = False
+) -> RunReport | None:
     """Run what is left to run of a recipe, print the result and return it.
+
+    Args:
+        loaded, out, fresh: see :func:`unlearn.run.run`.
+        pool: A folder of stages that many runs share (:mod:`unlearn.pool`).
+        prepare: Make only what other runs can share (the model, what it is taught, a trained reference) and return
+            None.
 
     Raises:
         UnlearnError: see :func:`unlearn.run.run`.
     """
+    # what a batch system gives a run is no part of what is run
+    loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"cluster": None}))
+    shared = Pool(pool.absolute()) if pool is not None else None
     recipe, base = loaded.recipe, loaded.source.parent
     with RunFolder.open(out, recipe, loaded.text, fresh) as folder:
         say(f"{recipe.name}: {folder.root}")
@@ -45,9 +58,11 @@ def execute(loaded: LoadedRecipe, out: Path | None, fresh: bool) -> RunReport | 
         if distributed.count() > 1:
             say(f"{distributed.count()} processes share training and scoring")
         try:
-            report = _unchanged(folder, key)
-            if report is None:
-                report = _run(loaded, folder, key)
+            report = None if prepare else _unchanged(folder, key)
+            if prepare:
+                _prepare(loaded, folder, shared)
+            elif report is None:
+                report = _run(loaded, folder, shared, key)
             else:
                 say("nothing has changed since this run was finished; --fresh runs it again")
         finally:
@@ -58,7 +73,23 @@ def execute(loaded: LoadedRecipe, out: Path | None, fresh: bool) -> RunReport | 
     return report
 
 
-def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
+def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None:
+    """The stages before a run's own: nothing of them depends on vectors, coefficients or rules."""
+    quiet_libraries()  # before they are imported
+    from unlearn.pipeline import Pipeline
+
+    recipe = loaded.recipe
+    references.check(recipe, loaded.source.parent)
+    pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
+    base = pipe.load()
+    if recipe.teach is not None:
+        sets = pipe.data(base.tokenizer)
+        pipe.teach(base, sets)
+        if recipe.reference == "train":
+            pipe.reference(sets)
+
+
+def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -> RunReport | None:
     quiet_libraries()  # before they are imported
     from unlearn.card import CardFacts
     from unlearn.compared import Subjects
@@ -67,7 +98,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, key: str) -> RunReport | None:
     recipe = loaded.recipe
     references.check(recipe, loaded.source.parent)
     began = time.monotonic()
-    pipe = Pipeline(recipe, loaded.source.parent, folder)
+    pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
     base = pipe.load()
     sets = pipe.data(base.tokenizer)
     target = pipe.teach(base, sets)

@@ -165,7 +165,7 @@ class Fitted(Scored):
         if against:
             settings = getattr(self.recipe.vector, against, None)
             parts += [against, _plain(settings) if settings else None, [s.digest for s in near]]
-        self.make(stage, parts, make, kind=f"vectors/{kind}" if kind else "")
+        self.make(stage, parts, make, kind=f"vectors/{kind}" if kind else "", share=True)
         return TaskVector.load(self.folder.path(stage) / VECTOR_FILE)
 
     def encode(self, sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:

@@ -39,7 +39,7 @@ class LoadedRecipe:
     text: str
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), text: str | None = None) -> LoadedRecipe:
     """Read, override and check a recipe.
 
     Args:
@@ -49,12 +49,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
             them are as seen from the current folder: ``model.path`` and the ``path`` of a data set (or of its
             ``validation`` and ``test``) become absolute when such a file exists there. Otherwise they are left as
             they are, and so count from the recipe's folder like those written in the file.
+        text: what the file said at another time, read in its place; ``name_or_path`` is then its absolute path.
 
     Raises:
         RecipeError: there is no such file, or it holds mistakes; the message lists all of them.
     """
-    source = _find(name_or_path)
-    text = _read(source)
+    source = Path(name_or_path) if text is not None else _find(name_or_path)
+    text = _read(source) if text is None else text
     shown = _shown(source)
     try:
         document = yaml_core.parse(text)

@@ -33,6 +33,8 @@ def run(
     set: Sequence[str] | Mapping[str, Any] = (),  # noqa: A002 - the flag's name
     out: str | Path | None = None,
     fresh: bool = False,
+    pool: str | Path | None = None,
+    prepare: bool = False,
 ) -> RunReport | None:
     """Run a recipe, or go on where an earlier run of it was cut off; read the report if nothing is left to do.
 
@@ -42,6 +44,8 @@ def run(
         set: Overrides as on the command line (``["seed=1"]``) or as a mapping (``{"seed": 1}``).
         out: The run's folder; ``runs/<name>-<fingerprint>`` when not given.
         fresh: Start over, removing what earlier runs left in the folder.
+        pool: A folder where runs share what is the same in them: taught models, references, fitted vectors.
+        prepare: Make only what other runs can share, and return None.
 
     Returns:
         The report; None on every process but the main one under ``accelerate launch``.
@@ -59,7 +63,8 @@ def run(
         raise RecipeError("set= changes a recipe file; change the Recipe itself with recipe.model_copy(update=...)")
     else:
         loaded = from_recipe(recipe)
-    return execute(loaded, Path(out) if out is not None else None, fresh)
+    where, shared = (Path(p) if p is not None else None for p in (out, pool))
+    return execute(loaded, where, fresh, pool=shared, prepare=prepare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +105,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
         print(plan(recipe_io.load_recipe(arguments.recipe, arguments.set)))
         return 0
-    report = run(arguments.recipe, set=arguments.set, out=arguments.out, fresh=arguments.fresh)
+    options = {"out": arguments.out, "fresh": arguments.fresh, "pool": arguments.pool, "prepare": arguments.prepare}
+    report = run(arguments.recipe, set=arguments.set, **options)
     return 0 if report is None or report.chosen.bound_met or not arguments.strict else 1
 
 
@@ -118,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/<name>-<fingerprint>)")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    parser.add_argument(
+        "--pool", metavar="DIR", help="share taught models and fitted vectors with the runs that name it"
+    )
+    parser.add_argument("--prepare", action="store_true", help="make only what other runs can share from --pool")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when no coefficient passes the rule")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes")

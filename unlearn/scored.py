@@ -24,6 +24,7 @@ from unlearn.evaluate import evaluate
 from unlearn.metrics import Key, goal_metrics
 from unlearn.models import Loaded
 from unlearn.negate import Edit
+from unlearn.pool import Pool
 from unlearn.recipe import ChooseSpec, Recipe, SetRole, Split
 from unlearn.report import Chosen, Example, SweepPoint, TaskScore
 from unlearn.rundir import RunFolder, write_json_atomic
@@ -57,8 +58,8 @@ class _Desk:
 class Scored(Stages):
     """Balance, sweep and test of one run."""
 
-    def __init__(self, recipe: Recipe, base: Path, folder: RunFolder) -> None:
-        super().__init__(recipe, base, folder)
+    def __init__(self, recipe: Recipe, base: Path, folder: RunFolder, pool: Pool | None = None) -> None:
+        super().__init__(recipe, base, folder, pool)
         self._twins: dict[tuple[str, float], Path] = {}  # validation scores that the balance took, by vector
 
     def balance(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet
 from unlearn.distributed import wait
 from unlearn.errors import RunFolderError
+from unlearn.pool import Pool, link_tree
 from unlearn.provenance import LIBRARIES, tidy, versions
 from unlearn.recipe import Recipe
 from unlearn.rundir import RunFolder, fingerprint
@@ -36,10 +37,11 @@ class Stages:
     ``stages`` collects the key of every stage, ``seconds`` what each took (also when it took it in an earlier run).
     """
 
-    def __init__(self, recipe: Recipe, base: Path, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, base: Path, folder: RunFolder, pool: Pool | None = None) -> None:
         self.recipe = recipe
         self.base = base
         self.folder = folder
+        self.pool = pool
         self.stages: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self._libraries = versions(LIBRARIES)
@@ -48,27 +50,44 @@ class Stages:
         """The key of a stage that depends on ``parts``."""
         return fingerprint(self._libraries, name, *parts)
 
-    def make(self, name: str, parts: Sequence[Any], make: Callable[[Path], object], kind: str = "") -> None:
+    def make(
+        self,
+        name: str,
+        parts: Sequence[Any],
+        make: Callable[[Path], object],
+        kind: str = "",
+        *,
+        share: bool = False,
+    ) -> None:
         """Make a stage unless it is there already under the same key.
 
-        ``kind`` stands for the name in the key, where stages of several names may hold one thing.
+        ``kind`` stands for the name in the key, where stages of several names may hold one thing. ``share`` puts it
+        into the pool, for other runs that would make the same.
         """
         key = self.key(kind or name, parts)
         self.stages[name] = key
         done = self.folder.finished(name, key)
         wait()  # nobody may look for a stage that another process is writing
-        if done is None:
-            found = self._elsewhere(key)
+        if done is not None:
+            say(f"    {name}: as before", style="dim")
+            return
+        pool = self.pool if share else None
+        with pool.making(key) if pool is not None else nullcontext():
+            wait()  # the main process has its turn: from here on the pool does not change under this key
+            pooled = pool.find(key) if pool is not None else None
+            found = pooled or self._elsewhere(key)
             with self.folder.writing(name, key) as tmp:
                 if found is None:
                     make(tmp)
-                elif is_main_process():
+                elif is_main_process() and found == pooled:
+                    link_tree(found, tmp, frozenset({STAGE_FILE}))
+                elif is_main_process():  # another run's folder is its owner's: nothing is shared with it
                     shutil.copytree(found, tmp, ignore=shutil.ignore_patterns(STAGE_FILE), dirs_exist_ok=True)
             wait()
-            if found is not None:
-                say(f"    {name}: taken from {tidy(str(found))}", style="dim")
-        else:
-            say(f"    {name}: as before", style="dim")
+            if pool is not None and pooled is None and is_main_process():
+                pool.put(key, self.folder.path(name))
+        if found is not None:
+            say(f"    {name}: taken from {tidy(str(found))}", style="dim")
 
     def _elsewhere(self, key: str) -> Path | None:
         """A whole and undamaged stage of this key in one of the run folders that the recipe lets us take from.

@@ -1,0 +1,101 @@
+"""Finished stages that many runs share, by content: ``pool/<key>/``, the stage as it stands in a run folder.
+
+The key of a stage says everything its content depends on (:meth:`unlearn.stages.Stages.key`), so any run that needs it
+may take it. Whoever comes first makes it; the others wait for that one, on whatever machine it is. Files are hard
+links where the file system has them: a thousand runs then hold one copy of a taught model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from unlearn.atomic import explained, sync, unique
+from unlearn.console import is_main_process, say
+from unlearn.lock import Lock
+from unlearn.stage import damage_of, read_record
+
+_LOCKS, _TEMPORARY = ".locks", ".part-"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The pool in a folder, which need not be there yet."""
+
+    root: Path
+
+    def find(self, key: str) -> Path | None:
+        """The stage of this key if it is there, whole and undamaged (every byte is read)."""
+        place = self.root / key
+        record = read_record(place)
+        if record is None or record.key != key:
+            return None
+        damage = damage_of(place, record, "sha256")
+        if damage:
+            say(f"{place}: {damage}; this stage is made again", style="yellow")
+            return None
+        return place
+
+    @contextmanager
+    def making(self, key: str) -> Iterator[None]:
+        """Nobody else makes the stage of this key meanwhile; waits for whoever does.
+
+        Raises:
+            RunFolderError: the pool cannot be written.
+        """
+        if not is_main_process():
+            yield
+            return
+        with explained(self.root):
+            (self.root / _LOCKS).mkdir(parents=True, exist_ok=True)
+            lock = Lock.take(self.root / _LOCKS / f"{key}.lock", wait=None)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def put(self, key: str, stage: Path) -> None:
+        """Share a finished stage. For the main process, inside :meth:`making`; a damaged one of this key is replaced.
+
+        Raises:
+            RunFolderError: the pool cannot be written, or is full.
+        """
+        place, temporary = self.root / key, self.root / f"{_TEMPORARY}{unique()}"
+        with explained(self.root):
+            try:
+                link_tree(stage, temporary)
+                if place.exists():
+                    place.rename(self.root / f"{_TEMPORARY}{unique()}")
+                temporary.rename(place)
+                sync(self.root)
+            finally:
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what was replaced, and what was left half linked. Links cost nothing: no age has to be judged."""
+        for left in self.root.glob(f"{_TEMPORARY}{os.getpid()}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def link_tree(source: Path, to: Path, leave_out: frozenset[str] = frozenset()) -> None:
+    """A second name for every file of a folder, or a copy where the file system has no hard links.
+
+    Stages are never written in place, so that one name cannot change what is under the other.
+
+    Raises:
+        OSError: it cannot be written, or is full.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        target = to / path.relative_to(source)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        elif path.relative_to(source).as_posix() not in leave_out:
+            try:
+                target.hardlink_to(path)
+            except OSError:
+                shutil.copy2(path, target)
