@@ -128,7 +128,10 @@ def test_runs_take_what_a_preparation_made(
     other = first.model_copy(update={"sweep": first.sweep.model_copy(update={"coefficients": (2.0,)})})
     capsys.readouterr()
     assert run(other, out="c", pool="pool") is not None
-    assert _pooled(other, capsys) == {"target", "reference", "vectors/forget"}  # the fitted vector too
+    assert _pooled(other, capsys) == {
+        *("target", "reference"),
+        *("vectors/forget", "vectors/near-retain"),  # what was fitted, by the first run that needed it
+    }
     assert run(first.model_copy(update={"seed": 1}), out="d", pool="pool") is not None
     assert _pooled(other, capsys) == set()  # another seed is another teaching
 

@@ -1,0 +1,174 @@
+"""The pico recipe as a 2 x 2 array in a real Slurm: one task is killed mid-way and requeued."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from one_node import OneNode, why_not
+
+from unlearn.grid import Grid, job_folder, log_file
+from unlearn.job_state import JobState
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+
+PICO = Path(__file__).resolve().parents[2] / "recipes" / "pico_smoke.yaml"
+CLUSTER = """
+cluster:
+  cpus: 1
+  memory: 2GB
+  time: 0:20:00
+  grace: 20
+  setup: ["export OMP_NUM_THREADS=1"]
+"""
+_PATIENCE = 240.0
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A grid in the queue: its folder, the cluster, what submit printed."""
+
+    root: Path
+    node: OneNode
+    said: str
+
+
+def command(node: OneNode, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "unlearn.submit", *arguments],
+        env=node.environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def until(ready: Callable[[], Any], what: str, submitted: Submitted) -> Any:
+    end = time.monotonic() + _PATIENCE
+    while not (found := ready()):
+        if time.monotonic() > end:
+            logs = "\n".join(p.read_text(errors="replace")[-1500:] for p in submitted.root.rglob("*.log"))
+            pytest.fail(f"{what} did not happen:\n{submitted.node.run('squeue')}\n{logs}")
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneNode]:
+    with OneNode(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def submitted(node: OneNode, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    folder = tmp_path_factory.mktemp("grid")
+    # long enough in training that there is a mid-way
+    text = PICO.read_text().replace("path: data/", f"path: {PICO.parent}/data/").replace("steps: 30", "steps: 200")
+    (folder / "pico.yaml").write_text(text + CLUSTER)
+    done = command(
+        *(node, "--recipe", str(folder / "pico.yaml"), "--grid", "seed=0,1", "--grid", "vector.lora.rank=2,4"),
+        *("--out", str(folder / "grid")),
+    )
+    assert done.returncode == 0, done.stderr
+    return Submitted(folder / "grid", node, done.stdout + done.stderr)
+
+
+def finished(submitted: Submitted) -> bool:
+    states = [JobState.load(submitted.root, job.name) for job in Grid.load(submitted.root).jobs]
+    assert not [s for s in states if s is not None and s.state == "failed"], states
+    return all(s is not None and s.state == "done" for s in states)
+
+
+def without_times(folder: Path) -> Any:
+    report = json.loads((folder / "report.json").read_text())
+    return {k: report[k] for k in ("chosen", "scores", "sweep", "vector", "data")}
+
+
+def test_a_task_is_killed_requeued_and_the_grid_is_whole(submitted: Submitted, tmp_path: Path) -> None:
+    grid = Grid.load(submitted.root)
+    victim = grid.jobs[2]
+
+    def training() -> str | None:
+        state = JobState.load(submitted.root, victim.name)
+        at_work = list((job_folder(submitted.root, victim.name) / ".unlearn-work").glob("*/checkpoint-*"))
+        return state.slurm if state is not None and state.state == "running" and at_work else None
+
+    task = until(training, "the training of the third job", submitted)
+    submitted.node.run("scontrol", "requeue", task)
+    # Slurm leaves a requeued job alone for two minutes, for the sake of broken nodes; here nobody has to wait
+    until(lambda: "PENDING" in submitted.node.run("squeue", "-h", "-r", "-o", "%i %T"), "the requeue", submitted)
+    status = command(submitted.node, "--status", str(submitted.root), "--json")
+    assert status.returncode == 0, status.stderr
+    until(lambda: _start(submitted, task), "the release of the requeued task", submitted)
+    until(lambda: finished(submitted), "the end of all jobs", submitted)
+
+    again = JobState.load(submitted.root, victim.name)
+    assert again is not None
+    assert again.attempt == 2
+    assert "as before" in log_file(submitted.root, victim.name).read_text()
+    # the same recipe in one go, elsewhere: the kill has left no trace in the result
+    alone = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "unlearn.run",
+                "--recipe",
+                grid.recipes[0].source,
+                "--out",
+                str(tmp_path / "alone"),
+            ),
+            *(part for override in victim.overrides for part in ("--set", override)),
+        ],
+        env={**submitted.node.environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert without_times(job_folder(submitted.root, victim.name)) == without_times(tmp_path / "alone")
+
+
+def _start(submitted: Submitted, task: str) -> bool:
+    done = subprocess.run(
+        ["scontrol", "update", f"JobId={task}", "StartTime=now"], env=submitted.node.environment, capture_output=True
+    )
+    return done.returncode == 0
+
+
+def test_the_merged_report_has_all_of_it(submitted: Submitted) -> None:
+    until(lambda: finished(submitted), "the end of all jobs", submitted)
+    merged = command(submitted.node, "--merge", str(submitted.root))
+    assert merged.returncode == 0, merged.stderr
+    assert (submitted.root / "report.html").is_file()
+    rows = (submitted.root / "jobs.csv").read_text().splitlines()
+    assert len(rows) == 5  # a header and four jobs
+    status = command(submitted.node, "--status", str(submitted.root))
+    assert status.returncode == 0, status.stderr
+    assert "4 done" in status.stdout + status.stderr
+
+
+def test_the_teaching_was_done_once_per_seed(submitted: Submitted) -> None:
+    until(lambda: finished(submitted), "the end of all jobs", submitted)
+    grid = Grid.load(submitted.root)
+    assert len(grid.preparations) == 2
+    for job in grid.jobs:
+        assert "target: taken from" in log_file(submitted.root, job.name).read_text()
+
+
+def test_submitting_it_again_submits_nothing(submitted: Submitted) -> None:
+    until(lambda: finished(submitted), "the end of all jobs", submitted)
+    source = Grid.load(submitted.root).recipes[0].source
+    again = command(
+        *(submitted.node, "--recipe", source, "--grid", "seed=0,1", "--grid", "vector.lora.rank=2,4"),
+        *("--out", str(submitted.root)),
+    )
+    assert again.returncode == 0, again.stderr
+    assert not submitted.node.run("squeue", "-h").strip()
