@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -102,12 +103,10 @@ def test_a_task_is_killed_requeued_and_the_grid_is_whole(submitted: Submitted, t
 
     task = until(training, "the training of the third job", submitted)
     submitted.node.run("scontrol", "requeue", task)
-    # Slurm leaves a requeued job alone for two minutes, for the sake of broken nodes; here nobody has to wait
-    until(lambda: "PENDING" in submitted.node.run("squeue", "-h", "-r", "-o", "%i %T"), "the requeue", submitted)
+    until(lambda: _waits(submitted.node, task), "the requeue", submitted)
     status = command(submitted.node, "--status", str(submitted.root), "--json")
     assert status.returncode == 0, status.stderr
-    until(lambda: _start(submitted, task), "the release of the requeued task", submitted)
-    until(lambda: finished(submitted), "the end of all jobs", submitted)
+    until(lambda: finished(submitted) or _start(submitted.node, task), "the end of all jobs", submitted)
 
     again = JobState.load(submitted.root, victim.name)
     assert again is not None
@@ -136,11 +135,48 @@ def test_a_task_is_killed_requeued_and_the_grid_is_whole(submitted: Submitted, t
     assert without_times(job_folder(submitted.root, victim.name)) == without_times(tmp_path / "alone")
 
 
-def _start(submitted: Submitted, task: str) -> bool:
-    done = subprocess.run(
-        ["scontrol", "update", f"JobId={task}", "StartTime=now"], env=submitted.node.environment, capture_output=True
-    )
-    return done.returncode == 0
+def test_a_job_at_its_time_limit_saves_where_it_is_and_goes_on(node: OneNode, tmp_path: Path) -> None:
+    text = PICO.read_text().replace("path: data/", f"path: {PICO.parent}/data/").replace("steps: 30", "steps: 300")
+    (tmp_path / "pico.yaml").write_text(text.replace("teach: {", "# {") + CLUSTER)
+    done = command(node, "--recipe", str(tmp_path / "pico.yaml"), "--grid", "seed=7", "--out", str(tmp_path / "grid"))
+    assert done.returncode == 0, done.stderr
+    alone = Submitted(tmp_path / "grid", node, done.stderr)
+    name = Grid.load(alone.root).jobs[0].name
+
+    def training() -> str | None:
+        state = JobState.load(alone.root, name)
+        at_work = list((job_folder(alone.root, name) / ".unlearn-work").glob("vectors+forget*"))
+        return state.slurm if state is not None and state.state == "running" and at_work else None
+
+    task = until(training, "the training", alone)
+    time.sleep(1)
+    node.run("scancel", "--signal=USR2", task)  # what Slurm sends `grace` seconds before the limit
+
+    def stopped() -> bool:
+        state = JobState.load(alone.root, name)
+        return state is not None and (state.state == "stopped" or state.attempt == 2)
+
+    until(stopped, "the stop", alone)
+    until(lambda: finished(alone) or _start(node, task), "the end", alone)
+    log = log_file(alone.root, name).read_text()
+    stop = re.search(r"stopped after step (\d+) of 300; it is kept", log)
+    assert stop is not None, log
+    assert int(stop[1]) > 0
+    again = JobState.load(alone.root, name)
+    assert again is not None
+    assert again.attempt == 2
+
+
+def _waits(node: OneNode, task: str) -> bool:
+    return f"{task} PENDING" in node.run("squeue", "-h", "-r", "-o", "%i %T")
+
+
+def _start(node: OneNode, task: str) -> None:
+    """Slurm leaves a requeued job alone for two minutes, for the sake of broken nodes; here nobody has to wait."""
+    if _waits(node, task):
+        change = ["scontrol", "update", f"JobId={task}", "StartTime=now"]
+        subprocess.run(change, env=node.environment, capture_output=True, timeout=60)
+        time.sleep(1)
 
 
 def test_the_merged_report_has_all_of_it(submitted: Submitted) -> None:
