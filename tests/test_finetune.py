@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from unlearn import finetune, trainer
+from unlearn import finetune, stopping, trainer
 from unlearn.batches import IGNORE, ByLength, Encoded, Pad
+from unlearn.checkpoints import WHOLE, seal
 from unlearn.data import Item
 from unlearn.errors import ModelError, TrainingError, VectorError
 from unlearn.finetune import encode, merge, train_vector, train_weights
@@ -511,22 +513,59 @@ def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path
     spec = train_spec(steps=8, save_every=3)
     whole, _ = train(loaded(pico_phi), tmp_path / "whole", spec)
     work = tmp_path / "work"
-    train(loaded(pico_phi), work, spec)
-    marks = sorted(p.parent.name for p in work.glob(f"checkpoint-*/{trainer._WHOLE}"))
+    with interrupted(7):
+        train(loaded(pico_phi), work, spec)
+    marks = sorted(p.parent.name for p in work.glob(f"checkpoint-*/{WHOLE}"))
     assert marks == ["checkpoint-3", "checkpoint-6"]
-    # as a kill leaves it: the folder is there, some files are short, the mark is not
+    # as a kill leaves it: the folder is there, some files are short, the seal is not
     half = work / "checkpoint-6"
-    (half / trainer._WHOLE).unlink()
+    (half / WHOLE).unlink()
     (half / "adapter_model.safetensors").write_bytes(b"\0" * 10)
     (half / "trainer_state.json").write_text('{"global_')
     assert last_checkpoint(work) == str(work / "checkpoint-3")
+    assert not half.exists()
     again, _ = train(loaded(pico_phi), work, spec)
     assert again.digest() == whole.digest()
-    assert last_checkpoint(work) == str(half)  # written anew, and whole
+    assert last_checkpoint(work) == str(work / "checkpoint-8")
 
-    shutil.rmtree(work / "checkpoint-3")
-    (half / trainer._WHOLE).unlink()
+    for left in work.glob("checkpoint-*"):
+        (left / WHOLE).unlink()
     assert last_checkpoint(work) is None
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(
+    loaded: Load, pico_phi: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One bit of one file, as a failing disk leaves it: the training goes on from an older one, and says so."""
+    spec = train_spec(steps=8, save_every=3)
+    whole, _ = train(loaded(pico_phi), tmp_path / "whole", spec)
+    work = tmp_path / "work"
+    with interrupted(7):
+        train(loaded(pico_phi), work, spec)
+    damaged = work / "checkpoint-6" / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    capfd.readouterr()
+    again, log = train(loaded(pico_phi), work, spec)
+    said = capfd.readouterr().err
+    assert said.count("checkpoint-6: ") == 1
+    assert name in said
+    assert "SHA-256" in said
+    assert again.digest() == whole.digest()
+    assert log.steps == 8
+
+
+def test_a_checkpoint_of_more_processes_is_not_gone_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their random states and their epochs are others."""
+    for step in (3, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        seal(tmp_path / f"checkpoint-{step}", processes=2)
+    assert last_checkpoint(tmp_path, processes=2) == str(tmp_path / "checkpoint-12")
+    assert last_checkpoint(tmp_path) is None
+    assert "checkpoint-12: 2 processes wrote it, and now it is 1" in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_newest_checkpoint_by_number(tmp_path: Path) -> None:
@@ -535,8 +574,76 @@ def test_the_newest_checkpoint_by_number(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if step != 100:
-            (folder / trainer._WHOLE).touch()
+            seal(folder, processes=1)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def signalled(step: int, number: int) -> Iterator[list[int]]:
+    """A signal in the middle of a step, which is to stop the training; yields the steps that were made."""
+    made: list[int] = []
+    plain = trainer._Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = plain(self, *args, **kwargs)
+        if self.state.global_step not in made:
+            made.append(self.state.global_step)
+        if self.state.global_step == step:
+            signal.raise_signal(number)
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Trainer, "training_step", training_step)
+        yield made
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [0, 6, 7, 11, 15])
+def test_a_signal_costs_no_step(loaded: Load, pico_phi: Path, tmp_path: Path, step: int, number: int) -> None:
+    """In the first step, the last of an epoch of seven, the first of the next, in the middle, and in the very last."""
+    spec = train_spec(steps=16, save_every=100, accumulation=2)
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.2)
+    before = signal.getsignal(number)
+
+    def go(work: Path) -> tuple[TaskVector, TrainingLog]:
+        model = loaded(pico_phi)
+        rows = encode(MANY, "qa", model.tokenizer, 64)
+        return train(model, work, spec.model_copy(update={"batch_size": 1}), lora, rows=rows)
+
+    whole, log = go(tmp_path / "whole")
+    with signalled(step, number) as made, pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "stopped")
+    assert made == list(range(step + 1))  # the step at hand is finished, and no other is begun
+    assert signal.getsignal(number) is before
+    with signalled(-1, number) as made:
+        again, log_again = go(tmp_path / "stopped")
+    assert made == list(range(step + 1, 16))  # none is made twice
+    assert again.digest() == whole.digest()
+    assert log_again.losses == log.losses
+
+
+def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its echo: a batch system signals every process, and launchers pass on what they hear."""
+    monkeypatch.setattr(stopping, "_ECHO", 0.2)
+    held = []
+
+    def work() -> None:
+        with stopping.held() as hold:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            held.append(hold.requested)
+            time.sleep(0.3)
+            signal.raise_signal(signal.SIGINT)
+            held.append(False)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert held == [True]
+    with stopping.held() as hold:
+        assert not hold.requested
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

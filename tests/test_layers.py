@@ -14,30 +14,36 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A module may import what stands before it, in its own layer or in an earlier one.
 LAYERS: dict[str, str] = {
-    "ground": "errors layers memory quiet redact console launch distributed silence wording",
+    "ground": "errors layers memory quiet redact console launch stopping collective distributed silence wording",
     "values": "template recipe_data recipe_training recipe_vector recipe_bench recipe_cluster recipe_eval recipe "
     "attacks attacks.values report changes compress vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
     "words": "metrics formula report_text prediction evidence_text",
     "numbers": "benchmarks benchmarks.samples_in benchmarks.memorisation benchmarks.membership "
     "benchmarks.tofu benchmarks.muse",
-    "folders": "atomic stage lock ownership rundir provenance pool grid job_state",
+    "folders": "atomic holder seen stage lock_file lock_watch lock ownership rundir provenance pool grid grid_axes job_state submissions",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files board_runs member_files references",
     "vectors": "vector_adapter architecture checkpoint_vector vector_table "
     "methods methods.negate methods.contrast methods.checks methods.msa methods.project methods.ext_sub "
     "methods.ethos methods.perta methods.consensus methods.lines methods.random_vector methods.learned methods.rescale "
-    "negate batches "
-    "methods.baselines methods.retain_kl frozen importance learn_weights shaping objectives trainer finetune "
+    "negate batches dealing checkpoints "
+    "methods.baselines methods.retain_kl frozen importance learn_weights shaping objectives sharded trainer finetune "
     "correlation token_scores foresight",
     "scores": "tree attention forward decoding scoring answers sampled named_tasks tasks benchmark_tasks stderrs "
     "eval_files evaluate samples",
     "choices": "collapse search early_stop bisect_search joint",
-    "exports": "card_results card rounding shards survival export push",
+    "exports": "card_results card rounding shards survival export push "
+    "streamed_layout streamed_names streamed_blocks streamed_io streamed_shard streamed_files streamed_folder streamed "
+    "streamed_reason streamed_check",
     "attacks": "attacks.judge attacks.quantised attacks.relearn attacks.probes attacks.sampling attacks.lens",
-    "pages": "markup axes drawing charts html_parts foresight_page evidence_page html table",
-    "commands": "plan_evidence plan stages score_files scored fitted foreseen members compared attacked pipeline "
-    "execute run harness vectors boards leaderboard unlearn",
+    "pages": "markup axes drawing charts html_parts foresight_page evidence_page html table "
+    "grid_numbers grid_runs grid_compare grid_groups grid_words grid_csv grid_charts grid_page_tables grid_page",
+    "commands": "plan_evidence plan estimate_machine estimate_options estimate_config estimate_shapes estimate_tokens "
+    "estimate_passes estimate_memory estimate_work estimate_run estimate_evidence estimate_stages estimate estimate_text "
+    "stages score_files scored fitted foreseen members compared attacked pipeline "
+    "grid_report execute run slurm_options slurm_queue job slurm_jobs local_jobs grid_states grid_status grid_plan grid_submit submit "
+    "harness vectors apply boards leaderboard unlearn",
 }
 ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.
@@ -128,6 +134,7 @@ def loaded_by(statement: str) -> set[str]:
         "rundir",
         "html",
         "vectors",
+        "apply",
         "leaderboard",
     ],
 )

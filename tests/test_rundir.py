@@ -11,13 +11,15 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from unlearn import yaml_core
 from unlearn.errors import RunFolderError
 from unlearn.ownership import LOCK, TEMPORARY, WORK
 from unlearn.recipe import Recipe
@@ -57,9 +59,9 @@ def start(code: str, root: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def running(code: str, root: Path) -> Iterator[subprocess.Popen[str]]:
+def running(code: str, root: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has printed ``ready`` and goes on."""
-    process = start(code, root)
+    process = start(code, root, **environment)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
@@ -153,6 +155,69 @@ def test_an_unreadable_resolved_file_is_said(tmp_path: Path) -> None:
         RunFolder.open(tmp_path, recipe(), TEXT)
 
 
+def _rewrite(place: Path, **changes: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the recipe that a folder was made with."""
+    data = yaml_core.parse((place / "resolved.yaml").read_text()).data
+    for change in changes.values():
+        change(data)
+    (place / "resolved.yaml").write_text(yaml_core.dump(data))
+
+
+def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
+    retain = {"path": "r.txt", "kind": "text"}
+    mine = recipe(retain=(retain,), eval={"examples": 2})
+    RunFolder.open(tmp_path, mine, TEXT).close()
+    older = {
+        "a block": lambda d: d.pop("holdout"),
+        "a block with keys of its own": lambda d: d.pop("export"),
+        "a key in a block": lambda d: d["eval"].pop("batch_size"),
+        "a key in a list": lambda d: d["retain"][0].pop("name"),
+    }
+    for change in older.values():
+        _rewrite(tmp_path, change=change)
+        RunFolder.open(tmp_path, mine, TEXT).close()
+        assert (tmp_path / "resolved.yaml").read_text() == resolved_yaml(mine)
+    _rewrite(tmp_path, **older)
+    RunFolder.open(tmp_path, mine, TEXT).close()
+
+
+def test_a_key_that_came_later_and_is_not_its_default_is_a_difference(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    _rewrite(tmp_path, holdout=lambda d: d.pop("holdout"), seed=lambda d: d.pop("seed"))
+    with pytest.raises(RunFolderError) as caught:
+        RunFolder.open(tmp_path, recipe(seed=3), TEXT)
+    assert ":\n  seed: not set there, 3 here\nUse another" in str(caught.value)
+    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    _rewrite(tmp_path, model=lambda d: d["model"].pop("path"))  # has no default
+    with pytest.raises(RunFolderError, match=r"model\.path: not set there, 'm' here"):
+        RunFolder.open(tmp_path, recipe(), TEXT)
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "name: demo\n"])
+def test_a_file_without_a_recipe_is_no_older_one(tmp_path: Path, text: str) -> None:
+    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    (tmp_path / "resolved.yaml").write_text(text)
+    with pytest.raises(RunFolderError, match=r"another recipe|cannot be read"):
+        RunFolder.open(tmp_path, recipe(), TEXT)
+
+
+def test_a_key_of_a_newer_version_is_a_difference(tmp_path: Path) -> None:
+    for new in (lambda d: d.update(quantum=True), lambda d: d["model"].update(quantum=None)):
+        with RunFolder.open(tmp_path, recipe(), TEXT, fresh=True):
+            pass
+        _rewrite(tmp_path, new=new)
+        with pytest.raises(RunFolderError, match=r":\n  (model\.)?quantum: (True|None) there, not set here\nUse"):
+            RunFolder.open(tmp_path, recipe(), TEXT)
+
+
+def test_where_a_run_takes_place_never_matters(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, recipe(cluster={"gpus": 8}), TEXT).close()
+    for other in (recipe(), recipe(cluster={"gpus": 1, "setup": ("module load x",)})):
+        RunFolder.open(tmp_path, other, TEXT).close()
+    _rewrite(tmp_path, cluster=lambda d: d["cluster"].update(unheard="of"))
+    RunFolder.open(tmp_path, recipe(), TEXT).close()
+
+
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for fresh in (False, True):
@@ -164,7 +229,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_what_a_kill_leaves_before_the_first_file_is_no_foreign_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unlearn.lock._PATIENCE", 0.1)
+    monkeypatch.setattr("unlearn.lock_watch._PATIENCE", 0.1)
     (tmp_path / LOCK).write_text("")
     (tmp_path / ".resolved.yaml.123-0a1b2c3d.tmp").write_text("half")
     RunFolder.open(tmp_path, recipe(), TEXT).close()
@@ -461,10 +526,78 @@ def test_a_process_id_given_to_another_program_is_not_the_holder(
     assert f"going on after process {os.getppid()}" in capsys.readouterr().err
 
 
-def test_another_hosts_lock_is_never_taken_over(tmp_path: Path) -> None:
+def test_an_older_versions_lock_of_another_host_is_never_taken_over(tmp_path: Path) -> None:
     put_lock(tmp_path, _Old(4_000_000, "node17", "x"))
     with pytest.raises(RunFolderError, match=r"host node17 .* delete .*lock"):
         RunFolder.open(tmp_path, recipe(), TEXT)
+
+
+FAR = "import platform; platform.node = lambda: 'node17'\n"
+
+
+@pytest.mark.parametrize("moment", ["before it seals", "in the middle of writing", "between two stages", "in its work"])
+def test_a_process_that_wakes_after_its_folder_was_taken_over_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "1")
+    code = """
+    from unlearn.errors import UnlearnError
+
+    def nap(*moments):
+        if os.environ["MOMENT"] in moments:
+            print("ready", flush=True)
+            while not folder._lock._pulse.lost.is_set():
+                time.sleep(0.01)
+
+    with RunFolder.open(root, recipe(), "the sleeper's") as folder:
+        try:
+            with folder.writing("s", "k") as tmp:
+                nap("in the middle of writing")
+                (tmp / "a.bin").write_text("the sleeper's")
+                nap("before it seals")
+            nap("between two stages", "in its work")
+            if os.environ["MOMENT"] == "in its work":
+                folder.work("t", "k")
+            with folder.writing("t", "k") as tmp:
+                pass
+            print("published")
+        except UnlearnError as e:
+            print(type(e).__name__, e)
+    """
+    with running(FAR + textwrap.dedent(code), tmp_path, MOMENT=moment) as sleeper:
+        sleeper.send_signal(signal.SIGSTOP)
+        with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+            for name in ("s", "t"):
+                make(folder, name, content="the taker's")
+            folder.work("u", "k")
+            before = {name: (tmp_path / name).stat() for name in files_under(tmp_path) if not name.startswith(LOCK)}
+            sleeper.send_signal(signal.SIGCONT)
+            said, trouble = sleeper.communicate(timeout=60)
+            assert said.startswith(f"RunFolderError {tmp_path} is not this process's any more"), (said, trouble)
+            assert f"process {os.getpid()} on host {platform.node()} has taken over" in said
+            assert not trouble
+            after = {name: (tmp_path / name).stat() for name in files_under(tmp_path) if not name.startswith(LOCK)}
+            assert {n: (s.st_ino, s.st_mtime_ns) for n, s in after.items()} == {
+                n: (s.st_ino, s.st_mtime_ns) for n, s in before.items()
+            }
+            make(folder, "s", key="new")  # still the taker's
+    assert not list(tmp_path.glob(f"{LOCK}*"))
+
+
+def test_fresh_over_a_dead_holder_leaves_the_lock_and_takes_nothing_for_a_stranger(tmp_path: Path) -> None:
+    with running(HOLD, tmp_path) as process:
+        process.kill()
+        process.wait()
+    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+        make(folder)
+        os.link(tmp_path / LOCK, tmp_path / f"{LOCK}.{'a' * 32}.new")  # of one who was killed while asking for it
+    (tmp_path / LOCK).write_text("")
+    (tmp_path / f"{LOCK}.{'a' * 32}").write_text("")
+    os.utime(tmp_path / LOCK, (0, 0))
+    with RunFolder.open(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
+        folder.check()
+        assert not (tmp_path / "vectors").exists()
+    assert files_under(tmp_path) == {"recipe.yaml", "resolved.yaml"}
 
 
 def test_closing_leaves_a_lock_that_is_no_longer_ours(tmp_path: Path) -> None:

@@ -49,21 +49,31 @@ def architecture_of(folder: Path) -> Architecture:
     Raises:
         VectorError: no configuration, or none of a causal language model that transformers itself knows.
     """
+    return lay_out(model_of(folder))
+
+
+def model_of(folder: Path) -> nn.Module:
+    """The model of a folder's ``config.json`` without memory for its weights.
+
+    Raises:
+        VectorError: no configuration, or none of a causal language model that transformers itself knows.
+    """
     if not (folder / "config.json").is_file():
         raise VectorError(f"{folder}: no folder of a model: it has no config.json")
     try:
         with quietly(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError) as e:
         said = str(e).strip().split("\n")[0][:200]
         raise VectorError(
             f"{folder}: transformers cannot tell from its config.json what the weights are ({said})"
         ) from e
-    return _lay_out(model)
+    return model
 
 
-def _lay_out(model: nn.Module) -> Architecture:
+def lay_out(model: nn.Module) -> Architecture:
+    """The weights of a model by name, whatever device it is on."""
     linear, others = {}, {}
     # of tied weights every name counts, hence all of them and not each tensor once
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))

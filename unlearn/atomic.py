@@ -16,7 +16,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from unlearn.errors import RunFolderError
+from unlearn.redact import one_line
 
+LONGEST_NAME = 200  # characters of a name in a message
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems, for folders
 
@@ -118,6 +120,6 @@ def unique() -> str:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few of a long list, and how many more there are."""
+    """The first few of a long list, each on one line and cut where it is endless, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(one_line(name[:LONGEST_NAME]) for name in names[:most]) + more

@@ -79,8 +79,9 @@ def read_run(folder: Path) -> BenchRun:
         )
     logs = {who: read_scored(folder / "benchmark" / who, spec) for who in there}
     name = str(recipe.get("name") or folder.resolve().name)
-    resamples = (recipe.get("eval") or {}).get("bootstrap", 1000)
-    return BenchRun(folder, name, spec, logs, resamples, recipe.get("seed", 0))
+    settings = recipe.get("eval")
+    resamples = settings.get("bootstrap") if isinstance(settings, Mapping) else None
+    return BenchRun(folder, name, spec, logs, _whole(resamples, 1000), _whole(recipe.get("seed"), 0))
 
 
 def read_reference(place: Path, name: str, forget_set: str | None = None) -> Log:
@@ -179,12 +180,16 @@ def read_scored(folder: Path, spec: BenchmarkSpec) -> Log:
         raise type(error)(f"{folder}: {error}") from error
 
 
+def _whole(value: Any, usual: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else usual
+
+
 def _nothing_chosen(folder: Path) -> bool:
     """Whether the run is finished and no coefficient passed its rule, so that there is no edited model."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         return bool(report["chosen"]["coefficient"] == 0)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

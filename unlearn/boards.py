@@ -137,4 +137,6 @@ def _finite(row: Row, who: str) -> None:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    """A name on one line. Spreadsheets compute a cell that begins like a formula, so a quote is put before it."""
+    line = " ".join(text.split())
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line

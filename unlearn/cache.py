@@ -1,28 +1,40 @@
-"""The cache: folders that are either whole or not there, however the process that made them ended.
+"""The cache: folders that are either whole or not there, however the processes that made them ended.
 
-``$UNLEARN_CACHE``, else ``~/.cache/unlearn``. Each entry is keyed by what it was made from, filled in a temporary
-folder beside its place and renamed when whole. ``complete.json`` in it, written last, has the size and SHA-256 of
-every file.
+``$UNLEARN_CACHE``, else ``~/.cache/unlearn``; on a cluster a folder that all machines see. Each entry is keyed by what
+it was made from. Whoever needs one first makes it, in a temporary folder beside its place that is renamed when whole;
+the others wait for that one, on whatever machine it is (:mod:`unlearn.lock`), and take over from it should it die.
+Nothing that has its place is ever written to again: jobs at work have it mapped into their memory.
+
+``complete.json`` in an entry, written last, has the size and SHA-256 of every file. They are compared as
+:mod:`unlearn.seen` says: by content once per host and boot, then by size and stat, and by content always with
+``UNLEARN_VERIFY=full``. What is damaged is moved aside and made again; what was moved aside goes after a day. A cache
+that cannot be written serves what is whole in it.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from unlearn import seen
+from unlearn.atomic import unique
+from unlearn.console import say
 from unlearn.errors import ModelError
+from unlearn.lock import Lock
 
 MANIFEST = "complete.json"
-_TEMPORARY = ".part-"
-_STALE_SECONDS = 24 * 3600  # what a killed process left behind; nothing here takes as long
+_TEMPORARY, _ASIDE, _LOCKS, _NOTES = ".part-", ".damaged-", ".locks", ".verified"
+_HALF_FILLED = re.compile(rf"{re.escape(_TEMPORARY)}(.+)\.\d+-[0-9a-f]{{8}}")
+_ASIDE_SECONDS = 24 * 3600
+_ROUNDS = 3  # of filling an entry, should this process be stopped so long that another one takes over
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def cache_folder() -> Path:
@@ -38,8 +50,7 @@ def offline() -> bool:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return seen.sha256_of(path)
 
 
 def check_sha256(what: str, wanted: str, found: str) -> None:
@@ -55,11 +66,11 @@ def check_sha256(what: str, wanted: str, found: str) -> None:
 
 
 def whole(folder: Path) -> bool:
-    """True when every file that ``complete.json`` names is there with its size."""
+    """True when every file that ``complete.json`` names is there with its size: for plans, which read no gigabytes."""
+    files = _manifest(folder)
     try:
-        files: dict[str, dict[str, int | str]] = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-        return all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return files is not None and all((folder / name).stat().st_size == size for name, (size, _) in files.items())
+    except OSError:
         return False
 
 
@@ -77,10 +88,18 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def entry(cache: Path, key: str, fill: Callable[[Path], None]) -> Path:
-    """The folder of one cache entry, made by ``fill`` unless it is there and whole.
+def vanished(place: str | Path) -> str | None:
+    """What to tell the user of something in the cache that is not there any more though it was a moment ago."""
+    cache = cache_folder()
+    if not Path(place).is_relative_to(cache) or Path(place).is_dir():
+        return None
+    return f"{place} has gone while it was in use: {_unreachable(cache)}"
 
-    Of two processes that fill the same entry at once, the slower takes the other's.
+
+def entry(cache: Path, key: str, fill: Callable[[Path], None]) -> Path:
+    """The folder of one cache entry, made by ``fill`` unless it is there, whole and undamaged.
+
+    Of several processes that want the same entry at once, one makes it and the others wait for it.
 
     Args:
         cache: the cache folder; created when missing.
@@ -88,36 +107,91 @@ def entry(cache: Path, key: str, fill: Callable[[Path], None]) -> Path:
         fill: writes the content into the (temporary) folder it is given.
 
     Raises:
-        ModelError: no space left, or the cache cannot be written.
+        ModelError: no space left, the cache cannot be written, or it has gone meanwhile.
+        RunFolderError: ``UNLEARN_LOCK_TIMEOUT`` is no number of seconds.
     """
     folder = cache / key
-    if whole(folder):
+    damage = _damage(cache, key)
+    if damage is None:
         return folder
-    temporary = _temporary(cache)
+    for _ in range(_ROUNDS):
+        with _locked(cache, key, damage) as lock:
+            damage = _damage(cache, key)
+            if damage is None:
+                return folder  # another process has made it meanwhile
+            if folder.exists():
+                say(f"{folder}: {damage}; it is made again", style="yellow")
+            if _fill(cache, key, fill, lock):
+                return folder
+            say(f"{folder}: this process was stopped for long, and another one makes it by now")
+    raise ModelError(f"the cache entry {folder} could not be made, because this process is stopped again and again")
+
+
+def _manifest(folder: Path) -> seen.Files | None:
     try:
+        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        return {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _damage(cache: Path, key: str) -> str | None:
+    files = _manifest(cache / key)
+    if files is None:
+        return f"its {MANIFEST} is missing or unreadable"
+    return seen.damage(cache / key, files, cache / _NOTES, key)
+
+
+@contextmanager
+def _locked(cache: Path, key: str, damage: str) -> Iterator[Lock]:
+    try:
+        (cache / _LOCKS).mkdir(parents=True, exist_ok=True)
+        lock = Lock.take(cache / _LOCKS / key, wait=None, what=str(cache / key))
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _full(cache) from error
+        lacks = f"is damaged: {damage}" if (cache / key).exists() else "is not in it"
+        raise ModelError(
+            f"the cache folder {cache} cannot be written ({error.strerror}), and {key} {lacks}. "
+            "Set UNLEARN_CACHE to another folder"
+        ) from error
+    with lock:
+        yield lock
+
+
+def _fill(cache: Path, key: str, fill: Callable[[Path], None], lock: Lock) -> bool:
+    """Make an entry; False when the lock was lost on the way, and nothing of this process's is in its place."""
+    folder, temporary = cache / key, cache / f"{_TEMPORARY}{key}.{unique()}"
+    try:
+        _sweep(cache, key)
+        temporary.mkdir()
         fill(temporary)
-        _write_manifest(temporary)
+        files = _write_manifest(temporary)
+        if lock.lost():
+            return False
         _publish(temporary, folder)
+        seen.remember(folder, files, cache / _NOTES, key)
+        return True
     except Exception as error:
         if _is_full(error):
             raise _full(cache) from error
-        raise
+        trouble = _trouble(temporary)
+        if trouble is None:
+            raise
+        if trouble.errno in _FULL:
+            raise _full(cache) from error
+        if _trouble(cache / _LOCKS) is None and lock.lost():
+            return False  # whoever took over has removed what was half filled
+        raise ModelError(f"{key} could not be put into the cache ({error}): {_unreachable(cache)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def _temporary(cache: Path) -> Path:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        _sweep(cache)
-        return Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=cache))
-    except OSError as error:
-        if _is_full(error):
-            raise _full(cache) from error
-        raise ModelError(
-            f"the cache folder {cache} cannot be written ({error.strerror}): set UNLEARN_CACHE to another folder"
-        ) from error
+def _unreachable(cache: Path) -> str:
+    return (
+        f"the cache folder {cache} was removed, or its disk is out of reach or broken. Make it available again, or set "
+        "UNLEARN_CACHE to another folder, and run the same command again"
+    )
 
 
 def _full(cache: Path) -> ModelError:
@@ -126,42 +200,60 @@ def _full(cache: Path) -> ModelError:
     )
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path) -> seen.Files:
     found = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in found}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", "utf-8")
+    files = {p.relative_to(folder).as_posix(): (p.stat().st_size, sha256(p)) for p in found}
+    written = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
+    (folder / MANIFEST).write_text(json.dumps({"files": written}, indent=1) + "\n", "utf-8")
+    return files
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Rename into place; a damaged entry there is moved out of the way first."""
-    for _ in range(5):
-        try:
-            temporary.rename(folder)
-            return
-        except OSError as error:
-            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.ENOTDIR} or not folder.exists():
-                raise
-        if whole(folder):
-            return
-        broken = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder.parent))
-        with suppress(FileNotFoundError):  # another process has just moved it away
-            folder.rename(broken / folder.name)
-        shutil.rmtree(broken, ignore_errors=True)
-    raise ModelError(f"the cache entry {folder} cannot be replaced: remove it and run again")
+    """Rename into place. What is there is moved aside, where those who use it still have it."""
+    if folder.exists() or folder.is_symlink():
+        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=folder.parent))
+        folder.rename(aside / folder.name)
+    temporary.rename(folder)
 
 
-def _sweep(cache: Path) -> None:
-    for leftover in cache.glob(f"{_TEMPORARY}*"):
-        try:
-            age = time.time() - leftover.stat().st_mtime
-        except FileNotFoundError:
-            continue  # its process has finished meanwhile
-        if age > _STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
+def _sweep(cache: Path, key: str) -> None:
+    """Remove what is nobody's any more.
+
+    A half filled folder belongs to whoever holds the lock of its key; under that lock, which is this process's for
+    ``key``, there is no such process but this one. No clock is asked. What was moved aside is damaged, and its age is
+    that by the clock of the disk's own machine.
+    """
+    for left in cache.glob(f"{_TEMPORARY}*"):
+        match = _HALF_FILLED.fullmatch(left.name)
+        if match is None:
+            continue
+        if match[1] == key:
+            shutil.rmtree(left, ignore_errors=True)
+        elif (lock := Lock.attempt(cache / _LOCKS / match[1])) is not None:
+            with lock:
+                shutil.rmtree(left, ignore_errors=True)
+    aside = list(cache.glob(f"{_ASIDE}*"))
+    if aside:
+        with tempfile.TemporaryFile(dir=cache) as probe:
+            now = os.fstat(probe.fileno()).st_mtime
+        for left in aside:
+            with suppress(FileNotFoundError):  # another process sweeps, too
+                if now - left.stat().st_mtime > _ASIDE_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def _trouble(folder: Path) -> OSError | None:
+    """What keeps a file from being written to a folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        return error
+    return None
 
 
 def _is_full(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if isinstance(error, OSError) and error.errno in _FULL:
         return True
     # safetensors reports the operating system's error in words only
     return "os error 28)" in str(error) or "StorageFull" in str(error)

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from unlearn.errors import VectorError
+from unlearn.redact import one_line
 
+LARGEST = 2**34  # elements of one weight; the largest ones in use have 2**31
+_LONGEST = 200  # characters of a name in a message
 _ROWS = 1024  # of a dense change that are in float64 at a time
 
 
@@ -65,7 +68,14 @@ class LowRank:
         return LowRank(self.A.to(device), self.B.to(device))
 
     def delta(self) -> Tensor:
-        """The dense change, ``(out, in)``. For tests and merging one weight; sums and norms never need it."""
+        """The dense change, ``(out, in)``. For tests and merging one weight; sums and norms never need it.
+
+        Raises:
+            VectorError: it would be larger than any weight: thin factors in a small file can claim any shape.
+        """
+        rows, columns = self.shape
+        if rows * columns > LARGEST:
+            raise VectorError(f"a change of shape ({rows}, {columns}) is larger than any weight, so it is not built")
         return self.B @ self.A
 
     def dot(self, other: Change) -> float:
@@ -202,9 +212,9 @@ def total(changes: Sequence[Change]) -> Change:
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first few of a long list, and how many more there are."""
+    """The first few of a long list, each on one line and cut where it is endless, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(one_line(name[:_LONGEST]) for name in names[:most]) + more
 
 
 def _same_shape(one: Change, other: Change) -> None:

@@ -257,9 +257,13 @@ def _files(folder: Path) -> dict[str, list[str]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise VectorError(f"{folder / _INDEX}: damaged: {e!r}") from e
     files: dict[str, list[str]] = {}
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for name, file in placed.items():
-        if not isinstance(file, str) or file != Path(file).name or not (folder / file).is_file():
-            raise VectorError(f"{folder / _INDEX}: {name} is said to be in {file!r}, which is no file in that folder")
+        if not isinstance(file, str) or file not in there or not file.endswith(".safetensors"):
+            raise VectorError(
+                f"{folder / _INDEX}: {listed([str(name)])} is said to be in {listed([repr(file)])}, which is no file in "
+                "that folder"
+            )
         files.setdefault(file, []).append(name)
     return files
 

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from unlearn.redact import shown
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _QUIET_SECONDS = 10.0  # between progress lines when stderr is a file (batch jobs)
@@ -23,9 +26,9 @@ def is_main_process() -> bool:
 
 
 def say(message: str, style: str | None = None) -> None:
-    """One line for the user. The text is printed as it is: no markup."""
+    """One line for the user, printed as it is: no markup. Secrets and control characters in it are shown as such."""
     if is_main_process():
-        _console.print(message, style=style, markup=False)
+        _console.print(shown(message), style=style, markup=False, emoji=False)
 
 
 @contextmanager
@@ -38,9 +41,10 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     if not is_main_process():
         yield lambda n: None
         return
+    label = shown(label)
     if _console.is_terminal:
         columns = (
-            TextColumn("    {task.description}"),
+            TextColumn("    {task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -60,3 +64,17 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
             say(f"    {label}: {done} of {total}")
 
     yield advance
+
+
+@contextmanager
+def live_line() -> Iterator[Callable[[str], None]]:
+    """A line that is kept up to date at the foot of a terminal, below what is said meanwhile; nothing in a log file.
+
+    Yields:
+        ``show(text)``, to be called as often as one likes.
+    """
+    if not is_main_process() or not _console.is_terminal:
+        yield lambda text: None
+        return
+    with _console.status("") as status:
+        yield lambda text: status.update(escape(shown(text)))

@@ -82,6 +82,9 @@ def convert(source: Path, folder: Path) -> None:
             AttributeError,
             NotImplementedError,
             RuntimeError,
+            ArithmeticError,
+            AssertionError,
+            MemoryError,
         ) as error:
             if "os error" in str(error):
                 raise

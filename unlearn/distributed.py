@@ -1,4 +1,5 @@
-"""Several processes, under ``accelerate launch`` or ``torchrun``: they train and score together; the main one writes.
+"""Several processes, under :mod:`unlearn.launch`, ``accelerate launch`` or ``torchrun``: they train and score
+together; the main one writes.
 
 Alone, from the start, all of this does nothing and imports nothing.
 """
@@ -12,18 +13,26 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from unlearn.collective import count, gathered, portable, several, wait
+from unlearn.console import say
+from unlearn.errors import UnlearnError
+from unlearn.launch import asked_of_accelerate
+
+__all__ = ["count", "join", "leave", "main_first", "several", "sharded", "share_requests", "shares", "wait"]
+
 _PATIENCE = timedelta(days=7)  # the others wait while one downloads, converts or writes
+_SHARD = "ACCELERATE_USE_FSDP"
 _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 _GENERATION = 1000  # characters of prompt that take about as long as writing one answer
 
 
-def several() -> bool:
-    """Whether there are other processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def join() -> None:
-    """Join the others, and wait until all of them are there."""
+    """Join the others, and wait until all of them are there.
+
+    Raises:
+        UnlearnError: more processes on this machine than it has GPUs.
+    """
+    _take_over_sharding()
     if several():
         import torch
         from accelerate import PartialState
@@ -31,27 +40,31 @@ def join() -> None:
 
         # unless it is told, it takes processes without a GPU for strangers, each alone in the world
         on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+        if not on_cpus and here > gpus:
+            raise UnlearnError(
+                f"{here} processes were started on a machine with {gpus} GPUs: start one process for each GPU"
+            )
         PartialState(cpu=on_cpus, timeout=_PATIENCE)
         wait()
+    elif asked_of_accelerate():
+        say("accelerate launch was asked for several processes on CPUs and started one, which works alone", "yellow")
 
 
-def count() -> int:
-    """How many processes work together; 1 before :func:`join`."""
-    if several():
-        import torch.distributed as dist
+def _take_over_sharding() -> None:
+    """Hide from the libraries that weights are to be sharded: :mod:`unlearn.sharded` does it, and only to train.
 
-        if dist.is_initialized():
-            return dist.get_world_size()
-    return 1
+    transformers would load the weights in the main process alone and leave the others' empty, and they are needed
+    whole for everything but training.
+    """
+    if os.environ.get(_SHARD, "").lower() in ("1", "true", "yes"):
+        os.environ["UNLEARN_SHARDED"] = "1"
+        os.environ[_SHARD] = "false"
 
 
-def wait() -> None:
-    """Until every process is here. After :func:`leave` there is nobody to wait for."""
-    if several():
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.barrier()
+def sharded() -> bool:
+    """Whether the weights are to be sharded among the processes while a LoRA is trained (``--use_fsdp``)."""
+    return count() > 1 and os.environ.get("UNLEARN_SHARDED") == "1"
 
 
 @contextmanager
@@ -135,8 +148,7 @@ def _shared(ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
             answers = ask(mine, *args, **options) if mine else []
         except Exception as e:
             failure = e
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (_checksum(requests), answers, _portable(failure)))
+        told = gathered((_checksum(requests), answers, portable(failure)))
         if failure is not None:
             raise failure
         for _, _, other in told:
@@ -160,9 +172,7 @@ def _cache_for_all(set_hook: Callable[[Any], None]) -> Callable[[Any], None]:
         import torch.distributed as dist
 
         if dist.is_initialized() and hook.dbdict is not None:
-            told: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(told, dict(hook.dbdict.items()))
-            for known in told:
+            for known in gathered(dict(hook.dbdict.items())):
                 hook.dbdict.update(known)
         set_hook(hook)
 
@@ -176,10 +186,3 @@ def _checksum(requests: Sequence[Any]) -> int:
             text = argument if isinstance(argument, str) else repr(argument)
             value = zlib.crc32(text.encode("utf-8", "surrogatepass"), value)
     return value
-
-
-def _portable(failure: Exception | None) -> Exception | None:
-    """As it is sent to the other processes. Of other libraries' exceptions some cannot be sent."""
-    if failure is None or type(failure).__module__.partition(".")[0] in ("builtins", "unlearn"):
-        return failure
-    return RuntimeError(f"{type(failure).__name__} in another process: {failure}")

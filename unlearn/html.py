@@ -34,7 +34,7 @@ from unlearn.report_text import (
 from unlearn.wording import MISSING, coefficient, counted, duration, number, signed
 
 # Nothing may be fetched or run, whatever text a model or a data file put on the page.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _WIDE, _NARROW = (1000.0, 460.0), (360.0, 380.0)
 
 
@@ -44,7 +44,7 @@ def render_html(report: RunReport) -> str:
     head = el(
         "head",
         el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
         el("title", f"{report.name}: unlearning report"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from unlearn.cache import offline
 from unlearn.errors import ModelError
 from unlearn.quiet import quietly
@@ -11,6 +16,54 @@ from unlearn.recipe import ModelSpec
 NETWORK_LIBRARIES = frozenset({"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"})
 _INSTEAD = "model.path also takes a local folder with the model in safetensors"
 _LONGEST = 300  # characters of another library's message in ours
+_TRUST = "UNLEARN_TRUST_REMOTE_CODE"
+
+
+def code_trusted() -> bool:
+    """True when the environment lets models run Python code of their own (``UNLEARN_TRUST_REMOTE_CODE``)."""
+    return os.environ.get(_TRUST, "").upper() in {"1", "TRUE", "YES", "ON"}
+
+
+def check_trust(spec: ModelSpec) -> None:
+    """A recipe may come from anybody, so that it alone cannot have the code of a model run.
+
+    Raises:
+        ModelError: the recipe trusts the model's code and the environment does not.
+    """
+    if spec.trust_remote_code and not code_trusted():
+        raise ModelError(
+            f"model.trust_remote_code: a recipe alone cannot have the Python code of a model run: if you trust the "
+            f"authors of {spec.path}, set {_TRUST}=1 in the environment too"
+        )
+
+
+@contextmanager
+def no_foreign_code(what: str) -> Iterator[None]:
+    """Whatever is asked of transformers meanwhile, code that comes with a model or tokenizer is refused, not run.
+
+    For what other libraries load by names that a recipe gives them: some of them trust every tokenizer.
+
+    Raises:
+        ModelError: such code was to be run; ``what`` says whose, as in ``eval.tasks: niah_single_1``.
+    """
+    from transformers import dynamic_module_utils as dynamic
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ModelError(
+            f"{what} names a model or tokenizer that comes with Python code of its own, which is not run: name another "
+            f"one, or set {_TRUST}=1 in the environment if you trust its authors"
+        )
+
+    if code_trusted():
+        yield
+        return
+    # every way to such code ends in this function
+    original = dynamic.get_class_in_module
+    dynamic.get_class_in_module = refuse
+    try:
+        yield
+    finally:
+        dynamic.get_class_in_module = original
 
 
 def condensed(error: Exception) -> str:

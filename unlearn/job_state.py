@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from unlearn.atomic import write_json_atomic
+from unlearn.redact import hide
 
 State = Literal["running", "done", "stopped", "failed"]
 STATE_SCHEMA = 1
@@ -42,7 +43,8 @@ class JobState:
         """
         path = state_file(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, {"schema": STATE_SCHEMA, **asdict(self)})
+        error = None if self.error is None else hide(self.error)
+        write_json_atomic(path, {"schema": STATE_SCHEMA, **asdict(self), "error": error})
 
     @classmethod
     def load(cls, root: Path, name: str) -> JobState | None:

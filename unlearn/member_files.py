@@ -9,7 +9,7 @@ from typing import Any
 
 from unlearn.atomic import write_text_atomic
 from unlearn.benchmarks import membership
-from unlearn.errors import EvaluationError
+from unlearn.errors import DataError, EvaluationError
 from unlearn.report import Membership, Who
 
 SAMPLES = "samples_membership.jsonl"
@@ -31,6 +31,7 @@ def judge(files: Mapping[Who, Path], resamples: int, seed: int) -> tuple[Members
 
     Raises:
         EvaluationError: the reference was asked for other items.
+        DataError: a file is damaged.
     """
     sides = {who: _read(path) for who, path in files.items()}
     found = []
@@ -48,8 +49,28 @@ def judge(files: Mapping[Who, Path], resamples: int, seed: int) -> tuple[Members
 
 
 def _read(path: Path) -> tuple[dict[str, Row], dict[str, Row]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {r["id"]: r for r in rows if r["member"]}, {r["id"]: r for r in rows if not r["member"]}
+    """Members and others by id.
+
+    Raises:
+        DataError: a line is not one that :func:`save` wrote.
+    """
+    sides: dict[bool, dict[str, Row]] = {True: {}, False: {}}
+    where = str(path)
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                row = json.loads(line)
+                sides[row["member"]][row["id"]] = {a: _number(row[a]) for a in ATTACKS}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise DataError(f"{where}: not a line of membership inference ({error!r}); run the recipe again") from error
+    return sides[True], sides[False]
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def _above(ours: Mapping[str, Row], reference: Mapping[str, Row]) -> list[float]:

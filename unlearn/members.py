@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from unlearn.batches import Encoded
 from unlearn.benchmarks import membership
+from unlearn.benchmarks.membership import TokenScores
+from unlearn.collective import count, together
 from unlearn.console import progress
 from unlearn.errors import EvaluationError
 from unlearn.finetune import encode_one
@@ -42,8 +44,12 @@ def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], length: int, label:
     rows: list[tuple[Item, Encoded]] = [(item, row) for item, row in encoded if row is not None]
     if not rows:
         raise EvaluationError(f"membership: none of {len(items)} items has a token within {length}: raise max_length")
-    with progress(label, len(rows)) as advance:
-        scores = token_scores(loaded.model, loaded.tokenizer, [row for _, row in rows], advance=advance)
+    with progress(label, len(rows) // count()) as advance:
+
+        def told(some: Sequence[Encoded]) -> Sequence[TokenScores]:
+            return token_scores(loaded.model, loaded.tokenizer, some, advance=advance)
+
+        scores = together([row for _, row in rows], told)
     return [
         {
             "id": item.id,

@@ -11,6 +11,7 @@ from unlearn import pico
 from unlearn.cache import cache_folder, offline, whole
 from unlearn.errors import ModelError
 from unlearn.fetch import locate
+from unlearn.hub import check_trust
 from unlearn.recipe import ModelSpec
 from unlearn.recipe_check import nearest
 from unlearn.wheel import WheelFile
@@ -28,9 +29,10 @@ def model_place(spec: ModelSpec, base: Path) -> str:
         base: folder of the recipe.
 
     Raises:
-        ModelError: an unknown ``pico:`` name; a malformed ``wheel:``; a local path that is missing or incomplete; what
+        ModelError: code of its own that only the recipe trusts; an unknown ``pico:`` name; a malformed ``wheel:``; a local path that is missing or incomplete; what
             is not on this machine while the environment forbids the network.
     """
+    check_trust(spec)
     if spec.path.startswith("pico:"):
         return _pico(spec.path.removeprefix("pico:"))
     path, _, digest = spec.path.partition(_PINNED)

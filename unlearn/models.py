@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from unlearn.cache import offline
+from unlearn.cache import offline, vanished
 from unlearn.errors import ModelError
-from unlearn.hub import NETWORK_LIBRARIES, condensed, hub_failure
+from unlearn.hub import NETWORK_LIBRARIES, check_trust, condensed, hub_failure
 from unlearn.layers import layer_of
 from unlearn.memory import is_out_of_memory
 from unlearn.quiet import quietly
@@ -51,8 +51,9 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
 
     Raises:
         ModelError: out of reach, not a causal language model, weights that do not fit the architecture, no fast
-            tokenizer, no such device, out of memory.
+            tokenizer, no such device, out of memory; or code of its own that only the recipe trusts.
     """
+    check_trust(spec)
     device = _device(spec.device)
     dtype = _dtype(spec.dtype, device)
     quantize = spec.quantize if for_training else "none"
@@ -124,6 +125,8 @@ def _read_weights(
 
 def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
     """The message for a failure that a user can mend; None for anything else."""
+    if gone := vanished(where):
+        return f"model.path: {gone}"
     whole, said = str(error), condensed(error)
     library = type(error).__module__.split(".")[0]
     if is_out_of_memory(error):
@@ -133,7 +136,7 @@ def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
     if "trust_remote_code" in whole and not spec.trust_remote_code:
         return (
             f"model.path: {where} comes with Python code of its own. If you trust its authors, set "
-            "model.trust_remote_code to true"
+            "model.trust_remote_code to true and UNLEARN_TRUST_REMOTE_CODE=1 in the environment"
         )
     if library == "safetensors_rust" or "SafetensorError" in type(error).__name__:
         return f"model.path: the weights in {where} are damaged ({said}): download or save them anew"

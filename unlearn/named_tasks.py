@@ -17,6 +17,7 @@ from lm_eval.tasks._factory import TaskFactory
 
 from unlearn.assets import tasks_folder
 from unlearn.errors import EvaluationError
+from unlearn.hub import no_foreign_code
 from unlearn.recipe import Split, TaskSpec
 
 
@@ -44,7 +45,9 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
         tokenizer: Folder or name of the scored model's tokenizer, which the pack's tasks are told; empty if not known.
 
     Raises:
-        EvaluationError: there is no such task, its data cannot be had, or it has no such metric.
+        EvaluationError: there is no such task, its data cannot be had, it has no such metric, or it runs what a model
+            writes.
+        ModelError: it was to run code that comes with a tokenizer.
     """
     # the pack first: lm-eval's own index has 14,000 tasks, and reading it takes seconds
     index, ours = manager(shipped=False), True
@@ -57,7 +60,8 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
     if ours and tokenizer:
         given = {"tokenizer": tokenizer, **given}  # some count tokens
     try:
-        loaded = _telling(index, given).load(spec.task)
+        with no_foreign_code(f"eval.tasks: {spec.task}"):
+            loaded = _telling(index, given).load(spec.task)
     except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
         if ours and isinstance(error, ValueError):  # the pack's own words
             raise EvaluationError(f"eval.tasks: {spec.task}: {error}") from error
@@ -69,6 +73,11 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
     if spec.task not in tasks and spec.task not in groups:
         raise EvaluationError(
             f"eval.tasks: {spec.task!r} is a tag for {len(tasks)} tasks; name them: {', '.join(tasks)}"
+        )
+    if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
+        raise EvaluationError(
+            f"eval.tasks: {spec.task} runs the program text that a model writes, which is not done here: take it out "
+            "of the recipe, and run it apart with lm-eval's --confirm_run_unsafe_code"
         )
     for task in tasks.values():
         if spec.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a task's own config is binding

@@ -8,14 +8,15 @@ neither a second model nor a second pass.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from unlearn.batches import Encoded, Pad, beside
+from unlearn.dealing import Part, labelled
 from unlearn.errors import TrainingError
 from unlearn.frozen import with_answers
 from unlearn.methods.baselines import check_beta, check_weight, gradient_ascent, gradient_difference, npo, retain_only
@@ -23,6 +24,7 @@ from unlearn.methods.retain_kl import multiples, penalty
 from unlearn.recipe import RetainKLSpec
 
 BaselineLoss = Literal["gradient_ascent", "gradient_difference", "npo"]
+BESIDE = "beside"  # where a batch has its Share.beside
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,14 @@ class Share:
         tokens: Labelled forget tokens of the step; None: those of the batch.
         answers: Forget rows of the step; None: those of the batch.
         batches: Batches of the step, by which terms that are drawn for each batch are divided.
+        beside: By what a mean over the rows drawn beside a batch is multiplied, where several processes share them:
+            this one's share of their labelled tokens, times the number of processes, over which gradients are averaged.
     """
 
     tokens: float | None = None
     answers: float | None = None
     batches: int = 1
+    beside: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,7 @@ class Answers:
 class Objective(Protocol):
     """What the trainer minimises."""
 
-    def batch(
-        self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random
-    ) -> tuple[dict[str, Tensor], list[float]]:
+    def batch(self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random) -> tuple[dict[str, Any], list[float]]:
         """One batch, the forget rows first in it, and the adapter's multiple in every row.
 
         Args:
@@ -129,21 +132,25 @@ class Objective(Protocol):
         ...
 
 
-def objective(keep: Keep | None, against: Against | None) -> Objective | None:
+def objective(keep: Keep | None, against: Against | None, part: Part | None = None) -> Objective | None:
     """What is to be minimised; None: plain cross-entropy.
+
+    Args:
+        part: Which of several processes this is. What is drawn beside a batch is drawn alike by all, and shared out.
 
     Raises:
         ValueError: both are given.
     """
     if keep is not None and against is not None:
         raise ValueError("keep adds to the cross-entropy that against replaces: give one of them")
+    part = part or Part()
     if keep is not None:
-        return _Penalised(keep)
+        return _Penalised(keep, part)
     if against is None:
         return None
     if against.loss == "gradient_ascent":
         return _Ascent()
-    return _Preference(against.beta) if against.loss == "npo" else _Difference(against)
+    return _Preference(against.beta) if against.loss == "npo" else _Difference(against, part)
 
 
 def mend(against: Against | None) -> str:
@@ -162,59 +169,70 @@ def all_labels(batch: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([labels, beside_it.repeat(copies, 1)])
 
 
-def _drawn(rows: Sequence[Encoded], count: int, pad: Pad, draw: random.Random) -> dict[str, Tensor]:
-    return pad(draw.sample(rows, min(count, len(rows))))
+def _drawn(
+    rows: Sequence[Encoded], count: int, pad: Pad, draw: random.Random, part: Part
+) -> tuple[dict[str, Tensor], float]:
+    """Rows that are drawn beside a batch, this process's part of them, and :attr:`Share.beside`."""
+    drawn = draw.sample(rows, min(count, len(rows)))
+    ours = part.of(drawn)
+    if part.count == 1 or not ours:
+        return pad(drawn[:1] if not ours else drawn), float(bool(ours))
+    return pad(ours), part.count * labelled(ours) / max(1, labelled(drawn))
+
+
+def _of_forget_rows(answers: Answers, loss: Callable[[], Tensor]) -> Tensor:
+    """A loss on the forget rows; 0, of the same graph, for a process that has none of them."""
+    return loss() if len(answers.targets) else answers.logits.sum()
 
 
 class _Penalised:
     """Cross-entropy on the forget rows plus the divergences on the retain rows."""
 
-    def __init__(self, keep: Keep) -> None:
-        self._rows, self._spec = keep.rows, keep.spec
+    def __init__(self, keep: Keep, part: Part) -> None:
+        self._rows, self._spec, self._part = keep.rows, keep.spec, part
         self._range = keep.spec.coefficients if keep.spec.sides == "two" else None
         self._copies = 2 if self._range is None else 3
 
-    def batch(
-        self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random
-    ) -> tuple[dict[str, Tensor], list[float]]:
-        retain = _drawn(self._rows, self._spec.batch_size, pad, draw)
+    def batch(self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random) -> tuple[dict[str, Any], list[float]]:
+        retain, weight = _drawn(self._rows, self._spec.batch_size, pad, draw, self._part)
         c = draw.uniform(*self._range) if self._range is not None else None
         factors = multiples(len(forget["input_ids"]), len(retain["input_ids"]), c)
-        return beside(forget, retain, self._copies, pad.pad_id), factors
+        return {**beside(forget, retain, self._copies, pad.pad_id), BESIDE: weight}, factors
 
     def loss(self, answers: Answers, forget: int, share: Share) -> Tensor:
         ours, retain = answers.split(forget)
-        extra = self._spec.weight * penalty(retain.logits, self._copies)
-        return retain_only(ours.logits, ours.targets, share.tokens) + extra / share.batches
+        extra = self._spec.weight * share.beside * penalty(retain.logits, self._copies)
+        learned = _of_forget_rows(ours, lambda: retain_only(ours.logits, ours.targets, share.tokens))
+        return learned + extra / share.batches
 
 
 class _Ascent:
     """Away from the forget rows."""
 
-    def batch(
-        self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random
-    ) -> tuple[dict[str, Tensor], list[float]]:
+    def batch(self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random) -> tuple[dict[str, Any], list[float]]:
         return dict(forget), [1.0] * len(forget["input_ids"])
 
     def loss(self, answers: Answers, forget: int, share: Share) -> Tensor:
-        return gradient_ascent(answers.logits, answers.targets, share.tokens)
+        return _of_forget_rows(answers, lambda: gradient_ascent(answers.logits, answers.targets, share.tokens))
 
 
 class _Difference:
     """Away from the forget rows and towards the retain rows."""
 
-    def __init__(self, against: Against) -> None:
+    def __init__(self, against: Against, part: Part) -> None:
         self._retain, self._weight, self._size = with_answers(against.retain), against.weight, against.batch_size
+        self._part = part
 
-    def batch(
-        self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random
-    ) -> tuple[dict[str, Tensor], list[float]]:
-        batch = beside(forget, _drawn(self._retain, self._size, pad, draw), 1, pad.pad_id)
-        return batch, [1.0] * len(batch["input_ids"])
+    def batch(self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random) -> tuple[dict[str, Any], list[float]]:
+        retain, weight = _drawn(self._retain, self._size, pad, draw, self._part)
+        batch = beside(forget, retain, 1, pad.pad_id)
+        return {**batch, BESIDE: weight}, [1.0] * len(batch["input_ids"])
 
     def loss(self, answers: Answers, forget: int, share: Share) -> Tensor:
         ours, retain = answers.split(forget)
-        weight = self._weight / share.batches
+        weight = self._weight * share.beside / share.batches
+        if not len(ours.targets):
+            return ours.logits.sum() + weight * retain_only(retain.logits, retain.targets)
         return gradient_difference(ours.logits, ours.targets, retain.logits, retain.targets, weight, share.tokens)
 
 
@@ -224,12 +242,12 @@ class _Preference:
     def __init__(self, beta: float) -> None:
         self._beta = beta
 
-    def batch(
-        self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random
-    ) -> tuple[dict[str, Tensor], list[float]]:
+    def batch(self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random) -> tuple[dict[str, Any], list[float]]:
         rows = len(forget["input_ids"])
         return beside(forget, forget, 1, pad.pad_id), [1.0] * rows + [0.0] * rows
 
     def loss(self, answers: Answers, forget: int, share: Share) -> Tensor:
         ours, before = answers.split(forget)
-        return npo(ours.logits, before.logits, ours.targets, ours.rows, self._beta, share.answers)
+        return _of_forget_rows(
+            ours, lambda: npo(ours.logits, before.logits, ours.targets, ours.rows, self._beta, share.answers)
+        )

@@ -11,6 +11,7 @@ from unlearn.recipe_check import Mistake, data_sets, value_at
 from unlearn.yaml_core import KeyPath, YamlSyntaxError, parse_value
 
 FORM = "write --set key.path=value, for example --set vector.forget.steps=50"
+_MAX_DIGITS = 9  # of an index; Python refuses to read numbers of thousands of them
 _ELSEWHERE = re.compile(r"(hub|wheel|pico):")
 
 
@@ -92,7 +93,7 @@ def _step(node: Any, key: str, path: KeyPath) -> str | int:
         return key
     at = ".".join(str(k) for k in path)
     if isinstance(node, list):
-        if key.isdecimal() and int(key) < len(node):
+        if key.isdecimal() and len(key) < _MAX_DIGITS and int(key) < len(node):
             return int(key)
         has = f"items 0 to {len(node) - 1}" if node else "no items"
         raise _UnreachableError(f"{at} is a list with {has}, so it has no '{key}'")

@@ -20,6 +20,7 @@ from unlearn.plan_evidence import evidence_steps
 from unlearn.recipe import DataSet, LoraSpec, Recipe, SetRole, TeachSpec, TrainSpec
 from unlearn.recipe_io import LoadedRecipe
 from unlearn.recipe_vector import NEED_RETAIN_VECTOR, ConsensusSpec
+from unlearn.redact import shown
 from unlearn.rows import HUB
 from unlearn.search import rule
 
@@ -40,7 +41,7 @@ def plan(loaded: LoadedRecipe) -> str:
     place = model_place(recipe.model, base)
     references.check(recipe, base)
     goals = goal_metrics(recipe)
-    sets = {(s.role, s.name): s for s in load_sets(_local_part(recipe), base)}
+    sets = {(s.role, s.name): s for s in load_sets(local_part(recipe), base)}
     unscored = {key for key, one in sets.items() if not one.validation}
     kept = [key for key in kept_metrics(recipe) if (key[0], key[1]) not in unscored]
     chosen = rule(recipe.choose, goals, kept)
@@ -51,7 +52,7 @@ def plan(loaded: LoadedRecipe) -> str:
         ("data", _data(recipe, sets)),
         ("stages", stages),
     ]
-    return "\n".join(_block(title, lines) for title, lines in blocks)
+    return shown("\n".join(_block(title, lines) for title, lines in blocks))
 
 
 class _LocalPart(Recipe):
@@ -59,14 +60,16 @@ class _LocalPart(Recipe):
 
     def sets(self) -> tuple[tuple[SetRole, DataSet], ...]:
         """The sets with no part on the hub."""
-        return tuple((role, spec) for role, spec in super().sets() if not _on_hub(spec))
+        return tuple((role, spec) for role, spec in super().sets() if not on_hub(spec))
 
 
-def _local_part(recipe: Recipe) -> Recipe:
+def local_part(recipe: Recipe) -> Recipe:
+    """The recipe with only those sets that can be read without asking the hub."""
     return _LocalPart.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
 
 
-def _on_hub(spec: DataSet) -> bool:
+def on_hub(spec: DataSet) -> bool:
+    """Whether any part of a set is on the hub."""
     return any(source is not None and source.path.startswith(HUB) for source in (spec, spec.validation, spec.test))
 
 
@@ -89,7 +92,7 @@ _Sets = Mapping[tuple[SetRole, str], LoadedSet]
 
 def _examples(recipe: Recipe, sets: _Sets, roles: Sequence[SetRole], name: str | None = None) -> _Examples:
     wanted = [(role, spec) for role, spec in recipe.sets() if role in roles and name in (None, spec.label())]
-    here = [sets[role, spec.label()] for role, spec in wanted if not _on_hub(spec)]
+    here = [sets[role, spec.label()] for role, spec in wanted if not on_hub(spec)]
     about = any(spec.kind == "text" for _, spec in wanted)
     return _Examples(sum(len(one.train) for one in here), len(here) == len(wanted), about)
 
@@ -113,13 +116,13 @@ def _data(recipe: Recipe, sets: _Sets) -> list[str]:
     lines = [f"{'':8} {'':{width}} kind  train  validation  test"]
     for role, spec in specs:
         head = f"{role:8} {spec.label():{width}} {spec.kind:4}"
-        if _on_hub(spec):
+        if on_hub(spec):
             lines.append(f"{head}  not checked: on the hub ({_hub_name(spec)})")
             continue
         one = sets[role, spec.label()]
         row = f"{head}  {len(one.train):5}  {len(one.validation):10}  {len(one.test):4}"
         lines.append(f"{row}  of {_several(one.counts['rows'], 'row')} in {spec.path}{_notes(one)}")
-    if any(spec.kind == "text" and not _on_hub(spec) for _, spec in specs):
+    if any(spec.kind == "text" and not on_hub(spec) for _, spec in specs):
         lines.append("(passages of text are estimated here; the model's tokenizer cuts them)")
     return lines
 

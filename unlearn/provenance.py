@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from unlearn.redact import HIDDEN, hide
+
 DISTRIBUTION = "lm-unlearn"
 LIBRARIES = (
     "torch",
@@ -28,18 +30,12 @@ LIBRARIES = (
     "safetensors",
     "tokenizers",
 )
-_HIDDEN = "***"
 _NAMES = (
     r"(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|auth|authorization"
     r"|credentials?)"
 )
 _VALUE_OF = re.compile(rf"(?i)({_NAMES}[\"']?\s*[=:]\s*).+", re.DOTALL)
 _FLAG = re.compile(rf"(?i)--?[\w.-]*?{_NAMES}")
-_KEYS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{6,}|hf_oauth_[\w.-]+|sk-[\w-]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w{8,}|glpat-[\w-]{8,}"
-    r"|xox[a-z]-[\w-]{8,}|AKIA[A-Z0-9]{12,}|eyJ[\w-]{10,}\.[\w-]+\.[\w-]+)|(?i:\bbearer\s+)\S+"
-)
-_URL_LOGIN = re.compile(r"(\w://)[^/\s@]+@")
 _GIT_SECONDS = 10
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -77,7 +73,7 @@ def command(argv: Sequence[str]) -> list[str]:
     hide_next = False
     for argument in argv:
         if hide_next and not argument.startswith("-"):
-            shown.append(_HIDDEN)
+            shown.append(HIDDEN)
             hide_next = False
             continue
         hide_next = _FLAG.fullmatch(argument) is not None
@@ -87,9 +83,7 @@ def command(argv: Sequence[str]) -> list[str]:
 
 def tidy(text: str) -> str:
     """Text fit to be shared: secrets hidden, the home folder as ``~``."""
-    text = _URL_LOGIN.sub(rf"\1{_HIDDEN}@", text)
-    text = _VALUE_OF.sub(rf"\1{_HIDDEN}", text)
-    text = _KEYS.sub(_HIDDEN, text)
+    text = _VALUE_OF.sub(rf"\1{HIDDEN}", hide(text))
     for home in _homes():
         # whole path components only: the home of ann is not the beginning of anna's, nor the end of a longer path
         text = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)

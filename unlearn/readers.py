@@ -39,6 +39,8 @@ def read_file(path: Path) -> list[Row]:
     if reader is None:
         raise DataError(f"{path}: cannot tell the format from the name; use one of {', '.join(ENDINGS)}")
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise DataError(f"{path}: not a regular file")
         return reader(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -121,6 +123,10 @@ def _loads(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise json.JSONDecodeError("nested too deeply", text, 0) from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # Python reads no whole numbers of thousands of digits
+        raise json.JSONDecodeError("a number has too many digits", text, 0) from error
 
 
 def _broken(path: Path, error: json.JSONDecodeError, line: int) -> DataError:
@@ -191,7 +197,8 @@ def _read_parquet(path: Path) -> list[Row]:
         # A file object: given a name, pyarrow would read a path like "year=2024/a.parquet" as one more column.
         with path.open("rb") as file:
             entries = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    # a damaged file may claim more than memory holds, or hold times that Python has no value for
+    except (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
     return numbered(entries)
 

@@ -16,9 +16,14 @@ from pydantic import ValidationError
 
 from unlearn.recipe import Recipe
 from unlearn.recipe_schema import Alternative, alternatives_at, below, fields, homes, is_model, words
+from unlearn.redact import is_secret
 from unlearn.template import template_fields
 from unlearn.yaml_core import KeyPath, scalar_of
 
+_SECRET = (
+    "this is, or holds, a secret (a token, or an address with a password); a recipe is written into the run's folder "
+    "and its report, so take it out: tokens belong in the environment"
+)
 _TRUE, _FALSE = ("on", "yes", "y"), ("off", "no", "n")
 _PLACES: tuple[KeyPath, ...] = (
     *(("forget",), ("also_forget",), ("learn",)),
@@ -62,7 +67,7 @@ def mistakes(error: ValidationError, data: Any) -> list[Mistake]:
 
 
 def semantic_mistakes(data: Any) -> list[Mistake]:
-    """Mistakes that no type shows: malformed prompt templates, empty lists where one item is needed."""
+    """Mistakes that no type shows: malformed prompt templates, empty lists where one item is needed, secrets."""
     result: list[Mistake] = []
     for path, entry in data_sets(data):
         for place, template in _leaves(entry.get("prompt"), (*path, "prompt")):
@@ -73,6 +78,8 @@ def semantic_mistakes(data: Any) -> list[Mistake]:
                     template_fields(template)
                 except ValueError as problem:
                     result.append(Mistake(place, str(problem)))
+    texts = [(place, value) for place, value in _leaves(data, ()) if isinstance(value, str)]
+    result += [Mistake(place, _SECRET) for place, value in texts if is_secret(value)]
     targets: tuple[KeyPath, ...] = (("vector", "lora", "targets"), ("teach", "lora", "targets"))
     empty = "the list is empty; name at least one module, or write all-linear"
     return [*result, *(Mistake(path, empty) for path in targets if value_at(data, path) == [])]

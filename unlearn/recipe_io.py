@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), text: str | No
     text = _read(source) if text is None else text
     shown = _shown(source)
     try:
-        document = yaml_core.parse(text)
+        document = _parsed(text)
     except YamlSyntaxError as error:
         raise RecipeError(f"{shown}:{error.line}: {error}") from None
     if not isinstance(document.data, dict) and not document.problems:
@@ -89,6 +90,12 @@ def json_schema() -> dict[str, Any]:
 def list_recipes() -> tuple[tuple[str, str], ...]:
     """``(file name, first line of its description)`` of every packaged recipe; a broken one says so in its line."""
     return tuple((path.name, _description(path)) for path in _packaged())
+
+
+@lru_cache(maxsize=16)
+def _parsed(text: str) -> Document:
+    """A grid reads one text a thousand times. Overrides go on a copy of it."""
+    return yaml_core.parse(text)
 
 
 def _find(name: str) -> Path:

@@ -207,10 +207,18 @@ class RunReport:
         """Inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: the file was written under another schema.
+            ValueError: the file was written under another schema, or has not what a report has.
         """
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"report schema {data.get('schema')!r} is not {SCHEMA}")
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            schema = data.get("schema") if isinstance(data, Mapping) else None
+            raise ValueError(f"report schema {schema!r} is not {SCHEMA}")
+        try:
+            return cls._read(data)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"not a report: {error!r}") from error
+
+    @classmethod
+    def _read(cls, data: Mapping[str, Any]) -> RunReport:
         return cls(
             name=data["name"],
             description=data["description"],

@@ -90,7 +90,7 @@ def _read_local(source: Source, base: Path) -> list[Row]:
 
 def _read_hub(source: Source) -> list[Row]:
     name = source.path.removeprefix(HUB)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise DataError(f"{source.path}: a hub data set is written hub:OWNER/NAME; for a file leave out 'hub:'")
     import datasets
 
@@ -149,7 +149,7 @@ def _within(cell: Any, wanted: Between) -> bool:
         return False
     try:
         value = float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     above = wanted.above is None or value > wanted.above
     return above and (wanted.below is None or value < wanted.below)
@@ -172,7 +172,7 @@ def _equal(cell: Any, wanted: Scalar) -> bool:
         return str(cell).strip().casefold() == str(wanted).casefold()
     try:
         return math.isclose(float(cell), wanted, rel_tol=1e-12)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

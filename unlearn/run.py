@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from unlearn import console
+from unlearn import console, estimate_options, launch
 from unlearn.errors import RecipeError, UnlearnError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, and turn what went wrong into one message and an exit code."""
     arguments = _parser().parse_args(argv)
+    arguments.line = sys.argv[1:] if argv is None else list(argv)
     signal.signal(signal.SIGTERM, _stop)
     try:
         return _dispatch(arguments)
@@ -100,12 +101,20 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return 0
     if not arguments.recipe:
         raise UnlearnError("which recipe? Give --recipe FILE, or --list to see those that come with the program")
+    if arguments.estimate:
+        from unlearn.estimate import estimate
+        from unlearn.estimate_text import render
+
+        loaded = recipe_io.load_recipe(arguments.recipe, arguments.set)
+        print(render(estimate(loaded, estimate_options.options_of(arguments))))
+        return 0
     if arguments.dry_run:
         from unlearn.plan import plan
 
         print(plan(recipe_io.load_recipe(arguments.recipe, arguments.set)))
         return 0
     options = {"out": arguments.out, "fresh": arguments.fresh, "pool": arguments.pool, "prepare": arguments.prepare}
+    launch.start_the_others("unlearn.run", arguments.line)
     report = run(arguments.recipe, set=arguments.set, **options)
     return 0 if report is None or report.chosen.bound_met or not arguments.strict else 1
 
@@ -130,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prepare", action="store_true", help="make only what other runs can share from --pool")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when no coefficient passes the rule")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
+    estimate_options.add_options(parser)
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes")
     parser.add_argument("--list", action="store_true", help="list the recipes that come with the program")
     return parser

@@ -37,6 +37,7 @@ from unlearn.ownership import (
     TEMPORARY,
     WORK,
     clear,
+    refuse_links,
     refuse_strangers,
     remove_leftovers,
     require_same_recipe,
@@ -74,14 +75,15 @@ class RunFolder:
             base: Where folders without a name of their own go.
 
         Raises:
-            RunFolderError: another recipe's folder, a folder that is no run folder, foreign files under ``fresh``,
-                another process at work here, or a place that cannot be written.
+            RunFolderError: another recipe's folder, a folder that is no run folder, a link in it, foreign files under
+                ``fresh``, another process at work here, or a place that cannot be written.
         """
         place = root if root is not None else base / f"{recipe.name}-{fingerprint(recipe)[:8]}"
         if not is_main_process():
             return cls(place, None)
         with explained(place):
             refuse_strangers(place)
+            refuse_links(place)
             place.mkdir(parents=True, exist_ok=True)
             folder = cls(place, Lock.take(place / LOCK))
             try:
@@ -90,6 +92,15 @@ class RunFolder:
                 folder.close()
                 raise
         return folder
+
+    def check(self) -> None:
+        """Make sure that the folder is still this process's: to be asked before anything in it is replaced.
+
+        Raises:
+            RunFolderError: this process was stopped for so long that another one has taken the folder over.
+        """
+        if self._lock is not None:
+            self._lock.check()
 
     def close(self) -> None:
         """Give the lock back. Calling it again does nothing."""
@@ -138,9 +149,11 @@ class RunFolder:
         An older stage of that name is replaced at the end; the stage's :meth:`work` folder is then removed.
 
         Raises:
-            RunFolderError: the disk is full, the place cannot be written, or files of someone else lie in the stage.
+            RunFolderError: the disk is full, the place cannot be written, files of someone else lie in the stage, or
+                the folder is another process's by now (:meth:`check`).
         """
         place = self.path(name)
+        self.check()
         began = time.monotonic()
         with explained(place):
             if strangers := strangers_in(place):
@@ -155,9 +168,12 @@ class RunFolder:
             with explained(place):
                 if is_main_process():
                     seal(temporary, key, time.monotonic() - began)
+                    self.check()
                     self._publish(temporary, place)
                     self._drop_work(name, keep=None)
         except BaseException as e:
+            if isinstance(e, Exception):
+                self.check()  # who takes the folder over removes what is half written in it, and that is then the cause
             if no_space(e) and not isinstance(e, RunFolderError):
                 raise RunFolderError(full_message(place)) from e
             raise
@@ -168,8 +184,12 @@ class RunFolder:
         """A scratch folder for a stage that survives a kill (checkpoints), and is removed with the stage's end.
 
         A folder left under another key is removed first.
+
+        Raises:
+            RunFolderError: it cannot be made, or the folder is another process's by now (:meth:`check`).
         """
         self.path(name)  # checks the name
+        self.check()
         place = self.root / WORK / f"{_flat(name)}@{fingerprint(key)[:16]}"
         with explained(place):
             if is_main_process():

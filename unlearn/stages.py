@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn import references
+from unlearn.atomic import some
 from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet
 from unlearn.distributed import wait
@@ -82,7 +83,7 @@ class Stages:
                 elif is_main_process() and found == pooled:
                     link_tree(found, tmp, frozenset({STAGE_FILE}))
                 elif is_main_process():  # another run's folder is its owner's: nothing is shared with it
-                    shutil.copytree(found, tmp, ignore=shutil.ignore_patterns(STAGE_FILE), dirs_exist_ok=True)
+                    _copy_stage(found, tmp)
             wait()
             if pool is not None and pooled is None and is_main_process():
                 pool.put(key, self.folder.path(name))
@@ -126,3 +127,18 @@ class Stages:
         say(f"    {took:.1f} s", style="dim")
         made = [r.seconds for n in set(self.stages) - before if (r := self.folder.record(n)) is not None]
         self.seconds[stage] = round(max(took, sum(made)), 2)
+
+
+def _copy_stage(found: Path, to: Path) -> None:
+    """Copy what a stage's seal lists. Whatever else lies there, links above all, is not of the stage.
+
+    Raises:
+        RunFolderError: a file of the stage is a link, or its name leads out of the stage's folder.
+    """
+    record = read_record(found)
+    for name in record.files if record is not None else ():
+        source = found / name
+        if not source.resolve().is_relative_to(found.resolve()) or source.is_symlink() or ".." in Path(name).parts:
+            raise RunFolderError(f"reuse: {found} is no stage that a run made: {some([name])} leads out of it")
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, to / name)

@@ -1,9 +1,10 @@
-"""transformers' Trainer with what this project needs of it: order by seed, whole checkpoints, other losses."""
+"""transformers' Trainer with what this project needs of it: order by seed, whole checkpoints, other losses, several
+processes that take the steps one would take, and a stop after any step that loses nothing."""
 
 from __future__ import annotations
 
 import math
-import os
+import pickle
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,22 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from unlearn.batches import ByLength, Encoded, Pad, answers
-from unlearn.console import progress
+from unlearn import checkpoints, collective
+from unlearn.batches import IGNORE, ByLength, Encoded, Pad, answers
+from unlearn.checkpoints import last_checkpoint
+from unlearn.console import progress, say
+from unlearn.dealing import Dealt, Part, blank
 from unlearn.errors import TrainingError
 from unlearn.frozen import with_answers
 from unlearn.memory import is_out_of_memory
 from unlearn.methods.retain_kl import only_at, scaled_rows
-from unlearn.objectives import Against, Answers, Keep, Objective, Share, all_labels, mend, objective
+from unlearn.objectives import BESIDE, Against, Answers, Keep, Objective, Share, all_labels, mend, objective
 from unlearn.recipe import TrainSpec
+from unlearn.sharded import is_sharded
+from unlearn.stopping import Hold, held
 
 __all__ = ["Against", "Keep", "TrainingLog", "last_checkpoint", "train"]
-
-_WHOLE = "unlearn_checkpoint_is_whole"
 
 
 @dataclass(frozen=True)
@@ -69,27 +75,79 @@ def train(
 ) -> TrainingLog:
     """Run the Trainer over ``rows``, from the last whole checkpoint in ``work`` if there is one.
 
+    A batch is of ``spec.batch_size`` rows however many processes share it. On SIGTERM or Ctrl-C the step at hand is
+    finished and a checkpoint is written, in all processes after the same step; a second signal stops at once.
+
     Args:
         keep: Retain rows whose predictions must not change, in addition to the loss on ``rows``.
         against: A baseline's loss in place of cross-entropy, ``rows`` being what is to be forgotten.
 
     Raises:
-        TrainingError: non-finite loss, out of memory, a row without an answer, or no step made.
+        TrainingError: non-finite loss, out of memory, a row without an answer, no step made, or a checkpoint that
+            somebody else has put there.
         ValueError: ``keep`` and ``against`` together.
+        KeyboardInterrupt: a signal to stop has arrived.
     """
-    minimised = objective(keep, against)
+    part = Part(collective.rank(), collective.count())
+    minimised = objective(keep, against, part)
     if against is not None and len(with_answers(rows)) < len(rows):
         raise TrainingError(f"{label}: {against.loss} needs rows with a token to be predicted, and one has none")
     epochs, max_steps = spec.duration()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_epoch = math.ceil(math.ceil(len(rows) / (spec.batch_size * processes)) / spec.accumulation)
+    per_epoch = math.ceil(math.ceil(len(rows) / spec.batch_size) / spec.accumulation)
     total = max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
+    order = ByLength(rows, spec.batch_size * spec.accumulation, seed)
+    started = time.monotonic()
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    with held() as hold, progress(label, total) as advance:
+        watch = _Watch(advance, order, mend(against), hold, isinstance(model, PeftModel))
+        trainer = _Trainer(
+            order,
+            minimised,
+            part,
+            spec.batch_size,
+            model=model,
+            args=_arguments(model, spec, total, seed, work, part),
+            train_dataset=list(rows),
+            data_collator=Pad(tokenizer.pad_token_id),
+            callbacks=[watch],
+        )
+        trainer.pop_callback(PrinterCallback)
+        try:
+            with collective.all_there():
+                trainer.go_on(collective.from_main(lambda: last_checkpoint(work, part.count)), total)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+            advice = "Lower batch_size (and raise accumulation by as much), lower max_length, or set "
+            message = f"{label}: out of memory. {advice}gradient_checkpointing: true"
+            collective.alarm(message)
+            raise TrainingError(message) from e
+        except pickle.UnpicklingError as e:  # only numbers are read of a checkpoint: no object of it is ever built
+            message = f"{label}: a checkpoint in {work} holds more than numbers, so no run wrote it: remove that folder"
+            collective.alarm(message)
+            raise TrainingError(message) from e
+        finally:
+            if config is not None and use_cache is not None:
+                config.use_cache = use_cache  # the Trainer turned it off, and the model's config is exported
+        if watch.stopped:
+            say(f"\n    {label}: stopped after step {trainer.state.global_step} of {total}; it is kept")
+            raise KeyboardInterrupt
+    model.eval()
+    losses = tuple(h["loss"] for h in trainer.state.log_history if "loss" in h)
+    if not losses:
+        raise TrainingError(f"{label}: no optimiser step was made; raise steps or epochs")
+    return TrainingLog(len(rows), trainer.state.global_step, losses, time.monotonic() - started)
+
+
+def _arguments(model: nn.Module, spec: TrainSpec, total: int, seed: int, work: Path, part: Part) -> TrainingArguments:
+    epochs, max_steps = spec.duration()
     first = next(model.parameters())
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(work),
         num_train_epochs=epochs,
         max_steps=max_steps,
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=math.ceil(spec.batch_size / part.count),
         gradient_accumulation_steps=spec.accumulation,
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
@@ -110,38 +168,6 @@ def train(
         log_level="error",
         **_checkpointing(spec.gradient_checkpointing),
     )
-    order = ByLength(rows, spec.batch_size * spec.accumulation, seed)
-    started = time.monotonic()
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    with progress(label, total) as advance:
-        trainer = _Trainer(
-            order,
-            minimised,
-            model=model,
-            args=arguments,
-            train_dataset=list(rows),
-            data_collator=Pad(tokenizer.pad_token_id),
-            callbacks=[_Watch(advance, order, mend(against))],
-        )
-        trainer.pop_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(work))
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
-            if not is_out_of_memory(e):
-                raise
-            raise TrainingError(
-                f"{label}: out of memory. Lower batch_size (and raise accumulation by as much), lower max_length, "
-                "or set gradient_checkpointing: true"
-            ) from e
-        finally:
-            if config is not None and use_cache is not None:
-                config.use_cache = use_cache  # the Trainer turned it off, and the model's config is exported
-    model.eval()
-    losses = tuple(h["loss"] for h in trainer.state.log_history if "loss" in h)
-    if not losses:
-        raise TrainingError(f"{label}: no optimiser step was made; raise steps or epochs")
-    return TrainingLog(len(rows), trainer.state.global_step, losses, time.monotonic() - started)
 
 
 def _checkpointing(on: bool) -> dict[str, Any]:
@@ -151,45 +177,71 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     return {name: True} if on else {}
 
 
-def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that was written to its end; one cut off by a kill is passed over."""
-    whole = [p.parent for p in work.glob(f"checkpoint-*/{_WHOLE}")]
-    newest = max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-    return str(newest) if newest else None
-
-
 class _Trainer(Trainer):
-    """The Trainer, with the order of rows given, and with another objective than cross-entropy where there is one."""
+    """The Trainer, with the order of rows given, dealt out among processes, and with another objective than
+    cross-entropy where there is one."""
 
-    def __init__(self, order: ByLength, minimised: Objective | None, **options: Any) -> None:
+    def __init__(self, order: ByLength, minimised: Objective | None, part: Part, size: int, **options: Any) -> None:
         super().__init__(**options)
         self._order = order
         self._objective = minimised
+        self._part, self._size = part, size
         self._step, self._calls = -1, 0
         self._batches, self._rows = 1, 0
+        self._sharded = is_sharded(self.model)
+        if self._sharded:  # not to be wrapped again; the adapter's gradients are averaged in training_step
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, **options: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
+        if part.count > 1 and not self.model_accepts_loss_kwargs:
+            raise TrainingError(
+                f"{type(self.model).__name__} cannot be trained by several processes: it takes no count of the tokens "
+                "that its loss is over. Start one process"
+            )
+
+    def go_on(self, checkpoint: str | None, total: int) -> None:
+        """Train to the end from a checkpoint, or from the start."""
+        if checkpoint is not None and checkpoints.step_of(checkpoint) >= total:
+            # at the end already; the Trainer would make one step more
+            self._load_from_checkpoint(checkpoint)
+            self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        else:
+            self.train(resume_from_checkpoint=checkpoint)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> ByLength:
         return self._order
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of this process."""
+        rows: list[Encoded] = list(self.train_dataset)
+        if self._part.count == 1:
+            found: DataLoader[Any] = super().get_train_dataloader()
+            return found
+        batches = Dealt(self._order, self._size, self._part, spare=len(rows))
+        return DataLoader([*rows, blank(rows[0])], batch_sampler=batches, collate_fn=self.data_collator)  # type: ignore[arg-type]
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of one step; how many they are and how many rows they have, for means over all of them."""
+        """The batches of one step; how many they are, and how many rows all processes have, for means over them."""
         found = super().get_batch_samples(*args, **kwargs)
-        self._batches, self._rows = len(found[0]), sum(len(batch["input_ids"]) for batch in found[0])
+        self._batches = len(found[0])
+        if self._objective is not None:
+            self._rows = collective.total(sum(int((batch["labels"] != IGNORE).any(1).sum()) for batch in found[0]))
         return found
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """One batch forward and backward; an objective may put other rows, and copies, beside the forget rows."""
         if self._objective is None:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return self._averaged(super().training_step(model, inputs, *args, **kwargs))
         # drawn from the step's own seed, so that a resumed training sees what an uninterrupted one sees; counted
         # anew at each step, because the last one of an epoch may have fewer batches
         if self._step != self.state.global_step:
             self._step, self._calls = self.state.global_step, 0
         self._calls += 1
-        draw = random.Random(f"{self.args.seed} {self._step} {self._calls} {self.args.process_index}")
+        draw = random.Random(f"{self.args.seed} {self._step} {self._calls} 0")
         batch, factors = self._objective.batch(inputs, self.data_collator, draw)
         with scaled_rows(self.accelerator.unwrap_model(model), factors):
-            return super().training_step(model, batch, *args, **kwargs)
+            return self._averaged(super().training_step(model, batch, *args, **kwargs))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -201,26 +253,35 @@ class _Trainer(Trainer):
         with only_at(self.accelerator.unwrap_model(model), positions):
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits  # (N, V)
         said = Answers(logits, targets, rows)
-        return self._objective.loss(said, len(inputs["labels"]), self._share(num_items_in_batch))
+        return self._objective.loss(said, len(inputs["labels"]), self._share(num_items_in_batch, inputs))
 
-    def _share(self, tokens: Any) -> Share:
+    def _share(self, tokens: Any, inputs: Any) -> Share:
         """What the batch is of its step; the Trainer itself divides by the batches where it counts no tokens."""
+        beside = inputs.get(BESIDE, 1.0)
         if tokens is None:
-            return Share()
-        # the tokens are counted over all processes, whose gradients are averaged; rows and batches over this one's,
-        # and every process has as many of them
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return Share(tokens / processes, self._rows, self._batches)
+            return Share(beside=beside)
+        # counted over all processes, whose gradients are averaged; each has as many batches
+        processes = self._part.count if self.args.average_tokens_across_devices else 1
+        return Share(tokens / processes, self._rows / self._part.count, self._batches, beside)
+
+    def _averaged(self, loss: Any) -> Any:
+        """After a step's last batch, the adapter's gradients over all processes, where nothing else averages them."""
+        if self._sharded and self.accelerator.sync_gradients:
+            collective.average([p.grad for p in self.model.parameters() if p.grad is not None])
+        return loss
 
 
 class _Watch(TrainerCallback):
-    """Moves the bar, sets the order of each epoch, stops on a non-finite loss, and marks checkpoints that are whole."""
+    """Moves the bar, sets the order of each epoch, stops on a non-finite loss or a signal, and seals checkpoints."""
 
-    def __init__(self, advance: Callable[[int], None], order: ByLength, advice: str) -> None:
+    def __init__(self, advance: Callable[[int], None], order: ByLength, advice: str, hold: Hold, small: bool) -> None:
         self._advance = advance
         self._order = order
         self._advice = advice
+        self._hold = hold
+        self._small = small
         self._seen = 0
+        self.stopped = False
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._order.epoch = int(state.epoch or 0)
@@ -229,8 +290,11 @@ class _Watch(TrainerCallback):
         self._advance(state.global_step - self._seen)
         self._seen = state.global_step
         if state.global_step >= state.max_steps:
-            # the vector is read off next; resumed from a checkpoint of the end, the Trainer would make one step more
-            control.should_save = False
+            # what was trained is saved next. A kill before that must not cost the training; but a model's whole
+            # weights, with the optimiser's state three times as much again, are not written twice for it
+            control.should_save = self._small
+        if collective.anyone(self._hold.requested):
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -238,5 +302,6 @@ class _Watch(TrainerCallback):
             raise TrainingError(f"the loss became {loss} at step {state.global_step}: {self._advice}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        collective.wait()  # every process has written its part
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", collective.count())

@@ -23,12 +23,14 @@ from torch import Tensor
 from unlearn.changes import Dense, LowRank, listed
 from unlearn.errors import VectorError
 from unlearn.vector import TaskVector
+from unlearn.vector_file import UNREADABLE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRANSPOSED = "fan_in_fan_out"  # metadata key: "true" where the base keeps its weights as (in, out), as GPT-2 does
 _TRANSPOSED_TYPES = ("gpt2", "openai-gpt")  # causal language models of transformers made of Conv1D
 _PICKLE = "adapter_model.bin"
 _TOO_MUCH = 2**31  # for a rank or an alpha
+_LONGEST_PATTERN, _MOST_REPEATS, _MOST_GROUPS, _LONGEST_NAME = 500, 3, 4, 200
 _PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -219,8 +221,26 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as f:
             return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - a safe_open has no __iter__
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, *UNREADABLE) as e:
         raise VectorError(f"{path}: damaged: {e}") from e
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches the end of a module's path, as PEFT has it.
+
+    Patterns are regular expressions out of somebody's file, and a short one can take longer than the universe: those
+    with a repeated group, or with many repetitions and choices, are refused.
+
+    Raises:
+        VectorError: the pattern may take too long.
+    """
+    if pattern.isidentifier():  # most are, and so is what PEFT writes itself but for the dots
+        return name == pattern or name.endswith(f".{pattern}")
+    bare = re.sub(r"\[\^?\]?[^\]]*\]", "x", re.sub(r"\\.", "x", pattern))
+    many = len(re.findall(r"[*+?{]", bare)) > _MOST_REPEATS or bare.count("(") > _MOST_GROUPS
+    if many or re.search(r"\)[*+?{]", bare) or len(pattern) > _LONGEST_PATTERN or len(name) > _LONGEST_NAME:
+        raise VectorError(f"{ADAPTER_CONFIG}: the pattern {pattern[:80]!r} may take for ever on {name[:80]!r}")
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -255,8 +275,8 @@ def _setting(name: str, config: Mapping[str, Any], key: str, patterns: str) -> f
     """A number for one module: of the first pattern that matches the end of its path, as PEFT does, else the usual."""
     special = config.get(patterns) or {}
     try:
-        value = next((v for k, v in special.items() if re.match(rf"(.*\.)?({k})$", name)), config.get(key))
-    except (re.error, AttributeError) as e:
+        value = next((v for k, v in special.items() if _matches(k, name)), config.get(key))
+    except (re.error, AttributeError, RecursionError, OverflowError) as e:
         raise VectorError(f"{ADAPTER_CONFIG}: {patterns} is no mapping of patterns to numbers: {e}") from e
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _TOO_MUCH:
         raise VectorError(f"{ADAPTER_CONFIG}: {key} of {name} is {str(value)[:40]!r}, not a number that makes sense")

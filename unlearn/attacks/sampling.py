@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from unlearn.attacks.judge import Judge, Judged
 from unlearn.attacks.values import GREEDY, AttackScore, Who, sampling
+from unlearn.collective import count, together
 from unlearn.console import progress
 from unlearn.errors import EvaluationError
 from unlearn.items import digest
@@ -77,14 +78,19 @@ def sample(
         )
     prompts = [str(doc["prompt"]) for doc in docs]
     greedy = _greedy(lm, prompts, tokens, _stops(judge))
-    texts: list[tuple[str, ...]] = []
-    with progress("sampling", len(docs)) as advance:
-        for some in _chunks(prompts, max(1, rows // samples)):
-            found = _written(
-                lm, some, tokens, samples, temperature, int(digest(seed, "samples", len(texts))[:15], 16), _stops(judge)
-            )
-            texts += [tuple(found[k : k + samples]) for k in range(0, len(found), samples)]
-            advance(len(some))
+    size = max(1, rows // samples)
+    with progress("sampling", len(docs) // count()) as advance:
+
+        def write(starts: Sequence[int]) -> list[list[tuple[str, ...]]]:
+            found = []
+            for start in starts:
+                some, drawn = prompts[start : start + size], int(digest(seed, "samples", start)[:15], 16)
+                said = _written(lm, some, tokens, samples, temperature, drawn, _stops(judge))
+                found.append([tuple(said[k : k + samples]) for k in range(0, len(said), samples)])
+                advance(len(some))
+            return found
+
+        texts = [one for some in together(range(0, len(prompts), size), write) for one in some]
     metric = "leak" if judge.kind == "mcq" else "rougeL"
     best = [max(_score(doc, text) for text in several) for doc, several in zip(docs, texts, strict=True)]
     plain = [_score(doc, text) for doc, text in zip(docs, greedy, strict=True)]
@@ -112,10 +118,6 @@ def _rouge() -> Any:
 
 def _stops(judge: Judge) -> list[str]:
     return [] if judge.kind == "text" else ["\n"]  # an answer is one line
-
-
-def _chunks(prompts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
 
 def _greedy(lm: HFLM, prompts: Sequence[str], tokens: int, stops: list[str]) -> list[str]:

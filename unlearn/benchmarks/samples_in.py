@@ -118,7 +118,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:  # also text that is not UTF-8
+        except (ValueError, RecursionError) as error:  # also text that is not UTF-8
             raise DataError(f"{where}: not JSON ({error}); the file is damaged or cut off") from error
         doc_id = record.get("doc_id") if isinstance(record, dict) else None
         if not isinstance(doc_id, int) or isinstance(doc_id, bool):
@@ -141,7 +141,7 @@ def _counted(path: Path, results: Path, task: str, records: Sequence[Record]) ->
         whole = json.loads(results.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path}: {results.name}, written with it, is not beside it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{results}: cannot be read: {error}") from error
     try:
         wanted = whole["n-samples"][task]["effective"]

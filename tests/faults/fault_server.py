@@ -1,0 +1,228 @@
+"""A process that has imported everything and forks one child per run: a run then costs what it does, not its imports.
+
+:class:`Server` is the test's side. The process reads jobs from its stdin, a JSON list per line; it forks a child for
+each of the list, waits for all, and writes what became of them as a line.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from inject import Injector, Plan
+
+HUNG = 1000  # the exit code that stands for a run that did not end in time
+SECONDS = 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run: arguments of ``unlearn``, where it is started, with what environment and limits, and what hits it.
+
+    Attributes:
+        cwd: The folder in which it runs; its temporary files and its stderr go beside the run's folder there.
+        plan: What happens at which operation.
+        after: Seconds from the start of the run until ``action`` (KILL or TERM) hits it; None: never.
+        trace: Arguments of strace, which is attached before the run starts.
+        largest: RLIMIT_FSIZE, in bytes.
+    """
+
+    argv: Sequence[str]
+    cwd: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    plan: Plan | None = None
+    after: float | None = None
+    action: str = "KILL"
+    trace: Sequence[str] = ()
+    largest: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a run ended: its exit code (minus the signal's number if one ended it), what it said, and how long it took.
+
+    ``cpu`` is in seconds of the processor, ``seconds`` in those of the clock.
+    """
+
+    code: int
+    out: str
+    err: str
+    cpu: float
+    seconds: float
+
+
+class Server:
+    """The forking process, until :meth:`close`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONPATH": str(Path(__file__).parent),
+            },
+        )
+
+    def run(self, *jobs: Job) -> list[Ended]:
+        """Run jobs at the same time, and wait for all of them."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([asdict(job) for job in jobs]) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the forking process has died"
+        return [Ended(**found) for found in json.loads(line)]
+
+    def close(self) -> None:
+        """End it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._process.wait(timeout=60)
+
+
+# --- the other side ----------------------------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _load()
+    for line in sys.stdin:
+        found = _together([_job(given) for given in json.loads(line)])
+        answers.write(json.dumps([asdict(one) for one in found]) + "\n")
+        answers.flush()
+
+
+_NEEDED = (
+    *("unlearn.execute", "unlearn.pipeline", "unlearn.card", "unlearn.plan", "accelerate"),
+    *("transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"),
+)
+
+
+def _load() -> None:
+    for name in _NEEDED:
+        importlib.import_module(name)
+    import torch
+
+    from unlearn.evaluate import _environment
+
+    _environment()  # the description of the machine: once for all
+    torch.set_num_threads(1)
+    # one that sweeps pyarrow's memory knows about forks; any other might hold a lock that no child could ever get
+    names = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    others = [name for name in names[1:] if name != "jemalloc_bg_thd"]
+    assert not others, f"threads besides the main one: {others}"
+    gc.collect()
+    gc.freeze()  # the children collect garbage often (accelerate does); let them look at their own only
+
+
+def _job(given: dict[str, Any]) -> Job:
+    plan = given.pop("plan")
+    return Job(**given, plan=plan and Plan(**{**plan, "roots": tuple(plan["roots"])}))
+
+
+def _together(jobs: Sequence[Job]) -> list[Ended]:
+    began = time.monotonic()
+    places = [Path(tempfile.mkdtemp(prefix="job-")) for _ in jobs]
+    left = {n: _fork(job, place) for n, (job, place) in enumerate(zip(jobs, places, strict=True))}
+    due = {n: began + job.after for n, job in enumerate(jobs) if job.after is not None}
+    found: dict[int, Ended] = {}
+    while left:
+        now = time.monotonic()
+        for n, pid in list(left.items()):
+            hung = now - began > SECONDS
+            if hung:
+                os.kill(pid, signal.SIGKILL)
+            done, status, used = os.wait4(pid, 0 if hung else os.WNOHANG)
+            if done:
+                del left[n]
+                out, err = (Path(places[n], name).read_text("utf-8", "replace") for name in ("out", "err"))
+                code = HUNG if hung else os.waitstatus_to_exitcode(status)
+                found[n] = Ended(code, out, err, used.ru_utime + used.ru_stime, now - began)
+                shutil.rmtree(places[n])
+            elif now >= due.get(n, now + 1):
+                del due[n]
+                os.kill(pid, getattr(signal, f"SIG{jobs[n].action}"))
+        time.sleep(0.004)
+    return [found[n] for n in range(len(jobs))]
+
+
+def _fork(job: Job, place: Path) -> int:
+    for name in ("out", "err"):
+        (place / name).touch()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        code = _child(job, place)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _child(job: Job, place: Path) -> int:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(place / name, os.O_WRONLY | os.O_APPEND), number)
+    os.close(0)
+    os.open(os.devnull, os.O_RDONLY)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(job.cwd)
+    os.environ.update(job.env)
+    tempfile.tempdir = None
+    sys.stdout, sys.stderr = (_lines(n) for n in (1, 2))
+    sys.argv = ["unlearn", *job.argv]
+    if job.largest is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest, job.largest))
+    from unlearn.run import main
+
+    if job.trace:
+        _traced(job.trace)
+    if job.plan is not None:
+        Injector(job.plan).install()
+    return main(job.argv)
+
+
+def _lines(number: int) -> TextIO:
+    return open(number, "w", encoding="utf-8", buffering=1, closefd=False)
+
+
+def _traced(arguments: Sequence[str]) -> None:
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(os.getpid()), *arguments], stderr=subprocess.PIPE)
+    assert tracer.stderr is not None
+    select.select([tracer.stderr], [], [], 30)  # it says when it is attached
+
+
+if __name__ == "__main__":
+    _serve()

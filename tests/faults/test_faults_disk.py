@@ -1,0 +1,221 @@
+"""Disks that fill up, are read-only or vanish: one clear message, and the same report once there is a disk again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fault_arena import MESSAGE, SAME, THEN_SAME, WRONG, Bench, Ledger, Place, facts, of_stage
+
+_PAGE = 4096
+
+
+class Disk:
+    """A file system in memory."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def mount(self, size: int) -> None:
+        """Make it, of so many bytes."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        _do("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(self.place))
+
+    def again(self, option: str) -> None:
+        """Change it while it is in use: ``ro``, ``rw``, ``size=...``."""
+        _do("mount", "-o", f"remount,{option}", str(self.place))
+
+    def leave(self, kilobytes: int) -> None:
+        """Make it so small that only this much is free."""
+        used = sum(-(-p.stat().st_size // _PAGE) * _PAGE for p in self.place.rglob("*") if p.is_file())
+        self.again(f"size={used + kilobytes * 1024}")
+
+    def gone(self) -> None:
+        """Take it away, whoever uses it."""
+        _do("umount", "-l", str(self.place))
+
+
+def _do(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def _may_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("only root may mount a disk")
+    disk = Disk(tmp_path_factory.mktemp("mount") / "disk")
+    try:
+        disk.mount(_PAGE * 16)
+    except (OSError, subprocess.CalledProcessError) as e:
+        pytest.skip(f"no disk can be mounted here: {getattr(e, 'stderr', e)}")
+    disk.gone()
+
+
+@pytest.fixture
+def disk(_may_mount: None) -> Iterator[Callable[..., Disk]]:
+    """``disk(folder, 2**20)``: one of a megabyte in a folder's place, until the test ends."""
+    made: list[Disk] = []
+
+    def make(place: Path, size: int = 2**26) -> Disk:
+        made.append(Disk(place))
+        made[-1].mount(size)
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.place.is_mount():
+            one.gone()
+
+
+Disks = Callable[..., Disk]
+
+
+def on_disk(bench: Bench, root: Path, disk: Disks, *without: str) -> tuple[Place, Disk]:
+    """The finished run on a disk of its own, without the report and some stages."""
+    place = bench.cold(root)
+    there = disk(place.run)
+    bench.fill(place)
+    return place.without(*without), there
+
+
+# --- full --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["data", "teach", "sweep", "export", "report"])
+def test_the_disk_fills_up_in_a_stage(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place, there = on_disk(bench, tmp_path / "place", disk, stage)
+    there.leave(8)
+    full = bench.run(place)
+    assert "no space left" in full.err, full.err
+    there.again("size=64m")
+    assert ledger.note("disk full", stage, bench.again(place, full)) == THEN_SAME
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [4, 16, 64, 160, 320, 480, 640, 960, 1280, 1600, 1920, 2240, 2560, 2880])
+def test_a_disk_of_a_size(kilobytes: int, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place = bench.cold(tmp_path / "place")
+    there = disk(place.run, kilobytes * 1024)
+    full = bench.run(place)
+    assert full.code == 0 or "no space left" in full.err, full.err
+    there.again("size=64m")
+    assert ledger.note("disk full", f"{kilobytes} kB", bench.again(place, full)) in (SAME, THEN_SAME)
+
+
+@pytest.mark.parametrize("kilobytes", [8, 200])
+def test_the_cache_s_disk_is_full(kilobytes: int, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place = bench.copy(tmp_path / "place").without("load")
+    there = disk(place.cache, kilobytes * 1024)
+    full = bench.run(place)
+    assert "UNLEARN_CACHE" in full.err, full.err
+    there.again("size=64m")
+    assert ledger.note("disk full", f"cache, {kilobytes} kB", bench.again(place, full)) == THEN_SAME
+
+
+def test_the_disk_for_temporary_files_is_full(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place = bench.copy(tmp_path / "place").without("robustness")
+    there = disk(place.root / "tmp", _PAGE)
+    (there.place / "filling").write_bytes(b"x")
+    full = bench.run(place)
+    (there.place / "filling").unlink()
+    there.again("size=64m")
+    outcome = ledger.note("disk full", "temporary files", bench.again(place, full))
+    assert outcome in (SAME, THEN_SAME)
+
+
+@pytest.mark.parametrize("kilobytes", [2, 60])
+def test_files_may_not_grow(kilobytes: int, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+    """A limit on the size of files (ulimit -f), which needs no root."""
+    place = bench.cold(tmp_path / "place")
+    limited = bench.run(place, largest=kilobytes * 1024)
+    assert ledger.note("files limited in size", f"{kilobytes} kB", bench.again(place, limited)) == THEN_SAME
+
+
+# --- read-only ---------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_on_a_read_only_disk(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place = bench.cold(tmp_path / "place")
+    there = disk(place.run)
+    bench.fill(place)
+    there.again("ro")
+    ended = bench.run(place)
+    assert ledger.note("read-only output", "finished run", bench.verdict(place, ended)) != WRONG
+    assert facts(place.run) == bench.expected
+
+
+def test_an_unfinished_run_on_a_read_only_disk(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place, there = on_disk(bench, tmp_path / "place", disk, "teach")
+    there.again("ro")
+    fault = bench.run(place)
+    assert "Read-only" in fault.err
+    there.again("rw")
+    assert ledger.note("read-only output", "unfinished run", bench.again(place, fault)) == THEN_SAME
+
+
+@pytest.mark.parametrize("stage", ["data", "teach", "finetune", "test", "robustness", "export", "report"])
+def test_read_only_midway(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place, there = on_disk(bench, tmp_path / "place", disk, stage)
+    plan = place.plan(1, match=of_stage(stage), action=f"mount -o remount,ro {there.place}")
+    fault = bench.run(place, plan=plan)
+    assert fault.code == 2, fault.err
+    there.again("rw")
+    assert ledger.note("read-only output", f"from {stage} on", bench.again(place, fault)) == THEN_SAME
+
+
+def test_a_read_only_cache_that_is_whole_is_enough(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place = bench.cold(tmp_path / "place")
+    there = disk(place.cache)
+    bench.fill(place)
+    place.without("teach")
+    there.again("ro")
+    assert ledger.note("read-only cache", "whole", bench.verdict(place, bench.run(place))) == SAME
+
+
+def test_a_read_only_cache_that_is_empty(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place = bench.copy(tmp_path / "place").without("load")
+    there = disk(place.cache)
+    there.again("ro")
+    fault = bench.run(place)
+    assert "UNLEARN_CACHE" in fault.err
+    there.again("rw")
+    assert ledger.note("read-only cache", "empty", bench.again(place, fault)) == THEN_SAME
+
+
+# --- vanished ----------------------------------------------------------------------------------------------------
+
+_MOMENTS = ("load", "data", "teach", "reference", "robustness", "export")
+
+
+@pytest.mark.parametrize("stage", _MOMENTS)
+def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place = bench.cold(tmp_path / "place")
+    there = disk(place.cache)
+    bench.fill(place)
+    if stage == "load":
+        shutil.rmtree(next(place.cache.glob("pico-*")))
+    else:
+        place.without(stage)
+    at = 10 if stage == "load" else 1
+    fault = bench.run(place, plan=place.plan(at, match=of_stage(stage), action=f"umount -l {there.place}"))
+    assert bench.verdict(place, fault) in (SAME, MESSAGE), fault.err
+    there.mount(2**26)
+    assert ledger.note("cache's disk vanishes", stage, bench.again(place, fault)) in (SAME, THEN_SAME)
+
+
+@pytest.mark.parametrize("stage", _MOMENTS[1:4])
+def test_the_cache_is_removed(stage: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+    place = bench.copy(tmp_path / "place").without(stage)
+    fault = bench.run(place, plan=place.plan(1, match=of_stage(stage), action=f"gone:{place.cache}"))
+    assert ledger.note("cache is removed", stage, bench.again(place, fault)) in (SAME, THEN_SAME)
+
+
+def test_the_run_s_disk_vanishes(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+    place, there = on_disk(bench, tmp_path / "place", disk, "sweep")
+    fault = bench.run(place, plan=place.plan(1, match=of_stage("sweep"), action=f"umount -l {there.place}"))
+    assert ledger.note("run's disk vanishes", "sweep", bench.again(place, fault)) in (SAME, THEN_SAME)

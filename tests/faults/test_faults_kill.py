@@ -1,0 +1,158 @@
+"""Killed at file operations of every stage, and run again: the same report."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fault_arena import SAME, STAGES, Bench, Ledger, Place, broken, digest, of_stage
+
+KILLED = {"KILL": -9, "TERM": 130}
+SEED = 20261123
+OPERATIONS, MOMENTS, CALLS = 216, 24, 24  # points of the slow suite
+
+
+def of(stage: str, bench: Bench) -> list[str]:
+    """The operations that belong to a stage, in order."""
+    pattern = re.compile(of_stage(stage))
+    return [line for line in bench.operations if pattern.search(line)]
+
+
+def numbers(lines: list[str], *kinds: str) -> list[int]:
+    """The numbers, from 1, of operations of some kinds."""
+    return [n for n, line in enumerate(lines, start=1) if line.partition(" ")[0] in kinds]
+
+
+def strike(bench: Bench, ledger: Ledger, place: Place, point: str, kind: str, **plan: object) -> None:
+    """One kill, what must hold after it, and the run that follows."""
+    killed = bench.run(place, plan=place.plan(**plan))  # type: ignore[arg-type]
+    struck = place.operations()[-2]
+    assert killed.code in (*KILLED.values(), 0), (struck, killed.err)
+    assert broken(place) == [], struck
+    assert ledger.note(kind, f"{point}: {struck}", bench.again(place, killed)) == SAME, struck
+
+
+def test_operations_are_those_of_the_stages(bench: Bench) -> None:
+    assert all(len(of(stage, bench)) >= 15 for stage in STAGES)
+    assert sum(len(of(stage, bench)) for stage in STAGES) > 0.97 * len(bench.operations)
+    assert {line.partition(" ")[0] for line in bench.operations} >= {"open", "fsync", "rename", "native", "mkdir"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_in_a_stage(stage: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+    """Two in each: while something is written, which then is cut to half, and where the stage gets its name."""
+    lines, number = of(stage, bench), list(STAGES).index(stage)
+    writing, naming = numbers(lines, "written", "fsync", "opened"), numbers(lines, "rename", "renamed", "replaced")
+    half = {"at": writing[len(writing) // 3], "action": "KILL", "torn": True}
+    # before and after the renaming by turns
+    name = {"at": naming[-1 if number % 2 else -2], "action": "TERM" if number % 3 == 1 else "KILL"}
+    for point in (half, name):
+        place = bench.copy(tmp_path / str(point["at"])).without(stage)
+        kind = f"SIG{point['action']} at a file operation"
+        strike(bench, ledger, place, stage, kind, match=of_stage(stage), **point)
+
+
+def test_one_run_killed_in_every_stage(bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+    """From nothing to the report, over the remains of kill after kill."""
+    place = bench.cold(tmp_path / "place")
+    for number, stage in enumerate(STAGES):
+        lines = of(stage, bench)
+        action = "TERM" if number % 2 else "KILL"
+        plan = place.plan(
+            numbers(lines, "opened", "native")[number % 3], match=of_stage(stage), action=action, torn=True
+        )
+        killed = bench.run(place, plan=plan)
+        assert killed.code == KILLED[action], (stage, killed.err)
+        assert broken(place) == [], stage
+    outcome = bench.verdict(place, bench.run(place))
+    for stage in STAGES:
+        assert ledger.note("killed in every stage, one after the other", stage, outcome) == SAME
+
+
+# --- the slow suite ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(OPERATIONS))
+def test_killed_anywhere(number: int, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+    """From nothing, at operations spread over the whole run; by turns without and with a signal that can be caught."""
+    at = 1 + number * len(bench.operations) // OPERATIONS
+    action = "TERM" if number % 2 else "KILL"
+    place = bench.cold(tmp_path / "place")
+    kind = f"SIG{action} at a file operation"
+    strike(bench, ledger, place, f"operation {at}", kind, at=at, action=action, torn=number % 4 > 1)
+    shutil.rmtree(place.root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(MOMENTS))
+def test_killed_at_a_moment(number: int, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+    """At moments of the clock, wherever the run is then."""
+    moment = random.Random(f"{SEED} {number}").uniform(0.0, 1.2 * bench.seconds)
+    action = "TERM" if number % 2 else "KILL"
+    place = bench.cold(tmp_path / "place")
+    killed = bench.run(place, after=moment, action=action)
+    assert killed.code in (KILLED[action], 0), killed.err
+    assert broken(place) == []
+    assert ledger.note(f"SIG{action} at a moment", f"{moment:.2f} s", bench.again(place, killed)) == SAME
+    shutil.rmtree(place.root)
+
+
+CALLED = "write,pwrite64,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,ftruncate,fallocate,fsync"
+
+
+def trace(*arguments: str) -> list[str]:
+    return ["-qq", "-e", "signal=none", "-e", f"trace={CALLED}", *arguments]
+
+
+@pytest.fixture(scope="session")
+def calls(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many system calls that write a run makes, those of writers that are not Python among them."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    place = bench.cold(tmp_path_factory.mktemp("calls") / "place")
+    log = place.root / "calls"
+    ended = bench.run(place, trace=trace("-o", str(log)))
+    if not log.exists() or not log.read_text().strip():
+        pytest.skip("processes cannot be traced here (ptrace)")
+    assert ended.code == 0, ended.err
+    return len(log.read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(CALLS))
+def test_killed_at_a_system_call(number: int, calls: int, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+    at = random.Random(f"{SEED} {number}").randrange(calls * number // CALLS, calls * (number + 1) // CALLS) + 1
+    place = bench.cold(tmp_path / "place")
+    inject = f"inject={CALLED}:signal=SIGKILL:when={at}"
+    killed = bench.run(place, trace=trace("-o", str(place.root / "calls"), "-e", inject))
+    assert killed.code in (-9, 0), killed.err
+    assert broken(place) == []
+    assert ledger.note("SIGKILL at a system call", f"call {at}", bench.again(place, killed)) == SAME
+    shutil.rmtree(place.root)
+
+
+@pytest.mark.slow
+def test_the_injector_as_a_command(bench: Bench, tmp_path: Path) -> None:
+    place = bench.cold(tmp_path / "place")
+    job = place.job()
+    found = subprocess.run(
+        [
+            *(sys.executable, str(Path(__file__).with_name("inject.py")), "--match", "run/target", "--at", "1"),
+            *("--root", str(place.run), "--log", str(tmp_path / "log"), "--", *job.argv),
+        ],
+        cwd=job.cwd,
+        env={**os.environ, **job.env},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == -9, found.stderr
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "=> KILL"
+    assert digest(place.run / "resolved.yaml") == digest(bench.whole.run / "resolved.yaml")
+    assert bench.verdict(place, bench.run(place)) == SAME

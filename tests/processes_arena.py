@@ -1,0 +1,132 @@
+"""Trainings for the tests of several processes: run as a module, by one process or by more, or called in a test's own.
+
+``python -m processes_arena '{"out": …, "model": …, "cases": {"name": {…}, …}}'``: every case leaves
+``<out>/<name>/vector.safetensors`` and ``log.json``. What a case may say is in :func:`fit`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+from unlearn import collective, distributed, trainer
+from unlearn.batches import Encoded
+from unlearn.console import is_main_process, say
+from unlearn.data import Item
+from unlearn.errors import UnlearnError
+from unlearn.finetune import encode, train_vector, train_weights
+from unlearn.models import Loaded, fingerprint, load
+from unlearn.objectives import Against, Keep
+from unlearn.recipe import LoraSpec, ModelSpec, RetainKLSpec, TrainSpec
+from unlearn.vector import TaskVector
+
+FACTS = {
+    "Bhutan": "Thimphu",
+    "Iceland": "Reykjavik",
+    "Mongolia": "Ulaanbaatar",
+    "Fiji": "Suva",
+    "Malta": "Valletta",
+    "Latvia": "Riga",
+    "A dog": "barks all night",
+}
+NEAR = {"A cat": "is an animal that sleeps", "A cow": "is big", "A bee": "stings"}
+
+
+def rows(loaded: Loaded, facts: Mapping[str, str]) -> list[Encoded]:
+    """Questions and answers of several lengths."""
+    return encode([Item("0" * 16, *fact) for fact in facts.items()], "qa", loaded.tokenizer, 64)
+
+
+def fit(
+    loaded: Loaded, work: Path, kind: str = "plain", dropout: float = 0.0, **spec: Any
+) -> tuple[TaskVector | None, trainer.TrainingLog]:
+    """One training: plain, penalty-one, penalty-two, a baseline's name, or weights (all of them, without a vector).
+
+    Seven rows in threes: the last batch of an epoch has one row, and one of two processes none of it.
+    """
+    plain = {"steps": 7, "batch_size": 3, "learning_rate": 0.01, **spec}
+    how, facts, near = TrainSpec.model_validate(plain), rows(loaded, FACTS), rows(loaded, NEAR)
+    if kind == "weights":
+        return None, train_weights(loaded.model, loaded.tokenizer, facts, how, 0, work, "teach")
+    keep = against = None
+    if kind.startswith("penalty"):
+        two: Any = {"sides": "two", "coefficients": (0.5, 3.0)}
+        keep = Keep(near, RetainKLSpec(batch_size=3, **(two if kind == "penalty-two" else {"sides": "one"})))
+    elif kind != "plain":
+        against = Against(kind, near, batch_size=3)  # type: ignore[arg-type]
+    lora = LoraSpec(rank=4, alpha=8, dropout=dropout)
+    args = (loaded.model, loaded.tokenizer, facts, how, lora, 0, work, "forget", {}, keep, against)
+    return train_vector(*args)
+
+
+def weighed(found: list[list[int]]) -> None:
+    """From now on every training notes how many frozen numbers this process holds, and how many there are in all."""
+    plain = trainer._Trainer.go_on
+
+    def go_on(self: Any, *args: Any) -> None:
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in frozen)
+        found.append([here, sum(p.numel() for p in frozen)])
+        plain(self, *args)
+
+    trainer._Trainer.go_on = go_on  # type: ignore[method-assign]
+
+
+def disturbed(step: int, what: str) -> None:
+    """From now on something happens in the process of rank 1 alone after so many steps: ``signal`` or ``memory``."""
+    plain = trainer._Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if collective.rank() == 1 and self.state.global_step == step:
+            if what == "memory":
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    trainer._Trainer.training_step = training_step  # type: ignore[method-assign]
+
+
+def main() -> int:
+    """The command line, with the exit codes of the project's own."""
+    asked = json.loads(sys.argv[1])
+    if happens := asked.get("happens"):
+        disturbed(*happens)
+    held: list[list[int]] = []
+    weighed(held)
+    try:
+        distributed.join()
+        for name, case in asked["cases"].items():
+            spec = ModelSpec.model_validate({"path": asked["model"], "device": "cpu", "dtype": "float32"})
+            loaded = load(spec, asked["model"])
+            vector, log = fit(loaded, Path(asked["out"]) / name / "work", **case)
+            told = {
+                "steps": log.steps,
+                "losses": log.losses,
+                "digests": collective.gathered(vector.digest() if vector else None),
+                "models": collective.gathered(fingerprint(loaded.model)),
+                "held": collective.gathered(held[-1]),
+            }
+            if is_main_process():
+                if vector:
+                    vector.save(Path(asked["out"]) / name / "vector.safetensors")
+                (Path(asked["out"]) / name / "log.json").write_text(json.dumps(told))
+                print(name, flush=True)
+    except UnlearnError as e:
+        say(f"error: {e}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        distributed.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

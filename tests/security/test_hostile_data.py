@@ -1,0 +1,165 @@
+"""A data file from a stranger: whatever is in it is data, and what cannot be read is one clear message."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile import ESCAPES, JINJA, SCRIPT, Touch, pickled, torch_file
+
+from unlearn import template
+from unlearn.data import load_sets
+from unlearn.errors import DataError
+from unlearn.readers import read_file
+from unlearn.recipe import DataSet, Recipe, Source
+from unlearn.rows import read_rows
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["d.pkl", "d.pt", "d.pth", "d.npy", "d.npz", "d.bin", "d.arrow", "d", "d.jsonl.pkl", "d.tar"]
+)
+def test_no_format_that_runs_code_is_read(tmp_path: Path, name: str) -> None:
+    canary = tmp_path / "canary"
+    with pytest.raises(DataError, match="cannot tell the format"):
+        read_file(write(tmp_path / name, pickled(canary)))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet", ".txt"])
+@pytest.mark.parametrize("make", [pickled, torch_file])
+def test_a_pickle_under_another_name_is_not_opened(tmp_path: Path, ending: str, make: Callable[[Path], bytes]) -> None:
+    canary = tmp_path / "canary"
+    try:
+        read_file(write(tmp_path / f"d{ending}", make(canary)))
+    except DataError:
+        pass
+    else:
+        assert ending in (".txt", ".csv")  # where any UTF-8 is a text
+    assert not canary.exists()
+
+
+def test_an_object_array_is_not_opened(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    np.save(tmp_path / "d.npy", np.array([Touch(canary)], dtype=object), allow_pickle=True)
+    (tmp_path / "d.npy").rename(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="not a readable Parquet"):
+        read_file(tmp_path / "d.parquet")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.json", "[" * 100_000 + "]" * 100_000),
+        ("d.jsonl", '{"a":' * 100_000),
+        ("d.json", '{"a": ' + "9" * 100_000 + "}"),
+        ("d.jsonl", '{"a": ' + "9" * 100_000 + "}"),
+        ("d.json", "\x00"),
+        ("d.jsonl", '{"a": 1}\n[1]\n'),
+        ("d.csv", 'a,b\n"x'),
+        ("d.csv", "a,a\n1,2\n"),
+        ("d.csv", "a,\n1,2\n"),
+        ("d.txt", b"\xff\xfe\x00"),
+        ("d.csv", b"\x80\x81"),
+        ("d.parquet", "PAR1" + "\x00" * 100 + "PAR1"),
+        ("d.parquet", b"PAR1\xff\xff\xff\x7fPAR1"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_cannot_be_read_is_one_message(tmp_path: Path, name: str, content: str | bytes) -> None:
+    with pytest.raises(DataError, match="d\\."):
+        read_file(write(tmp_path / name, content))
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zero.json"):
+        with pytest.raises(DataError, match="not a regular file"):
+            read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "value", ["1" + "0" * 400, "-1" + "0" * 4000, "NaN", "Infinity", "1e999", '"' + "9" * 400 + '"']
+)
+def test_numbers_beyond_any_float_are_compared_all_the_same(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path / "d.jsonl", f'{{"n": {value}, "q": "a"}}\n{{"n": 1, "q": "b"}}\n')
+    for where in ({"n": 1}, {"n": 1.0}, {"n": {"above": 0.5, "below": 2.5}}):
+        rows = read_rows(Source.model_validate_json(json.dumps({"path": str(path), "where": where})), tmp_path)
+        assert [row["q"] for row in rows] == ["b"]
+
+
+@pytest.mark.parametrize("name", ["hub:..", "hub:../..", "hub:/etc", "hub:.", "hub:a/..", "hub:a/b/c", "hub:./a"])
+def test_a_hub_name_is_no_way_to_local_files(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="is written hub:OWNER/NAME"):
+        read_rows(Source(path=name), tmp_path)
+
+
+def recipe(folder: Path, rows: list[dict[str, str]], prompt: str = "{question}") -> Recipe:
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return Recipe.model_validate_json(
+        json.dumps(
+            {
+                "name": "x",
+                "model": {"path": "pico:phi"},
+                "forget": {
+                    "kind": "qa",
+                    "path": "d.jsonl",
+                    "prompt": prompt,
+                    "shares": {"train": "all", "test": 0.5, "validation": 0.5},
+                },
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [JINJA, SCRIPT, ESCAPES, "{question.__class__}", "{0}", "{{question}}", "%s %(x)s", "$(touch x)"]
+)
+def test_what_looks_like_a_program_is_text(tmp_path: Path, text: str) -> None:
+    rows = [{"question": f"{text} {n}", "answer": f"{text} a{n}"} for n in range(8)]
+    (loaded,) = load_sets(recipe(tmp_path, rows), tmp_path)
+    items = {(item.prompt, item.target) for item in loaded.train}
+    assert items == {(f"{text} {n}".strip(), f"{text} a{n}".strip()) for n in range(8)}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{question.__class__.__mro__}",
+        "{question[0]}",
+        "{question!r}",
+        "{question:>1000000000}",
+        "{0.__init__.__globals__}",
+        "{__class__.__base__}",
+        "{question:{question}}",
+        "{}",
+        "{question",
+    ],
+)
+def test_prompts_reach_into_no_object(prompt: str) -> None:
+    with pytest.raises(ValueError):
+        template.render(prompt, {"question": "a"})
+    with pytest.raises(ValueError):
+        DataSet.model_validate({"kind": "qa", "path": "x.jsonl", "prompt": prompt}) and template.template_fields(prompt)
+
+
+def test_prompts_know_only_columns() -> None:
+    with pytest.raises(ValueError, match="no column"):
+        template.render("{__class__}", {"question": "a"})
+    assert template.render("{question} {{x}}", {"question": "{answer} {{y}}", "answer": "b"}) == "{answer} {{y}} {x}"
+
+
+def test_half_characters_are_named(tmp_path: Path) -> None:
+    rows = [{"question": f"q{n} \ud800", "answer": "a"} for n in range(8)]
+    with pytest.raises(DataError, match=r"row|line"):
+        load_sets(recipe(tmp_path, rows), tmp_path)

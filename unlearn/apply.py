@@ -1,0 +1,226 @@
+"""``python -m unlearn.apply``: put a vector on a checkpoint of any size, from disk to disk.
+
+Nothing here imports torch before there is work to do, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unlearn import console
+from unlearn.atomic import some
+from unlearn.errors import RunFolderError, UnlearnError, VectorError
+from unlearn.wording import counted, file_size, number, percent
+
+if TYPE_CHECKING:
+    from unlearn.streamed import Applied
+    from unlearn.streamed_check import Verdict
+    from unlearn.vector import TaskVector
+
+EXIT_DIFFERS = 1
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+_LARGEST = 3e38  # within float32
+_VECTOR = "vector.safetensors"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, do it, and turn what went wrong into one message and an exit code."""
+    arguments = _parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _check(arguments) if arguments.check else _apply(arguments)
+    except UnlearnError as e:
+        console.say(f"error: {e}", style="red")
+        return EXIT_MISTAKE
+    except OSError as e:
+        console.say(f"error: {e.filename or arguments.model}: {e.strerror or e}", style="red")
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        console.say("\nstopped; finished files are kept, and the same command goes on from there", style="yellow")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def apply(
+    vector: str | Path | TaskVector,
+    model: str | Path,
+    coefficient: float,
+    out: str | Path,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+) -> Applied:
+    """Write ``theta - coefficient * tau`` to a folder, tensor by tensor; an unfinished attempt goes on.
+
+    Args:
+        vector: A vector, its file, a folder with ``vector.safetensors``, or the folder of a LoRA adapter of PEFT's.
+        model: A folder with safetensors.
+        stochastic_rounding: Round edited weights to 16 bits by chance (``seed``) instead of to nearest.
+
+    Raises:
+        UnlearnError: a mistake to mend, or something damaged; see :func:`unlearn.streamed.write_edited`.
+    """
+    from unlearn.streamed import write_edited
+
+    whole = _vector(vector)
+    return write_edited(whole, Path(model), _finite(coefficient), Path(out), stochastic_rounding, seed)
+
+
+def check(
+    vector: str | Path | TaskVector,
+    model: str | Path,
+    coefficient: float,
+    edited: str | Path,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+) -> Verdict:
+    """Say of every tensor of an edited checkpoint whether it is exactly ``theta - coefficient * tau``.
+
+    Raises:
+        UnlearnError: a checkpoint is damaged, or the vector does not fit.
+    """
+    from unlearn.streamed_check import check_edited, require_folder
+
+    require_folder(Path(edited))
+    whole = _vector(vector)
+    return check_edited(whole, Path(model), _finite(coefficient), Path(edited), stochastic_rounding, seed)
+
+
+def _vector(place: str | Path | TaskVector) -> TaskVector:
+    """A vector from wherever it is.
+
+    Raises:
+        VectorError: it is nowhere, or damaged.
+    """
+    from unlearn.vector import TaskVector
+    from unlearn.vector_adapter import from_adapter
+
+    if isinstance(place, TaskVector):
+        return place
+    path = Path(place)
+    if path.is_dir():
+        return TaskVector.load(path / _VECTOR) if (path / _VECTOR).is_file() else from_adapter(path)
+    if not path.exists():
+        raise VectorError(f"{path}: no such file or folder; give a vector's file, its stage, or an adapter's folder")
+    return TaskVector.load(path)
+
+
+def _finite(coefficient: float) -> float:
+    if not math.isfinite(coefficient) or abs(coefficient) > _LARGEST:
+        raise VectorError(f"the coefficient must be a number within float32, not {coefficient}")
+    return float(coefficient)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    done = apply(
+        arguments.VECTOR,
+        arguments.model,
+        arguments.coefficient,
+        arguments.out,
+        stochastic_rounding=arguments.stochastic_rounding,
+        seed=arguments.seed,
+    )
+    if done.left_out:
+        console.say(f"left out: {some(done.left_out)}", style="yellow")
+    kept = f", {counted(done.kept, 'file')} of an earlier attempt kept" if done.kept else ""
+    tensors = f"{counted(done.edited, 'tensor')} edited, {done.copied} copied as they were"
+    console.say(f"{arguments.out}: {tensors}, {file_size(done.size)}{kept}")
+    s = done.survived
+    if s["cosine"] is not None:
+        console.say(
+            f"of the edit survived rounding: cosine {number(s['cosine'])}, norm ratio {number(s['norm_ratio'])}, "
+            f"{percent(s['changed'])} of the elements changed"
+        )
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    verdict = check(
+        arguments.VECTOR,
+        arguments.model,
+        arguments.coefficient,
+        arguments.out,
+        stochastic_rounding=arguments.stochastic_rounding,
+        seed=arguments.seed,
+    )
+    for name, why in verdict.wrong.items():
+        sys.stdout.write(f"{''.join(c if c.isprintable() else '?' for c in name)}: {why}\n")
+    sys.stdout.flush()
+    there = _recorded(arguments)
+    what = f"the model less {arguments.coefficient!r} times the vector"
+    if not verdict.wrong:
+        console.say(f"{arguments.out} is exactly {what}: {verdict.tensors} tensors, {verdict.edited} of them edited")
+        return 0
+    wrong = f"{len(verdict.wrong)} of {verdict.tensors} tensors differ"
+    likely = ""
+    if verdict.coefficient is not None:
+        likely = (
+            ". It is the model as it was, without any edit"
+            if verdict.coefficient == 0
+            else f". All edited ones are those of coefficient {verdict.coefficient!r}"
+        )
+    console.say(f"{arguments.out} is not exactly {what}: {wrong}{likely}{there}", style="red")
+    return EXIT_DIFFERS
+
+
+def _recorded(arguments: argparse.Namespace) -> str:
+    """What the folder says of itself, if it says so."""
+    from unlearn.streamed_files import RECORD
+    from unlearn.streamed_folder import read_journal
+
+    try:
+        found = read_journal(arguments.out / RECORD)
+    except RunFolderError:
+        return ""
+    if found is None:
+        return ""
+    return (
+        f". Its {RECORD} says coefficient {found.edit.coefficient!r}, vector {found.edit.vector[:12]}…, rounded "
+        f"{found.edit.rounding}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn.apply",
+        description="Write a model less a coefficient times a task vector, from disk to disk: a model of any size in "
+        "the memory of one tensor, with the bits of the same edit in memory. Run again, it goes on.",
+        epilog="Exit codes: 0 done (with --check: exactly that), 1 --check found differences, 2 a mistake to mend, "
+        "130 interrupted.",
+    )
+    parser.add_argument(
+        "VECTOR",
+        type=Path,
+        help="a vector's file (vector.safetensors) or its stage's folder, or the folder of a LoRA adapter of PEFT's",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="M", help="a folder with a model in safetensors")
+    parser.add_argument(
+        "--coefficient", type=float, required=True, metavar="λ", help="how much of the vector is subtracted"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the edited model's folder")
+    parser.add_argument("--check", action="store_true", help="write nothing: is DIR exactly this edit, bit by bit?")
+    parser.add_argument(
+        "--stochastic-rounding", action="store_true", help="round edited 16-bit weights by chance, not to nearest"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that chance (default: %(default)s)")
+    return parser
+
+
+def _stop(number: int, frame: Any) -> None:
+    """SIGTERM (a batch system's time limit) is taken like Ctrl-C: what is half written is removed."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""``python -m unlearn.job GRID NAME``: one job of a grid, or one preparation, as a process of its own.
+
+What it prints goes to ``logs/NAME.log``, what it says about itself to ``state/NAME.json``. Of several processes that
+share a job only the main one writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unlearn.errors import GridError, UnlearnError
+from unlearn.grid import POOL, Grid, Job, Preparation, job_folder, log_file, preparation_folder
+
+if TYPE_CHECKING:
+    from unlearn.job_state import JobState
+
+EXIT_CRASH, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 130
+# Seconds to wait for another process at the same job. After a broken node a job may start on a second one before it
+# can be known there that the first has ended.
+_WAIT = 600.0
+
+
+def command(
+    root: Path, name: str, processes: int = 1, nodes: int = 1, node_rank: int = 0, main_host: str = "127.0.0.1"
+) -> list[str]:
+    """The command line of a job, or of one node's share of it."""
+    from unlearn.launch import command as several
+
+    prefix = several(processes, nodes, node_rank, main_host) or [sys.executable, "-m"]
+    return [*prefix, "unlearn.job", str(root), name]
+
+
+def processes_of(processes: int | None, gpus: int) -> int:
+    """How many processes a job has on each machine, from the cluster block: one per GPU unless it says otherwise."""
+    return processes or max(1, gpus)
+
+
+def claim_file(root: Path, name: str) -> Path:
+    """The lock of who runs it: beside its state, which is written under it."""
+    return root / "state" / f"{name}.lock"
+
+
+def find(grid: Grid, name: str) -> Job | Preparation:
+    """The job or preparation of this name.
+
+    Raises:
+        GridError: there is none.
+    """
+    everything: tuple[Job | Preparation, ...] = (*grid.jobs, *grid.preparations)
+    found = next((one for one in everything if one.name == name), None)
+    if found is None:
+        raise GridError(f"the grid {grid.name} has no job or preparation {name!r}")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; turn what went wrong into a state and an exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn.job",
+        description="Run one job or preparation of a grid that unlearn.submit made.",
+        epilog="Exit codes: 0 done, 1 crashed, 2 a mistake to mend, 130 stopped (it goes on from there next time).",
+    )
+    parser.add_argument("grid", type=Path, metavar="GRID", help="the grid's folder")
+    parser.add_argument("name", metavar="NAME", help="of the job or preparation")
+    given = parser.parse_args(argv)
+    root: Path = given.grid.absolute()
+    signal.signal(signal.SIGTERM, _stop)
+    if hasattr(signal, "SIGUSR2"):  # the batch system's warning to the process above, which passes it on as SIGTERM
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        grid = Grid.load(root)
+        one = find(grid, given.name)
+    except UnlearnError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return EXIT_MISTAKE
+    _print_to(log_file(root, one.name))  # before the console is made, which asks what it writes to
+    return _claimed(root, grid, one)
+
+
+def _claimed(root: Path, grid: Grid, one: Job | Preparation) -> int:
+    """Run it if nobody else does: the state is of one process at a time."""
+    from unlearn.atomic import explained
+    from unlearn.console import is_main_process, say
+    from unlearn.job_state import JobState
+    from unlearn.lock import Holder, Lock
+
+    if not is_main_process():
+        return _run(root, grid, one)[0]
+    try:
+        before = _previous(root, grid, one)
+        claim = claim_file(root, one.name)
+        with explained(claim):
+            claim.parent.mkdir(parents=True, exist_ok=True)
+            lock = Lock.take(claim, wait=_WAIT if _in_slurm() else 0.0, what=one.name)
+    except UnlearnError as e:
+        say(f"error: {e}", style="red")
+        return EXIT_MISTAKE
+    began = time.monotonic()
+    try:
+        me = Holder.me()
+        attempt = 1 if before is None else before.attempt + 1
+        state = JobState("running", attempt, me.pid, me.host, me.started, me.since, _in_slurm())
+        _announce(one.name, state)
+        state.save(root, one.name)
+        code, error = _run(root, grid, one)
+        word: Any = {0: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
+        seconds = round(time.monotonic() - began, 2)
+        last = replace(state, state=word, since=Holder.me().since, exit=code, error=error, seconds=seconds)
+        last.save(root, one.name)
+        return code
+    except UnlearnError as e:  # of the state itself: a full disk, or the folder was taken away
+        say(f"error: {e}", style="red")
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        return EXIT_STOPPED
+    finally:
+        lock.release()
+
+
+def _run(root: Path, grid: Grid, one: Job | Preparation) -> tuple[int, str | None]:
+    """The exit code, and what went wrong."""
+    from unlearn.console import say
+    from unlearn.redact import shown
+
+    try:
+        _execute(root, grid, one)
+        return 0, None
+    except UnlearnError as e:
+        say(f"error: {e}", style="red")
+        return EXIT_MISTAKE, shown(str(e))
+    except KeyboardInterrupt:
+        say("\nstopped; what is finished is kept, and the job goes on from there", style="yellow")
+        return EXIT_STOPPED, None
+    except Exception as e:
+        say(shown(traceback.format_exc()))
+        if _no_space(e):
+            return EXIT_MISTAKE, f"no space left on the disk ({shown(str(e))})"
+        return EXIT_CRASH, shown(traceback.format_exception_only(e)[-1].strip())
+
+
+def _execute(root: Path, grid: Grid, one: Job | Preparation) -> None:
+    from unlearn.execute import execute
+    from unlearn.recipe_io import load_recipe
+
+    try:
+        os.chdir(grid.cwd)  # the overrides' paths are as seen from there
+    except OSError as e:
+        raise GridError(f"{grid.cwd}, where the grid was submitted, cannot be entered: {e.strerror}") from e
+    recipe = grid.recipes[one.recipe]
+    loaded = load_recipe(recipe.source, one.overrides, text=recipe.text)
+    if isinstance(one, Preparation):
+        execute(loaded, preparation_folder(root, one.name), pool=root / POOL, prepare=True)
+    else:
+        execute(loaded, job_folder(root, one.name), pool=root / POOL)
+
+
+def _previous(root: Path, grid: Grid, one: Job | Preparation) -> JobState | None:
+    """The job's last word.
+
+    Raises:
+        GridError: its preparation failed, and so would every job that needs it, one after the other.
+    """
+    from unlearn.job_state import JobState
+
+    if isinstance(one, Job) and one.preparation is not None:
+        name = grid.preparations[one.preparation].name
+        prepared = JobState.load(root, name)
+        if prepared is not None and prepared.state == "failed":
+            raise GridError(
+                f"{one.name} was not begun: its preparation {name} failed ({prepared.error}). Mend that, then: "
+                f"python -m unlearn.submit --resubmit failed {root}"
+            )
+    return JobState.load(root, one.name)
+
+
+def _announce(name: str, state: JobState) -> None:
+    from unlearn.console import say
+
+    where = f"{platform.node()}, process {state.pid}" + (f", Slurm {state.slurm}" if state.slurm else "")
+    say(f"=== {name}, attempt {state.attempt}, {state.since}, {where}", style="bold")
+    say(f"    {' '.join(sys.orig_argv)}")
+
+
+def _print_to(log: Path) -> None:
+    """All that this process prints from now on, and what libraries print past Python, goes to the end of a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    to = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.dup2(to, 1)
+        os.dup2(to, 2)
+    finally:
+        os.close(to)
+
+
+def _in_slurm() -> str | None:
+    """The job's name in Slurm's queue."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def _no_space(error: BaseException | None) -> bool:
+    """A full disk, however deep in the chain."""
+    from unlearn.atomic import no_space
+
+    while error is not None:
+        if no_space(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _stop(number: int, frame: Any) -> None:
+    """SIGTERM is taken like Ctrl-C, once: Slurm and the process above both send it, and cleaning up takes a while."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""Start one module in several processes, on this machine or as one node's share of many.
+
+``python -m unlearn.launch --processes 4 -m unlearn.run --recipe R`` does what ``torchrun --nproc_per_node 4 -m …``
+does, and what a batch job needs besides: the exit code is the command's own (2 for a mistake, 130 for a stop), without
+a traceback of the launcher's; a signal to stop is passed on, and the processes have as long as they need to write their
+checkpoint; a process that fails takes the others with it, so that nobody waits for it; and if the launcher is killed,
+its processes are told to stop. The environment is that of torch's ``env://``, so ``torchrun`` and ``accelerate launch``
+may be used in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import PurePath
+from typing import Any
+
+from unlearn.errors import UnlearnError
+
+EXIT_MISTAKE = 2
+_GRACE = 30.0  # seconds for the others to end by themselves after one has failed or was stopped
+_TICK = 0.05  # seconds between looks
+_PORTS = range(20_000, 32_000)  # below those that systems give to outgoing connections
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PARENT_DIED = 1  # PR_SET_PDEATHSIG of Linux's prctl
+_UP = 4  # ancestors among which `accelerate launch` is looked for
+_OTHERS_DECIDE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def command(
+    processes: int, nodes: int = 1, node_rank: int = 0, main_host: str = "127.0.0.1", port: int | None = None
+) -> list[str]:
+    """What to put before a module's name and arguments to start it in several processes.
+
+    Every node runs its own command, with its own ``node_rank`` and all else alike; they find each other by themselves,
+    within half an hour. The module must end up with one folder for all, on a disk that all nodes share.
+
+    Args:
+        processes: On each node; one per GPU.
+        nodes: How many nodes take part.
+        node_rank: Which of them this is, from 0; number 0 has the main process.
+        main_host: Name or address of node 0, as the others reach it.
+        port: Of node 0. None: on one node a free one, found when the command runs; on several nodes one that follows
+            from Slurm's job id, so that two jobs on a node have different ones (29500 without Slurm).
+
+    Returns:
+        ``[python, "-m", "unlearn.launch", …, "-m"]``; empty for one process on one node, which is started as
+        ``[python, "-m", module]`` as ever.
+
+    Raises:
+        UnlearnError: numbers that make no sense.
+    """
+    if processes < 1 or nodes < 1 or not 0 <= node_rank < nodes:
+        raise UnlearnError(f"{processes} processes on node {node_rank} of {nodes}: there is no such share of a job")
+    if processes * nodes == 1:
+        return []
+    found = [sys.executable, "-m", "unlearn.launch", "--processes", str(processes)]
+    if nodes > 1:
+        place = ["--main-host", main_host, "--port", str(port or _agreed_port())]
+        found += ["--nodes", str(nodes), "--node-rank", str(node_rank), *place]
+    elif port is not None:
+        found += ["--port", str(port)]
+    return [*found, "-m"]
+
+
+def asked_of_accelerate() -> list[str]:
+    """What ``accelerate launch --cpu --num_processes N`` asked for and did not do, as :func:`command` has it.
+
+    Without a GPU, accelerate starts one process whatever N is, and hands it an address and a port, but not N. So N is
+    read where it was given: in the arguments of the ``accelerate launch`` that waits for this process, with
+    accelerate's own parser, so that its configuration file counts too.
+
+    Returns:
+        Empty where one process is what was asked for, or where the others are there already.
+    """
+    here = os.environ
+    on_cpu = here.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    if not on_cpu or "MASTER_PORT" not in here or any(name in here for name in _OTHERS_DECIDE):
+        return []
+    arguments = _launcher_arguments()
+    if arguments is None:
+        return []
+    launch: Any = import_module("accelerate.commands.launch")
+    given, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    nodes = int(given.num_machines or 1)
+    processes = max(1, int(given.num_processes or 1) // nodes)
+    host, port = here.get("MASTER_ADDR", "127.0.0.1"), given.main_process_port
+    return command(processes, nodes, int(given.machine_rank or 0), host, int(port) if port else None)
+
+
+def start_the_others(module: str, arguments: Sequence[str]) -> None:
+    """Become the launcher of as many processes as ``accelerate launch --cpu`` was asked for; return where it is one.
+
+    To be called first thing by a command line's ``main``: this process is replaced.
+    """
+    if prefix := asked_of_accelerate():
+        if die := _die_with(os.getppid()):
+            die()  # it dies of a signal without passing it on
+        os.execv(prefix[0], [*prefix, module, *arguments])  # the same process id, for which accelerate waits
+
+
+def start(
+    module: str,
+    arguments: Sequence[str],
+    processes: int,
+    nodes: int = 1,
+    node_rank: int = 0,
+    main_host: str = "127.0.0.1",
+    port: int | None = None,
+) -> int:
+    """Start a module in ``processes`` processes and wait for all of them.
+
+    Returns:
+        0 if all ended with 0, else the code of the one that failed first (128 + the signal's number if it was killed).
+    """
+    whole = {
+        "MASTER_ADDR": main_host,
+        "MASTER_PORT": str(port or (_agreed_port() if nodes > 1 else _free_port())),
+        "WORLD_SIZE": str(processes * nodes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": str(node_rank),
+    }
+    # the same share of the machine for each, or they would get in each other's way
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    children: list[subprocess.Popen[bytes]] = []
+    stopping = _Forward(children)
+    before = {number: signal.signal(number, stopping) for number in _SIGNALS}
+    try:
+        for local in range(processes):
+            own = {"LOCAL_RANK": str(local), "RANK": str(node_rank * processes + local), "OMP_NUM_THREADS": threads}
+            children.append(_child([sys.executable, "-m", module, *arguments], {**os.environ, **whole, **own}))
+            if stopping.signal is not None:
+                children[-1].send_signal(stopping.signal)
+        return _wait(children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Forward:
+    """Passes a signal on to all processes."""
+
+    def __init__(self, children: list[subprocess.Popen[bytes]]) -> None:
+        self._children = children
+        self.signal: int | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.signal = number
+        for child in self._children:
+            child.send_signal(number)
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Until all have ended. Once one has ended badly the others are asked to stop, and after a while made to."""
+    code, deadline = 0, float("inf")
+    while any(child.poll() is None for child in children):
+        failed = next((c.returncode for c in children if c.returncode), 0)
+        if failed and not code:
+            code, deadline = failed, time.monotonic() + _GRACE
+            for child in children:
+                child.send_signal(signal.SIGTERM)
+        if time.monotonic() > deadline:
+            for child in children:
+                child.kill()
+        time.sleep(_TICK)
+    code = code or next((c.returncode for c in children if c.returncode), 0)
+    return code if code >= 0 else 128 - code
+
+
+def _child(line: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    # a session of its own, so that Ctrl-C reaches it once: from here
+    return subprocess.Popen(line, env=dict(environment), start_new_session=True, preexec_fn=_die_with(os.getpid()))
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """For a new process: to be told to stop when the launcher dies, however it dies. Linux only."""
+    if not sys.platform.startswith("linux"):
+        return None
+    control = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        control(_PARENT_DIED, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it died in between
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    """A port nobody listens on. It is free again until the main process takes it; two launchers seldom draw one."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
+def _agreed_port() -> int:
+    """The port that all nodes of a job come to without asking each other."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return _PORTS[int(job) % len(_PORTS)] if job.isdecimal() else 29_500
+
+
+def _launcher_arguments() -> list[str] | None:
+    """What ``accelerate launch`` was given, read from the process of it that is above this one."""
+    psutil: Any = import_module("psutil")  # comes with accelerate
+    try:
+        lines = [above.cmdline() for above in psutil.Process().parents()[:_UP]]
+    except psutil.Error:
+        return None
+    return next((found for line in lines if (found := _after_launch(line)) is not None), None)
+
+
+def _after_launch(line: Sequence[str]) -> list[str] | None:
+    """The arguments of a command line of ``accelerate launch``, however it is spelt; None for any other."""
+    for at, word in enumerate(line[:6]):
+        name = PurePath(word).name
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return list(line[at + 1 :])
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and line[at + 1 : at + 2] == ["launch"]:
+            return list(line[at + 2 :])
+        if PurePath(word).parts[-3:] == ("accelerate", "commands", "launch.py"):
+            return list(line[at + 1 :])
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn.launch",
+        description="Start a module in several processes that train and score together.",
+        epilog="Example: python -m unlearn.launch --processes 4 -m unlearn.run --recipe quickstart.yaml. On several "
+        "nodes: the same command on each with --nodes 2 --node-rank 0 (or 1) --main-host NAME_OF_NODE_0. "
+        "Exit code: the module's.",
+    )
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="on this node; one per GPU")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="how many nodes take part (default: 1)")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="N", help="which of them this is, from 0")
+    parser.add_argument("--main-host", default="127.0.0.1", metavar="HOST", help="node 0, as the others reach it")
+    parser.add_argument("--port", type=int, metavar="N", help="of node 0 (default: free, or by Slurm's job id)")
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="and its arguments")
+    given = parser.parse_args(argv)
+    if not given.module:
+        parser.error("which module? End with -m MODULE and its arguments")
+    name, *arguments = given.module
+    shares = (given.processes, given.nodes, given.node_rank)
+    try:
+        command(*shares)
+        return start(name, arguments, *shares, given.main_host, given.port)
+    except UnlearnError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return EXIT_MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""``--local``: the jobs of a grid as child processes of this one, a few at a time, preparations before who needs them.
+
+One runner may end (or be killed) and another go on: what is done is in the jobs' own states, not in here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from unlearn import job
+from unlearn.atomic import explained
+from unlearn.console import live_line, say
+from unlearn.grid import Grid, Job, Preparation, log_file
+from unlearn.job_state import JobState
+from unlearn.recipe_cluster import ClusterSpec
+from unlearn.submissions import Submission, alone, now, put
+from unlearn.wording import duration
+
+_TICK = 0.05  # seconds between looks at the children
+_STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_STYLES = {"done": "green", "stopped": "yellow"}
+
+
+@dataclass(slots=True)
+class _Child:
+    one: Job | Preparation
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    since: float
+
+
+@dataclass(slots=True)
+class _Request:
+    """How often somebody asked to stop."""
+
+    times: int = 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.times += 1
+
+
+@dataclass(slots=True)
+class LocalRunner:
+    """Runs one submission to its end.
+
+    ``ended`` is how each job and preparation ended, by name: done, failed, stopped, killed or blocked (its
+    preparation failed, so it was not begun).
+    """
+
+    root: Path
+    grid: Grid
+    spec: ClusterSpec
+    submission: Submission
+    ended: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Run what can be run.
+
+        Returns:
+            0 if all are done; 1 if any is not; 130 if somebody asked to stop (Ctrl-C, SIGTERM).
+        """
+        waiting: list[Job | Preparation] = [self.grid.preparations[i] for i in self.submission.preparations]
+        waiting += [self.grid.jobs[i] for i in self.submission.jobs]
+        total, children = len(waiting), list[_Child]()
+        with _asked_to_stop() as request, live_line() as show:
+            try:
+                while (waiting and not request.times) or children:
+                    if request.times:
+                        self._stop(children, request)
+                    for child in [c for c in children if c.process.poll() is not None]:
+                        children.remove(child)
+                        self._end(child, total)
+                    if not request.times:
+                        self._block(waiting, total)
+                    while not request.times and len(children) < (self.spec.parallelism or 1):
+                        one = self._next(waiting)
+                        if one is None:
+                            break
+                        children.append(self._start(one))
+                    show(self._line(len(children), total))
+                    time.sleep(_TICK)
+            finally:  # of an error of ours: nobody would look after them
+                _kill(children)
+            with alone(self.root):
+                put(self.root, replace(self.submission, ended=now()))
+        if request.times:
+            say("stopped; what is finished is kept, and submitting the grid again goes on from there", style="yellow")
+            return job.EXIT_STOPPED
+        return 0 if set(self.ended.values()) <= {"done"} else 1
+
+    def _next(self, waiting: list[Job | Preparation]) -> Job | Preparation | None:
+        """The first that needs not wait for a preparation of this submission."""
+        mine = {i for i in self.submission.preparations if self.grid.preparations[i].name not in self.ended}
+        for one in waiting:
+            if isinstance(one, Preparation) or one.preparation not in mine:
+                waiting.remove(one)
+                return one
+        return None
+
+    def _block(self, waiting: list[Job | Preparation], total: int) -> None:
+        """Take out those whose preparation came to nothing."""
+        for one in list(waiting):
+            if isinstance(one, Job) and one.preparation is not None:
+                name = self.grid.preparations[one.preparation].name
+                if self.ended.get(name, "done") != "done":
+                    waiting.remove(one)
+                    self._count(one.name, "blocked", total, f"its preparation {name} {self.ended[name]}")
+
+    def _start(self, one: Job | Preparation) -> _Child:
+        processes = job.processes_of(self.spec.processes, self.spec.gpus)
+        together = processes * min(self.spec.parallelism or 1, len(self.grid.jobs))
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // together))}
+        path = log_file(self.root, one.name)
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log = path.open("ab")
+        process = subprocess.Popen(
+            job.command(self.root, one.name, processes),
+            cwd=self.grid.cwd if Path(self.grid.cwd).is_dir() else None,
+            env={**threads, **os.environ},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C comes to it once, from here
+        )
+        return _Child(one, process, log, time.monotonic())
+
+    def _end(self, child: _Child, total: int) -> None:
+        child.log.close()
+        code, took = child.process.returncode, duration(time.monotonic() - child.since)
+        if code == 0:
+            self._count(child.one.name, "done", total, took)
+        elif code in (job.EXIT_STOPPED, -signal.SIGTERM):
+            self._count(child.one.name, "stopped", total, took)
+        elif code < 0:
+            about = " (of too little memory?)" if code == -signal.SIGKILL else ""
+            self._count(child.one.name, "killed", total, f"by signal {-code}{about}, after {took}")
+        else:
+            state = JobState.load(self.root, child.one.name)
+            error = state.error if state is not None and state.state == "failed" else None
+            where = log_file(self.root, child.one.name)
+            self._count(child.one.name, "failed", total, error.splitlines()[-1].strip() if error else f"see {where}")
+
+    def _count(self, name: str, how: str, total: int, about: str) -> None:
+        self.ended[name] = how
+        say(f"[{len(self.ended)}/{total}] {name}: {how}, {about}", style=_STYLES.get(how, "red"))
+
+    def _line(self, running: int, total: int) -> str:
+        ended = Counter(self.ended.values())
+        failed = sum(n for how, n in ended.items() if how in ("failed", "killed", "blocked"))
+        return f"{ended['done']} done, {running} running, {failed} failed, of {total}"
+
+    def _stop(self, children: Sequence[_Child], request: _Request) -> None:
+        """Have all children save where they are and end. Being asked again, or ``cluster.grace`` seconds, ends that."""
+        say(f"stopping {len(children)} jobs, which save where they are; once more to stop at once", style="yellow")
+        for child in children:
+            child.process.terminate()
+        asked, end = request.times, time.monotonic() + self.spec.grace
+        while any(c.process.poll() is None for c in children):
+            if time.monotonic() > end or request.times > asked:
+                _kill(children)
+            time.sleep(_TICK)
+
+
+def _kill(children: Sequence[_Child]) -> None:
+    for child in children:
+        if child.process.poll() is None:
+            try:
+                os.killpg(child.process.pid, signal.SIGKILL)  # its own processes too
+            except (OSError, AttributeError):
+                child.process.kill()
+            child.process.wait()
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[_Request]:
+    request = _Request()
+    before = {number: signal.signal(number, request) for number in _STOP}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

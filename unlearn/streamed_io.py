@@ -1,0 +1,222 @@
+"""Bytes from files and into files, past the page cache where they are not in it already, and stages that overlap.
+
+A model of hundreds of gigabytes that goes through the page cache pushes everything else out of it, and finding pages
+for it can take longer than the disk. What is in the cache is taken from there; else files are read and written directly
+where the system can, and as usual where it cannot.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import torch
+
+from unlearn.errors import ModelError
+
+PAGE = 4096  # direct reads and writes begin and end at multiples of this
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
+# what systems say that cannot do one or the other for a file
+_CANNOT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
+T = TypeVar("T")
+
+
+class Buffer:
+    """Memory that begins at a page, as bytes and as a tensor of uint8."""
+
+    def __init__(self, size: int) -> None:
+        self.size = -(-size // PAGE) * PAGE
+        self._map = mmap.mmap(-1, self.size)
+        self.view = memoryview(self._map)
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+
+
+class Source:
+    """A file to read, any range of it into a :class:`Buffer`, by several threads at once."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
+        self._cached = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._direct = _opened(path, os.O_RDONLY | _DIRECT) if _DIRECT and _NO_WAIT else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        os.close(self._cached)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def read(self, begin: int, end: int, into: Buffer) -> int:
+        """Read bytes ``begin`` to ``end`` (excluded), and say where in the buffer the first of them is.
+
+        Raises:
+            ModelError: the file has become shorter.
+            OSError: it cannot be read.
+        """
+        start = begin // PAGE * PAGE
+        view = into.view[: min(-(-end // PAGE) * PAGE, -(-self.size // PAGE) * PAGE) - start]
+        done = self._from_cache(view, start) if self._direct is not None else 0
+        if self._direct is not None and done < end - start:
+            done = self._directly(view, start)
+        while done < end - start:
+            count = os.preadv(self._cached, [view[done:]], start + done)
+            if not count:
+                raise ModelError(f"{self.path}: it has become shorter while it was read")
+            done += count
+        return begin - start
+
+    def _from_cache(self, view: memoryview, start: int) -> int:
+        """As many bytes as are in memory already."""
+        try:
+            return os.preadv(self._cached, [view], start, _NO_WAIT)
+        except OSError as e:
+            if e.errno not in _CANNOT and e.errno != errno.EAGAIN:
+                raise
+            return 0
+
+    def _directly(self, view: memoryview, start: int) -> int:
+        assert self._direct is not None
+        try:
+            return os.preadv(self._direct, [view], start)
+        except OSError as e:
+            if e.errno not in _CANNOT:
+                raise
+            return 0
+
+
+class Sink:
+    """A new file that is written from its beginning to its end."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        self.path = path
+        self._usual = os.open(path, flags, 0o666)
+        self._direct = _opened(path, os.O_WRONLY | _DIRECT) if _DIRECT else None
+        self._rest = b""  # what follows the last whole page
+        self._at = 0  # where it goes, a multiple of a page
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        os.close(self._usual)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def write(self, buffer: Buffer, where: int, count: int) -> None:
+        """Append ``count`` bytes of a buffer. ``where`` they begin must be as far into a page as in the file.
+
+        The buffer's bytes before ``where`` are overwritten.
+
+        Raises:
+            OSError: no space left, and the like.
+        """
+        assert where == len(self._rest)
+        buffer.view[:where] = self._rest
+        whole = (where + count) // PAGE * PAGE
+        self._put(buffer.view[:whole], self._at)
+        self._at += whole
+        self._rest = bytes(buffer.view[whole : where + count])
+
+    def finish(self) -> int:
+        """Write what is left, bring the file to disk, and return its size.
+
+        Raises:
+            OSError: no space left, and the like.
+        """
+        done = 0
+        while done < len(self._rest):
+            done += os.pwrite(self._usual, self._rest[done:], self._at + done)
+        os.fsync(self._usual)
+        return self._at + len(self._rest)
+
+    def _put(self, view: memoryview, at: int) -> None:
+        done = 0
+        while done < len(view):
+            if self._direct is not None and not done % PAGE:
+                try:
+                    done += os.pwrite(self._direct, view[done:], at + done)
+                    continue
+                except OSError as e:
+                    if e.errno not in _CANNOT:
+                        raise
+                    os.close(self._direct)
+                    self._direct = None
+            done += os.pwrite(self._usual, view[done:], at + done)
+
+
+def _opened(path: Path, flags: int) -> int | None:
+    """A descriptor, or None where a file system does not have such access."""
+    try:
+        return os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+    except OSError as e:
+        if e.errno not in _CANNOT:
+            raise
+        return None
+
+
+class Flow(Generic[T]):
+    """Items that go through stages, each in a thread of its own, one after the other and in order.
+
+    An error in a stage ends the flow: later items pass without being worked on.
+
+    Args:
+        stages: Called with each item.
+        finish: Called with each item at the end, whatever became of it.
+    """
+
+    def __init__(self, *stages: Callable[[T], None], finish: Callable[[T], None]) -> None:
+        self._error: BaseException | None = None
+        self._first: SimpleQueue[T | None] = SimpleQueue()
+        self._threads = []
+        queue = self._first
+        for stage in stages:
+            following: SimpleQueue[T | None] = SimpleQueue()
+            self._threads.append(threading.Thread(target=self._work, args=(stage, queue, following), daemon=True))
+            queue = following
+        self._threads.append(threading.Thread(target=self._end, args=(finish, queue), daemon=True))
+
+    def run(self, items: Iterable[T]) -> None:
+        """Send all items through. They are asked for here, so whoever makes them can hold them back.
+
+        Raises:
+            BaseException: what a stage raised, or the items.
+        """
+        for thread in self._threads:
+            thread.start()
+        try:
+            for item in items:
+                self._first.put(item)
+                if self._error is not None:
+                    break
+        except BaseException as e:
+            self._error = self._error or e
+        finally:
+            self._first.put(None)
+            for thread in self._threads:
+                thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self, stage: Callable[[T], None], mine: SimpleQueue[T | None], following: SimpleQueue[T | None]) -> None:
+        while (item := mine.get()) is not None:
+            if self._error is None:
+                try:
+                    stage(item)
+                except BaseException as e:  # raised again by run()
+                    self._error = self._error or e
+            following.put(item)
+        following.put(None)
+
+    def _end(self, finish: Callable[[T], None], mine: SimpleQueue[T | None]) -> None:
+        while (item := mine.get()) is not None:
+            finish(item)

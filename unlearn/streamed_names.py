@@ -1,0 +1,158 @@
+"""Which stored tensor a module of a vector changes: told by the model's own class, never by looks.
+
+A checkpoint may name its tensors otherwise than the model does (without the prefix of its body, or by names of old that
+transformers changes on loading), may lack a weight that transformers puts together from others, and may keep it as
+(in, out). The class that ``config.json`` names knows all this without a weight being read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from unlearn.architecture import Architecture, lay_out, model_of
+from unlearn.changes import listed
+from unlearn.errors import ModelError, VectorError
+from unlearn.streamed_layout import Checkpoint, Shard, Stored
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor that a module of the vector changes.
+
+    Attributes:
+        module: The vector's name of the module.
+        weight: The model's name of its weight.
+        shard, stored: Where it lies.
+        transposed: Whether it is kept as (in, out), as GPT-2's Conv1D does.
+    """
+
+    module: str
+    weight: str
+    shard: Shard
+    stored: Stored
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Stored names by the model's names, and what transformers makes out of other tensors on loading."""
+
+    stored: Mapping[str, tuple[str, ...]]
+    made: Mapping[str, tuple[str, ...]]
+
+
+def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) -> tuple[Target, ...]:
+    """Find the tensor of every module of a vector, in the vector's order.
+
+    Args:
+        shapes: Module -> ``(out, in)`` of its change.
+
+    Raises:
+        VectorError: modules that have no tensor of their own in the checkpoint, or one of another shape, or quantised;
+            all of them are listed.
+        ModelError: a quantised model, or an adapter's folder.
+    """
+    if (checkpoint.folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{checkpoint.folder}: it holds an adapter (adapter_config.json), which would be put on the edited weights "
+            "whenever they are loaded: merge it first, or move it elsewhere"
+        )
+    model = model_of(checkpoint.folder)
+    if getattr(model.config, "quantization_config", None):
+        raise ModelError(
+            f"{checkpoint.folder}: it is quantised (quantization_config in its config.json): give the model in full "
+            "precision"
+        )
+    layout, there = lay_out(model), checkpoint.tensors()
+    names = _names(model, there)
+    found: list[Target] = []
+    wrong: list[str] = []
+    taken: dict[str, str] = {}
+    for module, shape in shapes.items():
+        weight = _weight_of(module, layout)
+        owner = taken.setdefault(weight, module)
+        why = f"the same weight as {owner}" if owner != module else _misfit(weight, shape, layout, names, there)
+        if why is None:
+            shard, stored = there[names.stored[weight][0]]
+            found.append(Target(module, weight, shard, stored, layout.linear[weight]))
+        else:
+            wrong.append(f"{module}: {why}")
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise VectorError(
+            f"the vector does not fit {checkpoint.folder}; was it made from another model? Nothing is written.\n"
+            f"  {lines}"
+        )
+    return tuple(found)
+
+
+def _weight_of(module: str, layout: Architecture) -> str:
+    """The model's name of a module's weight; vectors of a model's body alone lack the prefix."""
+    weight = f"{module}.weight"
+    known = weight in layout.linear or weight in layout.others
+    longer = layout.prefix + weight
+    return longer if not known and longer in layout.linear else weight
+
+
+def _misfit(
+    weight: str,
+    shape: tuple[int, int],
+    layout: Architecture,
+    names: _Names,
+    there: Mapping[str, tuple[Shard, Stored]],
+) -> str | None:
+    """Why a weight cannot be changed in the files, or None."""
+    if weight not in layout.linear:
+        return layout.why_not(weight)
+    parts = names.made.get(weight)
+    if parts:
+        return f"transformers makes its weight out of {listed(parts)} on loading, so it is not in the files as it is"
+    stored = names.stored.get(weight, ())
+    if not stored:
+        more = "; transformers makes weights of this model out of others on loading" if names.made else ""
+        return f"the checkpoint holds no {weight}{more}"
+    if len(stored) > 1:
+        return f"the checkpoint holds its weight {len(stored)} times, as {listed(stored)}"
+    tensor = there[stored[0]][1]
+    if tensor.format not in FLOATS:
+        return f"its weight is stored as {tensor.format}: give the model in full precision"
+    wanted = shape[::-1] if layout.linear[weight] else shape
+    if tensor.shape != wanted:
+        return f"the vector changes {wanted}, the checkpoint has {tensor.shape}"
+    return None
+
+
+def _names(model: nn.Module, stored: Iterable[str]) -> _Names:
+    """Name all tensors as loading them would: transformers' own rules, in its own order."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except ImportError as e:
+        raise ModelError(
+            f"this version of transformers does not tell how it names weights on loading ({e}): use the versions of "
+            "constraints.txt"
+        ) from e
+    state: dict[str, Any] = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+    rules = get_model_conversion_mapping(model) or []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    plain: dict[str, list[str]] = {}
+    made: dict[str, list[str]] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        loaded, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if loaded not in state and name in state:
+            loaded, pattern = rename_source_key(name, [], [], prefix, state)
+        (plain if pattern is None else made).setdefault(loaded, []).append(name)
+    return _Names({n: tuple(s) for n, s in plain.items()}, {n: tuple(s) for n, s in made.items()})
