@@ -44,8 +44,9 @@ def stage(tmp_path: Path) -> Path:
 def test_what_is_put_is_found_and_costs_no_second_copy(tmp_path: Path, stage: Path) -> None:
     pool = Pool(tmp_path / "pool")
     assert pool.find(KEY) is None
-    with pool.making(KEY):
-        pool.put(KEY, stage)
+    with pool.making(KEY) as lock:
+        assert lock is not None
+        pool.put(KEY, stage, lock)
     found = pool.find(KEY)
     assert found is not None
     assert (found / "weights.bin").stat().st_ino == (stage / "weights.bin").stat().st_ino
@@ -60,13 +61,15 @@ def test_a_damaged_stage_is_not_found_and_is_replaced(
     pool = Pool(tmp_path / "pool")
     copy = tmp_path / "copy"
     shutil.copytree(stage, copy)
-    with pool.making(KEY):
-        pool.put(KEY, stage)
+    with pool.making(KEY) as lock:
+        assert lock is not None
+        pool.put(KEY, stage, lock)
     (pool.root / KEY / "weights.bin").write_bytes(bytes(256))
     assert pool.find(KEY) is None
     assert "SHA-256 differs" in capsys.readouterr().err
-    with pool.making(KEY):
-        pool.put(KEY, copy)
+    with pool.making(KEY) as lock:
+        assert lock is not None
+        pool.put(KEY, copy, lock)
     assert pool.find(KEY) == pool.root / KEY
 
 

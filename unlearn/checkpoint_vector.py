@@ -260,10 +260,8 @@ def _files(folder: Path) -> dict[str, list[str]]:
     there = {path.name for path in folder.iterdir() if path.is_file()}
     for name, file in placed.items():
         if not isinstance(file, str) or file not in there or not file.endswith(".safetensors"):
-            raise VectorError(
-                f"{folder / _INDEX}: {listed([str(name)])} is said to be in {listed([repr(file)])}, which is no file in "
-                "that folder"
-            )
+            said = f"{listed([str(name)])} is said to be in {listed([repr(file)])}"
+            raise VectorError(f"{folder / _INDEX}: {said}, which is no file in that folder")
         files.setdefault(file, []).append(name)
     return files
 

@@ -16,6 +16,7 @@ from unlearn.recipe_vector import BASELINES, NEED_RETAIN_VECTOR, ConsensusSpec, 
 _FORESEEN = 3  # passes of a correlation: the model and the two fine-tuned ones
 _COMPARED = 9  # float32 arrays of a weight while it is exported, measured
 _MOVED = 344  # bytes moved per element of an edited weight, as if it were bound by memory: 43 ns on one core, measured
+_REPORT = 2.0  # seconds for the report and its provenance, at the end
 _MERGED = 12  # bytes moved per element when a taught LoRA goes into the weights
 _ETHOS = 20.0  # operations of a singular value decomposition per rows x columns x the smaller of them
 
@@ -259,4 +260,4 @@ def _export(run: Run) -> Iterator[StageEstimate]:
     changes, moved = 4.0 * edited * (run.rank or 1), edited * _MOVED / run.machine.bandwidth
     what = " and ".join(n for n, on in (("the adapter", spec.adapter), ("merged weights", spec.merged)) if on)
     held = {**run.resident("export"), **({"one weight, in float32": largest} if largest else {})}
-    yield StageEstimate("export", what, held, Work(changes, moved) + run.saving(kept), kept=kept)
+    yield StageEstimate("export", what, held, Work(changes, moved + _REPORT) + run.saving(kept), kept=kept)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from unlearn import estimate_memory as memory
 from unlearn.estimate import SHARE, Estimate
 from unlearn.estimate_run import StageEstimate
+from unlearn.redact import shown
 
 _MARGIN, _WIDTH = 13, 110
 _FORMATS = {4: "float32", 2: "16 bits"}
@@ -30,7 +31,7 @@ def render(found: Estimate) -> str:
         ("taken for granted", list(_assumptions(found))),
         ("not counted", [", ".join(_unknown(found))]),
     ]
-    return "\n".join(_block(title, lines) for title, lines in blocks)
+    return shown("\n".join(_block(title, lines) for title, lines in blocks))
 
 
 def size(count: float) -> str:

@@ -142,6 +142,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
         robustness=robustness,
     )
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    folder.check()
     write_text_atomic(folder.path("report.html"), render_html(report))
     write_text_atomic(folder.path("report.json"), text)
     sealed = {"report_sha256": hashlib.sha256(text.encode()).hexdigest(), "stages": pipe.stages}
@@ -267,5 +268,5 @@ def _warnings(
 
 
 def _plain(recipe: Recipe) -> Mapping[str, Any]:
-    plain: dict[str, Any] = recipe.model_dump(mode="json")
+    plain: dict[str, Any] = recipe.model_dump(mode="json", exclude={"cluster"})
     return plain

@@ -105,26 +105,36 @@ def _claimed(root: Path, grid: Grid, one: Job | Preparation) -> int:
     except UnlearnError as e:
         say(f"error: {e}", style="red")
         return EXIT_MISTAKE
-    began = time.monotonic()
     try:
         me = Holder.me()
         attempt = 1 if before is None else before.attempt + 1
         state = JobState("running", attempt, me.pid, me.host, me.started, me.since, _in_slurm())
-        _announce(one.name, state)
-        state.save(root, one.name)
-        code, error = _run(root, grid, one)
-        word: Any = {0: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
-        seconds = round(time.monotonic() - began, 2)
-        last = replace(state, state=word, since=Holder.me().since, exit=code, error=error, seconds=seconds)
-        last.save(root, one.name)
-        return code
+        return _told(root, grid, one, state)
     except UnlearnError as e:  # of the state itself: a full disk, or the folder was taken away
         say(f"error: {e}", style="red")
         return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        return EXIT_STOPPED
     finally:
         lock.release()
+
+
+def _told(root: Path, grid: Grid, one: Job | Preparation, state: JobState) -> int:
+    """Run it between its first word and its last."""
+    from unlearn.console import say
+    from unlearn.submissions import now
+
+    began = time.monotonic()
+    try:
+        _announce(one.name, state)
+        state.save(root, one.name)
+        code, error = _run(root, grid, one)
+    except KeyboardInterrupt:  # before or after the run itself
+        code, error = EXIT_STOPPED, None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends in any case, and it shall be known how
+    word: Any = {0: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
+    seconds = round(time.monotonic() - began, 2)
+    replace(state, state=word, since=now(), exit=code, error=error, seconds=seconds).save(root, one.name)
+    say(f"=== {one.name}: {word} after {seconds:.0f} s", style="bold")
+    return code
 
 
 def _run(root: Path, grid: Grid, one: Job | Preparation) -> tuple[int, str | None]:

@@ -166,17 +166,16 @@ class _Forward:
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Until all have ended. Once one has ended badly the others are asked to stop, and after a while made to."""
     code, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        failed = next((c.returncode for c in children if c.returncode), 0)
-        if failed and not code:
-            code, deadline = failed, time.monotonic() + _GRACE
+    while None in (codes := [child.poll() for child in children]):
+        if not code and (code := next((c for c in codes if c), 0)):
+            deadline = time.monotonic() + _GRACE
             for child in children:
                 child.send_signal(signal.SIGTERM)
         if time.monotonic() > deadline:
             for child in children:
                 child.kill()
         time.sleep(_TICK)
-    code = code or next((c.returncode for c in children if c.returncode), 0)
+    code = code or next((c for c in codes if c), 0)
     return code if code >= 0 else 128 - code
 
 

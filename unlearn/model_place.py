@@ -29,8 +29,9 @@ def model_place(spec: ModelSpec, base: Path) -> str:
         base: folder of the recipe.
 
     Raises:
-        ModelError: code of its own that only the recipe trusts; an unknown ``pico:`` name; a malformed ``wheel:``; a local path that is missing or incomplete; what
-            is not on this machine while the environment forbids the network.
+        ModelError: code of its own that only the recipe trusts; an unknown ``pico:`` name; a malformed ``wheel:``; a
+            local path that is missing or incomplete; what is not on this machine while the environment forbids the
+            network.
     """
     check_trust(spec)
     if spec.path.startswith("pico:"):

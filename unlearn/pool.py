@@ -7,7 +7,6 @@ links where the file system has them: a thousand runs then hold one copy of a ta
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,44 +40,46 @@ class Pool:
         return place
 
     @contextmanager
-    def making(self, key: str) -> Iterator[None]:
-        """Nobody else makes the stage of this key meanwhile; waits for whoever does.
+    def making(self, key: str) -> Iterator[Lock | None]:
+        """Nobody else makes the stage of this key meanwhile; waits for whoever does. Gives the lock of it.
 
         Raises:
             RunFolderError: the pool cannot be written.
         """
         if not is_main_process():
-            yield
+            yield None
             return
         with explained(self.root):
             (self.root / _LOCKS).mkdir(parents=True, exist_ok=True)
             lock = Lock.take(self.root / _LOCKS / f"{key}.lock", wait=None)
         try:
-            yield
+            yield lock
         finally:
             lock.release()
 
-    def put(self, key: str, stage: Path) -> None:
-        """Share a finished stage. For the main process, inside :meth:`making`; a damaged one of this key is replaced.
+    def put(self, key: str, stage: Path, lock: Lock) -> None:
+        """Share a finished stage; a damaged one of this key is replaced.
+
+        Args:
+            lock: What :meth:`making` gave, so that nobody who was taken for dead replaces anything.
 
         Raises:
-            RunFolderError: the pool cannot be written, or is full.
+            RunFolderError: the pool cannot be written, or is full, or the lock was lost.
         """
-        place, temporary = self.root / key, self.root / f"{_TEMPORARY}{unique()}"
+        place, beside = self.root / key, f"{_TEMPORARY}{key}."
+        temporary = self.root / f"{beside}{unique()}"
         with explained(self.root):
             try:
                 link_tree(stage, temporary)
+                lock.check()
                 if place.exists():
-                    place.rename(self.root / f"{_TEMPORARY}{unique()}")
+                    place.rename(self.root / f"{beside}{unique()}")
                 temporary.rename(place)
                 sync(self.root)
             finally:
-                self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove what was replaced, and what was left half linked. Links cost nothing: no age has to be judged."""
-        for left in self.root.glob(f"{_TEMPORARY}{os.getpid()}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+                # what was replaced, and what others of this key were killed over: the lock is ours
+                for left in self.root.glob(f"{beside}*"):
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def link_tree(source: Path, to: Path, leave_out: frozenset[str] = frozenset()) -> None:

@@ -78,7 +78,8 @@ class RunFolder:
             RunFolderError: another recipe's folder, a folder that is no run folder, a link in it, foreign files under
                 ``fresh``, another process at work here, or a place that cannot be written.
         """
-        place = root if root is not None else base / f"{recipe.name}-{fingerprint(recipe)[:8]}"
+        what = recipe.model_dump(mode="json", exclude={"cluster"})  # what a batch system gives is no part of a run
+        place = root if root is not None else base / f"{recipe.name}-{fingerprint(what)[:8]}"
         if not is_main_process():
             return cls(place, None)
         with explained(place):

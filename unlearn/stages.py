@@ -73,7 +73,7 @@ class Stages:
             say(f"    {name}: as before", style="dim")
             return
         pool = self.pool if share else None
-        with pool.making(key) if pool is not None else nullcontext():
+        with pool.making(key) if pool is not None else nullcontext() as lock:
             wait()  # the main process has its turn: from here on the pool does not change under this key
             pooled = pool.find(key) if pool is not None else None
             found = pooled or self._elsewhere(key)
@@ -85,8 +85,8 @@ class Stages:
                 elif is_main_process():  # another run's folder is its owner's: nothing is shared with it
                     _copy_stage(found, tmp)
             wait()
-            if pool is not None and pooled is None and is_main_process():
-                pool.put(key, self.folder.path(name))
+            if pool is not None and pooled is None and lock is not None:
+                pool.put(key, self.folder.path(name), lock)
         if found is not None:
             say(f"    {name}: taken from {tidy(str(found))}", style="dim")
 

@@ -7,6 +7,7 @@ where the system can, and as usual where it cannot.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
@@ -23,7 +24,6 @@ from unlearn.errors import ModelError
 
 PAGE = 4096  # direct reads and writes begin and end at multiples of this
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 # what systems say that cannot do one or the other for a file
 _CANNOT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 T = TypeVar("T")
@@ -44,16 +44,19 @@ class Source:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.size = path, size
-        self._cached = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self._direct = _opened(path, os.O_RDONLY | _DIRECT) if _DIRECT and _NO_WAIT else None
+        self._usual = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._cache = _Cache.of(self._usual, size) if _DIRECT else None
+        self._direct = _opened(path, os.O_RDONLY | _DIRECT) if self._cache else None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        os.close(self._cached)
+        os.close(self._usual)
         if self._direct is not None:
             os.close(self._direct)
+        if self._cache is not None:
+            self._cache.close()
 
     def read(self, begin: int, end: int, into: Buffer) -> int:
         """Read bytes ``begin`` to ``end`` (excluded), and say where in the buffer the first of them is.
@@ -63,25 +66,15 @@ class Source:
             OSError: it cannot be read.
         """
         start = begin // PAGE * PAGE
-        view = into.view[: min(-(-end // PAGE) * PAGE, -(-self.size // PAGE) * PAGE) - start]
-        done = self._from_cache(view, start) if self._direct is not None else 0
-        if self._direct is not None and done < end - start:
-            done = self._directly(view, start)
+        view = into.view[: -(-end // PAGE) * PAGE - start]
+        past = self._direct is not None and self._cache is not None and not self._cache.holds(start, end)
+        done = self._directly(view, start) if past else 0
         while done < end - start:
-            count = os.preadv(self._cached, [view[done:]], start + done)
+            count = os.preadv(self._usual, [view[done:]], start + done)
             if not count:
                 raise ModelError(f"{self.path}: it has become shorter while it was read")
             done += count
         return begin - start
-
-    def _from_cache(self, view: memoryview, start: int) -> int:
-        """As many bytes as are in memory already."""
-        try:
-            return os.preadv(self._cached, [view], start, _NO_WAIT)
-        except OSError as e:
-            if e.errno not in _CANNOT and e.errno != errno.EAGAIN:
-                raise
-            return 0
 
     def _directly(self, view: memoryview, start: int) -> int:
         assert self._direct is not None
@@ -91,6 +84,44 @@ class Source:
             if e.errno not in _CANNOT:
                 raise
             return 0
+
+
+class _Cache:
+    """Which pages of a file are in memory. Asking by a read that must not wait would bring them there."""
+
+    _libc: Any = None
+
+    def __init__(self, address: int, size: int) -> None:
+        self._address, self._size = address, size
+
+    @classmethod
+    def of(cls, fd: int, size: int) -> _Cache | None:
+        """None where the system cannot tell."""
+        try:
+            libc = cls._libc or ctypes.CDLL(None, use_errno=True)
+            libc.mmap.restype = ctypes.c_void_p
+            libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+            libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+            libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+        except (OSError, AttributeError):
+            return None
+        cls._libc = libc
+        address = (
+            libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0) if size and PAGE == mmap.PAGESIZE else -1
+        )
+        return cls(address, size) if address not in (None, -1, ctypes.c_void_p(-1).value) else None
+
+    def holds(self, begin: int, end: int) -> bool:
+        """Whether all bytes from ``begin``, where a page begins, to ``end`` are in memory."""
+        length = min(end, self._size) - begin
+        found = ctypes.create_string_buffer(max(1, -(-length // PAGE)))
+        if length <= 0 or self._libc.mincore(self._address + begin, length, found):
+            return False
+        return all(byte & 1 for byte in found.raw)
+
+    def close(self) -> None:
+        """Forget the file."""
+        self._libc.munmap(self._address, self._size)
 
 
 class Sink:

@@ -211,6 +211,9 @@ def _child(job: Job, place: Path) -> int:
         _traced(job.trace)
     if job.plan is not None:
         Injector(job.plan).install()
+    if os.environ.get("PROF"):
+        import cProfile
+        p = cProfile.Profile(); c = p.runcall(main, job.argv); p.dump_stats(os.environ["PROF"]); return c
     return main(job.argv)
 
 
