@@ -550,6 +550,12 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda f, s: (f / "notes.txt").symlink_to("/etc/passwd"),
         "leads out of the model's folder",
     ),
+    "endless layers": (
+        lambda f, s: (f / "config.json").write_text(
+            json.dumps({**json.loads((f / "config.json").read_text()), "num_hidden_layers": 10**9})
+        ),
+        "num_hidden_layers 1000000000",
+    ),
     "an adapter in it": (lambda f, s: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
 }
 
@@ -801,6 +807,24 @@ def test_killed_at_every_operation_on_files(llama_base: Path, vector: TaskVector
     codes = dict(every_step(llama_base, vector, tmp_path, signal.SIGKILL, range(1, 1000)))
     assert len(codes) > 50
     assert set(codes.values()) == {-signal.SIGKILL}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_killed_while_damage_is_mended(llama_base: Path, vector: TaskVector, tmp_path: Path) -> None:
+    out, codes = tmp_path / "out", []
+    apply(vector, llama_base, LAMBDA, out)
+    whole = contents(out)
+    for step in range(3, 1000, 4):
+        flip(next(out.glob("*.safetensors")), -5)
+        flip(out / "tokenizer.json", -5)
+        work = partial(main_of, vector, tmp_path, LAMBDA)
+        codes.append(in_a_child(partial(stopped_at, step, out, signal.SIGKILL, work)))
+        apply(vector, llama_base, LAMBDA, out)
+        assert contents(out) == whole, step
+        if codes[-1] == 100:
+            break
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    assert len(codes) > 4
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

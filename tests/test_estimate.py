@@ -370,7 +370,7 @@ def test_every_shipped_recipe_can_be_estimated(path: Path, machine: str) -> None
     found = asked(path, "--machine", machine, *rows)
     text = render(found)
     assert all(f"\n             {stage.name:11}" in text for stage in found.stages)
-    assert all(stage.peak > found.run.weights > 0 and stage.work.seconds > 0 for stage in found.stages)
+    assert all(stage.peak > found.run.weights > 0 and stage.work.seconds >= 0 for stage in found.stages)
     if machine == "h100-80":
         assert found.devices(found.largest.peak) == 1
         assert "fits         yes" in text

@@ -168,8 +168,9 @@ def test_what_is_shared_was_made_once(story: Story) -> None:
     grid = Grid.load(story.root)
     first, *others = (log_file(story.root, one.name).read_text() for one in (*grid.preparations, *grid.jobs))
     assert "teach: the base model" in first
-    assert "taken from" not in first
-    assert all(f"target: taken from {story.root / 'pool'}" in log for log in others)
+    assert "target: " not in first  # neither taken over nor there before
+    for log in others:  # a job may be stopped right after it took it
+        assert "target: taken from" in log or "target: as before" in log
 
 
 def test_the_merged_report_is_there(story: Story) -> None:

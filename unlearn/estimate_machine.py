@@ -21,7 +21,7 @@ class Machine:
             bfloat16.
         train, score: Shares of that peak which training and scoring reach, by bytes of a number.
         bandwidth: Bytes of memory read in a second by steps of one token per text.
-        pass_layer: Seconds that a layer takes in a forward pass at least, however few its tokens.
+        pass_layer: Seconds of a layer in a forward pass that have nothing to do with its tokens.
         disk: Bytes read or written in a second.
         hashed: Bytes checked by SHA-256 in a second.
         runtime: Bytes held before any model is there: interpreter and libraries, or the device's own.
@@ -62,8 +62,8 @@ def _cpu(cores: int) -> Machine:
         peak={4: 0.095 * _TERA * cores, 2: 0.205 * _TERA * cores},
         train=_CPU_TRAIN,
         score=_CPU_SCORE,
-        bandwidth=8e9 * cores,
-        pass_layer=0.3e-3,
+        bandwidth=8e9,  # a second core adds nothing
+        pass_layer=1e-3,
         disk=1e9,
         hashed=1.3e9 * cores,
         runtime=640 * 10**6,

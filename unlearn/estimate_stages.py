@@ -133,8 +133,8 @@ def _spelled(run: Run) -> str:
 
 
 def _balance(run: Run) -> StageEstimate:
-    """Coefficients together: the grid for all at once, then each moved along it by a step or two."""
-    points = len(run.recipe.sweep.grid()) + 4 * len(run.recipe.goals())
+    """Coefficients together: the grid for all at once, then each moved along it until nothing is gained."""
+    points = len(run.recipe.sweep.grid()) + 2 * len(run.recipe.goals()) - 1
     return StageEstimate(
         "balance",
         f"about {points} combinations",
@@ -215,13 +215,16 @@ def _sweep_and_test(run: Run) -> Iterator[StageEstimate]:
         each += [run.write("validation", c > 0) for c in range(points)]
     items = run.items("validation")
     most = "at most " if recipe.sweep.search == "bisect" else ""
+    unknown = ["lm-eval's own tasks"] if recipe.eval.tasks else []
+    if len(recipe.goals()) > 1:  # what the balance has scored is not scored again
+        each, unknown = [], [*unknown, "coefficients that the balance did not come by"]
     yield StageEstimate(
         "sweep",
         f"{most}{points} coefficients on {len(items):,} items",
         _scoring(run, "sweep", "validation", generate == "sweep"),
         total(each),
         kept=points * ITEM_BYTES * len(items),
-        unknown=("lm-eval's own tasks",) if recipe.eval.tasks else (),
+        unknown=tuple(unknown),
     )
     items = run.items("test")
     each = [run.score("test", edited) for edited in (False, True)]

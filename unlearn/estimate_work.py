@@ -6,8 +6,8 @@ the head 2 x hidden x vocabulary where it runs. On the way back the gradient of 
 that of the weights as much once more: 6 P in all where every weight is trained, 4 P where they are frozen under a LoRA,
 whose own matrices cost 6 per element. Gradient checkpointing runs every layer forward a second time: 2 P more.
 
-A machine reaches a share of its peak; a pass takes no less than reading the weights once, and no less than a fixed time
-per layer.
+A machine reaches a share of its peak. A pass takes no less than reading the weights once and a fixed time per layer; to
+the steps that write texts, of one token per text, both are added.
 """
 
 from __future__ import annotations
@@ -111,12 +111,18 @@ class Bench:
         tokens = len(prompts) * new
         operations = self.body(tokens, max(prompts) + new / 2) + self.head(tokens)
         beside = tokens * edited * _SIDE / self._memory()
-        return read + Work(operations, self._seconds(operations, rounds, "score") + beside)
+        # so few rows that reading the weights and computing with them do not hide each other: measured
+        seconds = operations / self.machine.rate(self.size, "score") + self._least(rounds)
+        return read + Work(operations, seconds + beside)
 
     def _seconds(self, operations: float, passes: float, what: str) -> float:
-        machine, shape = self.machine, self.shape
-        least = passes * max(shape.parameters * self.size / machine.bandwidth, shape.layers * machine.pass_layer)
-        return max(operations / machine.rate(self.size, "train" if what == "train" else "score"), least)
+        rate = self.machine.rate(self.size, "train" if what == "train" else "score")
+        return max(operations / rate, self._least(passes))
+
+    def _least(self, passes: float) -> float:
+        """Seconds of passes with next to no tokens."""
+        reading = self.shape.parameters * self.size / self.machine.bandwidth
+        return passes * (reading + self.shape.layers * self.machine.pass_layer)
 
     def _memory(self) -> float:
         return self.machine.bandwidth

@@ -143,9 +143,11 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
     )
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     folder.check()
-    write_text_atomic(folder.path("report.html"), render_html(report))
+    page = render_html(report)
+    write_text_atomic(folder.path("report.html"), page)
     write_text_atomic(folder.path("report.json"), text)
-    sealed = {"report_sha256": hashlib.sha256(text.encode()).hexdigest(), "stages": pipe.stages}
+    digests = {f"{n}_sha256": hashlib.sha256(t.encode()).hexdigest() for n, t in (("report", text), ("page", page))}
+    sealed = {**digests, "stages": pipe.stages}
     write_json_atomic(folder.path("provenance.json"), {**who, **sealed})
     say(f"finished in {time.monotonic() - began:.0f} s", style="bold")
     return report
@@ -155,16 +157,18 @@ def _unchanged(folder: RunFolder, key: str) -> RunReport | None:
     """The report of a run that was finished under ``key`` and whose every file is still whole, else None."""
     try:
         sealed = json.loads(folder.path("provenance.json").read_text(encoding="utf-8"))
-        text = folder.path("report.json").read_bytes()
+        text, page = (folder.path(name).read_bytes() for name in ("report.json", "report.html"))
         if sealed["key"] != key or hashlib.sha256(text).hexdigest() != sealed["report_sha256"]:
             return None
+        if hashlib.sha256(page).hexdigest() != sealed["page_sha256"]:
+            return None
         report = RunReport.from_json(json.loads(text))
+        if not report.provenance.items() <= sealed.items():
+            return None
         stages = dict(sealed["stages"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    whole = folder.path("report.html").is_file() and all(
-        folder.finished(name, stage_key, verify="size") for name, stage_key in stages.items()
-    )
+    whole = all(folder.finished(name, stage_key, verify="size") for name, stage_key in stages.items())
     return report if whole else None
 
 

@@ -120,7 +120,7 @@ def _require_plain(name: Any) -> None:
         ValueError: it is no plain name.
     """
     plain = isinstance(name, str) and name.isprintable() and Path(name).name == name and "\\" not in name
-    if not plain or name.startswith("."):
+    if not plain or name.startswith(".") or not name:
         raise ValueError(f"{name!r} is no name of a job")
 
 

@@ -54,7 +54,7 @@ class JobState:
             if data.pop("schema") != STATE_SCHEMA:
                 return None
             return cls(**data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import os
 import random
 import signal
@@ -90,7 +91,10 @@ def asked_of_accelerate() -> list[str]:
     if arguments is None:
         return []
     launch: Any = import_module("accelerate.commands.launch")
-    given, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    logging.getLogger(launch.__name__).setLevel(logging.ERROR)  # it has warned its user already
+    given = launch.launch_command_parser().parse_args(arguments)
+    if hasattr(launch, "_validate_launch_command"):  # which reads the configuration file
+        given, *_ = launch._validate_launch_command(given)
     nodes = int(given.num_machines or 1)
     processes = max(1, int(given.num_processes or 1) // nodes)
     host, port = here.get("MASTER_ADDR", "127.0.0.1"), given.main_process_port
@@ -105,6 +109,7 @@ def start_the_others(module: str, arguments: Sequence[str]) -> None:
     if prefix := asked_of_accelerate():
         if die := _die_with(os.getppid()):
             die()  # it dies of a signal without passing it on
+        os.environ.pop("KMP_AFFINITY", None)  # meant for one process: several would be bound to the same cores
         os.execv(prefix[0], [*prefix, module, *arguments])  # the same process id, for which accelerate waits
 
 
@@ -169,6 +174,8 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     while None in (codes := [child.poll() for child in children]):
         if not code and (code := next((c for c in codes if c), 0)):
             deadline = time.monotonic() + _GRACE
+            if code < 0:  # it could not say anything itself
+                sys.stderr.write(f"process {codes.index(code)} was killed by signal {-code}: the others are stopped\n")
             for child in children:
                 child.send_signal(signal.SIGTERM)
         if time.monotonic() > deadline:

@@ -24,6 +24,8 @@ from unlearn.errors import TrainingError
 
 def is_sharded(model: Any) -> bool:
     """Whether :func:`shard` has been applied to a model."""
+    if not sharded():
+        return False
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
@@ -68,13 +70,12 @@ def shard(model: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    stacks: list[list[nn.Module]] = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not stacks:
+    layers = _layers(model)
+    if not layers:
         raise TrainingError("the weights cannot be sharded: this model has no list of layers. Start without --use_fsdp")
     first = next(model.parameters())
     mesh = init_device_mesh(first.device.type, (collective.count(),))
     learned = {p for p in model.parameters() if p.requires_grad}
-    layers = max(stacks, key=len)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     rest = {p for p in model.parameters() if id(p) not in inside}
     try:
@@ -86,6 +87,13 @@ def shard(model: Any) -> None:
         fully_shard(model, mesh=mesh, ignored_params=learned | rest)
     except TypeError as e:
         raise TrainingError("sharding weights under a LoRA needs torch 2.7 or newer: start without --use_fsdp") from e
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The longest list of modules that is not itself inside a list, as a layer's experts are."""
+    lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [found for name, found in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=len, default=[])
 
 
 def _give_back(model: nn.Module, twin: nn.Module) -> None:

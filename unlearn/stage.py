@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from unlearn import seen
-from unlearn.atomic import sync, write_json_atomic
+from unlearn.atomic import fingerprint, sync, write_json_atomic
 
 Verify = Literal["sha256", "size", "once"]
 STAGE_FILE = "stage.json"
@@ -43,18 +43,19 @@ def seal(folder: Path, key: str, seconds: float) -> None:
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         sync(inner)
     record = {"schema": STAGE_SCHEMA, "key": key, "seconds": round(seconds, 3), "files": files}
-    write_json_atomic(folder / STAGE_FILE, record)
+    write_json_atomic(folder / STAGE_FILE, {**record, "seal": fingerprint(record)})
 
 
 def read_record(place: Path) -> StageRecord | None:
-    """The seal of a stage's folder; None when it is missing, unreadable or of another schema."""
+    """The seal of a stage's folder; None when it is missing, damaged or of another schema."""
     try:
         data = json.loads((place / STAGE_FILE).read_text(encoding="utf-8"))
-        if data["schema"] != STAGE_SCHEMA:
+        wanted = data.pop("seal", None)  # those of earlier versions have none
+        if data["schema"] != STAGE_SCHEMA or wanted not in (None, fingerprint(data)):
             return None
         files = {str(n): (int(f["bytes"]), str(f["sha256"])) for n, f in data["files"].items()}
         return StageRecord(str(data["key"]), float(data["seconds"]), files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
 
 

@@ -131,6 +131,8 @@ class _Writing:
                     why = self._damage(name, finished, origins[name], counted)
                     if why:
                         say(f"{name} is written anew: {why}", style="yellow")
+                        with written(self.place):  # first: a file that the journal does not know is a stranger's
+                            (self.place / name).unlink(missing_ok=True)
                         self.journal = self.journal.without(name)
         done = self.journal.files
         with written(self.place):

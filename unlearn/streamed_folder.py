@@ -164,12 +164,13 @@ def opened(out: Path, model: Path, edit: Edit, names: Sequence[str]) -> Iterator
     with written(place):
         place.mkdir(parents=True, exist_ok=True)
         if not (place / JOURNAL).exists() and not (place / RECORD).exists():
-            _refuse_strangers(place, {})  # before a lock is left in somebody's folder
+            _leftovers(place, {})  # before a lock is left in somebody's folder
         lock = Lock.take(place / LOCK)
     try:
         with written(place):
             journal = read_journal(place / RECORD) or read_journal(place / JOURNAL)
-            _refuse_strangers(place, journal.files if journal else {})
+            for path in _leftovers(place, journal.files if journal else {}):
+                path.unlink(missing_ok=True)
         if journal is not None and (differs := edit.differences(journal.edit)):
             raise RunFolderError(f"{out} holds another edit: {differs}. Use another --out, or remove that folder")
         if journal is not None and (gone := sorted(set(journal.files) - set(names))):
@@ -205,8 +206,12 @@ def seal(place: Path, journal: Journal) -> None:
     (place / JOURNAL).unlink(missing_ok=True)
 
 
-def _refuse_strangers(place: Path, ours: Mapping[str, Finished]) -> None:
-    """Remove what a killed attempt left half written; raise for what it did not write."""
+def _leftovers(place: Path, ours: Mapping[str, Finished]) -> list[Path]:
+    """What a killed attempt left half written.
+
+    Raises:
+        RunFolderError: something lies there that this command did not write.
+    """
     strangers, leftovers = [], []
     for folder, subfolders, names in os.walk(place):
         here = Path(folder)
@@ -225,5 +230,4 @@ def _refuse_strangers(place: Path, ours: Mapping[str, Finished]) -> None:
             f"{place} is not empty and not only what this command wrote (it holds {some(sorted(strangers))}): choose "
             "another --out"
         )
-    for path in leftovers:
-        path.unlink(missing_ok=True)
+    return leftovers

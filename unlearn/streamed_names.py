@@ -7,8 +7,10 @@ transformers changes on loading), may lack a weight that transformers puts toget
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,7 @@ from unlearn.changes import listed
 from unlearn.errors import ModelError, VectorError
 from unlearn.streamed_layout import Checkpoint, Shard, Stored
 
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -63,13 +66,15 @@ def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) ->
             f"{checkpoint.folder}: it holds an adapter (adapter_config.json), which would be put on the edited weights "
             "whenever they are loaded: merge it first, or move it elsewhere"
         )
+    there = checkpoint.tensors()
+    _refuse_endless(checkpoint.folder, len(there))
     model = model_of(checkpoint.folder)
     if getattr(model.config, "quantization_config", None):
         raise ModelError(
             f"{checkpoint.folder}: it is quantised (quantization_config in its config.json): give the model in full "
             "precision"
         )
-    layout, there = lay_out(model), checkpoint.tensors()
+    layout = lay_out(model)
     names = _names(model, there)
     found: list[Target] = []
     wrong: list[str] = []
@@ -90,6 +95,18 @@ def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) ->
             f"  {lines}"
         )
     return tuple(found)
+
+
+def _refuse_endless(folder: Path, tensors: int) -> None:
+    """A configuration can ask for any number of layers, each of which takes time to lay out."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # said better by who reads it for good
+    for key in _LAYERS:
+        count = config.get(key) if isinstance(config, dict) else None
+        if isinstance(count, int) and count > tensors:
+            raise ModelError(f"{folder}: its config.json says {key} {count}, but there are only {tensors} tensors")
 
 
 def _weight_of(module: str, layout: Architecture) -> str:

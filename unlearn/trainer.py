@@ -8,7 +8,7 @@ import pickle
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from unlearn import checkpoints, collective
@@ -32,6 +32,7 @@ from unlearn.objectives import BESIDE, Against, Answers, Keep, Objective, Share,
 from unlearn.recipe import TrainSpec
 from unlearn.sharded import is_sharded
 from unlearn.stopping import Hold, held
+from unlearn.trainer_arguments import arguments
 
 __all__ = ["Against", "Keep", "TrainingLog", "last_checkpoint", "train"]
 
@@ -107,7 +108,7 @@ def train(
             part,
             spec.batch_size,
             model=model,
-            args=_arguments(model, spec, total, seed, work, part),
+            args=arguments(model, spec, total, seed, work, part),
             train_dataset=list(rows),
             data_collator=Pad(tokenizer.pad_token_id),
             callbacks=[watch],
@@ -131,50 +132,13 @@ def train(
             if config is not None and use_cache is not None:
                 config.use_cache = use_cache  # the Trainer turned it off, and the model's config is exported
         if watch.stopped:
-            say(f"\n    {label}: stopped after step {trainer.state.global_step} of {total}; it is kept")
+            say(f"    {label}: stopped after step {trainer.state.global_step} of {total}; it is kept")
             raise KeyboardInterrupt
     model.eval()
     losses = tuple(h["loss"] for h in trainer.state.log_history if "loss" in h)
     if not losses:
         raise TrainingError(f"{label}: no optimiser step was made; raise steps or epochs")
     return TrainingLog(len(rows), trainer.state.global_step, losses, time.monotonic() - started)
-
-
-def _arguments(model: nn.Module, spec: TrainSpec, total: int, seed: int, work: Path, part: Part) -> TrainingArguments:
-    epochs, max_steps = spec.duration()
-    first = next(model.parameters())
-    return TrainingArguments(
-        output_dir=str(work),
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-        per_device_train_batch_size=math.ceil(spec.batch_size / part.count),
-        gradient_accumulation_steps=spec.accumulation,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        lr_scheduler_type=spec.schedule,
-        warmup_steps=math.ceil(spec.warmup * total),
-        save_strategy="steps",
-        save_steps=spec.save_every or max(1, math.ceil(total / 4)),
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a non-finite loss must be seen, not averaged away
-        report_to=list(spec.report_to) or "none",
-        seed=seed,
-        bf16=first.dtype == torch.bfloat16 and first.device.type == "cuda",
-        use_cpu=first.device.type == "cpu",
-        dataloader_pin_memory=first.device.type == "cuda",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        log_level="error",
-        **_checkpointing(spec.gradient_checkpointing),
-    )
-
-
-def _checkpointing(on: bool) -> dict[str, Any]:
-    """The option by the name this transformers has for it: 5.23 renamed it."""
-    known = {f.name for f in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True} if on else {}
 
 
 class _Trainer(Trainer):
@@ -219,7 +183,9 @@ class _Trainer(Trainer):
             found: DataLoader[Any] = super().get_train_dataloader()
             return found
         batches = Dealt(self._order, self._size, self._part, spare=len(rows))
-        return DataLoader([*rows, blank(rows[0])], batch_sampler=batches, collate_fn=self.data_collator)  # type: ignore[arg-type]
+        pin = self.args.dataloader_pin_memory
+        data: Any = [*rows, blank(rows[0])]
+        return DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of one step; how many they are, and how many rows all processes have, for means over them."""
@@ -267,7 +233,11 @@ class _Trainer(Trainer):
     def _averaged(self, loss: Any) -> Any:
         """After a step's last batch, the adapter's gradients over all processes, where nothing else averages them."""
         if self._sharded and self.accelerator.sync_gradients:
-            collective.average([p.grad for p in self.model.parameters() if p.grad is not None])
+            learned = [p for p in self.model.parameters() if p.requires_grad]
+            for parameter in learned:
+                if parameter.grad is None:  # an expert that no token of this process came to
+                    parameter.grad = torch.zeros_like(parameter)
+            collective.average([p.grad for p in learned])
         return loss
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from fault_arena import Bench, Ledger
-from fault_server import Server
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -24,11 +23,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """The undisturbed run, and what runs the disturbed ones."""
-    server = Server()
-    try:
-        yield Bench(tmp_path_factory.mktemp("faults"), server)
-    finally:
-        server.close()
+    made = Bench(tmp_path_factory.mktemp("faults"))
+    yield made
+    made.server.close()
 
 
 @pytest.fixture(scope="session")

@@ -120,12 +120,12 @@ class Place:
 class Bench:
     """The undisturbed run that all points are compared with, and the process that runs them."""
 
-    def __init__(self, folder: Path, server: Server) -> None:
-        self.server = server
+    def __init__(self, folder: Path) -> None:
         write_data(folder)
         self.recipe = write_recipe(folder, **SMALL)
         self.whole = Place.new(folder / "whole", self.recipe)
-        (ended,) = server.run(self.whole.job(plan=self.whole.plan()))
+        self.server = Server(Place.new(folder / "warm", self.recipe).job())
+        (ended,) = self.server.run(self.whole.job(plan=self.whole.plan()))
         assert ended.code == 0, ended.err
         self.seconds = ended.seconds
         self.operations = self.whole.operations()

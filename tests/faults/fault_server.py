@@ -7,7 +7,6 @@ each of the list, waits for all, and writes what became of them as a line.
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import select
@@ -19,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -67,16 +66,21 @@ class Ended:
 
 
 class Server:
-    """The forking process, until :meth:`close`."""
+    """The forking process, until :meth:`close`.
 
-    def __init__(self) -> None:
+    Args:
+        warm: A run of its own, for whatever is computed once in a process.
+    """
+
+    def __init__(self, warm: Job) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, json.dumps(asdict(warm))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={
                 **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",  # no child of a process that has used a GPU can use it
                 "HF_HUB_OFFLINE": "1",
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
@@ -105,31 +109,33 @@ class Server:
 # --- the other side ----------------------------------------------------------------------------------------------
 
 
-def _serve() -> None:
+def _serve(warm: Job) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    _load()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _warm_up(warm)
     for line in sys.stdin:
         found = _together([_job(given) for given in json.loads(line)])
         answers.write(json.dumps([asdict(one) for one in found]) + "\n")
         answers.flush()
 
 
-_NEEDED = (
-    *("unlearn.execute", "unlearn.pipeline", "unlearn.card", "unlearn.plan", "accelerate"),
-    *("transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"),
-)
-
-
-def _load() -> None:
-    for name in _NEEDED:
-        importlib.import_module(name)
+def _warm_up(job: Job) -> None:
     import torch
+    from tqdm import tqdm
 
-    from unlearn.evaluate import _environment
+    from unlearn.run import main
 
-    _environment()  # the description of the machine: once for all
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # no thread that looks after bars
+    environment, here = dict(os.environ), Path.cwd()
+    os.chdir(job.cwd)
+    os.environ.update(job.env)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # noqa: PTH123 - no file
+        assert main(job.argv) == 0
+    os.chdir(here)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # one that sweeps pyarrow's memory knows about forks; any other might hold a lock that no child could ever get
     names = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     others = [name for name in names[1:] if name != "jemalloc_bg_thd"]
@@ -211,9 +217,6 @@ def _child(job: Job, place: Path) -> int:
         _traced(job.trace)
     if job.plan is not None:
         Injector(job.plan).install()
-    if os.environ.get("PROF"):
-        import cProfile
-        p = cProfile.Profile(); c = p.runcall(main, job.argv); p.dump_stats(os.environ["PROF"]); return c
     return main(job.argv)
 
 
@@ -228,4 +231,4 @@ def _traced(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(_job(json.loads(sys.argv[1])))

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from targets import TARGETS, Target
 
-FEW, MANY = 60, 3000
+FEW, MANY = 60, 1500
 SLOW_TO_READ = {"recipe": 12, "page": 25, "run_folder": 30}  # how often, where one reading takes milliseconds
 
 

