@@ -39,7 +39,7 @@ class TrainSpec(Frozen):
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the data.")
     steps: Positive | None = Field(None, description="Optimiser steps; instead of epochs.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate (AdamW).")
-    batch_size: Positive = Field(8, description="Examples per step and device.")
+    batch_size: Positive = Field(8, description="Examples of a batch, of all processes together.")
     accumulation: Positive = Field(1, description="Batches added up before each step.")
     warmup: Share = Field(0.1, description="Share of the steps over which the rate rises.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="Rate over time.")
