@@ -16,6 +16,8 @@ from unlearn.estimate_shapes import Linear, Shape, lora_parameters
 
 LORA_BYTES = 16  # float32: weight 4, gradient 4, AdamW's moments 8 (1711.05101)
 _HEAP = 0.5  # of a batch's arrays: what malloc keeps between arrays of changing size; measured over 40 steps
+_MAPPED = 32 * 2**20  # bytes from which on malloc gives an array back to the system at once, at the latest
+GIVEN_BACK = "large logits"
 _LOGITS = 12  # bytes per logit at the peak: float32 log-softmax that is kept, and two gradients
 _ANSWERS = 20  # where a divergence from another model's is taken: two log-softmaxes, their difference, two gradients
 _HEAD = 64 * 2**20  # bytes of float32 logits at a time (unlearn.forward)
@@ -123,12 +125,12 @@ def training(
         heap: It is in main memory, where what was given back is not all of use for the next batch.
         plain: The loss is cross-entropy at every place of a batch, and not one of :mod:`unlearn.objectives`.
     """
-    found = {
-        "activations": activations(shape, adapted, rank, size, one, checkpointing, cast),
-        "logits": logits(shape, one.heads, size, plain),
-    }
+    found = {"activations": activations(shape, adapted, rank, size, one, checkpointing, cast)}
+    large = 4 * one.heads * shape.vocabulary > _MAPPED
     if heap:
-        found["between the arrays"] = round(_HEAP * sum(found.values()))
+        small = found["activations"] + (0 if large else logits(shape, one.heads, size, plain))
+        found["between the arrays"] = round(_HEAP * small)
+    found[GIVEN_BACK if large else "logits"] = logits(shape, one.heads, size, plain)
     if adapted is None:
         # AdamW's moments have the weights' format
         return {"gradients": weights(shape, size), "optimiser": 2 * weights(shape, size), **found}

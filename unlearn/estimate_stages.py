@@ -31,11 +31,10 @@ def _process_keeps(run: Run, found: Iterable[StageEstimate]) -> Iterator[StageEs
     """In main memory a process keeps what an earlier stage took: small arrays that were given back stay in its heap."""
     most = 0
     for one in found:
-        lasting = {*run.resident(one.name), AGAIN}
-        own = sum(count for name, count in one.held.items() if name not in lasting)
-        held = {**one.held, **({"kept from before": most - own} if most > own else {})}
-        yield replace(one, held=held)
-        most = max(most, own) if one.name != "load" else 0
+        own = {name: n for name, n in one.held.items() if name not in {*run.resident(one.name), AGAIN}}
+        here = sum(own.values())
+        yield replace(one, held={**one.held, **({"kept from before": most - here} if most > here else {})})
+        most = max(most, here - own.get(memory.GIVEN_BACK, 0)) if one.name != "load" else 0
 
 
 def _before(run: Run) -> Iterator[StageEstimate]:
