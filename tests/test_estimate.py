@@ -120,6 +120,9 @@ def test_an_unknown_family_and_a_missing_size_are_said() -> None:
         shape_of({"model_type": "mamba"}, "x/config.json")
     with pytest.raises(ModelError, match=r"x: 'vocab_size' is missing, or no number, in this config\.json of a llama"):
         shape_of({**CONFIGS["llama"], "vocab_size": "many"}, "x")
+    for name, value in (("num_hidden_layers", 10**7), ("hidden_size", 10**12), ("num_attention_heads", True)):
+        with pytest.raises(ModelError, match="is missing, or no number"):
+            shape_of({**CONFIGS["llama"], name: value}, "x")
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -438,6 +441,27 @@ def test_what_a_recipe_asks_for_shows_in_its_memory(recipe: Path) -> None:
     )
     double = peak("sweep", "vector.method=contrast")["the edit"]
     assert double == 2 * peak("sweep")["the edit"]
+
+
+def test_a_process_keeps_what_a_stage_took_and_a_gpu_does_not(recipe: Path) -> None:
+    found = {m: {s.name: s for s in asked(recipe, "--machine", m).stages} for m in ("cpu1", "h100-80")}
+    trained, swept = found["cpu1"]["finetune"], found["cpu1"]["sweep"]
+    # half of a batch's small arrays again stays between them, and all of it in the process
+    assert trained.held["between the arrays"] == round(0.5 * (trained.held["activations"] + trained.held["logits"]))
+    taken = trained.peak - found["cpu1"]["load"].peak
+    assert swept.peak == max(trained.peak, found["cpu1"]["load"].peak + taken)
+    assert "kept from before" not in found["h100-80"]["sweep"].held
+    model = shape_of(json.loads((Path(__file__).parent / "bench" / "shapes" / "llama-2-7b.json").read_text()), "7b")
+    big = memory.training(model, None, 0, 4, Pass(8, 512, 4096), checkpointing=False, plain=True, cast=4, heap=True)
+    assert big[memory.GIVEN_BACK] == 4096 * 32000 * 12  # arrays of half a gigabyte, which malloc hands back
+    assert big["between the arrays"] == round(0.5 * big["activations"])
+
+
+def test_what_the_balance_has_scored_is_not_scored_again(recipe: Path) -> None:
+    also = 'also_forget=[{"kind":"qa","path":"retain.jsonl","name":"more","shares":{"train":"all"}}]'
+    found = {s.name: s for s in asked(recipe, "--machine", "cpu1", overrides=["retain=[]", also]).stages}
+    assert found["balance"].work.operations > 0 == found["sweep"].work.operations
+    assert "the balance did not come by" in found["sweep"].unknown[0]
 
 
 def test_a_model_that_does_not_fit_is_said_to_need_more(recipe: Path) -> None:

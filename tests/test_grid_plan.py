@@ -15,7 +15,9 @@ from unlearn.errors import GridError, RecipeError
 from unlearn.grid import Grid
 from unlearn.grid_axes import file_name, read_axes, short_keys, split_values
 from unlearn.grid_plan import cluster_of, identity, plan_grid, recluster
+from unlearn.recipe_cluster import ClusterSpec
 from unlearn.recipe_io import load_recipe
+from unlearn.slurm_options import require_trust
 from unlearn.yaml_core import parse_value
 
 PICO = str(Path(__file__).resolve().parents[1] / "recipes" / "pico_smoke.yaml")
@@ -41,7 +43,7 @@ def test_values_are_split_at_commas_outside_brackets_and_quotes(text: str, value
     assert split_values(text) == values
 
 
-KEYS = st.text().filter(lambda key: key != "<<")  # no key of a recipe
+KEYS = st.text(max_size=60).filter(lambda key: key != "<<")  # YAML has no keys beyond 1024 characters, escapes counted
 
 
 @settings(deadline=None)
@@ -251,3 +253,14 @@ def test_one_reading_of_a_file_is_not_changed_by_overrides() -> None:
     assert second.forget.where == {"continent": "Europe"}
     with pytest.raises(RecipeError):
         load_recipe(PICO, ["vector.lora.rank=0"])
+
+
+def test_shell_lines_of_a_recipe_are_run_only_when_they_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNLEARN_TRUST_SETUP", raising=False)
+    lines = ClusterSpec(setup=("rm -rf ~",))
+    with pytest.raises(GridError, match=r"rm -rf ~\n.*UNLEARN_TRUST_SETUP=1"):
+        require_trust(lines, ("cluster.memory=2GB",))
+    require_trust(ClusterSpec(), ())
+    require_trust(lines, ("cluster.setup=[rm -rf ~]",))  # the user's own words
+    monkeypatch.setenv("UNLEARN_TRUST_SETUP", "1")
+    require_trust(lines, ())

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from unlearn.errors import GridError, UnlearnError
 from unlearn.grid import POOL, Grid, Job, Preparation, job_folder, log_file, preparation_folder
+from unlearn.redact import shown
 
 if TYPE_CHECKING:
     from unlearn.job_state import JobState
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid = Grid.load(root)
         one = find(grid, given.name)
     except UnlearnError as e:
-        sys.stderr.write(f"error: {e}\n")
+        sys.stderr.write(f"error: {shown(str(e))}\n")
         return EXIT_MISTAKE
     _print_to(log_file(root, one.name))  # before the console is made, which asks what it writes to
     return _claimed(root, grid, one)
@@ -140,7 +141,6 @@ def _told(root: Path, grid: Grid, one: Job | Preparation, state: JobState) -> in
 def _run(root: Path, grid: Grid, one: Job | Preparation) -> tuple[int, str | None]:
     """The exit code, and what went wrong."""
     from unlearn.console import say
-    from unlearn.redact import shown
 
     try:
         _execute(root, grid, one)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from unlearn.errors import GridError
 from unlearn.recipe_cluster import ClusterSpec
 
+_TRUST = "UNLEARN_TRUST_SETUP"
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 # ``extra`` may not take these: they are what makes the array, its restarts and its logs work
 _OURS = (
@@ -19,6 +22,24 @@ _KEYS = {
     "partition": "partition", "account": "account", "qos": "qos", "nodes": "nodes", "time": "time", "mem": "memory",
     "gpus-per-node": "gpus", "cpus-per-task": "cpus",
 }  # fmt: skip
+
+
+def require_trust(spec: ClusterSpec, sets: Sequence[str]) -> None:
+    """Refuse shell lines of a recipe (or of a grid's folder) that nobody has looked at: they would run as the user.
+
+    Args:
+        sets: ``--set`` of the command line; what is written there is the user's own.
+
+    Raises:
+        GridError: the lines, and what to do.
+    """
+    own = any(text.partition("=")[0] in ("cluster", "cluster.setup") for text in sets)
+    if spec.setup and not own and os.environ.get(_TRUST, "").upper() not in {"1", "TRUE", "YES", "ON"}:
+        lines = "".join(f"\n  {line}" for line in spec.setup)
+        raise GridError(
+            f"cluster.setup has shell lines, which run as you on the cluster:{lines}\n"
+            f"If you trust whoever wrote the recipe, set {_TRUST}=1 in the environment"
+        )
 
 
 def minutes(text: str) -> int:

@@ -19,7 +19,7 @@ from unlearn.grid_states import overview
 from unlearn.grid_submit import AGAIN, cancel, resubmit, submit
 from unlearn.job import EXIT_MISTAKE, EXIT_STOPPED, processes_of
 from unlearn.local_jobs import LocalRunner
-from unlearn.slurm_options import resources
+from unlearn.slurm_options import require_trust, resources
 
 _MODES = ("status", "resubmit", "cancel", "merge")
 
@@ -56,13 +56,18 @@ def _dispatch(given: argparse.Namespace) -> int:
         what, folder = given.resubmit
         if what not in AGAIN:
             raise GridError(f"--resubmit {what}: write one of {', '.join(AGAIN)}, and then the grid's folder")
-        return _run_here(resubmit(Path(folder).absolute(), what, given.set, given.local))
+        root = Path(folder).absolute()
+        if not given.local:
+            require_trust(cluster_of(Grid.load(root)), given.set)
+        return _run_here(resubmit(root, what, given.set, given.local))
     grid = plan_grid(given.recipe, given.grid, given.set)
     root = (given.out or Path("grids") / f"{grid.name}-{identity(grid)[:8]}").absolute()
     if given.dry_run:
         for line in _lines(grid, root, given.local):
             sys.stdout.write(f"{line}\n")
         return 0
+    if not given.local:
+        require_trust(cluster_of(grid), given.set)
     return _run_here(submit(root, grid, given.local))
 
 

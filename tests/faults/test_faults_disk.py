@@ -68,7 +68,7 @@ def disk(_may_mount: None) -> Iterator[Callable[..., Disk]]:
 
     yield make
     for one in made:
-        if one.place.is_mount():
+        while one.place.is_mount():
             one.gone()
 
 
@@ -236,6 +236,7 @@ def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, ledger: Ledger, dis
     at = 10 if stage == "load" else 1
     fault = bench.run(place, plan=place.plan(at, match=of_stage(stage), action=f"umount -l {there.place}"))
     assert bench.verdict(place, fault) in (SAME, MESSAGE), fault.err
+    assert not there.place.is_mount(), "it did not come to that"
     there.mount(2**26)
     assert ledger.note("cache's disk vanishes", stage, bench.again(place, fault)) in (SAME, THEN_SAME)
 

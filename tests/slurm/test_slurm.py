@@ -44,7 +44,7 @@ class Submitted:
 def command(node: OneNode, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "unlearn.submit", *arguments],
-        env=node.environment,
+        env={**node.environment, "UNLEARN_TRUST_SETUP": "1"},
         capture_output=True,
         text=True,
         timeout=300,
