@@ -34,12 +34,12 @@ from unlearn.lock import Lock
 from unlearn.models import Loaded, linear_modules
 from unlearn.negate import edited, shape_of
 from unlearn.shards import Slot, write_shards
-from unlearn.streamed import works_of
-from unlearn.streamed_blocks import Editor, parts_equal_whole, row_ranges, windows
-from unlearn.streamed_files import written
-from unlearn.streamed_folder import JOURNAL, LOCK, RECORD
-from unlearn.streamed_layout import INDEX, SINGLE, read_checkpoint
-from unlearn.streamed_shard import Engine
+from unlearn.streamed.blocks import Editor, parts_equal_whole, row_ranges, windows
+from unlearn.streamed.files import written
+from unlearn.streamed.folder import JOURNAL, LOCK, RECORD
+from unlearn.streamed.layout import INDEX, SINGLE, read_checkpoint
+from unlearn.streamed.shard import Engine
+from unlearn.streamed.write import works_of
 from unlearn.vector import TaskVector
 
 Load = Callable[..., Loaded]

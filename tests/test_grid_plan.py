@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn.errors import GridError, RecipeError
-from unlearn.grid import Grid
-from unlearn.grid_axes import file_name, read_axes, short_keys, split_values
-from unlearn.grid_plan import cluster_of, identity, plan_grid, recluster
+from unlearn.grids.axes import file_name, read_axes, short_keys, split_values
+from unlearn.grids.grid import Grid
+from unlearn.grids.plan import cluster_of, identity, plan_grid, recluster
+from unlearn.grids.slurm_options import require_trust
 from unlearn.recipe_cluster import ClusterSpec
 from unlearn.recipe_io import load_recipe
-from unlearn.slurm_options import require_trust
 from unlearn.yaml_core import parse_value
 
 PICO = str(Path(__file__).resolve().parents[1] / "recipes" / "pico_smoke.yaml")

@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from unlearn.errors import GridError
-from unlearn.grid import GRID_FILE, Axis, FrozenRecipe, Grid, Job, job_folder
-from unlearn.grid_compare import about
-from unlearn.grid_csv import text_cell
-from unlearn.grid_numbers import Spread, common_seeds, pareto, t95
-from unlearn.grid_report import main, merge, write
-from unlearn.grid_words import OVER_RUNS, label, short_names
-from unlearn.job_state import JobState
+from unlearn.grids.compare import about
+from unlearn.grids.csv import text_cell
+from unlearn.grids.grid import GRID_FILE, Axis, FrozenRecipe, Grid, Job, job_folder
+from unlearn.grids.job_state import JobState
+from unlearn.grids.numbers import Spread, common_seeds, pareto, t95
+from unlearn.grids.report import main, merge, write
+from unlearn.grids.words import OVER_RUNS, label, short_names
 from unlearn.report import Chosen, RunReport, Score, ScoreRow, SweepPoint, TaskScore
 
 WHEN = "2026-01-02T03:04:05+00:00"
@@ -590,7 +590,7 @@ def test_mistakes_are_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest
 def test_a_job_cannot_lie_outside_the_grid(tmp_path: Path, name: str) -> None:
     grid = grid_of({"seed": ("0",)})
     replace(grid, jobs=(replace(grid.jobs[0], name=name),)).save(tmp_path)
-    with pytest.raises(GridError, match="not the name of a folder"):
+    with pytest.raises(GridError, match="is no name of a job"):
         merge(tmp_path)
 
 
@@ -611,7 +611,7 @@ class Tags(HTMLParser):
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     grid = grid_of({"vector.<b>": (HOSTILE, "=cmd|' /C calc'!A0"), "seed": ("0", "1")}, (HOSTILE,))
     jobs = tuple(replace(j, name=f"-job{j.index}<img src=x onerror=alert(1)>") for j in grid.jobs)
-    grid = replace(grid, name=HOSTILE, jobs=jobs)
+    grid = replace(grid, name="<b onclick=x>&", jobs=jobs)
     grid.save(tmp_path)
     for job in jobs[:3]:
         report = report_of(job, python=HOSTILE + str(job.index))
@@ -720,9 +720,8 @@ def test_a_whole_part_of_a_recipe_covers_what_lies_in_it() -> None:
 
 
 def test_it_imports_nothing_slow() -> None:
-    code = (
-        "import sys, unlearn.grid_report; print(sorted({'torch', 'numpy', 'scipy', 'transformers'} & set(sys.modules)))"
-    )
+    heavy = {"torch", "numpy", "scipy", "transformers"}
+    code = f"import sys, unlearn.grids.report; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

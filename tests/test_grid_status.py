@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from unlearn import grid_status
 from unlearn.errors import GridError
-from unlearn.grid import Axis, FrozenRecipe, Grid, Job, Preparation, job_folder
-from unlearn.grid_states import Overview, overview
+from unlearn.grids import status as grid_status
+from unlearn.grids.grid import Axis, FrozenRecipe, Grid, Job, Preparation, job_folder
+from unlearn.grids.job_state import JobState
+from unlearn.grids.states import Overview, overview
+from unlearn.grids.submissions import FILE, Submission, alone, now, put, read
 from unlearn.holder import Holder
 from unlearn.job import claim_file
-from unlearn.job_state import JobState
 from unlearn.lock import Lock
-from unlearn.submissions import FILE, Submission, alone, now, put, read
 
 QUEUE = "g-0a1b2c3d"
 

@@ -19,31 +19,33 @@ LAYERS: dict[str, str] = {
     "attacks attacks.values report changes compress vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
     "words": "metrics formula report_text prediction evidence_text",
-    "numbers": "benchmarks benchmarks.samples_in benchmarks.memorisation benchmarks.membership "
-    "benchmarks.tofu benchmarks.muse",
-    "folders": "atomic holder seen stage lock_file lock_watch lock ownership rundir provenance pool grid grid_axes job_state submissions",
+    "numbers": "benchmarks benchmarks.samples_in benchmarks.memorisation benchmarks.membership benchmarks.tofu "
+    "benchmarks.muse",
+    "folders": "atomic holder seen stage lock_file lock_watch lock ownership rundir provenance pool grids grids.grid "
+    "grids.axes grids.job_state grids.submissions",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files board_runs member_files references",
-    "vectors": "vector_adapter architecture checkpoint_vector vector_table "
-    "methods methods.negate methods.contrast methods.checks methods.msa methods.project methods.ext_sub "
-    "methods.ethos methods.perta methods.consensus methods.lines methods.random_vector methods.learned methods.rescale "
-    "negate batches dealing checkpoints "
-    "methods.baselines methods.retain_kl frozen importance learn_weights shaping objectives sharded "
-    "trainer_arguments trainer finetune correlation token_scores foresight",
+    "vectors": "vector_adapter architecture checkpoint_vector vector_table methods methods.negate methods.contrast "
+    "methods.checks methods.msa methods.project methods.ext_sub methods.ethos methods.perta "
+    "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches "
+    "dealing checkpoints methods.baselines methods.retain_kl frozen importance learn_weights shaping "
+    "objectives sharded trainer_arguments trainer finetune correlation token_scores foresight",
     "scores": "tree attention forward decoding scoring answers sampled named_tasks tasks benchmark_tasks stderrs "
     "eval_files evaluate samples",
     "choices": "collapse search early_stop bisect_search joint",
-    "exports": "card_results card rounding shards survival export push "
-    "streamed_layout streamed_names streamed_blocks streamed_io streamed_shard streamed_files streamed_folder streamed "
-    "streamed_reason streamed_check",
+    "exports": "card_results card rounding shards survival export push streamed streamed.layout streamed.names "
+    "streamed.blocks streamed.io streamed.shard streamed.files streamed.folder streamed.write "
+    "streamed.reason streamed.check",
     "attacks": "attacks.judge attacks.quantised attacks.relearn attacks.probes attacks.sampling attacks.lens",
-    "pages": "markup axes drawing charts html_parts foresight_page evidence_page html table "
-    "grid_numbers grid_runs grid_compare grid_groups grid_words grid_csv grid_charts grid_page_tables grid_page",
+    "pages": "markup axes drawing charts html_parts foresight_page evidence_page html table grids.numbers "
+    "grids.runs grids.compare grids.groups grids.words grids.csv grids.charts grids.page_tables "
+    "grids.page",
     "commands": "plan_evidence plan estimate_machine estimate_options estimate_config estimate_shapes estimate_tokens "
-    "estimate_passes estimate_memory estimate_work estimate_run estimate_evidence estimate_stages estimate estimate_text "
-    "stages score_files scored fitted foreseen members compared attacked pipeline "
-    "grid_report execute run slurm_options slurm_queue job slurm_jobs local_jobs grid_states grid_status grid_plan grid_submit submit "
-    "harness vectors apply boards leaderboard unlearn",
+    "estimate_passes estimate_memory estimate_work estimate_run estimate_evidence estimate_stages "
+    "estimate estimate_text stages score_files scored fitted foreseen members compared attacked pipeline "
+    "grids.report execute run grids.slurm_options grids.slurm_queue job grids.slurm_jobs grids.local_jobs "
+    "grids.states grids.status grids.plan grids.submit submit harness vectors apply boards leaderboard "
+    "unlearn",
 }
 ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.

@@ -18,17 +18,18 @@ from typing import Any
 import pytest
 from test_grid_status import make, report, say
 
-from unlearn import grid_submit, run
+from unlearn import run
 from unlearn.errors import GridError
-from unlearn.grid import Grid, job_folder, log_file
-from unlearn.grid_plan import plan_grid
-from unlearn.grid_states import overview
-from unlearn.job_state import JobState
-from unlearn.local_jobs import LocalRunner
+from unlearn.grids import submit as grid_submit
+from unlearn.grids.grid import Grid, job_folder, log_file
+from unlearn.grids.job_state import JobState
+from unlearn.grids.local_jobs import LocalRunner
+from unlearn.grids.plan import plan_grid
+from unlearn.grids.slurm_jobs import JobCommand
+from unlearn.grids.slurm_options import megabytes, minutes, parameters, resources
+from unlearn.grids.states import overview
+from unlearn.grids.submissions import FILE, LOCK, alone, read
 from unlearn.recipe_cluster import ClusterSpec
-from unlearn.slurm_jobs import JobCommand
-from unlearn.slurm_options import megabytes, minutes, parameters, resources
-from unlearn.submissions import FILE, LOCK, alone, read
 from unlearn.submit import main
 
 PICO = str(Path(__file__).resolve().parents[1] / "recipes" / "pico_smoke.yaml")
@@ -284,7 +285,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_two_submits_at_the_same_moment_hand_each_job_over_once(tmp_path: Path) -> None:
     root = tmp_path / "grid"
     code = (
-        "from pathlib import Path; from unlearn import grid_submit; from unlearn.grid_plan import plan_grid;"
+        "from pathlib import Path; from unlearn import grid_submit; from unlearn.grids.plan import plan_grid;"
         f"grid = plan_grid([{PICO!r}], ['seed=0,1,2']); print('ready', flush=True); input();"
         f"runner = grid_submit.submit(Path({str(root)!r}), grid, True);"
         "print(None if runner is None else runner.submission.jobs, flush=True); input()"
@@ -327,7 +328,8 @@ def test_cancelling_stops_the_local_runner(tmp_path: Path, capsys: pytest.Captur
     assert main(["--cancel", str(tmp_path)]) == 0
     assert "nothing to cancel; 2 waiting" in capsys.readouterr().err
     code = (
-        f"from pathlib import Path; from unlearn.submissions import Submission, put; root = Path({str(tmp_path)!r});"
+        "from pathlib import Path; from unlearn.grids.submissions import Submission, put; "
+        f"root = Path({str(tmp_path)!r});"
         "put(root, Submission.new('local', 'g', (0, 1), (), {})); print('ready', flush=True); input()"
     )
     runner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -519,7 +521,7 @@ def test_without_slurm_there_is_one_message(tmp_path: Path, monkeypatch: pytest.
 
 TASK = """
 import os, sys
-from unlearn.slurm_jobs import JobCommand
+from unlearn.grids.slurm_jobs import JobCommand
 os.environ.update(SUBMITIT_EXECUTOR="slurm", SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NODEID="0")
 JobCommand(sys.argv[1], sys.argv[2], 1, 1, 1, 20.0)()
 """

@@ -19,8 +19,8 @@ from unlearn.errors import RunFolderError, UnlearnError, VectorError
 from unlearn.wording import counted, file_size, number, percent
 
 if TYPE_CHECKING:
-    from unlearn.streamed import Applied
-    from unlearn.streamed_check import Verdict
+    from unlearn.streamed.check import Verdict
+    from unlearn.streamed.write import Applied
     from unlearn.vector import TaskVector
 
 EXIT_DIFFERS = 1
@@ -68,9 +68,9 @@ def apply(
         stochastic_rounding: Round edited weights to 16 bits by chance (``seed``) instead of to nearest.
 
     Raises:
-        UnlearnError: a mistake to mend, or something damaged; see :func:`unlearn.streamed.write_edited`.
+        UnlearnError: a mistake to mend, or something damaged; see :func:`unlearn.streamed.write.write_edited`.
     """
-    from unlearn.streamed import write_edited
+    from unlearn.streamed.write import write_edited
 
     whole = _vector(vector)
     return write_edited(whole, Path(model), _finite(coefficient), Path(out), stochastic_rounding, seed)
@@ -90,7 +90,7 @@ def check(
     Raises:
         UnlearnError: a checkpoint is damaged, or the vector does not fit.
     """
-    from unlearn.streamed_check import check_edited, require_folder
+    from unlearn.streamed.check import check_edited, require_folder
 
     require_folder(Path(edited))
     whole = _vector(vector)
@@ -176,8 +176,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _recorded(arguments: argparse.Namespace) -> str:
     """What the folder says of itself, if it says so."""
-    from unlearn.streamed_files import RECORD
-    from unlearn.streamed_folder import read_journal
+    from unlearn.streamed.files import RECORD
+    from unlearn.streamed.folder import read_journal
 
     try:
         found = read_journal(arguments.out / RECORD)

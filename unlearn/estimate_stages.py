@@ -15,7 +15,7 @@ from unlearn.recipe_vector import BASELINES, NEED_RETAIN_VECTOR, ConsensusSpec, 
 
 _FORESEEN = 3  # passes of a correlation: the model and the two fine-tuned ones
 _COMPARED = 9  # float32 arrays of a weight while it is exported, measured
-_MOVED = 344  # bytes moved per element of an edited weight, as if it were bound by memory: 43 ns on one core, measured
+_WEIGHED = 2860  # float32 operations' worth of time for each element of an exported weight: 43 ns on one core, measured
 _REPORT = 2.0  # seconds for the report and its provenance, at the end
 _MERGED = 12  # bytes moved per element when a taught LoRA goes into the weights
 _ETHOS = 20.0  # operations of a singular value decomposition per rows x columns x the smaller of them
@@ -259,7 +259,7 @@ def _export(run: Run) -> Iterator[StageEstimate]:
     edited = sum(one.weight for one in run.adapted) * spec.merged
     # the edited weight, the pristine one, the intended and the realised change, and what compares them
     largest = max(one.weight for one in run.adapted) * 4 * _COMPARED if spec.merged else 0
-    changes, moved = 4.0 * edited * (run.rank or 1), edited * _MOVED / run.machine.bandwidth
+    changes, moved = 4.0 * edited * (run.rank or 1), edited * _WEIGHED / run.machine.rate(4, "score")
     what = " and ".join(n for n, on in (("the adapter", spec.adapter), ("merged weights", spec.merged)) if on)
     held = {**run.resident("export"), **({"one weight, in float32": largest} if largest else {})}
     yield StageEstimate("export", what, held, Work(changes, moved + _REPORT) + run.saving(kept), kept=kept)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unlearn.errors import GridError, UnlearnError
-from unlearn.grid import POOL, Grid, Job, Preparation, job_folder, log_file, preparation_folder
+from unlearn.grids.grid import POOL, Grid, Job, Preparation, job_folder, log_file, preparation_folder
 from unlearn.redact import shown
 
 if TYPE_CHECKING:
-    from unlearn.job_state import JobState
+    from unlearn.grids.job_state import JobState
 
 EXIT_CRASH, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 130
 # Seconds to wait for another process at the same job. After a broken node a job may start on a second one before it
@@ -92,7 +92,7 @@ def _claimed(root: Path, grid: Grid, one: Job | Preparation) -> int:
     """Run it if nobody else does: the state is of one process at a time."""
     from unlearn.atomic import explained
     from unlearn.console import is_main_process, say
-    from unlearn.job_state import JobState
+    from unlearn.grids.job_state import JobState
     from unlearn.lock import Holder, Lock
 
     if not is_main_process():
@@ -121,7 +121,7 @@ def _claimed(root: Path, grid: Grid, one: Job | Preparation) -> int:
 def _told(root: Path, grid: Grid, one: Job | Preparation, state: JobState) -> int:
     """Run it between its first word and its last."""
     from unlearn.console import say
-    from unlearn.submissions import now
+    from unlearn.grids.submissions import now
 
     began = time.monotonic()
     try:
@@ -180,7 +180,7 @@ def _previous(root: Path, grid: Grid, one: Job | Preparation) -> JobState | None
     Raises:
         GridError: its preparation failed, and so would every job that needs it, one after the other.
     """
-    from unlearn.job_state import JobState
+    from unlearn.grids.job_state import JobState
 
     if isinstance(one, Job) and one.preparation is not None:
         name = grid.preparations[one.preparation].name

@@ -10,16 +10,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from unlearn import grid_status
 from unlearn.console import say
 from unlearn.errors import GridError, UnlearnError
-from unlearn.grid import GRID_FILE, Grid
-from unlearn.grid_plan import cluster_of, identity, plan_grid
-from unlearn.grid_states import overview
-from unlearn.grid_submit import AGAIN, cancel, resubmit, submit
+from unlearn.grids import status as grid_status
+from unlearn.grids.grid import GRID_FILE, Grid
+from unlearn.grids.local_jobs import LocalRunner
+from unlearn.grids.plan import cluster_of, identity, plan_grid
+from unlearn.grids.slurm_options import require_trust, resources
+from unlearn.grids.states import overview
+from unlearn.grids.submit import AGAIN, cancel, resubmit, submit
 from unlearn.job import EXIT_MISTAKE, EXIT_STOPPED, processes_of
-from unlearn.local_jobs import LocalRunner
-from unlearn.slurm_options import require_trust, resources
 
 _MODES = ("status", "resubmit", "cancel", "merge")
 
@@ -104,9 +104,9 @@ def _run_here(runner: LocalRunner | None) -> int:
 
 
 def _merge(root: Path) -> Path:
-    from unlearn import grid_report
+    from unlearn.grids.report import write
 
-    return grid_report.write(root)
+    return write(root)
 
 
 def _lines(grid: Grid, root: Path, local: bool) -> Iterator[str]:

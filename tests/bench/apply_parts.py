@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from unlearn.architecture import architecture_of
 from unlearn.changes import LowRank
 from unlearn.shards import Slot, write_shards
-from unlearn.streamed_layout import read_checkpoint
+from unlearn.streamed.layout import read_checkpoint
 from unlearn.vector import TaskVector
 from unlearn.vector_adapter import to_adapter
 

@@ -28,7 +28,7 @@ from measure import command_line, console, environment, write_json
 from rich.table import Table
 
 from unlearn.errors import UnlearnError
-from unlearn.grid import Grid
+from unlearn.grids.grid import Grid
 
 RECIPE = "pico_smoke.yaml"
 LAMBDAS = (0.5, 1, 1.5, 2, 3, 4, 6, 8)
@@ -101,7 +101,7 @@ def flags_of(size: int) -> list[str]:
 
 
 def _measure(root: Path, size: int, report: dict[str, Any], repeat: int) -> dict[str, Any]:
-    from unlearn.grid_plan import plan_grid
+    from unlearn.grids.plan import plan_grid
 
     grids, sets = flags_of(size), [f"sweep.coefficients={list(LAMBDAS)}"]
     began = time.perf_counter()
@@ -116,7 +116,7 @@ def _measure(root: Path, size: int, report: dict[str, Any], repeat: int) -> dict
         "dry run": ["unlearn.submit", "--recipe", RECIPE, *given, "--dry-run"],
         "status": ["unlearn.submit", "--status", str(root)],
         "status --json": ["unlearn.submit", "--status", str(root), "--json"],
-        "merged report": ["unlearn.grid_report", str(root)],
+        "merged report": ["unlearn.grids.report", str(root)],
     }
     stubbed = _files(root)
     costs = {name: _middle([run(command) for _ in range(repeat)]) for name, command in commands.items()}

@@ -28,9 +28,9 @@ from unlearn.benchmarks.tofu import SETS
 from unlearn.data import load_sets
 from unlearn.errors import DataError, GridError, ModelError, RecipeError, UnlearnError, VectorError
 from unlearn.fetch import _check_folder
-from unlearn.grid import Grid
+from unlearn.grids.grid import Grid
+from unlearn.grids.job_state import JobState
 from unlearn.html import render_html
-from unlearn.job_state import JobState
 from unlearn.markup import clean
 from unlearn.readers import read_file
 from unlearn.recipe import Recipe, Source

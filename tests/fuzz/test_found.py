@@ -12,8 +12,8 @@ from targets import GRID, REPORT, TARGETS, _wheel
 from unlearn import board_runs, checkpoint_vector, member_files
 from unlearn.errors import DataError, GridError, ModelError, UnlearnError, VectorError
 from unlearn.fetch import _check_folder
-from unlearn.grid import Grid
-from unlearn.job_state import JobState
+from unlearn.grids.grid import Grid
+from unlearn.grids.job_state import JobState
 from unlearn.report import RunReport
 from unlearn.wheel import WheelFile, _extract
 

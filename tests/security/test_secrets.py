@@ -9,7 +9,7 @@ import pytest
 
 from unlearn import console, provenance, wheel
 from unlearn.errors import ModelError, RecipeError
-from unlearn.job_state import JobState, state_file
+from unlearn.grids.job_state import JobState, state_file
 from unlearn.recipe_io import load_recipe
 from unlearn.redact import HIDDEN, hide, is_secret
 from unlearn.run import main

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from one_node import OneNode, why_not
 
-from unlearn.grid import Grid, job_folder, log_file
-from unlearn.job_state import JobState
+from unlearn.grids.grid import Grid, job_folder, log_file
+from unlearn.grids.job_state import JobState
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 

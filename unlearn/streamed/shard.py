@@ -15,9 +15,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from unlearn.streamed_blocks import Block, Editor, Window, Work, windows
-from unlearn.streamed_io import PAGE, Buffer, Flow, Sink, Source
-from unlearn.streamed_layout import Shard
+from unlearn.streamed.blocks import Block, Editor, Window, Work, windows
+from unlearn.streamed.io import PAGE, Buffer, Flow, Sink, Source
+from unlearn.streamed.layout import Shard
 
 WINDOW = 8 * 2**20  # bytes of a file that are handled at once
 _WINDOWS = 6  # of them at a time: one in each stage, and one to spare

@@ -18,7 +18,7 @@ from typing import Any
 from unlearn.atomic import some, sync, write_json_atomic
 from unlearn.errors import RunFolderError
 from unlearn.lock import Lock
-from unlearn.streamed_files import JOURNAL, RECORD, written
+from unlearn.streamed.files import JOURNAL, RECORD, written
 
 LOCK = ".unlearn-lock"
 _SCHEMA = 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from unlearn.atomic import unique
 from unlearn.errors import RunFolderError
-from unlearn.streamed_layout import INDEX, Checkpoint, real_place
+from unlearn.streamed.layout import INDEX, Checkpoint, real_place
 
 RECORD, JOURNAL = "unlearn.json", ".unlearn-apply.json"
 _LAST = ("config.json", INDEX)  # in this order, so that a folder that looks like a model is one

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unlearn.grid_charts import frontiers_chart, legend, settings_chart, shown
-from unlearn.grid_groups import Family, Split
-from unlearn.grid_numbers import Spread
-from unlearn.grid_page_tables import frontier_table, missing_table, scores_table, settings_table
-from unlearn.grid_words import (
+from unlearn.grids.charts import frontiers_chart, legend, settings_chart, shown
+from unlearn.grids.groups import Family, Split
+from unlearn.grids.numbers import Spread
+from unlearn.grids.page_tables import frontier_table, missing_table, scores_table, settings_table
+from unlearn.grids.words import (
     DESCRIPTION,
     MEAN_OF_ALL,
     NO_RUN,
@@ -39,7 +39,8 @@ _WARNINGS = 40
 
 def render_grid(merged: Merged) -> str:
     """The merged report as a self-contained HTML document (UTF-8 text)."""
-    style = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("report.css", "grid.css"))
+    here = Path(__file__).parent
+    style = "".join(p.read_text(encoding="utf-8") for p in (here.parent / "report.css", here / "grid.css"))
     head = el(
         "head",
         el("meta", charset="utf-8"),

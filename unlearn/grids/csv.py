@@ -12,9 +12,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from unlearn.grid import Grid, Job
-from unlearn.grid_compare import Compared
-from unlearn.grid_runs import Missing, Run
+from unlearn.grids.grid import Grid, Job
+from unlearn.grids.compare import Compared
+from unlearn.grids.runs import Missing, Run
 from unlearn.markup import clean
 from unlearn.metrics import Key
 from unlearn.report import Score

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from unlearn.grid import Grid, Job
-from unlearn.grid_compare import QUESTION, Compared, about, settings_of
-from unlearn.grid_numbers import Spread, common_seeds, pareto
-from unlearn.grid_runs import SEED, Missing, Run, Yardstick
+from unlearn.grids.grid import Grid, Job
+from unlearn.grids.compare import QUESTION, Compared, about, settings_of
+from unlearn.grids.numbers import Spread, common_seeds, pareto
+from unlearn.grids.runs import SEED, Missing, Run, Yardstick
 from unlearn.metrics import Key
 from unlearn.report import Score
 

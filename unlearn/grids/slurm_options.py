@@ -88,7 +88,7 @@ def parameters(spec: ClusterSpec, name: str, cwd: str, tasks: int, dependency: s
         "dependency": dependency,
         "array_parallelism": min(spec.parallelism or tasks, tasks),
         # since Slurm 22.05 srun does not take this over from sbatch, and would put a task on one core
-        "srun_args": [f"--cpus-per-task={spec.cpus}"],
+        "srun_args": [f"--cpus-per-task={spec.cpus}", "--kill-on-bad-exit=1"],  # else other nodes wait for a lost one
         "additional_parameters": {"requeue": True, "chdir": cwd, **extra},
     }
     # submitit's own limit, where none is given, would be five minutes: None leaves it to the cluster

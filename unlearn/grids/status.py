@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unlearn.grid_runs import last_line
-from unlearn.grid_states import STANDINGS, Overview, Row
+from unlearn.grids.runs import last_line
+from unlearn.grids.states import STANDINGS, Overview, Row
 from unlearn.redact import one_line, shown
 from unlearn.wording import coefficient, duration
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from unlearn.grid import Grid, Job, Preparation, job_folder
+from unlearn.grids.grid import Grid, Job, Preparation, job_folder
 from unlearn.job import claim_file
-from unlearn.job_state import JobState
+from unlearn.grids.job_state import JobState
 from unlearn.lock import Lock
-from unlearn.slurm_queue import NEVER, Entry, ask
-from unlearn.submissions import Submission, read
+from unlearn.grids.slurm_queue import NEVER, Entry, ask
+from unlearn.grids.submissions import Submission, read
 
 Standing = Literal["done", "running", "queued", "requeued", "stopped", "failed", "lost", "blocked", "waiting"]
 STANDINGS: tuple[Standing, ...] = (

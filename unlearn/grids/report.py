@@ -1,4 +1,4 @@
-"""``python -m unlearn.grid_report DIR``: one report over all jobs of a grid, whatever became of some of them.
+"""``python -m unlearn.grids.report DIR``: one report over all jobs of a grid, whatever became of some of them.
 
 Writes ``report.json`` (every figure), ``report.html`` (to look at), ``jobs.csv`` and ``frontier.csv`` into the grid's
 folder, each whole or not at all. Nothing here changes a job's own folder, so it may be run while jobs are at work.
@@ -17,13 +17,13 @@ from typing import Any
 from unlearn import console
 from unlearn.atomic import write_json_atomic, write_text_atomic
 from unlearn.errors import UnlearnError
-from unlearn.grid import Grid
-from unlearn.grid_compare import compare
-from unlearn.grid_csv import frontier_csv, jobs_csv
-from unlearn.grid_groups import Family, Group, Pair, ScoreLine, families_of, groups_of
-from unlearn.grid_page import render_grid
-from unlearn.grid_runs import Missing, Run, read_runs
-from unlearn.grid_words import (
+from unlearn.grids.grid import Grid
+from unlearn.grids.compare import compare
+from unlearn.grids.csv import frontier_csv, jobs_csv
+from unlearn.grids.groups import Family, Group, Pair, ScoreLine, families_of, groups_of
+from unlearn.grids.page import render_grid
+from unlearn.grids.runs import Missing, Run, read_runs
+from unlearn.grids.words import (
     DESCRIPTION,
     MEAN_OF_ALL,
     NO_RUN,
@@ -197,7 +197,7 @@ def _score_json(line: ScoreLine) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report of a grid and say in a few lines what it holds."""
     parser = argparse.ArgumentParser(
-        prog="python -m unlearn.grid_report",
+        prog="python -m unlearn.grids.report",
         description="Merge the reports of a grid's jobs: means over seeds, frontiers, Pareto sets, missing jobs.",
         epilog="Exit codes: 0 done, 1 no job has finished yet, 2 a mistake to mend, 130 interrupted.",
     )

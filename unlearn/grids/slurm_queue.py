@@ -38,7 +38,7 @@ Queue = Mapping[tuple[str, int], Entry]
 def ask(names: Sequence[str]) -> Queue | str:
     """What is in the queue under these names, by name and task; or why Slurm cannot be asked.
 
-    By name and not by number: numbers may not be known (:mod:`unlearn.submissions`), and Slurm forgets old ones.
+    By name and not by number: numbers may not be known (:mod:`unlearn.grids.submissions`), and Slurm forgets old ones.
     """
     if not names:
         return {}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from unlearn.errors import GridError
-from unlearn.grid import Axis
+from unlearn.grids.grid import Axis
 from unlearn.yaml_core import YamlSyntaxError, parse_value
 
 _FORM = "write --grid key.path=value,value, for example --grid seed=0,1,2"

@@ -20,8 +20,8 @@ from unlearn.changes import Change, Dense, LowRank
 from unlearn.errors import VectorError
 from unlearn.negate import edited
 from unlearn.rounding import generator_for, round_stochastically
-from unlearn.streamed_layout import Shard
-from unlearn.streamed_names import Target
+from unlearn.streamed.layout import Shard
+from unlearn.streamed.names import Target
 from unlearn.survival import Survival
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

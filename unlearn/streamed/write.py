@@ -19,12 +19,12 @@ from unlearn.atomic import sync
 from unlearn.console import progress, say
 from unlearn.errors import ModelError
 from unlearn.lock import Lock
-from unlearn.streamed_blocks import Editor, Work, parts_equal_whole
-from unlearn.streamed_files import Others, copy_file, new_file, others_of, require_space, written
-from unlearn.streamed_folder import Edit, Finished, Journal, Origin, keep_journal, opened, seal
-from unlearn.streamed_layout import Checkpoint, Shard, read_checkpoint
-from unlearn.streamed_names import targets_of
-from unlearn.streamed_shard import Engine
+from unlearn.streamed.blocks import Editor, Work, parts_equal_whole
+from unlearn.streamed.files import Others, copy_file, new_file, others_of, require_space, written
+from unlearn.streamed.folder import Edit, Finished, Journal, Origin, keep_journal, opened, seal
+from unlearn.streamed.layout import Checkpoint, Shard, read_checkpoint
+from unlearn.streamed.names import targets_of
+from unlearn.streamed.shard import Engine
 from unlearn.survival import Survival, summary_of
 from unlearn.vector import TaskVector
 
@@ -57,7 +57,7 @@ def works_of(checkpoint: Checkpoint, vector: TaskVector) -> dict[str, Work]:
     """Stored name -> what is to be done to it.
 
     Raises:
-        VectorError, ModelError: the vector does not fit, see :func:`unlearn.streamed_names.targets_of`.
+        VectorError, ModelError: the vector does not fit, see :func:`unlearn.streamed.names.targets_of`.
     """
     targets = targets_of(checkpoint, {name: change.shape for name, change in vector.modules.items()})
     return {t.stored.name: Work(t, vector.modules[t.module]) for t in targets}

@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from unlearn.atomic import some
-from unlearn.grid_charts import forest, shown
-from unlearn.grid_groups import Family, Group, Pair, ScoreLine
-from unlearn.grid_numbers import Spread
-from unlearn.grid_runs import Run
-from unlearn.grid_words import Merged, absent, family_label, group_label, share_with_half, with_half
+from unlearn.grids.charts import forest, shown
+from unlearn.grids.groups import Family, Group, Pair, ScoreLine
+from unlearn.grids.numbers import Spread
+from unlearn.grids.runs import Run
+from unlearn.grids.words import Merged, absent, family_label, group_label, share_with_half, with_half
 from unlearn.html_parts import scroll, section
 from unlearn.markup import Child, Raw, el, join
 from unlearn.wording import MISSING, coefficient, counted, number

@@ -17,12 +17,12 @@ import torch
 
 from unlearn.console import progress
 from unlearn.errors import ModelError
-from unlearn.streamed import in_megabytes, one_way, works_of
-from unlearn.streamed_blocks import Block, Editor, Window, Work, blocks_of
-from unlearn.streamed_io import Buffer, Flow, Source
-from unlearn.streamed_layout import BITS, Checkpoint, Stored, read_checkpoint
-from unlearn.streamed_reason import reason
-from unlearn.streamed_shard import WINDOW, Buffers, Engine
+from unlearn.streamed.blocks import Block, Editor, Window, Work, blocks_of
+from unlearn.streamed.io import Buffer, Flow, Source
+from unlearn.streamed.layout import BITS, Checkpoint, Stored, read_checkpoint
+from unlearn.streamed.reason import reason
+from unlearn.streamed.shard import WINDOW, Buffers, Engine
+from unlearn.streamed.write import in_megabytes, one_way, works_of
 from unlearn.vector import TaskVector
 
 _MB = 10**6

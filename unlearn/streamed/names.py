@@ -18,7 +18,7 @@ from torch import nn
 from unlearn.architecture import Architecture, lay_out, model_of
 from unlearn.changes import listed
 from unlearn.errors import ModelError, VectorError
-from unlearn.streamed_layout import Checkpoint, Shard, Stored
+from unlearn.streamed.layout import Checkpoint, Shard, Stored
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unlearn.streamed_blocks import Block, Editor, Work, blocks_of
-from unlearn.streamed_layout import Stored
+from unlearn.streamed.blocks import Block, Editor, Work, blocks_of
+from unlearn.streamed.layout import Stored
 from unlearn.wording import percent
 
 _FEW = 0.001  # share of elements below which damage is likelier than another edit

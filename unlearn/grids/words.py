@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from unlearn.atomic import some
-from unlearn.grid import Grid
-from unlearn.grid_compare import Compared
-from unlearn.grid_groups import Family, Group
-from unlearn.grid_numbers import Spread
-from unlearn.grid_runs import SEED, Missing
+from unlearn.grids.grid import Grid
+from unlearn.grids.compare import Compared
+from unlearn.grids.groups import Family, Group
+from unlearn.grids.numbers import Spread
+from unlearn.grids.runs import SEED, Missing
 from unlearn.wording import MISSING, counted, listing, number, percent
 
 _LABEL = 90  # characters of a setting's name

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from unlearn.axes import Scale, along, place, scale_for
 from unlearn.charts import TOP
 from unlearn.drawing import CROSS, SERIES, axis_title, grid, marker, path, svg
-from unlearn.grid_groups import Family, Group, Pair, Split, Step
-from unlearn.grid_numbers import Spread
-from unlearn.grid_words import group_label, share_with_half, with_half
+from unlearn.grids.groups import Family, Group, Pair, Split, Step
+from unlearn.grids.numbers import Spread
+from unlearn.grids.words import group_label, share_with_half, with_half
 from unlearn.markup import Raw, el
 from unlearn.wording import coefficient, percent
 

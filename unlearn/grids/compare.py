@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from unlearn.atomic import some
-from unlearn.grid import Job
-from unlearn.grid_runs import SEED, Run
+from unlearn.grids.grid import Job
+from unlearn.grids.runs import SEED, Run
 
 _DATA = ("forget", "also_forget", "learn", "analogy", "retain", "utility", "holdout")
 _MODEL = ("model",)

@@ -1,0 +1,1 @@
+"""Checkpoints edited from disk to disk, in the memory of a few blocks."""
