@@ -120,6 +120,7 @@ def test_a_damaged_vector_is_made_again(whole: Path, tmp_path: Path) -> None:
     assert same(copy) == same(whole)
 
 
+@pytest.mark.slow  # tests/faults kills at more places, and faster
 def test_killed_in_every_stage_and_resumed_gives_the_same_report(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     # one request needs no balance, and nothing is compared; those stages are killed in test_compared.py

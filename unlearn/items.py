@@ -227,7 +227,7 @@ def _raw_choices(row: Row, spec: DataSet) -> list[object]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV cell
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"the choices are not a JSON list: {error}") from error
     if not isinstance(value, list | tuple):
         raise ValueError(f"the choices are {shorten(repr(value))}, not a list; name one column each in columns.choices")

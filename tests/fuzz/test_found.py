@@ -129,6 +129,11 @@ def test_states_that_are_none(tmp_path: Path, text: str) -> None:
     assert JobState.load(tmp_path, "j") is None
 
 
+def test_choices_nested_too_deeply_in_a_csv_cell(tmp_path: Path) -> None:
+    """One message, which the target expects; it was a RecursionError."""
+    TARGETS["csv"].read(f'question,answer,choices,n\nq,A,"{"[" * 100_000}",1\n'.encode(), tmp_path)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_true_inputs_are_read(name: str, tmp_path: Path) -> None:
     """A target that refused everything would find nothing."""
