@@ -17,19 +17,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from unlearn import estimate_memory as memory
 from unlearn.assets import recipes_folder
 from unlearn.batches import ByLength, Encoded, Pad
 from unlearn.errors import DataError, ModelError, RecipeError, UnlearnError
-from unlearn.estimate import Estimate, estimate
-from unlearn.estimate_config import KNOWN
-from unlearn.estimate_machine import MACHINES
-from unlearn.estimate_options import add_options, options_of
-from unlearn.estimate_passes import Beside, Pass, Training, training
-from unlearn.estimate_shapes import Shape, lora_parameters, shape_of
-from unlearn.estimate_text import render, size, span
-from unlearn.estimate_tokens import TrainRow, Words, scored_item, train_row
-from unlearn.estimate_work import Bench
+from unlearn.estimates import memory
+from unlearn.estimates.config import KNOWN
+from unlearn.estimates.estimate import Estimate, estimate
+from unlearn.estimates.machine import MACHINES
+from unlearn.estimates.options import add_options, options_of
+from unlearn.estimates.passes import Beside, Pass, Training, training
+from unlearn.estimates.shapes import Shape, lora_parameters, shape_of
+from unlearn.estimates.text import render, size, span
+from unlearn.estimates.tokens import TrainRow, Words, scored_item, train_row
+from unlearn.estimates.work import Bench
 from unlearn.finetune import encode_one
 from unlearn.items import Item
 from unlearn.models import linear_modules, resolve_targets
@@ -432,8 +432,7 @@ def test_what_a_recipe_asks_for_shows_in_its_memory(recipe: Path) -> None:
     assert peak("finetune", "model.dtype=float32")["weights"] == 2 * weights
     packed = peak("finetune", "model.quantize=nf4")["the copy in nf4"]
     assert weights / 4 < packed < weights
-    assert peak("finetune", "teach={}")["the model before the teaching"] == weights
-    assert "the model before the teaching" not in plain
+    assert peak("finetune", "teach={}").keys() == plain.keys()  # the model before the teaching is let go
     teaching = peak("teach", "teach={}")
     assert (teaching["gradients"], teaching["optimiser"]) == (weights, 2 * weights)
     assert "the reference" in peak(
@@ -524,7 +523,7 @@ def test_applying_moves_the_checkpoint_twice(recipe: Path) -> None:
 
 
 def test_pico_s_sizes_are_those_that_are_built(pico_phi: Path, pico_llama: Path, pico_gpt2: Path) -> None:
-    from unlearn.estimate_config import find_config
+    from unlearn.estimates.config import find_config
     from unlearn.recipe import ModelSpec
 
     for name, folder in (("phi", pico_phi), ("llama", pico_llama), ("gpt2", pico_gpt2)):

@@ -40,12 +40,12 @@ LAYERS: dict[str, str] = {
     "pages": "markup axes drawing charts html_parts foresight_page evidence_page html table grids.numbers "
     "grids.runs grids.compare grids.groups grids.words grids.csv grids.charts grids.page_tables "
     "grids.page",
-    "commands": "plan_evidence plan estimate_machine estimate_options estimate_config estimate_shapes estimate_tokens "
-    "estimate_passes estimate_memory estimate_work estimate_run estimate_evidence estimate_stages "
-    "estimate estimate_text stages score_files scored fitted foreseen members compared attacked pipeline "
-    "grids.report execute run grids.slurm_options grids.slurm_queue job grids.slurm_jobs grids.local_jobs "
-    "grids.states grids.status grids.plan grids.submit submit harness vectors apply boards leaderboard "
-    "unlearn",
+    "commands": "plan_evidence plan estimates estimates.machine estimates.options estimates.config estimates.shapes "
+    "estimates.tokens estimates.passes estimates.memory estimates.work estimates.run estimates.evidence "
+    "estimates.stages estimates.estimate estimates.text stages score_files scored fitted foreseen members "
+    "compared attacked pipeline grids.report execute run grids.slurm_options grids.slurm_queue job "
+    "grids.slurm_jobs grids.local_jobs grids.states grids.status grids.plan grids.submit submit harness "
+    "vectors apply boards leaderboard unlearn",
 }
 ORDER = [name if name == "unlearn" else f"unlearn.{name}" for layer in LAYERS.values() for name in layer.split()]
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -20,6 +22,8 @@ from unlearn.redact import one_line
 
 LONGEST_NAME = 200  # characters of a name in a message
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# what says that nothing more can be written, or not so much in one file, or that the disk is not there any more
+_UNWRITABLE = _FULL | {errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems, for folders
 
 
@@ -64,19 +68,52 @@ def explained(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in _FULL:
-            raise RunFolderError(full_message(place)) from e
-        where = e.filename if isinstance(e.filename, str) and e.filename else place
-        raise RunFolderError(
-            f"{where}: {e.strerror or e}. The run's folder must be writable: choose another one with --out"
-        ) from e
+        raise refused(e, place) from e
+
+
+def refused(error: OSError, place: Path) -> RunFolderError:
+    """The message for what the file system said about a place of the run."""
+    if error.errno in _FULL:
+        return RunFolderError(full_message(place))
+    where = error.filename if isinstance(error.filename, str) and error.filename else place
+    return RunFolderError(
+        f"{where}: {error.strerror or error}. The run's folder must be writable: choose another one with --out"
+    )
 
 
 def no_space(error: BaseException) -> bool:
     """Libraries that write files often raise errors of their own when the disk is full."""
+    return _number(error) in _FULL
+
+
+def unwritable(error: BaseException | None, folder: Path | None = None) -> OSError | None:
+    """What the file system said, where that is behind an error that some library raised in words of its own.
+
+    Args:
+        error: As it was caught; what it came from counts, too.
+        folder: Where a file is tried in the end: of a full disk torch says no more than ``unexpected pos 64 vs 0``.
+    """
+    while error is not None:
+        number = _number(error)
+        if number is not None and number in _UNWRITABLE:
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    try:
+        if folder is not None:
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(2**16))
+    except OSError as e:
+        return e
+    return None
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number for what went wrong, from an error's attribute or its text."""
     if isinstance(error, OSError):
-        return error.errno in _FULL
-    return "No space left on device" in str(error) or "os error 28" in str(error)
+        return error.errno
+    text = str(error)
+    found = re.search(r"\bos error (\d+)\b", text)  # what is written in Rust says it so
+    return int(found[1]) if found else next((n for n in sorted(_UNWRITABLE) if os.strerror(n) in text), None)
 
 
 def full_message(place: Path) -> str:

@@ -102,6 +102,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
     base = pipe.load()
     sets = pipe.data(base.tokenizer)
     target = pipe.teach(base, sets)
+    del base  # after a teaching nothing needs it any more, and it is as large as the target
     vectors = pipe.vectors(target, sets)
     weights = pipe.balance(target, sets, vectors.parts)
     edit = pipe.edit(vectors, weights)

@@ -7,7 +7,6 @@ answer at once.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import signal
 import sys
@@ -16,8 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from unlearn import console, estimate_options, launch
+from unlearn import console, launch
+from unlearn.atomic import unwritable
 from unlearn.errors import RecipeError, UnlearnError
+from unlearn.estimates import options as estimate_options
 
 if TYPE_CHECKING:
     from unlearn.recipe import Recipe
@@ -83,9 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as e:
-        if not _no_space(e):
+        said = unwritable(e)
+        if said is None:
             raise
-        console.say(f"error: no space left on the disk ({e}): free some, or choose another --out", style="red")
+        console.say(f"error: {said.strerror} ({e}): make room, or choose a disk that can be written", style="red")
         return EXIT_MISTAKE
 
 
@@ -102,8 +104,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if not arguments.recipe:
         raise UnlearnError("which recipe? Give --recipe FILE, or --list to see those that come with the program")
     if arguments.estimate:
-        from unlearn.estimate import estimate
-        from unlearn.estimate_text import render
+        from unlearn.estimates.estimate import estimate
+        from unlearn.estimates.text import render
 
         loaded = recipe_io.load_recipe(arguments.recipe, arguments.set)
         print(render(estimate(loaded, estimate_options.options_of(arguments))))
@@ -148,15 +150,6 @@ def _parser() -> argparse.ArgumentParser:
 def _stop(number: int, frame: Any) -> None:
     """SIGTERM (a batch system's time limit) is taken like Ctrl-C: locks and temporary folders are cleaned up."""
     raise KeyboardInterrupt
-
-
-def _no_space(error: BaseException | None) -> bool:
-    """A full disk, however deep in the chain; safetensors and torch hide the number in their text."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class _CallableModule(ModuleType):

@@ -21,16 +21,16 @@ from typing import Literal, Self
 from unlearn.atomic import (
     explained,
     fingerprint,
-    full_message,
-    no_space,
+    refused,
     some,
     sync,
     unique,
+    unwritable,
     write_json_atomic,
     write_text_atomic,
 )
 from unlearn.console import is_main_process, say
-from unlearn.errors import RunFolderError
+from unlearn.errors import RunFolderError, UnlearnError
 from unlearn.lock import Lock
 from unlearn.ownership import (
     LOCK,
@@ -175,8 +175,8 @@ class RunFolder:
         except BaseException as e:
             if isinstance(e, Exception):
                 self.check()  # who takes the folder over removes what is half written in it, and that is then the cause
-            if no_space(e) and not isinstance(e, RunFolderError):
-                raise RunFolderError(full_message(place)) from e
+                if not isinstance(e, UnlearnError) and (said := unwritable(e, self.root)) is not None:
+                    raise refused(said, place) from e
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -19,10 +19,10 @@ from typing import Any
 
 from stage_watch import watch
 
-from unlearn.estimate import Estimate, estimate
-from unlearn.estimate_machine import MACHINES
-from unlearn.estimate_options import Options
-from unlearn.estimate_text import size, span
+from unlearn.estimates.estimate import Estimate, estimate
+from unlearn.estimates.machine import MACHINES
+from unlearn.estimates.options import Options
+from unlearn.estimates.text import size, span
 from unlearn.recipe_io import load_recipe
 
 HERE = Path(__file__).parent

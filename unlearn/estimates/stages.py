@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from unlearn import estimate_memory as memory
-from unlearn.estimate_evidence import evidence
-from unlearn.estimate_passes import training
-from unlearn.estimate_run import AGAIN, ITEM_BYTES, Run, StageEstimate
-from unlearn.estimate_work import Work, total
+from unlearn.estimates import memory
+from unlearn.estimates.evidence import evidence
+from unlearn.estimates.passes import training
+from unlearn.estimates.run import AGAIN, ITEM_BYTES, Run, StageEstimate
+from unlearn.estimates.work import Work, total
 from unlearn.recipe import LoraSpec, SetRole, TrainSpec
 from unlearn.recipe_vector import BASELINES, NEED_RETAIN_VECTOR, ConsensusSpec, LearnedSpec, PertaSpec
 

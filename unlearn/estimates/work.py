@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from unlearn.estimate_machine import Machine
-from unlearn.estimate_memory import per_layer
-from unlearn.estimate_passes import Training
-from unlearn.estimate_shapes import Linear, Shape, lora_parameters
-from unlearn.estimate_tokens import ScoredItem
+from unlearn.estimates.machine import Machine
+from unlearn.estimates.memory import per_layer
+from unlearn.estimates.passes import Training
+from unlearn.estimates.shapes import Linear, Shape, lora_parameters
+from unlearn.estimates.tokens import ScoredItem
 
 _GPU_PASS, _CPU_PASS = 16384, 1024  # tokens of a scoring pass where there are so many
 _SIDE = 8  # bytes moved per number that acts beside a 16-bit weight: read and written in float32

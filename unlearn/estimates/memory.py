@@ -2,7 +2,7 @@
 
 Weights: one number per parameter. A LoRA's parameters are float32 whatever the model's format (peft), with a gradient
 and AdamW's two moments: 16 bytes each. Activations are what autograd keeps for the way back, array by array
-(:class:`unlearn.estimate_shapes.Kept`; Korthikanti et al. 2205.05198 count the same way, with all weights trained and
+(:class:`unlearn.estimates.shapes.Kept`; Korthikanti et al. 2205.05198 count the same way, with all weights trained and
 other attention); with gradient checkpointing one array per layer (Chen et al. 1604.06174) and one layer's arrays.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from unlearn.estimate_passes import Pass
-from unlearn.estimate_shapes import Linear, Shape, lora_parameters
+from unlearn.estimates.passes import Pass
+from unlearn.estimates.shapes import Linear, Shape, lora_parameters
 
 LORA_BYTES = 16  # float32: weight 4, gradient 4, AdamW's moments 8 (1711.05101)
 _HEAP = 0.5  # of a batch's arrays: what malloc keeps between arrays of changing size; measured over 40 steps

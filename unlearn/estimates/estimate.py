@@ -1,8 +1,8 @@
 """``--estimate``: memory, disk and time of every stage of a recipe, on paper. Nothing is run, fetched or built.
 
-The model is in the modules beside this one: sizes (:mod:`unlearn.estimate_shapes`), tokens
-(:mod:`unlearn.estimate_tokens`), bytes (:mod:`unlearn.estimate_memory`), operations and seconds
-(:mod:`unlearn.estimate_work`), and the stages (:mod:`unlearn.estimate_stages`).
+The model is in the modules beside this one: sizes (:mod:`unlearn.estimates.shapes`), tokens
+(:mod:`unlearn.estimates.tokens`), bytes (:mod:`unlearn.estimates.memory`), operations and seconds
+(:mod:`unlearn.estimates.work`), and the stages (:mod:`unlearn.estimates.stages`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from unlearn.estimate_config import Found, find_config
-from unlearn.estimate_options import Options
-from unlearn.estimate_run import Run, StageEstimate
-from unlearn.estimate_shapes import lora_parameters, shape_of
-from unlearn.estimate_stages import stages
-from unlearn.estimate_tokens import count_sets
+from unlearn.estimates.config import Found, find_config
+from unlearn.estimates.options import Options
+from unlearn.estimates.run import Run, StageEstimate
+from unlearn.estimates.shapes import lora_parameters, shape_of
+from unlearn.estimates.stages import stages
+from unlearn.estimates.tokens import count_sets
 from unlearn.recipe_io import LoadedRecipe
 
 SHARE = 0.9  # of a device's memory that may be planned for; the rest goes to what lies between the arrays

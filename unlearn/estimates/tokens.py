@@ -13,7 +13,7 @@ from typing import Any
 
 from unlearn.data import LoadedSet, load_sets
 from unlearn.errors import DataError
-from unlearn.estimate_options import Declared
+from unlearn.estimates.options import Declared
 from unlearn.items import CHARACTERS_PER_TOKEN, Item
 from unlearn.plan import local_part, on_hub
 from unlearn.recipe import SPLITS, DataSet, Kind, Recipe, SetRole, Source, Split

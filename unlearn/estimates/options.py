@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from unlearn.errors import RecipeError
-from unlearn.estimate_machine import MACHINES, Machine
+from unlearn.estimates.machine import MACHINES, Machine
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from unlearn import estimate_memory as memory
-from unlearn.estimate import SHARE, Estimate
-from unlearn.estimate_run import StageEstimate
+from unlearn.estimates import memory
+from unlearn.estimates.estimate import SHARE, Estimate
+from unlearn.estimates.run import StageEstimate
 from unlearn.redact import shown
 
 _MARGIN, _WIDTH = 13, 110
@@ -120,8 +120,6 @@ def _remedies(found: Estimate) -> Iterator[str]:
             f"in NF4 the weights are {size(small)}; model.quantize trains on such a copy, but keeps the weights in "
             "full beside it for the edit, so that it needs more and not less"
         )
-    if "the model before the teaching" in trained.held:
-        yield "teach in a run of its own and set model.path to its target/: the model before it is then not kept"
 
 
 def _applying(found: Estimate) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from unlearn import estimate_memory as memory
-from unlearn.estimate_machine import Machine
-from unlearn.estimate_passes import Beside, Training, training
-from unlearn.estimate_shapes import Linear, Shape, lora_parameters
-from unlearn.estimate_tokens import ScoredItem, SetTokens, TrainRow
-from unlearn.estimate_work import Bench, Work
+from unlearn.estimates import memory
+from unlearn.estimates.machine import Machine
+from unlearn.estimates.passes import Beside, Training, training
+from unlearn.estimates.shapes import Linear, Shape, lora_parameters
+from unlearn.estimates.tokens import ScoredItem, SetTokens, TrainRow
+from unlearn.estimates.work import Bench, Work
 from unlearn.recipe import LoraSpec, Recipe, SetRole, Split, TrainSpec
 
 # Bytes that a scored item takes in lm-eval's sample files and ours, per coefficient
@@ -100,11 +100,8 @@ class Run:
 
     def resident(self, stage: str) -> dict[str, int]:
         """What is there whatever the stage computes: libraries, and models that are kept."""
-        recipe = self.recipe
         found = {"libraries" if self.machine.kind == "cpu" else "device's own": self.machine.runtime}
         found["weights"] = self.weights
-        if recipe.teach is not None and stage not in ("load", "data", "teach"):
-            found["the model before the teaching"] = self.weights
         late = ("reference", "benchmark", "membership", "robustness", "export")
         if stage in late and self.has_reference:
             found["the reference"] = self.weights

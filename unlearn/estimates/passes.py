@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from unlearn.estimate_tokens import TrainRow, cut_rows
+from unlearn.estimates.tokens import TrainRow, cut_rows
 from unlearn.recipe import TrainSpec
 
 _MOST = 400  # steps that are laid out; of a longer training the rest is like them

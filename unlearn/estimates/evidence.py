@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from unlearn import estimate_memory as memory
-from unlearn.estimate_passes import training
-from unlearn.estimate_run import AGAIN, ITEM_BYTES, Run, StageEstimate
-from unlearn.estimate_tokens import ScoredItem
-from unlearn.estimate_work import Work, total
+from unlearn.estimates import memory
+from unlearn.estimates.passes import training
+from unlearn.estimates.run import AGAIN, ITEM_BYTES, Run, StageEstimate
+from unlearn.estimates.tokens import ScoredItem
+from unlearn.estimates.work import Work, total
 from unlearn.recipe import TrainSpec
 
 # Of a benchmark: items of its sets, mean tokens of prompt and answer, answers scored per item, tokens written.

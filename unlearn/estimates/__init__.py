@@ -1,0 +1,1 @@
+"""What a recipe will take, on paper: memory, disk and time."""
