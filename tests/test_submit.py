@@ -285,7 +285,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_two_submits_at_the_same_moment_hand_each_job_over_once(tmp_path: Path) -> None:
     root = tmp_path / "grid"
     code = (
-        "from pathlib import Path; from unlearn import grid_submit; from unlearn.grids.plan import plan_grid;"
+        "from pathlib import Path; from unlearn.grids import submit as grid_submit; "
+        "from unlearn.grids.plan import plan_grid;"
         f"grid = plan_grid([{PICO!r}], ['seed=0,1,2']); print('ready', flush=True); input();"
         f"runner = grid_submit.submit(Path({str(root)!r}), grid, True);"
         "print(None if runner is None else runner.submission.jobs, flush=True); input()"
@@ -315,7 +316,7 @@ def test_who_holds_the_grid_for_long_is_named(tmp_path: Path) -> None:
     make(tmp_path, 1)
     with alone(tmp_path):
         code = (
-            "from pathlib import Path; from unlearn import submissions; submissions._WAIT = 0.1;"
+            "from pathlib import Path; from unlearn.grids import submissions; submissions._WAIT = 0.1;"
             f"submissions.alone(Path({str(tmp_path)!r})).__enter__()"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -28,14 +28,19 @@ def seal(checkpoint: Path, processes: int) -> None:
     write_json_atomic(checkpoint / WHOLE, {"processes": processes, "files": files})
 
 
+def keep_newest(work: Path, count: int = 2) -> None:
+    """Remove all checkpoints but those of the highest numbers; by times of files a clock that jumped would decide."""
+    for old in _by_number(work)[count:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def last_checkpoint(work: Path, processes: int = 1) -> str | None:
     """The newest checkpoint that was written to its end and is as it was written, or None.
 
     One that was cut off, is damaged, or was written by another number of processes is removed, so that it stands in
     nobody's way again; of all but the first, which is what every kill leaves, a line says so.
     """
-    numbers = {p: p.name.rpartition("-")[2] for p in work.glob("checkpoint-*") if p.is_dir()}
-    for checkpoint in sorted((p for p, n in numbers.items() if n.isdecimal()), key=lambda p: -int(numbers[p])):
+    for checkpoint in _by_number(work):
         trouble = _trouble(checkpoint, processes)
         if trouble is None:
             return str(checkpoint)
@@ -48,6 +53,12 @@ def last_checkpoint(work: Path, processes: int = 1) -> str | None:
 def step_of(checkpoint: str) -> int:
     """After which step a checkpoint was written."""
     return int(checkpoint.rpartition("-")[2])
+
+
+def _by_number(work: Path) -> list[Path]:
+    """All checkpoints, the newest first."""
+    numbers = {p: p.name.rpartition("-")[2] for p in work.glob("checkpoint-*") if p.is_dir()}
+    return sorted((p for p, n in numbers.items() if n.isdecimal()), key=lambda p: -int(numbers[p]))
 
 
 def _trouble(checkpoint: Path, processes: int) -> str | None:

@@ -275,3 +275,4 @@ class _Watch(TrainerCallback):
         collective.wait()  # every process has written its part
         if state.is_world_process_zero:
             checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", collective.count())
+            checkpoints.keep_newest(Path(args.output_dir))

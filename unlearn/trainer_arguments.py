@@ -31,7 +31,7 @@ def arguments(model: nn.Module, spec: TrainSpec, total: int, seed: int, work: Pa
         warmup_steps=math.ceil(spec.warmup * total),
         save_strategy="steps",
         save_steps=spec.save_every or max(1, math.ceil(total / 4)),
-        save_total_limit=2,
+        save_total_limit=None,  # checkpoints.keep_newest removes them: by number, not as here by the times of files
         logging_steps=1,
         logging_nan_inf_filter=False,  # a non-finite loss must be seen, not averaged away
         report_to=list(spec.report_to) or "none",

@@ -177,7 +177,7 @@ def is_one_message(ended: Ended) -> bool:
     said = ended.err + ended.out
     if "Traceback" in said or "Exception ignored" in said:
         return False
-    return (ended.code == 2 and ended.err.count("error:") == 1) or (ended.code == 130 and "error:" not in ended.err)
+    return len(re.findall(r"^error: ", ended.err, re.MULTILINE)) == {2: 1, 130: 0}.get(ended.code)
 
 
 def facts(run: Path) -> Mapping[str, Any]:

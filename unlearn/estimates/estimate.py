@@ -25,7 +25,7 @@ _SPARE = 300 * 10**6  # what editing a checkpoint may hold besides
 
 @dataclass(frozen=True, slots=True)
 class Applying:
-    """Editing the checkpoint on the disk: bytes read and written, seconds, bytes of memory."""
+    """Editing the checkpoint on the disk: bytes read and written, seconds, bytes of memory at most."""
 
     moved: int
     seconds: float

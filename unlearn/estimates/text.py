@@ -126,7 +126,7 @@ def _applying(found: Estimate) -> str:
     one = found.applying
     return (
         f"unlearn.apply reads and writes {size(one.moved)} in {span(one.seconds)} at "
-        f"{size(found.options.machine.disk)}/s and holds {size(one.held)} (shards of 5 GB), without a GPU"
+        f"{size(found.options.machine.disk)}/s and holds at most {size(one.held)} (shards of 5 GB), without a GPU"
     )
 
 
