@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         roots: Folders whose operations count.
-        log: File to which every operation is appended as it comes, as a line.
+        log: File in which every operation is a line, as it comes.
         at: The number of the operation, from 1; of those that match, where ``match`` is given. None: only count.
         match: Regular expression that an operation's line must contain.
         action: ``KILL``, ``TERM`` or another signal; ``clock:S`` moves the wall clock by S seconds; ``gone:PATH``
@@ -61,7 +61,7 @@ class Injector:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._roots = tuple(str(Path(root).resolve()) + os.sep for root in plan.roots)
-        self._log = os.open(plan.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._log = os.open(plan.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         self._here = f"{Path.cwd()}{os.sep}"
         self._found, self._busy = 0, False
         self._last: str | None = None
