@@ -1,0 +1,1 @@
+"""Grids of jobs: planned, submitted, looked after and reported."""
