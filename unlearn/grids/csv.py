@@ -12,8 +12,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from unlearn.grids.grid import Grid, Job
 from unlearn.grids.compare import Compared
+from unlearn.grids.grid import Grid, Job
 from unlearn.grids.runs import Missing, Run
 from unlearn.markup import clean
 from unlearn.metrics import Key

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from unlearn.grids.grid import Grid, Job
 from unlearn.grids.compare import QUESTION, Compared, about, settings_of
+from unlearn.grids.grid import Grid, Job
 from unlearn.grids.numbers import Spread, common_seeds, pareto
 from unlearn.grids.runs import SEED, Missing, Run, Yardstick
 from unlearn.metrics import Key

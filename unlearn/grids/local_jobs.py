@@ -21,8 +21,8 @@ from unlearn.atomic import explained
 from unlearn.console import live_line, say
 from unlearn.grids.grid import Grid, Job, Preparation, log_file
 from unlearn.grids.job_state import JobState
-from unlearn.recipe_cluster import ClusterSpec
 from unlearn.grids.submissions import Submission, alone, now, put
+from unlearn.recipe_cluster import ClusterSpec
 from unlearn.wording import duration
 
 _TICK = 0.05  # seconds between looks at the children

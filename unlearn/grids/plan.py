@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from unlearn.atomic import fingerprint
 from unlearn.errors import GridError, RecipeError, UnlearnError
-from unlearn.grids.grid import Axis, FrozenRecipe, Grid, Job, Preparation
 from unlearn.grids.axes import file_name, read_axes, short_keys, short_value
+from unlearn.grids.grid import Axis, FrozenRecipe, Grid, Job, Preparation
 from unlearn.overrides import Overrides
 from unlearn.plan import plan
 from unlearn.recipe_cluster import ClusterSpec

@@ -17,9 +17,9 @@ from typing import Any
 from unlearn import console
 from unlearn.atomic import write_json_atomic, write_text_atomic
 from unlearn.errors import UnlearnError
-from unlearn.grids.grid import Grid
 from unlearn.grids.compare import compare
 from unlearn.grids.csv import frontier_csv, jobs_csv
+from unlearn.grids.grid import Grid
 from unlearn.grids.groups import Family, Group, Pair, ScoreLine, families_of, groups_of
 from unlearn.grids.page import render_grid
 from unlearn.grids.runs import Missing, Run, read_runs

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from unlearn.errors import GridError
 from unlearn.grids.grid import Grid, Job, job_folder
 from unlearn.grids.job_state import JobState, state_file
 from unlearn.metrics import METRICS, Key, is_perplexity

@@ -28,8 +28,8 @@ from unlearn import job
 from unlearn.errors import GridError
 from unlearn.grids.grid import Grid, log_file
 from unlearn.grids.job_state import JobState
-from unlearn.recipe_cluster import ClusterSpec
 from unlearn.grids.slurm_options import parameters
+from unlearn.recipe_cluster import ClusterSpec
 
 FOLDER = ".submitit"
 MOST_TASKS = 1000  # in one array; Slurm's own limit, MaxArraySize, is 1001 unless somebody raised it

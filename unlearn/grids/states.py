@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from unlearn.grids.grid import Grid, Job, Preparation, job_folder
-from unlearn.job import claim_file
 from unlearn.grids.job_state import JobState
-from unlearn.lock import Lock
 from unlearn.grids.slurm_queue import NEVER, Entry, ask
 from unlearn.grids.submissions import Submission, read
+from unlearn.job import claim_file
+from unlearn.lock import Lock
 
 Standing = Literal["done", "running", "queued", "requeued", "stopped", "failed", "lost", "blocked", "waiting"]
 STANDINGS: tuple[Standing, ...] = (

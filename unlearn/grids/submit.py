@@ -8,18 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unlearn.grids import slurm_jobs
-from unlearn.grids import slurm_queue
 from unlearn.console import say
 from unlearn.errors import GridError
+from unlearn.grids import slurm_jobs, slurm_queue
 from unlearn.grids.grid import GRID_FILE, Grid
+from unlearn.grids.local_jobs import LocalRunner
 from unlearn.grids.plan import cluster_of, identity, recluster
 from unlearn.grids.states import ACTIVE, Overview, overview
 from unlearn.grids.status import totals
-from unlearn.holder import Holder
-from unlearn.grids.local_jobs import LocalRunner
-from unlearn.recipe_cluster import ClusterSpec
 from unlearn.grids.submissions import LOCK, Submission, alone, now, put
+from unlearn.holder import Holder
+from unlearn.recipe_cluster import ClusterSpec
 
 AGAIN: Mapping[str, frozenset[str]] = {
     "failed": frozenset({"failed", "lost", "blocked"}),

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from unlearn.atomic import some
-from unlearn.grids.grid import Grid
 from unlearn.grids.compare import Compared
+from unlearn.grids.grid import Grid
 from unlearn.grids.groups import Family, Group
 from unlearn.grids.numbers import Spread
 from unlearn.grids.runs import SEED, Missing
