@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from compared_arena import write_data, write_recipe
 from fault_server import Ended, Job, Server
 from inject import Plan
@@ -42,8 +43,10 @@ SMALL: dict[str, Any] = {
 }
 
 _WHO = ("target", "edited", "reference")
-# What each stage of this run keeps, below the run's folder; "report" is what comes after the last stage.
+# What each stage of this run keeps, below the run's folder; "folder" is what comes before the first stage and at the
+# end (the lock, the recipe), "report" what comes after the last.
 STAGES: dict[str, tuple[str, ...]] = {
+    "folder": (),
     "load": (),
     "data": ("items",),
     "teach": ("target",),
@@ -105,6 +108,11 @@ class Place:
     def operations(self) -> list[str]:
         """The operations of the last run with a plan, each as ``kind path``."""
         return (self.root / "operations").read_text().splitlines()
+
+    def struck(self) -> str:
+        """The operation of the last run at which what was planned happened."""
+        lines = self.operations()
+        return lines[next(n for n, line in enumerate(lines) if line.startswith("=> ")) - 1]
 
     def without(self, *stages: str) -> Place:
         """Remove stages (``load``: the cache) and the report, as a kill before them would have left it."""
@@ -266,10 +274,18 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def some(*values: Any, slow: Sequence[Any]) -> list[Any]:
+    """Parameters of a test, of which CI takes the first and the slow suite all."""
+    marked = [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in slow]
+    return [*values, *marked]
+
+
 def of_stage(stage: str) -> str:
     """A regular expression that the operations of one stage have, and no others."""
     if stage == "load":
         return r"[ /]cache(/|$)"
+    if stage == "folder":
+        return r"[ /]run/\.?(unlearn-lock|resolved|recipe)"
     if stage == "report":
         return r"[ /]run/\.?(report|provenance)"
     flat = "|".join(re.escape(kept.replace("/", "+")) for kept in STAGES[stage])

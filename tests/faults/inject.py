@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_RANDOM = re.compile(r"\d+-[0-9a-f]{8}|(?<=part-)[a-z0-9_]{8}|\d{4}-\d\d-\d\dT[\d.-]+|(?<=@)[0-9a-f]{16}")
+_RANDOM = re.compile(r"\d+-[0-9a-f]{8}|[0-9a-f]{32}|(?<=part-)[a-z0-9_]{8}|\d{4}-\d\d-\d\dT[\d.-]+|(?<=@)[0-9a-f]{16}")
 _CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"})
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 

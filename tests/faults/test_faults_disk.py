@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fault_arena import MESSAGE, SAME, THEN_SAME, WRONG, Bench, Ledger, Place, facts, of_stage
+from fault_arena import MESSAGE, SAME, THEN_SAME, WRONG, Bench, Ledger, Place, facts, of_stage, some
 
 _PAGE = 4096
 
@@ -86,7 +86,7 @@ def on_disk(bench: Bench, root: Path, disk: Disks, *without: str) -> tuple[Place
 # --- full --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["data", "teach", "sweep", "export", "report"])
+@pytest.mark.parametrize("stage", some("data", "sweep", "report", slow=("teach", "reference", "robustness", "export")))
 def test_the_disk_fills_up_in_a_stage(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
     there.leave(8)
@@ -158,7 +158,7 @@ def test_an_unfinished_run_on_a_read_only_disk(bench: Bench, ledger: Ledger, dis
     assert ledger.note("read-only output", "unfinished run", bench.again(place, fault)) == THEN_SAME
 
 
-@pytest.mark.parametrize("stage", ["data", "teach", "finetune", "test", "robustness", "export", "report"])
+@pytest.mark.parametrize("stage", some("data", "test", "report", slow=("teach", "finetune", "robustness", "export")))
 def test_read_only_midway(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
     plan = place.plan(1, match=of_stage(stage), action=f"mount -o remount,ro {there.place}")
@@ -183,8 +183,11 @@ _WRITERS = {
 }
 
 
-@pytest.mark.parametrize("writer", _WRITERS)
-@pytest.mark.parametrize("how", ["full", "read-only"])
+_CASES = [(how, writer) for writer in _WRITERS for how in ("full", "read-only")]
+
+
+# each writer once: by turns on a full disk and on one that is read-only by then; the slow suite has the others
+@pytest.mark.parametrize(("how", "writer"), some(*_CASES[0::4], *_CASES[3::4], slow=(*_CASES[1::4], *_CASES[2::4])))
 def test_what_a_writer_says(how: str, writer: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
     stage, match = _WRITERS[writer]
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
@@ -221,10 +224,8 @@ def test_a_read_only_cache_that_is_empty(bench: Bench, ledger: Ledger, disk: Dis
 
 # --- vanished ----------------------------------------------------------------------------------------------------
 
-_MOMENTS = ("load", "data", "teach", "reference", "robustness", "export")
 
-
-@pytest.mark.parametrize("stage", _MOMENTS)
+@pytest.mark.parametrize("stage", some("load", "data", "reference", slow=("teach", "robustness", "export")))
 def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
     place = bench.cold(tmp_path / "place")
     there = disk(place.cache)
@@ -240,7 +241,7 @@ def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, ledger: Ledger, dis
     assert ledger.note("cache's disk vanishes", stage, bench.again(place, fault)) in (SAME, THEN_SAME)
 
 
-@pytest.mark.parametrize("stage", _MOMENTS[1:4])
+@pytest.mark.parametrize("stage", some("teach", slow=("data", "reference")))
 def test_the_cache_is_removed(stage: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without(stage)
     fault = bench.run(place, plan=place.plan(1, match=of_stage(stage), action=f"gone:{place.cache}"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fault_arena import MESSAGE, SAME, WRONG, Bench, Ledger, broken, digest, of_stage
+from fault_arena import MESSAGE, SAME, WRONG, Bench, Ledger, broken, digest, of_stage, some
 
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_in_one_folder(count: int, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
-    place = bench.cold(tmp_path / "place")
+    place = bench.copy(tmp_path / "place").without("teach", "sweep")
     found = bench.server.run(*[place.job() for _ in range(count)])
     outcomes = [bench.verdict(place, ended) for ended in found]
     for number, outcome in enumerate(outcomes):
@@ -26,12 +26,8 @@ def test_in_one_folder(count: int, bench: Bench, ledger: Ledger, tmp_path: Path)
 @pytest.mark.parametrize("count", [2, 8])
 def test_in_folders_of_their_own_with_one_cold_cache(count: int, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
-    # two from nothing; of eight only the cache is cold, and what it is asked for is the model of the training
-    make = bench.cold if count == 2 else bench.copy
-    places = [make(tmp_path / str(number)) for number in range(count)]
-    if count > 2:
-        for place in places:
-            place.without("report" if place is not places[0] else "teach")
+    places = [bench.copy(tmp_path / str(number)).without("report") for number in range(count)]
+    places[0].without("teach")
     found = bench.server.run(*[place.job(cache=cache) for place in places])
     for place, ended in zip(places, found, strict=True):
         outcome = bench.verdict(place, ended)
@@ -42,7 +38,7 @@ def test_in_folders_of_their_own_with_one_cold_cache(count: int, bench: Bench, l
     assert [p.name for p in Path(cache).glob(".part-*")] == []
 
 
-@pytest.mark.parametrize("at", [4, 9, 14])
+@pytest.mark.parametrize("at", some(9, slow=[4, 14, 19]))
 def test_one_dies_while_it_fills_the_cache_that_others_wait_for(
     at: int, bench: Bench, ledger: Ledger, tmp_path: Path
 ) -> None:
