@@ -46,7 +46,7 @@ def test_values_that_the_environment_calls_secret(name: str) -> None:
     ("name", "value"),
     [
         ("TOKENIZERS_PARALLELISM", "falsefalse"),
-        ("HF_TOKEN_PATH", "/home/me/token"),
+        ("HF_TOKEN_PATH", "/run/token"),
         ("HF_TOKEN", "short"),
         ("PATH", "/usr/bin:/bin"),
         ("AWS_ACCESS_KEY_ID", "not-a-secret-by-itself"),
