@@ -57,7 +57,7 @@ KINDS = {
     "scores": ("run/**/scores.json", "run/**/values.json", "run/**/completions.json"),
     "samples": ("run/**/samples_*.jsonl", "run/**/results_*.json"),
     "adapter": ("run/export/adapter/*",),
-    "merged weights": ("run/export/merged/*.safetensors", "run/export/merged/*.json"),
+    "merged weights": ("run/export/merged/*",),
     "report": ("run/report.json",),
     "page": ("run/report.html",),
     "provenance": ("run/provenance.json",),

@@ -55,7 +55,9 @@ def until(ready: Callable[[], Any], what: str, submitted: Submitted) -> Any:
     end = time.monotonic() + _PATIENCE
     while not (found := ready()):
         if time.monotonic() > end:
-            logs = "\n".join(p.read_text(errors="replace")[-1500:] for p in submitted.root.rglob("*.log"))
+            files = [p for kind in ("*.log", "*.err", "*.out") for p in submitted.root.rglob(kind)]
+            files += [submitted.node.root / name for name in ("slurmctld.log", "slurmd.log")]
+            logs = "\n".join(f"--- {p}\n{p.read_text(errors='replace')[-3000:]}" for p in files if p.is_file())
             pytest.fail(f"{what} did not happen:\n{submitted.node.run('squeue')}\n{logs}")
         time.sleep(0.1)
     return found
@@ -172,8 +174,13 @@ def _waits(node: OneNode, task: str) -> bool:
 
 
 def _start(node: OneNode, task: str) -> None:
-    """Slurm leaves a requeued job alone for two minutes, for the sake of broken nodes; here nobody has to wait."""
+    """Slurm leaves a requeued job alone for two minutes, for the sake of broken nodes; here nobody has to wait.
+
+    But for the credential of the attempt before, which the node has revoked up to the second it was told so: what
+    begins in that very second is refused, and the job is gone.
+    """
     if _waits(node, task):
+        time.sleep(3)
         change = ["scontrol", "update", f"JobId={task}", "StartTime=now"]
         subprocess.run(change, env=node.environment, capture_output=True, timeout=60)
         time.sleep(1)
