@@ -258,6 +258,13 @@ def test_padding_has_no_part_in_it(phi: Loaded, tmp_path: Path) -> None:
     assert log.losses[0] == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), (1, 1.0), (2, 1.0)])
+def test_the_warmup_leaves_a_step_that_moves(phi: Loaded, tmp_path: Path, steps: int, warmup: float) -> None:
+    rows = encode([item("A", "dog")], "qa", phi.tokenizer, 64)
+    vector, _ = train(phi, tmp_path, train_spec(steps=steps, warmup=warmup), rows=rows)
+    assert vector.norm() > 0
+
+
 def test_accumulated_batches_are_one_batch(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
     one, log_one = train(loaded(pico_phi), tmp_path / "1", train_spec(steps=3, batch_size=6))
     two, log_two = train(loaded(pico_phi), tmp_path / "2", train_spec(steps=3, batch_size=2, accumulation=3))

@@ -43,7 +43,7 @@ LAYERS: dict[str, str] = {
     "commands": "plan_evidence plan estimates estimates.machine estimates.options estimates.config estimates.shapes "
     "estimates.tokens estimates.passes estimates.memory estimates.work estimates.run estimates.evidence "
     "estimates.stages estimates.estimate estimates.text stages score_files scored fitted foreseen members "
-    "compared attacked pipeline grids.report execute run grids.slurm_options grids.slurm_queue job "
+    "compared attacked pipeline grids.report execute run grids.slurm_options grids.slurm_queue grids.devices job "
     "grids.slurm_jobs grids.local_jobs grids.states grids.status grids.plan grids.submit submit harness "
     "vectors apply boards leaderboard unlearn",
 }

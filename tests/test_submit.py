@@ -21,9 +21,10 @@ from test_grid_status import make, report, say
 from unlearn import run
 from unlearn.errors import GridError
 from unlearn.grids import submit as grid_submit
+from unlearn.grids.devices import Gpus
 from unlearn.grids.grid import Grid, job_folder, log_file
 from unlearn.grids.job_state import JobState
-from unlearn.grids.local_jobs import LocalRunner
+from unlearn.grids.local_jobs import LocalRunner, at_a_time
 from unlearn.grids.plan import plan_grid
 from unlearn.grids.slurm_jobs import JobCommand
 from unlearn.grids.slurm_options import megabytes, minutes, parameters, resources
@@ -103,7 +104,8 @@ def story(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Stor
         runner.terminate()
         tale.keep("stopped", *ended(runner))
 
-        runner = submit(*local, "--set", "cluster.parallelism=2")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-6b1f,-1,9")
+        runner = submit(*local, "--set", "cluster.gpus=1")
         victim = grid.jobs[1].name
         os.kill(until(lambda: running(tale.root, victim)).pid, signal.SIGKILL)
         tale.keep("killed", *ended(runner))
@@ -128,6 +130,14 @@ def test_a_runner_that_is_stopped_leaves_what_can_be_gone_on_from(story: Story) 
     assert story.states("stopped") == ["stopped", "waiting", "waiting", "waiting"]
     assert story.status["stopped"]["preparations"][0]["state"] == "done"
     assert "Traceback" not in story.said["stopped"]
+
+
+def test_jobs_at_the_same_time_share_the_gpus_out(story: Story) -> None:
+    given = []
+    for job in Grid.load(story.root).jobs[:2]:
+        said = log_file(story.root, job.name).read_text()
+        given.append(re.findall("^===.*, GPUs (.*)$", said, re.MULTILINE)[0])
+    assert sorted(given) == ["4", "GPU-6b1f"]
 
 
 def test_a_job_that_is_killed_is_lost_and_does_not_stop_the_others(story: Story) -> None:
@@ -218,6 +228,12 @@ def test_a_job_that_fails_says_why(data: Path, tmp_path: Path, capsys: pytest.Ca
     assert "capitals.jsonl" in capsys.readouterr().out
 
 
+def test_merging_before_any_job_is_done(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned(data, tmp_path / "grid", "seed=3")
+    assert main(["--merge", str(tmp_path / "grid")]) == 1
+    assert "report.html" in capsys.readouterr().err.replace("\n", "")
+
+
 def test_jobs_whose_preparation_failed_are_not_begun(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +268,26 @@ def test_a_job_that_somebody_else_runs_is_left_alone(data: Path, tmp_path: Path)
         said = say(root, name, "running")
         assert runner.run() == 1
         assert JobState.load(root, name) == said
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked", "parallelism", "found"),
+    [("0,1,2,3,4", 2, None, 2), ("0,1,2,3", 1, 3, 3), ("0,1", 1, 8, 2), ("", 2, 3, 3), ("0,1", 0, None, 1)],
+)
+def test_how_many_jobs_have_room_here(
+    visible: str, asked: int, parallelism: int | None, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert at_a_time(ClusterSpec(gpus=asked, parallelism=parallelism), Gpus.here(asked)) == found
+
+
+def test_too_few_gpus_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    asked = ["--recipe", PICO, "--grid", "seed=1", "--set", "cluster.gpus=4", "--local", "--out", str(tmp_path / "g")]
+    assert main(asked) == 2
+    assert "add --set cluster.gpus=2" in capsys.readouterr().err.replace("\n", " ")
+    assert main([*asked, "--set", "cluster.gpus=2", "--dry-run"]) == 0
+    assert "1 at a time" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_submitted_and_nothing_else(tmp_path: Path) -> None:

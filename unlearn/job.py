@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unlearn.errors import GridError, UnlearnError
+from unlearn.grids.devices import VISIBLE
 from unlearn.grids.grid import POOL, Grid, Job, Preparation, job_folder, log_file, preparation_folder
 from unlearn.redact import shown
 
@@ -197,6 +198,8 @@ def _announce(name: str, state: JobState) -> None:
     from unlearn.console import say
 
     where = f"{platform.node()}, process {state.pid}" + (f", Slurm {state.slurm}" if state.slurm else "")
+    gpus = os.environ.get(VISIBLE)
+    where += f", GPUs {gpus}" if gpus else ""
     say(f"=== {name}, attempt {state.attempt}, {state.since}, {where}", style="bold")
     say(f"    {' '.join(sys.orig_argv)}")
 

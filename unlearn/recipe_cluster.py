@@ -10,7 +10,10 @@ from unlearn.recipe_data import Frozen, Positive, Scalar
 
 
 class ClusterSpec(Frozen):
-    """What ``python -m unlearn.submit`` asks Slurm for, per job; without Slurm only ``parallelism`` counts."""
+    """What ``python -m unlearn.submit`` asks Slurm for, per job.
+
+    Without Slurm ``gpus``, ``processes`` and ``parallelism`` count.
+    """
 
     partition: str | None = Field(None, min_length=1, description="Slurm partition; the cluster's own when not given.")
     account: str | None = Field(None, min_length=1, description="Slurm account.")
@@ -30,7 +33,8 @@ class ClusterSpec(Frozen):
         None, description="Processes per machine that train and score together; one per GPU when not given."
     )
     parallelism: Positive | None = Field(
-        None, description="Most jobs at a time; as many as the cluster has room for (--local: 1) when not given."
+        None,
+        description="Most jobs at a time. When not given: as the cluster has room for (--local: as it has GPUs, or 1).",
     )
     requeues: Annotated[int, Field(ge=0)] = Field(
         100, description="How often a job that met its time limit goes back in the queue and goes on from there."

@@ -13,14 +13,16 @@ from pathlib import Path
 from unlearn.console import say
 from unlearn.errors import GridError, UnlearnError
 from unlearn.grids import status as grid_status
+from unlearn.grids.devices import Gpus
 from unlearn.grids.grid import GRID_FILE, Grid
-from unlearn.grids.local_jobs import LocalRunner
+from unlearn.grids.local_jobs import LocalRunner, at_a_time
 from unlearn.grids.plan import cluster_of, identity, plan_grid
 from unlearn.grids.slurm_options import require_trust, resources
 from unlearn.grids.states import overview
 from unlearn.grids.submit import AGAIN, cancel, resubmit, submit
 from unlearn.job import EXIT_MISTAKE, EXIT_STOPPED, processes_of
 
+EXIT_NOTHING = 1
 _MODES = ("status", "resubmit", "cancel", "merge")
 
 
@@ -49,9 +51,9 @@ def _dispatch(given: argparse.Namespace) -> int:
         cancel(given.cancel.absolute())
         return 0
     if mode == "merge":
-        Grid.load(given.merge.absolute())
-        say(f"report: {_merge(given.merge.absolute())}")
-        return 0
+        page, runs = _merge(given.merge.absolute())
+        say(f"report: {page}")
+        return 0 if runs else EXIT_NOTHING
     if mode == "resubmit":
         what, folder = given.resubmit
         if what not in AGAIN:
@@ -98,15 +100,17 @@ def _run_here(runner: LocalRunner | None) -> int:
     code = runner.run()
     found = overview(runner.root)
     if found.count("done"):
-        say(f"report: {_merge(runner.root)}")
+        say(f"report: {_merge(runner.root)[0]}")
     say(f"{runner.root}: {grid_status.totals(found)}", style="bold")
     return code
 
 
-def _merge(root: Path) -> Path:
-    from unlearn.grids.report import write
+def _merge(root: Path) -> tuple[Path, int]:
+    """The merged report's page, and how many runs it compares."""
+    from unlearn.grids.report import merge, write_merged
 
-    return write(root)
+    merged = merge(root)
+    return write_merged(root, merged), len(merged.compared.runs)
 
 
 def _lines(grid: Grid, root: Path, local: bool) -> Iterator[str]:
@@ -116,7 +120,7 @@ def _lines(grid: Grid, root: Path, local: bool) -> Iterator[str]:
     for recipe in grid.recipes:
         yield f"recipe    {recipe.source}"
     if local:
-        yield f"here      {spec.parallelism or 1} at a time, without Slurm"
+        yield f"here      {at_a_time(spec, Gpus.here(spec.gpus))} at a time, without Slurm"
     else:
         yield f"Slurm     {' '.join(resources(spec))}"
         at_once = (
@@ -144,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "What jobs share is made once; submitting the same grid again submits what is missing.",
         epilog="Example: python -m unlearn.submit --recipe quickstart.yaml --grid seed=0,1,2 --grid "
         "vector.lora.rank=8,16 --set cluster.time=4:00:00. Exit codes: 0 done (with --local) or submitted, 1 a job "
-        "did not end well (--local), 2 a mistake to mend, 130 interrupted.",
+        "did not end well (--local) or there is nothing to merge, 2 a mistake to mend, 130 interrupted.",
     )
     make = parser.add_argument_group("a grid")
     make.add_argument("--recipe", action="append", metavar="FILE", help="a recipe; several are run with every setting")

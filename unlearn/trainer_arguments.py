@@ -28,7 +28,7 @@ def arguments(model: nn.Module, spec: TrainSpec, total: int, seed: int, work: Pa
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
         lr_scheduler_type=spec.schedule,
-        warmup_steps=math.ceil(spec.warmup * total),
+        warmup_steps=min(math.ceil(spec.warmup * total), total - 1),  # the first of them has rate 0
         save_strategy="steps",
         save_steps=spec.save_every or max(1, math.ceil(total / 4)),
         save_total_limit=None,  # checkpoints.keep_newest removes them: by number, not as here by the times of files

@@ -19,6 +19,7 @@ from typing import IO, Any
 from unlearn import job
 from unlearn.atomic import explained
 from unlearn.console import live_line, say
+from unlearn.grids import devices
 from unlearn.grids.grid import Grid, Job, Preparation, log_file
 from unlearn.grids.job_state import JobState
 from unlearn.grids.submissions import Submission, alone, now, put
@@ -36,6 +37,7 @@ class _Child:
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     since: float
+    gpus: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class LocalRunner:
     grid: Grid
     spec: ClusterSpec
     submission: Submission
+    gpus: devices.Gpus = field(default_factory=devices.Gpus)
     ended: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> int:
@@ -70,6 +73,7 @@ class LocalRunner:
         """
         waiting: list[Job | Preparation] = [self.grid.preparations[i] for i in self.submission.preparations]
         waiting += [self.grid.jobs[i] for i in self.submission.jobs]
+        most = at_a_time(self.spec, self.gpus)
         total, children = len(waiting), list[_Child]()
         with _asked_to_stop() as request, live_line() as show:
             try:
@@ -81,11 +85,11 @@ class LocalRunner:
                         self._end(child, total)
                     if not request.times:
                         self._block(waiting, total)
-                    while not request.times and len(children) < (self.spec.parallelism or 1):
+                    while not request.times and len(children) < most:
                         one = self._next(waiting)
                         if one is None:
                             break
-                        children.append(self._start(one))
+                        children.append(self._start(one, most))
                     show(self._line(len(children), total))
                     time.sleep(_TICK)
             finally:  # of an error of ours: nobody would look after them
@@ -115,27 +119,29 @@ class LocalRunner:
                     waiting.remove(one)
                     self._count(one.name, "blocked", total, f"its preparation {name} {self.ended[name]}")
 
-    def _start(self, one: Job | Preparation) -> _Child:
+    def _start(self, one: Job | Preparation, most: int) -> _Child:
         processes = job.processes_of(self.spec.processes, self.spec.gpus)
-        together = processes * min(self.spec.parallelism or 1, len(self.grid.jobs))
+        together = processes * min(most, len(self.grid.jobs))
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // together))}
         path = log_file(self.root, one.name)
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             log = path.open("ab")
+        gpus = self.gpus.take()
         process = subprocess.Popen(
             job.command(self.root, one.name, processes),
             cwd=self.grid.cwd if Path(self.grid.cwd).is_dir() else None,
-            env={**threads, **os.environ},
+            env={**threads, **os.environ, **devices.environment(gpus)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes to it once, from here
         )
-        return _Child(one, process, log, time.monotonic())
+        return _Child(one, process, log, time.monotonic(), gpus)
 
     def _end(self, child: _Child, total: int) -> None:
         child.log.close()
+        self.gpus.give_back(child.gpus)
         code, took = child.process.returncode, duration(time.monotonic() - child.since)
         if code == 0:
             self._count(child.one.name, "done", total, took)
@@ -169,6 +175,16 @@ class LocalRunner:
             if time.monotonic() > end or request.times > asked:
                 _kill(children)
             time.sleep(_TICK)
+
+
+def at_a_time(spec: ClusterSpec, gpus: devices.Gpus) -> int:
+    """How many jobs run at a time: as many as there are GPUs for, or one; fewer if the recipe says so.
+
+    ``gpus`` are all of them, none yet taken.
+    """
+    if not gpus.per_job:
+        return spec.parallelism or 1
+    return min(spec.parallelism or gpus.room, gpus.room)
 
 
 def _kill(children: Sequence[_Child]) -> None:

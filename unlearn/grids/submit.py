@@ -11,6 +11,7 @@ from pathlib import Path
 from unlearn.console import say
 from unlearn.errors import GridError
 from unlearn.grids import slurm_jobs, slurm_queue
+from unlearn.grids.devices import Gpus
 from unlearn.grids.grid import GRID_FILE, Grid
 from unlearn.grids.local_jobs import LocalRunner
 from unlearn.grids.plan import cluster_of, identity, recluster
@@ -141,9 +142,10 @@ def _hand_over(found: Overview, what: str, local: bool) -> LocalRunner | None:
         return None
     say(f"{found.root}: {totals(found)}")
     if local:
+        gpus = Gpus.here(spec.gpus)
         one = Submission.new("local", _queue_name(found), part.jobs, part.preparations, _attempts(found))
         put(found.root, one)
-        return LocalRunner(found.root, found.grid, spec, one)
+        return LocalRunner(found.root, found.grid, spec, one, gpus)
     for line in _to_slurm(found, part, spec):
         say(line)
     say(f"how they stand: python -m unlearn.submit --status {found.root}", style="dim")
