@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -471,12 +472,25 @@ def test_unequal_seeds_are_marked_and_not_compared(tmp_path: Path) -> None:
 
 def test_more_seeds_than_the_others_are_left_out_of_the_comparison(tmp_path: Path) -> None:
     grid = grid_of({"rank": ("4", "8", "16"), "seed": ("0", "1")})
-    filled(tmp_path, grid, lambda j: report_of(j, forget=0.1 + 0.4 * int(j.settings["seed"])))
+
+    def made(job: Job) -> dict[str, Any]:
+        later = job.settings["seed"] == "1"
+        found = report_of(job, forget=0.5 if later else 0.1, chosen=2.0 if later else 1.0, met=not later)
+        found["scores"][0]["before"]["value"] = 0.7 if later else 0.9
+        return found
+
+    filled(tmp_path, grid, made)
     for job in (grid.jobs[1], grid.jobs[3]):
         (job_folder(tmp_path, job.name) / "report.json").unlink()
     third = merged_json(tmp_path)["settings"][2]
     assert third["test"]["goal"]["mean"] == pytest.approx(0.3)
+    assert third["goal_before"]["mean"] == pytest.approx(0.8)
     assert third["on_compared_seeds"]["test"]["goal"]["mean"] == pytest.approx(0.1)
+    assert third["on_compared_seeds"]["goal_before"]["mean"] == pytest.approx(0.9)
+    # what stands in a row, or on a card, is of the same runs
+    rows = re.findall("<tr.*?</tr>", (tmp_path / "report.html").read_text(), re.DOTALL)
+    (row,) = (unescape(re.sub("<[^>]*>", " ", r)) for r in rows if "rank=16" in r and "Bound" not in r and " of " in r)
+    assert "2 of 2 ● ● 1 1 of 1 0.900 0.100 100 %" in " ".join(row.split())
 
 
 def other(job: Job, **changed: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -17,8 +18,10 @@ from unlearn.errors import GridError
 from unlearn.grids import status as grid_status
 from unlearn.grids.grid import Axis, FrozenRecipe, Grid, Job, Preparation, job_folder
 from unlearn.grids.job_state import JobState
+from unlearn.grids.runs import read_runs
 from unlearn.grids.states import Overview, overview
 from unlearn.grids.submissions import FILE, Submission, alone, now, put, read
+from unlearn.grids.submit import resubmit
 from unlearn.holder import Holder
 from unlearn.job import claim_file
 from unlearn.lock import Lock
@@ -26,13 +29,13 @@ from unlearn.lock import Lock
 QUEUE = "g-0a1b2c3d"
 
 
-def make(root: Path, count: int = 4, prepared: bool = True) -> Grid:
+def make(root: Path, count: int = 4, prepared: bool = True, text: str = "name: g\n") -> Grid:
     """A grid folder whose jobs were never run."""
     grid = Grid(
         name="g",
         created=now(),
         cwd=str(root),
-        recipes=(FrozenRecipe("g", str(root / "g.yaml"), "name: g\n"),),
+        recipes=(FrozenRecipe("g", str(root / "g.yaml"), text),),
         axes=(Axis("seed", tuple(map(str, range(count)))),),
         preparations=(Preparation(0, "p000-g", 0, (), ("model",)),) if prepared else (),
         jobs=tuple(Job(i, f"{i:04}-seed={i}", 0, (), {"seed": str(i)}, 0 if prepared else None) for i in range(count)),
@@ -64,6 +67,7 @@ def report(root: Path, name: str, chosen: float = 1.5) -> None:
     place.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"schema": 1, "name": "g", "description": "x", "chosen": {"coefficient": chosen}}, indent=2)
     (place / "report.json").write_text(text)
+    (place / "provenance.json").write_text(json.dumps({"report_sha256": hashlib.sha256(text.encode()).hexdigest()}))
 
 
 def submitted(root: Path, jobs: tuple[int, ...], kind: str = "slurm", **more: object) -> Submission:
@@ -123,6 +127,35 @@ def test_done_without_a_report_is_lost(tmp_path: Path) -> None:
     assert states(overview(tmp_path)) == ["done"]
 
 
+@pytest.mark.parametrize("file", ["report.json", "provenance.json"])
+def test_done_with_a_report_that_no_merge_would_take_is_lost(tmp_path: Path, file: str) -> None:
+    grid = make(tmp_path, 2, prepared=False)
+    for job in grid.jobs:
+        say(tmp_path, job.name, "done")
+        report(tmp_path, job.name)
+    damaged = job_folder(tmp_path, grid.jobs[1].name) / file
+    damaged.write_text(damaged.read_text() + " x")
+    found = overview(tmp_path)
+    assert states(found) == ["done", "lost"]
+    assert "not as the run wrote it" in str(found.jobs[1].error)
+    assert [type(one).__name__ for one in read_runs(tmp_path, grid)][1] == "Missing"
+
+
+def test_a_job_that_ends_while_it_is_looked_at_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = make(tmp_path, 1, prepared=False)
+    name = grid.jobs[0].name
+    say(tmp_path, name, "running")
+    look = Lock.alive
+
+    def alive(path: Path) -> str:  # between its state, which says running, and its lock
+        report(tmp_path, name)
+        say(tmp_path, name, "done")
+        return look(path)
+
+    monkeypatch.setattr(Lock, "alive", alive)
+    assert states(overview(tmp_path)) == ["done"]
+
+
 def test_who_says_running_and_holds_no_lock_is_lost(tmp_path: Path) -> None:
     grid = make(tmp_path, 1, prepared=False)
     say(tmp_path, grid.jobs[0].name, "running", dead())
@@ -168,6 +201,19 @@ def test_a_job_of_another_host_that_is_not_in_the_queue_is_lost(tmp_path: Path, 
     assert states(overview(root)) == ["running"]
 
 
+def test_a_local_runners_job_within_an_allocation_is_not_lost_elsewhere(tmp_path: Path, queue: Path) -> None:
+    root = tmp_path / "grid"
+    grid = make(root, 1, prepared=False)
+    elsewhere = Holder(1, "node17", "a b c", now())
+    submitted(root, (0,), "local", holder=elsewhere)
+    say(root, grid.jobs[0].name, "running", elsewhere, slurm="777")
+    lock = {"pid": 1, "host": "node17", "started": "a b c", "since": now(), "nonce": "0" * 32}
+    claim_file(root, grid.jobs[0].name).write_text(json.dumps(lock))
+    found = overview(root)
+    assert states(found) == ["running"]
+    assert "cannot be seen from here" in found.remarks[0]
+
+
 def test_nothing_is_lost_because_slurm_cannot_be_asked(tmp_path: Path, queue: Path) -> None:
     root = tmp_path / "grid"
     grid = make(root, 2, prepared=False)
@@ -180,6 +226,14 @@ def test_nothing_is_lost_because_slurm_cannot_be_asked(tmp_path: Path, queue: Pa
     found = overview(root)
     assert states(found) == ["running", "queued"]
     assert "Unable to contact slurm controller" in found.remarks[0]
+    # the second job has met its time limit and waits in the queue again: nobody may submit it a second time
+    say(root, grid.jobs[1].name, "stopped", slurm="12_1")
+    for name in ("sbatch", "srun"):
+        (queue.parent / "bin" / name).write_text("#!/bin/sh\nexit 9\n")
+        (queue.parent / "bin" / name).chmod(0o755)
+    assert states(overview(root)) == ["running", "stopped"]
+    with pytest.raises(GridError, match="submitted twice, as squeue says: Unable to contact"):
+        resubmit(root, "all-missing")
 
 
 def test_a_submission_whose_number_was_never_written_is_found_by_name(tmp_path: Path, queue: Path) -> None:
@@ -252,6 +306,16 @@ def test_the_table_has_the_last_line_of_an_error_and_what_to_do(tmp_path: Path) 
     narrow = io.StringIO()
     grid_status.render(overview(tmp_path), Console(file=narrow, width=60))
     assert "failed" in narrow.getvalue()
+
+
+def test_what_stopped_is_not_forgotten_beside_what_failed(tmp_path: Path) -> None:
+    grid = make(tmp_path, 2, prepared=False)
+    say(tmp_path, grid.jobs[0].name, "failed", error="x")
+    say(tmp_path, grid.jobs[1].name, "stopped")
+    out = io.StringIO()
+    grid_status.render(overview(tmp_path), Console(file=out, width=200))
+    assert f"--resubmit failed {tmp_path}" in out.getvalue()
+    assert f"all of them: python -m unlearn.submit --resubmit all-missing {tmp_path}" in out.getvalue()
 
 
 def test_as_json_it_is_all_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,17 @@ from test_grid_status import make, report, say
 
 from unlearn import run
 from unlearn.errors import GridError
+from unlearn.grids import slurm_jobs
 from unlearn.grids import submit as grid_submit
 from unlearn.grids.devices import Gpus
-from unlearn.grids.grid import Grid, job_folder, log_file
+from unlearn.grids.grid import Grid, Preparation, job_folder, log_file
 from unlearn.grids.job_state import JobState
 from unlearn.grids.local_jobs import LocalRunner, at_a_time
 from unlearn.grids.plan import plan_grid
 from unlearn.grids.slurm_jobs import JobCommand
 from unlearn.grids.slurm_options import megabytes, minutes, parameters, resources
 from unlearn.grids.states import overview
-from unlearn.grids.submissions import FILE, LOCK, alone, read
+from unlearn.grids.submissions import FILE, LOCK, Submission, alone, now, put, read
 from unlearn.recipe_cluster import ClusterSpec
 from unlearn.submit import main
 
@@ -378,6 +379,64 @@ def test_cancelling_stops_the_local_runner(tmp_path: Path, capsys: pytest.Captur
     runner.communicate()
 
 
+JOB = """
+import time
+from pathlib import Path
+from unlearn.grids.job_state import JobState
+from unlearn.holder import Holder
+from unlearn.job import claim_file
+from unlearn.lock import Lock
+root, name, me = Path({root!r}), {name!r}, Holder.me()
+claim_file(root, name).parent.mkdir(exist_ok=True)
+lock = Lock.take(claim_file(root, name))
+JobState("running", 1, me.pid, me.host, me.started, me.since).save(root, name)
+print("ready", flush=True)
+input()
+"""
+
+
+def test_cancelling_stops_jobs_whose_local_runner_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = make(tmp_path, 2, prepared=False)
+    code = JOB.format(root=str(tmp_path), name=grid.jobs[1].name)
+    job = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    assert main(["--cancel", str(tmp_path)]) == 0
+    assert f"told {grid.jobs[1].name}, process {job.pid}, to stop" in capsys.readouterr().err.replace("\n", " ")
+    assert job.wait(PATIENCE) == -signal.SIGTERM
+    job.communicate()
+
+
+def test_what_cannot_be_stopped_from_here_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, 2, prepared=False)
+    put(tmp_path, replace(Submission.new("local", "g", (0, 1), (), {}), host="node17"))
+    assert main(["--cancel", str(tmp_path)]) == 1
+    assert f"process {os.getpid()} on node17: stop it there" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_local_grid_goes_on_without_trust_in_lines_it_never_runs(tmp_path: Path) -> None:
+    make(tmp_path, 1, prepared=False, text="cluster: {setup: [module load cuda]}\n")
+    put(tmp_path, replace(Submission.new("local", "g", (0,), (), {}), ended=now()))
+    assert grid_submit.resubmit(tmp_path, "all-missing") is not None
+
+
+def test_more_preparations_than_an_array_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins(tmp_path, monkeypatch, COUNTED.format(folder=tmp_path))
+    monkeypatch.setattr(slurm_jobs, "MOST_TASKS", 2)
+    root = tmp_path / "grid"
+    grid = make(root, 3)
+    several = tuple(Preparation(i, f"p{i:03}-g", 0, (), ("model",)) for i in range(3))
+    replace(grid, preparations=several, jobs=tuple(replace(j, preparation=j.index) for j in grid.jobs)).save(root)
+    grid_submit.resubmit(root, "all-missing")
+    assert [(s.preparations, s.preparation, s.jobs, s.array) for s in read(root)] == [
+        *(((0, 1), "40", (), None), ((2,), "41", (), None), ((), None, (0, 1), "42"), ((), None, (2,), "43")),
+    ]
+    for n in (42, 43):
+        assert "#SBATCH --dependency=afterany:40:41\n" in (tmp_path / f"batch-{n}").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -457,6 +516,30 @@ def batch_file(block: ClusterSpec, dependency: str | None = None, tasks: int = 8
     return str(_make_sbatch_string(command="run", folder="/grid", map_count=tasks, **options)).splitlines()
 
 
+@pytest.mark.parametrize(
+    ("time", "grace", "longest"), [("0:10:00", 900, 300), ("1:00:00", 721, 720), ("4:00:00", 2881, 2880)]
+)
+def test_a_warning_must_leave_time_to_work(time: str, grace: int, longest: int) -> None:
+    """And submitit must take it for one of the limit's, not for pre-emption: as often as it likes."""
+    from submitit.core.job_environment import SignalHandler
+    from submitit.core.utils import DelayedSubmission
+
+    with pytest.raises(GridError, match=f"at most {longest} s"):
+        resources(spec(time=time, grace=grace))
+    assert resources(spec(time=time, grace=longest))
+    delayed = DelayedSubmission(print)
+    delayed.set_timeout(minutes(time), 1)
+    handler = SignalHandler(None, None, delayed)  # type: ignore[arg-type]
+    handler._start_time -= 60 * minutes(time) - longest
+    assert handler.has_timed_out()
+
+
+def test_gpus_asked_for_elsewhere_are_told_here_too() -> None:
+    with pytest.raises(GridError, match=r"write cluster\.gpus as well"):
+        resources(spec(extra={"gres": "gpu:a100:4"}))
+    assert "--gres=gpu:a100:4" in resources(spec(gpus=4, extra={"gres": "gpu:a100:4"}))
+
+
 def test_every_key_of_the_cluster_block_is_in_the_batch_file() -> None:
     block = spec(
         **{"partition": "gpu", "account": "lab", "qos": "high", "nodes": 2, "gpus": 4, "cpus": 16, "memory": "64GB"},
@@ -507,6 +590,10 @@ def test_extra_options_that_would_break_the_array_are_refused(extra: dict[str, o
         resources(spec(partition="a\nb"))
 
 
+# sbatch that keeps what it is given and counts from 40
+COUNTED = 'n=$((40 + $(ls {folder}/batch-* | wc -l))); cp "$1" {folder}/batch-$n; echo "Submitted batch job $n"'
+
+
 def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> None:
     """Programs with the names of Slurm's, to see what they are given; Slurm itself is in tests/slurm."""
     folder = tmp_path / "bin"
@@ -518,16 +605,16 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> N
 
 
 def test_an_array_is_handed_to_sbatch_with_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = f'n=$((40 + $(ls {tmp_path}/batch-* | wc -l))); cp "$1" {tmp_path}/batch-$n; '
-    stand_ins(tmp_path, monkeypatch, counted + 'echo "Submitted batch job $n"')
+    stand_ins(tmp_path, monkeypatch, COUNTED.format(folder=tmp_path))
     root = tmp_path / "grid"
     make(root, 3)
     assert grid_submit.resubmit(root, "all-missing") is None
-    (one,) = read(root)
-    assert (one.jobs, one.preparations, one.preparation, one.array) == ((0, 1, 2), (0,), "40", "41")
+    before, one = read(root)
+    assert (before.jobs, before.preparations, before.preparation) == ((), (0,), "40")
+    assert (one.jobs, one.preparations, one.array) == ((0, 1, 2), (), "41")
     first, then = ((tmp_path / f"batch-{n}").read_text() for n in (40, 41))
     assert "#SBATCH --array=0-0%1\n" in first
-    assert f"#SBATCH --job-name={one.name}p\n" in first
+    assert f"#SBATCH --job-name={before.name}p\n" in first
     assert "--dependency" not in first
     assert "#SBATCH --array=0-2%3\n" in then
     assert f"#SBATCH --job-name={one.name}\n" in then

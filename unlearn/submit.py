@@ -22,7 +22,7 @@ from unlearn.grids.states import overview
 from unlearn.grids.submit import AGAIN, cancel, resubmit, submit
 from unlearn.job import EXIT_MISTAKE, EXIT_STOPPED, processes_of
 
-EXIT_NOTHING = 1
+EXIT_NOTHING = EXIT_LEFT = 1
 _MODES = ("status", "resubmit", "cancel", "merge")
 
 
@@ -48,19 +48,14 @@ def _dispatch(given: argparse.Namespace) -> int:
         (grid_status.print_json if given.json else grid_status.render)(found)
         return 0
     if mode == "cancel":
-        cancel(given.cancel.absolute())
-        return 0
+        return EXIT_LEFT if cancel(given.cancel.absolute()) else 0
     if mode == "merge":
-        page, runs = _merge(given.merge.absolute())
-        say(f"report: {page}")
-        return 0 if runs else EXIT_NOTHING
+        return 0 if _merge(given.merge.absolute()) else EXIT_NOTHING
     if mode == "resubmit":
         what, folder = given.resubmit
         if what not in AGAIN:
             raise GridError(f"--resubmit {what}: write one of {', '.join(AGAIN)}, and then the grid's folder")
         root = Path(folder).absolute()
-        if not given.local:
-            require_trust(cluster_of(Grid.load(root)), given.set)
         return _run_here(resubmit(root, what, given.set, given.local))
     grid = plan_grid(given.recipe, given.grid, given.set)
     root = (given.out or Path("grids") / f"{grid.name}-{identity(grid)[:8]}").absolute()
@@ -100,17 +95,18 @@ def _run_here(runner: LocalRunner | None) -> int:
     code = runner.run()
     found = overview(runner.root)
     if found.count("done"):
-        say(f"report: {_merge(runner.root)[0]}")
+        _merge(runner.root)
     say(f"{runner.root}: {grid_status.totals(found)}", style="bold")
     return code
 
 
-def _merge(root: Path) -> tuple[Path, int]:
-    """The merged report's page, and how many runs it compares."""
-    from unlearn.grids.report import merge, write_merged
+def _merge(root: Path) -> int:
+    """Write the merged report and say what it holds; returns how many runs it compares."""
+    from unlearn.grids.report import merge, tell, write_merged
 
     merged = merge(root)
-    return write_merged(root, merged), len(merged.compared.runs)
+    tell(merged, write_merged(root, merged))
+    return len(merged.compared.runs)
 
 
 def _lines(grid: Grid, root: Path, local: bool) -> Iterator[str]:
@@ -148,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
         "What jobs share is made once; submitting the same grid again submits what is missing.",
         epilog="Example: python -m unlearn.submit --recipe quickstart.yaml --grid seed=0,1,2 --grid "
         "vector.lora.rank=8,16 --set cluster.time=4:00:00. Exit codes: 0 done (with --local) or submitted, 1 a job "
-        "did not end well (--local) or there is nothing to merge, 2 a mistake to mend, 130 interrupted.",
+        "did not end well (--local), nothing to merge, or something that cannot be stopped from here (--cancel), 2 a "
+        "mistake to mend, 130 interrupted.",
     )
     make = parser.add_argument_group("a grid")
     make.add_argument("--recipe", action="append", metavar="FILE", help="a recipe; several are run with every setting")

@@ -88,18 +88,17 @@ class Group:
         """See :attr:`Yardstick.sign`; all runs of a group have one yardstick."""
         return self.runs[0].yardstick.sign if self.runs else 1
 
-    @property
-    def met(self) -> int:
-        """Runs in which a coefficient met the bound on validation items."""
-        return sum(r.report.chosen.bound_met for r in self.runs)
+    def of(self, seeds: Sequence[str] | None) -> tuple[Run, ...]:
+        """The runs that count; of some seeds only when given."""
+        return tuple(r for r in self.runs if seeds is None or r.seed in seeds)
 
-    def before(self) -> Spread:
-        """The goal's figure before the edit, on test items."""
-        return Spread.of([_times(self.sign, r.before) for r in self.runs])
+    def before(self, seeds: Sequence[str] | None = None) -> Spread:
+        """The goal's figure before the edit, on test items; of some seeds only when given."""
+        return Spread.of([_times(self.sign, r.before) for r in self.of(seeds)])
 
     def pair(self, split: Split, seeds: Sequence[str] | None = None) -> Pair:
         """The main numbers at each run's own chosen coefficient; of some seeds only when given."""
-        runs = [r for r in self.runs if seeds is None or r.seed in seeds]
+        runs = self.of(seeds)
         if split == "test":
             return Pair(Spread.of([_times(self.sign, r.after) for r in runs]), Spread.of([r.kept for r in runs]))
         here = [r.chosen_at for r in runs]
@@ -175,9 +174,17 @@ class Family:
             [b.left - a.left if a and b and a.left is not None and b.left is not None else None for a, b in pairs]
         )
 
+    def seeds_of(self, group: Group) -> tuple[str, ...]:
+        """Those that a group's numbers are over: the compared ones; all its own where it lacks some of them."""
+        return self.seeds if group.index in self.compared else group.seeds
+
     def pair(self, group: Group, split: Split) -> Pair:
-        """A group's numbers on the compared seeds; on all its own where it lacks some of them."""
-        return group.pair(split, self.seeds if group.index in self.compared else None)
+        """A group's numbers, over :meth:`seeds_of`."""
+        return group.pair(split, self.seeds_of(group))
+
+    def before(self, group: Group) -> Spread:
+        """What the goal was before, over :meth:`seeds_of`."""
+        return group.before(self.seeds_of(group))
 
 
 def groups_of(grid: Grid, compared: Compared, missing: Sequence[Missing]) -> tuple[Group, ...]:

@@ -95,7 +95,7 @@ def _cards(merged: Merged) -> Raw:
         if len(family.groups) == 1 and family.compared:
             chosen = family.groups[0]
         if chosen is not None:
-            pair, before = family.pair(chosen, "test"), chosen.before()
+            pair, before = family.pair(chosen, "test"), family.before(chosen)
             big = join(number(before.mean), el("span", " → ", class_="arrow"), number(pair.goal.mean))
             yard = family.yardstick.label if family.yardstick else ""
             label = "Forgotten" if chosen.sign > 0 else "Learned"

@@ -66,11 +66,12 @@ def _row(family: Family, group: Group, span: tuple[tuple[float, float], tuple[fl
         said = ", ".join(f"{n} {what}" for what, n in why.items())
         return el("tr", name, runs, el("td", f"no run that counts: {said}", colspan=8, class_="faint"))
     test, validation = family.pair(group, "test"), family.pair(group, "validation")
-    here = [r for r in group.runs if group.index not in family.compared or r.seed in family.seeds]
+    here = group.of(family.seeds_of(group))
+    met = sum(r.report.chosen.bound_met for r in here)
     cells = [
-        el("td", _lambdas(group.runs), class_="num"),
-        el("td", f"{group.met} of {len(group.runs)}", class_="num" + (" low" if group.met < len(group.runs) else "")),
-        el("td", _spread(group.before()), class_="num"),
+        el("td", _lambdas(here), class_="num"),
+        el("td", f"{met} of {len(here)}", class_="num" + (" low" if met < len(here) else "")),
+        el("td", _spread(family.before(group)), class_="num"),
         el("td", _spread(test.goal), forest(test.goal, _goals(group, here), *span[0]) if span else None, class_="num"),
         el("td", _shares(test), forest(test.kept, [r.kept for r in here], *span[1]) if span else None, class_="num"),
         el("td", _spread(validation.goal), class_="num"),

@@ -148,13 +148,14 @@ def _group_json(family: Family, group: Group, number: int) -> dict[str, Any]:
         "planned": len(group.planned),
         "runs": [_run_json(r, group.sign) for r in group.runs],
         "seeds_lacking": [s for s in family.seeds if s not in group.seeds],
-        "bound_met": group.met,
+        "bound_met": sum(r.report.chosen.bound_met for r in group.runs),
         "goal_before": asdict(group.before()),
         "test": _pair_json(group.pair("test")),
         "validation": _pair_json(group.pair("validation")),
         "on_compared_seeds": None
         if group.index not in family.compared
         else {
+            "goal_before": asdict(family.before(group)),
             "test": _pair_json(family.pair(group, "test")),
             "validation": _pair_json(family.pair(group, "validation")),
         },
@@ -211,11 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    _tell(merged, page)
+    tell(merged, page)
     return 0 if merged.compared.runs else EXIT_NOTHING
 
 
-def _tell(merged: Merged, page: Path) -> None:
+def tell(merged: Merged, page: Path) -> None:
+    """Say in a few lines what it holds, and what is missing."""
     console.say(one_line(headline(merged)), style="bold")
     for line in (*missing_lines(merged), *merged.compared.warnings):
         console.say(f"! {one_line(line)}", style="yellow")

@@ -200,12 +200,12 @@ def _read(root: Path, job: Job) -> Run | Missing:
         return Missing(job, "damaged", f"report.json cannot be read: {e.strerror or e}", state)
     sha = hashlib.sha256(text).hexdigest()
     try:
-        sealed = json.loads(_bytes_of(folder / "provenance.json"))["report_sha256"]
+        written = json.loads(_bytes_of(folder / "provenance.json"))["report_sha256"]
     except FileNotFoundError:
         return Missing(job, "unfinished", "report.json is there without the provenance.json that ends a run", state)
     except _BROKEN as e:
         return Missing(job, "damaged", f"provenance.json: {_line(e)}", state)
-    if sealed != sha:
+    if written != sha:
         what = "report.json is not the one that the run wrote: its SHA-256 differs from that in provenance.json"
         return Missing(
             job, "said running" if state is not None and state.state == "running" else "damaged", what, state
@@ -214,6 +214,15 @@ def _read(root: Path, job: Job) -> Run | Missing:
         return _run(job, json.loads(text), sha, state)
     except _BROKEN as e:
         return Missing(job, "damaged", f"report.json: {_line(e)}", state)
+
+
+def sealed(folder: Path) -> bool:
+    """Whether a run's folder has a report, and it is the one that the run wrote last."""
+    try:
+        sha = hashlib.sha256(_bytes_of(folder / "report.json")).hexdigest()
+        return bool(json.loads(_bytes_of(folder / "provenance.json"))["report_sha256"] == sha)
+    except _BROKEN:
+        return False
 
 
 def _bytes_of(path: Path) -> bytes:

@@ -68,8 +68,9 @@ def parameters(spec: ClusterSpec, name: str, cwd: str, tasks: int, dependency: s
         dependency: In Slurm's form (``afterok:12``).
 
     Raises:
-        GridError: an ``extra`` option that has a key of its own, is ours, or is no option.
+        GridError: an ``extra`` option that has a key of its own, is ours, or is no option; too long a ``grace``.
     """
+    _check_grace(spec)
     extra = _extra(spec)
     if dependency is not None:
         extra["kill-on-invalid-dep"] = "yes"  # or tasks that can never begin would stay in the queue for good
@@ -95,6 +96,17 @@ def parameters(spec: ClusterSpec, name: str, cwd: str, tasks: int, dependency: s
     return {**{k: v for k, v in found.items() if v is not None}, "time": minutes(spec.time) if spec.time else None}
 
 
+def _check_grace(spec: ClusterSpec) -> None:
+    """submitit takes a stop for one at the limit only in the last fifth of the time, or the last ten minutes.
+
+    An earlier one counts as pre-emption, after which a job begins again as often as it likes.
+    """
+    limit = 60 * minutes(spec.time) if spec.time else 0
+    longest = max(0.2 * limit, min(600, 0.5 * limit))
+    if limit and spec.grace > longest:
+        raise GridError(f"cluster.grace: {spec.grace} s of {spec.time} leave too little: at most {longest:.0f} s")
+
+
 def _extra(spec: ClusterSpec) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for given, value in spec.extra.items():
@@ -104,6 +116,8 @@ def _extra(spec: ClusterSpec) -> dict[str, Any]:
         if key in _KEYS or key in _OURS:
             instead = f"write cluster.{_KEYS[key]}" if key in _KEYS else "the grid itself needs it as it is"
             raise GridError(f"cluster.extra.{given}: {instead}; leave it out")
+        if not spec.gpus and (key in ("gpus", "gpus-per-task") or (key == "gres" and str(value).startswith("gpu"))):
+            raise GridError(f"cluster.extra.{given}: write cluster.gpus as well, or one process will use one of them")
         if value is not None and value is not False:
             found[key] = value
     for name in (spec.partition, spec.account, spec.qos):

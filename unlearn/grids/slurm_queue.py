@@ -42,7 +42,7 @@ def ask(names: Sequence[str]) -> Queue | str:
     """
     if not names:
         return {}
-    command = ["squeue", "-h", "-r", f"--name={','.join(names)}", "-o", _FORM]
+    command = ["squeue", "-h", "-r", "--all", f"--name={','.join(names)}", "-o", _FORM]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from unlearn.grids.grid import Grid, Job, Preparation, job_folder
 from unlearn.grids.job_state import JobState
+from unlearn.grids.runs import sealed
 from unlearn.grids.slurm_queue import NEVER, Entry, ask
 from unlearn.grids.submissions import Submission, read
 from unlearn.job import claim_file
@@ -49,7 +50,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """All of a grid at one moment. ``remarks`` are what could not be found out."""
+    """All of a grid at one moment.
+
+    ``remarks`` are what could not be found out; ``unasked`` is why Slurm did not answer, if it should have.
+    """
 
     root: Path
     grid: Grid
@@ -58,6 +62,7 @@ class Overview:
     submissions: tuple[Submission, ...]
     queue: Mapping[tuple[str, int], Entry]
     remarks: tuple[str, ...]
+    unasked: str | None
 
     def count(self, *states: str) -> int:
         """How many jobs stand so."""
@@ -78,12 +83,13 @@ def overview(root: Path) -> Overview:
     preparations = tuple(seen.row(p, None) for p in grid.preparations)
     jobs = tuple(seen.row(j, preparations[j.preparation] if j.preparation is not None else None) for j in grid.jobs)
     remarks = []
-    if isinstance(answer, str):
-        remarks.append(f"Slurm cannot be asked: {answer}. Of what is in its queue this is the last that was heard")
+    unasked = answer if isinstance(answer, str) else None
+    if unasked is not None:
+        remarks.append(f"Slurm cannot be asked: {unasked}. Of what is in its queue this is the last that was heard")
     if far := sorted({row.where or "" for row in (*preparations, *jobs) if row.state == "running" and seen.far(row)}):
         remarks.append(f"whether these still run cannot be seen from here: {', '.join(far[:5])}")
     queue = {} if isinstance(answer, str) else answer
-    return Overview(root, grid, jobs, preparations, tuple(submissions), queue, tuple(remarks))
+    return Overview(root, grid, jobs, preparations, tuple(submissions), queue, tuple(remarks), unasked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,9 @@ class _Seen:
         said = JobState.load(self.root, one.name)
         report = job_folder(self.root, one.name) / "report.json" if isinstance(one, Job) else None
         state, error = self._judge(one.name, said, report)
+        if state == "lost" and (later := JobState.load(self.root, one.name)) != said:  # it ended while we looked
+            said = later
+            state, error = self._judge(one.name, said, report)
         never = said is None and state in ("waiting", "lost", "queued")
         if never and prepared is not None and state != "queued" and _hopeless(prepared.state, state):
             state, error = "blocked", f"its preparation {prepared.name} is {prepared.state}"
@@ -139,7 +148,7 @@ class _Seen:
         return Row(one.name, settings, state, said.attempt, said.since, said.seconds, chosen, where, error)
 
     def _judge(self, name: str, said: JobState | None, report: Path | None) -> tuple[Standing, str | None]:
-        if said is not None and said.state == "done" and (report is None or report.is_file()):
+        if said is not None and said.state == "done" and (report is None or sealed(report.parent)):
             return "done", None
         entry = self.queue.get(name)
         if entry is not None and not (entry.ending and said is not None and said.state != "running"):
@@ -159,7 +168,7 @@ class _Seen:
         if said.state == "stopped":
             return "stopped", None
         if said.state == "done":
-            return "lost", "said that it is done, but its report.json is gone"
+            return "lost", "said that it is done, but its report.json is gone, or not as the run wrote it"
         return self._says_running(handed, name, said)
 
     def _may_still_begin(self, handed: Submission, name: str, said: JobState | None) -> bool:
@@ -181,7 +190,8 @@ class _Seen:
 
     def _says_running(self, handed: Submission | None, name: str, said: JobState) -> tuple[Standing, str | None]:
         lock = Lock.alive(claim_file(self.root, name))
-        in_slurm = said.slurm is not None
+        # a local runner's jobs may be within an allocation of Slurm's, which is no array of ours
+        in_slurm = said.slurm is not None and handed is not None and handed.kind == "slurm"
         if lock == "unknown" and not (in_slurm and self.asked):
             self.unclear.add(name)
             return "running", None

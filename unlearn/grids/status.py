@@ -101,7 +101,7 @@ def _next_steps(overview: Overview) -> Iterator[str]:
     wrong: Sequence[Row] = [r for r in overview.jobs if r.state in ("failed", "lost", "blocked")]
     if wrong:
         yield f"logs: {root / 'logs'}; again: {submit} --resubmit failed {root}"
-    elif overview.count("stopped", "waiting"):
-        yield f"the rest: {submit} --resubmit all-missing {root}"
+    if overview.count("stopped", "waiting"):
+        yield f"{'all of them' if wrong else 'the rest'}: {submit} --resubmit all-missing {root}"
     if overview.count("done"):
         yield f"the report over all that are done: {submit} --merge {root}"

@@ -13,8 +13,10 @@ from unlearn.errors import GridError
 from unlearn.grids import slurm_jobs, slurm_queue
 from unlearn.grids.devices import Gpus
 from unlearn.grids.grid import GRID_FILE, Grid
+from unlearn.grids.job_state import JobState
 from unlearn.grids.local_jobs import LocalRunner
 from unlearn.grids.plan import cluster_of, identity, recluster
+from unlearn.grids.slurm_options import require_trust
 from unlearn.grids.states import ACTIVE, Overview, overview
 from unlearn.grids.status import totals
 from unlearn.grids.submissions import LOCK, Submission, alone, now, put
@@ -74,6 +76,7 @@ def resubmit(root: Path, what: str, sets: Sequence[str] = (), local: bool = Fals
         found = overview(root)
         local = local or (bool(found.submissions) and found.submissions[-1].kind == "local")
         if not local:
+            require_trust(cluster_of(found.grid), sets)
             slurm_jobs.check()
         return _hand_over(found, what, local)
 
@@ -82,7 +85,7 @@ def cancel(root: Path) -> int:
     """Take the grid's jobs out of the queue, and stop its local runners. What is done stays, and can be gone on from.
 
     Returns:
-        How many arrays and runners were stopped.
+        How many processes run on that cannot be stopped from here; who and where was said.
 
     Raises:
         GridError: Slurm refuses, or cannot be asked.
@@ -90,8 +93,8 @@ def cancel(root: Path) -> int:
     Grid.load(root)
     with alone(root):
         found = overview(root)
-        if not found.queue and found.remarks and any(s.kind == "slurm" for s in found.submissions):
-            raise GridError(found.remarks[0])
+        if found.unasked is not None and any(s.kind == "slurm" for s in found.submissions):
+            raise GridError(f"Slurm cannot be asked what is in its queue: {found.unasked}")
         arrays = sorted({entry.id.partition("_")[0] for entry in found.queue.values() if not entry.ending}, key=int)
         if arrays:
             slurm_queue.cancel(arrays)
@@ -100,18 +103,30 @@ def cancel(root: Path) -> int:
             if one.kind == "slurm" and one.ended is None:
                 put(root, replace(one, ended=now()))
         runners = [s for s in found.submissions if s.kind == "local" and s.at_work()]
-        stopped = sum(_stop(one) for one in runners)
-    if not arrays and not runners:
+        stopped = [_stop("the local runner", Holder(s.pid, s.host, s.started, s.when)) for s in runners]
+        if not runners:
+            stopped += [_stop(name, holder) for name, holder in _left_alone(found)]
+    if not arrays and not stopped:
         say(f"nothing to cancel; {totals(found)}")
-    return len(arrays) + stopped
+    return stopped.count(False)
 
 
-def _stop(one: Submission) -> bool:
-    if Holder(one.pid, one.host, one.started, one.when).verdict() != "there":
-        say(f"the local runner is process {one.pid} on {one.host}: stop it there (kill {one.pid})", style="yellow")
+def _left_alone(found: Overview) -> Iterator[tuple[str, Holder]]:
+    """Jobs that run outside the queue, and whose local runner is gone."""
+    queued = {entry.id for entry in found.queue.values()}
+    for row in (*found.preparations, *found.jobs):
+        said = JobState.load(found.root, row.name) if row.state == "running" and row.where not in queued else None
+        if said is not None and said.state == "running":
+            yield row.name, Holder(said.pid, said.host, said.started, said.since)
+
+
+def _stop(what: str, holder: Holder) -> bool:
+    """Tell a process to stop, if it is one of this machine."""
+    if holder.verdict() != "there":
+        say(f"{what} is process {holder.pid} on {holder.host}: stop it there (kill {holder.pid})", style="yellow")
         return False
-    os.kill(one.pid, signal.SIGTERM)
-    say(f"told the local runner, process {one.pid}, to stop; its jobs save where they are")
+    os.kill(holder.pid, signal.SIGTERM)
+    say(f"told {what}, process {holder.pid}, to stop; what is finished is kept")
     return True
 
 
@@ -140,6 +155,8 @@ def _hand_over(found: Overview, what: str, local: bool) -> LocalRunner | None:
     if not part.jobs:
         say(f"{found.root}: nothing to submit; {totals(found)}")
         return None
+    if found.unasked is not None and any(s.kind == "slurm" and s.ended is None for s in found.submissions):
+        raise GridError(f"what waits in Slurm's queue would be submitted twice, as {found.unasked}: try again later")
     say(f"{found.root}: {totals(found)}")
     if local:
         gpus = Gpus.here(spec.gpus)
@@ -153,29 +170,29 @@ def _hand_over(found: Overview, what: str, local: bool) -> LocalRunner | None:
 
 
 def _to_slurm(found: Overview, part: _Part, spec: ClusterSpec) -> Iterator[str]:
-    """The preparations as one array, then the jobs as one that waits for it (or several: Slurm limits their length)."""
-    pieces = [part.jobs[i : i + slurm_jobs.MOST_TASKS] for i in range(0, len(part.jobs), slurm_jobs.MOST_TASKS)]
+    """The preparations first, then the jobs, which wait for them; as many arrays of each as Slurm's limit asks for."""
+    pieces = _cut(part.jobs)
     if spec.parallelism is not None and len(pieces) > 1:
         spec = spec.model_copy(update={"parallelism": max(1, spec.parallelism // len(pieces))})
+    root, grid = found.root, found.grid
     waits_for, count = list(part.under_way), len(part.under_way) + len(part.preparations)
-    for number, jobs in enumerate(pieces):
-        first = part.preparations if number == 0 else ()
-        one = Submission.new("slurm", _queue_name(found), jobs, first, _attempts(found))
-        put(found.root, one)
-        grid, root = found.grid, found.root
-        if first:
-            names = [grid.preparations[i].name for i in first]
-            try:
-                array = slurm_jobs.submit(root, grid, spec, names, f"{one.name}p")
-            except GridError:
-                put(root, replace(one, jobs=(), preparations=()))
-                raise
-            waits_for.append(array)
-            one = replace(one, preparation=array)
-            put(root, one)
-            yield f"submitted to Slurm: {_many(len(first), 'preparation')}, array {array}"
-        # with several, one that fails must not take the jobs of the others with it: its own jobs see it and end
-        dependency = f"{'afterok' if count == 1 else 'afterany'}:{':'.join(waits_for)}" if waits_for else None
+    for first in _cut(part.preparations):
+        one = Submission.new("slurm", _queue_name(found), (), first, _attempts(found))
+        put(root, one)
+        names = [grid.preparations[i].name for i in first]
+        try:
+            array = slurm_jobs.submit(root, grid, spec, names, f"{one.name}p")
+        except GridError:
+            put(root, replace(one, preparations=()))
+            raise
+        waits_for.append(array)
+        put(root, replace(one, preparation=array))
+        yield f"submitted to Slurm: {_many(len(first), 'preparation')}, array {array}"
+    # with several, one that fails must not take the jobs of the others with it: its own jobs see it and end
+    dependency = f"{'afterok' if count == 1 else 'afterany'}:{':'.join(waits_for)}" if waits_for else None
+    for jobs in pieces:
+        one = Submission.new("slurm", _queue_name(found), jobs, (), _attempts(found))
+        put(root, one)
         try:
             array = slurm_jobs.submit(root, grid, spec, [grid.jobs[i].name for i in jobs], one.name, dependency)
         except GridError:
@@ -183,6 +200,10 @@ def _to_slurm(found: Overview, part: _Part, spec: ClusterSpec) -> Iterator[str]:
             raise
         put(root, replace(one, array=array))
         yield f"submitted to Slurm: {_many(len(jobs), 'job')}, array {array}"
+
+
+def _cut(jobs: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(jobs[i : i + slurm_jobs.MOST_TASKS]) for i in range(0, len(jobs), slurm_jobs.MOST_TASKS)]
 
 
 def _many(count: int, what: str) -> str:
