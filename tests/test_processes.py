@@ -69,17 +69,39 @@ from pathlib import Path
 rank = os.environ["RANK"]
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 told = {**{n: os.environ[n] for n in names}, "pid": os.getpid(), "argv": sys.argv[1:]}
+def tell():
+    part = Path(f"{rank}.part")
+    part.write_text(json.dumps(told))
+    part.rename(f"{rank}.json")
 if sys.argv[1] == "heeds":
     def leave(number, frame):
         Path(f"signal{rank}.txt").write_text(str(int(number)))
         sys.exit(130)
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, leave)
-part = Path(f"{rank}.part")
-part.write_text(json.dumps(told))
-part.rename(f"{rank}.json")
+if sys.argv[1] == "stuck":
+    signal.signal(signal.SIGTERM, (lambda *a: sys.exit(130)) if rank == "0" else signal.SIG_IGN)
+tell()
 if sys.argv[1] == "fails" and rank == "1":
     sys.exit(3)
+if sys.argv[1] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+if sys.argv[1] == "seals":
+    from unlearn.stopping import held
+    try:
+        with held() as hold:
+            tell()
+            while not hold.requested:
+                time.sleep(0.02)
+                if Path("stop1").exists() and rank == "1":
+                    break
+            if rank == "0":  # the step, which ends some seconds later, and then the checkpoint
+                time.sleep(3.0)
+                Path("sealed").write_text("")
+    except KeyboardInterrupt:
+        pass
+    sys.exit(130)
 if sys.argv[1] == "dies" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] != "ends":
@@ -160,6 +182,40 @@ def test_a_signal_is_passed_on_to_all(folder: Path, number: int) -> None:
         process.send_signal(number)
         assert process.wait(timeout=60) == 130
     assert [(folder / f"signal{n}.txt").read_text() for n in (0, 1)] == [str(int(number))] * 2
+    assert all(gone(t["pid"]) for t in told)
+
+
+@pytest.mark.parametrize("to", ["launcher", "process 1"])
+def test_the_main_process_seals_when_the_others_are_through(folder: Path, to: str) -> None:
+    with subprocess.Popen([*launch.command(2), "shows", "seals"], cwd=folder, env=environment()) as process:
+        shown(folder, 2)
+        if to == "launcher":
+            process.terminate()
+        else:  # which alone was signalled
+            (folder / "stop1").write_text("")
+        assert process.wait(timeout=60) == 130
+    assert (folder / "sealed").is_file()
+
+
+def test_after_the_main_process_nobody_is_waited_for_long(folder: Path) -> None:
+    code = "import sys; from unlearn import launch; launch._GRACE = 0.5; sys.exit(launch.start('shows', ['stuck'], 2))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment()) as process:
+        told = shown(folder, 2)
+        process.terminate()
+        assert process.wait(timeout=20) == 130
+    assert all(gone(t["pid"]) for t in told)
+
+
+def test_being_asked_to_stop_once_more_ends_all_and_an_echo_does_not(folder: Path) -> None:
+    with subprocess.Popen([*launch.command(2), "shows", "deaf"], cwd=folder, env=environment()) as process:
+        told = shown(folder, 2)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.3)
+        assert process.poll() is None
+        time.sleep(2.0)
+        process.terminate()
+        assert process.wait(timeout=20) == 130
     assert all(gone(t["pid"]) for t in told)
 
 

@@ -1,14 +1,15 @@
 """What a person sees while a run works: one line per event and a bar for anything over two seconds.
 
-Everything goes to stderr, so that stdout stays for results.
+Everything goes to stderr, so that stdout stays for results. Work does not end because nobody listens any more.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +17,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unlearn.redact import shown
 
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """Once its pipe's reader has ended, or its terminal was closed, what is printed is dropped."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as e:
+            if e.errno != errno.EIO:  # what a terminal says that is gone
+                raise
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Have all that goes there, also past this console and with ``2>&1``, go nowhere."""
+        self.quiet = True
+        with suppress(OSError, ValueError):  # no file, but something else that stands for stderr
+            gone = os.fstat(self.file.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for end in (self.file.fileno(), 1):
+                if os.path.samestat(os.fstat(end), gone):
+                    os.dup2(nowhere, end)
+            os.close(nowhere)
+
+
+_console = _Console(stderr=True, highlight=False, soft_wrap=True)
 _QUIET_SECONDS = 10.0  # between progress lines when stderr is a file (batch jobs)
 
 

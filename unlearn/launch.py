@@ -2,10 +2,10 @@
 
 ``python -m unlearn.launch --processes 4 -m unlearn.run --recipe R`` does what ``torchrun --nproc_per_node 4 -m …``
 does, and what a batch job needs besides: the exit code is the command's own (2 for a mistake, 130 for a stop), without
-a traceback of the launcher's; a signal to stop is passed on, and the processes have as long as they need to write their
-checkpoint; a process that fails takes the others with it, so that nobody waits for it; and if the launcher is killed,
-its processes are told to stop. The environment is that of torch's ``env://``, so ``torchrun`` and ``accelerate launch``
-may be used in its place.
+a traceback of the launcher's; a signal to stop is passed on once, and the main process has as long as it needs to write
+the checkpoint, or until somebody asks again; a process that fails takes the others with it, so that nobody waits for
+it; and if the launcher is killed, its processes are told to stop. The environment is that of torch's ``env://``, so
+``torchrun`` and ``accelerate launch`` may be used in its place.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import Any
 
+from unlearn.console import say
 from unlearn.errors import UnlearnError
+from unlearn.stopping import Requests, handled
 
-EXIT_MISTAKE = 2
-_GRACE = 30.0  # seconds for the others to end by themselves after one has failed or was stopped
+EXIT_MISTAKE, EXIT_STOPPED = 2, 130
+_GRACE = 30.0  # seconds for the others to end by themselves after one has failed or the main one was stopped
 _TICK = 0.05  # seconds between looks
 _PORTS = range(20_000, 32_000)  # below those that systems give to outgoing connections
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _UP = 4  # ancestors among which `accelerate launch` is looked for
 _OTHERS_DECIDE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -107,7 +108,7 @@ def start_the_others(module: str, arguments: Sequence[str]) -> None:
     To be called first thing by a command line's ``main``: this process is replaced.
     """
     if prefix := asked_of_accelerate():
-        if die := _die_with(os.getppid()):
+        if die := die_with(os.getppid()):
             die()  # it dies of a signal without passing it on
         os.environ.pop("KMP_AFFINITY", None)  # meant for one process: several would be bound to the same cores
         os.execv(prefix[0], [*prefix, module, *arguments])  # the same process id, for which accelerate waits
@@ -125,7 +126,8 @@ def start(
     """Start a module in ``processes`` processes and wait for all of them.
 
     Returns:
-        0 if all ended with 0, else the code of the one that failed first (128 + the signal's number if it was killed).
+        0 if all ended with 0; the code of the one that failed first (128 + the signal's number if it was killed); 130
+        if they were stopped.
     """
     whole = {
         "MASTER_ADDR": main_host,
@@ -135,64 +137,93 @@ def start(
         "GROUP_RANK": str(node_rank),
     }
     # the same share of the machine for each, or they would get in each other's way
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     children: list[subprocess.Popen[bytes]] = []
-    stopping = _Forward(children)
-    before = {number: signal.signal(number, stopping) for number in _SIGNALS}
-    try:
-        for local in range(processes):
-            own = {"LOCAL_RANK": str(local), "RANK": str(node_rank * processes + local), "OMP_NUM_THREADS": threads}
-            children.append(_child([sys.executable, "-m", module, *arguments], {**os.environ, **whole, **own}))
-            if stopping.signal is not None:
-                children[-1].send_signal(stopping.signal)
-        return _wait(children)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stop = _Stop(children)
+    with handled(stop):
+        try:
+            for local in range(processes):
+                own = {"LOCAL_RANK": str(local), "RANK": str(node_rank * processes + local), "OMP_NUM_THREADS": threads}
+                children.append(_child([sys.executable, "-m", module, *arguments], {**os.environ, **whole, **own}))
+                if stop.passed is not None:
+                    children[-1].send_signal(stop.passed)
+            return _wait(children, stop)
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
 
 
-class _Forward:
-    """Passes a signal on to all processes."""
+class _Stop(Requests):
+    """Passes a request to stop on to all processes, once: they need not hear it twice. Another one ends them.
+
+    ``passed`` is the signal that they were sent last.
+    """
 
     def __init__(self, children: list[subprocess.Popen[bytes]]) -> None:
+        super().__init__()
         self._children = children
-        self.signal: int | None = None
+        self.passed: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
-        self.signal = number
+        super().__call__(number, frame)
+        if self.times > 1:
+            self.kill()
+        else:
+            self.pass_on(number)
+
+    def pass_on(self, number: int = signal.SIGTERM) -> None:
+        if self.passed is None:
+            self._send(number)
+
+    def kill(self) -> None:
+        self._send(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    def _send(self, number: int) -> None:
+        self.passed = number
         for child in self._children:
             child.send_signal(number)
 
+    def failed(self, codes: Sequence[int | None]) -> int:
+        """The code of the first process that failed; 0 if none has."""
+        fine = {None, 0, EXIT_STOPPED}
+        if self.passed is not None:  # some may not have been up yet, and died of it
+            fine |= {-signal.SIGTERM, -signal.SIGINT, -self.passed}
+        return next((code for code in codes if code not in fine), None) or 0
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended. Once one has ended badly the others are asked to stop, and after a while made to."""
+
+def _wait(children: Sequence[subprocess.Popen[bytes]], stop: _Stop) -> int:
+    """Until all have ended. Once one has ended badly the others are asked to stop, and after a while made to.
+
+    One that was stopped has the others stopped too. They may be through before the first of them, which seals the
+    checkpoint of all; once that has ended there is nothing left to wait for.
+    """
     code, deadline = 0, float("inf")
     while None in (codes := [child.poll() for child in children]):
-        if not code and (code := next((c for c in codes if c), 0)):
+        if not code and (code := stop.failed(codes)):
             deadline = time.monotonic() + _GRACE
             if code < 0:  # it could not say anything itself
-                sys.stderr.write(f"process {codes.index(code)} was killed by signal {-code}: the others are stopped\n")
-            for child in children:
-                child.send_signal(signal.SIGTERM)
+                say(f"process {codes.index(code)} was killed by signal {-code}: the others are stopped")
+        if code or EXIT_STOPPED in codes:
+            stop.pass_on()
+        if stop.passed is not None and codes[0] is not None:
+            deadline = min(deadline, time.monotonic() + _GRACE)
         if time.monotonic() > deadline:
-            for child in children:
-                child.kill()
+            stop.kill()
         time.sleep(_TICK)
-    code = code or next((c for c in codes if c), 0)
-    return code if code >= 0 else 128 - code
+    if code := code or stop.failed(codes):
+        return code if code > 0 else 128 - code
+    return EXIT_STOPPED if any(codes) else 0
 
 
 def _child(line: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     # a session of its own, so that Ctrl-C reaches it once: from here
-    return subprocess.Popen(line, env=dict(environment), start_new_session=True, preexec_fn=_die_with(os.getpid()))
+    return subprocess.Popen(line, env=dict(environment), start_new_session=True, preexec_fn=die_with(os.getpid()))
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """For a new process: to be told to stop when the launcher dies, however it dies. Linux only."""
+def die_with(parent: int) -> Callable[[], None] | None:
+    """For a new process: to be told to stop when its parent dies, however that dies. Linux only."""
     if not sys.platform.startswith("linux"):
         return None
     control = ctypes.CDLL(None, use_errno=True).prctl
@@ -205,7 +236,8 @@ def _die_with(parent: int) -> Callable[[], None] | None:
     return ask
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
