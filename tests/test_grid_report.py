@@ -503,12 +503,17 @@ def with_digest(job: Job, **changed: Any) -> dict[str, Any]:
     return report
 
 
+def taught(job: Job, **provenance: Any) -> dict[str, Any]:
+    return {**report_of(job, target=f"taught {job.name}", **provenance), "training": [{"stage": "teach"}]}
+
+
 @pytest.mark.parametrize(
     ("odd", "said"),
     [
         (lambda j: with_digest(j, digest="another file"), "other data in forget europe (digest)"),
         (lambda j: with_digest(j, rows=98), "other data in forget europe (rows)"),
         (lambda j: report_of(j, target="another"), "another base model"),
+        (lambda j: taught(j, base="another"), "another base model"),
         (lambda j: report_of(j, metric="prob"), "its goals, kept metrics or bound"),
         (lambda j: report_of(j, kept_metric="acc_norm"), "its goals, kept metrics or bound"),
     ],
@@ -524,6 +529,12 @@ def test_what_was_measured_otherwise_is_set_aside(
     assert found["settings"][1]["test"]["goal"]["n"] == 1
     assert rows_of(tmp_path / "jobs.csv")[3]["state"] == "set aside"
     assert [r["counts"] for r in rows_of(tmp_path / "frontier.csv") if r["job"] == grid.jobs[3].name] == ["false"] * 3
+
+
+@pytest.mark.parametrize("known", [{"base": "base"}, {}])  # reports did not always have it
+def test_taught_models_differ_and_their_base_does_not(tmp_path: Path, known: dict[str, str]) -> None:
+    filled(tmp_path, grid_of({"rank": ("4", "8"), "seed": ("0", "1")}), lambda j: taught(j, **known))
+    assert merged_json(tmp_path)["set_aside"] == []
 
 
 def test_a_copied_folder_is_found(tmp_path: Path) -> None:

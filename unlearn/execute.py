@@ -101,7 +101,9 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
     pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
     base = pipe.load()
     sets = pipe.data(base.tokenizer)
+    models = {"base": base.fingerprint}
     target = pipe.teach(base, sets)
+    models["target"] = target.fingerprint
     del base  # after a teaching nothing needs it any more, and it is as large as the target
     vectors = pipe.vectors(target, sets)
     weights = pipe.balance(target, sets, vectors.parts)
@@ -120,9 +122,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
         return None  # training and scoring are shared among processes; the rest is the main one's
     rows = _rows(before, after, beside)
     exports = pipe.export(target, edit, CardFacts(recipe, chosen, rows))
-    who = provenance.collect(
-        loaded.source, sys.argv, {"key": key, "model": recipe.model.path, "target": target.fingerprint}
-    )
+    who = provenance.collect(loaded.source, sys.argv, {"key": key, "model": recipe.model.path, **models})
     report = RunReport(
         name=recipe.name,
         description=recipe.description,

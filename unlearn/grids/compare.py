@@ -53,7 +53,7 @@ def compare(runs: Sequence[Run]) -> Compared:
     aside: dict[str, str] = {}
     _copies(runs, aside)
     _odd(runs, aside, _question, lambda r: _yard(r), "its goals, kept metrics or bound are not those of the other jobs")
-    _odd(runs, aside, _untaught, lambda r: r.report.provenance.get("target"), "another base model (fingerprint)")
+    _odd(runs, aside, _of_base, _base, "another base model (fingerprint)")
     for name in sorted({name for r in runs for name in r.data}):
         here = [r for r in runs if name in r.data]
         what = f"other data in {name[0]} {name[1]}"
@@ -77,9 +77,14 @@ def _yard(run: Run) -> Hashable:
     return run.yardstick
 
 
-def _untaught(run: Run) -> Hashable:
-    """A model that was taught differs by seed and teaching, so only others must be one and the same."""
-    return (settings_of(run.job, lambda k: about(k, _MODEL)), run.job.name if run.taught else "")
+def _base(run: Run) -> str | None:
+    """Fingerprint of the model before anything was taught; None for taught ones in reports that do not have it."""
+    told = run.report.provenance
+    return told.get("base") or (None if run.taught else told.get("target"))
+
+
+def _of_base(run: Run) -> Hashable:
+    return (settings_of(run.job, lambda k: about(k, _MODEL)), run.job.name if _base(run) is None else "")
 
 
 def _data(run: Run) -> Hashable:
