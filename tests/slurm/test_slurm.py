@@ -137,7 +137,32 @@ def test_a_task_is_killed_requeued_and_the_grid_is_whole(submitted: Submitted, t
     assert without_times(job_folder(submitted.root, victim.name)) == without_times(tmp_path / "alone")
 
 
-def test_a_job_at_its_time_limit_saves_where_it_is_and_goes_on(node: OneNode, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """A grid of one job that is in the middle of its training; ``task`` is its number in the queue."""
+
+    grid: Submitted
+    name: str
+    task: str
+
+    @property
+    def state(self) -> JobState | None:
+        return JobState.load(self.grid.root, self.name)
+
+    def stopped_once(self) -> bool:
+        return self.state is not None and (self.state.state == "stopped" or self.state.attempt == 2)
+
+    def went_on_from_where_it_was(self) -> None:
+        log = log_file(self.grid.root, self.name).read_text()
+        stop = re.search(r"stopped after step (\d+) of 300; it is kept", log)
+        assert stop is not None, log
+        assert int(stop[1]) > 0
+        assert self.state is not None
+        assert self.state.attempt == 2
+
+
+@pytest.fixture
+def trained(node: OneNode, tmp_path: Path) -> Trained:
     text = PICO.read_text().replace("path: data/", f"path: {PICO.parent}/data/").replace("steps: 30", "steps: 300")
     (tmp_path / "pico.yaml").write_text(text.replace("teach: {", "# {") + CLUSTER)
     done = command(node, "--recipe", str(tmp_path / "pico.yaml"), "--grid", "seed=7", "--out", str(tmp_path / "grid"))
@@ -152,21 +177,23 @@ def test_a_job_at_its_time_limit_saves_where_it_is_and_goes_on(node: OneNode, tm
 
     task = until(training, "the training", alone)
     time.sleep(1)
-    node.run("scancel", "--signal=USR2", task)  # what Slurm sends `grace` seconds before the limit
+    return Trained(alone, name, task)
 
-    def stopped() -> bool:
-        state = JobState.load(alone.root, name)
-        return state is not None and (state.state == "stopped" or state.attempt == 2)
 
-    until(stopped, "the stop", alone)
-    until(lambda: finished(alone) or _start(node, task), "the end", alone)
-    log = log_file(alone.root, name).read_text()
-    stop = re.search(r"stopped after step (\d+) of 300; it is kept", log)
-    assert stop is not None, log
-    assert int(stop[1]) > 0
-    again = JobState.load(alone.root, name)
-    assert again is not None
-    assert again.attempt == 2
+def test_a_job_at_its_time_limit_saves_where_it_is_and_goes_on(node: OneNode, trained: Trained) -> None:
+    node.run("scancel", "--signal=USR2", trained.task)  # what Slurm sends `grace` seconds before the limit
+    until(trained.stopped_once, "the stop", trained.grid)
+    until(lambda: finished(trained.grid) or _start(node, trained.task), "the end", trained.grid)
+    trained.went_on_from_where_it_was()
+
+
+def test_a_job_that_is_preempted_saves_where_it_is_and_goes_on(node: OneNode, trained: Trained) -> None:
+    """By a real one of a partition that goes first, and needs the whole node."""
+    urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
+    node.run(*urgent)
+    until(trained.stopped_once, "the stop", trained.grid)
+    until(lambda: finished(trained.grid) or _start(node, trained.task), "the end", trained.grid)
+    trained.went_on_from_where_it_was()
 
 
 def _waits(node: OneNode, task: str) -> bool:
