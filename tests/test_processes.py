@@ -73,35 +73,31 @@ def tell():
     part = Path(f"{rank}.part")
     part.write_text(json.dumps(told))
     part.rename(f"{rank}.json")
-if sys.argv[1] == "heeds":
-    def leave(number, frame):
-        Path(f"signal{rank}.txt").write_text(str(int(number)))
-        sys.exit(130)
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
-if sys.argv[1] == "stuck":
-    signal.signal(signal.SIGTERM, (lambda *a: sys.exit(130)) if rank == "0" else signal.SIG_IGN)
-tell()
-if sys.argv[1] == "fails" and rank == "1":
-    sys.exit(3)
-if sys.argv[1] == "deaf":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave(number, frame):
+    Path(f"signal{rank}.txt").write_text(str(int(number)))
+    sys.exit(130)
+does = {"heeds": leave, "deaf": signal.SIG_IGN, "stuck": signal.SIG_IGN if rank == "1" else leave}.get(sys.argv[1])
+if does is not None:
+    signal.signal(signal.SIGTERM, does)
+    signal.signal(signal.SIGINT, does)
 if sys.argv[1] == "seals":
-    from unlearn.stopping import held
+    from unlearn import stopping
+    stopping._ECHO = 0.1
     try:
-        with held() as hold:
+        with stopping.held() as hold:
             tell()
-            while not hold.requested:
+            while not hold.requested and not (rank == "1" and Path("stop1").exists()):
                 time.sleep(0.02)
-                if Path("stop1").exists() and rank == "1":
-                    break
-            if rank == "0":  # the step, which ends some seconds later, and then the checkpoint
-                time.sleep(3.0)
+            time.sleep(0.3)  # the rest of the step
+            if rank == "0":
+                time.sleep(1.2)  # the checkpoint
                 Path("sealed").write_text("")
     except KeyboardInterrupt:
         pass
     sys.exit(130)
+tell()
+if sys.argv[1] == "fails" and rank == "1":
+    sys.exit(3)
 if sys.argv[1] == "dies" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] != "ends":
@@ -185,9 +181,13 @@ def test_a_signal_is_passed_on_to_all(folder: Path, number: int) -> None:
     assert all(gone(t["pid"]) for t in told)
 
 
+IMPATIENT = "import sys; from unlearn import launch; launch._GRACE = 0.5; sys.exit(launch.start('shows', ['{}'], 2))"
+
+
 @pytest.mark.parametrize("to", ["launcher", "process 1"])
 def test_the_main_process_seals_when_the_others_are_through(folder: Path, to: str) -> None:
-    with subprocess.Popen([*launch.command(2), "shows", "seals"], cwd=folder, env=environment()) as process:
+    code = IMPATIENT.format("seals")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment()) as process:
         shown(folder, 2)
         if to == "launcher":
             process.terminate()
@@ -198,7 +198,7 @@ def test_the_main_process_seals_when_the_others_are_through(folder: Path, to: st
 
 
 def test_after_the_main_process_nobody_is_waited_for_long(folder: Path) -> None:
-    code = "import sys; from unlearn import launch; launch._GRACE = 0.5; sys.exit(launch.start('shows', ['stuck'], 2))"
+    code = IMPATIENT.format("stuck")
     with subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment()) as process:
         told = shown(folder, 2)
         process.terminate()
