@@ -663,42 +663,57 @@ def test_a_task_of_the_array_runs_its_job_and_says_how_it_ended(tmp_path: Path) 
     assert "error: " in log_file(root, name).read_text()
 
 
-def test_a_checkpoint_stops_the_job_and_gives_the_same_command_again(tmp_path: Path) -> None:
-    """As submitit does it, in its signal handler while the task waits for its job."""
-    root = tmp_path / "grid"
-    make(root, 1, prepared=False)
-    code = TASK.replace(
-        "JobCommand(sys.argv[1], sys.argv[2], 1, 1, 1, 20.0)()",
-        """
+SLEEPER = """
 import signal
 from pathlib import Path
 from unlearn import job
 sleeper = (
-    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit(130));"
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: (print('down'), sys.exit(130)));"
     "print('up', flush=True); time.sleep(600)"
 )
 job.command = lambda *a: [sys.executable, "-c", sleeper]
 task = JobCommand(sys.argv[1], sys.argv[2], 1, 1, 1, 20.0)
+"""
+
+
+def asleep(root: Path, code: str) -> tuple[subprocess.Popen[str], Path]:
+    """A task whose job sleeps, and the job's log."""
+    make(root, 1, prepared=False)
+    name = Grid.load(root).jobs[0].name
+    task = subprocess.Popen(
+        [sys.executable, "-c", code, str(root), name], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = log_file(root, name)
+    until(lambda: log.is_file() and "up" in log.read_text())
+    return task, log
+
+
+def test_a_checkpoint_stops_the_job_and_gives_the_same_command_again(tmp_path: Path) -> None:
+    """As submitit does it, in its signal handler while the task waits for its job."""
+    warned = """
 def warned(number, frame):
     again = task.checkpoint()
     print("saved", task._code, again.function == task, flush=True)
     sys.exit(0)
 signal.signal(signal.SIGUSR2, warned)
 task()
-""",
-    )
-    name = Grid.load(root).jobs[0].name
-    task = subprocess.Popen(
-        [sys.executable, "-c", code, str(root), name],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    until(lambda: log_file(root, name).is_file() and "up" in log_file(root, name).read_text())
+"""
+    task, _ = asleep(tmp_path / "grid", TASK.rpartition("JobCommand(")[0] + SLEEPER + warned)
     os.killpg(task.pid, signal.SIGUSR2)  # Slurm's warning goes to every process of the job
     said = task.communicate(timeout=PATIENCE)[0]
     assert said.strip() == "saved 130 True"
     assert task.returncode == 0
+
+
+def test_another_machine_of_a_job_that_was_stopped_does_not_end_before_the_first(tmp_path: Path) -> None:
+    code = TASK.rpartition("JobCommand(")[0].replace('PROCID="0", SLURM_NODEID="0"', 'PROCID="1", SLURM_NODEID="1"')
+    task, log = asleep(tmp_path / "grid", f"{code}{SLEEPER}task()\n")
+    os.killpg(task.pid, signal.SIGUSR2)
+    until(lambda: "down" in log.read_text())
+    with pytest.raises(subprocess.TimeoutExpired):
+        task.wait(2.0)
+    task.kill()
+    task.communicate()
 
 
 def test_a_command_is_pickled_as_it_was_made() -> None:

@@ -153,8 +153,11 @@ class JobCommand:
         child.returncode = self._code  # or Popen would wonder where it went
         if self._code == 0:
             return
-        if environment.global_rank == 0 and self._was_stopped():
-            _wait_for_slurm(environment, self.grace)
+        if self._was_stopped():
+            if environment.global_rank == 0:
+                _wait_for_slurm(environment, self.grace)
+            else:  # srun would end the first machine with us, which is about to put the task back in the queue
+                time.sleep(self.grace)
         raise RuntimeError(f"{self.name} ended with code {self._code}; see {log}")
 
     def checkpoint(self) -> Any:
