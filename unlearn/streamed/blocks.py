@@ -24,7 +24,7 @@ from unlearn.streamed.layout import Shard
 from unlearn.streamed.names import Target
 from unlearn.survival import Survival
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROUNDED = (torch.bfloat16, torch.float16)
 _ELEMENTS = 2**19  # of a block: 2 MB in float32
 _FEWEST = 64  # rows of a block: thin products are computed another way

@@ -47,11 +47,20 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The file of the base that one was made from: bytes, time of its last change (ns), SHA-256 (empty: unknown)."""
+    """The file of the base that one was made from.
+
+    Attributes:
+        size: In bytes.
+        changed: The time of its last change (ns), which anybody may set.
+        sha256: Of its content; empty: unknown.
+        place: Device, number and time of the last change of status (ns) in the file system, which nobody may set;
+            empty: unknown.
+    """
 
     size: int
     changed: int
     sha256: str = ""
+    place: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, path: Path) -> Origin:
@@ -61,11 +70,15 @@ class Origin:
             OSError: it is missing.
         """
         status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns)
+        return cls(status.st_size, status.st_mtime_ns, "", (status.st_dev, status.st_ino, status.st_ctime_ns))
+
+    def alike(self, other: Origin) -> bool:
+        """Whether size and time agree: if not, it was changed."""
+        return (self.size, self.changed) == (other.size, other.changed)
 
     def same_file(self, other: Origin) -> bool:
-        """Whether size and time agree."""
-        return (self.size, self.changed) == (other.size, other.changed)
+        """Whether it is certainly the very file, unchanged. Copies and images may keep a fixed time for all files."""
+        return self.alike(other) and bool(self.place) and self.place == other.place
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,10 @@ class Journal:
             name: {
                 "bytes": f.size,
                 "sha256": f.sha256,
-                "base": {"bytes": f.origin.size, "mtime_ns": f.origin.changed, "sha256": f.origin.sha256},
+                "base": {
+                    **{"bytes": f.origin.size, "mtime_ns": f.origin.changed, "sha256": f.origin.sha256},
+                    "place": list(f.origin.place),
+                },
                 "survived": {n: list(v) for n, v in f.survived.items()},
             }
             for name, f in self.files.items()
@@ -127,7 +143,9 @@ def read_journal(path: Path) -> Journal | None:
             raise ValueError("another program or another version wrote it")
         files = {}
         for name, f in data["files"].items():
-            origin = Origin(int(f["base"]["bytes"]), int(f["base"]["mtime_ns"]), str(f["base"]["sha256"]))
+            b = f["base"]
+            place_of_it = tuple(int(n) for n in b.get("place", ()))
+            origin = Origin(int(b["bytes"]), int(b["mtime_ns"]), str(b["sha256"]), place_of_it)
             survived = {str(n): [float(x) for x in v] for n, v in f["survived"].items()}
             files[str(name)] = Finished(origin, int(f["bytes"]), str(f["sha256"]), survived)
         edit = Edit(str(data["vector_sha256"]), float(data["coefficient"]), str(data["rounding"]))

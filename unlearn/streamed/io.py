@@ -207,6 +207,7 @@ class Flow(Generic[T]):
 
     def __init__(self, *stages: Callable[[T], None], finish: Callable[[T], None]) -> None:
         self._error: BaseException | None = None
+        self._over = threading.Event()  # every stage has passed on its last item
         self._first: SimpleQueue[T | None] = SimpleQueue()
         self._threads = []
         queue = self._first
@@ -232,11 +233,21 @@ class Flow(Generic[T]):
         except BaseException as e:
             self._error = self._error or e
         finally:
-            self._first.put(None)
-            for thread in self._threads:
-                thread.join()
+            self._settle()
         if self._error is not None:
             raise self._error
+
+    def _settle(self) -> None:
+        """Wait until no stage is at work any more, whatever interrupts: their files are closed next.
+
+        Not by join(): an interrupted one takes the thread for ended (Python 3.11 and 3.12).
+        """
+        while not self._over.is_set():
+            try:
+                self._first.put(None)
+                self._over.wait()
+            except BaseException as e:  # raised again by run()
+                self._error = self._error or e
 
     def _work(self, stage: Callable[[T], None], mine: SimpleQueue[T | None], following: SimpleQueue[T | None]) -> None:
         while (item := mine.get()) is not None:
@@ -250,4 +261,8 @@ class Flow(Generic[T]):
 
     def _end(self, finish: Callable[[T], None], mine: SimpleQueue[T | None]) -> None:
         while (item := mine.get()) is not None:
-            finish(item)
+            try:
+                finish(item)
+            except BaseException as e:  # raised again by run()
+                self._error = self._error or e
+        self._over.set()

@@ -21,7 +21,7 @@ from unlearn.errors import ModelError, VectorError
 from unlearn.streamed.layout import Checkpoint, Shard, Stored
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+FLOATS = frozenset({"F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) ->
         shapes: Module -> ``(out, in)`` of its change.
 
     Raises:
-        VectorError: modules that have no tensor of their own in the checkpoint, or one of another shape, or quantised;
-            all of them are listed.
+        VectorError: modules that have no tensor of their own in the checkpoint, or one of another shape, quantised or
+            in float64; all of them are listed.
         ModelError: a quantised model, or an adapter's folder.
     """
     if (checkpoint.folder / "adapter_config.json").exists():
@@ -137,6 +137,8 @@ def _misfit(
     if len(stored) > 1:
         return f"the checkpoint holds its weight {len(stored)} times, as {listed(stored)}"
     tensor = there[stored[0]][1]
+    if tensor.format == "F64":
+        return "its weight is stored as F64, and edits are computed in float32: convert the model to float32 first"
     if tensor.format not in FLOATS:
         return f"its weight is stored as {tensor.format}: give the model in full precision"
     wanted = shape[::-1] if layout.linear[weight] else shape

@@ -144,12 +144,18 @@ class _Writing:
     def _damage(self, name: str, finished: Finished, origin: Path, advance: Callable[[int], None]) -> str | None:
         path = self.place / name
         try:
-            if not finished.origin.same_file(Origin.of(origin)):
+            now = Origin.of(origin)
+            if not finished.origin.alike(now):
                 return "the model's file has changed"
             if path.stat().st_size != finished.size:
                 return f"it has {path.stat().st_size} bytes instead of {finished.size}"
             if self.engine.digest(path, finished.size, advance) != finished.sha256:
                 return "its content has changed (SHA-256 differs)"
+            if not finished.origin.same_file(now):
+                if self.engine.digest(origin, now.size, lambda n: None) != finished.origin.sha256:
+                    return "the model's file is another one (SHA-256 differs)"
+                known = replace(finished, origin=replace(now, sha256=finished.origin.sha256))
+                self.journal = self.journal.with_file(name, known)
         except OSError as e:
             return (e.strerror or str(e)).lower()
         return None
@@ -174,7 +180,7 @@ class _Writing:
         with written(place), new_file(place) as temporary:
             origin = Origin.of(shard.path)
             done = self.engine.write(shard, self.works, temporary, advance)
-            if not origin.same_file(Origin.of(shard.path)):
+            if not origin.alike(Origin.of(shard.path)):
                 raise ModelError(f"{shard.path}: it was changed while it was read: run the same command again")
             survived = {
                 name: (s.dot, s.intended, s.realised, s.changed, s.elements) for name, s in editor.survived().items()
