@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from processes_arena import fit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from unlearn import checkpoints, trainer
 from unlearn.assets import recipes_folder
 from unlearn.batches import ByLength, Encoded, Pad
 from unlearn.errors import DataError, ModelError, RecipeError, UnlearnError
@@ -26,15 +29,17 @@ from unlearn.estimates.estimate import Estimate, estimate
 from unlearn.estimates.machine import MACHINES
 from unlearn.estimates.options import add_options, options_of
 from unlearn.estimates.passes import Beside, Pass, Training, training
+from unlearn.estimates.run import _checkpoints as saved
 from unlearn.estimates.shapes import Shape, lora_parameters, shape_of
 from unlearn.estimates.text import render, size, span
 from unlearn.estimates.tokens import TrainRow, Words, scored_item, train_row
 from unlearn.estimates.work import Bench
 from unlearn.finetune import encode_one
 from unlearn.items import Item
-from unlearn.models import linear_modules, resolve_targets
-from unlearn.recipe import TrainSpec
+from unlearn.models import Loaded, linear_modules, resolve_targets
+from unlearn.recipe import EvalSpec, TrainSpec
 from unlearn.recipe_io import load_recipe
+from unlearn.scoring import interface
 from unlearn.tree import Costs, pack
 
 _COMMON = {"hidden_size": 96, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -235,6 +240,22 @@ def test_keys_and_values_by_hand() -> None:
     assert memory.key_values(shape_of(json.loads(text), "70b"), 2) == 2 * 80 * 8 * 128 * 2 == 320 * 1024
 
 
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 8), (torch.float32, 30), (torch.bfloat16, 30)])
+def test_what_lm_eval_s_own_model_holds(dtype: torch.dtype, count: int, pico_llama: Path) -> None:
+    """All arrays that are there at once, as torch's profiler sees them come and go."""
+    tokenizer = AutoTokenizer.from_pretrained(pico_llama)
+    model = build({**CONFIGS["llama"], "vocab_size": 32768}, dtype=dtype).eval()
+    engine = interface(model, tokenizer, EvalSpec(engine="hf", batch_size=8))
+    pairs = [(tokenizer.encode(f"number {n} of these"), [5, 6, 7]) for n in range(count)]
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        engine._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    here = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    longest = max(len(a) + len(b) - 1 for a, b in pairs)
+    found = memory.scoring_rows(shape("llama", vocab_size=32768), dtype.itemsize, False, 8 * longest, count > 8)
+    assert sum(found.values()) == pytest.approx(max(here), rel=0.1)
+
+
 # -- operations -------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +349,47 @@ def test_batches_are_as_many_and_as_wide_as_the_trainer_s(
     assert sum(p.tokens for p in whole.passes) == pytest.approx(wide, rel=0.12)  # other random numbers
     assert whole.largest.width == max(lengths)
     assert found.heads == found.tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("plain", {}),
+        ("plain", {"accumulation": 5, "save_every": 1}),
+        ("npo", {"save_every": 3}),
+        ("weights", {"steps": 5, "epochs": None, "learning_rate": 1e-3, "save_every": 1}),
+    ],
+)
+def test_steps_rows_and_checkpoints_are_those_that_the_trainer_makes(
+    kind: str,
+    more: dict[str, Any],
+    loaded: Callable[..., Loaded],
+    pico_phi: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seven rows in threes, two batches to a step: the last step of an epoch has one batch, of one row."""
+    rows: list[int] = []
+    sealed: list[Path] = []
+    plain, seal = trainer._Trainer.compute_loss, checkpoints.seal
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(inputs["input_ids"]))
+        return plain(self, model, inputs, *args, **kwargs)
+
+    def seal_counted(folder: Path, processes: int) -> None:
+        sealed.append(folder)
+        seal(folder, processes)
+
+    monkeypatch.setattr(trainer._Trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(checkpoints, "seal", seal_counted)
+    asked_for = {"steps": None, "epochs": 2.0, "accumulation": 2, **more}
+    _, log = fit(loaded(pico_phi), tmp_path, kind=kind, **asked_for)
+    spec = TrainSpec(batch_size=3, **{k: v for k, v in asked_for.items() if k != "learning_rate"})
+    found = training([TrainRow(10, 5)] * 7, spec, copies=2 if kind == "npo" else 1)
+    assert (found.steps, found.batches) == (log.steps, len(rows))
+    assert sum(p.rows for p in found.passes) == sum(rows)
+    assert saved(found.steps, spec, kind != "weights") == len(sealed)
 
 
 def test_a_long_training_is_laid_out_in_part() -> None:
@@ -440,6 +502,41 @@ def test_what_a_recipe_asks_for_shows_in_its_memory(recipe: Path) -> None:
     )
     double = peak("sweep", "vector.method=contrast")["the edit"]
     assert double == 2 * peak("sweep")["the edit"]
+
+
+def test_how_a_recipe_scores_shows_in_its_memory(recipe: Path) -> None:
+    def held(*overrides: str) -> dict[str, int]:
+        return dict(next(s for s in asked(recipe, overrides=overrides).stages if s.name == "test").held)
+
+    items = asked(recipe).run.items("test")
+    tokens, longest = sum(item.tokens for item in items), max(item.longest for item in items)
+    assert held("eval.batch_tokens=65536")["a pass"] == memory.scoring(shape("llama"), 4, True, tokens)
+    assert held("eval.batch_tokens=1")["a pass"] == memory.scoring(shape("llama"), 4, True, longest)
+    few, many = (held("eval.engine=hf", f"eval.batch_size={n}") for n in (2, 1000))
+    assert few["logits"] == 3 * 2 * longest * 512 * 4  # of each, the batch before as well
+    assert many["logits"] == 2 * len(items) * longest * 512 * 4
+
+
+def test_npo_reads_every_row_twice_in_as_many_steps(recipe: Path) -> None:
+    def fitted(method: str) -> Training:
+        method, duration = f"vector.method={method}", "vector.forget={epochs: 3, batch_size: 4}"
+        run = asked(recipe, overrides=[method, duration, "vector.correlation=null"]).run
+        return run.fit(run.rows("forget"), run.recipe.vector.forget, run.recipe.vector.steps()[0])
+
+    away, twice = fitted("gradient_ascent"), fitted("npo")
+    assert twice.steps == away.steps
+    assert (twice.tokens, twice.heads) == (2 * away.tokens, 2 * away.heads)
+
+
+def test_checkpoints_cost_what_is_written_and_sealed(recipe: Path) -> None:
+    def seconds(*overrides: str) -> tuple[float, int]:
+        one = next(s for s in asked(recipe, overrides=overrides).stages if s.name == "finetune")
+        return one.work.seconds, one.passing
+
+    (often, three), (once, one) = (seconds(f"vector.forget.save_every={n}") for n in (1, 10))
+    machine = MACHINES["cpu2"]
+    assert three == 3 * one > 0
+    assert often - once == pytest.approx(9 * one * (1 / machine.disk + 1 / machine.hashed))
 
 
 def test_a_process_keeps_what_a_stage_took_and_a_gpu_does_not() -> None:

@@ -56,13 +56,14 @@ def _benchmark(run: Run) -> StageEstimate:
         counts = [min(n, spec.items or n) for n in (_TOFU[spec.set], *_TOFU_OTHERS)]
         prompt, answer, answers, new = _TOFU_ITEM
         each = ScoredItem(
-            prompt + answers * (answer - 1), 1 + answers * (answer - 1), prompt, answers * (prompt + answer)
+            *(prompt + answers * (answer - 1), 1 + answers * (answer - 1), prompt),
+            *(answers * (prompt + answer), prompt + answer, answers),
         )
         items, prompts, new = [each] * sum(counts), [prompt] * sum(counts), spec.max_tokens or new
     else:
         count, length, new = _MUSE[spec.set]
         count = min(count, 6 * spec.items) if spec.items else count
-        items = [ScoredItem(length, length, length // 2, length)] * count
+        items = [ScoredItem(length, length, length // 2, length, length)] * count
         prompts, new = [length // 2] * (count // 2), spec.max_tokens or new
     packed = run.recipe.eval.engine == "packed"
     one = [run.bench.score(items, packed), run.bench.write(prompts, new)]
@@ -70,7 +71,7 @@ def _benchmark(run: Run) -> StageEstimate:
     held = {
         **run.resident("benchmark"),
         "the edit": memory.edit(run.adapted, run.rank, run.size),
-        "a pass": memory.scoring(run.shape, run.size, True),
+        **run.scoring(items),
         "keys and values of texts": memory.writing(run.shape, run.size, len(prompts), max(prompts) + new, gpu),
     }
     return StageEstimate(
@@ -111,7 +112,7 @@ def _robustness(run: Run) -> StageEstimate:
         {
             **copy,
             f"in {kind}": memory.quantised(run.shape, kind, run.size),
-            "a pass": memory.scoring(run.shape, 4, False),
+            **run.scoring(items, 4),
         }
         for kind in spec.quantize
     ]
@@ -122,7 +123,7 @@ def _robustness(run: Run) -> StageEstimate:
         sizes = TrainSpec(steps=max(how.steps), batch_size=how.batch_size)
         found = training(forget.train[: how.items], sizes)
         curves = 1 + how.unrelated
-        done, more, _ = run.trained(found, sizes, None)
+        done, more, _ = run.trained(found, sizes, None, kept=False)
         work += [Work(done.operations, done.seconds), total([once] * (len(how.steps) + 1))] * curves
         held.append({**copy, **more})
     return StageEstimate(

@@ -147,12 +147,29 @@ def edit(adapted: Sequence[Linear], rank: int | None, size: int) -> int:
     return factors + (4 * sum(one.weight for one in adapted) if size == 4 else 0)
 
 
-def scoring(shape: Shape, size: int, edited: bool) -> int:
-    """Bytes of a scoring pass of :data:`SCORED_AT_LEAST` tokens and its chunk of logits."""
+def scoring(shape: Shape, size: int, edited: bool, tokens: int = SCORED_AT_LEAST) -> int:
+    """Bytes of a scoring pass of so many tokens and its chunk of logits."""
+    return round(tokens * _passed(shape, size, edited) + _HEADS_ALIVE * _HEAD)
+
+
+def scoring_rows(shape: Shape, size: int, edited: bool, tokens: int, more: bool) -> Mapping[str, int]:
+    """What a pass of lm-eval's own model holds, by name.
+
+    Args:
+        tokens: Of the batch, padded.
+        more: It is not the only batch: the one before is let go of when the next one has been computed.
+    """
+    array = tokens * shape.vocabulary * size  # logits, their log-softmax, and that of the batch before
+    kept = GIVEN_BACK if array > _MAPPED else "logits"
+    return {"a pass": tokens * _passed(shape, size, edited), kept: array * (3 if more else 2)}
+
+
+def _passed(shape: Shape, size: int, edited: bool) -> int:
+    """Bytes of a token within one layer."""
     each = (4 * shape.hidden + 8 * shape.attended + 4 * shape.inner) * size
     widest = max(one.inputs + 3 * one.out for one in shape.linears)
-    beside = 4 * widest if edited and size < 4 else 0  # input, change, output and sum of one matrix in float32
-    return round(SCORED_AT_LEAST * (each + beside) + _HEADS_ALIVE * _HEAD)
+    # input, change, output and sum of one matrix in float32
+    return each + (4 * widest if edited and size < 4 else 0)
 
 
 def key_values(shape: Shape, size: int) -> int:

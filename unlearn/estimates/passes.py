@@ -69,7 +69,7 @@ class Beside:
 
 
 def training(
-    rows: Sequence[TrainRow], spec: TrainSpec, beside: Beside | None = None, everywhere: bool = True
+    rows: Sequence[TrainRow], spec: TrainSpec, beside: Beside | None = None, everywhere: bool = True, copies: int = 1
 ) -> Training:
     """Lay out a fine-tuning on one device.
 
@@ -78,27 +78,28 @@ def training(
         spec: The recipe's.
         beside: What every batch has besides, of a penalty or a baseline.
         everywhere: The head runs at every place of a batch, and not only where something is predicted.
+        copies: How often each row stands in its batch.
     """
     own = cut_rows(rows, spec.max_length) or (TrainRow(1, 1),)
     near = cut_rows(beside.rows, spec.max_length) if beside is not None else ()
     epochs, most = spec.duration()
     per_epoch = math.ceil(math.ceil(len(own) / spec.batch_size) / spec.accumulation)
     steps = most if most > 0 else math.ceil(per_epoch * epochs)
-    laid = min(steps, _MOST) * spec.accumulation
     draw = random.Random(0)
     passes = []
-    for batch in _batches(own, spec, draw, laid):
+    for batch in _batches(own, spec, draw, min(steps, _MOST)):
         drawn = draw.sample(near, min(beside.count, len(near))) if beside is not None and near else []
-        copies = beside.copies if beside is not None else 0
+        again = beside.copies if beside is not None else 0
         width = max(row.tokens for row in (*batch, *drawn))
-        count = len(batch) + copies * len(drawn)
-        labels = sum(row.labels for row in batch) + copies * sum(row.labels for row in drawn)
+        count = copies * len(batch) + again * len(drawn)
+        labels = copies * sum(row.labels for row in batch) + again * sum(row.labels for row in drawn)
         passes.append(Pass(count, width, count * width if everywhere else labels))
     return Training(steps, tuple(passes), max(steps / _MOST, 1.0))
 
 
-def _batches(rows: Sequence[TrainRow], spec: TrainSpec, draw: random.Random, count: int) -> Iterator[list[TrainRow]]:
-    """The first ``count`` batches, epoch after epoch: shuffled, sorted within stretches, the longest row first."""
+def _batches(rows: Sequence[TrainRow], spec: TrainSpec, draw: random.Random, steps: int) -> Iterator[list[TrainRow]]:
+    """The batches of the first ``steps`` steps, epoch after epoch: shuffled, sorted within stretches, the longest row
+    first. An epoch's last step has only the batches that are left."""
     size = spec.batch_size * spec.accumulation
     stretch = size * max(min(len(rows) // (size * 4), 50), 1)
     done = 0
@@ -111,8 +112,9 @@ def _batches(rows: Sequence[TrainRow], spec: TrainSpec, draw: random.Random, cou
         longest = max(range(len(parts)), key=lambda n: parts[n][0].tokens)
         parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
         flat = [row for part in parts for row in part]
-        for at in range(0, len(flat), spec.batch_size):
-            yield flat[at : at + spec.batch_size]
+        for step in range(0, len(flat), size):
+            for at in range(step, min(step + size, len(flat)), spec.batch_size):
+                yield flat[at : at + spec.batch_size]
             done += 1
-            if done == count:
+            if done == steps:
                 return

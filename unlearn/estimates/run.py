@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -138,6 +139,21 @@ class Run:
             found += self.bench.write(prompts, length, self.edited * edited)
         return found
 
+    def scoring(self, items: Sequence[ScoredItem], size: int | None = None) -> Mapping[str, int]:
+        """What a scoring pass holds, by name, with the recipe's engine.
+
+        Args:
+            size: Bytes of a number of the model in memory, where it is not the edited one but a copy.
+        """
+        spec, edited, size = self.recipe.eval, size is None, size or self.size
+        longest = max((item.longest for item in items), default=1)
+        if spec.engine == "packed":
+            tokens = min(spec.batch_tokens or memory.SCORED_AT_LEAST, sum(item.tokens for item in items))
+            return {"a pass": memory.scoring(self.shape, size, edited, max(tokens, longest))}
+        count = sum(item.answers for item in items)
+        tokens = min(spec.batch_size, count) * longest
+        return memory.scoring_rows(self.shape, size, edited, tokens, count > spec.batch_size)
+
     def writing(self, split: Split) -> int:
         """Bytes of keys and values while texts are written."""
         gpu = self.machine.kind == "gpu"
@@ -171,13 +187,19 @@ class Run:
         if source == "gradient_difference":
             return training(rows, spec, Beside(near, spec.batch_size, 1), everywhere=False)
         if source == "npo":
-            return training(rows, spec.model_copy(update={"batch_size": 2 * spec.batch_size}), everywhere=False)
+            return training(rows, spec, everywhere=False, copies=2)  # under the adapter and without it
         return training(rows, spec, everywhere=source != "gradient_ascent")
 
-    def trained(self, found: Training, spec: TrainSpec, lora: LoraSpec | None) -> tuple[Work, dict[str, int], int]:
+    def trained(
+        self, found: Training, spec: TrainSpec, lora: LoraSpec | None, kept: bool = True
+    ) -> tuple[Work, dict[str, int], int]:
         """Work, memory beside the weights, and bytes of checkpoints of a fine-tuning.
 
-        Two checkpoints are kept and a third is written before the oldest goes; each has the parameters and two moments.
+        Two checkpoints are kept and a third is written before the oldest goes; each has the parameters and two moments,
+        and is sealed by SHA-256.
+
+        Args:
+            kept: It has checkpoints.
         """
         adapted = None if lora is None else self.shape.adapted(lora.targets, lora.depth)
         rank = lora.rank if lora is not None else 0
@@ -191,8 +213,9 @@ class Run:
             heap=self.machine.kind == "cpu",
         )
         one = 3 * (self.weights if adapted is None else 4 * lora_parameters(adapted, rank))
-        saving = Work(0.0, 4 * one / self.machine.disk)
-        return work + saving, dict(held), 3 * one
+        count = _checkpoints(found.steps, spec, adapted is not None) if kept else 0
+        saving = Work(0.0, count * one * (1 / self.machine.disk + 1 / self.machine.hashed))
+        return work + saving, dict(held), min(count, 3) * one
 
     def vector_bytes(self, rank: int | None) -> int:
         """A vector's file, float32."""
@@ -207,3 +230,9 @@ class Run:
     def saving(self, size: int) -> Work:
         """Write a file."""
         return Work(0.0, size / self.machine.disk)
+
+
+def _checkpoints(steps: int, spec: TrainSpec, small: bool) -> int:
+    """How many are written, as :mod:`unlearn.trainer` does it: after the last step only those of an adapter."""
+    every = spec.save_every or max(1, math.ceil(steps / 4))
+    return math.ceil(steps / every) if small else (steps - 1) // every

@@ -102,11 +102,15 @@ def _finetune(run: Run) -> StageEstimate:
     if vector.uses("learned"):
         learned = vector.learned or LearnedSpec()
         sizes = TrainSpec(steps=learned.steps, batch_size=learned.batch_size + 2 * learned.retain_batch_size)
-        work += run.trained(run.fit((*run.rows("forget"), *run.rows("retain")), sizes), sizes, vector.lora)[0]
+        work += run.trained(run.fit((*run.rows("forget"), *run.rows("retain")), sizes), sizes, vector.lora, kept=False)[
+            0
+        ]
     if vector.uses("perta"):
         count = (vector.perta or PertaSpec()).samples
         sizes = TrainSpec(steps=2 * count, batch_size=1)
-        work += run.trained(run.fit((*run.rows("forget"), *run.rows("retain")), sizes), sizes, vector.lora)[0]
+        work += run.trained(run.fit((*run.rows("forget"), *run.rows("retain")), sizes), sizes, vector.lora, kept=False)[
+            0
+        ]
     if vector.uses("ethos"):
         unknown.append("singular values of every weight (ethos), some " + _spelled(run))
     held = max((d[1] for d in done), key=lambda h: sum(h.values()))
@@ -195,7 +199,7 @@ def _scoring(run: Run, stage: str, split: str, write: bool) -> dict[str, int]:
     held = {
         **run.resident(stage),
         "the edit": memory.edit(run.adapted, run.rank, run.size),
-        "a pass": memory.scoring(run.shape, run.size, True),
+        **run.scoring(run.items("test" if split == "test" else "validation")),
     }
     if write:
         held["keys and values of texts"] = run.writing("test" if split == "test" else "validation")

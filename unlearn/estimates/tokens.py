@@ -31,12 +31,17 @@ class TrainRow:
 
 @dataclass(frozen=True, slots=True)
 class ScoredItem:
-    """One scored item: tokens of its tree, places where the head runs, prompt tokens, tokens with a row per answer."""
+    """One scored item: tokens of its tree, places where the head runs, prompt tokens, tokens with a row per answer.
+
+    ``answers`` says how many such rows there are, ``longest`` how many tokens the longest has.
+    """
 
     tokens: int
     heads: int
     prompt: int
     rows: int
+    longest: int
+    answers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +176,15 @@ def scored_item(item: Item, kind: Kind, count: Count, window: int) -> ScoredItem
     prompt = min(count(item.prompt.rstrip()), window)
     if kind == "text":
         whole = min(count(item.prompt + item.target), window)
-        return ScoredItem(whole - 1, max(whole - prompt, 1), prompt, whole - 1)
+        return ScoredItem(whole - 1, max(whole - prompt, 1), prompt, whole - 1, whole - 1)
     answers = item.choices or (item.target,)
-    each = [max(count(f"{item.prompt} {answer}") - prompt, 1) for answer in answers]
-    return ScoredItem(prompt + sum(each) - len(each), 1 + sum(each) - len(each), prompt, _alone(prompt, each))
+    return _branching(prompt, [max(count(f"{item.prompt} {answer}") - prompt, 1) for answer in answers])
 
 
-def _alone(prompt: int, each: Sequence[int]) -> int:
-    return sum(prompt + n - 1 for n in each)
+def _branching(prompt: int, each: Sequence[int]) -> ScoredItem:
+    """A prompt with answers of so many tokens."""
+    tokens, rows = sum(each) - len(each), [prompt + n - 1 for n in each]
+    return ScoredItem(prompt + tokens, 1 + tokens, prompt, sum(rows), max(rows), len(rows))
 
 
 def _declared(role: SetRole, spec: DataSet, given: Declared | None) -> SetTokens:
@@ -237,6 +243,5 @@ def _declared_rows(spec: DataSet, of: Sizes, count: int) -> tuple[TrainRow, ...]
 
 def _declared_item(spec: DataSet, of: Sizes) -> ScoredItem:
     if spec.kind == "text":
-        return ScoredItem(spec.length - 1, spec.length - spec.prefix, spec.prefix, spec.length - 1)
-    prompt, each = round(of.prompt), [max(round(of.answer), 1)] * (4 if spec.kind == "mcq" else 1)
-    return ScoredItem(prompt + sum(each) - len(each), 1 + sum(each) - len(each), prompt, _alone(prompt, each))
+        return ScoredItem(spec.length - 1, spec.length - spec.prefix, spec.prefix, spec.length - 1, spec.length - 1)
+    return _branching(round(of.prompt), [max(round(of.answer), 1)] * (4 if spec.kind == "mcq" else 1))
