@@ -20,7 +20,7 @@ from test_grid_status import make, report, say
 
 from unlearn import run
 from unlearn.errors import GridError
-from unlearn.grids import slurm_jobs
+from unlearn.grids import local_jobs, slurm_jobs
 from unlearn.grids import submit as grid_submit
 from unlearn.grids.devices import Gpus
 from unlearn.grids.grid import Grid, Preparation, job_folder, log_file
@@ -279,6 +279,7 @@ def test_how_many_jobs_have_room_here(
     visible: str, asked: int, parallelism: int | None, found: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(local_jobs, "cores", lambda: 8)
     assert at_a_time(ClusterSpec(gpus=asked, parallelism=parallelism), Gpus.here(asked)) == found
 
 

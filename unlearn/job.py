@@ -82,11 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         grid = Grid.load(root)
         one = find(grid, given.name)
+        _print_to(log_file(root, one.name))  # before the console is made, which asks what it writes to
+        return _claimed(root, grid, one)
     except UnlearnError as e:
         sys.stderr.write(f"error: {shown(str(e))}\n")
         return EXIT_MISTAKE
-    _print_to(log_file(root, one.name))  # before the console is made, which asks what it writes to
-    return _claimed(root, grid, one)
+    except KeyboardInterrupt:  # before it began: another process may be at it, and its state is that one's
+        sys.stderr.write(f"\nstopped before {given.name} began\n")
+        return EXIT_STOPPED
 
 
 def _claimed(root: Path, grid: Grid, one: Job | Preparation) -> int:

@@ -15,7 +15,10 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(slots=True)
 class Gpus:
-    """Which are free, by what CUDA calls them. ``per_job`` 0: jobs are given none, and see what is there."""
+    """Which are free, by what CUDA calls them.
+
+    ``per_job`` 0: jobs are given none, and those at work at the same time share what is there.
+    """
 
     per_job: int = 0
     free: list[str] = field(default_factory=list)

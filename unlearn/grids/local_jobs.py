@@ -11,8 +11,9 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,9 @@ from unlearn.grids import devices
 from unlearn.grids.grid import Grid, Job, Preparation, log_file
 from unlearn.grids.job_state import JobState
 from unlearn.grids.submissions import Submission, alone, now, put
+from unlearn.launch import cores, die_with
 from unlearn.recipe_cluster import ClusterSpec
+from unlearn.stopping import Requests, handled
 from unlearn.wording import duration
 
 _TICK = 0.05  # seconds between looks at the children
@@ -38,16 +41,6 @@ class _Child:
     log: IO[bytes]
     since: float
     gpus: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Request:
-    """How often somebody asked to stop."""
-
-    times: int = 0
-
-    def __call__(self, number: int, frame: Any) -> None:
-        self.times += 1
 
 
 @dataclass(slots=True)
@@ -120,9 +113,9 @@ class LocalRunner:
                     self._count(one.name, "blocked", total, f"its preparation {name} {self.ended[name]}")
 
     def _start(self, one: Job | Preparation, most: int) -> _Child:
-        processes = job.processes_of(self.spec.processes, self.spec.gpus)
+        processes = job.processes_of(self.spec.processes, self.gpus.per_job)
         together = processes * min(most, len(self.grid.jobs))
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // together))}
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // together))}
         path = log_file(self.root, one.name)
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +129,7 @@ class LocalRunner:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes to it once, from here
+            preexec_fn=die_with(os.getpid()),  # without one who looks after them, jobs save and end
         )
         return _Child(one, process, log, time.monotonic(), gpus)
 
@@ -165,7 +159,7 @@ class LocalRunner:
         failed = sum(n for how, n in ended.items() if how in ("failed", "killed", "blocked"))
         return f"{ended['done']} done, {running} running, {failed} failed, of {total}"
 
-    def _stop(self, children: Sequence[_Child], request: _Request) -> None:
+    def _stop(self, children: Sequence[_Child], request: Requests) -> None:
         """Have all children save where they are and end. Being asked again, or ``cluster.grace`` seconds, ends that."""
         say(f"stopping {len(children)} jobs, which save where they are; once more to stop at once", style="yellow")
         for child in children:
@@ -180,29 +174,40 @@ class LocalRunner:
 def at_a_time(spec: ClusterSpec, gpus: devices.Gpus) -> int:
     """How many jobs run at a time: as many as there are GPUs for, or one; fewer if the recipe says so.
 
-    ``gpus`` are all of them, none yet taken.
+    ``gpus`` are all of them, none yet taken. Jobs that are given none are as many as the recipe says (and share what
+    GPUs there are), but no more than the cores suffice for: a block made for a cluster asks for more than one machine.
     """
-    if not gpus.per_job:
-        return spec.parallelism or 1
-    return min(spec.parallelism or gpus.room, gpus.room)
+    if gpus.per_job:
+        return min(spec.parallelism or gpus.room, gpus.room)
+    processes = job.processes_of(spec.processes, gpus.per_job)
+    room = max(1, cores() // processes)
+    if (asked := spec.parallelism or 1) <= room:
+        return asked
+    each = f" for {processes} processes each" if processes > 1 else ""
+    say(f"cluster.parallelism is {asked}; there are {cores()} cores here{each}: {room} at a time", style="yellow")
+    return room
 
 
 def _kill(children: Sequence[_Child]) -> None:
+    """At once, with all that they have started: a launcher's processes are in sessions of their own."""
+    psutil: Any = import_module("psutil")  # comes with accelerate
     for child in children:
         if child.process.poll() is None:
+            below: list[Any] = []
+            with suppress(psutil.Error):
+                below = psutil.Process(child.process.pid).children(recursive=True)
             try:
-                os.killpg(child.process.pid, signal.SIGKILL)  # its own processes too
+                os.killpg(child.process.pid, signal.SIGKILL)
             except (OSError, AttributeError):
                 child.process.kill()
+            for one in below:
+                with suppress(psutil.Error):
+                    one.kill()
             child.process.wait()
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[_Request]:
-    request = _Request()
-    before = {number: signal.signal(number, request) for number in _STOP}
-    try:
+def _asked_to_stop() -> Iterator[Requests]:
+    request = Requests()
+    with handled(request, _STOP):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
