@@ -7,16 +7,19 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from unlearn import pico
-from unlearn.apply import apply, check
+from unlearn.apply import apply, check, main
 from unlearn.changes import Change, LowRank
-from unlearn.errors import VectorError
+from unlearn.errors import ModelError, VectorError
 from unlearn.streamed.folder import RECORD
 from unlearn.streamed.io import Buffer, Flow, Sink
 from unlearn.streamed.layout import SINGLE
@@ -138,3 +141,115 @@ def test_weights_in_float64_are_refused(tmp_path: Path) -> None:
         apply(vector, folder, LAMBDA, tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 1 + len(vector.modules)
     assert not (tmp_path / "out").exists()
+
+
+# --check: what it says is so of every element
+
+WIDE = "model.layers.0.mlp.up_proj"
+ROWS, HALF = 2048, 1100  # of WIDE, which takes several blocks
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A model in which one weight takes several blocks."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": ROWS, "num_hidden_layers": 1, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape, vocab_size=64)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def vector_of_rows(first: int) -> TaskVector:
+    """A change of the wide weight from one row on."""
+    g = torch.Generator().manual_seed(1)
+    b = torch.randn(ROWS, 2, generator=g) * 0.01
+    b[:first] = 0
+    return TaskVector({WIDE: LowRank(torch.randn(2, 512, generator=g), b)})
+
+
+def alter(folder: Path, change: Callable[[Tensor], None]) -> None:
+    """Change the wide weight of a checkpoint."""
+    made = load_file(folder / SINGLE)
+    change(made[f"{WIDE}.weight"])
+    save_file(made, folder / SINGLE, {"format": "pt"})
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_coefficient_is_found_where_the_vector_does_not_begin_with_the_tensor(
+    stochastic: bool, wide: Path, tmp_path: Path
+) -> None:
+    vector, out = vector_of_rows(HALF), tmp_path / "out"
+    apply(vector, wide, 0.5, out, stochastic_rounding=stochastic)
+    found = check(vector, wide, LAMBDA, out, stochastic_rounding=stochastic)
+    assert found.coefficient == 0.5
+    assert "exactly the edit with coefficient 0.5" in found.wrong[f"{WIDE}.weight"]
+
+
+@pytest.mark.parametrize("coefficient", [2.0, 1.0, 0.0], ids=["another coefficient", "the right one", "none"])
+def test_what_is_so_of_the_first_rows_is_not_said_of_all(coefficient: float, wide: Path, tmp_path: Path) -> None:
+    vector, out = vector_of_rows(0), tmp_path / "out"
+    apply(vector, wide, coefficient, out)
+    alter(out, lambda weight: weight[HALF:].fill_(7.0))
+    found = check(vector, wide, 1.0, out)
+    assert found.coefficient is None
+    assert "another vector, another base, or damage?" in found.wrong[f"{WIDE}.weight"]
+
+
+def test_one_wrong_element_is_damage_wherever_the_vector_begins(wide: Path, tmp_path: Path) -> None:
+    vector, out = vector_of_rows(HALF), tmp_path / "out"
+    apply(vector, wide, 1.0, out)
+    alter(out, lambda weight: weight[ROWS - 1, 0].add_(1.0))
+    found = check(vector, wide, 1.0, out)
+    assert found.coefficient is None
+    assert found.wrong[f"{WIDE}.weight"] == f"1 of {ROWS * 512} elements differ: damaged?"
+
+
+def test_no_edit_is_only_said_of_the_model_where_all_else_is_the_models(
+    wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vector_of_rows(0).save(tmp_path / "v.safetensors")
+    command = [str(tmp_path / "v.safetensors"), "--model", str(wide), "--out", str(tmp_path / "out")]
+    assert main([*command, "--coefficient", "0"]) == 0
+    assert main([*command, "--coefficient", "1", "--check"]) == 1
+    assert "It is the model as it was, without any edit" in capsys.readouterr().err
+    made = load_file(tmp_path / "out" / SINGLE)
+    made["model.norm.weight"] += 1
+    save_file(made, tmp_path / "out" / SINGLE, {"format": "pt"})
+    assert main([*command, "--coefficient", "1", "--check"]) == 1
+    said = capsys.readouterr().err
+    assert "It is the model" not in said
+    assert "2 of" in said
+
+
+# --check: what the weights are loaded as
+
+
+def test_an_adapter_beside_edited_weights_is_an_error(tmp_path: Path) -> None:
+    folder, out = pico.build("llama", tmp_path / "base", 0), tmp_path / "out"
+    vector = a_vector(folder)
+    apply(vector, folder, LAMBDA, out)
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"out: it holds an adapter"):
+        check(vector, folder, LAMBDA, out)
+
+
+def test_another_configuration_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = pico.build("llama", tmp_path / "base", 0), tmp_path / "out"
+    a_vector(folder).save(tmp_path / "v.safetensors")
+    command = [str(tmp_path / "v.safetensors"), "--model", str(folder), "--out", str(out), "--coefficient", "1"]
+    assert main(command) == 0
+    config = json.loads((out / "config.json").read_text())
+    for change, code, said in (
+        ({"num_attention_heads": 2, "rms_norm_eps": 5.0}, 1, "the base's in num_attention_heads, rms_norm_eps"),
+        ({"transformers_version": "0.1", "_name_or_path": "elsewhere"}, 0, ""),
+        ({"attention_dropout": 0.0}, 0, ""),  # as it is without being said
+        ({"dtype": "float16"}, 1, "dtype"),
+        ({"model_type": "no such"}, 1, "not the base's"),
+    ):
+        (out / "config.json").write_text(json.dumps({**config, **change}))
+        assert main([*command, "--check"]) == code, change
+        output = capsys.readouterr()
+        assert said in output.out, change
+        assert ("and its config.json does" in output.err) == bool(code), change
+    (out / "config.json").unlink()
+    assert main([*command, "--check"]) == 1
+    assert "config.json: missing" in capsys.readouterr().out

@@ -157,21 +157,27 @@ def _check(arguments: argparse.Namespace) -> int:
     for name, why in verdict.wrong.items():
         sys.stdout.write(f"{''.join(c if c.isprintable() else '?' for c in name)}: {why}\n")
     sys.stdout.flush()
-    there = _recorded(arguments)
     what = f"the model less {arguments.coefficient!r} times the vector"
     if not verdict.wrong:
         console.say(f"{arguments.out} is exactly {what}: {verdict.tensors} tensors, {verdict.edited} of them edited")
         return 0
-    wrong = f"{len(verdict.wrong)} of {verdict.tensors} tensors differ"
-    likely = ""
-    if verdict.coefficient is not None:
-        likely = (
-            ". It is the model as it was, without any edit"
-            if verdict.coefficient == 0
-            else f". All edited ones are those of coefficient {verdict.coefficient!r}"
-        )
-    console.say(f"{arguments.out} is not exactly {what}: {wrong}{likely}{there}", style="red")
+    console.say(f"{arguments.out} is not exactly {what}: {_summary(verdict)}{_recorded(arguments)}", style="red")
     return EXIT_DIFFERS
+
+
+def _summary(verdict: Verdict) -> str:
+    """How much differs, and what it is instead where that is known."""
+    from unlearn.streamed.check import CONFIG
+
+    said = f"{len(verdict.wrong.keys() - {CONFIG})} of {verdict.tensors} tensors differ"
+    if CONFIG in verdict.wrong:
+        said += f", and its {CONFIG} does"
+    if verdict.coefficient is None:
+        return said
+    if verdict.coefficient:
+        return f"{said}. All edited ones are those of coefficient {verdict.coefficient!r}"
+    what = "It is" if len(verdict.wrong) == verdict.edited else "Of what is to be edited all is that of"
+    return f"{said}. {what} the model as it was, without any edit"
 
 
 def _recorded(arguments: argparse.Namespace) -> str:

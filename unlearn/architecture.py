@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.errors import VectorError
@@ -52,24 +53,41 @@ def architecture_of(folder: Path) -> Architecture:
     return lay_out(model_of(folder))
 
 
+def config_of(folder: Path) -> PretrainedConfig:
+    """A folder's ``config.json`` as transformers reads it.
+
+    Raises:
+        VectorError: none, or none that transformers itself knows.
+    """
+    if not (folder / "config.json").is_file():
+        raise VectorError(f"{folder}: no folder of a model: it has no config.json")
+    with _understood(folder):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config
+
+
 def model_of(folder: Path) -> nn.Module:
     """The model of a folder's ``config.json`` without memory for its weights.
 
     Raises:
         VectorError: no configuration, or none of a causal language model that transformers itself knows.
     """
-    if not (folder / "config.json").is_file():
-        raise VectorError(f"{folder}: no folder of a model: it has no config.json")
+    config = config_of(folder)
+    with _understood(folder), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return model
+
+
+@contextmanager
+def _understood(folder: Path) -> Iterator[None]:
     try:
-        with quietly(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with quietly():
+            yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError) as e:
         said = str(e).strip().split("\n")[0][:200]
         raise VectorError(
             f"{folder}: transformers cannot tell from its config.json what the weights are ({said})"
         ) from e
-    return model
 
 
 def lay_out(model: nn.Module) -> Architecture:

@@ -15,16 +15,20 @@ from pathlib import Path
 
 import torch
 
+from unlearn.atomic import some
 from unlearn.console import progress
-from unlearn.errors import ModelError
+from unlearn.errors import ModelError, VectorError
 from unlearn.streamed.blocks import Block, Editor, Window, Work, blocks_of
 from unlearn.streamed.io import Buffer, Flow, Source
 from unlearn.streamed.layout import BITS, Checkpoint, Stored, read_checkpoint
+from unlearn.streamed.names import refuse_adapter
 from unlearn.streamed.reason import reason
 from unlearn.streamed.shard import WINDOW, Buffers, Engine
 from unlearn.streamed.write import in_megabytes, one_way, works_of
 from unlearn.vector import TaskVector
 
+CONFIG = "config.json"
+_BY_THE_WAY = frozenset({"_name_or_path", "transformers_version"})  # of a configuration; nothing depends on them
 _MB = 10**6
 _PAIRS = 4  # of buffers in use at a time
 
@@ -35,7 +39,7 @@ class Verdict:
 
     Attributes:
         tensors: How many tensors the base has, and how many of them are edited.
-        wrong: Tensor -> why it is not what it should be.
+        wrong: Tensor, or ``config.json``, -> why it is not what it should be.
         coefficient: The coefficient that all edited tensors have instead, if there is one.
     """
 
@@ -65,12 +69,15 @@ def check_edited(
 ) -> Verdict:
     """Compare the checkpoint in ``edited``, however it is cut into files, with what it should be.
 
+    Its ``config.json``, by which the weights are read, must say the same as the base's.
+
     Raises:
-        ModelError: one of the checkpoints is damaged, or none.
+        ModelError: one of the checkpoints is damaged, or none, or an adapter lies in it.
         VectorError: the vector does not fit the base.
     """
     base, other = read_checkpoint(model), read_checkpoint(edited)
     works = works_of(base, vector)
+    refuse_adapter(other.folder)
     editor = Editor(coefficient, seed if stochastic else None, measure=False)
     with one_way(works, coefficient, base) as whole:
         comparison = _Comparison(base, other, works, Engine(editor, whole))
@@ -162,17 +169,37 @@ class _Comparison:
     def verdict(self) -> Verdict:
         """Reasons included."""
         wrong = dict(self.missing)
+        if why_not := _config_differs(self.base.folder, self.other.folder):
+            wrong[CONFIG] = why_not
         coefficients: dict[str, float | None] = {}
         for name, count in self.differing.items():
             shard, tensor = self.base.tensors()[name]
             other, there = self.there[name]
             why, coefficients[name] = reason(
-                (shard.path, tensor), (other.path, there), self.works.get(name), self.engine.editor, count
+                *((shard.path, tensor), (other.path, there), self.works.get(name), self.engine.editor),
+                *(count, self.engine.whole),
             )
             wrong[name] = why
         edited = [coefficients.get(name) for name in self.works if name not in self.missing]
         one = edited[0] if edited and len(set(edited)) == 1 else None
         return Verdict(len(self.base.tensors()), len(self.works), dict(sorted(wrong.items())), one)
+
+
+def _config_differs(base: Path, edited: Path) -> str | None:
+    """How the model that a checkpoint is loaded as is another one than the base's; None: it is not."""
+    if not (edited / CONFIG).is_file():
+        return "missing"
+    if (edited / CONFIG).read_bytes() == (base / CONFIG).read_bytes():
+        return None
+    from unlearn.architecture import config_of  # transformers' word: it may write the same in other words
+
+    one = config_of(base).to_dict()
+    try:
+        two = config_of(edited).to_dict()
+    except VectorError as e:
+        return f"it is not the base's: {e}"
+    keys = sorted(k for k in (one.keys() | two.keys()) - _BY_THE_WAY if one.get(k) != two.get(k))
+    return f"it differs from the base's in {some(keys)}" if keys else None
 
 
 def require_folder(place: Path) -> None:

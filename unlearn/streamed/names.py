@@ -61,11 +61,7 @@ def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) ->
             in float64; all of them are listed.
         ModelError: a quantised model, or an adapter's folder.
     """
-    if (checkpoint.folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{checkpoint.folder}: it holds an adapter (adapter_config.json), which would be put on the edited weights "
-            "whenever they are loaded: merge it first, or move it elsewhere"
-        )
+    refuse_adapter(checkpoint.folder)
     there = checkpoint.tensors()
     _refuse_endless(checkpoint.folder, len(there))
     model = model_of(checkpoint.folder)
@@ -95,6 +91,19 @@ def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) ->
             f"  {lines}"
         )
     return tuple(found)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise where an adapter lies beside the weights, which transformers loads with them unasked.
+
+    Raises:
+        ModelError: there is one.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: it holds an adapter (adapter_config.json), which would be put on the edited weights "
+            "whenever they are loaded: merge it first, or move it elsewhere"
+        )
 
 
 def _refuse_endless(folder: Path, tensors: int) -> None:

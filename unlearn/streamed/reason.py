@@ -1,10 +1,13 @@
-"""Why a tensor is not what it should be: another coefficient, no edit at all, other rounding, or damage."""
+"""Why a tensor is not what it should be: another coefficient, no edit at all, other rounding, or damage.
+
+What is said to be exactly so was computed and compared to the last bit of the tensor; the rest is worded as likely.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +19,103 @@ from unlearn.wording import percent
 
 _FEW = 0.001  # share of elements below which damage is likelier than another edit
 _NEAR = 0.02  # relative difference of a least-squares coefficient from the true one that rounding can make
+_STEPS = 4  # of the number format that rounding otherwise may move an element, on average
+_LARGEST = 3e38  # within float32
 Place = tuple[Path, Stored]
 
 
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A tensor as it was and as it is found, with what should have been done to it; read block by block."""
+
+    base: Place
+    found: Place
+    work: Work
+    whole: bool
+
+    def blocks(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """Every block with its bytes (uint8) there and here, in order."""
+        shift = self.found[1].begin - self.base[1].begin
+        with self.base[0].open("rb") as old, self.found[0].open("rb") as new:
+            for block in blocks_of(self.work, self.whole):
+                size = block.end_byte - block.begin_byte
+                old.seek(block.begin_byte)
+                new.seek(block.begin_byte + shift)
+                yield block, _bytes(old.read(size)), _bytes(new.read(size))
+
+    def unedited(self) -> bool:
+        """Whether it is the base's, bit by bit."""
+        return all(torch.equal(old, new) for _, old, new in self.blocks())
+
+    def is_edit(self, editor: Editor) -> bool:
+        """Whether it is what ``editor`` makes of the base's, bit by bit."""
+        for block, old, new in self.blocks():
+            editor.edit(block, old)
+            if not torch.equal(old, new):
+                return False
+        return True
+
+    def fitted(self) -> float:
+        """Least squares in the first block that the vector changes: how much of it was subtracted; nan: in none."""
+        for block, old, new in self.blocks():
+            sums = _Sums.of(self.work, block, old, new)
+            if sums.delta:
+                return sums.fitted
+        return math.nan
+
+    def sums(self) -> _Sums:
+        """Of all blocks."""
+        total = _Sums()
+        for block, old, new in self.blocks():
+            total += _Sums.of(self.work, block, old, new)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Sums over elements of squares: of the change, of tau, and of the weights; and of the change times tau."""
+
+    change: float = 0.0
+    delta: float = 0.0
+    weights: float = 0.0
+    both: float = 0.0
+
+    @classmethod
+    def of(cls, work: Work, block: Block, old: Tensor, new: Tensor) -> _Sums:
+        """Of one block, whose bytes are given."""
+        tau = work.rows(block.first, block.end).delta()
+        delta = (tau.T if work.target.transposed else tau).double()
+        before, after = (raw.view(work.dtype).view(block.end - block.first, -1).double() for raw in (old, new))
+        change = before - after
+        return cls(
+            float(change.square().sum()),
+            float(delta.square().sum()),
+            float(before.square().sum() + after.square().sum()),
+            float((change * delta).sum()),
+        )
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.change + other.change,
+            self.delta + other.delta,
+            self.weights + other.weights,
+            self.both + other.both,
+        )
+
+    @property
+    def fitted(self) -> float:
+        """Least squares: how much of the vector was subtracted; nan where it does nothing."""
+        return self.both / self.delta if self.delta else math.nan
+
+    def rest(self, coefficient: float) -> float:
+        """The squares of the change that this much of the vector leaves."""
+        return self.change - 2 * coefficient * self.both + coefficient**2 * self.delta
+
+
 @torch.no_grad()
-def reason(base: Place, found: Place, work: Work | None, editor: Editor, count: int) -> tuple[str, float | None]:
+def reason(
+    base: Place, found: Place, work: Work | None, editor: Editor, count: int, whole: bool
+) -> tuple[str, float | None]:
     """A sentence, and the coefficient that the tensor has exactly, if there is such a one.
 
     Args:
@@ -28,76 +123,36 @@ def reason(base: Place, found: Place, work: Work | None, editor: Editor, count: 
         work: What should have been done to it; None: nothing.
         editor: That did it.
         count: Elements that differ from what should be.
+        whole: Whether it was computed at once.
     """
     total = max(1, math.prod(base[1].shape))
     differ = f"{count} of {total} elements differ"
     if work is None:
         return f"{differ} from the base's, which the vector does not change: damaged, or changed otherwise", None
-    block = _telling(work)
-    if block is None:
-        return differ, None
-    old, new = _read(base, block), _read((found[0], found[1]), block, found[1].begin - base[1].begin)
-    if torch.equal(old, new) and editor.coefficient:
+    pair = _Pair(base, found, work, whole)
+    if pair.unedited():
         return f"{differ}: it is the base's, without any edit", 0.0
-    fitted = _fitted(work, block, old, new)
-    for guess in _guesses(fitted):
-        if _same(replace_coefficient(editor, guess), block, old, new):
-            if guess == editor.coefficient:
-                break
+    for guess in _guesses(pair.fitted()):
+        if guess != editor.coefficient and pair.is_edit(Editor(guess, editor.seed, measure=False)):
             return f"{differ}: it is exactly the edit with coefficient {guess!r}", guess
     if count <= max(1, _FEW * total):
         return f"{differ}: damaged?", None
-    if math.isfinite(fitted) and abs(fitted - editor.coefficient) <= _NEAR * abs(editor.coefficient):
+    sums = pair.sums()
+    near = abs(sums.fitted - editor.coefficient) <= _NEAR * abs(editor.coefficient)
+    if near and sums.rest(editor.coefficient) <= (_STEPS * torch.finfo(work.dtype).eps) ** 2 * sums.weights:
         return f"{differ}: it is about the right edit; rounded otherwise, or computed otherwise?", None
-    if math.isfinite(fitted) and _explained(work, block, old, new, fitted) > 0.5:
-        return f"{differ}: it looks like coefficient {fitted:.4g}", None
-    return f"{differ} ({percent(count / total)}): another vector, or another base?", None
+    if math.isfinite(sums.fitted) and sums.rest(sums.fitted) < 0.5 * sums.change:
+        return f"{differ}: it looks like coefficient {sums.fitted:.4g}", None
+    return f"{differ} ({percent(count / total)}): another vector, another base, or damage?", None
 
 
-def replace_coefficient(editor: Editor, coefficient: float) -> Editor:
-    """An editor of its own with another coefficient, which measures nothing."""
-    return Editor(coefficient, editor.seed, measure=False)
-
-
-def _telling(work: Work) -> Block | None:
-    """The first block of a tensor; the whole of a small one."""
-    return next((replace(b) for b in blocks_of(work, False) if b.end > b.first), None)
-
-
-def _read(place: Place, block: Block, shift: int = 0) -> Tensor:
-    """A block's bytes, uint8."""
-    with place[0].open("rb") as file:
-        file.seek(block.begin_byte + shift)
-        return torch.frombuffer(bytearray(file.read(block.end_byte - block.begin_byte)), dtype=torch.uint8)
-
-
-def _numbers(raw: Tensor, work: Work, block: Block) -> Tensor:
-    return raw.view(work.dtype).view(block.end - block.first, -1).double()
-
-
-def _delta(work: Work, block: Block) -> Tensor:
-    delta = work.rows(block.first, block.end).delta()
-    return (delta.T if work.target.transposed else delta).double()
-
-
-def _fitted(work: Work, block: Block, old: Tensor, new: Tensor) -> float:
-    """Least squares: how much of the vector was subtracted; nan where it does nothing here."""
-    delta, change = _delta(work, block), _numbers(old, work, block) - _numbers(new, work, block)
-    norm = float(delta.square().sum())
-    return float((change * delta).sum()) / norm if norm else math.nan
-
-
-def _explained(work: Work, block: Block, old: Tensor, new: Tensor, coefficient: float) -> float:
-    """The share of the change's squares that this much of the vector explains."""
-    change = _numbers(old, work, block) - _numbers(new, work, block)
-    rest = change - coefficient * _delta(work, block)
-    whole = float(change.square().sum())
-    return 1 - float(rest.square().sum()) / whole if whole else 0.0
+def _bytes(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 
 
 def _guesses(fitted: float) -> Iterator[float]:
     """Numbers that people write, near a fitted one."""
-    if not math.isfinite(fitted):
+    if not abs(fitted) < _LARGEST:
         return
     seen = set()
     for digits in range(1, 8):
@@ -105,9 +160,3 @@ def _guesses(fitted: float) -> Iterator[float]:
         if guess not in seen:
             seen.add(guess)
             yield guess
-
-
-def _same(editor: Editor, block: Block, old: Tensor, new: Tensor) -> bool:
-    made = old.clone()
-    editor.edit(block, made)
-    return torch.equal(made, new)
