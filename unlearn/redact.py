@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
 _SECRET_NAME = re.compile(
     r"(?i)(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH_?KEY|CREDENTIALS?"
-    r"|WEBHOOK)(?:_|$)|(?:TOKEN|SECRET|PASSWORD|APIKEY)$"
+    r"|WEBHOOK|(?:STORAGE|ACCOUNT|SHARED|MASTER|ENCRYPTION|SIGNING)_?KEY)(?:_|$)"
+    r"|(?:TOKEN|SECRET|PASSWORD|APIKEY|_PASS|_PWD|AUTHORIZATION)$"
 )
-_NO_SECRET = re.compile(r"(?i)_(?:FILE|PATH|DIR|HOME|SOCK|URL|URI|ENDPOINT|ID|NAME|HELPER|EXPIRES?|TYPE)$")
+_NO_SECRET = re.compile(
+    r"(?i)_(?:FILE|PATH|DIR|HOME|SOCK|ENDPOINT|ID|NAME|HELPER|EXPIRES?|TYPE)$|(?<!WEBHOOK)_(?:URL|URI)$"
+)
+# Names that may as well be of something else (a key to sort by, a pattern of files): the value has to look the part.
+_PERHAPS = re.compile(r"(?i)_(?:KEY|PAT)$")
+_LOOKS_SECRET = re.compile(r"(?=\S*\d)[^\s/~]\S{15,}")
 _SHORTEST = 8  # characters; a shorter value is a switch or a word, and hiding it would garble other text
 # Keys that can be told by their form: model hubs, code hosts, chat services, clouds, JSON web tokens.
 KEYS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{6,}|hf_oauth_[\w.-]+|sk-[\w-]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w{8,}|glpat-[\w-]{8,}"
     r"|xox[a-z]-[\w-]{8,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|pypi-[\w-]{16,}|npm_[A-Za-z0-9]{20,}"
-    r"|eyJ[\w-]{10,}\.[\w-]+\.[\w-]+)|(?i:\bbearer\s+)\S+"
+    r"|(?:gsk|r8)_[A-Za-z0-9]{20,}|eyJ[\w-]{10,}\.[\w-]+\.[\w-]+)|(?i:\bbearer\s+)\S+"
 )
 _CERTAIN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
 )
 _URL_PASSWORD = re.compile(r"\w://[^/\s:@]*:[^/\s@]+@")
 _URL_LOGIN = re.compile(r"(\w://)[^/\s]*@")
+# What an address carries that opens it, also where only the end of the address is shown.
+_PARAMETER = re.compile(
+    r"(?i)([?&;](?:(?:access_|auth_|private_|id_|refresh_)?token|api_?key|password|(?:client_)?secret|sig(?:nature)?"
+    r"|x-(?:amz|goog)-(?:signature|security-token)|accountkey|sharedaccesskey)=)[^&;\s\"'<>#]+"
+)
+_HEADER = re.compile(r"(?i)(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|token|digest|negotiate|apikey)\s+)[^\s\"']+")
 # Control characters, and those that turn the reading direction of what follows them: both make a line say something
 # else than it does. A line break and a tab are the message's own.
 _INVISIBLE = re.compile(
@@ -39,16 +53,18 @@ def hide(text: str, environment: Mapping[str, str] | None = None) -> str:
     """
     for value in _secrets(os.environ if environment is None else environment):
         text = text.replace(value, HIDDEN)
+    text = _PARAMETER.sub(rf"\1{HIDDEN}", _HEADER.sub(rf"\1{HIDDEN}", text))
     return KEYS.sub(HIDDEN, _URL_LOGIN.sub(rf"\1{HIDDEN}@", text))
 
 
 def is_secret(text: str, environment: Mapping[str, str] | None = None) -> bool:
-    """Whether a text certainly holds a secret: an address with a password, a known key, or one of the environment.
+    """Whether a text certainly holds a secret: an address that opens, a known key, or one of the environment.
 
     Stricter than :func:`hide`, which hides too much rather than too little.
     """
     known = any(value in text for value in _secrets(os.environ if environment is None else environment))
-    return known or _URL_PASSWORD.search(text) is not None or _CERTAIN.search(text) is not None
+    forms = [_URL_PASSWORD, _CERTAIN, *([_PARAMETER] if "://" in text else [])]
+    return known or any(form.search(text) is not None for form in forms)
 
 
 def visible(text: str) -> str:
@@ -68,9 +84,21 @@ def shown(text: str) -> str:
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:
     """Values of variables that are secret by their names, the longest first: one may contain another."""
-    found = {
-        value.strip()
-        for name, value in environment.items()
-        if _SECRET_NAME.search(name) and not _NO_SECRET.search(name) and len(value.strip()) >= _SHORTEST
-    }
-    return sorted(found, key=len, reverse=True)
+    values = {value.strip() for name, value in environment.items() if _is_called_secret(name, value.strip())}
+    return sorted({form for value in values for form in _spellings(value)}, key=len, reverse=True)
+
+
+def _is_called_secret(name: str, value: str) -> bool:
+    if len(value) < _SHORTEST or _NO_SECRET.search(name):
+        return False
+    if _PERHAPS.search(name) and _LOOKS_SECRET.fullmatch(value):
+        return True
+    folder = name.upper().endswith("PWD") and value.startswith(("/", "~"))
+    return _SECRET_NAME.search(name) is not None and not folder
+
+
+def _spellings(value: str) -> Iterator[str]:
+    """A value as it stands in plain text, in JSON, in Python's own notation, and in an address."""
+    plain = "'".join(repr(part)[1:-1] for part in value.split("'"))
+    yield from (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
+    yield from (plain, plain.replace("'", "\\'"), quote(value), quote(value, safe=""), quote_plus(value))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -35,16 +37,69 @@ def test_logins_in_addresses(login: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_DB_PASSWORD", "X_CREDENTIALS", "GITHUBTOKEN"]
+    "name",
+    [
+        *("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_DB_PASSWORD", "X_CREDENTIALS", "GITHUBTOKEN"),
+        *("SLACK_WEBHOOK_URL", "DISCORD_WEBHOOK_URL", "MYSQL_PWD", "SMTP_PASS", "AUTHORIZATION"),
+        *("AZURE_STORAGE_KEY", "ENCRYPTION_KEY", "SIGNING_KEY"),
+    ],
 )
 def test_values_that_the_environment_calls_secret(name: str) -> None:
     value = "no/form+known42"
     assert hide(f"a {value} b {value}", {name: value}) == f"a {HIDDEN} b {HIDDEN}"
 
 
+@pytest.mark.parametrize("name", ["KAGGLE_KEY", "GITHUB_PAT"])
+def test_keys_whose_names_could_be_of_something_else(name: str) -> None:
+    value = "0123456789abcdef"
+    assert hide(f"a {value} b", {name: value}) == f"a {HIDDEN} b"
+
+
+@pytest.mark.parametrize(
+    "value", ['abc"def\\ghi-123', 'it\'s "so" 42', "pässword 1", "one\ntwo three", "two\\'s c=3", "a/b+c=d&e%f"]
+)
+@pytest.mark.parametrize("spelt", [str, json.dumps, repr, quote, quote_plus, lambda v: repr("' \" " + v)])
+def test_a_secret_however_it_is_spelt(value: str, spelt: Callable[[str], str]) -> None:
+    found = hide(f"<{spelt(value)}>", {"HF_TOKEN": value})
+    assert HIDDEN in found
+    assert not any(part in found for part in ("def", "ghi", "so", "ssword", "two", "c=", "c%3D"))
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("https://x.net/c?sv=1&sig=AbC%3D&se=2", f"https://x.net/c?sv=1&sig={HIDDEN}&se=2"),
+        ("GET /x?token=abcdef123 HTTP", f"GET /x?token={HIDDEN} HTTP"),
+        ("https://h/?access_token=abc", f"https://h/?access_token={HIDDEN}"),
+        ("https://b/k?X-Amz-Signature=de&n=1", f"https://b/k?X-Amz-Signature={HIDDEN}&n=1"),
+        ("Authorization: Basic dXNlcjpwYXNz", f"Authorization: Basic {HIDDEN}"),
+        ("{'Authorization': 'token abcdef01'}", f"{{'Authorization': 'token {HIDDEN}'}}"),
+        ("gsk_" + "aB3" * 8, HIDDEN),
+        ("r8_" + "aB3" * 8, HIDDEN),
+    ],
+)
+def test_what_opens_an_address_or_an_account(text: str, hidden: str) -> None:
+    assert hide(f"cannot: {text} (403)", {}) == f"cannot: {hidden} (403)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("what is a token? token=x", "the signature=abc", "https://h/x?tokens=4&page=2", "https://h/x?key=value"),
+        *("authorization: see the manual", "Basic training", "r8_short", "https://h/x?design=1&assign=2"),
+    ],
+)
+def test_ordinary_text_stays(text: str) -> None:
+    assert hide(text, {}) == text
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        *(("PWD", "/home/someone"), ("OLDPWD", "/home/someone"), ("BUILD_PWD", "/home/someone")),
+        *(("MAX_PASSES", "a thousand"), ("LLVM_BYPASS", "everything"), ("MANPATH", "/usr/share/man")),
+        *(("SORT_KEY", "timestamp"), ("FILE_PAT", "data/*.jsonl"), ("SSH_KEY", "/home/someone/.ssh/id_ed25519")),
+        *(("INDEX_URL", "https://host/simple"), ("WEBHOOK_NAME", "notifications")),
         ("TOKENIZERS_PARALLELISM", "falsefalse"),
         ("HF_TOKEN_PATH", "/run/token"),
         ("HF_TOKEN", "short"),
@@ -65,6 +120,7 @@ def test_one_secret_within_another_is_hidden_whole() -> None:
     [
         ("description", f"uses {TOKEN}"),
         ("model", {"path": "https://me:secret@host/model"}),
+        ("reference", "https://host/model?sv=1&sig=planted-in-the-address"),
         ("forget", {"kind": "qa", "path": "data.jsonl", "prompt": f"{TOKEN} {{question}}"}),
         ("eval", {"tasks": [{"task": "x", "metadata": {"classifier": f"{TOKEN}"}}]}),
         ("reference", "https://me:secret@host/model"),
