@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from unlearn import collective, distributed, trainer
@@ -79,6 +80,26 @@ def weighed(found: list[list[int]]) -> None:
     trainer._Trainer.go_on = go_on  # type: ignore[method-assign]
 
 
+def masked(found: list[list[bool]]) -> None:
+    """From now on every training notes what its first dropout takes of the first token that this process reads."""
+    plain, go_on = torch.nn.Dropout.forward, trainer._Trainer.go_on
+    here: list[list[bool]] = []
+
+    def forward(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = plain(self, inputs)
+        if self.training and self.p and not here:
+            here.append((outputs[0, 0] == 0).tolist())
+        return outputs
+
+    def noted(self: Any, *args: Any) -> None:
+        here.clear()
+        go_on(self, *args)
+        found.append(here[0] if here else [])
+
+    torch.nn.Dropout.forward = forward  # type: ignore[method-assign]
+    trainer._Trainer.go_on = noted  # type: ignore[method-assign]
+
+
 def disturbed(step: int, what: str) -> None:
     """From now on something happens in the process of rank 1 alone after so many steps: ``signal`` or ``memory``."""
     plain = trainer._Trainer.training_step
@@ -100,6 +121,8 @@ def main() -> int:
         disturbed(*happens)
     held: list[list[int]] = []
     weighed(held)
+    masks: list[list[bool]] = []
+    masked(masks)
     try:
         distributed.join()
         for name, case in asked["cases"].items():
@@ -112,6 +135,7 @@ def main() -> int:
                 "digests": collective.gathered(vector.digest() if vector else None),
                 "models": collective.gathered(fingerprint(loaded.model)),
                 "held": collective.gathered(held[-1]),
+                "masks": collective.gathered(masks[-1]),
             }
             if is_main_process():
                 if vector:

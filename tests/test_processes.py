@@ -251,6 +251,36 @@ def test_alone_there_is_nothing_to_agree_on() -> None:
     assert (collective.total(5), collective.anyone(False), collective.rank(), collective.count()) == (5, False, 0, 1)
 
 
+LOSES = """
+import os, sys
+from unlearn import collective, distributed
+from unlearn.errors import UnlearnError
+distributed.join()
+if sys.argv[1] == "dies" and collective.rank() == 1:
+    os._exit(0)
+try:
+    if sys.argv[1] == "dies":
+        collective.wait()
+    with collective.all_there():
+        raise RuntimeError("NCCL error: 5, invalid usage\\nException raised from somewhere in the sources")
+except UnlearnError as e:
+    open(f"said{collective.rank()}.txt", "w").write(str(e))
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "shows"), [("dies", "[Cc]onnection closed|reset"), ("other", "error: 5, invalid usage$")]
+)
+def test_of_a_process_that_is_gone_the_library_s_own_words_are_kept(tmp_path: Path, what: str, shows: str) -> None:
+    (tmp_path / "loses.py").write_text(LOSES)
+    started([*launch.command(2), "loses", what], tmp_path, PYTHONPATH=str(tmp_path))
+    said = (tmp_path / "said0.txt").read_text()
+    assert said.startswith("another process has ended early, or cannot be reached. ")
+    assert re.search(shows, said)
+    assert "\n" not in said
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 CASES: dict[str, dict[str, Any]] = {
@@ -323,6 +353,16 @@ def test_two_processes_train_what_one_trains(
     layers = sum(p.numel() for n, p in model.model.named_parameters() if ".layers." in n)
     for here, everything in told(sharded, name)["held"]:
         assert everything - here == pytest.approx(layers / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("way", ["two", "sharded"])
+def test_every_process_draws_its_own_masks(way: str, request: pytest.FixtureRequest) -> None:
+    found = told(request.getfixturevalue(way), "dropout")
+    first, second = found["masks"]
+    assert 0 < sum(first) < len(first)
+    assert 0 < sum(second) < len(second)
+    assert first != second
+    assert len(set(found["digests"])) == 1
 
 
 def test_two_machines_train_what_two_processes_train(two: Path, tmp_path: Path, pico_phi: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from unlearn.errors import UnlearnError
 
+_MOST = 300  # characters of a library's complaint
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|socket", re.IGNORECASE)
 
 
@@ -52,16 +53,21 @@ def wait() -> None:
 
 @contextmanager
 def all_there() -> Iterator[None]:
-    """Inside the ``with``, that another process is gone is an UnlearnError instead of the library's complaint."""
+    """Inside the ``with``, that another process is gone is an UnlearnError, with the library's complaint in it."""
     try:
         yield
     except RuntimeError as e:
         if count() > 1 and _LOST.search(str(e)):
             raise UnlearnError(
-                "another process has ended early. Its message, if it left one, is above; without one the system may "
-                "have killed it, mostly for its memory"
+                "another process has ended early, or cannot be reached. Its message, if it left one, is above; without "
+                f"one the system may have killed it, mostly for its memory. Here it shows as: {_first_line(str(e))}"
             ) from e
         raise
+
+
+def _first_line(text: str) -> str:
+    """What a library complains of, without the places in its sources that follow."""
+    return text.strip().partition("\n")[0][:_MOST]
 
 
 def alarm(message: str) -> None:
