@@ -87,7 +87,7 @@ def test_a_hang_up_that_is_ignored_stops_nothing(tmp_path: Path) -> None:
     with runner(tmp_path, "saves", before=ignoring) as process:
         processes(tmp_path)
         process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
+        time.sleep(1.2)
         assert process.poll() is None
         assert not (tmp_path / "saved").exists()
         process.terminate()
