@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -54,6 +55,39 @@ def age(out: Path) -> None:
     for entry in data["files"].values():
         entry["base"].pop("place")
     (out / RECORD).write_text(json.dumps(data))
+
+
+# adapters
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_on_the_head_keeps_a_weight_beside_its_factors(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, adapter = pico.build("phi", tmp_path / "base", 0), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    tuned.save_pretrained(adapter, save_embedding_layers=True)
+    assert any(".base_layer." in name for name in load_file(adapter / "adapter_model.safetensors"))
+    done = apply(adapter, folder, -1.0, tmp_path / "out")
+    assert done.edited == 3
+    assert "they are not this model's" not in capsys.readouterr().err
+    if dtype == "float32":
+        merged, made = tuned.merge_and_unload().state_dict(), load_file(tmp_path / "out" / SINGLE)
+        assert all(torch.allclose(made[name], tensor, atol=1e-6) for name, tensor in merged.items())
+    # on another model that is said
+    apply(adapter, pico.build("phi", tmp_path / "other", 1), -1.0, tmp_path / "out2")
+    assert "they are not this model's: lm_head.weight" in " ".join(capsys.readouterr().err.split())
+    # and it belongs to factors
+    made = load_file(adapter / "adapter_model.safetensors")
+    made["base_model.model.model.norm.base_layer.weight"] = torch.zeros(64)
+    save_file(made, adapter / "adapter_model.safetensors")
+    with pytest.raises(VectorError, match="no factor of a linear layer"):
+        apply(adapter, folder, -1.0, tmp_path / "out3")
 
 
 # interruptions

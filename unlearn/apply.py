@@ -73,6 +73,7 @@ def apply(
     from unlearn.streamed.write import write_edited
 
     whole = _vector(vector)
+    _say_other_base(vector, Path(model))
     return write_edited(whole, Path(model), _finite(coefficient), Path(out), stochastic_rounding, seed)
 
 
@@ -114,6 +115,25 @@ def _vector(place: str | Path | TaskVector) -> TaskVector:
     if not path.exists():
         raise VectorError(f"{path}: no such file or folder; give a vector's file, its stage, or an adapter's folder")
     return TaskVector.load(path)
+
+
+def _say_other_base(place: str | Path | TaskVector, model: Path) -> None:
+    """An adapter's folder may hold weights of its base; say so where they are not the model's."""
+    from unlearn.streamed.layout import read_checkpoint
+    from unlearn.vector import TaskVector
+    from unlearn.vector_adapter import ADAPTER_WEIGHTS, unlike_base
+
+    if isinstance(place, TaskVector) or (Path(place) / _VECTOR).is_file():
+        return
+    if not (Path(place) / ADAPTER_WEIGHTS).is_file():
+        return
+    files = {name: shard.path for name, (shard, _) in read_checkpoint(model).tensors().items()}
+    if others := unlike_base(Path(place), files):
+        console.say(
+            f"{place} keeps weights of the model it was trained on, and they are not this model's: {some(others)}. "
+            "PEFT would put them in place of the model's; here its change goes on the model's own",
+            style="yellow",
+        )
 
 
 def _finite(coefficient: float) -> float:

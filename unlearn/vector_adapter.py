@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _TRANSPOSED_TYPES = ("gpt2", "openai-gpt")  # causal language models of transfor
 _PICKLE = "adapter_model.bin"
 _TOO_MUCH = 2**31  # for a rank or an alpha
 _LONGEST_PATTERN, _MOST_REPEATS, _MOST_GROUPS, _LONGEST_NAME = 500, 3, 4, 200
+_ROWS = 1024  # of a tensor that are compared at once
 _PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,6 +51,8 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 def from_adapter(folder: Path) -> TaskVector:
     """The task vector of a LoRA adapter as PEFT saves it, in float32, with its scale folded into ``B``.
+
+    The weights of the base that PEFT saves beside factors on the head are left out (:func:`unlike_base` compares them).
 
     Returns:
         The vector; its metadata name the base model, and whether that one keeps its weights transposed.
@@ -71,6 +74,38 @@ def from_adapter(folder: Path) -> TaskVector:
         return TaskVector(modules, meta)
     except VectorError as e:
         raise VectorError(f"{folder}: {e}") from e
+
+
+def unlike_base(folder: Path, files: Mapping[str, Path]) -> list[str]:
+    """Weights that an adapter's folder keeps as they were in its base, and that are others in a model.
+
+    Args:
+        files: Name -> the file of safetensors that holds it, of the model.
+
+    Raises:
+        VectorError: the adapter's file is damaged.
+        OSError: the model's file cannot be read.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as ours:
+            kept = {key: name for key, name in _kept(set(ours.keys())).items() if name in files}
+            return sorted(name for key, name in kept.items() if not _same(ours.get_slice(key), files[name], name))
+    except (SafetensorError, *UNREADABLE) as e:
+        raise VectorError(f"{path}: damaged: {e}") from e
+
+
+def _same(ours: Any, path: Path, name: str) -> bool:
+    """Whether a tensor has the same values in a file, but for the rounding to the coarser of both formats."""
+    with safe_open(path, framework="pt") as file:
+        theirs = file.get_slice(name)
+        if not ours.get_shape() or ours.get_shape() != theirs.get_shape():
+            return False
+        for first in range(0, ours.get_shape()[0], _ROWS):
+            one, two = ours[first : first + _ROWS], theirs[first : first + _ROWS]
+            if not torch.equal(one.to(two.dtype), two) and not torch.equal(one, two.to(one.dtype)):
+                return False
+    return True
 
 
 def to_adapter(vector: TaskVector, folder: Path, base: str, *, transposed: bool | None = None) -> None:
@@ -220,9 +255,21 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise VectorError(f"{folder}: {ADAPTER_WEIGHTS} is missing")
     try:
         with safe_open(path, framework="pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - a safe_open has no __iter__
+            keys = set(f.keys())
+            kept = _kept(keys)
+            return {key: f.get_tensor(key) for key in sorted(keys - kept.keys())}
     except (SafetensorError, OSError, *UNREADABLE) as e:
         raise VectorError(f"{path}: damaged: {e}") from e
+
+
+def _kept(keys: Collection[str]) -> dict[str, str]:
+    """Weights of the base that PEFT saves untouched beside factors on an embedding or the head: key -> name there."""
+    found = {}
+    for key in keys:
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.base_layer\.(weight|bias)", key)
+        if match and all(f"{_PREFIX}{match[1]}.lora_{factor}.weight" in keys for factor in "AB"):
+            found[key] = f"{match[1]}.{match[2]}"
+    return found
 
 
 def _matches(pattern: str, name: str) -> bool:
