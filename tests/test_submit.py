@@ -289,7 +289,12 @@ def test_too_few_gpus_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert main(asked) == 2
     assert "add --set cluster.gpus=2" in capsys.readouterr().err.replace("\n", " ")
     assert main([*asked, "--set", "cluster.gpus=2", "--dry-run"]) == 0
-    assert "1 at a time" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 at a time" in told
+    assert "2 processes on each machine" in told
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main([*asked, "--dry-run"]) == 0
+    assert "processes on each machine" not in capsys.readouterr().out
 
 
 def test_what_is_missing_is_submitted_and_nothing_else(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ class ClusterSpec(Frozen):
     )
     parallelism: Positive | None = Field(
         None,
-        description="Most jobs at a time. When not given: as the cluster has room for (--local: as it has GPUs, or 1).",
+        description="Most jobs at a time; as many as there is room for when not given. --local: as many as there are "
+        "GPUs for; without GPUs 1 when not given, and no more than there are cores.",
     )
     requeues: Annotated[int, Field(ge=0)] = Field(
         100, description="How often a job that met its time limit goes back in the queue and goes on from there."

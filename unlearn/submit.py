@@ -115,8 +115,11 @@ def _lines(grid: Grid, root: Path, local: bool) -> Iterator[str]:
     yield f"grid      {grid.name}, in {root}" + (" (there already)" if (root / GRID_FILE).is_file() else "")
     for recipe in grid.recipes:
         yield f"recipe    {recipe.source}"
+    gpus = spec.gpus
     if local:
-        yield f"here      {at_a_time(spec, Gpus.here(spec.gpus))} at a time, without Slurm"
+        here = Gpus.here(gpus)
+        gpus = here.per_job
+        yield f"here      {at_a_time(spec, here)} at a time, without Slurm"
     else:
         yield f"Slurm     {' '.join(resources(spec))}"
         at_once = (
@@ -125,7 +128,7 @@ def _lines(grid: Grid, root: Path, local: bool) -> Iterator[str]:
         yield f"          {at_once}; back in the queue after a time limit, {spec.requeues} times"
         for line in spec.setup:
             yield f"          before each job: {line}"
-    if (several := processes_of(spec.processes, spec.gpus)) > 1:
+    if (several := processes_of(spec.processes, gpus)) > 1:
         yield f"          {several} processes on each machine work together"
     for one in grid.preparations:
         users = sum(job.preparation == one.index for job in grid.jobs)
