@@ -27,12 +27,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.apply import apply, check, main
-from unlearn.changes import Change, Dense, LowRank
+from unlearn.changes import Change, Dense, LowRank, edited
 from unlearn.errors import ModelError, RunFolderError, VectorError
 from unlearn.export import export_adapter, export_merged
 from unlearn.lock import Lock
 from unlearn.models import Loaded, linear_modules
-from unlearn.negate import edited, shape_of
+from unlearn.negate import shape_of
 from unlearn.shards import Slot, write_shards
 from unlearn.streamed.blocks import Editor, parts_equal_whole, row_ranges, windows
 from unlearn.streamed.files import written

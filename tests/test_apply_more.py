@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from unlearn import pico
 from unlearn.apply import apply, check, main
@@ -23,7 +26,9 @@ from unlearn.changes import Change, LowRank
 from unlearn.errors import ModelError, VectorError
 from unlearn.streamed.folder import RECORD
 from unlearn.streamed.io import Buffer, Flow, Sink
-from unlearn.streamed.layout import SINGLE
+from unlearn.streamed.known import plain
+from unlearn.streamed.layout import SINGLE, read_checkpoint
+from unlearn.streamed.names import asked, targets_of
 from unlearn.vector import TaskVector
 
 LAMBDA = 0.75
@@ -175,6 +180,57 @@ def test_weights_in_float64_are_refused(tmp_path: Path) -> None:
         apply(vector, folder, LAMBDA, tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 1 + len(vector.modules)
     assert not (tmp_path / "out").exists()
+
+
+# names that are known without asking the model's class
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mistral": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"attention_bias": True, "tie_word_embeddings": True},
+    "phi": {"qk_layernorm": True, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["usual", "more"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_known_of_a_family_is_what_its_class_says(family: str, more: bool, tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 12, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model(family, **shape, **(FAMILIES[family] if more else {"tie_word_embeddings": False}))
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    checkpoint, stored = read_checkpoint(tmp_path), load_file(tmp_path / SINGLE)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    modules = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    shapes = {name: tuple(stored[f"{name}.weight"].shape) for name in modules if name != "lm_head"}
+    assert len(shapes) == 12 * (6 if family == "phi" else 7)
+    assert plain(settings, stored, shapes)
+    assert targets_of(checkpoint, shapes) == asked(checkpoint, shapes)
+    # all that is not so plain is left to the class
+    every = [name for name, _ in model.named_modules() if name not in shapes]
+    assert not any(plain(settings, stored, [name]) for name in every)
+    assert not plain({**settings, "num_hidden_layers": 11}, stored, shapes)
+    assert not plain({**settings, "quantization_config": {"quant_method": "fp8"}}, stored, shapes)
+    assert not plain({**settings, "model_type": "gpt2"}, stored, shapes)
+    assert not plain(settings, [*stored, "layers.0.self_attn.q_proj.weight"], shapes)
+    assert not plain(settings, [n for n in stored if "layers.3." not in n], shapes)
+
+
+def test_a_plain_checkpoint_is_edited_without_transformers(tmp_path: Path) -> None:
+    folder = pico.build("llama", tmp_path / "base", 0)
+    a_vector(folder).save(tmp_path / "v.safetensors")
+    names = [str(tmp_path / "v.safetensors"), "--model", str(folder), "--out", str(tmp_path / "out")]
+    code = f"""
+import sys
+from unlearn.apply import main
+for more in ([], ["--check"]):
+    assert main([*{names!r}, "--coefficient", "1", *more]) == 0
+print(sorted({{"transformers", "peft", "scipy"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # --check: what it says is so of every element

@@ -33,8 +33,8 @@ LAYERS: dict[str, str] = {
     "scores": "tree attention forward decoding scoring answers sampled named_tasks tasks benchmark_tasks stderrs "
     "eval_files evaluate samples",
     "choices": "collapse search early_stop bisect_search joint",
-    "exports": "card_results card rounding shards survival export push streamed streamed.layout streamed.names "
-    "streamed.blocks streamed.io streamed.shard streamed.files streamed.folder streamed.write "
+    "exports": "card_results card rounding shards survival export push streamed streamed.layout streamed.known "
+    "streamed.names streamed.blocks streamed.io streamed.shard streamed.files streamed.folder streamed.write "
     "streamed.reason streamed.check",
     "attacks": "attacks.judge attacks.quantised attacks.relearn attacks.probes attacks.sampling attacks.lens",
     "pages": "markup axes drawing charts html_parts foresight_page evidence_page html table grids.numbers "

@@ -211,6 +211,20 @@ def total(changes: Sequence[Change]) -> Change:
     return Dense(reduce(torch.add, (c.delta() for c in changes)))
 
 
+def edited(pristine: Tensor, change: Change, coefficient: float, transposed: bool, out: Tensor | None = None) -> Tensor:
+    """``pristine + coefficient * delta`` in float32, the one way it is computed wherever weights are edited.
+
+    Args:
+        pristine: ``(out, in)``, or ``(in, out)`` where ``transposed`` (Conv1D of GPT-2), float32.
+        out: Write here instead of into new memory.
+    """
+    if isinstance(change, LowRank):
+        left, right = (change.A.T, change.B.T) if transposed else (change.B, change.A)
+        return torch.addmm(pristine, left, right, alpha=coefficient, out=out)
+    delta = change.values.T if transposed else change.values
+    return torch.add(pristine, delta, alpha=coefficient, out=out)
+
+
 def listed(names: Sequence[str], most: int = 8) -> str:
     """The first few of a long list, each on one line and cut where it is endless, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -19,9 +19,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.card import CardFacts, card
-from unlearn.changes import Change
+from unlearn.changes import Change, edited
 from unlearn.errors import VectorError
-from unlearn.negate import edited, fit
+from unlearn.negate import fit
 from unlearn.quiet import quietly
 from unlearn.rounding import generator_for, round_stochastically
 from unlearn.shards import Slot, parse_size, write_shards

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from unlearn.changes import Change, LowRank
+from unlearn.changes import Change, edited
 from unlearn.errors import VectorError
 from unlearn.vector import TaskVector
 
@@ -116,20 +116,6 @@ class _Beside:
 
     def restore(self) -> None:
         self.handle.remove()
-
-
-def edited(pristine: Tensor, change: Change, coefficient: float, transposed: bool, out: Tensor | None = None) -> Tensor:
-    """``pristine + coefficient * delta`` in float32, the one way it is computed wherever weights are edited.
-
-    Args:
-        pristine: ``(out, in)``, or ``(in, out)`` where ``transposed`` (Conv1D of GPT-2), float32.
-        out: Write here instead of into new memory.
-    """
-    if isinstance(change, LowRank):
-        left, right = (change.A.T, change.B.T) if transposed else (change.B, change.A)
-        return torch.addmm(pristine, left, right, alpha=coefficient, out=out)
-    delta = change.values.T if transposed else change.values
-    return torch.add(pristine, delta, alpha=coefficient, out=out)
 
 
 def fit(model: nn.Module, vector: TaskVector) -> dict[str, tuple[nn.Module, Change]]:

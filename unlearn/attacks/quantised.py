@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.attacks.values import quantisation
+from unlearn.changes import edited
 from unlearn.console import progress
 from unlearn.errors import ModelError, VectorError
 from unlearn.memory import is_out_of_memory
-from unlearn.negate import edited, fit
+from unlearn.negate import fit
 from unlearn.quiet import quietly
 from unlearn.recipe_bench import Quantised
 from unlearn.vector import TaskVector

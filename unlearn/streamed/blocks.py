@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unlearn.changes import Change, Dense, LowRank
+from unlearn.changes import Change, Dense, LowRank, edited
 from unlearn.errors import VectorError
-from unlearn.negate import edited
 from unlearn.rounding import generator_for, round_stochastically
 from unlearn.streamed.layout import Shard
 from unlearn.streamed.names import Target
@@ -134,7 +133,7 @@ class Editor:
     def edit(self, block: Block, raw: Tensor) -> None:
         """Edit a block in place: ``raw`` holds its bytes, uint8.
 
-        The sum is :func:`unlearn.negate.edited` in float32, then cast, as :func:`unlearn.export.export_merged` has it.
+        The sum is :func:`unlearn.changes.edited` in float32, then cast, as :func:`unlearn.export.export_merged` has it.
 
         Raises:
             VectorError: the number format cannot hold the result. Of half precision every value is looked at, of the

@@ -2,7 +2,8 @@
 
 A checkpoint may name its tensors otherwise than the model does (without the prefix of its body, or by names of old that
 transformers changes on loading), may lack a weight that transformers puts together from others, and may keep it as
-(in, out). The class that ``config.json`` names knows all this without a weight being read.
+(in, out). The class that ``config.json`` names knows all this without a weight being read. It
+takes seconds to ask, so where it is known what it says (:mod:`unlearn.streamed.known`) it is not asked.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from unlearn.architecture import Architecture, lay_out, model_of
 from unlearn.changes import listed
 from unlearn.errors import ModelError, VectorError
+from unlearn.streamed.known import plain
 from unlearn.streamed.layout import Checkpoint, Shard, Stored
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unlearn.architecture import Architecture
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 FLOATS = frozenset({"F32", "F16", "BF16"})
@@ -63,7 +67,24 @@ def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) ->
     """
     refuse_adapter(checkpoint.folder)
     there = checkpoint.tensors()
-    _refuse_endless(checkpoint.folder, len(there))
+    config = _config(checkpoint.folder)
+    _refuse_endless(checkpoint.folder, config, len(there))
+    if plain(config, there, shapes):
+        found = [Target(module, f"{module}.weight", *there[f"{module}.weight"], False) for module in shapes]
+        if all(t.stored.shape == shapes[t.module] and t.stored.format in FLOATS for t in found):
+            return tuple(found)
+    return asked(checkpoint, shapes)
+
+
+def asked(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) -> tuple[Target, ...]:
+    """The same by the model's own class, whatever it is.
+
+    Raises:
+        VectorError, ModelError: as above.
+    """
+    from unlearn.architecture import lay_out, model_of
+
+    there = checkpoint.tensors()
     model = model_of(checkpoint.folder)
     if getattr(model.config, "quantization_config", None):
         raise ModelError(
@@ -106,14 +127,19 @@ def refuse_adapter(folder: Path) -> None:
         )
 
 
-def _refuse_endless(folder: Path, tensors: int) -> None:
-    """A configuration can ask for any number of layers, each of which takes time to lay out."""
+def _config(folder: Path) -> Mapping[str, Any]:
+    """Of a configuration that cannot be read nothing; that is said better by who reads it for good."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # said better by who reads it for good
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _refuse_endless(folder: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """A configuration can ask for any number of layers, each of which takes time to lay out."""
     for key in _LAYERS:
-        count = config.get(key) if isinstance(config, dict) else None
+        count = config.get(key)
         if isinstance(count, int) and count > tensors:
             raise ModelError(f"{folder}: its config.json says {key} {count}, but there are only {tensors} tensors")
 
