@@ -161,7 +161,16 @@ def write_adapter(vector: TaskVector, folder: Path, base: str, targets: Sequence
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
+    _settle(folder / ADAPTER_CONFIG)
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def _settle(path: Path) -> None:
+    """Modules in order: PEFT holds them as a set, which every process lists in an order of its own."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(settings["target_modules"], list):
+        settings["target_modules"].sort()
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def require_factors(vector: TaskVector) -> None:
