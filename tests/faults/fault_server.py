@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-import select
+import re
 import shutil
 import signal
 import subprocess
@@ -231,9 +231,14 @@ def _lines(number: int) -> TextIO:
 
 
 def _traced(arguments: Sequence[str]) -> None:
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(os.getpid()), *arguments], stderr=subprocess.PIPE)
-    assert tracer.stderr is not None
-    select.select([tracer.stderr], [], [], 30)  # it says when it is attached
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(os.getpid()), *arguments], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while tracer.poll() is None and time.monotonic() < end and not _attached():
+        time.sleep(0.01)
+
+
+def _attached() -> bool:
+    return re.search(r"^TracerPid:\s*[1-9]", Path("/proc/self/status").read_text(), re.MULTILINE) is not None
 
 
 if __name__ == "__main__":
