@@ -25,8 +25,8 @@ LAYERS: dict[str, str] = {
     "grids.axes grids.job_state grids.submissions",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files board_runs member_files references",
-    "vectors": "vector_adapter architecture checkpoint_vector vector_table methods methods.negate methods.contrast "
-    "methods.checks methods.msa methods.project methods.ext_sub methods.ethos methods.perta "
+    "vectors": "vector_adapter adapter_writer architecture checkpoint_vector vector_table methods methods.negate "
+    "methods.contrast methods.checks methods.msa methods.project methods.ext_sub methods.ethos methods.perta "
     "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches "
     "dealing checkpoints methods.baselines methods.retain_kl frozen importance learn_weights shaping "
     "objectives sharded trainer_arguments trainer finetune correlation token_scores foresight",

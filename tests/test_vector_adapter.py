@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from unlearn.adapter_writer import target_modules, to_adapter
 from unlearn.errors import VectorError
 from unlearn.finetune import read_adapter
 from unlearn.models import Loaded, linear_modules
 from unlearn.negate import applied
 from unlearn.vector import Dense, LowRank, TaskVector
-from unlearn.vector_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter, target_modules, to_adapter
+from unlearn.vector_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
 
 FAMILIES = ["phi", "llama", "gpt2"]
 Load = Callable[..., Loaded]
@@ -147,7 +148,7 @@ def test_every_process_writes_the_same_bytes(loaded: Load, pico_phi: Path, tmp_p
     some_vector(loaded(pico_phi).model).save(tmp_path / "v.safetensors")
     code = (
         "import sys; from pathlib import Path; from unlearn.vector import TaskVector\n"
-        "from unlearn.vector_adapter import to_adapter\n"
+        "from unlearn.adapter_writer import to_adapter\n"
         "to_adapter(TaskVector.load(Path(sys.argv[1])), Path(sys.argv[2]), 'owner/name', transposed=False)"
     )
     written = []

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 
 from unlearn import vectors
+from unlearn.adapter_writer import to_adapter
 from unlearn.models import Loaded, linear_modules
 from unlearn.vector import Dense, LowRank, TaskVector, analogy
-from unlearn.vector_adapter import from_adapter, to_adapter
+from unlearn.vector_adapter import from_adapter
 from unlearn.vector_table import show_info
 
 Load = Callable[..., Loaded]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
+from unlearn.adapter_writer import require_factors, target_modules, write_adapter
 from unlearn.card import CardFacts, card
 from unlearn.changes import Change, edited
 from unlearn.errors import VectorError
@@ -27,7 +28,6 @@ from unlearn.rounding import generator_for, round_stochastically
 from unlearn.shards import Slot, parse_size, write_shards
 from unlearn.survival import Survival, summary_of
 from unlearn.vector import TaskVector
-from unlearn.vector_adapter import require_factors, target_modules, write_adapter
 
 _ROUNDED = (torch.bfloat16, torch.float16)
 

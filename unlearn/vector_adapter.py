@@ -1,4 +1,4 @@
-"""Task vectors from and to PEFT's LoRA folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Task vectors from PEFT's LoRA folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Such an adapter is the change ``s * B @ A`` per module with s = alpha/r (Hu et al. 2106.09685), or alpha/sqrt(r) with
 rsLoRA (Kalajdzievski 2312.03732). Only files are read: no model is loaded. What an adapter may hold beside that is
@@ -10,29 +10,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from unlearn.changes import Dense, LowRank, listed
+from unlearn.changes import LowRank, listed
 from unlearn.errors import VectorError
 from unlearn.vector import TaskVector
 from unlearn.vector_file import UNREADABLE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRANSPOSED = "fan_in_fan_out"  # metadata key: "true" where the base keeps its weights as (in, out), as GPT-2 does
-_TRANSPOSED_TYPES = ("gpt2", "openai-gpt")  # causal language models of transformers made of Conv1D
 _PICKLE = "adapter_model.bin"
 _TOO_MUCH = 2**31  # for a rank or an alpha
 _LONGEST_PATTERN, _MOST_REPEATS, _MOST_GROUPS, _LONGEST_NAME = 500, 3, 4, 200
 _ROWS = 1024  # of a tensor that are compared at once
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Keys of a LoRA's configuration that are read here, or only matter while it is trained or found its modules.
@@ -108,116 +105,6 @@ def _same(ours: Any, path: Path, name: str) -> bool:
     return True
 
 
-def to_adapter(vector: TaskVector, folder: Path, base: str, *, transposed: bool | None = None) -> None:
-    """Write the vector as a LoRA adapter for ``PeftModel.from_pretrained(base, folder)``: exactly the same change.
-
-    Args:
-        folder: Where to; made if missing.
-        base: What the adapter is to be put on: a hub id or a folder.
-        transposed: Whether the base keeps its weights as (in, out) (GPT-2's Conv1D); None takes it from the folder
-            ``base`` or the vector's metadata. When it is wrong PEFT warns, and does the right thing all the same.
-
-    Raises:
-        VectorError: a module is dense.
-    """
-    if transposed is None:
-        transposed = vector.meta.get(TRANSPOSED) == "true" or _keeps_transposed(Path(base))
-    names = list(vector.modules)
-    write_adapter(vector, folder, base, target_modules(names, names, short=False), transposed)
-
-
-def write_adapter(vector: TaskVector, folder: Path, base: str, targets: Sequence[str] | str, transposed: bool) -> None:
-    """Write both files: factors in float32 and LoRA's scale alpha/r at 1 in every module.
-
-    Raises:
-        VectorError: a module is dense.
-    """
-    from peft import LoraConfig, TaskType
-
-    require_factors(vector)
-    tensors, ranks = {}, {}
-    for name, m in vector.modules.items():
-        a, b = m.tensors()["A"], m.tensors()["B"]
-        if not len(a):  # PEFT has no rank 0
-            a, b = a.new_zeros(1, m.shape[1]), b.new_zeros(m.shape[0], 1)
-        ranks[name] = len(a)
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT reads these keys as regular expressions that may match the end of a name
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
-        inference_mode=True,
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=dict(others),
-        alpha_pattern=dict(others),
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        lora_dropout=0.0,
-        bias="none",
-        fan_in_fan_out=transposed,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    _settle(folder / ADAPTER_CONFIG)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-
-
-def _settle(path: Path) -> None:
-    """Modules in order: PEFT holds them as a set, which every process lists in an order of its own."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(settings["target_modules"], list):
-        settings["target_modules"].sort()
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def require_factors(vector: TaskVector) -> None:
-    """Refuse a vector that cannot be an adapter.
-
-    Raises:
-        VectorError: a module is dense.
-    """
-    dense = [name for name, m in vector.modules.items() if isinstance(m, Dense)]
-    if dense:
-        raise VectorError(
-            f"an adapter holds low-rank factors, but the change is dense in {len(dense)} modules: {listed(dense)}. "
-            "Compress it with to_low_rank(rank) (unlearn.vectors low-rank) first, or export merged weights"
-        )
-
-
-def target_modules(names: Sequence[str], present: Sequence[str], *, short: bool = True) -> list[str] | str:
-    """``target_modules`` that PEFT matches to exactly ``names``.
-
-    An entry of a list also matches every module whose path ends with ``.entry``. So the last parts (``q_proj``) serve
-    when they mean just these modules, which is what other tools read best; else full paths; else, should a full
-    path be the end of another, one regular expression, which must match the whole path.
-
-    Args:
-        present: All modules of the model, as far as they are known.
-        short: Whether all are known, so that last parts may be used.
-    """
-
-    def matched(entries: Sequence[str]) -> set[str]:
-        return {p for p in present if any(p == e or p.endswith(f".{e}") for e in entries)}
-
-    shortest = sorted({n.rpartition(".")[2] for n in names})
-    for entries in (shortest, list(names)) if short else (list(names),):
-        if matched(entries) == set(names) and (short or all("." in e for e in entries)):
-            return entries
-    return "|".join(re.escape(n) for n in names)
-
-
-def _keeps_transposed(base: Path) -> bool:
-    """What a folder's ``config.json`` says of its model; False where there is none (a hub id)."""
-    try:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in _TRANSPOSED_TYPES
-
-
 def _read_config(folder: Path) -> Mapping[str, Any]:
     path = folder / ADAPTER_CONFIG
     try:
@@ -275,8 +162,8 @@ def _kept(keys: Collection[str]) -> dict[str, str]:
     """Weights of the base that PEFT saves untouched beside factors on an embedding or the head: key -> name there."""
     found = {}
     for key in keys:
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.base_layer\.(weight|bias)", key)
-        if match and all(f"{_PREFIX}{match[1]}.lora_{factor}.weight" in keys for factor in "AB"):
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.base_layer\.(weight|bias)", key)
+        if match and all(f"{PREFIX}{match[1]}.lora_{factor}.weight" in keys for factor in "AB"):
             found[key] = f"{match[1]}.{match[2]}"
     return found
 
@@ -304,7 +191,7 @@ def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Ten
     found: dict[str, dict[str, Tensor]] = {}
     strange = []
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if match is None or tensor.dtype not in _FLOATS:
             strange.append(key)
         else:

@@ -131,7 +131,7 @@ def _from_checkpoints(arguments: argparse.Namespace) -> None:
 
 
 def _to_adapter(arguments: argparse.Namespace) -> None:
-    from unlearn.vector_adapter import require_factors, to_adapter
+    from unlearn.adapter_writer import require_factors, to_adapter
 
     vector = read_vector(arguments.V)
     require_factors(vector)

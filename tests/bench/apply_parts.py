@@ -11,12 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from unlearn.adapter_writer import to_adapter
 from unlearn.architecture import architecture_of
 from unlearn.changes import LowRank
 from unlearn.shards import Slot, write_shards
 from unlearn.streamed.layout import read_checkpoint
 from unlearn.vector import TaskVector
-from unlearn.vector_adapter import to_adapter
 
 RANK = 16
 ROWS = 256  # of every edited weight that are compared
