@@ -25,9 +25,15 @@ CAPITALS = (
 )
 
 
-def pytest_configure() -> None:
-    """A shell starts what runs in its background deaf to Ctrl-C, and whoever is deaf to it stays so."""
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell starts what runs in its background deaf to Ctrl-C, and whoever is deaf to it stays so.
+
+    Of several workers, whose files would come in the order of their numbers of tests: the few tests in a real Slurm
+    take longest, and would be left to one worker at the end.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
