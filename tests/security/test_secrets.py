@@ -96,9 +96,9 @@ def test_ordinary_text_stays(text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("PWD", "/home/someone"), ("OLDPWD", "/home/someone"), ("BUILD_PWD", "/home/someone")),
+        *(("PWD", "/srv/someone"), ("OLDPWD", "/srv/someone"), ("BUILD_PWD", "/srv/someone")),
         *(("MAX_PASSES", "a thousand"), ("LLVM_BYPASS", "everything"), ("MANPATH", "/usr/share/man")),
-        *(("SORT_KEY", "timestamp"), ("FILE_PAT", "data/*.jsonl"), ("SSH_KEY", "/home/someone/.ssh/id_ed25519")),
+        *(("SORT_KEY", "timestamp"), ("FILE_PAT", "data/*.jsonl"), ("SSH_KEY", "/srv/someone/.ssh/id_ed25519")),
         *(("INDEX_URL", "https://host/simple"), ("WEBHOOK_NAME", "notifications")),
         ("TOKENIZERS_PARALLELISM", "falsefalse"),
         ("HF_TOKEN_PATH", "/run/token"),
