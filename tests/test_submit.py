@@ -99,10 +99,15 @@ def story(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Stor
         runner = submit(*local)
         until(lambda: (tale.root / "grid.json").is_file())
         grid = Grid.load(tale.root)
-        until(lambda: running(tale.root, grid.preparations[0].name))
+        preparation = until(lambda: running(tale.root, grid.preparations[0].name)).pid
+        os.kill(preparation, signal.SIGSTOP)  # or the first job may be over before we look for it
         tale.keep("twice", *ended(submit(*local)))
-        until(lambda: running(tale.root, grid.jobs[0].name))
+        os.kill(preparation, signal.SIGCONT)
+        first = until(lambda: running(tale.root, grid.jobs[0].name)).pid
+        os.kill(first, signal.SIGSTOP)
         runner.terminate()
+        time.sleep(0.5)  # the runner has passed it on: whatever comes first, the job finds it when it wakes
+        os.kill(first, signal.SIGCONT)
         tale.keep("stopped", *ended(runner))
 
         patch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-6b1f,-1,9")
