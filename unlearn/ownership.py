@@ -41,10 +41,9 @@ def refuse_strangers(place: Path) -> None:
         return
     if not place.is_dir():
         raise RunFolderError(f"{place} is not a folder: choose another --out")
-    if (place / "resolved.yaml").is_file():
-        return
-    others = [p.name for p in place.iterdir() if p.name not in (TEMPORARY, WORK) and not _passing(p.name)]
-    if others:
+    names = {p.name for p in place.iterdir()}  # looked at once: a run may be starting in it right now
+    others = [name for name in names if name not in (TEMPORARY, WORK) and not _passing(name)]
+    if others and "resolved.yaml" not in names:
         raise RunFolderError(
             f"{place} is not empty and not the folder of a run (it holds {some(sorted(others))}): choose another --out"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_node import OneNode, why_not
+from throwaway import Throwaway, why_not
 
 from unlearn.grids.grid import Grid, job_folder, log_file
 from unlearn.grids.job_state import JobState
@@ -37,11 +37,11 @@ class Submitted:
     """A grid in the queue: its folder, the cluster, what submit printed."""
 
     root: Path
-    node: OneNode
+    node: Throwaway
     said: str
 
 
-def command(node: OneNode, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(node: Throwaway, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "unlearn.submit", *arguments],
         env={**node.environment, "UNLEARN_TRUST_SETUP": "1"},
@@ -56,7 +56,7 @@ def until(ready: Callable[[], Any], what: str, submitted: Submitted) -> Any:
     while not (found := ready()):
         if time.monotonic() > end:
             files = [p for kind in ("*.log", "*.err", "*.out") for p in submitted.root.rglob(kind)]
-            files += [submitted.node.root / name for name in ("slurmctld.log", "slurmd.log")]
+            files += submitted.node.logs()
             logs = "\n".join(f"--- {p}\n{p.read_text(errors='replace')[-3000:]}" for p in files if p.is_file())
             pytest.fail(f"{what} did not happen:\n{submitted.node.run('squeue')}\n{logs}")
         time.sleep(0.1)
@@ -64,13 +64,13 @@ def until(ready: Callable[[], Any], what: str, submitted: Submitted) -> Any:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneNode]:
-    with OneNode(tmp_path_factory.mktemp("slurm")) as running:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Throwaway]:
+    with Throwaway(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def submitted(node: OneNode, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+def submitted(node: Throwaway, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     folder = tmp_path_factory.mktemp("grid")
     # long enough in training that there is a mid-way
     text = PICO.read_text().replace("path: data/", f"path: {PICO.parent}/data/").replace("steps: 30", "steps: 200")
@@ -162,7 +162,7 @@ class Trained:
 
 
 @pytest.fixture
-def trained(node: OneNode, tmp_path: Path) -> Trained:
+def trained(node: Throwaway, tmp_path: Path) -> Trained:
     text = PICO.read_text().replace("path: data/", f"path: {PICO.parent}/data/").replace("steps: 30", "steps: 300")
     (tmp_path / "pico.yaml").write_text(text.replace("teach: {", "# {") + CLUSTER)
     done = command(node, "--recipe", str(tmp_path / "pico.yaml"), "--grid", "seed=7", "--out", str(tmp_path / "grid"))
@@ -180,14 +180,14 @@ def trained(node: OneNode, tmp_path: Path) -> Trained:
     return Trained(alone, name, task)
 
 
-def test_a_job_at_its_time_limit_saves_where_it_is_and_goes_on(node: OneNode, trained: Trained) -> None:
+def test_a_job_at_its_time_limit_saves_where_it_is_and_goes_on(node: Throwaway, trained: Trained) -> None:
     node.run("scancel", "--signal=USR2", trained.task)  # what Slurm sends `grace` seconds before the limit
     until(trained.stopped_once, "the stop", trained.grid)
     until(lambda: finished(trained.grid) or _start(node, trained.task), "the end", trained.grid)
     trained.went_on_from_where_it_was()
 
 
-def test_a_job_that_is_preempted_saves_where_it_is_and_goes_on(node: OneNode, trained: Trained) -> None:
+def test_a_job_that_is_preempted_saves_where_it_is_and_goes_on(node: Throwaway, trained: Trained) -> None:
     """By a real one of a partition that goes first, and needs the whole node."""
     urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
     node.run(*urgent)
@@ -196,11 +196,11 @@ def test_a_job_that_is_preempted_saves_where_it_is_and_goes_on(node: OneNode, tr
     trained.went_on_from_where_it_was()
 
 
-def _waits(node: OneNode, task: str) -> bool:
+def _waits(node: Throwaway, task: str) -> bool:
     return f"{task} PENDING" in node.run("squeue", "-h", "-r", "-o", "%i %T")
 
 
-def _start(node: OneNode, task: str) -> None:
+def _start(node: Throwaway, task: str) -> None:
     """Slurm leaves a requeued job alone for two minutes, for the sake of broken nodes; here nobody has to wait.
 
     But for the credential of the attempt before, which the node has revoked up to the second it was told so: what

@@ -1,9 +1,9 @@
-"""A Slurm cluster of one node in one folder: own ports, own keys, nothing outside is touched, gone at the end.
+"""A Slurm cluster in one folder: own ports, own keys, nothing outside is touched, gone at the end.
 
-    python tests/slurm/one_node.py FOLDER [-- COMMAND ...]
+    python tests/slurm/throwaway.py FOLDER [-- COMMAND ...]
 
-starts it, runs the command (or a shell) with SLURM_CONF set, and stops it. Needs Debian's ``slurm-wlm`` and ``munge``,
-and root, as slurmd changes users.
+starts one of one node, runs the command (or a shell) with SLURM_CONF set, and stops it. Needs Debian's ``slurm-wlm``
+and ``munge``, and root, as slurmd changes users. With :mod:`machines` it has a node on each of them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+from machines import Machine, Machines
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 _PATIENCE = 60.0  # seconds until the node must be ready
 
 CONFIGURATION = """\
 ClusterName=throwaway
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller_host}({controller_address})
 SlurmctldPort={controller}
 SlurmdPort={node}
 SlurmUser=root
@@ -31,11 +36,11 @@ AuthType=auth/munge
 AuthInfo=socket={root}/munge.socket
 CryptoType=crypto/munge
 StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool
+SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
-SlurmdPidFile={root}/slurmd.pid
+SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
-SlurmdLogFile={root}/slurmd.log
+SlurmdLogFile={root}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -50,11 +55,11 @@ JobRequeue=1
 KillWait=10
 MinJobAge=300
 UnkillableStepTimeout=30
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
+{nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
-PartitionName=urgent Nodes={host} MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -66,16 +71,23 @@ def why_not() -> str:
     return f"not installed: {', '.join(absent)} (Debian: slurm-wlm, munge)" if absent else ""
 
 
-class OneNode:
-    """The cluster, as a context manager. ``environment`` is what its clients need."""
+class Throwaway:
+    """The cluster, as a context manager. ``environment`` is what its clients need.
 
-    def __init__(self, root: Path, cpus: int = 2) -> None:
+    Args:
+        root: A folder on a local disk, for everything it writes.
+        cpus: Of each node.
+        machines: Each is a node, the first has the controller, too. None: this machine is the only node.
+    """
+
+    def __init__(self, root: Path, cpus: int = 2, machines: Machines | None = None) -> None:
         self.root = root.absolute()
         self.cpus = cpus
+        self.machines: tuple[Machine | None, ...] = (None,) if machines is None else tuple(machines.all)
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf"), "PATH": _path()}
 
-    def __enter__(self) -> OneNode:
+    def __enter__(self) -> Throwaway:
         try:
             self._start()
         except BaseException:
@@ -88,79 +100,93 @@ class OneNode:
 
     def run(self, *command: str) -> str:
         """A Slurm command's output; raises when it fails."""
-        return subprocess.run(
-            command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
-        ).stdout
+        return self.ask(*command, check=True).stdout
+
+    def ask(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """A command with this cluster as its Slurm, on the controller's machine."""
+        options = {"env": self.environment, "capture_output": True, "text": True, "timeout": 60, **options}
+        return subprocess.run(_on(self.machines[0], command), **options)
 
     def _start(self) -> None:
-        for name in ("", "state", "spool"):
+        names = [socket.gethostname().partition(".")[0] if m is None else m.name for m in self.machines]
+        addresses = ["127.0.0.1" if m is None else m.address for m in self.machines]
+        for name in ("", "state", *(f"spool-{n}" for n in names)):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         # munge refuses folders that others may write to
         self.root.chmod(0o755)
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        host = socket.gethostname().partition(".")[0]
-        megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
         controller, node = _free_ports()
+        has = f"CPUs={self._cores()} RealMemory={self._megabytes()} State=UNKNOWN"
         (self.root / "slurm.conf").write_text(
             CONFIGURATION.format(
-                root=self.root, host=host, controller=controller, node=node, cpus=self._cores(), memory=megabytes - 512
+                root=self.root,
+                controller_host=names[0],
+                controller_address=addresses[0],
+                controller=controller,
+                node=node,
+                nodes="\n".join(f"NodeName={n} NodeAddr={a} {has}" for n, a in zip(names, addresses, strict=True)),
             )
         )
-        self._daemon(
+        self.daemon(
+            self.machines[0],
             *("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.root}/munge.socket"),
             *(f"--pid-file={self.root}/munged.pid", f"--log-file={self.root}/munged.log"),
             f"--seed-file={self.root}/munge.seed",
         )
         self._until(lambda: (self.root / "munge.socket").exists(), "munged")
-        self._daemon("slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
-        self._daemon("slurmd", "-D", "-f", str(self.root / "slurm.conf"))
-        self._until(lambda: "idle" in self._node_state(), "slurmd")
+        self.daemon(self.machines[0], "slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
+        for machine in self.machines:
+            self.daemon(machine, "slurmd", "-D", "-f", str(self.root / "slurm.conf"))
+        self._until(lambda: self.states() == ["idle"] * len(names), "slurmd")
 
     def _cores(self) -> int:
         # slurmd takes a node for broken that has fewer cores than the configuration says
         return min(self.cpus, os.cpu_count() or 1)
 
-    def _node_state(self) -> str:
-        answer = subprocess.run(
-            ["sinfo", "-h", "-o", "%t"], env=self.environment, capture_output=True, text=True, timeout=30
-        )
-        return answer.stdout
+    def _megabytes(self) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 - 512
 
-    def _daemon(self, name: str, *options: str) -> None:
-        log = (self.root / f"{name}.out").open("wb")
-        with log:
+    def states(self) -> list[str]:
+        """Of the nodes, in Slurm's words."""
+        return self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%t").stdout.split()
+
+    def daemon(self, machine: Machine | None, name: str, *options: str) -> None:
+        """Start one; what it prints goes to a file."""
+        program = shutil.which(name, path=_path()) or name
+        with (self.root / f"{name}-{len(self.daemons)}.out").open("wb") as out:
             self.daemons.append(
                 subprocess.Popen(
-                    [shutil.which(name, path=_path()) or name, *options],
+                    _on(machine, (program, *options)),
                     env=self.environment,
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
+                    stdout=out,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
             )
 
-    def _until(self, ready: object, name: str) -> None:
-        assert callable(ready)
+    def logs(self) -> list[Path]:
+        """What the daemons had to say."""
+        return [p for kind in ("*.log", "*.out") for p in sorted(self.root.glob(kind))]
+
+    def _until(self, ready: Callable[[], bool], name: str) -> None:
         end = time.monotonic() + _PATIENCE
         while not ready():
-            dead = [d.args[0] for d in self.daemons if d.poll() is not None]  # type: ignore[index]
+            dead = [d.args for d in self.daemons if d.poll() is not None]
             if dead or time.monotonic() > end:
-                logs = "\n".join(
-                    f"--- {p.name}\n{p.read_text(errors='replace')[-2000:]}" for p in sorted(self.root.glob("*.log"))
-                )
-                outs = "\n".join(p.read_text(errors="replace")[-1000:] for p in sorted(self.root.glob("*.out")))
-                raise RuntimeError(f"{name} did not come up (ended: {dead}):\n{logs}\n{outs}")
+                logs = "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-2000:]}" for p in self.logs())
+                raise RuntimeError(f"{name} did not come up (ended: {dead}):\n{logs}")
             time.sleep(0.2)
 
     def stop(self) -> None:
         """End all jobs and daemons. Calling it again does nothing."""
         if len(self.daemons) > 2:
-            subprocess.run(["scancel", "-f", "-u", "root"], env=self.environment, capture_output=True, timeout=30)
+            with suppress(subprocess.TimeoutExpired):
+                self.ask("scancel", "-f", "-u", "root")
             end = time.monotonic() + 30
-            while time.monotonic() < end and self._queue():
+            while time.monotonic() < end and self.ask("squeue", "-h").stdout.strip():
                 time.sleep(0.3)
         for daemon in reversed(self.daemons):
             daemon.send_signal(signal.SIGTERM)
@@ -171,10 +197,9 @@ class OneNode:
                 daemon.wait()
         self.daemons.clear()
 
-    def _queue(self) -> str:
-        return subprocess.run(
-            ["squeue", "-h"], env=self.environment, capture_output=True, text=True, timeout=30
-        ).stdout.strip()
+
+def _on(machine: Machine | None, command: Sequence[str]) -> list[str]:
+    return list(command) if machine is None else machine.line(*command)
 
 
 def _free_ports() -> tuple[int, int]:
@@ -194,7 +219,7 @@ def main() -> int:
         print(f"skipped: {reason}", file=sys.stderr)
         return 0
     folder, _, *command = [*sys.argv[1:], "--"] if "--" not in sys.argv else sys.argv[1:]
-    with OneNode(Path(folder)) as node:
+    with Throwaway(Path(folder)) as node:
         return subprocess.run(command or [os.environ.get("SHELL", "sh")], env=node.environment).returncode
 
 
