@@ -23,7 +23,7 @@ from unlearn.errors import RunFolderError
 from unlearn.holder import Holder, this_boot
 from unlearn.lock import Lock
 from unlearn.lock_file import chain_of, create, is_lock_file
-from unlearn.lock_watch import TIMEOUT, seconds_of_silence
+from unlearn.lock_watch import TIMEOUT, Watch, seconds_of_silence
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="process identities are Linux' here")
 
@@ -428,6 +428,33 @@ def test_a_silent_holder_far_away_is_followed_after_the_timeout(
         lock.check()
     said = capsys.readouterr().err
     assert f"going on after process {pid} on host node17, which has given no sign of life for 1 s" in said
+
+
+def test_who_was_silent_at_one_lock_is_believed_dead_sooner_at_the_next(path: Path, tmp_path: Path) -> None:
+    both = "other = Lock.take(path.with_name('other'))\n" + HOLD
+    killed(FAR + both, path, UNLEARN_LOCK_TIMEOUT="2")
+
+    def silence(place: Path) -> float:
+        watch = Watch(place, "it", 0.0, 2.0)
+        while not watch.over(chain_of(place)[-1]):
+            pass
+        return watch.silence
+
+    assert silence(path) >= 2.0
+    assert 0.75 <= silence(tmp_path / "other") < 2.0  # three signs of life
+
+
+def test_who_was_silent_at_one_lock_and_lives_is_seen_at_the_next(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first lock is one that was copied with its folder, to which it gives no signs."""
+    monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "2")
+    copy = tmp_path / "copy"
+    with running(FAR + HOLD, path):
+        copy.write_bytes(path.read_bytes())
+        Lock.take(copy).release()
+        with pytest.raises(RunFolderError, match="in use by process"):
+            Lock.take(path, wait=3)
 
 
 @pytest.mark.parametrize(

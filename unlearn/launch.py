@@ -135,6 +135,8 @@ def start(
         "WORLD_SIZE": str(processes * nodes),
         "LOCAL_WORLD_SIZE": str(processes),
         "GROUP_RANK": str(node_rank),
+        # its remarks about names it cannot look up and parameters that were all used, once per process
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     # the same share of the machine for each, or they would get in each other's way
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // processes)))

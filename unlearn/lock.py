@@ -26,12 +26,11 @@ from typing import Literal, Self
 from unlearn.errors import RunFolderError
 from unlearn.holder import Holder
 from unlearn.lock_file import Link, after, chain_of, create, guarded, look_anew, read, remove, strays, touch
-from unlearn.lock_watch import Watch, named, seconds_of_silence
+from unlearn.lock_watch import BEATS, Watch, named, seconds_of_silence
 
 __all__ = ["Holder", "Lock", "LockState"]
 
 LockState = Literal["free", "held", "unknown"]
-_BEATS = 8  # signs of life per timeout: every 11 s
 
 
 @dataclass(slots=True)
@@ -209,7 +208,7 @@ class Lock:
     def _live(self) -> None:
         """Give signs of life until the lock is released or lost."""
         count = 0
-        while not self._pulse.stop.wait(self.timeout / _BEATS):
+        while not self._pulse.stop.wait(self.timeout / BEATS):
             with self._pulse.at_work:
                 if self._pulse.stop.is_set():
                     return

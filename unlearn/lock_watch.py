@@ -13,9 +13,14 @@ from unlearn.holder import Holder
 from unlearn.lock_file import Link
 
 TIMEOUT = 90.0  # seconds
+BEATS = 8  # signs of life per timeout: every 11 s
+_BEATS_OF_THE_DEAD = 3  # of a process that was silent for a whole timeout at another lock
 _PATIENCE = 2.0  # seconds for another process between two neighbouring file operations
 _SPEAK_AFTER, _SPEAK_EVERY = 2.0, 60.0  # seconds
 _PAUSE = 1.0  # seconds at most between two looks
+# Whom this process has found silent. A crashed machine leaves several locks of one process (the job's, its folder's,
+# the cache's), and who goes on in its place comes to them one after the other.
+_silent: set[tuple[int, str, str]] = set()
 
 
 class Watch:
@@ -66,9 +71,16 @@ class Watch:
     def _silent(self, link: Link) -> bool:
         if link.kind == "unreadable":
             return self.silence >= _PATIENCE  # made and never filled: its maker was killed in between
-        return link.kind != "old" and self.silence >= max(self.timeout, link.timeout)
+        return link.kind != "old" and self.silence >= self._enough(link)
+
+    def _enough(self, link: Link) -> float:
+        """Seconds without a sign of life that make its holder a dead one."""
+        longest = max(self.timeout, link.timeout)
+        return longest * _BEATS_OF_THE_DEAD / BEATS if link.holder and _who(link.holder) in _silent else longest
 
     def _announce(self, link: Link, certain: bool) -> None:
+        if link.holder is not None and not certain:
+            _silent.add(_who(link.holder))
         if link.holder is not None and link.kind != "released":
             why = "has ended without finishing" if certain else f"has given no sign of life for {self.silence:.0f} s"
             say(f"{self.what}: going on after {named(link.holder)}, which {why}", style="yellow")
@@ -81,8 +93,8 @@ class Watch:
             so_far = f", {now - self.began:.0f} s so far" if now - self.began > _SPEAK_EVERY else ""
             say(f"{self.what}: waiting for {named(link.holder)}, at work since {link.holder.since}{so_far}")
         else:
-            longest = max(self.timeout, link.timeout)
-            say(f"{self.what}: {named(link.holder)} may be at work here; looking for a sign of life for {longest:g} s")
+            enough = f"{self._enough(link):.3g} s"
+            say(f"{self.what}: {named(link.holder)} may be at work here; looking for a sign of life for {enough}")
 
     def _taken(self, link: Link) -> str:
         if link.holder is None:
@@ -91,6 +103,10 @@ class Watch:
         if link.kind == "old" and link.verdict() == "unknown":
             return f"{text}or use another --out; if it is certain that it runs no more, delete {self.path}"
         return f"{text}stop it, or use another --out"
+
+
+def _who(holder: Holder) -> tuple[int, str, str]:
+    return holder.pid, holder.host, holder.started
 
 
 def named(holder: Holder) -> str:
