@@ -81,6 +81,8 @@ class Machine:
             with suppress(ProcessLookupError):
                 os.kill(self.first, signal.SIGKILL)
             self._outer.wait(30)
+            assert self._outer.stdout is not None
+            self._outer.stdout.close()
 
 
 class Machines:

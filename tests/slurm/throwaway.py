@@ -55,6 +55,7 @@ JobRequeue=1
 KillWait=10
 MinJobAge=300
 UnkillableStepTimeout=30
+SlurmdTimeout={silence}
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -126,6 +127,7 @@ class Throwaway:
                 controller_address=addresses[0],
                 controller=controller,
                 node=node,
+                silence=300 if self.machines == (None,) else 15,  # seconds until a node is down
                 nodes="\n".join(f"NodeName={n} NodeAddr={a} {has}" for n, a in zip(names, addresses, strict=True)),
             )
         )
