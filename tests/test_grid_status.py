@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from unlearn.grids.submit import resubmit
 from unlearn.holder import Holder
 from unlearn.job import claim_file
 from unlearn.lock import Lock
+from unlearn.report import Chosen
 
 QUEUE = "g-0a1b2c3d"
 
@@ -63,9 +64,11 @@ def say(root: Path, name: str, state: str, holder: Holder | None = None, attempt
 
 
 def report(root: Path, name: str, chosen: float = 1.5) -> None:
+    """A report as a run seals it: its chosen coefficient is 0 where none passed the rule."""
     place = job_folder(root, name)
     place.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"schema": 1, "name": "g", "description": "x", "chosen": {"coefficient": chosen}}, indent=2)
+    rule = Chosen(chosen, chosen > 0, "most forgetting", "acc")
+    text = json.dumps({"schema": 1, "name": "g", "description": "x", "chosen": asdict(rule)}, indent=2)
     (place / "report.json").write_text(text)
     (place / "provenance.json").write_text(json.dumps({"report_sha256": hashlib.sha256(text.encode()).hexdigest()}))
 
@@ -306,6 +309,20 @@ def test_the_table_has_the_last_line_of_an_error_and_what_to_do(tmp_path: Path) 
     narrow = io.StringIO()
     grid_status.render(overview(tmp_path), Console(file=narrow, width=60))
     assert "failed" in narrow.getvalue()
+
+
+def test_a_job_none_of_whose_coefficients_passed_says_so(tmp_path: Path) -> None:
+    grid = make(tmp_path, 3, prepared=False)
+    for job, chosen in zip(grid.jobs, (0.0, 1.5), strict=False):
+        report(tmp_path, job.name, chosen)
+        say(tmp_path, job.name, "done", seconds=3.0)
+    found = overview(tmp_path)
+    out = io.StringIO()
+    grid_status.render(found, Console(file=out, width=200))
+    row = {line.split()[0]: line.split()[-1] for line in out.getvalue().splitlines() if "seed=" in line}
+    assert [row[job.name] for job in grid.jobs] == ["none", "1.5", "waiting"]
+    told = [(job["coefficient"], job["bound_met"]) for job in grid_status.to_json(found)["jobs"]]
+    assert told == [(0.0, False), (1.5, True), (None, None)]
 
 
 def test_what_stopped_is_not_forgotten_beside_what_failed(tmp_path: Path) -> None:

@@ -25,16 +25,17 @@ STANDINGS: tuple[Standing, ...] = (
     *("done", "running", "queued", "requeued", "stopped", "failed", "lost", "blocked", "waiting"),
 )
 ACTIVE = frozenset({"running", "queued", "requeued"})
-_HEAD = 16_384  # characters of a report in which its chosen coefficient stands
-_CHOSEN = re.compile(r'"chosen":\s*\{\s*"coefficient":\s*([0-9.eE+-]+)')
+_HEAD = 16_384  # characters of a report in which its choice stands
+_CHOSEN = re.compile(r'"chosen":\s*\{\s*"coefficient":\s*([0-9.eE+-]+),\s*"bound_met":\s*(true|false)')
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One job or preparation.
 
-    ``since`` is of its last word; ``seconds`` what its last attempt took; ``coefficient`` the chosen λ of a done job;
-    ``where`` its number in Slurm's queue, or process and host; ``error`` why it is not done, if there is a reason.
+    ``since`` is of its last word; ``seconds`` what its last attempt took; ``coefficient`` the chosen λ of a done job, 0
+    where none passed the rule and its model is unchanged; ``bound_met`` whether one passed; ``where`` its number in
+    Slurm's queue, or process and host; ``error`` why it is not done, if there is a reason.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row:
     since: str | None = None
     seconds: float | None = None
     coefficient: float | None = None
+    bound_met: bool | None = None
     where: str | None = None
     error: str | None = None
 
@@ -144,8 +146,8 @@ class _Seen:
             where = f"process {said.pid} on {said.host}"
         if said is None:
             return Row(one.name, settings, state, where=where, error=error)
-        chosen = _coefficient(report) if report is not None and state == "done" else None
-        return Row(one.name, settings, state, said.attempt, said.since, said.seconds, chosen, where, error)
+        chosen = _chosen(report) if report is not None and state == "done" else (None, None)
+        return Row(one.name, settings, state, said.attempt, said.since, said.seconds, *chosen, where, error)
 
     def _judge(self, name: str, said: JobState | None, report: Path | None) -> tuple[Standing, str | None]:
         if said is not None and said.state == "done" and (report is None or sealed(report.parent)):
@@ -205,11 +207,11 @@ def _hopeless(preparation: str, state: str) -> bool:
     return preparation == "failed" or (state == "lost" and preparation in ("lost", "stopped", "blocked"))
 
 
-def _coefficient(report: Path) -> float | None:
-    """The chosen λ, from the beginning of the file: a thousand whole reports take a while to read."""
+def _chosen(report: Path) -> tuple[float | None, bool | None]:
+    """The chosen λ and whether the rule was met, from the beginning of the file: a thousand whole reports take long."""
     try:
         with report.open(encoding="utf-8") as file:
             found = _CHOSEN.search(file.read(_HEAD))
-        return float(found[1]) if found else None
+        return (float(found[1]), found[2] == "true") if found else (None, None)
     except (OSError, ValueError):
-        return None
+        return None, None

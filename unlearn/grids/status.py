@@ -42,10 +42,9 @@ def render(overview: Overview, console: Console | None = None) -> None:
     table.add_column("")
     now = datetime.now(UTC)
     for row in (*overview.preparations, *overview.jobs):
-        chosen = coefficient(row.coefficient) if row.coefficient is not None else ""
         cells = [text(row.name), *([text(_settings(row))] if wide else [])]
         cells += [text(row.state, _COLOURS[row.state]), text(str(row.attempt or "")), text(_time(row, now))]
-        table.add_row(*cells, text(chosen), text(_remark(row)))
+        table.add_row(*cells, text(_chosen(row)), text(_remark(row)))
     out.print(table)
     out.print()
     out.print(text(totals(overview), "bold"), soft_wrap=True)
@@ -90,6 +89,13 @@ def _time(row: Row, now: datetime) -> str:
             return ""
         return duration(max(0.0, since)) if row.state == "running" else f"since {row.since}"
     return duration(row.seconds) if row.seconds is not None else ""
+
+
+def _chosen(row: Row) -> str:
+    """The chosen λ, and ``none`` where no coefficient passed the rule."""
+    if row.coefficient is None:
+        return ""
+    return coefficient(row.coefficient) if row.coefficient else "none"
 
 
 def _remark(row: Row) -> str:
