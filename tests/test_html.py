@@ -34,16 +34,8 @@ from unlearn.report import (
     SweepPoint,
     TaskScore,
 )
-from unlearn.report_text import (
-    bound_of,
-    final_shares,
-    frontier,
-    headline,
-    how_searched,
-    main_keys,
-    remarks,
-    share_kept,
-)
+from unlearn.report_figures import bound_of, final_shares, frontier, main_keys, share_kept
+from unlearn.report_text import headline, how_searched, remarks
 from unlearn.wording import coefficient, duration, file_size, number, percent, tick_label
 
 KEPT = (("retain", "asia", "acc_norm"), ("utility", "general", "acc_norm"))

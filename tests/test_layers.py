@@ -18,7 +18,7 @@ LAYERS: dict[str, str] = {
     "values": "template recipe_data recipe_training recipe_vector recipe_bench recipe_cluster recipe_eval recipe "
     "attacks attacks.values report changes compress vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
-    "words": "metrics formula report_text prediction evidence_text",
+    "words": "metrics formula report_figures report_text prediction evidence_text",
     "numbers": "benchmarks benchmarks.samples_in benchmarks.memorisation benchmarks.membership benchmarks.tofu "
     "benchmarks.muse",
     "folders": "atomic holder seen stage lock_file lock_watch lock ownership rundir provenance pool grids grids.grid "

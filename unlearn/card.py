@@ -19,7 +19,8 @@ from unlearn.metrics import KEPT
 from unlearn.provenance import tidy
 from unlearn.recipe import Recipe
 from unlearn.report import Chosen, ScoreRow
-from unlearn.report_text import CAVEAT, with_margin
+from unlearn.report_figures import with_margin
+from unlearn.report_text import CAVEAT
 from unlearn.wording import coefficient, percent
 
 Export = Literal["adapter", "merged"]

@@ -12,7 +12,7 @@ from unlearn.axes import Scale, along, place, scale_for
 from unlearn.drawing import CROSS, SERIES, axis_title, grid, marker, path, svg, whisker
 from unlearn.markup import Raw, el
 from unlearn.report import Score
-from unlearn.report_text import FrontierPoint, margin, with_margin
+from unlearn.report_figures import FrontierPoint, margin, with_margin
 from unlearn.wording import MISSING, coefficient, number, percent, tick_label
 
 TOP = 1.5  # largest share on the frontier's axis

@@ -11,7 +11,7 @@ from unlearn.evidence_text import NAMES
 from unlearn.html_parts import scroll, section
 from unlearn.markup import Child, Raw, el, join
 from unlearn.report import Benchmark, Membership, RunReport, Score, Who
-from unlearn.report_text import with_margin
+from unlearn.report_figures import with_margin
 from unlearn.wording import MISSING, counted, number, percent, tick_label
 
 _ROLE: dict[Who, str] = {"target": "forget", "edited": "retain", "reference": "utility"}

@@ -12,7 +12,7 @@ from unlearn.html_parts import scroll, section
 from unlearn.markup import Child, Raw, el, join
 from unlearn.prediction import CAVEAT, Comparison, Point, SetComparison, how_good, of_report, reading
 from unlearn.report import Role, RunReport, SetForesight
-from unlearn.report_text import Z95
+from unlearn.report_figures import Z95
 from unlearn.wording import MISSING, coefficient, counted, number, signed, tick_label
 
 _INTRO = (

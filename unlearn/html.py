@@ -12,25 +12,22 @@ from unlearn.html_parts import data_section, examples_section, footer, making_se
 from unlearn.markup import Child, Raw, el, join
 from unlearn.metrics import Key, is_perplexity
 from unlearn.report import RunReport, Score, ScoreRow, TaskScore
-from unlearn.report_text import (
+from unlearn.report_figures import (
     bound_figure,
     bound_of,
     final_shares,
     forget_row,
     frontier,
-    headline,
-    how_searched,
     interval,
     kept_figure,
     kept_keys,
     main_keys,
     margin_of_change,
-    plain_metric,
-    remarks,
     share_of_row,
     total_seconds,
     with_margin,
 )
+from unlearn.report_text import headline, how_searched, plain_metric, remarks
 from unlearn.wording import MISSING, coefficient, counted, duration, number, signed
 
 # Nothing may be fetched or run, whatever text a model or a data file put on the page.

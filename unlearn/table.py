@@ -11,16 +11,8 @@ from rich.text import Text
 from unlearn.evidence_text import evidence_facts
 from unlearn.prediction import dearest, how_good, of_report
 from unlearn.report import RunReport, Score, ScoreRow
-from unlearn.report_text import (
-    final_shares,
-    headline,
-    kept_figure,
-    margin_of_change,
-    remarks,
-    share_of_row,
-    total_seconds,
-    with_margin,
-)
+from unlearn.report_figures import final_shares, kept_figure, margin_of_change, share_of_row, total_seconds, with_margin
+from unlearn.report_text import headline, remarks
 from unlearn.wording import coefficient, duration, signed
 
 _COLOUR = {"forget": "dark_orange", "learn": "magenta", "retain": "blue", "utility": "green"}

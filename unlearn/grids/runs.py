@@ -21,7 +21,7 @@ from unlearn.grids.job_state import JobState, state_file
 from unlearn.metrics import METRICS, Key, is_perplexity
 from unlearn.provenance import tidy
 from unlearn.report import RunReport, Score
-from unlearn.report_text import kept_keys, share_kept, total_seconds
+from unlearn.report_figures import kept_keys, share_kept, total_seconds
 
 SEED = "seed"  # the axis whose values are runs of one and the same setting
 Why = Literal["failed", "stopped", "said running", "never began", "unfinished", "damaged"]
