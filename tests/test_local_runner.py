@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from test_grid_status import make
+from waiting import gone, until
 
 from unlearn.grids import local_jobs
 from unlearn.grids.devices import Gpus
@@ -60,25 +61,10 @@ def runner(root: Path, what: str, *prefix: str, before: str = "", stderr: int | 
     return subprocess.Popen(line, stderr=stderr, start_new_session=True)
 
 
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
 def processes(root: Path, count: int = 1) -> list[int]:
     """The processes of the job, once there are so many."""
     until(lambda: len(list(root.glob("pid-*"))) == count)
     return [int(path.name.removeprefix("pid-")) for path in root.glob("pid-*")]
-
-
-def gone(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def test_a_hang_up_that_is_ignored_stops_nothing(tmp_path: Path) -> None:

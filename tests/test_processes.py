@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from processes_arena import fit
+from waiting import gone, until
 
 from unlearn import collective, launch, run
 from unlearn.checkpoints import WHOLE
@@ -42,23 +43,6 @@ def started(line: Sequence[str], folder: Path, code: int = 0, **more: str) -> su
     )
     assert done.returncode == code, done.stderr[-4000:]
     return done
-
-
-def gone(process: int) -> bool:
-    """Whether a process has ended."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def until(true: Callable[[], bool], seconds: float = SECONDS) -> None:
-    """Wait for something to become true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 # --- the launcher ----------------------------------------------------------------------------------------------------
