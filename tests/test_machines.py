@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machines import Machine, Machines, why_not
+from waiting import until
 
 from unlearn import run
 from unlearn.checkpoints import WHOLE
@@ -47,13 +48,6 @@ def pico(on: Machine, disk: Path, name: str, *arguments: str, **more: str) -> su
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     said = process.communicate(timeout=SECONDS)[0]
     return process.returncode, said
-
-
-def until(true: Callable[[], Any]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def report(folder: Path) -> RunReport:
@@ -114,6 +108,36 @@ def test_a_grid_of_one_machine_is_seen_from_the_other(pair: Machines) -> None:
     code, said = ended(started(pair.all[1], pair.disk, "unlearn.submit", "--merge", str(pair.disk / "grid")))
     assert code == 0, said
     assert "2 of 2 jobs finished" in said
+
+
+IMPATIENT = """
+import sys
+from unlearn import launch, neighbours
+neighbours._IDLE, neighbours._EVERY, neighbours._TIMES, launch._GRACE = 1, 1, 3, 1
+sys.exit(launch.start("sleeps", [], 1, 2, int(sys.argv[1]), "node1", 29500))
+"""
+
+
+def test_a_machine_without_a_network_is_not_waited_for(tmp_path: Path) -> None:
+    """Its connections are never closed: by themselves the libraries would wait for days."""
+    (tmp_path / "sleeps.py").write_text(
+        "import pathlib, os, time\npathlib.Path(os.environ['UP']).touch()\ntime.sleep(600)"
+    )
+    with Machines(tmp_path / "machines") as two:
+        ups = [tmp_path / one.name for one in two.all]
+        both = [
+            one.start(
+                *(sys.executable, "-c", IMPATIENT, str(rank)),
+                env={**os.environ, "PYTHONPATH": str(tmp_path), "UP": str(ups[rank])},
+            )
+            for rank, one in enumerate(two.all)
+        ]
+        until(lambda: all(up.exists() for up in ups))
+        time.sleep(3)  # until they have found each other
+        two.cut(two.all[1])
+        for rank, process in enumerate(both):
+            code, said = ended(process)
+            assert (code, f"node {1 - rank} cannot be reached any more" in said) == (1, True), said
 
 
 def test_when_a_machine_dies_the_other_goes_on_from_there(tmp_path: Path) -> None:

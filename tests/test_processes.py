@@ -17,7 +17,7 @@ import pytest
 from processes_arena import fit
 from waiting import gone, until
 
-from unlearn import collective, launch, run
+from unlearn import accelerated, collective, launch, run
 from unlearn.checkpoints import WHOLE
 from unlearn.errors import UnlearnError
 from unlearn.models import Loaded, fingerprint
@@ -225,7 +225,7 @@ def test_a_killed_launcher_leaves_nobody_behind(folder: Path) -> None:
     ],
 )
 def test_accelerate_is_known_however_it_is_spelt(line: str, found: list[str] | None) -> None:
-    assert launch._after_launch(line.split()) == found
+    assert accelerated._after_launch(line.split()) == found
 
 
 def test_alone_there_is_nothing_to_agree_on() -> None:

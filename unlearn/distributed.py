@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from unlearn.accelerated import asked_of_accelerate
 from unlearn.collective import count, gathered, portable, several, wait
 from unlearn.console import say
 from unlearn.errors import UnlearnError
-from unlearn.launch import asked_of_accelerate
 
 __all__ = ["count", "join", "leave", "main_first", "several", "sharded", "share_requests", "shares", "wait"]
 

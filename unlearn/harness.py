@@ -20,7 +20,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import model_registry
 from lm_eval.utils import setup_logging
 
-from unlearn import distributed, launch
+from unlearn import accelerated, distributed
 from unlearn.console import is_main_process, say
 from unlearn.errors import UnlearnError
 
@@ -72,7 +72,7 @@ def _run(cli: HarnessCLI) -> None:
             cli.execute(arguments)  # prints the help
             return
     if arguments.command == "run":
-        launch.start_the_others("unlearn.harness", sys.argv[1:])
+        accelerated.start_the_others("unlearn.harness", sys.argv[1:])
         distributed.join()
         if not is_main_process():
             _run_silently(cli, arguments)

@@ -4,15 +4,14 @@
 does, and what a batch job needs besides: the exit code is the command's own (2 for a mistake, 130 for a stop), without
 a traceback of the launcher's; a signal to stop is passed on once, and the main process has as long as it needs to write
 the checkpoint, or until somebody asks again; a process that fails takes the others with it, so that nobody waits for
-it; and if the launcher is killed, its processes are told to stop. The environment is that of torch's ``env://``, so
-``torchrun`` and ``accelerate launch`` may be used in its place.
+it; if the launcher is killed, its processes are told to stop; and if another machine dies, those here do not wait for
+it. The environment is that of torch's ``env://``, so ``torchrun`` and ``accelerate launch`` may be used in its place.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import logging
 import os
 import random
 import signal
@@ -21,21 +20,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from pathlib import PurePath
 from typing import Any
 
 from unlearn.console import say
 from unlearn.errors import UnlearnError
+from unlearn.neighbours import Neighbours, watched
 from unlearn.stopping import Requests, handled
 
-EXIT_MISTAKE, EXIT_STOPPED = 2, 130
+EXIT_LOST, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 130
 _GRACE = 30.0  # seconds for the others to end by themselves after one has failed or the main one was stopped
 _TICK = 0.05  # seconds between looks
 _PORTS = range(20_000, 32_000)  # below those that systems give to outgoing connections
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of Linux's prctl
-_UP = 4  # ancestors among which `accelerate launch` is looked for
-_OTHERS_DECIDE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def command(
@@ -52,7 +48,8 @@ def command(
         node_rank: Which of them this is, from 0; number 0 has the main process.
         main_host: Name or address of node 0, as the others reach it.
         port: Of node 0. None: on one node a free one, found when the command runs; on several nodes one that follows
-            from Slurm's job id, so that two jobs on a node have different ones (29500 without Slurm).
+            from Slurm's job id, so that two jobs on a node have different ones (29500 without Slurm). There the one
+            above it is used, too (:mod:`unlearn.neighbours`).
 
     Returns:
         ``[python, "-m", "unlearn.launch", …, "-m"]``; empty for one process on one node, which is started as
@@ -74,46 +71,6 @@ def command(
     return [*found, "-m"]
 
 
-def asked_of_accelerate() -> list[str]:
-    """What ``accelerate launch --cpu --num_processes N`` asked for and did not do, as :func:`command` has it.
-
-    Without a GPU, accelerate starts one process whatever N is, and hands it an address and a port, but not N. So N is
-    read where it was given: in the arguments of the ``accelerate launch`` that waits for this process, with
-    accelerate's own parser, so that its configuration file counts too.
-
-    Returns:
-        Empty where one process is what was asked for, or where the others are there already.
-    """
-    here = os.environ
-    on_cpu = here.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
-    if not on_cpu or "MASTER_PORT" not in here or any(name in here for name in _OTHERS_DECIDE):
-        return []
-    arguments = _launcher_arguments()
-    if arguments is None:
-        return []
-    launch: Any = import_module("accelerate.commands.launch")
-    logging.getLogger(launch.__name__).setLevel(logging.ERROR)  # it has warned its user already
-    given = launch.launch_command_parser().parse_args(arguments)
-    if hasattr(launch, "_validate_launch_command"):  # which reads the configuration file
-        given, *_ = launch._validate_launch_command(given)
-    nodes = int(given.num_machines or 1)
-    processes = max(1, int(given.num_processes or 1) // nodes)
-    host, port = here.get("MASTER_ADDR", "127.0.0.1"), given.main_process_port
-    return command(processes, nodes, int(given.machine_rank or 0), host, int(port) if port else None)
-
-
-def start_the_others(module: str, arguments: Sequence[str]) -> None:
-    """Become the launcher of as many processes as ``accelerate launch --cpu`` was asked for; return where it is one.
-
-    To be called first thing by a command line's ``main``: this process is replaced.
-    """
-    if prefix := asked_of_accelerate():
-        if die := die_with(os.getppid()):
-            die()  # it dies of a signal without passing it on
-        os.environ.pop("KMP_AFFINITY", None)  # meant for one process: several would be bound to the same cores
-        os.execv(prefix[0], [*prefix, module, *arguments])  # the same process id, for which accelerate waits
-
-
 def start(
     module: str,
     arguments: Sequence[str],
@@ -129,9 +86,10 @@ def start(
         0 if all ended with 0; the code of the one that failed first (128 + the signal's number if it was killed); 130
         if they were stopped.
     """
+    port = port or (_agreed_port() if nodes > 1 else _free_port())
     whole = {
         "MASTER_ADDR": main_host,
-        "MASTER_PORT": str(port or (_agreed_port() if nodes > 1 else _free_port())),
+        "MASTER_PORT": str(port),
         "WORLD_SIZE": str(processes * nodes),
         "LOCAL_WORLD_SIZE": str(processes),
         "GROUP_RANK": str(node_rank),
@@ -142,14 +100,14 @@ def start(
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     children: list[subprocess.Popen[bytes]] = []
     stop = _Stop(children)
-    with handled(stop):
+    with handled(stop), watched(nodes, node_rank, main_host, port + 1) as neighbours:
         try:
             for local in range(processes):
                 own = {"LOCAL_RANK": str(local), "RANK": str(node_rank * processes + local), "OMP_NUM_THREADS": threads}
                 children.append(_child([sys.executable, "-m", module, *arguments], {**os.environ, **whole, **own}))
                 if stop.passed is not None:
                     children[-1].send_signal(stop.passed)
-            return _wait(children, stop)
+            return _wait(children, stop, neighbours)
         finally:
             for child in children:
                 if child.poll() is None:
@@ -195,8 +153,10 @@ class _Stop(Requests):
         return next((code for code in codes if code not in fine), None) or 0
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]], stop: _Stop) -> int:
+def _wait(children: Sequence[subprocess.Popen[bytes]], stop: _Stop, neighbours: Neighbours) -> int:
     """Until all have ended. Once one has ended badly the others are asked to stop, and after a while made to.
+
+    So they are once another machine is gone: they would wait for its processes.
 
     One that was stopped has the others stopped too. They may be through before the first of them, which seals the
     checkpoint of all; once that has ended there is nothing left to wait for.
@@ -207,6 +167,9 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], stop: _Stop) -> int:
             deadline = time.monotonic() + _GRACE
             if code < 0:  # it could not say anything itself
                 say(f"process {codes.index(code)} was killed by signal {-code}: the others are stopped")
+        if not code and neighbours.lost:
+            code, deadline = EXIT_LOST, time.monotonic() + _GRACE
+            say(f"{neighbours.lost[0]} cannot be reached any more, or was killed: the processes here are stopped")
         if code or EXIT_STOPPED in codes:
             stop.pass_on()
         if stop.passed is not None and codes[0] is not None:
@@ -255,30 +218,8 @@ def _free_port() -> int:
 def _agreed_port() -> int:
     """The port that all nodes of a job come to without asking each other."""
     job = os.environ.get("SLURM_JOB_ID", "")
-    return _PORTS[int(job) % len(_PORTS)] if job.isdecimal() else 29_500
-
-
-def _launcher_arguments() -> list[str] | None:
-    """What ``accelerate launch`` was given, read from the process of it that is above this one."""
-    psutil: Any = import_module("psutil")  # comes with accelerate
-    try:
-        lines = [above.cmdline() for above in psutil.Process().parents()[:_UP]]
-    except psutil.Error:
-        return None
-    return next((found for line in lines if (found := _after_launch(line)) is not None), None)
-
-
-def _after_launch(line: Sequence[str]) -> list[str] | None:
-    """The arguments of a command line of ``accelerate launch``, however it is spelt; None for any other."""
-    for at, word in enumerate(line[:6]):
-        name = PurePath(word).name
-        if name in ("accelerate-launch", "accelerate.commands.launch"):
-            return list(line[at + 1 :])
-        if name in ("accelerate", "accelerate.commands.accelerate_cli") and line[at + 1 : at + 2] == ["launch"]:
-            return list(line[at + 2 :])
-        if PurePath(word).parts[-3:] == ("accelerate", "commands", "launch.py"):
-            return list(line[at + 1 :])
-    return None
+    pairs = _PORTS[::2]  # one for the processes, one for the launchers
+    return pairs[int(job) % len(pairs)] if job.isdecimal() else 29_500
 
 
 def main(argv: Sequence[str] | None = None) -> int:

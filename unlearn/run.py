@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from unlearn import console, launch
+from unlearn import accelerated, console
 from unlearn.atomic import unwritable
 from unlearn.errors import RecipeError, UnlearnError
 from unlearn.estimates import options as estimate_options
@@ -116,7 +116,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         print(plan(recipe_io.load_recipe(arguments.recipe, arguments.set)))
         return 0
     options = {"out": arguments.out, "fresh": arguments.fresh, "pool": arguments.pool, "prepare": arguments.prepare}
-    launch.start_the_others("unlearn.run", arguments.line)
+    accelerated.start_the_others("unlearn.run", arguments.line)
     report = run(arguments.recipe, set=arguments.set, **options)
     return 0 if report is None or report.chosen.bound_met or not arguments.strict else 1
 
