@@ -424,6 +424,7 @@ def test_an_adapters_folder_and_a_stages_folder_are_vectors_too(
     for name, digest in contents(outs[1]).items():
         assert record["files"][name]["sha256"] == digest
         assert record["files"][name]["base"]["sha256"] == hashlib.sha256((llama_base / name).read_bytes()).hexdigest()
+        assert list(record["files"][name]["survived"]) == sorted(record["files"][name]["survived"])
     assert str(tmp_path) not in (outs[1] / RECORD).read_text()
 
 

@@ -592,6 +592,18 @@ def test_a_seed_without_effect_is_said(tmp_path: Path) -> None:
 # ---- nothing finished, mistakes, hostile text -----------------------------------------------------------------------
 
 
+def test_runs_in_which_no_coefficient_passed_say_so_among_the_coefficients(tmp_path: Path) -> None:
+    def make(job: Job) -> Values:
+        met = int(job.settings["seed"]) < {"4": 3, "8": 1, "16": 0}[job.settings["rank"]]
+        return report_of(job, chosen=1.0 if met else 0.0, met=met)
+
+    filled(tmp_path, grid_of({"rank": ("4", "8", "16"), "seed": ("0", "1", "2")}), make)
+    merged_json(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    for cell in (">1<", ">1, none (2×)<", ">none<"):
+        assert page.count(f'<td class="num"{cell}/td>') == 1, cell
+
+
 def test_nothing_finished_is_a_page_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid_of({"rank": ("4", "8")}).save(tmp_path)
     assert main([str(tmp_path)]) == 1

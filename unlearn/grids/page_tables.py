@@ -110,9 +110,14 @@ def _runs(group: Group) -> Raw:
 
 
 def _lambdas(runs: Sequence[Run]) -> str:
-    counts = Counter(r.report.chosen.coefficient for r in runs)
-    parts = [f"{coefficient(c)}{f' ({n}×)' if n > 1 and len(counts) > 1 else ''}" for c, n in sorted(counts.items())]
-    return ", ".join(parts) if len(parts) <= 4 else f"{coefficient(min(counts))} to {coefficient(max(counts))}"
+    """The chosen coefficients; ``none`` for runs where none passed the rule."""
+    passed = Counter(r.report.chosen.coefficient for r in runs if r.report.chosen.bound_met)
+    counts = [(coefficient(c), n) for c, n in sorted(passed.items())]
+    if len(counts) > 4:
+        counts = [(f"{coefficient(min(passed))} to {coefficient(max(passed))}", passed.total())]
+    if without := len(runs) - passed.total():
+        counts.append(("none", without))
+    return ", ".join(f"{c} ({n}×)" if n > 1 and len(counts) > 1 else c for c, n in counts)
 
 
 def _spread(spread: Spread) -> Raw:

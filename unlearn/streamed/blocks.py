@@ -165,8 +165,8 @@ class Editor:
             self._note(block, before, stored[::step], step)
 
     def survived(self) -> dict[str, Survival]:
-        """What was measured, by module."""
-        return {module: Survival.total(parts) for module, parts in self.parts.items()}
+        """What was measured, by module, in the order of their names: not of the threads that were at work."""
+        return {module: Survival.total(self.parts[module]) for module in sorted(self.parts)}
 
     def _step(self, block: Block) -> int:
         """Which rows of a block are measured: every one, every so many, or (0) none."""
