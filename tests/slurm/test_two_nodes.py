@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Pair:
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     with Machines(tmp_path / "machines") as two:
         monkeypatch.setenv("UNLEARN_CACHE", str(two.disk / "cache"))
-        monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "8")
+        monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "15")
         with Throwaway(tmp_path / "slurm", machines=two) as slurm:
             yield Pair(two, slurm)
 
@@ -83,8 +84,11 @@ def test_a_job_whose_node_dies_is_done_by_the_other(
     assert state is not None
     assert (state.host, state.attempt) == ("node1", 2)
     log = pair.log(grid, name)
-    assert "on host node2, which has given no sign of life for 8 s" in log
-    assert "on host node2, which has given no sign of life for 3 s" in log  # at the second lock of the same process
+    silent = [
+        int(seconds) for seconds in re.findall(r"on host node2, which has given no sign of life for (\d+) s", log)
+    ]
+    assert len(silent) > 1
+    assert silent[0] >= 15 > max(silent[1:])  # at further locks of the same process it takes less
     assert "vectors/retain: as before" in log
 
     monkeypatch.setenv("UNLEARN_CACHE", str(session_cache))
