@@ -82,3 +82,5 @@ def test_strangers_and_a_port_that_is_taken_end_nothing(
             with neighbours.watched(2, 1, "127.0.0.1", port):
                 until(lambda: here._open)
         assert (here.lost, second.lost) == ([], [])
+    with socket.socket() as visitor:
+        until(lambda: visitor.connect_ex(("127.0.0.1", port)) != 0)  # nobody is at the door any more

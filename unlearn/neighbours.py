@@ -111,6 +111,8 @@ def watched(nodes: int, rank: int, host: str, port: int) -> Iterator[Neighbours]
     finally:
         here._leave()
         if server is not None:
+            with suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)  # or whoever waits in accept() would go on listening
             server.close()
 
 
