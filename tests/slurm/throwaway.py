@@ -1,4 +1,4 @@
-"""A Slurm cluster in one folder: own ports, own keys, nothing outside is touched, gone at the end.
+"""A Slurm cluster in a folder: own ports, own keys, nothing outside is touched, gone at the end.
 
     python tests/slurm/throwaway.py FOLDER [-- COMMAND ...]
 
@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,10 +34,10 @@ SlurmctldPort={controller}
 SlurmdPort={node}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge.socket
+AuthInfo=socket={sockets}/munge
 CryptoType=crypto/munge
 StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool-%n
+SlurmdSpoolDir={sockets}/%n
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
@@ -86,6 +87,7 @@ class Throwaway:
         self.cpus = cpus
         self.machines: tuple[Machine | None, ...] = (None,) if machines is None else tuple(machines.all)
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self._sockets = Path(tempfile.mkdtemp(prefix="slurm"))  # their names have 107 characters at most
         self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf"), "PATH": _path()}
 
     def __enter__(self) -> Throwaway:
@@ -111,10 +113,11 @@ class Throwaway:
     def _start(self) -> None:
         names = [socket.gethostname().partition(".")[0] if m is None else m.name for m in self.machines]
         addresses = ["127.0.0.1" if m is None else m.address for m in self.machines]
-        for name in ("", "state", *(f"spool-{n}" for n in names)):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
-        # munge refuses folders that others may write to
+        for folder in (self.root, self.root / "state", *(self._sockets / name for name in names)):
+            folder.mkdir(parents=True, exist_ok=True)
+        # munge refuses folders that others may write to, and wants to be found
         self.root.chmod(0o755)
+        self._sockets.chmod(0o755)
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
@@ -123,6 +126,7 @@ class Throwaway:
         (self.root / "slurm.conf").write_text(
             CONFIGURATION.format(
                 root=self.root,
+                sockets=self._sockets,
                 controller_host=names[0],
                 controller_address=addresses[0],
                 controller=controller,
@@ -133,11 +137,11 @@ class Throwaway:
         )
         self.daemon(
             self.machines[0],
-            *("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.root}/munge.socket"),
+            *("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self._sockets}/munge"),
             *(f"--pid-file={self.root}/munged.pid", f"--log-file={self.root}/munged.log"),
             f"--seed-file={self.root}/munge.seed",
         )
-        self._until(lambda: (self.root / "munge.socket").exists(), "munged")
+        self._until(lambda: (self._sockets / "munge").exists(), "munged")
         self.daemon(self.machines[0], "slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
         for machine in self.machines:
             self.daemon(machine, "slurmd", "-D", "-f", str(self.root / "slurm.conf"))
@@ -198,6 +202,7 @@ class Throwaway:
                 daemon.kill()
                 daemon.wait()
         self.daemons.clear()
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
 
 def _on(machine: Machine | None, command: Sequence[str]) -> list[str]:
