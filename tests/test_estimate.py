@@ -629,6 +629,16 @@ def test_pico_s_sizes_are_those_that_are_built(pico_phi: Path, pico_llama: Path,
         assert replace(shape_of(found.config, "")) == shape_of(built, "")
 
 
+def test_a_folder_of_the_user_s_takes_no_more_disk(recipe: Path, pico_phi: Path) -> None:
+    made, own = asked(recipe, overrides=["model.path=pico:phi"]), asked(recipe, overrides=[f"model.path={pico_phi}"])
+    assert [one.name for one in own.stages] == [one.name for one in made.stages]
+    assert made.stages[0].kept == made.run.shape.parameters * made.run.stored
+    assert own.stages[0].kept == 0
+    assert made.disk - own.disk == made.stages[0].kept
+    assert made.stages[0].unknown
+    assert not own.stages[0].unknown
+
+
 def test_words_for_sizes_and_times() -> None:
     assert [size(n) for n in (0, 7e6, 1.25e9, 810e9, 1.62e12)] == ["0 MB", "7 MB", "1.2 GB", "810 GB", "1.6 TB"]
     assert [span(n) for n in (0.04, 12, 600, 7200)] == ["0.0 s", "12 s", "10 min", "2.0 h"]

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,14 @@ class Found:
     """A configuration.
 
     ``where`` says in words where it stands, ``tokenizer`` is the ``tokenizer.json`` beside it, ``stored`` the bytes of
-    a weight on disk, and ``converted`` whether the model is first made of a GGUF file.
+    a weight on disk, and ``own`` whether the model is a folder of the user's, which a run reads where it is.
     """
 
     config: Mapping[str, Any]
     where: str
     tokenizer: Path | None
     stored: int
-    converted: bool
+    own: bool = False
 
 
 def find_config(spec: ModelSpec, base: Path, given: Path | None = None) -> Found:
@@ -78,7 +78,7 @@ def find_config(spec: ModelSpec, base: Path, given: Path | None = None) -> Found
         return _pico(spec.path.removeprefix("pico:"))
     for folder in _folders(spec, base, made):
         if (folder / "config.json").is_file():
-            return _read(folder / "config.json", made)
+            return replace(_read(folder / "config.json", made), own=folder in _own(spec, base))
     known = _known(spec.path)
     if known is None:
         raise ModelError(
@@ -86,7 +86,7 @@ def find_config(spec: ModelSpec, base: Path, given: Path | None = None) -> Found
             "downloads nothing: give it with --config FILE (its config.json is a page of text on the model's page)"
         )
     name, config = known
-    return Found(config, f"sizes known of {name}", None, 4 if made else 2, made)
+    return Found(config, f"sizes known of {name}", None, 4 if made else 2)
 
 
 def _folders(spec: ModelSpec, base: Path, made: bool) -> list[Path]:
@@ -95,11 +95,15 @@ def _folders(spec: ModelSpec, base: Path, made: bool) -> list[Path]:
         digest = _DIGEST.search(spec.path)
         # a conversion is kept under the beginning of its file's checksum
         return sorted(cache_folder().glob(f"gguf-{digest[1].lower()[:32]}-*")) if digest else []
-    given = Path(spec.path).expanduser()
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     snapshots = sorted((hub / f"models--{spec.path.replace('/', '--')}" / "snapshots").glob("*"))
-    return [given, base / given, *snapshots]
+    return [*_own(spec, base), *snapshots]
+
+
+def _own(spec: ModelSpec, base: Path) -> tuple[Path, Path]:
+    given = Path(spec.path).expanduser()
+    return given, base / given
 
 
 def _known(path: str) -> tuple[str, Mapping[str, Any]] | None:
@@ -129,7 +133,7 @@ def _pico(name: str) -> Found:
         **{"n_embd": pico.WIDTH, "n_inner": 2 * pico.WIDTH, "n_layer": pico.LAYERS, "n_head": pico.HEADS},
         **{"n_positions": pico.POSITIONS},
     }
-    return Found(config, "a pico model's sizes", None, 4, False)
+    return Found(config, "a pico model's sizes", None, 4)
 
 
 def _read(file: Path, made: bool) -> Found:
@@ -141,4 +145,4 @@ def _read(file: Path, made: bool) -> Found:
         raise ModelError(f"{file}: no config.json of a model: it should be a JSON object")
     beside = file.parent / "tokenizer.json"
     stored = _BITS.get(str(config.get("dtype", config.get("torch_dtype"))), 4 if made else 2)
-    return Found(config, str(file), beside if beside.is_file() else None, stored, made)
+    return Found(config, str(file), beside if beside.is_file() else None, stored)

@@ -78,7 +78,7 @@ def estimate(loaded: LoadedRecipe, options: Options) -> Estimate:
     automatic = 2 if options.machine.kind == "gpu" else 4
     size = {"auto": automatic, "float32": 4}.get(recipe.model.dtype, 2)
     sets = count_sets(recipe, base, found.tokenizer, options.rows, shape.window)
-    run = Run(recipe, shape, sets, options.machine, size, found.stored)
+    run = Run(recipe, shape, sets, options.machine, size, found.stored, found.own)
     return Estimate(loaded, options, found, run, stages(run), _applying(run))
 
 

@@ -51,6 +51,7 @@ class Run:
     Attributes:
         size: Bytes of a number of the model in memory.
         stored: The same on disk.
+        own: The model is a folder of the user's: a run adds nothing to the disk by loading it.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Run:
     machine: Machine
     size: int
     stored: int
+    own: bool = False
     bench: Bench = field(init=False)
 
     def __post_init__(self) -> None:

@@ -44,8 +44,8 @@ def _before(run: Run) -> Iterator[StageEstimate]:
         f"{run.shape.parameters / 1e6:,.0f} M parameters",
         {**run.resident("load"), **({"file being read": _mapped(run)} if run.size != run.stored else {})},
         Work(0.0, run.machine.start) + run.reading(),
-        kept=run.shape.parameters * run.stored,
-        unknown=("the download and the conversion, the first time",),
+        kept=0 if run.own else run.shape.parameters * run.stored,
+        unknown=() if run.own else ("the download and the conversion, the first time",),
     )
     if recipe.teach is not None:
         rows = run.rows("forget", "retain")
