@@ -29,7 +29,7 @@ def why_not() -> str:
     """What is missing here to make them, or nothing."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "machines are made of namespaces by root, on Linux"
-    absent = [name for name in _PROGRAMS if shutil.which(name, path=_path()) is None]
+    absent = [name for name in _PROGRAMS if shutil.which(name, path=system_path()) is None]
     if _server() is None:
         absent.append("sftp-server")
     if absent:
@@ -52,7 +52,7 @@ class Machine:
         script = f"hostname {name} && {prepare} && ip link set lo up && echo up && while :; do sleep 9; done"
         self._outer = subprocess.Popen(
             ["unshare", *space, "sh", "-c", script],
-            env={**os.environ, "PATH": _path()},
+            env={**os.environ, "PATH": system_path()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -144,12 +144,13 @@ class Machines:
 
 def _ip(one: Machine, *words: str) -> None:
     enter = ["nsenter", "-t", str(one.first), "--net", "ip", *words]
-    subprocess.run(enter, env={**os.environ, "PATH": _path()}, check=True, capture_output=True)
+    subprocess.run(enter, env={**os.environ, "PATH": system_path()}, check=True, capture_output=True)
 
 
 def _server() -> str | None:
     return next((path for path in _SERVERS if Path(path).exists()), None)
 
 
-def _path() -> str:
+def system_path() -> str:
+    """Where programs are looked for, those of administrators too."""
     return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"

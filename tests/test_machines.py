@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from machines import Machine, Machines, why_not
-from waiting import until
+from waiting import connected, until
 
 from unlearn import run
 from unlearn.checkpoints import WHOLE
@@ -133,7 +133,8 @@ def test_a_machine_without_a_network_is_not_waited_for(tmp_path: Path) -> None:
             for rank, one in enumerate(two.all)
         ]
         until(lambda: all(up.exists() for up in ups))
-        time.sleep(3)  # until they have found each other
+        until(lambda: all(connected(one.first, 29501) for one in two.all))
+        time.sleep(1)  # for the greeting
         two.cut(two.all[1])
         for rank, process in enumerate(both):
             code, said = ended(process)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from waiting import until
+from waiting import connected, until
 
 from unlearn import launch, neighbours
 
@@ -55,19 +55,13 @@ def test_who_goes_without_a_word_is_missed(tmp_path: Path, port: int, killed: in
     nodes = [node(n, tmp_path, port, 600) for n in (0, 1)]
     both_up(tmp_path)
     other = nodes[1 - killed]
-    known = Path(f"/proc/{other.pid}/net/tcp6"), Path(f"/proc/{other.pid}/net/tcp")
     if sys.platform == "linux":  # until they have found each other
-        wanted = f":{port + 1:04X} "
-        until(lambda: any(_established(p, wanted) for p in known if p.exists()))
+        until(lambda: connected(other.pid, port + 1))
     nodes[killed].kill()
     nodes[killed].communicate(timeout=60)
     said = other.communicate(timeout=60)[0]
     assert other.returncode == 1
     assert f"node {killed} cannot be reached any more, or was killed: the processes here are stopped" in said
-
-
-def _established(table: Path, port: str) -> bool:
-    return any(port in line and " 01 " in line for line in table.read_text().splitlines())
 
 
 def test_strangers_and_a_port_that_is_taken_end_nothing(

@@ -20,7 +20,7 @@ _SPEAK_AFTER, _SPEAK_EVERY = 2.0, 60.0  # seconds
 _PAUSE = 1.0  # seconds at most between two looks
 # Whom this process has found silent. A crashed machine leaves several locks of one process (the job's, its folder's,
 # the cache's), and who goes on in its place comes to them one after the other.
-_silent: set[tuple[int, str, str]] = set()
+_found_silent: set[tuple[int, str, str]] = set()
 
 
 class Watch:
@@ -76,11 +76,11 @@ class Watch:
     def _enough(self, link: Link) -> float:
         """Seconds without a sign of life that make its holder a dead one."""
         longest = max(self.timeout, link.timeout)
-        return longest * _BEATS_OF_THE_DEAD / BEATS if link.holder and _who(link.holder) in _silent else longest
+        return longest * _BEATS_OF_THE_DEAD / BEATS if link.holder and _who(link.holder) in _found_silent else longest
 
     def _announce(self, link: Link, certain: bool) -> None:
         if link.holder is not None and not certain:
-            _silent.add(_who(link.holder))
+            _found_silent.add(_who(link.holder))
         if link.holder is not None and link.kind != "released":
             why = "has ended without finishing" if certain else f"has given no sign of life for {self.silence:.0f} s"
             say(f"{self.what}: going on after {named(link.holder)}, which {why}", style="yellow")

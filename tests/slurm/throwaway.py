@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from machines import Machine, Machines
+from machines import Machine, Machines, system_path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 _PATIENCE = 60.0  # seconds until the node must be ready
@@ -69,7 +69,7 @@ def why_not() -> str:
     """What is missing here to run it, or nothing."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "a Slurm node must be started by root, on Linux"
-    absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=system_path()) is None]
     return f"not installed: {', '.join(absent)} (Debian: slurm-wlm, munge)" if absent else ""
 
 
@@ -88,7 +88,7 @@ class Throwaway:
         self.machines: tuple[Machine | None, ...] = (None,) if machines is None else tuple(machines.all)
         self.daemons: list[subprocess.Popen[bytes]] = []
         self._sockets = Path(tempfile.mkdtemp(prefix="slurm"))  # their names have 107 characters at most
-        self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf"), "PATH": _path()}
+        self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf"), "PATH": system_path()}
 
     def __enter__(self) -> Throwaway:
         try:
@@ -160,7 +160,7 @@ class Throwaway:
 
     def daemon(self, machine: Machine | None, name: str, *options: str) -> None:
         """Start one; what it prints goes to a file."""
-        program = shutil.which(name, path=_path()) or name
+        program = shutil.which(name, path=system_path()) or name
         with (self.root / f"{name}-{len(self.daemons)}.out").open("wb") as out:
             self.daemons.append(
                 subprocess.Popen(
@@ -214,10 +214,6 @@ def _free_ports() -> tuple[int, int]:
         a.bind(("127.0.0.1", 0))
         b.bind(("127.0.0.1", 0))
         return a.getsockname()[1], b.getsockname()[1]
-
-
-def _path() -> str:
-    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 
 def main() -> int:
