@@ -20,13 +20,12 @@ LAYERS: dict[str, str] = {
     "attacks attacks.values report changes compress vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
     "words": "metrics formula report_figures report_text prediction evidence_text",
-    "numbers": "benchmarks benchmarks.samples_in benchmarks.memorisation benchmarks.membership benchmarks.tofu "
-    "benchmarks.muse",
+    "numbers": "benchmarks benchmarks.samples_in benchmarks.membership benchmarks.tofu benchmarks.muse",
     "folders": "atomic holder seen stage lock_file lock_watch lock ownership rundir provenance pool grids grids.grid "
     "grids.axes grids.job_state grids.submissions",
     "models": "cache hub wheel convert pico fetch model_place models",
     "data": "readers rows items data item_files board_runs member_files references",
-    "vectors": "vector_adapter adapter_writer architecture checkpoint_vector vector_table methods methods.negate "
+    "vectors": "vector_adapter adapter_writer architecture checkpoint_vector vector_table methods "
     "methods.contrast methods.checks methods.msa methods.project methods.ext_sub methods.ethos methods.perta "
     "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches "
     "dealing checkpoints methods.baselines methods.retain_kl frozen importance learn_weights shaping "

@@ -1,4 +1,4 @@
-"""Membership attacks and memorisation measures, by hand and against scikit-learn."""
+"""Membership attacks, by hand and against scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from unlearn.benchmarks import membership as m
-from unlearn.benchmarks.memorisation import exact_memorisation, extraction_strength
 from unlearn.errors import EvaluationError
 
 few = st.lists(st.integers(-3, 3), min_size=1, max_size=12)
@@ -167,37 +166,3 @@ def test_what_cannot_be_attacked_is_named() -> None:
         m.membership(one, one, (one, one * 2))
     with pytest.raises(EvaluationError, match="scored 1 tokens of a text and the reference 2"):
         m.membership(one, one, ([tokens([-1.0, -1.0])], one))
-
-
-# --- memorisation ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("greedy", "exact", "strength"),
-    [
-        ([1, 1, 1, 1], 1.0, 1.0),
-        ([0, 0, 0, 0], 0.0, 0.0),
-        ([1, 1, 1, 0], 0.75, 0.0),  # the last is wrong: nothing can be left to the model
-        ([0, 1, 1, 1], 0.75, 0.75),
-        ([1, 0, 0, 1], 0.5, 0.25),
-        ([1], 1.0, 1.0),
-        ([0], 0.0, 0.0),
-    ],
-)
-def test_memorisation_by_hand(greedy: list[int], exact: float, strength: float) -> None:
-    flags = [bool(g) for g in greedy]
-    assert exact_memorisation(flags) == exact
-    assert extraction_strength(flags) == strength
-
-
-@settings(deadline=None)
-@given(st.lists(st.booleans(), min_size=1, max_size=12))
-def test_extraction_strength_is_its_definition(flags: list[bool]) -> None:
-    shortest = next(k for k in range(len(flags) + 1) if all(flags[k:]))
-    assert extraction_strength(np.array(flags)) == 1 - shortest / len(flags)
-
-
-def test_memorisation_of_nothing_is_an_error() -> None:
-    for measure in (exact_memorisation, extraction_strength):
-        with pytest.raises(EvaluationError, match="without tokens"):
-            measure([])

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from unlearn.errors import VectorError
 from unlearn.methods.contrast import contrast
-from unlearn.methods.negate import negate
 from unlearn.vector import FORMAT, Change, Dense, LowRank, TaskVector, analogy
 
 Shapes = dict[str, tuple[int, int]]
@@ -169,7 +168,6 @@ def test_cosine_with_nothing_is_zero() -> None:
 def test_methods_shape_the_vector_as_their_formulas_say(space: tuple[Shapes, list[TaskVector]], mu: float) -> None:
     shapes, (forget, retain, _) = space
     x, y = dense(forget, shapes), dense(retain, shapes)
-    assert negate(forget) is forget
     assert_dense(contrast(forget, retain, mu), shapes, {n: x[n] - mu * y[n] for n in shapes})
 
 
