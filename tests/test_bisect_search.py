@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -17,44 +17,27 @@ from unlearn.report import Score, SweepPoint, TaskScore
 from unlearn.search import choose, left
 
 FORGET: Key = ("forget", "europe", "acc")
-ITEMS = 107
 
 
 class Model:
-    """A made-up model: what it knows at each grid index (0 first), and whether it is within the bounds there.
+    """A made-up model: what it knows at each grid index (0 first), and whether it is within the bounds there."""
 
-    ``doubtless(index, share)`` says whether a look at that share shows a broken bound. Counts items like a model that
-    remembers what it has answered at one coefficient.
-    """
-
-    def __init__(
-        self,
-        knows: Sequence[float],
-        within: Sequence[bool],
-        doubtless: Callable[[int, float], bool] = lambda index, share: False,
-    ) -> None:
+    def __init__(self, knows: Sequence[float], within: Sequence[bool]) -> None:
         self.grid = [0.25 * index for index in range(1, len(knows))]
         self.knows = knows
         self.within = within
-        self.doubtless = doubtless
-        self.items = 0
-        self.asked: list[tuple[int, float]] = []
+        self.asked: list[int] = []
 
-    def point(self, index: int, share: float = 1.0) -> SweepPoint:
-        score = TaskScore("forget", "europe", "validation", "acc", True, Score(self.knows[index], None, ITEMS))
-        ok = self.within[index] and share == 1
-        return SweepPoint(0.25 * index, (score,), ok, () if ok else ("broken",), share)
+    def point(self, index: int) -> SweepPoint:
+        score = TaskScore("forget", "europe", "validation", "acc", True, Score(self.knows[index], None, 107))
+        ok = self.within[index]
+        return SweepPoint(0.25 * index, (score,), ok, () if ok else ("broken",))
 
-    def score(self, coefficient: float, share: float) -> SweepPoint | None:
+    def score(self, coefficient: float) -> SweepPoint:
         index = round(4 * coefficient)
-        before = max((s for i, s in self.asked if i == index), default=0.0)
-        assert share > before, "asked for what it has said already"
-        self.asked.append((index, share))
-        self.items += math.ceil(share * ITEMS) - math.ceil(before * ITEMS)
-        if share == 1:
-            return self.point(index)
-        broken = self.doubtless(index, share)
-        return self.point(index, math.ceil(share * ITEMS) / ITEMS) if broken else None
+        assert index not in self.asked, "asked for what it has said already"
+        self.asked.append(index)
+        return self.point(index)
 
     def searched(self, ties: bool = True) -> tuple[int, tuple[SweepPoint, ...]]:
         """The index that is chosen after a bisection, and the points it saw."""
@@ -74,14 +57,14 @@ class Model:
 
     @property
     def cost(self) -> float:
-        """Share of the full grid's items; those at 0 counted on neither side."""
-        return self.items / (ITEMS * len(self.grid))
+        """Share of the full grid's cost; the scoring at 0 counted on neither side."""
+        return len(self.asked) / len(self.grid)
 
 
-def saturating(size: int, last: int, floor: int, early: bool = False) -> Model:
+def saturating(size: int, last: int, floor: int) -> Model:
     """Within the bounds up to ``last``; the forget score falls with every step up to ``floor`` and then stays."""
     knows = [1 - min(index, floor) / (size + 1) for index in range(size + 1)]
-    return Model(knows, [index <= last for index in range(size + 1)], lambda index, _: early and index > last)
+    return Model(knows, [index <= last for index in range(size + 1)])
 
 
 def agrees(model: Model) -> None:
@@ -90,8 +73,7 @@ def agrees(model: Model) -> None:
     assert (chosen > 0) == (model.best() > 0), "nothing chosen is no neighbour of the smallest coefficient"
     if len(model.grid) >= 8:
         assert model.cost <= 0.5
-    scored = {index for index, share in model.asked if share == 1}
-    assert {round(4 * p.coefficient) for p in points if p.share == 1} == {0} | scored
+    assert {round(4 * p.coefficient) for p in points} == {0, *model.asked}
 
 
 @pytest.mark.parametrize("size", [4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17])
@@ -99,17 +81,13 @@ def test_every_curve_that_falls_until_it_saturates(size: int) -> None:
     for last in range(size + 1):
         for floor in range(size + 1):
             agrees(saturating(size, last, floor))
-            agrees(saturating(size, last, floor, early=True))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(4, 40), st.data())
 def test_any_such_curve_on_any_grid(size: int, data: st.DataObject) -> None:
     last, floor = data.draw(st.integers(0, size)), data.draw(st.integers(0, size))
-    stopped = data.draw(st.sets(st.integers(1, size)))  # where a look shows the break
-    model = saturating(size, last, floor)
-    model.doubtless = lambda index, share: index > last and index in stopped
-    agrees(model)
+    agrees(saturating(size, last, floor))
 
 
 @settings(max_examples=300, deadline=None)
@@ -127,7 +105,7 @@ def test_level_stretches_before_the_end(size: int, data: st.DataObject) -> None:
 def test_without_ties_it_is_the_grids_own_choice(size: int, data: st.DataObject) -> None:
     model = saturating(size, data.draw(st.integers(0, size)), size)
     assert model.searched(ties=False)[0] == model.best()
-    assert len(model.asked) / 3 <= math.ceil(math.log2(size + 1)), "a quarter, a half and all of each"
+    assert len(model.asked) <= math.ceil(math.log2(size + 1))
 
 
 @settings(max_examples=300, deadline=None)
@@ -136,18 +114,16 @@ def test_noise_can_change_the_choice_but_not_what_is_asked_of_it(size: int, seed
     rng = random.Random(seed)
     knows = [rng.choice((0.2, 0.4, 0.6, 0.8)) for _ in range(size + 1)]
     within = [True, *(rng.random() < 0.5 for _ in range(size))]
-    model = Model(knows, within, lambda index, share: not within[index] and rng.random() < 0.3)
+    model = Model(knows, within)
     chosen, points = model.searched()
     by_index = {round(4 * p.coefficient): p for p in points}
     if chosen:
-        assert by_index[chosen].share == 1
         assert within[chosen]
-        assert (chosen, 1.0) in model.asked
+        assert chosen in model.asked
         assert knows[chosen] < knows[0]
     else:
         assert not [i for i, p in by_index.items() if i and p.within_bound and knows[i] < knows[0]]
-    budget = max(size / 2, math.ceil(math.log2(size + 1)))
-    assert model.items <= budget * ITEMS
+    assert len(model.asked) <= max(size / 2, math.ceil(math.log2(size + 1)))
 
 
 def test_where_nothing_passes_all_that_is_smaller_was_tried() -> None:
@@ -158,20 +134,18 @@ def test_where_nothing_passes_all_that_is_smaller_was_tried() -> None:
     assert not any(p.within_bound for p in points[1:])
 
 
-def test_looks_come_first_and_end_where_they_settle_it() -> None:
+def test_what_is_asked_for() -> None:
     model = saturating(8, last=5, floor=8)
-    model.doubtless = lambda index, share: (index == 8 and share >= 0.25) or (index == 6 and share >= 0.5)
     _, points = model.searched(ties=False)
-    assert model.asked == [(4, 0.25), (4, 0.5), (4, 1.0), (6, 0.25), (6, 0.5), (5, 0.25), (5, 0.5), (5, 1.0)]
-    assert [(p.coefficient, p.share) for p in points] == [(0, 1), (1, 1), (1.25, 1), (1.5, 54 / 107)]
-    assert model.items == 2 * 107 + 54
+    assert model.asked == [4, 6, 5]
+    assert [(p.coefficient, p.within_bound) for p in points] == [(0, True), (1, True), (1.25, True), (1.5, False)]
 
 
 def test_one_coefficient() -> None:
     for last in (0, 1):
         model = saturating(1, last, 1)
         assert model.searched()[0] == model.best() == last
-        assert model.items == ITEMS
+        assert model.asked == [1]
 
 
 def test_which_scores_tie() -> None:

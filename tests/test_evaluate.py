@@ -25,7 +25,6 @@ from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn import metrics, named_tasks
-from unlearn.answers import Answers
 from unlearn.assets import tasks_folder
 from unlearn.data import Item, LoadedSet, load_sets
 from unlearn.errors import EvaluationError, RunFolderError
@@ -228,35 +227,6 @@ def asked_of(lm: Recording) -> list[tuple[str, str]]:
     return [request.args for request in lm.given[-1]]
 
 
-def test_a_part_of_the_items(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
-    tasks = built(sets, "test", recipe, lm, tmp_path)
-    sizes = {name: len(task.eval_docs) for name, task in tasks.tasks.items()}
-    quarter, half, other = tasks.part(0.25, 0), tasks.part(0.5, 0), tasks.part(0.5, 1)
-    assert {n: len(items) for n, items in quarter.samples.items()} == {n: math.ceil(s / 4) for n, s in sizes.items()}
-    assert all(set(quarter.samples[name]) < set(half.samples[name]) < set(range(sizes[name])) for name in sizes)
-    assert all(items == sorted(items) for items in half.samples.values())
-    assert half.samples == tasks.part(0.5, 0).samples != other.samples
-    assert half.samples["utility.passages"] == half.samples["utility.passages.memory"]
-    assert tasks.count() == sum(sizes.values()) > half.count() == sum(map(len, half.samples.values()))
-
-    whole, some = evaluate(lm, tasks, model_name="pico"), evaluate(lm, half, model_name="pico")
-    again = evaluate(lm, tasks, model_name="pico")
-    evaluate(lm, tasks.part(0.5, 0), model_name="pico")
-    first, second, third, fourth = lm.given
-    assert len(second) < len(first)
-    assert all(a is b for a, b in zip(first + second, third + fourth, strict=True)), "no request was made twice"
-    assert again.scores == whole.scores
-    for task, items in half.samples.items():
-        assert [row["doc_id"] for row in some.samples[task]] == items
-        assert [row["doc"] for row in some.samples[task]] == [whole.samples[task][item]["doc"] for item in items]
-    by_key = {score.key: score.score for score in some.scores}
-    known = whole.values()
-    for key in (("forget", "near", "prob"), ("retain", "far", "acc"), ("utility", "passages", "exact_memorisation")):
-        items = next(half.samples[name] for name, info in half.info.items() if (info.set, info.name) == key[:2])
-        assert by_key[key].value == pytest.approx(sum(known[key][item][0] for item in items) / len(items), abs=1e-5)
-        assert by_key[key].n == len(items)
-
-
 def test_values_make_up_the_scores(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
     result = evaluate(lm, built(sets, "validation", recipe, lm, tmp_path), model_name="pico")
     found = result.values()
@@ -269,51 +239,6 @@ def test_values_make_up_the_scores(recipe: Recipe, sets: tuple[LoadedSet, ...], 
         assert list(found[score.key]) == list(range(score.score.n))
     tokens = [count for _, count in found["utility", "passages", "perplexity"].values()]
     assert tokens == [row["doc"]["target_tokens"] for row in result.samples["utility.passages"]]
-
-
-def test_only_what_is_new_is_asked(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
-    tasks = built(sets, "test", recipe, lm, tmp_path)
-    plain = evaluate(lm, tasks, model_name="pico")
-    everything = asked_of(lm)
-    answers = Answers()
-    part = evaluate(lm, tasks.part(0.5, 0), model_name="pico", answers=answers)
-    some = asked_of(lm)
-    answers.save(tmp_path / "answers.json")
-    merged = evaluate(lm, tasks, model_name="pico", answers=Answers.load(tmp_path / "answers.json"))
-    assert sorted(some + asked_of(lm)) == sorted(everything)
-    assert len(answers) == len(some) > 0
-    assert [s.key for s in merged.scores] == [s.key for s in plain.scores]
-    for ours, theirs in zip(merged.scores, plain.scores, strict=True):
-        assert ours.score.value == pytest.approx(theirs.score.value, abs=1e-5)
-        assert ours.score.n == theirs.score.n
-    for task, rows in part.samples.items():
-        whole = {row["doc_id"]: row["resps"] for row in merged.samples[task]}
-        assert all(whole[row["doc_id"]] == row["resps"] for row in rows), "the very numbers"
-    rounds = len(lm.given)
-    done = Answers()
-    twice = [evaluate(lm, tasks, model_name="pico", answers=done) for _ in range(2)]
-    assert len(lm.given) == rounds + 1
-    assert twice[0].scores == twice[1].scores
-    assert merged.results["config"]["model"] == "Recording"
-
-
-def test_answers_are_told_apart_by_kind_and_count(lm: Recording) -> None:
-    def ask(kind: str, *arguments: Any) -> list[Instance]:
-        return [Instance(kind, {}, given, 0) for given in arguments]
-
-    answers = Answers()
-    model = answers.over(lm)
-    how = {"until": ["\n"], "max_gen_toks": 3}
-    (text,) = model.generate_until(ask("generate_until", ("Norway: Oslo", how)))
-    (rolled,) = model.loglikelihood_rolling(ask("loglikelihood_rolling", ("Norway: Oslo",)))
-    pair = model.loglikelihood(
-        ask("loglikelihood", ("Norway:", " Oslo"), ("Norway:", " Oslo"), ("", "Oslo \ud800"[:5]))
-    )
-    assert isinstance(text, str)
-    assert isinstance(rolled, float)
-    assert pair[0] == pair[1] != pair[2]
-    assert len(answers) == 5, "one that is put twice in one go may have two answers"
-    assert model.max_length == lm.max_length
 
 
 def test_nothing_is_said_and_no_random_state_is_touched(
@@ -401,18 +326,18 @@ def test_generation_is_for_the_final_comparison_only(
     metrics = {s.metric for s in result.scores if s.set == "utility"}
     assert metrics == {"loss", "perplexity", "exact_memorisation", "extraction_strength", "rougeL", "rougeL_f1"}
 
-    item, answer = sets[0].test[0], result.answers("forget", "near")[0]
-    assert (answer.id, answer.prompt, answer.target) == (item.id, item.prompt, item.target)
+    item, row = sets[0].test[0], result.samples["forget.near.rouge"][0]
+    assert (row["doc"]["id"], row["doc"]["prompt"], row["target"]) == (item.id, item.prompt, item.target)
     ids = lm.tokenizer(item.prompt, return_tensors="pt")["input_ids"]
     own = lm.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    assert answer.answer == lm.tokenizer.decode(own, skip_special_tokens=True).split("\n")[0].strip()
+    assert row["filtered_resps"][0].strip() == lm.tokenizer.decode(own, skip_special_tokens=True).split("\n")[0].strip()
 
-    chosen = result.answers("retain", "far")
-    right = sum(a.answer == a.target for a in chosen) / len(chosen)
+    asked = result.samples["retain.far"]
+    likeliest = [max(enumerate(row["filtered_resps"]), key=lambda pair: pair[1][0])[0] for row in asked]
     (acc,) = [s.score.value for s in result.scores if s.key == ("retain", "far", "acc")]
-    assert len(chosen) == len(sets[1].test)
-    assert right == pytest.approx(acc)
-    assert result.answers("forget", "unknown") == ()
+    assert len(asked) == len(sets[1].test)
+    right = [best == row["target"] for best, row in zip(likeliest, asked, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(acc)
 
 
 def test_lm_evals_own_model_recites_in_the_final_comparison_only(
@@ -584,13 +509,11 @@ def test_standard_errors_without_resampling(recipe: Recipe, lm: Recording, tmp_p
 
 
 @pytest.mark.usefixtures("shelf")
-def test_part_of_a_group(recipe: Recipe, lm: Recording, tmp_path: Path) -> None:
+def test_a_group(recipe: Recipe, lm: Recording, tmp_path: Path) -> None:
     tasks = built((), "test", change(recipe, tasks=[{"task": "parts"}]), lm, tmp_path)
-    half = tasks.part(0.5, 0)
-    assert all(set(half.samples[name]) <= set(tasks.samples[name]) for name in tasks.samples)
-    result = evaluate(lm, half, model_name="pico", bootstrap=0)
+    result = evaluate(lm, tasks, model_name="pico", bootstrap=0)
     (score,) = result.scores
-    assert score.score.n == half.count() < tasks.count()
+    assert score.score.n == sum(len(items) for items in tasks.samples.values())
     assert score.score.stderr is None or score.score.stderr > 0
     assert result.values() == {}, "a group's items are its tasks'"
 

@@ -147,21 +147,20 @@ def test_spearman() -> None:
     assert spearman([1.0, 2.0, 3.0], [1.0, 2.0, math.nan]) is None
 
 
-def point(c: float, losses: dict[tuple[Role, str], float], share: float = 1.0) -> SweepPoint:
+def point(c: float, losses: dict[tuple[Role, str], float]) -> SweepPoint:
     """Losses in nats; ``logprob`` for sets called m, and a perplexity beside every loss, which must not be used."""
     scores = []
     for (role, name), loss in losses.items():
         metric, value = ("logprob", -loss) if name == "m" else ("loss", loss)
         scores.append(TaskScore(role, name, "validation", "perplexity", False, Score(math.exp(9 * loss), None, 9)))
         scores.append(TaskScore(role, name, "validation", metric, metric == "logprob", Score(value, 0.1, 9)))
-    return SweepPoint(c, tuple(scores), True, share=share)
+    return SweepPoint(c, tuple(scores), True)
 
 
 KEPT: tuple[tuple[Role, str], ...] = (("retain", "m"), ("retain", "b"), ("utility", "c"))
 SWEEP = (
     point(1.0, {("forget", "f"): 5.0, KEPT[0]: 3.5, KEPT[1]: 2.2, KEPT[2]: 3.0}),
     point(0.0, {("forget", "f"): 1.0, KEPT[0]: 2.0, KEPT[1]: 2.0, KEPT[2]: 3.0}),
-    point(2.0, {("forget", "f"): 9.0, KEPT[0]: 6.0, KEPT[1]: 2.4, KEPT[2]: 3.4}, share=0.3),
 )
 FORESEEN = Foresight(
     (entry("forget", "f", 3.0),),
@@ -196,5 +195,5 @@ def test_too_few_sets_are_said_to_be_too_few() -> None:
     assert nothing.coefficient is nothing.error is None
     assert how_good(nothing) == ("The sweep has no loss of a kept set to hold against the prediction.",)
     assert compare(FORESEEN, SWEEP, 0.0).coefficient == 1.0, "nothing was chosen: the smallest coefficient tried"
-    assert compare(FORESEEN, SWEEP, 2.0).kept == 0, "a point on other items than at 0 says nothing"
+    assert compare(FORESEEN, SWEEP, 2.0).kept == 0, "a coefficient that was not scored"
     assert compare(FORESEEN, SWEEP[:1], 1.0).sets[0].points == (), "without λ = 0 there is no change"

@@ -30,9 +30,9 @@ LAYERS: dict[str, str] = {
     "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches "
     "dealing checkpoints methods.baselines methods.retain_kl frozen importance learn_weights shaping "
     "objectives sharded trainer_arguments trainer finetune correlation token_scores foresight",
-    "scores": "tree attention forward decoding scoring answers sampled named_tasks tasks benchmark_tasks stderrs "
+    "scores": "tree attention forward decoding scoring sampled named_tasks tasks benchmark_tasks stderrs "
     "eval_files evaluate samples",
-    "choices": "collapse search early_stop bisect_search joint",
+    "choices": "collapse search bisect_search joint",
     "exports": "card_results card rounding shards survival export push streamed streamed.layout streamed.known "
     "streamed.names streamed.blocks streamed.io streamed.shard streamed.files streamed.folder streamed.write "
     "streamed.reason streamed.check",

@@ -208,20 +208,11 @@ def test_bisection_agrees_with_the_grid_for_half_of_its_cost(tmp_path: Path, cap
     assert report.chosen.search == "bisect"
     assert report.chosen.grid == (1, 2, 3, 4, 6, 8, 10, 12)
     assert report.chosen.bound_met
-    assert sum(p.share for p in tried) <= 4
+    assert len(tried) <= 4
     assert f"{len(tried)} of the grid&#x27;s 8 coefficients were scored" in (folder / "report.html").read_text()
 
-    # one was ruled out on half of the items: no more was scored there, and everything that is shown says so
-    (partly,) = [p for p in tried if p.share < 1]
-    assert not partly.within_bound
-    assert all("items)" in phrase for phrase in partly.broken)
-    assert {s.score.n for s in partly.scores} == {3, 21}
-    assert {s.score.n for s in report.sweep[0].scores} == {6, 42}
-    assert sorted(p.name for p in (folder / "eval" / f"{partly.coefficient:g}").iterdir()) == ["validation-24"]
+    # killed before one of them was scored
     accepted = folder / "eval" / f"{report.chosen.coefficient:g}"
-    assert (accepted / "validation-24" / "answers.json").is_file()
-
-    # killed after the look and before the rest
     shutil.copytree(folder, cut)
     shutil.rmtree(cut / "eval" / accepted.name / "validation")
     assert main([*bisect, "--out", str(cut)]) == 0
@@ -236,12 +227,10 @@ def test_bisection_agrees_with_the_grid_for_half_of_its_cost(tmp_path: Path, cap
     full = RunReport.from_json(json.loads((grid / "report.json").read_text()))
     assert full.chosen.search == "grid"
     assert [p.coefficient for p in full.sweep] == [0, *full.chosen.grid]
-    assert all(p.share == 1 for p in full.sweep)
     steps = full.chosen.grid
     assert abs(steps.index(report.chosen.coefficient) - steps.index(full.chosen.coefficient)) <= 1
     whole = {p.coefficient: p for p in full.sweep}
-    assert all(whole[p.coefficient] == p for p in report.sweep if p.share == 1)
-    assert not whole[partly.coefficient].within_bound, "the stop was right"
+    assert all(whole[p.coefficient] == p for p in report.sweep)
 
 
 def test_two_processes_work_together(tmp_path: Path) -> None:

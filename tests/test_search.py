@@ -207,13 +207,6 @@ def test_a_forget_score_that_is_no_number_is_no_forgetting() -> None:
     assert chosen(sweep((0.5, math.nan, 0.8))) == (0.0, False)
 
 
-def test_a_part_of_the_items_is_no_ground_for_choosing() -> None:
-    points = sweep((0.5, 0.6, 0.8), (1.0, 0.1, 0.8))
-    assert chosen(points) == (1.0, True)
-    assert chosen([*points[:2], replace(points[2], share=0.25)]) == (0.5, True)
-    assert not may_be_chosen(replace(points[2], share=0.25))
-
-
 def test_what_is_left_of_a_forget_score() -> None:
     assert [left(p, [FORGET]) for p in sweep((0.5, 0.6, 0.8))] == [0.9, 0.6]
     losses = sweep((0.5, 2.0, 0.8), higher=False, was=(1.0, 0.8))

@@ -4,7 +4,7 @@ Two things are taken for granted: kept scores get worse as the coefficient grows
 saturates. So there is a last coefficient within the bounds, which bisection finds; and where the forget score says the
 same at several coefficients, as an accuracy may, a first one that forgets as much, which bisection finds too. The
 choice itself stays with :func:`unlearn.search.choose`, among the points that were scored: noise that breaks the
-assumptions can make it another one than the grid's, never one that was not scored on all items or is out of bounds.
+assumptions can make it another one than the grid's, never one that is out of bounds.
 What is said of forgetting holds for learning with the sign changed; a set that is learned best well within the bounds
 and worse again behind that breaks the second assumption, and wants the whole grid.
 
@@ -22,11 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from unlearn.report import SweepPoint
 from unlearn.search import may_be_chosen
 
-LOOKS = (0.25, 0.5)  # shares of the items on which a coefficient may be ruled out before all are scored
 _CONTINUOUS = ("prob", "logprob", "loss", "perplexity")
-_EPSILON = 1e-9
-
-Score = Callable[[float, float], SweepPoint | None]
 
 
 def may_tie(metric: str) -> bool:
@@ -37,24 +33,20 @@ def may_tie(metric: str) -> bool:
 def bisect(
     grid: Sequence[float],
     base: SweepPoint,
-    score: Score,
+    score: Callable[[float], SweepPoint],
     left: Callable[[SweepPoint], float],
     *,
     ties: bool,
-    looks: Sequence[float] = LOOKS,
 ) -> tuple[SweepPoint, ...]:
     """Score what the choice needs.
 
     Args:
         grid: The coefficients above 0, ascending.
         base: The point at coefficient 0.
-        score: ``score(coefficient, share)``. On a share below 1: a point that is out of bounds beyond doubt, or None
-            where the share does not settle it. On share 1: the judged point. Every larger share is asked for right
-            after the smaller one and should cost only the items that are new.
+        score: The judged point at a coefficient.
         left: What the model still knows of the forget set at a point; larger is more.
         ties: Whether equal values of ``left`` are to be expected, so that the smallest coefficient of equal ones is
             looked for.
-        looks: Shares below 1 on which to ask first, ascending.
 
     Returns:
         ``base`` and every point that was scored, by coefficient.
@@ -62,17 +54,8 @@ def bisect(
     budget = max(len(grid) / 2, math.ceil(math.log2(len(grid) + 1)))
     found = {0: base}
     while (index := _next(found, len(grid), budget, left, ties)) is not None:
-        found[index] = _probe(grid[index - 1], score, looks)
+        found[index] = score(grid[index - 1])
     return tuple(found[index] for index in sorted(found))
-
-
-def _probe(coefficient: float, score: Score, looks: Sequence[float]) -> SweepPoint:
-    for share in looks:
-        if (point := score(coefficient, share)) is not None:
-            return point
-    point = score(coefficient, 1.0)
-    assert point is not None, "all items settle it"
-    return point
 
 
 def _next(
@@ -80,7 +63,7 @@ def _next(
 ) -> int | None:
     """Which coefficient (1 to ``size``) to score next, None when the choice is found or the budget used up."""
     passing = [i for i, point in found.items() if i and may_be_chosen(point)]
-    spare = budget - sum(point.share for i, point in found.items() if i) - 1 + _EPSILON  # after one more
+    spare = budget - len(found)  # after one more; what was scored at 0 does not count
     if spare < 0:
         return None
     last = max(passing, default=0)

@@ -21,7 +21,6 @@ from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.loggers.utils import add_env_info, add_tokenizer_info
 
-from unlearn.answers import Answers
 from unlearn.errors import BrokenModelError, EvaluationError
 from unlearn.eval_files import write_files
 from unlearn.memory import is_out_of_memory
@@ -39,16 +38,6 @@ _NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One item as the model answers it: what it wrote, or for mcq the choice it finds most likely."""
-
-    id: str
-    prompt: str
-    target: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class EvalResult:
     """Scores of one model, with everything lm-eval reported.
 
@@ -61,15 +50,6 @@ class EvalResult:
     info: Mapping[str, TaskInfo]
     model_name: str
     seconds: float
-
-    def answers(self, role: str, name: str) -> tuple[Answer, ...]:
-        """What the model answered to every item of one set; empty where only probabilities were scored."""
-        for task, info in self.info.items():
-            if (info.set, info.name) == (role, name):
-                found = [a for sample in self.samples.get(task, ()) if (a := _answer(sample)) is not None]
-                if found:
-                    return tuple(found)
-        return ()
 
     def values(self) -> dict[Key, dict[int, tuple[float, float]]]:
         """Per metric and item number the item's share in the score: (value, 1), or (log-likelihood, tokens).
@@ -100,9 +80,7 @@ class EvalResult:
         return write_files(folder, self.model_name, self.results, self.samples, self.seconds)
 
 
-def evaluate(
-    lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000, answers: Answers | None = None
-) -> EvalResult:
+def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) -> EvalResult:
     """Score a model on tasks, as it is now; may be called again and again with the same tasks.
 
     Args:
@@ -110,7 +88,6 @@ def evaluate(
         tasks: From :func:`unlearn.tasks.build_tasks`.
         model_name: How lm-eval's files name the model (and their folder).
         bootstrap: Resamples for standard errors without a formula; 0: do without those.
-        answers: What the model, as it is now, is known to answer; it is asked for the rest, which is then known too.
 
     Raises:
         EvaluationError: no items, a missing metric, a number that is not finite, or not enough memory.
@@ -118,7 +95,6 @@ def evaluate(
     started, clock = time.time(), time.perf_counter()
     task_dict: Any = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}
     asked = seeded(lm, tasks.tasks.values(), tasks.seed)
-    asked = asked if answers is None else answers.over(asked)
     with quiet_harness(), contextlib.nullcontext() if bootstrap else formulas_only(tasks.tasks.values()):
         try:
             raw = evaluator.evaluate(
@@ -205,18 +181,6 @@ def _number(value: Any) -> float | None:
     if isinstance(value, str) or value is None or not math.isfinite(value):
         return None
     return float(value)
-
-
-def _answer(sample: Mapping[str, Any]) -> Answer | None:
-    doc, responses = sample["doc"], sample["filtered_resps"]
-    if isinstance(responses[0], str):
-        text = responses[0].strip()
-    elif "choices" in doc:
-        text = max(zip(doc["choices"], responses, strict=True), key=lambda pair: pair[1][0])[0]
-    else:
-        return None
-    target = doc.get("continuation") or doc.get("target") or sample["target"]
-    return Answer(str(doc.get("id", sample["doc_id"])), str(doc.get("prompt", "")), str(target), text)
 
 
 def _header(lm: LM, model_name: str, bootstrap: int, started: float) -> dict[str, Any]:

@@ -99,11 +99,10 @@ def compare(foresight: Foresight, points: Sequence[SweepPoint], chosen: float) -
 
     Args:
         foresight: Taken before the edit.
-        points: The sweep. Those scored on a part of the items only are left out: their items are other ones than
-            those at λ = 0.
+        points: The sweep.
         chosen: Where the summary is taken; at 0, the smallest coefficient above it.
     """
-    whole = sorted((p for p in points if p.share >= 1), key=lambda p: p.coefficient)
+    whole = sorted(points, key=lambda p: p.coefficient)
     goals = tuple(_over(entry, whole) for entry in foresight.goals)
     sets = tuple(_over(entry, whole) for entry in foresight.kept)
     at = chosen if chosen > 0 else next((p.coefficient for p in whole if p.coefficient > 0), None)

@@ -65,7 +65,6 @@ class ScoreRow:
 class SweepPoint:
     """All validation scores at one coefficient, and which kept metrics broke their bound there.
 
-    ``share`` below 1: scored on that share of the validation items only, which was enough to rule the coefficient out.
     ``collapsed`` says why the model counts as broken there; empty where it does not.
     """
 
@@ -73,7 +72,6 @@ class SweepPoint:
     scores: tuple[TaskScore, ...]
     within_bound: bool
     broken: tuple[str, ...] = ()
-    share: float = 1.0
     collapsed: str = ""
 
 
@@ -233,10 +231,10 @@ class RunReport:
                     scores=tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in p["scores"]),
                     within_bound=p["within_bound"],
                     broken=tuple(p["broken"]),
-                    share=p.get("share", 1.0),
                     collapsed=p.get("collapsed", ""),
                 )
                 for p in data["sweep"]
+                if p.get("share", 1) == 1  # earlier versions ruled some out on a part of the items
             ),
             examples=tuple(Example(**e) for e in data["examples"]),
             data=tuple(data["data"]),

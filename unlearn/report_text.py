@@ -6,7 +6,7 @@ import math
 
 from unlearn.report import RunReport, ScoreRow, SweepPoint
 from unlearn.report_figures import bound_figure, final_shares, forget_row, kept_figure, kept_keys, margin_of_change
-from unlearn.wording import coefficient, counted, listing, percent, short
+from unlearn.wording import coefficient, counted, listing, short
 
 CAVEAT = (
     "Unlearning is not deletion. These scores say what the model does when it is asked like this; rephrasing, few "
@@ -106,19 +106,14 @@ def _missed(report: RunReport) -> list[ScoreRow]:
 
 
 def how_searched(report: RunReport) -> str | None:
-    """How the coefficient was looked for and what that took, in whole scorings; None where it is not recorded."""
+    """How the coefficient was looked for and what that took; None where it is not recorded."""
     size = len(report.chosen.grid)
     tried = [p for p in report.sweep if p.coefficient > 0]
     if not size:
         return None
     if report.chosen.search == "grid":
         return f"All {counted(size, 'coefficient')} of the grid were scored." if size > 1 else None
-    partly = sum(p.share < 1 for p in tried)
-    what = f"{len(tried)} of the grid's {counted(size, 'coefficient')} were scored"
-    if partly:
-        what += f", {partly} of them only on as many items as it took to be all but certain that a bound is broken"
-    cost = sum(p.share for p in tried) / size
-    return f"Found by bisection: {what}. That is {percent(round(cost, 2))} of the cost of scoring all."
+    return f"Found by bisection: {len(tried)} of the grid's {counted(size, 'coefficient')} were scored."
 
 
 def _point(report: RunReport, value: float) -> SweepPoint | None:

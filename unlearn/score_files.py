@@ -1,4 +1,4 @@
-"""What a scoring stage keeps beside lm-eval's files: scores, values per item and a few texts, as JSON."""
+"""What a scoring stage keeps beside lm-eval's files: scores and a few texts, as JSON."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unlearn.early_stop import Values
-from unlearn.metrics import Key, default_metric
+from unlearn.metrics import default_metric
 from unlearn.recipe import Recipe
 from unlearn.report import Score, SweepPoint, TaskScore
 
@@ -22,11 +21,6 @@ def scores(place: Path) -> tuple[TaskScore, ...]:
     return tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in read(place, "scores"))
 
 
-def values(place: Path) -> dict[Key, Values]:
-    """Per metric the items' shares in it."""
-    return {(s, n, m): {item: (v, w) for item, (v, w) in items} for s, n, m, items in read(place, "values")}
-
-
 def told(recipe: Recipe, point: SweepPoint, says: str = "") -> str:
     """A point on one line: the metric that stands for each set, and what is wrong.
 
@@ -37,8 +31,7 @@ def told(recipe: Recipe, point: SweepPoint, says: str = "") -> str:
     if point.collapsed:
         return f"    {where}{_brief(recipe, point.scores)}   collapsed: {point.collapsed}"
     out = "" if point.within_bound else "   out of bounds"
-    some = "" if point.share >= 1 else f", all but certain after {point.share:.0%} of the items"
-    return f"    {where}{_brief(recipe, point.scores)}{out}{some}"
+    return f"    {where}{_brief(recipe, point.scores)}{out}"
 
 
 def _brief(recipe: Recipe, found: tuple[TaskScore, ...]) -> str:

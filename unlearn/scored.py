@@ -13,12 +13,10 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from unlearn import joint, score_files, search, tasks
-from unlearn.answers import Answers
 from unlearn.bisect_search import bisect, may_tie
 from unlearn.collapse import BROKEN
 from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet
-from unlearn.early_stop import beyond_doubt, worth_a_look
 from unlearn.errors import BrokenModelError
 from unlearn.evaluate import evaluate
 from unlearn.metrics import Key, goal_metrics
@@ -90,17 +88,17 @@ class Scored(Stages):
                 says = ", ".join(f"{name} {c:g}" for (_, name), c in zip(names, coefficients, strict=True))
                 with Edit(target.model, vector) as edit:
                     there = replace(desk, edit=edit, vector=digest, place=f"joint/{digest[:16]}", says=says)
-                    point = points.at(there).whole(scale)
-                    self._twins[digest, scale] = self.folder.path(self._stage(there, scale, None)[0])
+                    point = points.at(there)(scale)
+                    self._twins[digest, scale] = self.folder.path(self._stage(there, scale)[0])
                 return point
 
-            def diagonal(coefficient: float, share: float) -> SweepPoint:
+            def diagonal(coefficient: float) -> SweepPoint:
                 return score((coefficient,) * len(names))
 
             seen = None
             if self.recipe.sweep.search == "bisect":
                 ties = all(may_tie(key[2]) for key in goals)
-                seen = [p.coefficient for p in bisect(grid, points.base, diagonal, left, ties=ties, looks=())]
+                seen = [p.coefficient for p in bisect(grid, points.base, diagonal, left, ties=ties)]
             weights, trail = joint.balance(names, grid, score, lambda a, b: left(a) < left(b), seen)
             found = [[list(t.coefficients), left(t.point), t.point.within_bound] for t in trail]
             self.make(
@@ -128,7 +126,7 @@ class Scored(Stages):
                 ties = all(may_tie(key[2]) for key in goals)
                 found = bisect(grid, points.base, points, lambda p: search.left(p, goals), ties=ties)
             else:
-                found = (points.base, *(points.whole(c) for c in grid))
+                found = (points.base, *(points(c) for c in grid))
         chosen = search.choose(found, goals, kept, rule)
         return found, replace(chosen, search=spec.search, grid=tuple(grid))
 
@@ -143,66 +141,43 @@ class Scored(Stages):
         examples = tuple(Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]) for b, a in pairs)
         return score_files.scores(before), score_files.scores(after), examples
 
-    def score(self, desk: _Desk, coefficient: float, part: TaskSet | None = None, known: Path | None = None) -> Path:
-        """Score one coefficient on all items, or on a part of them. The folder of the stage, made or reused.
-
-        Args:
-            desk: What to score with.
-            coefficient: How much of the vector is subtracted.
-            part: The tasks with fewer items. Its folder keeps the model's answers as well.
-            known: A folder with answers given at this coefficient; those are not asked for again.
-        """
-        stage, parts, kind = self._stage(desk, coefficient, part)
+    def score(self, desk: _Desk, coefficient: float) -> Path:
+        """Score one coefficient. The folder of the stage, made or reused."""
+        stage, parts, kind = self._stage(desk, coefficient)
 
         def make(tmp: Path) -> None:
             twin = self._twin(desk, coefficient)
-            if twin is not None and part is None:
+            if twin is not None:
                 if is_main_process():
                     shutil.copytree(twin, tmp, ignore=shutil.ignore_patterns(STAGE_FILE), dirs_exist_ok=True)
                 return
             desk.edit.set(-coefficient)
             if isinstance(desk.lm, PackedLM):
                 desk.lm.label = f"λ = {coefficient:g}"
-            answers = Answers.load(known / "answers.json") if known else Answers() if part else None
             result = evaluate(
                 desk.lm,
-                part or desk.tasks,
+                desk.tasks,
                 model_name=f"{self.recipe.name}@{coefficient:g}",
                 bootstrap=self.recipe.eval.bootstrap if desk.split == "test" else 0,
-                answers=answers,
             )
             if is_main_process():
                 result.save(tmp)
-            if part and answers:
-                answers.save(tmp / "answers.json")
             texts = complete(desk.lm, desk.sets, self.recipe.eval.examples) if desk.split == "test" else []
-            for name, found in (
-                ("scores", [asdict(s) for s in result.scores]),
-                ("values", [[*key, list(items.items())] for key, items in result.values().items()]),
-                ("completions", texts),
-            ):
-                write_json_atomic(tmp / f"{name}.json", found)
+            write_json_atomic(tmp / "scores.json", [asdict(s) for s in result.scores])
+            write_json_atomic(tmp / "completions.json", texts)
 
         self.make(stage, parts, make, kind)
         return self.folder.path(stage)
-
-    def is_scored(self, desk: _Desk, coefficient: float) -> bool:
-        """Whether all items were scored at a coefficient before."""
-        stage, parts, kind = self._stage(desk, coefficient, None)
-        known = self.folder.finished(stage, self.key(kind, parts)) or self._twin(desk, coefficient)
-        return known is not None
 
     def _twin(self, desk: _Desk, coefficient: float) -> Path | None:
         """The stage with the same scores that the balance made."""
         wanted = desk.split == "validation" and desk.place == "eval"
         return self._twins.get((desk.vector, coefficient)) if wanted else None
 
-    def _stage(self, desk: _Desk, coefficient: float, part: TaskSet | None) -> tuple[str, list[Any], str]:
+    def _stage(self, desk: _Desk, coefficient: float) -> tuple[str, list[Any], str]:
         """Name of a stage, what it depends on, and the name that its key has wherever it lies."""
         parts = [*desk.key, desk.vector if coefficient else None, coefficient]
         name = f"{coefficient:g}/{desk.split}"
-        if part is not None:
-            name, parts = f"{name}-{part.count()}", [*parts, part.samples]
         return f"{desk.place if coefficient else 'eval'}/{name}", parts, f"eval/{name}"
 
     def lm(self, loaded: Loaded) -> HFLM:
@@ -234,41 +209,22 @@ class _Points:
         self._kept = kept
         self._rule = rule
         start = stages.score(desk, 0.0)
-        self._start = score_files.values(start)
-        self._answered: dict[float, Path] = {}
         self.base = self._told(search.judge(0.0, score_files.scores(start), score_files.scores(start), kept, rule))
 
     def at(self, desk: _Desk) -> _Points:
         """The same for another vector, judged by the same start."""
         other = copy.copy(self)
-        other._desk, other._answered = desk, {}
+        other._desk = desk
         return other
 
-    def whole(self, coefficient: float) -> SweepPoint:
-        """On all items."""
+    def __call__(self, coefficient: float) -> SweepPoint:
         try:
-            place = self._stages.score(self._desk, coefficient, known=self._answered.get(coefficient))
+            place = self._stages.score(self._desk, coefficient)
         except BrokenModelError:
             return self._told(SweepPoint(coefficient, (), False, collapsed=BROKEN))
         return self._told(
             search.judge(coefficient, score_files.scores(place), self.base.scores, self._kept, self._rule)
         )
-
-    def __call__(self, coefficient: float, share: float) -> SweepPoint | None:
-        """What :func:`unlearn.bisect_search.bisect` asks for."""
-        if share >= 1:
-            return self.whole(coefficient)
-        desk, base = self._desk, self.base.scores
-        if not worth_a_look(self._start, base, self._kept, share) or self._stages.is_scored(desk, coefficient):
-            return None
-        part = desk.tasks.part(share, self._stages.recipe.seed)
-        place = self._stages.score(desk, coefficient, part, self._answered.get(coefficient))
-        self._answered[coefficient] = place
-        broken = beyond_doubt(score_files.values(place), self._start, base, self._kept, self._rule)
-        if not broken:
-            return None
-        seen = part.count() / desk.tasks.count()
-        return self._told(SweepPoint(coefficient, score_files.scores(place), False, broken, seen))
 
     def _told(self, point: SweepPoint) -> SweepPoint:
         say(score_files.told(self._stages.recipe, point, self._desk.says))

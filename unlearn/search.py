@@ -53,8 +53,6 @@ def judge(
 def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Key], spec: ChooseSpec) -> Chosen:
     """The coefficient above 0 that forgets (learns) most among those within every bound; the smaller one on a tie.
 
-    A point that was scored on a part of the items only (see :mod:`unlearn.early_stop`) is never chosen.
-
     Returns:
         Coefficient 0 and ``bound_met`` False when no coefficient above 0 is within the bounds *and* forgets (learns)
         more than the target model: the model is then left as it is. ``forget_metric`` is the first goal's.
@@ -95,8 +93,8 @@ def left(point: SweepPoint, goals: Sequence[Key]) -> float:
 
 
 def may_be_chosen(point: SweepPoint) -> bool:
-    """Whether the rule's bounds hold at a point, and that on all items."""
-    return point.within_bound and not point.collapsed and point.share >= 1
+    """Whether the rule's bounds hold at a point."""
+    return point.within_bound and not point.collapsed
 
 
 def rule(spec: ChooseSpec, goals: Sequence[Key], kept: Sequence[Key]) -> str:

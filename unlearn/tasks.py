@@ -6,10 +6,8 @@ then handed to the model again, the same objects with their answers wiped.
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,26 +53,6 @@ class TaskSet:
     info: Mapping[str, TaskInfo]
     samples: Mapping[str, list[int]]
     seed: int = 0
-
-    def count(self) -> int:
-        """Items of all tasks together."""
-        return sum(len(items) for items in self._items().values())
-
-    def part(self, share: float, seed: int) -> TaskSet:
-        """A random share of every task's items, at least one of each; a larger share holds the smaller ones.
-
-        The seed deals them out: the same items whenever it is asked for, and the same in all tasks of one set.
-        """
-        drawn = {}
-        for name, items in self._items().items():
-            info = self.info.get(name)
-            label = f"{info.set} {info.name}" if info else name
-            random.Random(f"{seed} {label} {len(items)} in parts").shuffle(items)
-            drawn[name] = sorted(items[: math.ceil(share * len(items))])
-        return replace(self, samples=drawn)
-
-    def _items(self) -> dict[str, list[int]]:
-        return {name: list(self.samples.get(name, range(len(task.eval_docs)))) for name, task in self.tasks.items()}
 
 
 def kept_metrics(recipe: Recipe, built: TaskSet) -> tuple[Key, ...]:

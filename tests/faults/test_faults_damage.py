@@ -55,7 +55,7 @@ KINDS = {
     "items": ("run/items/*.jsonl", "run/foresight/foresight.json"),
     "target": ("run/target/*.json", "run/target/model.safetensors"),
     "reference": ("run/reference/model.safetensors",),
-    "scores": ("run/**/scores.json", "run/**/values.json", "run/**/completions.json"),
+    "scores": ("run/**/scores.json", "run/**/completions.json"),
     "samples": ("run/**/samples_*.jsonl", "run/**/results_*.json"),
     "adapter": ("run/export/adapter/*",),
     "merged weights": ("run/export/merged/*",),

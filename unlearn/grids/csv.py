@@ -57,7 +57,6 @@ def frontier_csv(grid: Grid, compared: Compared) -> str:
                 "lambda": at.coefficient,
                 "chosen": at is run.chosen_at,
                 "within_bound": at.within,
-                "share_of_items": at.share,
                 "collapsed": at.collapsed,
                 "goal": None if at.left is None else sign * at.left,
                 "kept_worst": at.kept,

@@ -110,7 +110,7 @@ class Group:
         """Means at each coefficient that all runs were scored at on all validation items."""
         if not self.runs:
             return ()
-        tables = [{round(p.coefficient, 9): p for p in run.sweep if p.whole} for run in self.runs]
+        tables = [{round(p.coefficient, 9): p for p in run.sweep} for run in self.runs]
         steps = []
         for c in sorted(set.intersection(*(set(t) for t in tables))):
             here = [t[c] for t in tables]

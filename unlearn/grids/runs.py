@@ -76,13 +76,7 @@ class At:
     left: float | None
     kept: float | None
     within: bool
-    share: float
     collapsed: str
-
-    @property
-    def whole(self) -> bool:
-        """Whether all validation items were scored."""
-        return self.share >= 1
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ class Run:
         for point in points:
             here = {s.key: s.score for s in point.scores}
             two = self._left(here), self._kept(base, here)
-            found.append(At(point.coefficient, *two, point.within_bound, point.share, point.collapsed))
+            found.append(At(point.coefficient, *two, point.within_bound, point.collapsed))
         return tuple(found)
 
     @cached_property
@@ -246,11 +240,7 @@ def _run(job: Job, data: dict[str, Any], sha: str, state: JobState | None) -> Ru
         if not _is_number(score["value"]) or not (score["stderr"] is None or _is_number(score["stderr"])):
             raise ValueError(f"a score is no number: {score['value']!r} with the standard error {score['stderr']!r}")
     report = RunReport.from_json({**data, **bare, "membership": [], "data": []})
-    for value in (
-        report.chosen.coefficient,
-        *report.seconds.values(),
-        *(v for p in report.sweep for v in (p.coefficient, p.share)),
-    ):
+    for value in (report.chosen.coefficient, *report.seconds.values(), *(p.coefficient for p in report.sweep)):
         if not _is_number(value) or not math.isfinite(value):
             raise ValueError(f"{value!r} is not a number")
     run = Run(job, report, sha, lines, taught, where, state)
