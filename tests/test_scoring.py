@@ -6,6 +6,8 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import (
@@ -28,13 +31,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from unlearn import attention, forward
+from unlearn import attention, forward, harness
+from unlearn.attacks.quantised import quantised
 from unlearn.errors import EvaluationError
 from unlearn.forward import Forward
 from unlearn.models import Loaded
 from unlearn.negate import Edit
 from unlearn.pico import corpus
-from unlearn.scoring import PackedLM
+from unlearn.recipe import EvalSpec
+from unlearn.scoring import PackedLM, interface
 from unlearn.tree import Costs
 from unlearn.vector import LowRank, TaskVector
 
@@ -516,6 +521,44 @@ def test_a_model_with_biases_by_distance(phi: Loaded, caplog: pytest.LogCaptureF
     assert "one row per answer" in falls_back(
         Loaded(model, phi.tokenizer, "", torch.float32, torch.device("cpu")), caplog
     )
+
+
+def exactly(model: Loaded, texts: Texts) -> list[float]:
+    """Log-likelihoods from the model's own logits, one text at a time, added up in float64."""
+    found = []
+    for context, answer in texts:
+        before, whole = (model.tokenizer(text)["input_ids"] for text in (context, context + answer))
+        with torch.inference_mode():
+            logits = model.model(torch.tensor([whole[:-1]], device=model.model.device)).logits[0].double()
+        logp = logits.log_softmax(-1)[len(before) - 1 :]
+        found.append(float(logp.gather(-1, torch.tensor(whole[len(before) :])[:, None]).sum()))
+    return found
+
+
+@pytest.mark.parametrize("way", ["engine hf", "no packed rows", "int8", "harness"])
+def test_long_answers_of_models_in_16_bits(
+    way: str, loaded: Load, pico_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval's own code would take log-softmax and sums in bfloat16, whose steps at -1,000 are of 4 nats and more."""
+    phi = loaded(pico_phi, "bfloat16")
+    lines = [line for line in corpus() if line.endswith(".")]
+    texts = [("Once upon a time.", " " + " ".join(lines[n : n + 14])) for n in range(20)]
+    with quantised(phi.model, "int8", tmp_path) if way == "int8" else nullcontext(phi.model) as model:
+        one = replace(phi, model=model)
+        monkeypatch.setattr(Forward, "probe", lambda self, max_length: math.inf)
+        if way == "harness":
+            lm: HFLM = get_model(harness.MODEL)(pretrained=str(pico_phi), dtype="bfloat16", device="cpu", batch_size=1)
+        else:
+            lm = interface(
+                model, phi.tokenizer, EvalSpec(engine="hf" if way == "engine hf" else "packed", batch_size=1)
+            )
+        assert isinstance(lm, PackedLM) is (way != "engine hf")
+        assert not getattr(lm, "packs", False)
+        values = [value for value, _ in lm.loglikelihood(asked(texts), disable_tqdm=True)]
+        wanted = exactly(one, texts)
+    assert min(len(phi.tokenizer(answer)["input_ids"]) for _, answer in texts) > 100
+    assert max(abs(a - b) for a, b in zip(values, wanted, strict=True)) < 1e-3
+    assert len(set(values)) == len(texts)
 
 
 def test_an_adapter_around_a_model(phi: Loaded) -> None:

@@ -33,6 +33,8 @@ from unlearn.tree import Piece, pack
 log = logging.getLogger(__name__)
 
 Request = tuple[tuple[str, str], list[int], list[int]]
+# lm-eval's own code takes log-softmax and sums in the model's format: in bfloat16 a long answer is off by whole nats
+_SOFTMAX = "float32"
 _ALL = 1 << 30  # a batch size that no list of requests reaches
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
@@ -58,6 +60,7 @@ class PackedLM(HFLM):
             raise EvaluationError(f"batch_tokens={batch_tokens}: give a whole number of tokens, 1 or more")
         # HFLM's cache of logits scores a text that is asked for with two different continuations at the wrong place
         options.setdefault("logits_cache", False)
+        options.setdefault("softmax_dtype", _SOFTMAX)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", **options)
         if hasattr(self, "accelerator"):  # lm-eval found several processes, each with a whole model
             share_requests(self)
@@ -241,7 +244,8 @@ def interface(model: Any, tokenizer: Any, spec: EvalSpec) -> HFLM:
     lm: HFLM
     if spec.engine == "hf":
         # its cache of logits (on by default) scores a text that is cut in two places at the wrong one
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size, logits_cache=False)
+        own: dict[str, Any] = {"logits_cache": False, "softmax_dtype": _SOFTMAX}
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size, **own)
     else:
         lm = PackedLM(model, tokenizer, spec.batch_tokens, batch_size=spec.batch_size)
     share_requests(lm)

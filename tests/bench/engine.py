@@ -149,7 +149,9 @@ def _packed(loaded: Loaded) -> Make:
 
 
 def _plain(loaded: Loaded, batch_size: int) -> Make:
-    return lambda: HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    return lambda: HFLM(
+        pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, softmax_dtype="float32"
+    )
 
 
 def _ask(make: Make, row: Row, requests: Sequence[Instance]) -> tuple[list[Any], float]:
