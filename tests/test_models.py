@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from unlearn.errors import ModelError
 from unlearn.models import Loaded, fingerprint, linear_modules, load, resolve_targets
@@ -201,6 +203,46 @@ def test_hub_out_of_reach() -> None:
 def test_device_that_is_not_there(pico_phi: Path) -> None:
     with pytest.raises(ModelError, match=r"no cuda:8 here \(CUDA devices: \d\)"):
         load(_spec(pico_phi, device="cuda:8"), str(pico_phi))
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """``gpus(count, major)``: torch believes in so many GPUs of one compute capability; models stay where they are."""
+
+    def pretend(count: int, major: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+        monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # as T4 and V100 have it
+        monkeypatch.setattr(PreTrainedModel, "to", lambda self, device: self)
+
+    return pretend
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(7, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_auto_is_no_format_that_is_only_emulated(
+    major: int, dtype: torch.dtype, pico_phi: Path, gpus: Callable[[int, int], None]
+) -> None:
+    gpus(1, major)
+    found = load(_spec(pico_phi, device="auto"), str(pico_phi))
+    assert (found.dtype, found.device.type) == (dtype, "cuda")
+    assert load(_spec(pico_phi, device="cuda", dtype="bfloat16"), str(pico_phi)).dtype == torch.bfloat16  # if asked for
+
+
+def test_one_gpu_for_several_processes(
+    pico_phi: Path, gpus: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(2, 8)
+    assert load(_spec(pico_phi, device="cuda:1"), str(pico_phi)).device == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert load(_spec(pico_phi, device="auto"), str(pico_phi)).device == torch.device("cuda:1")
+    with pytest.raises(ModelError, match="cuda:0 is one GPU, and 2 processes were started on this machine"):
+        load(_spec(pico_phi, device="cuda:0"), str(pico_phi))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # several machines with a process each
+    assert load(_spec(pico_phi, device="cuda:0"), str(pico_phi)).device == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])

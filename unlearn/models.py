@@ -54,7 +54,7 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
             tokenizer, no such device, out of memory; or code of its own that only the recipe trusts.
     """
     check_trust(spec)
-    device = _device(spec.device)
+    device = place(spec.device)
     dtype = _dtype(spec.dtype, device)
     quantize = spec.quantize if for_training else "none"
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
@@ -76,13 +76,24 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     return Loaded(model, tokenizer, fingerprint(model), dtype, device)
 
 
-def _device(name: str) -> torch.device:
+def place(name: str) -> torch.device:
+    """The device that ``model.device`` means to this process.
+
+    Raises:
+        ModelError: there is no such device, or it is one GPU for several processes.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             # under `accelerate launch` each process has its own
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.index is not None and processes > 1:
+        raise ModelError(
+            f"model.device: {name} is one GPU, and {processes} processes were started on this machine, which would all "
+            "use it: set auto or cuda, and each has its own"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise ModelError(f"model.device: there is no {name} here (CUDA devices: {there}); use cpu or auto")
@@ -93,7 +104,13 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        with torch.cuda.device(device):  # machines with GPUs of several kinds
+            # Older GPUs only emulate bfloat16, slower than float32. Not float16 there: what a model trained in
+            # bfloat16 computes may pass 65,504, and then scores are no numbers.
+            own = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if own else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -35,6 +35,7 @@ class Pipeline(Attacked):
     def load(self) -> Loaded:
         """Fetch (and convert) the model, and bring it into memory."""
         with self.announced("load", f"the model {self.recipe.model.path.partition('#')[0]}"):
+            models.place(self.recipe.model.device)  # before anything is downloaded
             with main_first():  # transformers has only the main process save, so only that one can convert
                 self.where = self.where_base = fetch.locate(self.recipe.model, self.base)
             loaded = models.load(self.recipe.model, self.where)

@@ -74,9 +74,15 @@ class ModelSpec(Frozen):
     )
     revision: str | None = Field(None, description="Hub revision: a commit hash pins the weights.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Number format in memory; auto is bfloat16 on GPUs that have it, else float32."
+        "auto",
+        description="Number format in memory; auto is bfloat16 on GPUs that compute in it (not those that emulate it: "
+        "T4, V100), else float32.",
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto, cpu, cuda, cuda:1 or mps. Of several processes auto and cuda give each its own GPU.",
+    )
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none",
         description="Train the LoRA on a bitsandbytes-quantised copy; the edit itself always goes on full precision.",
