@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from unlearn import collective, distributed, trainer
 from unlearn.batches import Encoded
@@ -67,19 +66,6 @@ def fit(
     return train_vector(*args)
 
 
-def weighed(found: list[list[int]]) -> None:
-    """From now on every training notes how many frozen numbers this process holds, and how many there are in all."""
-    plain = trainer._Trainer.go_on
-
-    def go_on(self: Any, *args: Any) -> None:
-        frozen = [p for p in self.model.parameters() if not p.requires_grad]
-        here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in frozen)
-        found.append([here, sum(p.numel() for p in frozen)])
-        plain(self, *args)
-
-    trainer._Trainer.go_on = go_on  # type: ignore[method-assign]
-
-
 def masked(found: list[list[bool]]) -> None:
     """From now on every training notes what its first dropout takes of the first token that this process reads."""
     plain, go_on = torch.nn.Dropout.forward, trainer._Trainer.go_on
@@ -119,8 +105,6 @@ def main() -> int:
     asked = json.loads(sys.argv[1])
     if happens := asked.get("happens"):
         disturbed(*happens)
-    held: list[list[int]] = []
-    weighed(held)
     masks: list[list[bool]] = []
     masked(masks)
     try:
@@ -134,7 +118,6 @@ def main() -> int:
                 "losses": log.losses,
                 "digests": collective.gathered(vector.digest() if vector else None),
                 "models": collective.gathered(fingerprint(loaded.model)),
-                "held": collective.gathered(held[-1]),
                 "masks": collective.gathered(masks[-1]),
             }
             if is_main_process():

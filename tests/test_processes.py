@@ -1,4 +1,4 @@
-"""Several processes, real ones: the launcher, the same training as one process's, weights in shards, and stops."""
+"""Several processes, real ones: the launcher, the same training as one process's, and stops."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ TOLERANCE = 5e-4
 def environment(**more: str) -> dict[str, str]:
     """No GPU, and the tests' modules within reach."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "SLURM_"))}
-    return {**plain, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE), **more}
+    return {
+        **plain,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+        **more,
+    }
 
 
 def started(line: Sequence[str], folder: Path, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
@@ -279,7 +285,6 @@ CASES: dict[str, dict[str, Any]] = {
     "plain_again": {},
     "dropout": {"dropout": 0.2, "save_every": 100},
 }
-SHARDED = ["accelerate", "launch", "--use_fsdp", "--num_processes", "2", "-m"]
 
 
 def trained(
@@ -298,14 +303,6 @@ def two(tmp_path_factory: pytest.TempPathFactory, pico_phi: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory, pico_phi: Path) -> Path:
-    """What two processes have trained with the weights in shards, one training after the other on the same model."""
-    folder = tmp_path_factory.mktemp("sharded")
-    trained(SHARDED, folder, pico_phi, CASES)
-    return folder
-
-
 def told(folder: Path, name: str) -> dict[str, Any]:
     log: dict[str, Any] = json.loads((folder / name / "log.json").read_text())
     return log
@@ -318,30 +315,23 @@ def distance(folder: Path, name: str, vector: TaskVector) -> float:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.get("dropout")])
 def test_two_processes_train_what_one_trains(
-    two: Path, sharded: Path, name: str, loaded: Callable[..., Loaded], pico_phi: Path, tmp_path: Path
+    two: Path, name: str, loaded: Callable[..., Loaded], pico_phi: Path, tmp_path: Path
 ) -> None:
-    """Every loss, with a batch that leaves one of the processes without a row, whole weights and shards of them."""
+    """Every loss, with a batch that leaves one of the processes without a row."""
     model = loaded(pico_phi)
     before = fingerprint(model.model)
     vector, log = fit(model, tmp_path, **CASES[name])
     assert vector is not None
-    for folder in (two, sharded):
-        found = told(folder, name)
-        assert found["steps"] == log.steps
-        assert found["losses"] == pytest.approx(log.losses, abs=2e-4)
-        assert distance(folder, name, vector) < TOLERANCE
-        assert len(set(found["digests"])) == 1, "every process has the same vector"
-        assert set(found["models"]) == {before}, "and its model back as it was, all of it"
-    assert all(here == everything for here, everything in told(two, name)["held"])
-    # pico Phi has two layers; embeddings, head and final norm stay whole
-    layers = sum(p.numel() for n, p in model.model.named_parameters() if ".layers." in n)
-    for here, everything in told(sharded, name)["held"]:
-        assert everything - here == pytest.approx(layers / 2, rel=0.02)
+    found = told(two, name)
+    assert found["steps"] == log.steps
+    assert found["losses"] == pytest.approx(log.losses, abs=2e-4)
+    assert distance(two, name, vector) < TOLERANCE
+    assert len(set(found["digests"])) == 1, "every process has the same vector"
+    assert set(found["models"]) == {before}, "and its model back as it was, all of it"
 
 
-@pytest.mark.parametrize("way", ["two", "sharded"])
-def test_every_process_draws_its_own_masks(way: str, request: pytest.FixtureRequest) -> None:
-    found = told(request.getfixturevalue(way), "dropout")
+def test_every_process_draws_its_own_masks(two: Path) -> None:
+    found = told(two, "dropout")
     first, second = found["masks"]
     assert 0 < sum(first) < len(first)
     assert 0 < sum(second) < len(second)
@@ -369,31 +359,30 @@ def test_two_processes_train_all_weights_as_one_does(
     assert len(set(found["models"])) == 1
 
 
-def test_all_weights_are_not_trained_in_shards(tmp_path: Path, pico_phi: Path) -> None:
-    done = trained(SHARDED, tmp_path, pico_phi, {"teach": {"kind": "weights"}}, code=1)
-    assert done.stderr.count("error: teach: only the training of a LoRA can shard the weights") == 1
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_weights_are_not_spread_over_processes(name: str, tmp_path: Path, pico_phi: Path) -> None:
+    asked = json.dumps({"out": str(tmp_path), "model": str(pico_phi), "cases": {"plain": {}}})
+    line = [sys.executable, "-m", "processes_arena", asked]
+    done = started(line, tmp_path, code=2, **{f"ACCELERATE_USE_{name}": "true"})
+    assert done.stderr.startswith(f"error: every process holds the whole model: start without --use_{name.lower()}")
+    assert not (tmp_path / "plain").exists()
 
 
 # --- stops and failures ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shards", [False, True])
-def test_a_signal_to_one_process_stops_all_after_one_step(
-    two: Path, sharded: Path, tmp_path: Path, pico_phi: Path, shards: bool
-) -> None:
+def test_a_signal_to_one_process_stops_all_after_one_step(two: Path, tmp_path: Path, pico_phi: Path) -> None:
     """And what goes on from there ends as if it had not been stopped, bit for bit."""
-    never, line = (sharded, SHARDED) if shards else (two, launch.command(2))
-    case = {"dropout": CASES["dropout"]}
-    # torch's launcher, with which accelerate starts them, has one code for everything
-    done = trained(line, tmp_path, pico_phi, case, code=1 if shards else 130, happens=[4, "signal"])
+    line, case = launch.command(2), {"dropout": CASES["dropout"]}
+    done = trained(line, tmp_path, pico_phi, case, code=130, happens=[4, "signal"])
     assert "stopped after step 5 of 7" in done.stderr
     work = tmp_path / "dropout" / "work"
     assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-5"]
     files = json.loads((work / "checkpoint-5" / WHOLE).read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "adapter_model.safetensors"} <= set(files)
     trained(line, tmp_path, pico_phi, case)
-    assert told(tmp_path, "dropout")["digests"] == told(never, "dropout")["digests"]
-    assert told(tmp_path, "dropout")["losses"] == told(never, "dropout")["losses"]
+    assert told(tmp_path, "dropout")["digests"] == told(two, "dropout")["digests"]
+    assert told(tmp_path, "dropout")["losses"] == told(two, "dropout")["losses"]
 
 
 def test_one_without_memory_is_heard_and_nobody_waits(tmp_path: Path, pico_phi: Path) -> None:

@@ -122,20 +122,6 @@ def total(number: int) -> int:
     return int(value)
 
 
-def average(tensors: Sequence[Any]) -> None:
-    """Replace tensors of one dtype and device by their means over all processes, in one message."""
-    if count() > 1 and tensors:
-        import torch
-        import torch.distributed as dist
-
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        with all_there():
-            dist.all_reduce(flat)
-        flat /= count()
-        for tensor, mean in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
-
-
 def together(work: Sequence[Any], do: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
     """Deal out work among the processes and give all of them all results, in the order of the work.
 

@@ -18,10 +18,10 @@ from unlearn.collective import count, gathered, portable, several, wait
 from unlearn.console import say
 from unlearn.errors import UnlearnError
 
-__all__ = ["count", "join", "leave", "main_first", "several", "sharded", "share_requests", "shares", "wait"]
+__all__ = ["count", "join", "leave", "main_first", "several", "share_requests", "shares", "wait"]
 
 _PATIENCE = timedelta(days=7)  # the others wait while one downloads, converts or writes
-_SHARD = "ACCELERATE_USE_FSDP"
+_SPREAD = {"ACCELERATE_USE_FSDP": "--use_fsdp", "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed"}
 _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 _GENERATION = 1000  # characters of prompt that take about as long as writing one answer
 
@@ -30,9 +30,14 @@ def join() -> None:
     """Join the others, and wait until all of them are there.
 
     Raises:
-        UnlearnError: more processes on this machine than it has GPUs.
+        UnlearnError: more processes on this machine than it has GPUs, or weights that are to be spread over them.
     """
-    _take_over_sharding()
+    for name, flag in _SPREAD.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise UnlearnError(
+                f"every process holds the whole model: start without {flag} (it may be in the "
+                "configuration file of accelerate)"
+            )
     if several():
         import torch
         from accelerate import PartialState
@@ -49,22 +54,6 @@ def join() -> None:
         wait()
     elif asked_of_accelerate():
         say("accelerate launch was asked for several processes on CPUs and started one, which works alone", "yellow")
-
-
-def _take_over_sharding() -> None:
-    """Hide from the libraries that weights are to be sharded: :mod:`unlearn.sharded` does it, and only to train.
-
-    transformers would load the weights in the main process alone and leave the others' empty, and they are needed
-    whole for everything but training.
-    """
-    if os.environ.get(_SHARD, "").lower() in ("1", "true", "yes"):
-        os.environ["UNLEARN_SHARDED"] = "1"
-        os.environ[_SHARD] = "false"
-
-
-def sharded() -> bool:
-    """Whether the weights are to be sharded among the processes while a LoRA is trained (``--use_fsdp``)."""
-    return count() > 1 and os.environ.get("UNLEARN_SHARDED") == "1"
 
 
 @contextmanager

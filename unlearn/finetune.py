@@ -20,12 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from unlearn.batches import IGNORE, Encoded
 from unlearn.compress import check_rank
 from unlearn.data import Item
-from unlearn.distributed import sharded
 from unlearn.errors import TrainingError
 from unlearn.models import resolve_targets
 from unlearn.negate import fit, shape_of
 from unlearn.recipe import LoraSpec, TrainSpec
-from unlearn.sharded import shard, trainee
 from unlearn.trainer import Against, Keep, TrainingLog, train
 from unlearn.vector import LowRank, TaskVector
 
@@ -108,15 +106,13 @@ def train_vector(
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         task_type="CAUSAL_LM",
     )
-    with trainee(model) as adapted:
-        peft_model = get_peft_model(adapted, config)
-        assert isinstance(peft_model, PeftModel)
-        shard(peft_model)
-        try:
-            log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep, against)
-            vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})
-        finally:
-            peft_model.unload()
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    try:
+        log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep, against)
+        vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})
+    finally:
+        peft_model.unload()
     if vector.norm() == 0.0:
         raise TrainingError(f"{label}: the adapter did not move from zero; raise learning_rate or steps")
     return vector, log
@@ -128,13 +124,8 @@ def train_weights(
     """Fine-tune all weights in place (teach without a LoRA).
 
     Raises:
-        TrainingError: non-finite loss, out of memory, or weights that are to be sharded.
+        TrainingError: non-finite loss, or out of memory.
     """
-    if sharded():
-        raise TrainingError(
-            f"{label}: only the training of a LoRA can shard the weights, and this one trains all of them: give "
-            "teach.lora, or start without --use_fsdp"
-        )
     set_seed(seed)
     model.requires_grad_(True)
     try:

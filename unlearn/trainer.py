@@ -30,7 +30,6 @@ from unlearn.memory import is_out_of_memory
 from unlearn.methods.retain_kl import only_at, scaled_rows
 from unlearn.objectives import BESIDE, Against, Answers, Keep, Objective, Share, all_labels, mend, objective
 from unlearn.recipe import TrainSpec
-from unlearn.sharded import is_sharded
 from unlearn.stopping import Hold, held
 from unlearn.trainer_arguments import arguments
 
@@ -152,12 +151,6 @@ class _Trainer(Trainer):
         self._part, self._size = part, size
         self._step, self._calls = -1, 0
         self._batches, self._rows = 1, 0
-        self._sharded = is_sharded(self.model)
-        if self._sharded:  # not to be wrapped again; the adapter's gradients are averaged in training_step
-            prepare = self.accelerator.prepare_model
-            self.accelerator.prepare_model = lambda model, **options: prepare(
-                model, device_placement=False, evaluation_mode=True
-            )
         if part.count > 1 and not self.model_accepts_loss_kwargs:
             raise TrainingError(
                 f"{type(self.model).__name__} cannot be trained by several processes: it takes no count of the tokens "
@@ -198,7 +191,7 @@ class _Trainer(Trainer):
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """One batch forward and backward; an objective may put other rows, and copies, beside the forget rows."""
         if self._objective is None:
-            return self._averaged(super().training_step(model, inputs, *args, **kwargs))
+            return super().training_step(model, inputs, *args, **kwargs)
         # drawn from the step's own seed, so that a resumed training sees what an uninterrupted one sees; counted
         # anew at each step, because the last one of an epoch may have fewer batches
         if self._step != self.state.global_step:
@@ -207,7 +200,7 @@ class _Trainer(Trainer):
         draw = random.Random(f"{self.args.seed} {self._step} {self._calls} 0")
         batch, factors = self._objective.batch(inputs, self.data_collator, draw)
         with scaled_rows(self.accelerator.unwrap_model(model), factors):
-            return self._averaged(super().training_step(model, batch, *args, **kwargs))
+            return super().training_step(model, batch, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -229,16 +222,6 @@ class _Trainer(Trainer):
         # counted over all processes, whose gradients are averaged; each has as many batches
         processes = self._part.count if self.args.average_tokens_across_devices else 1
         return Share(tokens / processes, self._rows / self._part.count, self._batches, beside)
-
-    def _averaged(self, loss: Any) -> Any:
-        """After a step's last batch, the adapter's gradients over all processes, where nothing else averages them."""
-        if self._sharded and self.accelerator.sync_gradients:
-            learned = [p for p in self.model.parameters() if p.requires_grad]
-            for parameter in learned:
-                if parameter.grad is None:  # an expert that no token of this process came to
-                    parameter.grad = torch.zeros_like(parameter)
-            collective.average([p.grad for p in learned])
-        return loss
 
 
 class _Watch(TrainerCallback):

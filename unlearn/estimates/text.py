@@ -100,8 +100,7 @@ def _verdict(found: Estimate) -> Iterator[str]:
     if machine.kind == "gpu" and count:
         yield (
             f"needs {count} GPUs of {size(machine.memory)} that share the weights (FSDP, or layers dealt out by a "
-            "device_map). This program shares them only while a LoRA is trained (accelerate launch --use_fsdp); to "
-            "load and to score, every process holds a whole copy"
+            "device_map). In this program every process holds a whole copy"
         )
     yield from _remedies(found)
 
