@@ -12,6 +12,7 @@ import pytest
 from unlearn.benchmarks.membership import auc
 from unlearn.benchmarks.muse import COLUMNS, PUBLISHED_AUC, Corpus, MuseLog, privleak, row
 from unlearn.benchmarks.samples_in import read_samples
+from unlearn.board_runs import absent
 from unlearn.errors import DataError, EvaluationError
 from unlearn.eval_files import write_files
 
@@ -76,7 +77,20 @@ def test_privleak_against_a_references_own_samples() -> None:
     base = log(forget=(-1.0, -2.0, -3.0, -5.0))  # of 16 pairs: 4 + 2 + 2 + 1
     assert base.auc == 9 / 16
     assert privleak(log(), base) == pytest.approx((0.5 - 9 / 16) / (9 / 16) * 100)
-    assert privleak(base, base) == 0.0
+    moved = log(forget=tuple(value - 1e-9 for value in FORGET))
+    for same in (log(), moved):
+        with pytest.raises(EvaluationError, match="are the reference's own: this is one model"):
+            privleak(log(), same)
+
+
+def test_a_reference_that_knows_every_forget_text_best_leaves_privleak_out() -> None:
+    """PrivLeak divides by the reference's AUC; the other figures need no reference."""
+    base = log(forget=(0.0,) * 4)
+    assert base.auc == 0.0
+    assert privleak(log(), base) is None
+    assert row(log(), "mine", base) == {**row(log(), "mine", "published"), "privleak": None}
+    assert absent("muse", base).startswith("PrivLeak is absent because the reference's AUC is 0")
+    assert absent("muse", log()) == absent("muse", "published") == ""
 
 
 def test_all_equal_scores_say_nothing() -> None:
@@ -90,8 +104,6 @@ def test_a_reference_of_something_else_is_refused() -> None:
         privleak(log(), log(forget=FORGET[:3]))
     with pytest.raises(EvaluationError, match="the reference has 2 holdout texts and the model 4"):
         privleak(log(), log(holdout=HOLDOUT[:2]))
-    with pytest.raises(EvaluationError, match="the reference's AUC is 0"):
-        privleak(log(), log(forget=(0.0,) * 4))
     moved = samples()
     for record in moved["muse_news_privleak_holdout"]:
         record["doc"]["id"] = "x" + record["doc"]["id"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,39 @@ def test_the_columns_are_the_authors_and_in_their_order() -> None:
     assert list(COLUMNS) == [*twelve, "Model Utility", "Forget Quality", "Method", "Submitted By"]
     log = TofuLog.from_json(made_up(), "log.json")
     assert [*row(log)][:14] == list(COLUMNS)[:14]
-    assert [*row(log, log)][14:] == ["KS Test PVal Forget", "KS Test Forget"]
+    assert [*row(log, another())][14:] == ["KS Test PVal Forget", "KS Test Forget"]
 
 
 def test_without_a_reference_there_is_no_forget_quality() -> None:
     log = TofuLog.from_json(made_up(), "log.json")
     alone = row(log)
     assert [alone[k] for k in ("Forget Quality", "KS Test PVal Forget", "KS Test Forget")] == [None, None, None]
-    same = row(log, log)
-    assert (same["Forget Quality"], same["KS Test Forget"]) == (1.0, 0.0)
+
+
+def another() -> TofuLog:
+    """The log of another model on the same items."""
+    data = made_up()
+    data["eval_log_forget.json"]["avg_paraphrased_loss"] = {"0": LN(3), "1": LN(9)}
+    return TofuLog.from_json(data, "another")
+
+
+def test_a_model_is_no_reference_for_itself() -> None:
+    """Its forget quality would be 1, whatever it remembers: the same log, a copy, one written with fewer digits."""
+    log, again = (TofuLog.from_json(made_up(), name) for name in ("log.json", "again.json"))
+    short = made_up()
+    for item, value in short[FORGET]["avg_paraphrased_loss"].items():
+        short[FORGET]["avg_paraphrased_loss"][item] = float(np.float32(value))
+    turned = made_up()
+    for column in turned[FORGET].values():
+        for item in list(column):
+            column[item] = column.pop(item)
+        column["0"] = column.pop("0")  # the same items the other way round
+    for same in (log, again, TofuLog.from_json(short, "short"), TofuLog.from_json(turned, "turned")):
+        with pytest.raises(EvaluationError, match="truth ratios of all 2 forget items are the reference's own"):
+            forget_quality(log, same)
+        with pytest.raises(EvaluationError, match="never saw the forget set"):
+            row(log, same)
+    assert 0 < forget_quality(log, another()).p_value <= 1
 
 
 @pytest.mark.parametrize("name", ["real_authors", "world_facts", "retain"])
@@ -136,11 +161,11 @@ def test_forget_quality_of_a_few_items_by_hand() -> None:
     found = forget_quality(forgetting([3.0, 3.1, 3.2], [[1.0]] * 3), forgetting([1.0, 1.1, 1.2], [[1.0]] * 3))
     assert (found.statistic, found.n) == (1.0, 3)
     assert found.p_value == pytest.approx(0.1, abs=1e-12)
-    # ties all through, and one item: nothing tells them apart
-    same = forget_quality(forgetting([1.0, 1.0], [[2.0]] * 2), forgetting([1.0, 1.0], [[2.0]] * 2))
-    assert (same.p_value, same.statistic) == (1.0, 0.0)
-    one = forget_quality(forgetting([1.0], [[2.0]]), forgetting([5.0], [[2.0]]))
-    assert (one.p_value, one.statistic, one.n) == (1.0, 1.0, 1)
+    # constant values, of two models: ties all through within each
+    flat = forget_quality(forgetting([1.0] * 4, [[2.0]] * 4), forgetting([1.5] * 4, [[2.0]] * 4))
+    assert (flat.p_value, flat.statistic) == (pytest.approx(2 / math.comb(8, 4), abs=1e-12), 1.0)
+    with pytest.raises(EvaluationError, match="of a single item is 1 whatever was scored"):
+        forget_quality(forgetting([1.0], [[2.0]]), forgetting([5.0], [[2.0]]))
 
 
 def test_a_broken_models_losses_do_not_overflow() -> None:
@@ -157,7 +182,7 @@ def test_a_broken_models_losses_do_not_overflow() -> None:
 def test_a_log_survives_its_file() -> None:
     log = TofuLog.from_json(made_up(), "log.json")
     again = TofuLog.from_json(json.loads(json.dumps(log.to_json())), "again.json")
-    assert row(again, log) == row(log, log)
+    assert row(again, another()) == row(log, another())
     for name, s in log.sets.items():
         other = again.sets[name]
         assert other.items == s.items
@@ -254,7 +279,9 @@ def test_samples_give_what_the_log_gives() -> None:
     read = TofuLog.from_samples(samples())
     assert read.forget_set == "forget10"
     assert row(read) == row(log)
-    assert read.to_json() == log.to_json()
+    plain = {file: {k: v for k, v in c.items() if k != "question"} for file, c in read.to_json().items()}
+    assert plain == log.to_json()
+    assert read.to_json()["eval_log.json"]["question"] == {"0": "?", "1": "?"}
     assert np.array_equal(read.sets["retain"].rouge, [1.0, 0.5])  # joined, not in the file's order
 
 
@@ -317,7 +344,54 @@ def test_a_reference_of_something_else_is_refused() -> None:
     with pytest.raises(EvaluationError, match=r"1 of the 2 forget items are not the reference's \(such as '0'\)"):
         forget_quality(log, TofuLog.from_samples(other))
     # a log that does not say which set it is of can stand for any
-    assert forget_quality(log, TofuLog.from_json(made_up(), "x")).p_value == 1.0
+    assert forget_quality(log, another()).n == 2
+
+
+def asking(questions: list[str], as_the_authors: bool = False) -> TofuLog:
+    """The other model's log, which says what it was asked."""
+    data = another().to_json()
+    if as_the_authors:
+        texts = [[f"Question: {question}\n", "Answer: who knows", "Answer: Ada"] for question in questions]
+        data[FORGET]["generated_text"] = {str(n): text for n, text in enumerate(texts)}
+    else:
+        data[FORGET]["question"] = {str(n): question for n, question in enumerate(questions)}
+    return TofuLog.from_json(data, "log")
+
+
+@pytest.mark.parametrize("as_the_authors", [False, True])
+def test_a_reference_of_another_forget_set_is_known_by_its_questions(as_the_authors: bool) -> None:
+    """As many items with the same numbers: only what was asked tells that a log of retain90 is none for forget01."""
+    asked = samples("forget01")
+    for task in ("tofu_forget01_prob", "tofu_forget01_rouge"):
+        for record in asked[task]:
+            record["doc"]["question"] = ("Who is Ada?", "Where does  Bob live?")[record["doc_id"]]
+    log = TofuLog.from_samples(asked)
+    assert forget_quality(log, asking(["Who is Ada?", "Where does Bob live?"], as_the_authors)).n == 2
+    other = asking(["Who is Ada?", "What does Cyd write?"], as_the_authors)
+    said = (
+        "1 of the 2 forget items ask something else in the reference: item '1' is 'What does Cyd write\\?' there and "
+    )
+    with pytest.raises(EvaluationError, match=said + "'Where does Bob live\\?' here.*forget01 was trained on retain99"):
+        forget_quality(log, other)
+    # two logs, neither of which says what set it is of
+    with pytest.raises(EvaluationError, match="2 of the 2 forget items ask something else"):
+        forget_quality(asking(["Who?", "When?"]), asking(["How?", "Why?"], as_the_authors))
+
+
+@pytest.mark.parametrize("name", ["forget", "retain", "real_authors", "world_facts"])
+def test_figures_are_never_of_fewer_parts(name: str) -> None:
+    log = TofuLog.from_json(made_up(), "log.json")
+    rest = TofuLog({n: s for n, s in log.sets.items() if n != name})
+    for figure in (utility, row):
+        with pytest.raises(EvaluationError, match=f"need all of real_authors, .* and there is no {name}$"):
+            figure(rest)
+    nothing = TofuSet((), np.array([]), np.array([]), np.zeros((0, 3)), np.array([]))
+    broken = TofuSet(("0",), np.array([np.nan]), np.array([1.0]), np.ones((1, 3)), np.array([1.0]))
+    for lost in (nothing, broken):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(EvaluationError, match=f"cannot be computed: .*{SETS[name][1]}.*no number, or no items"):
+                utility(TofuLog({**log.sets, name: lost}))
 
 
 @pytest.mark.skipif(not LOGS, reason="UNLEARN_TOFU_LOGS names no folder with the authors' Phi-1.5 logs")

@@ -173,7 +173,8 @@ def test_muses_files(tmp_path: Path) -> None:
     lines = read_csv(tmp_path / "muse.csv")
     assert [list(line) for line in lines] == [["name", "verbmem_f", "privleak", "knowmem_f", "knowmem_r"]] * 3
     assert [line["name"] for line in lines] == ["target", "task vector, λ = 1", "retrain"]
-    assert [float(line["privleak"]) for line in lines] == pytest.approx([-100, -50, 0])
+    assert [float(line["privleak"]) for line in lines[:2]] == pytest.approx([-100, -50])
+    assert lines[2]["privleak"] == "", "of the reference there is nothing to compare"
     assert {(line["verbmem_f"], line["knowmem_f"], line["knowmem_r"]) for line in lines} == {("50.0", "31.25", "75.0")}
     summary = json.loads((tmp_path / "edited" / "MUSE_SUMMARY.json").read_text())
     assert summary == {
@@ -291,7 +292,9 @@ def test_a_pico_model_from_lm_eval_to_the_board(
 
     # and ours computes from the items what lm-eval computed
     bench = read_run(run)
-    row = rows(bench.logs, bench.logs["reference"], "m")["edited"]
+    with pytest.raises(EvaluationError, match=r"this is one model.*\(found with the target\)"):
+        rows(bench.logs, bench.logs["reference"], "m")
+    row = rows(bench.logs, None, "m")["edited"]
     results = written["results"]
     assert row["Prob. Forget"] == pytest.approx(results["tofu_forget01_prob"]["prob,none"], rel=1e-9)
     assert row["Truth Ratio Forget"] == pytest.approx(
@@ -299,5 +302,4 @@ def test_a_pico_model_from_lm_eval_to_the_board(
     )
     assert row["Prob. Real World"] == pytest.approx(results["tofu_world_facts_prob"]["prob_choice,none"], rel=1e-9)
     assert row["ROUGE Retain"] == pytest.approx(results["tofu_retain_rouge"]["rougeL,none"], rel=1e-9)
-    assert row["Forget Quality"] == 1.0, "the three models are one"
     assert 0 < float(row["Prob. Forget"] or 0) < 1

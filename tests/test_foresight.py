@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from unlearn.negate import Edit
 from unlearn.pico import corpus
 from unlearn.prediction import how_good, reading, spearman, verdict
 from unlearn.recipe import Recipe
-from unlearn.report import Foresight, Role, Score, SetForesight, SweepPoint, TaskScore
+from unlearn.report import Foresight, Role, Score, SetForesight, SweepPoint, TaskScore, foresight_from_json
 from unlearn.tasks import build_tasks
 from unlearn.vector import TaskVector
 
@@ -132,7 +134,7 @@ def test_readings_say_the_range() -> None:
     assert "up to an order of 1/α² = 6.25" in reading(entry("retain", "a", 1.0, -0.4))
     assert "1/α²" in reading(entry("retain", "a", 1.0, 0.01))
     assert "no λ comes with a guarantee" in reading(entry("retain", "a", 1.0, 0.4))
-    assert "only the slope" in reading(entry("retain", "a", 1.0))
+    assert "only the slope" in reading(replace(entry("retain", "a", 1.0), alpha_vectors=None))
 
 
 def test_spearman() -> None:
@@ -197,3 +199,32 @@ def test_too_few_sets_are_said_to_be_too_few() -> None:
     assert compare(FORESEEN, SWEEP, 0.0).coefficient == 1.0, "nothing was chosen: the smallest coefficient tried"
     assert compare(FORESEEN, SWEEP, 2.0).kept == 0, "a coefficient that was not scored"
     assert compare(FORESEEN, SWEEP[:1], 1.0).sets[0].points == (), "without λ = 0 there is no change"
+
+
+def test_what_is_no_number_is_left_out_with_the_reason(
+    recipe: Recipe, phi: Loaded, sets: tuple[LoadedSet, ...], tmp_path: Path
+) -> None:
+    """A token that only the passages have breaks the model there: JSON has no such numbers, and the run goes on."""
+    model, one, two = copy.deepcopy(phi.model), low_rank(phi.model, 1), low_rank(phi.model, 2)
+
+    def tokens(*roles: str) -> set[int]:
+        texts = [f"{i.prompt} {i.target}" for s in sets if s.role in roles for i in (*s.train, *s.validation)]
+        return {token for text in texts for token in phi.tokenizer(text)["input_ids"]}
+
+    only = min(tokens("utility") - tokens("forget", "retain"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[only] = math.inf
+    found = foresee(model, one, one, {("retain", "far"): two, ("utility", "passages"): two}, sets, phi.tokenizer)
+    (near,), (far, passages) = found.goals, found.kept
+    assert near.slope is not None
+    assert far.slope is not None
+    assert far.alpha_changes is not None
+    assert (passages.slope, passages.alpha_changes, passages.verdict) == (None, None, None)
+    assert "no finite number" in reading(passages)
+    again = foresight_from_json(json.loads(json.dumps(asdict(found), allow_nan=False)))
+    assert again == found
+    scored = [
+        [TaskScore(e.set, e.name, "validation", e.metric, False, Score(c, None, 9)) for e in found.kept] for c in (0, 1)
+    ]
+    points = [SweepPoint(float(c), tuple(scores), True) for c, scores in enumerate(scored)]
+    assert [len(s.points) for s in compare(found, points, 1.0).sets] == [2, 0]

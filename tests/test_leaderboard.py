@@ -117,7 +117,7 @@ def test_the_row_of_every_model(made: Made, said: Said) -> None:
     assert table["Prob. Forget"] == [f"{p:.4f}" for p in probs]
     wanted = [quality(w, "reference") for w in LOSSES]
     assert wanted[0] < wanted[1] < 1
-    assert table["Forget Quality"] == [f"{q:.4g}" for q in wanted]
+    assert table["Forget Quality"] == [*(f"{q:.4g}" for q in wanted[:2]), "-"]  # none of the reference beside itself
     assert table["ROUGE Retain"] == ["0.5000"] * 3
     assert len(table) == 1 + 1 + 16
 
@@ -192,7 +192,7 @@ def test_muse(made: Made, said: Said, tmp_path: Path) -> None:
 
     wanted = [(auc(w) - auc("reference")) / auc("reference") * 100 for w in LOSSES]
     assert wanted[0] < wanted[1] < wanted[2] == 0
-    assert table["privleak"] == [f"{v:.2f}" for v in wanted]
+    assert table["privleak"] == [*(f"{v:.2f}" for v in wanted[:2]), "-"]
     assert table["verbmem_f"] == ["37.50"] * 3
     assert (tmp_path / "out" / "muse.csv").read_text().splitlines()[2].startswith("ours,37.5,")
     assert main([str(run), "--reference", "published"]) == 0
@@ -205,6 +205,57 @@ def test_muse(made: Made, said: Said, tmp_path: Path) -> None:
     out, err = said()
     assert shown(out)["privleak"] == ["-", "-"]
     assert "so PrivLeak is absent" in err
+
+
+def test_a_reference_with_an_auc_of_0(made: Made, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PrivLeak divides by it: the figure is left out with the reason, and the others stay."""
+    monkeypatch.setitem(LOSSES, "reference", -1.0)  # every forget text is likelier to it than every hold-out text
+    run = made("muse", benchmark="muse", subset="books")
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    out, err = said()
+    table = shown(out)
+    assert table["privleak"] == ["-", "-", "-"]
+    assert table["verbmem_f"] == ["37.50"] * 3
+    assert f"{run}: PrivLeak is absent because the reference's AUC is 0" in " ".join(err.split())
+    assert (tmp_path / "out" / "muse.csv").read_text().splitlines()[1].startswith("target,37.5,,")
+
+
+def test_a_model_is_no_reference_for_itself(
+    made: Made, said: Said, write: Callable[[str, Any], str], tmp_path: Path
+) -> None:
+    """The same log, a copy, and a run whose reference is its own target: an error, and no forget quality of 1."""
+    log = write("log.json", a_log())
+    for same in (log, write("copy.json", json.dumps(a_log(), indent=1))):
+        refused(["--tofu-log", log, "--reference", same], said, f"{log} beside {same}", "this is one model")
+    run = made()
+    shutil.rmtree(run / "benchmark" / "reference")
+    shutil.copytree(run / "benchmark" / "target", run / "benchmark" / "reference")
+    refused([str(run), "--out", str(tmp_path / "out")], said, str(run), "this is one model", "(found with the target)")
+    assert not (tmp_path / "out").exists()
+    muse = made("muse", benchmark="muse", subset="books")
+    shutil.rmtree(muse / "benchmark" / "reference")
+    shutil.copytree(muse / "benchmark" / "edited", muse / "benchmark" / "reference")
+    refused([str(muse)], said, str(muse), "PrivLeak of 0", "(found with the edited model)")
+
+
+def test_a_log_of_another_forget_set(made: Made, said: Said, write: Callable[[str, Any], str]) -> None:
+    """As retain90 beside forget01: as many items, and other questions."""
+    data = a_log(items=5)
+    for column in data["eval_log_forget.json"].values():
+        for item, value in column.items():
+            column[item] = value[:2] if isinstance(value, list) and isinstance(value[0], float) else value
+    data["eval_log_forget.json"]["generated_text"] = {str(i): [f"Question: What of {i}?\n", "", ""] for i in range(5)}
+    run = made()
+    assert main([str(run), "--reference", write("right.json", data)]) == 0
+    said()
+    for path in run.rglob("samples_tofu_forget01_*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["doc"]["question"] = f"Who is {line['doc_id']}?"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    refused(
+        [str(run), "--reference", write("other.json", data)], said, "5 of the 5 forget items ask something", "retain99"
+    )
 
 
 # -- logs --------------------------------------------------------------------------------------------------------

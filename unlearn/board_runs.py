@@ -139,25 +139,44 @@ def rows(logs: Mapping[Who, Log], reference: Log | Literal["published"] | None, 
     Args:
         logs: What the models scored.
         reference: What they are compared with; it has a row of its own, in place of ``logs["reference"]``. None
-            leaves forget quality (TOFU) or PrivLeak (MUSE) None.
+            leaves forget quality (TOFU) or PrivLeak (MUSE) None. They are None in the reference's own row too, since
+            there is nothing to compare it with, and wherever :func:`absent` says why.
         method: MUSE's name of the edited model.
 
     Raises:
-        EvaluationError: the reference does not fit.
+        EvaluationError: the reference does not fit, or is one of the models.
     """
     compared = {**logs, "reference": reference} if isinstance(reference, TofuLog | MuseLog) else dict(logs)
     found: dict[Who, Row] = {}
     for who in WHO:
         log = compared.get(who)
-        if isinstance(log, TofuLog):
-            if reference is not None and not isinstance(reference, TofuLog):
-                raise EvaluationError("--reference: TOFU has no published value; give a run's folder or a log (.json)")
-            found[who] = {**tofu.row(log, reference)}
-        elif isinstance(log, MuseLog):
-            if isinstance(reference, TofuLog):
-                raise EvaluationError("--reference: a log of TOFU is no reference for MUSE; give a run's folder")
-            found[who] = muse.row(log, {"edited": method, "reference": "retrain"}.get(who, who), reference)
+        against = None if log is reference else reference
+        try:
+            if isinstance(log, TofuLog):
+                if against is not None and not isinstance(against, TofuLog):
+                    raise EvaluationError("TOFU has no published value; give a run's folder or a log (.json)")
+                found[who] = {**tofu.row(log, against)}
+            elif isinstance(log, MuseLog):
+                if isinstance(against, TofuLog):
+                    raise EvaluationError("a log of TOFU is no reference for MUSE; give a run's folder")
+                found[who] = muse.row(log, {"edited": method, "reference": "retrain"}.get(who, who), against)
+        except EvaluationError as error:
+            whom = f" (found with the {'edited model' if who == 'edited' else who})" if len(compared) > 1 else ""
+            raise EvaluationError(f"{error}{whom}") from error
     return found
+
+
+def absent(name: str, reference: Log | Literal["published"] | None) -> str:
+    """Why a benchmark's rows lack the figure that compares with a reference; empty where they have it."""
+    figure = "Forget quality" if name == "tofu" else "PrivLeak"
+    if reference is None:
+        return (
+            f"{figure} compares with a model that never saw the forget set. Give one as reference: train, a run "
+            "folder, a model or, for TOFU, a log."
+        )
+    if isinstance(reference, MuseLog) and reference.auc == 0:
+        return f"{figure} is absent because {muse.ZERO_AUC}."
+    return ""
 
 
 def read_scored(folder: Path, spec: BenchmarkSpec) -> Log:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from unlearn import benchmark_tasks, finetune, models, references, score_files, tasks
 from unlearn.benchmarks.samples_in import read_samples
-from unlearn.board_runs import Log, read_log, read_scored, rows
+from unlearn.board_runs import Log, absent, read_log, read_scored, rows
 from unlearn.console import is_main_process
 from unlearn.data import LoadedSet
 from unlearn.distributed import main_first, wait
-from unlearn.errors import ModelError
+from unlearn.errors import EvaluationError, ModelError
 from unlearn.evaluate import evaluate
 from unlearn.foreseen import Foreseen
 from unlearn.member_files import SAMPLES, judge, save
@@ -183,9 +183,11 @@ class Compared(Foreseen):
             reference = "published"
         elif (log := references.log_file(self.recipe, self.base)) is not None:
             reference = read_log(log)
-        found = rows(logs, reference, self.recipe.name)
-        lacks = "Forget quality" if spec.name == "tofu" else "PrivLeak"
-        missing = "" if reference is not None else NO_REFERENCE.format(lacks)
+        try:
+            found, missing = rows(logs, reference, self.recipe.name), absent(spec.name, reference)
+        except EvaluationError as error:  # what needs no reference is not lost with it
+            figure = "Forget quality" if spec.name == "tofu" else "PrivLeak"
+            found, missing = rows(logs, None, self.recipe.name), f"{figure} is absent because {error}."
         chosen_on = {item.target for s in sets if s.role in ("forget", "retain") for item in s.validation}
         samples = read_samples(self.folder.path("benchmark/target"))
         asked = {str(row["doc"].get("answer")) for records in samples.values() for row in records}
@@ -216,9 +218,3 @@ class Compared(Foreseen):
                 self.make(f"membership/{who}", [*subjects.key(who), what], make, kind="membership")
             files = {who: self.folder.path(f"membership/{who}") / SAMPLES for who in subjects.who()}
             return judge(files, self.recipe.eval.bootstrap, self.recipe.seed)
-
-
-NO_REFERENCE = (
-    "{} compares with a model that never saw the forget set. Give one as reference: train, a run folder, a model or, "
-    "for TOFU, a log."
-)

@@ -55,9 +55,11 @@ def benchmark_section(found: Benchmark | None) -> Raw | None:
     who: list[Who] = [w for w in NAMES if w in found.rows]
     body = [_line(None, column, [_figure(found.rows[w].get(column)) for w in who]) for column in shown]
     some = f", the first {found.items} items of every set" if found.items else ""
+    figure = {"tofu": "forget quality", "muse": "PrivLeak"}[found.name]
+    alone = f" The reference is what the others are compared with: it has no {figure} of its own."
     intro = (
         f"{found.name.upper()} {found.set}{some}, computed from the sample files in this folder with the benchmark's "
-        "own formulas and column names."
+        f"own formulas and column names.{alone if 'reference' in found.rows else ''}"
     )
     note = el("p", found.missing, class_="intro") if found.missing else None
     table = _table(("Figure", *(NAMES[w] for w in who)), body, 1)

@@ -5,6 +5,7 @@ After the sweep :func:`compare` says how good that was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -75,7 +76,7 @@ def foresee(
     with progress("foresight", work) as advance:
 
         def one(key: tuple[Role, str]) -> SetForesight:
-            cost = slope(model, edit, rows[key], kinds[key], pad_id, advance)
+            cost = _finite(slope(model, edit, rows[key], kinds[key], pad_id, advance))
             plain = SetForesight(*key, metric=NATS[kinds[key]], slope=cost, items=len(rows[key]))
             if key not in compared:
                 return plain
@@ -96,10 +97,15 @@ def _correlated(
     found = correlate(model, forget_vector, vector, rows, pad_id, advance)
     return replace(
         plain,
-        alpha_outputs=found.outputs,
-        alpha_changes=found.changes,
-        alpha_stderr=found.stderr,
-        alpha_vectors=forget_vector.cosine(vector),
-        modules=forget_vector.cosines(vector),
+        alpha_outputs=_finite(found.outputs),
+        alpha_changes=_finite(found.changes),
+        alpha_stderr=_finite(found.stderr),
+        alpha_vectors=_finite(forget_vector.cosine(vector)),
+        modules={name: value for name, value in forget_vector.cosines(vector).items() if math.isfinite(value)},
         verdict=verdict(found.changes, found.stderr),
     )
+
+
+def _finite(value: float | None) -> float | None:
+    """The number, or None: in 16 bits a gradient may overflow where the loss does not, and JSON has no such number."""
+    return value if value is not None and math.isfinite(value) else None

@@ -63,7 +63,10 @@ def _tofu_log(arguments: argparse.Namespace) -> None:
         raise UnlearnError("--reference published is MUSE's; for TOFU give the log (.json) of a retain model, or a run")
     reference = None if given is None else read_reference(Path(given), "tofu")
     method = arguments.method or arguments.tofu_log.stem
-    row = rows({"edited": log}, reference, method)["edited"]
+    try:
+        row = rows({"edited": log}, reference, method)["edited"]
+    except EvaluationError as error:
+        raise EvaluationError(f"{arguments.tofu_log} beside {given}: {error}") from error
     whole = {**row, "Method": method, "Submitted By": arguments.submitted_by}
     try:
         text = json.dumps(whole, indent=2, allow_nan=False)
@@ -98,7 +101,7 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 def _compared(run: BenchRun, arguments: argparse.Namespace) -> tuple[Mapping[Who, Log], Mapping[Who, Row]]:
     """The run's logs, the reference's among them, and their rows."""
-    from unlearn.board_runs import PUBLISHED, read_reference, rows
+    from unlearn.board_runs import PUBLISHED, absent, read_reference, rows
 
     given: str | None = arguments.reference
     reference: Log | str | None = run.logs.get("reference")
@@ -121,9 +124,12 @@ def _compared(run: BenchRun, arguments: argparse.Namespace) -> tuple[Mapping[Who
     try:
         if isinstance(reference, str):
             return logs, rows(logs, "published", _method(run, arguments))
-        return logs, rows(logs, reference, _method(run, arguments))
+        found = rows(logs, reference, _method(run, arguments))
     except EvaluationError as error:
         raise EvaluationError(f"{run.folder}: {error}") from error
+    if reference is not None and (why := absent(run.spec.name, reference)):
+        console.say(f"{run.folder}: {why}", style="yellow")
+    return logs, found
 
 
 def _method(run: BenchRun, arguments: argparse.Namespace) -> str:

@@ -81,6 +81,10 @@ def verdict(alpha: float | None, stderr: float | None) -> Verdict | None:
 
 def reading(entry: SetForesight) -> str:
     """The verdict in a sentence, with the range of λ ≥ 0 that the theory gives."""
+    if entry.slope is None:
+        return "The slope is absent because it came out as no finite number: the number format is too narrow for it."
+    if entry.alpha_vectors is not None and entry.alpha_changes is None:
+        return "The α of the changes is absent because it came out as no finite number."
     if entry.verdict is None or entry.alpha_changes is None:
         return "No fine-tuning on this set to compare with: only the slope is known."
     kept = "the loss of what is kept grows at most in proportion to λ"
@@ -173,10 +177,10 @@ def dearest(report: RunReport) -> str | None:
     found = of_report(report)
     if found is None or report.foresight is None or not report.foresight.kept:
         return None
-    known = [i for i, entry in enumerate(report.foresight.kept) if math.isfinite(entry.slope)]
+    known = {i: slope for i, entry in enumerate(report.foresight.kept) if (slope := entry.slope) is not None}
     if not known:
         return None
-    first = max(known, key=lambda i: report.foresight.kept[i].slope if report.foresight else 0.0)
+    first = max(known, key=lambda i: known[i])
     entry = report.foresight.kept[first]
     said = f"{entry.set}/{entry.name}"
     if entry.verdict is not None and entry.alpha_changes is not None:
@@ -197,8 +201,10 @@ def _over(entry: SetForesight, points: Iterable[SweepPoint]) -> SetComparison:
         if s.key == key and math.isfinite(s.score.value)
     ]
     start = next((loss for c, loss in losses if c == 0), None)
-    found = [] if start is None else [Point(c, loss - start, c * entry.slope) for c, loss in losses]
-    return SetComparison(entry.set, entry.name, tuple(found))
+    if start is None or entry.slope is None:
+        return SetComparison(entry.set, entry.name, ())
+    found = tuple(Point(c, loss - start, c * entry.slope) for c, loss in losses)
+    return SetComparison(entry.set, entry.name, found)
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from difflib import get_close_matches
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -11,7 +12,20 @@ from unlearn.recipe_data import Frozen, Positive
 Quantised = Literal["nf4", "int8"]
 Probe = Literal["paraphrase", "prefix", "few_shot", "template"]
 
-_SETS = {"tofu": ("forget01", "forget05", "forget10"), "muse": ("news", "books")}
+
+class ForgetSet(NamedTuple):
+    """One of TOFU's: how many questions it has, and on what its authors trained the reference for it."""
+
+    questions: int
+    reference: str
+
+
+FORGET_SETS = {
+    "forget01": ForgetSet(40, "retain99"),
+    "forget05": ForgetSet(200, "retain95"),
+    "forget10": ForgetSet(400, "retain90"),
+}
+_SETS = {"tofu": tuple(FORGET_SETS), "muse": ("news", "books")}
 
 
 class BenchmarkSpec(Frozen):
@@ -35,7 +49,9 @@ class BenchmarkSpec(Frozen):
     @model_validator(mode="after")
     def _known(self) -> BenchmarkSpec:
         if self.set not in _SETS[self.name]:
-            raise ValueError(f"{self.name} has no set {self.set!r}; it has {', '.join(_SETS[self.name])}")
+            near = get_close_matches(self.set, _SETS[self.name], n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"{self.name} has no set {self.set!r}; it has {', '.join(_SETS[self.name])}{meant}")
         return self
 
 

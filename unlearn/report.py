@@ -112,7 +112,8 @@ class SetForesight:
     """What could be known of one set before the edit.
 
     ``slope`` is d/dlambda at 0 of its loss under theta - lambda * tau, in nats per unit of lambda, on ``items`` of its
-    items; the loss is that of the sweep's ``metric`` (``logprob``, negated, or ``loss``).
+    items; the loss is that of the sweep's ``metric`` (``logprob``, negated, or ``loss``). None where it came out as no
+    finite number; so with the correlations.
 
     The rest compares the forget sets' fine-tuning with one on this set, and is empty where there is none: the
     correlations of outputs, of changes of outputs (with its standard error) and of the two vectors, all in [-1, 1]; the
@@ -122,7 +123,7 @@ class SetForesight:
     set: Role
     name: str
     metric: str
-    slope: float
+    slope: float | None
     items: int
     alpha_outputs: float | None = None
     alpha_changes: float | None = None

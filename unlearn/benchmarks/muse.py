@@ -28,8 +28,14 @@ Corpus = Literal["news", "books"]
 
 CORPORA: tuple[Corpus, ...] = ("news", "books")
 COLUMNS = ("name", "verbmem_f", "privleak", "knowmem_f", "knowmem_r")
+_SAME = 1e-6  # nats within which two logs of one model may differ, by how their numbers were written
 # AUC of the authors' retrained models, Llama-2 7B on News and ICLM 7B on Books; for other models it is a stand-in.
 PUBLISHED_AUC: dict[Corpus, float] = {"news": 0.4772, "books": 0.5393}
+# Why there is no PrivLeak beside such a reference.
+ZERO_AUC = (
+    "the reference's AUC is 0, by which it would be divided: every forget text looks better known to the reference "
+    "than every hold-out text, as if it had been trained on them; take a model that was not"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,27 +84,24 @@ class MuseLog:
         return auc(self.min_holdout, self.min_forget)
 
 
-def privleak(log: MuseLog, reference: MuseLog | Literal["published"]) -> float:
+def privleak(log: MuseLog, reference: MuseLog | Literal["published"]) -> float | None:
     """(AUC - AUC_ref) / AUC_ref * 100; 0 is the reference's, negative remembers, positive over-forgot.
+
+    None where AUC_ref is 0 and there is nothing to divide by, see :data:`ZERO_AUC`.
 
     Args:
         log: The model's.
         reference: A retrained model's log, or ``"published"`` for the authors' value of that corpus.
 
     Raises:
-        EvaluationError: the reference is of another corpus or of other items, or its AUC is 0.
+        EvaluationError: the reference is of another corpus or of other items, or is the model itself.
     """
     if reference == "published":
         base = PUBLISHED_AUC[log.corpus]
     else:
         _same(log, reference)
         base = reference.auc
-        if base == 0:
-            raise EvaluationError(
-                "the reference's AUC is 0: every forget text looks better known to it than every hold-out text, as if "
-                "it had been trained on them; PrivLeak divides by that, so take a model that was not"
-            )
-    return (log.auc - base) / base * 100
+    return (log.auc - base) / base * 100 if base else None
 
 
 def row(
@@ -119,7 +122,7 @@ def row(
 
 
 def _same(log: MuseLog, reference: MuseLog) -> None:
-    """Refuse a reference that was scored on something else."""
+    """Refuse a reference that was scored on something else, or that is the model itself."""
     if log.corpus != reference.corpus:
         raise EvaluationError(f"the reference was scored on MUSE {reference.corpus} and the model on {log.corpus}")
     for part in ("forget", "holdout"):
@@ -131,3 +134,13 @@ def _same(log: MuseLog, reference: MuseLog) -> None:
             )
         if other := set(ours) - set(theirs):
             raise EvaluationError(f"{len(other)} {part} texts, such as {min(other)!r}, are not the reference's")
+    pairs = []
+    for part in ("forget", "holdout"):
+        place = {item: n for n, item in enumerate(getattr(reference, f"{part}_items"))}
+        theirs = getattr(reference, f"min_{part}")[[place[item] for item in getattr(log, f"{part}_items")]]
+        pairs.append(np.allclose(getattr(log, f"min_{part}"), theirs, rtol=0, atol=_SAME))
+    if all(pairs):
+        raise EvaluationError(
+            "the log-probabilities of all forget and hold-out texts are the reference's own: this is one model, and "
+            "compared with itself it has a PrivLeak of 0; take a reference that never saw the forget set"
+        )

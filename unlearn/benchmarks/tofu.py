@@ -9,7 +9,7 @@ model cannot make overflow.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from unlearn.benchmarks.samples_in import Samples, by_item, number, numbers
 from unlearn.errors import DataError, EvaluationError
+from unlearn.recipe_bench import FORGET_SETS
 
 Floats = NDArray[np.float64]
 
@@ -30,8 +31,8 @@ SETS = {
     "forget": ("eval_log_forget.json", "Forget"),
 }
 _FIELDS = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")  # of each file
-FORGET_SETS = ("forget01", "forget05", "forget10")
 _WITH_CHOICES = ("real_authors", "world_facts")  # their probability is that of the answer among the wrong ones
+_SAME = 1e-6  # nats of log R within which two logs of one model may differ, by how their numbers were written
 _PARTS = tuple(f"{kind} {title}" for _, title in SETS.values() for kind in ("ROUGE", "Prob.", "Truth Ratio"))
 # The columns of a submission to TOFU's leaderboard, as the authors' aggregator writes them.
 COLUMNS = (*_PARTS, "Model Utility", "Forget Quality", "Method", "Submitted By")
@@ -39,13 +40,17 @@ COLUMNS = (*_PARTS, "Model Utility", "Forget Quality", "Method", "Submitted By")
 
 @dataclass(frozen=True, eq=False)
 class TofuSet:
-    """One set's values, an entry per item: ``perturbed_losses`` is (N, P), the rest (N,) in the order of ``items``."""
+    """One set's values, an entry per item: ``perturbed_losses`` is (N, P), the rest (N,) in the order of ``items``.
+
+    ``questions`` are what was asked, None where the files do not say.
+    """
 
     items: tuple[str, ...]
     loss: Floats
     paraphrased_loss: Floats
     perturbed_losses: Floats
     rouge: Floats
+    questions: tuple[str, ...] | None = None
 
     @cached_property
     def log_truth_ratio(self) -> Floats:
@@ -99,12 +104,14 @@ class TofuLog:
         return cls({name: _from_file(data, file, where) for name, (file, _) in SETS.items()})
 
     def to_json(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The same layout, with the fields that the authors' aggregator reads."""
+        """The same layout, with the fields that the authors' aggregator reads, and the questions where known."""
         whole = {}
         for name, (file, _) in SETS.items():
             s = self.sets[name]
             columns = zip(_FIELDS, (s.loss, s.paraphrased_loss, s.perturbed_losses, s.rouge), strict=True)
             whole[file] = {field: dict(zip(s.items, values.tolist(), strict=True)) for field, values in columns}
+            if s.questions is not None:
+                whole[file]["question"] = dict(zip(s.items, s.questions, strict=True))
         return whole
 
     @classmethod
@@ -146,7 +153,8 @@ def forget_quality(log: TofuLog, reference: TofuLog) -> ForgetQuality:
     Computed on log R; the test sees only the order of values, which the logarithm keeps.
 
     Raises:
-        EvaluationError: the reference is of another forget set or of other items.
+        EvaluationError: the reference is of another forget set or of other items, is the model itself, or there is a
+            single item, of which the test's p-value is 1 whatever was scored.
     """
     from scipy.stats import ks_2samp  # type: ignore[import-untyped]
 
@@ -156,28 +164,72 @@ def forget_quality(log: TofuLog, reference: TofuLog) -> ForgetQuality:
             f"the reference was scored on {reference.forget_set} and the model on {log.forget_set}: "
             "forget quality compares the two on the same set"
         )
-    if len(ours.items) != len(theirs.items):
-        raise EvaluationError(
-            f"the reference has {len(theirs.items)} forget items and the model {len(ours.items)}: forget quality "
-            "compares the two on the same ones; score the model on as many, or take a reference of its set"
-        )
-    if other := set(ours.items) - set(theirs.items):
-        raise EvaluationError(
-            f"{len(other)} of the {len(ours.items)} forget items are not the reference's (such as {min(other)!r}): "
-            "forget quality compares two models on the same items"
-        )
+    refuse_other_items(theirs, ours.items, ours.questions, log.forget_set or reference.forget_set)
     if ours.perturbed_losses.shape != theirs.perturbed_losses.shape:
         counts = [s.perturbed_losses.shape[1] for s in (theirs, ours)]
         raise EvaluationError(
             f"the reference has {counts[0]} perturbed answers for each forget item and the model {counts[1]}: "
             "these are different data"
         )
-    test = ks_2samp(ours.log_truth_ratio, theirs.log_truth_ratio)
+    if len(ours.items) == 1:
+        raise EvaluationError("forget quality of a single item is 1 whatever was scored: score more of the forget set")
+    place = {item: n for n, item in enumerate(theirs.items)}
+    ratios = theirs.log_truth_ratio[[place[item] for item in ours.items]]
+    if np.allclose(ours.log_truth_ratio, ratios, rtol=0, atol=_SAME):
+        raise EvaluationError(
+            f"the truth ratios of all {len(ours.items)} forget items are the reference's own: this is one model, and "
+            "compared with itself it has a forget quality of 1; take a reference that never saw the forget set"
+        )
+    test = ks_2samp(ours.log_truth_ratio, ratios)
     return ForgetQuality(float(test.pvalue), float(test.statistic), len(ours.items))
 
 
+def refuse_other_items(
+    reference: TofuSet, items: Sequence[str], questions: Sequence[str] | None, forget_set: str | None = None
+) -> None:
+    """Refuse a reference that was scored on other forget items than the model.
+
+    Args:
+        reference: Its forget set.
+        items: The model's.
+        questions: What these ask, where that is known.
+        forget_set: Which one they are of, where that is known.
+
+    Raises:
+        EvaluationError: another number of items, other numbers for them, or other questions.
+    """
+    mend = "score the model on as many, or take a reference of its set"
+    if forget_set in FORGET_SETS:
+        mend = f"TOFU's own reference for {forget_set} was trained on {FORGET_SETS[forget_set].reference}"
+    if len(items) != len(reference.items):
+        raise EvaluationError(
+            f"the reference has {len(reference.items)} forget items and the model {len(items)}: forget quality "
+            f"compares the two on the same ones; {mend}"
+        )
+    if other := set(items) - set(reference.items):
+        raise EvaluationError(
+            f"{len(other)} of the {len(items)} forget items are not the reference's (such as {min(other)!r}): "
+            "forget quality compares two models on the same items"
+        )
+    if questions is None or reference.questions is None:
+        return
+    theirs = dict(zip(reference.items, map(_asked, reference.questions), strict=True))
+    ours = dict(zip(items, map(_asked, questions), strict=True))
+    wrong = [item for item in items if ours[item] not in theirs[item] and theirs[item] not in ours[item]]
+    if wrong:
+        first = wrong[0]
+        raise EvaluationError(
+            f"{len(wrong)} of the {len(items)} forget items ask something else in the reference: item {first!r} is "
+            f"{theirs[first]!r} there and {ours[first]!r} here, so it was scored on another forget set; {mend}"
+        )
+
+
 def utility(log: TofuLog) -> Utility:
-    """The nine numbers and their harmonic mean, which is 0 as soon as one of them is."""
+    """The nine numbers and their harmonic mean, which is 0 as soon as one of them is.
+
+    Raises:
+        EvaluationError: a part is missing or no number: a mean of the others would be another figure.
+    """
     parts = {name: value for name, value in _parts(log).items() if not name.endswith("Forget")}
     values = list(parts.values())
     return Utility(parts, len(values) / sum(1 / v for v in values) if min(values) > 0 else 0.0)
@@ -202,14 +254,23 @@ def row(log: TofuLog, reference: TofuLog | None = None) -> dict[str, float | Non
 
 
 def _parts(log: TofuLog) -> dict[str, float]:
-    """The twelve columns before the aggregates."""
+    """The twelve columns before the aggregates.
+
+    Raises:
+        EvaluationError: one of them is missing, or no number.
+    """
+    if absent := [name for name in SETS if name not in log.sets]:
+        raise EvaluationError(f"TOFU's figures need all of {', '.join(SETS)}, and there is no {', '.join(absent)}")
     values: list[float] = []
     for name in SETS:
         s = log.sets[name]
         values.append(float(s.rouge.mean()))
         values.append(s.prob_choice if name in _WITH_CHOICES else s.prob)
         values.append(s.truth_ratio_forget if name == "forget" else s.truth_ratio_kept)
-    return dict(zip(_PARTS, values, strict=True))
+    parts = dict(zip(_PARTS, values, strict=True))
+    if broken := [name for name, value in parts.items() if not np.isfinite(value)]:
+        raise EvaluationError(f"TOFU's figures cannot be computed: {', '.join(broken)}: no number, or no items")
+    return parts
 
 
 def _from_file(data: Mapping[str, Any], file: str, where: str) -> TofuSet:
@@ -236,7 +297,28 @@ def _from_file(data: Mapping[str, Any], file: str, where: str) -> TofuSet:
         if name != "average_perturb_loss"
     )
     lists = {i: columns["average_perturb_loss"][i] for i in items}
-    return TofuSet(items, loss, paraphrased, _table(lists, places["average_perturb_loss"]), rouge)
+    table = _table(lists, places["average_perturb_loss"])
+    return TofuSet(items, loss, paraphrased, table, rouge, _questions_in(fields, items))
+
+
+def _questions_in(fields: Mapping[str, Any], items: Sequence[str]) -> tuple[str, ...] | None:
+    """What a log says was asked: our field ``question``, or the first text of the authors' ``generated_text``."""
+    found = []
+    for item in items:
+        for name in ("question", "generated_text"):
+            column = fields.get(name)
+            asked = column.get(item) if isinstance(column, Mapping) else None
+            asked = asked[0] if isinstance(asked, list) and asked else asked
+            if isinstance(asked, str):
+                found.append(asked)
+                break
+    return tuple(found) if len(found) == len(items) else None
+
+
+def _asked(prompt: str) -> str:
+    """The question in a prompt, without the words and tags that the authors' templates put around it."""
+    bare = re.sub(r"^\s*(\[INST\]|Question:)|(\[/INST\]|\bAnswer:)\s*$", "", prompt.strip())
+    return " ".join(bare.split())
 
 
 def _from_tasks(samples: Samples, name: str) -> TofuSet:
@@ -247,12 +329,14 @@ def _from_tasks(samples: Samples, name: str) -> TofuSet:
             f"task {prob} has {len(scored)} items and {rouge} {len(generated)}; item {min(other)} is in only one "
             "of them: run both on the same items"
         )
+    asked = [doc.get("question") if isinstance(doc := r.get("doc"), Mapping) else None for r in scored.values()]
     return TofuSet(
         tuple(scored),
         numbers(scored, prob, "loss"),
         numbers(scored, prob, "paraphrased_loss"),
         _table({i: r.get("perturbed_losses") for i, r in scored.items()}, f"task {prob}, perturbed_losses"),
         numbers({i: generated[i] for i in scored}, rouge, "rougeL"),
+        tuple(map(str, asked)) if None not in asked else None,
     )
 
 
