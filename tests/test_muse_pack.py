@@ -46,14 +46,23 @@ PASSAGES = (
 )
 
 
-@pytest.fixture(scope="module")
-def muse() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("muse_tasks_under_test", FOLDER / "muse_tasks.py")
+def imported(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_under_test", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def muse() -> ModuleType:
+    return imported("muse_tasks")
+
+
+@pytest.fixture(scope="module")
+def items() -> ModuleType:
+    return imported("muse_items")
 
 
 @pytest.fixture(scope="module")
@@ -231,20 +240,20 @@ def test_passages_agree_with_plain_forward_passes(
     assert result["loss,none"] == pytest.approx(sum(losses) / 3, abs=TOLERANCE)
 
 
-def test_pieces_are_single_tokens_where_they_can_be(muse: ModuleType, model: Path, begun: Path) -> None:
+def test_pieces_are_single_tokens_where_they_can_be(items: ModuleType, model: Path, begun: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     plain = "Snow is white and grass is green"
-    whole = muse.passage(tokenizer, plain, "here")
+    whole = items.passage(tokenizer, plain, "here")
     ids = tokenizer(plain)["input_ids"]
     assert [whole["prompt"], *whole["pieces"]] == [tokenizer.decode(i) for i in ids]
     assert whole["piece_tokens"] == [1] * (len(ids) - 1)
-    started = muse.passage(AutoTokenizer.from_pretrained(begun), plain, "here")
+    started = items.passage(AutoTokenizer.from_pretrained(begun), plain, "here")
     assert (started["prompt"], started["pieces"]) == ("", [whole["prompt"], *whole["pieces"]])
-    rare = muse.passage(tokenizer, "Snow 東京", "here")
+    rare = items.passage(tokenizer, "Snow 東京", "here")
     assert rare["pieces"][-1].endswith("東京"[-1])
     assert max(rare["piece_tokens"]) > 1, "a character of several bytes is several tokens"
     for text in PASSAGES:
-        row = muse.passage(tokenizer, text, "here")
+        row = items.passage(tokenizer, text, "here")
         context = row["prompt"]
         for piece, count in zip(row["pieces"], row["piece_tokens"], strict=True):
             before, after = tokenizer(context)["input_ids"], tokenizer(context + piece)["input_ids"]
@@ -254,14 +263,14 @@ def test_pieces_are_single_tokens_where_they_can_be(muse: ModuleType, model: Pat
             context += piece
 
 
-def test_only_the_beginning_of_passages(muse: ModuleType, model: Path) -> None:
+def test_only_the_beginning_of_passages(items: ModuleType, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = "Snow is white and grass is green"
-    row = muse.passage(tokenizer, text, "here", limit=4)
+    row = items.passage(tokenizer, text, "here", limit=4)
     assert row["target"] == tokenizer.decode(tokenizer(text)["input_ids"][:4])
     assert sum(row["piece_tokens"]) == 3
     assert row["zlib_bytes"] == len(zlib.compress(row["target"].encode()))
-    assert muse.passage(tokenizer, text, "here", limit=999) == muse.passage(tokenizer, text, "here")
+    assert items.passage(tokenizer, text, "here", limit=999) == items.passage(tokenizer, text, "here")
 
 
 def test_figures_by_hand(muse: ModuleType) -> None:
@@ -296,20 +305,20 @@ def test_a_group_has_all_tasks(model: Path, data: Path, corpus_name: str) -> Non
         assert config["dataset_kwargs"] == {"corpus": corpus_name, "kind": kind, "split": split or "forget"}
 
 
-def loaded(muse: ModuleType, model: Path, folder: Path, kind: str, **more: Any) -> Any:
+def loaded(pack: ModuleType, model: Path, folder: Path, kind: str, **more: Any) -> Any:
     metadata = {"tokenizer": str(model), "max_tokens": 8, **more}
-    return muse.load_items("news", kind, "forget", muse=str(folder), **metadata)["test"]
+    return pack.load_items("news", kind, "forget", muse=str(folder), **metadata)["test"]
 
 
-def test_passages_may_be_objects(muse: ModuleType, model: Path, tmp_path: Path) -> None:
+def test_passages_may_be_objects(items: ModuleType, model: Path, tmp_path: Path) -> None:
     write(tmp_path / "news" / "privleak" / "forget.json", [{"text": text} for text in PASSAGES])
-    assert loaded(muse, model, tmp_path, "privleak")["target"] == list(PASSAGES)
+    assert loaded(items, model, tmp_path, "privleak")["target"] == list(PASSAGES)
 
 
-def test_numbers_of_items(muse: ModuleType, model: Path, data: Path) -> None:
-    assert loaded(muse, model, data, "knowmem", items=2)["id"] == ["0", "1"]
-    assert loaded(muse, model, data, "knowmem", items={"knowmem_forget": 1})["id"] == ["0"]
-    assert len(loaded(muse, model, data, "knowmem", items={"verbmem_forget": 1})) == 3
+def test_numbers_of_items(items: ModuleType, model: Path, data: Path) -> None:
+    assert loaded(items, model, data, "knowmem", items=2)["id"] == ["0", "1"]
+    assert loaded(items, model, data, "knowmem", items={"knowmem_forget": 1})["id"] == ["0"]
+    assert len(loaded(items, model, data, "knowmem", items={"verbmem_forget": 1})) == 3
 
 
 @pytest.mark.parametrize(
@@ -331,32 +340,32 @@ def test_numbers_of_items(muse: ModuleType, model: Path, data: Path) -> None:
     ],
 )
 def test_bad_data(
-    muse: ModuleType, model: Path, tmp_path: Path, kind: str, rows: Any, more: dict[str, Any], message: str
+    items: ModuleType, model: Path, tmp_path: Path, kind: str, rows: Any, more: dict[str, Any], message: str
 ) -> None:
     write(tmp_path / "news" / kind / "forget.json", rows)
     with pytest.raises(ValueError, match=message):
-        loaded(muse, model, tmp_path, kind, **more)
+        loaded(items, model, tmp_path, kind, **more)
 
 
-def test_missing_data(muse: ModuleType, model: Path, tmp_path: Path) -> None:
+def test_missing_data(items: ModuleType, model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"verbmem/forget\.json: no such file"):
-        loaded(muse, model, tmp_path, "verbmem")
+        loaded(items, model, tmp_path, "verbmem")
     write(tmp_path / "news" / "knowmem" / "forget_qa.json", [{"question": "Who?", "answer": "Nobody"}])
     with pytest.raises(ValueError, match=r"knowmem/forget_qa_icl\.json: no such file"):
-        loaded(muse, model, tmp_path, "knowmem")
+        loaded(items, model, tmp_path, "knowmem")
     write(tmp_path / "news" / "knowmem" / "forget_qa_icl.json", [])
     with pytest.raises(ValueError, match=r"forget_qa_icl\.json has no rows"):
-        loaded(muse, model, tmp_path, "knowmem")
+        loaded(items, model, tmp_path, "knowmem")
     (tmp_path / "news" / "knowmem" / "forget_qa.json").write_text("[")
     with pytest.raises(ValueError, match=r"forget_qa\.json: not JSON"):
-        loaded(muse, model, tmp_path, "knowmem")
+        loaded(items, model, tmp_path, "knowmem")
     with pytest.raises(ValueError, match="muse-bench/MUSE-Books, knowmem, retain_qa, cannot be had from the hub"):
-        muse.load_items("books", "knowmem", "retain")
+        items.load_items("books", "knowmem", "retain")
 
 
-def test_a_slow_tokenizer_is_refused(muse: ModuleType) -> None:
+def test_a_slow_tokenizer_is_refused(items: ModuleType) -> None:
     with pytest.raises(ValueError, match="needs a fast tokenizer"):
-        muse.passage(object(), "a dog barks", "here")
+        items.passage(object(), "a dog barks", "here")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)

@@ -6,53 +6,131 @@ All of it is looked up before anything is computed, so that a wrong path costs n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from unlearn import fetch
+from unlearn.assets import tasks_folder
 from unlearn.data import LoadedSet
 from unlearn.errors import DataError, EvaluationError, ModelError
 from unlearn.model_place import model_place
 from unlearn.recipe import ModelSpec, Recipe
-from unlearn.recipe_bench import BenchmarkSpec
+from unlearn.recipe_bench import FORGET_SETS, BenchmarkSpec
+
+Row = Mapping[str, Any]
 
 
-def check(recipe: Recipe, base: Path) -> None:
-    """Look for what the recipe names, without fetching any of it.
+def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
+    """Look for what the recipe names; models are not fetched.
 
     Args:
         base: The recipe's folder, where relative paths start.
+        hub: Also read a benchmark's data that come from the hub.
 
     Raises:
-        EvaluationError: no such benchmark folder or log, a log of other items, or a run that trained no reference.
+        EvaluationError: no such benchmark folder or log, data that lack something, a log of other items, or a run that
+            trained no reference.
         DataError: a log that cannot be read.
-        ModelError: no such model.
+        ModelError: no such model, or the very model that is to forget.
     """
-    if recipe.benchmark is not None:
-        benchmark_folder(recipe.benchmark, base)
+    rows = None if recipe.benchmark is None else benchmark_rows(recipe.benchmark, base, hub=hub)
     log = log_file(recipe, base)
     if log is not None:
-        _check_log(recipe, log)
+        _check_log(recipe, log, rows)
     given = _model_given(recipe)
     if given is not None and run_reference(given, base) is None:
         try:
             model_place(_spec(recipe, given), base)
         except ModelError as error:
             raise _about_reference(error) from error
+        if recipe.teach is None and _same_place(given, recipe.model.path, base):
+            raise ModelError(
+                f"reference: {given} is the model that is to forget, and it has seen the forget set: give one that "
+                "never did, or leave the reference out"
+            )
 
 
-def _check_log(recipe: Recipe, path: Path) -> None:
-    """A log is small: whether it can be compared with at all is known before any training."""
+def _same_place(one: str, other: str, base: Path) -> bool:
+    """Whether two models' names are one hub id, or lead to one folder."""
+    places = [next((p.resolve() for p in (Path(t).expanduser(), base / t) if p.exists()), None) for t in (one, other)]
+    return one == other or (places[0] is not None and places[0] == places[1])
+
+
+def _check_log(recipe: Recipe, path: Path, rows: Mapping[str, Sequence[Row]] | None) -> None:
+    """Whether a log can be compared with at all is known before any training.
+
+    ``rows`` are the benchmark's, or None where they are on the hub and not read yet.
+    """
+    from unlearn.benchmarks.tofu import refuse_other_items
     from unlearn.board_runs import read_log  # numpy
 
-    assert recipe.benchmark is not None  # the recipe is checked
-    there, wanted = len(read_log(path).sets["forget"].items), recipe.benchmark.items
-    if wanted is not None and there != wanted:
+    spec, theirs = recipe.benchmark, read_log(path).sets["forget"]
+    assert spec is not None  # the recipe is checked
+    there, whole = len(theirs.items), FORGET_SETS[spec.set].questions
+    if rows is None:
+        items, questions = [str(n) for n in range(min(spec.items or whole, whole))], None
+    else:
+        items, questions = [row["id"] for row in rows[spec.set]], [row["question"] for row in rows[spec.set]]
+    if there < len(items) and spec.items is None:
         raise EvaluationError(
-            f"reference: {recipe.reference} has {there} forget items and the benchmark is asked for {wanted}: forget "
+            f"reference: {recipe.reference} has {there} forget items and {spec.name} {spec.set} {len(items)}: forget "
             f"quality compares two models on the same items; set benchmark.items to {there}, or give another log"
         )
+    try:
+        refuse_other_items(theirs, items, questions, spec.set)
+    except EvaluationError as error:
+        raise EvaluationError(f"reference: {recipe.reference}: {error}") from error
+
+
+def benchmark_rows(spec: BenchmarkSpec, base: Path, *, hub: bool = False) -> Mapping[str, Sequence[Row]] | None:
+    """The rows of each part that a benchmark scores; None where they are on the hub and not asked for.
+
+    Raises:
+        EvaluationError: there are none, too few, or one lacks something.
+    """
+    folder = benchmark_folder(spec, base)
+    reader = _reader(spec)
+    if folder is None and not hub:
+        whole = FORGET_SETS[spec.set].questions if spec.name == "tofu" else None
+        if whole is not None and spec.items is not None and spec.items > whole:
+            raise EvaluationError(f"benchmark.items is {spec.items}, and TOFU's {spec.set} has {whole} questions")
+        return None
+    where = None if folder is None else str(folder)
+    try:
+        if spec.name == "muse":
+            parts = [("verbmem", "forget"), ("knowmem", "forget"), ("knowmem", "retain")]
+            parts += [("privleak", split) for split in ("forget", "holdout", "retain")]
+            return {f"{k}_{s}": reader.read_rows(spec.set, k, s, where, spec.items)[1] for k, s in parts}
+        sets = (spec.set, "retain", "real_authors", "world_facts")
+        found = {name: reader.read_rows(name, "prob", where, spec.items, tag=spec.tag) for name in sets}
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"benchmark: the data of {spec.name} {spec.set} cannot be had: {error}"
+            + ("" if spec.path else ". They come from the hub; benchmark.path names a local folder with them")
+        ) from error
+    for name, rows in found.items():
+        counts = [len(row["perturbed_answer"]) for row in rows]
+        if other := [n for n, count in enumerate(counts) if count != counts[0]]:
+            raise EvaluationError(
+                f"benchmark: tofu {name}, row {other[0] + 1}: {counts[other[0]]} perturbed answers where row 1 has "
+                f"{counts[0]}: truth ratios of some rows would be means of fewer"
+            )
+    return found
+
+
+def _reader(spec: BenchmarkSpec) -> ModuleType:
+    """The module of the pack that reads a benchmark's rows; it stands alone, and is no package."""
+    path = tasks_folder() / spec.name / f"{spec.name}_items.py"
+    found = importlib.util.spec_from_file_location(f"unlearn_eval_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def benchmark_folder(spec: BenchmarkSpec, base: Path) -> Path | None:
@@ -65,7 +143,9 @@ def benchmark_folder(spec: BenchmarkSpec, base: Path) -> Path | None:
         return None
     found = _first(spec.path, base, Path.is_dir)
     if found is None:
-        raise EvaluationError(f"benchmark.path: there is no folder {spec.path} here or in {base}")
+        raise EvaluationError(
+            f"benchmark.path: there is no folder {spec.path} here or in {base}{did_you_mean(spec.path, base)}"
+        )
     return found.resolve()
 
 
@@ -102,7 +182,8 @@ def log_file(recipe: Recipe, base: Path) -> Path | None:
     found = _first(given, base, Path.is_file)
     if found is None:
         raise EvaluationError(
-            f"reference: there is no file {given} here or in {base}; give a log in the layout of TOFU's authors"
+            f"reference: there is no file {given} here or in {base}{did_you_mean(given, base)}; give a log in the "
+            "layout of TOFU's authors"
         )
     return found
 
@@ -191,6 +272,14 @@ def _first(given: str, base: Path, fits: Any) -> Path | None:
     """In the recipe's folder or, where nothing fits there, in the current one."""
     path = Path(given).expanduser()
     return next((place for place in (base / path, path) if fits(place)), None)
+
+
+def did_you_mean(given: str, base: Path) -> str:
+    """``; did you mean data/tofu?``: files and folders whose names are near to one that is not there, or nothing."""
+    path = Path(given).expanduser()
+    names = {one.name for place in (base / path, path) if place.parent.is_dir() for one in place.parent.iterdir()}
+    near = get_close_matches(path.name, sorted(names), n=3)
+    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else ""
 
 
 def _about_reference(error: ModelError) -> ModelError:

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 HUB = "locuslab/TOFU"
 _TAGS = {"prompt": "Question: {}\nAnswer:", "scored": "Question: {}\n"}
@@ -55,17 +57,38 @@ def load_items(
     Raises:
         ValueError: no such data, no rows, too few of them, or a row without what its set must have.
     """
+    import datasets
+
+    return {"test": datasets.Dataset.from_list(read_rows(subset, kind, tofu, items, skip, tag))}
+
+
+def read_rows(
+    subset: str,
+    kind: str,
+    tofu: str | None = None,
+    items: int | Mapping[str, int] | None = None,
+    skip: int | Mapping[str, int] = 0,
+    tag: str = "prompt",
+) -> list[Row]:
+    """The rows that :func:`load_items` makes a data set of; of a local folder with the standard library alone.
+
+    Raises:
+        ValueError: as :func:`load_items`.
+    """
     if tag not in _TAGS:
         raise ValueError(f"metadata tag is {tag!r}; it must be {' or '.join(_TAGS)}")
     where, rows = _local(Path(tofu).expanduser(), subset) if tofu else _hub(subset)
     numbers = _chosen(where, len(rows), _own("items", items, subset), _own("skip", skip, subset) or 0, subset in _SHORT)
-    paraphrased = subset not in _SHORT and (not subset.startswith("holdout") or "paraphrased_answer" in rows[0])
+    # rows of a holdout set need not have one, but then none has: the ratio of some would be another figure
+    paraphrased = subset not in _SHORT and (
+        not subset.startswith("holdout") or any("paraphrased_answer" in row for row in rows)
+    )
     layout = _TAGS[tag if kind == "prob" else "prompt"]
     found = []
     for number in numbers:
         row = _checked(rows[number], f"{where}, row {number + 1}", kind, paraphrased)
         found.append({"id": str(number), "prompt": layout.format(row["question"]), "target": row["answer"], **row})
-    return {"test": datasets.Dataset.from_list(found)}
+    return found
 
 
 def _local(folder: Path, subset: str) -> tuple[str, list[Row]]:
@@ -74,14 +97,22 @@ def _local(folder: Path, subset: str) -> tuple[str, list[Row]]:
     names = [f"{subset}_perturbed.json", *([f"{subset}.json"] if subset.startswith("holdout") else [])]
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        raise ValueError(f"{folder} has no {' and no '.join(names)}, which the tasks of {subset} need")
+        others = {f"{one}_perturbed.json" for one in _SETS}  # near to every name, and none is meant for another
+        there = sorted(one.name for one in folder.glob("*.json*") if one.name not in others)
+        near = get_close_matches(names[0], there, n=1, cutoff=0.8)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{folder} has no {' and no '.join(names)}, which the tasks of {subset} need{meant}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: a row must be a JSON object")
@@ -90,6 +121,8 @@ def _local(folder: Path, subset: str) -> tuple[str, list[Row]]:
 
 
 def _hub(subset: str) -> tuple[str, list[Row]]:
+    import datasets
+
     configs = [f"{subset}_perturbed", *([subset] if subset.startswith("holdout") else [])]
     for config in configs:
         try:
