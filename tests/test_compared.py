@@ -487,7 +487,9 @@ def test_a_run_that_trained_no_reference(compared: Path, tmp_path: Path, capfd: 
     assert "the run other trained no reference itself" in " ".join(capfd.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("mistake", "said"), [("short", "log.json has 5 forget items and tofu forget01 6"), ("broken", "not JSON")])
+@pytest.mark.parametrize(
+    ("mistake", "said"), [("short", "log.json has 5 forget items and tofu forget01 6"), ("broken", "not JSON")]
+)
 def test_a_log_that_does_not_fit(
     mistake: str, said: str, compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
