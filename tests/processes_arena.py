@@ -22,9 +22,11 @@ from unlearn.console import is_main_process, say
 from unlearn.data import Item
 from unlearn.errors import UnlearnError
 from unlearn.finetune import encode, train_vector, train_weights
+from unlearn.memory import told
 from unlearn.models import Loaded, fingerprint, load
 from unlearn.objectives import Against, Keep
 from unlearn.recipe import LoraSpec, ModelSpec, RetainKLSpec, TrainSpec
+from unlearn.stages import less_training
 from unlearn.vector import TaskVector
 
 FACTS = {
@@ -63,7 +65,8 @@ def fit(
         against = Against(kind, near, batch_size=3)  # type: ignore[arg-type]
     lora = LoraSpec(rank=4, alpha=8, dropout=dropout)
     args = (loaded.model, loaded.tokenizer, facts, how, lora, 0, work, "forget", {}, keep, against)
-    return train_vector(*args)
+    with told("vectors/forget", less_training("vector.forget")):
+        return train_vector(*args)
 
 
 def masked(found: list[list[bool]]) -> None:

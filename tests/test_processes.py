@@ -387,7 +387,8 @@ def test_a_signal_to_one_process_stops_all_after_one_step(two: Path, tmp_path: P
 
 def test_one_without_memory_is_heard_and_nobody_waits(tmp_path: Path, pico_phi: Path) -> None:
     done = trained(launch.command(2), tmp_path, pico_phi, {"x": {}}, code=2, happens=[2, "memory"])
-    assert "error in process 1: forget: out of memory. Lower batch_size" in done.stderr
+    assert "error in process 1: vectors/forget: out of memory (DefaultCPUAllocator: can't alloc" in done.stderr
+    assert "lower vector.forget.batch_size (and raise" in done.stderr
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------

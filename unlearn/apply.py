@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unlearn import console
 from unlearn.atomic import some
 from unlearn.errors import RunFolderError, UnlearnError, VectorError
+from unlearn.memory import told
 from unlearn.wording import counted, file_size, number, percent
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        return _check(arguments) if arguments.check else _apply(arguments)
+        with told("apply", "stop what else runs there"):
+            return _check(arguments) if arguments.check else _apply(arguments)
     except UnlearnError as e:
         console.say(f"error: {e}", style="red")
         return EXIT_MISTAKE

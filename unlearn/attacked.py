@@ -21,12 +21,21 @@ from unlearn.attacks.values import LENS, AttackScore, Robustness, quantisation, 
 from unlearn.compared import Compared, Subjects
 from unlearn.console import say
 from unlearn.data import Item, LoadedSet
+from unlearn.memory import told
 from unlearn.models import Loaded
 from unlearn.recipe_bench import RobustnessSpec
 from unlearn.report import Who
 from unlearn.rundir import write_json_atomic
+from unlearn.stages import LESS
 
 _Scores = Sequence[AttackScore]
+_RELEARNING = "lower robustness.relearn.batch_size, or set robustness.relearn to null"
+_LESS = {
+    "samples": "lower robustness.samples, or set it to 0",
+    "lens": "lower eval.batch_tokens, or set robustness.lens to false",
+    **dict.fromkeys(("nf4", "int8"), "leave it out of robustness.quantize"),
+    **dict.fromkeys(("relearn", "relearn-unrelated"), _RELEARNING),
+}
 
 
 class Attacked(Compared):
@@ -153,7 +162,8 @@ class Attacked(Compared):
         def write(tmp: Path) -> None:
             write_json_atomic(tmp / "scores.json", [asdict(score) for score in make(tmp)])
 
-        self.make(stage, [*parts, engine], write, kind=f"robustness/{name}")
+        with told(stage, _LESS.get(name, LESS["test"])):
+            self.make(stage, [*parts, engine], write, kind=f"robustness/{name}")
         found = json.loads((self.folder.path(stage) / "scores.json").read_text(encoding="utf-8"))
         return [AttackScore(**{**score, "who": who}) for score in found]
 

@@ -19,12 +19,13 @@ from unlearn.evaluate import evaluate
 from unlearn.foreseen import Foreseen
 from unlearn.member_files import SAMPLES, judge, save
 from unlearn.members import members_of, tell
+from unlearn.memory import told
 from unlearn.models import Loaded
 from unlearn.negate import Edit
 from unlearn.recipe import TeachSpec
 from unlearn.report import Benchmark, Membership, TaskScore, Who
 from unlearn.rundir import write_json_atomic
-from unlearn.stages import digests
+from unlearn.stages import LESS, digests, less_training
 from unlearn.vector import TaskVector
 
 
@@ -102,7 +103,9 @@ class Compared(Foreseen):
                 write_json_atomic(tmp / "training.json", log.to_json("teach" if name == "target" else name))
 
         parts = [base.fingerprint, [s.digest for s in learned], spec.model_dump(mode="json"), self.recipe.seed]
-        self.make(name, parts, make, kind="target", share=True)
+        less = less_training("teach") + ("" if spec.lora else ", or give teach.lora")
+        with told(name, less):
+            self.make(name, parts, make, kind="target", share=True)
         return str(self.folder.path(name))
 
     def reference(self, sets: Sequence[LoadedSet]) -> Loaded | None:
@@ -139,7 +142,9 @@ class Compared(Foreseen):
             self._score(loaded, built, "reference", tmp)
 
         spec = self.recipe.eval.model_dump(mode="json")
-        self.make("eval/reference", [*subjects.key("reference"), digests(sets), spec, self.recipe.seed], make)
+        parts = [*subjects.key("reference"), digests(sets), spec, self.recipe.seed]
+        with told("reference", LESS["reference"]):
+            self.make("eval/reference", parts, make)
         return score_files.scores(self.folder.path("eval/reference"))
 
     # -- benchmark -----------------------------------------------------------------------------------------------

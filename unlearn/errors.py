@@ -27,7 +27,7 @@ class VectorError(UnlearnError):
 
 
 class TrainingError(UnlearnError):
-    """Fine-tuning that went wrong: non-finite loss, out of memory, nothing to learn from."""
+    """Fine-tuning that went wrong: non-finite loss, nothing to learn from."""
 
 
 class EvaluationError(UnlearnError):

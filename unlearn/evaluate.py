@@ -23,7 +23,6 @@ from lm_eval.loggers.utils import add_env_info, add_tokenizer_info
 
 from unlearn.errors import BrokenModelError, EvaluationError
 from unlearn.eval_files import write_files
-from unlearn.memory import is_out_of_memory
 from unlearn.metrics import Key
 from unlearn.provenance import checkout
 from unlearn.redact import hide
@@ -90,23 +89,15 @@ def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) 
         bootstrap: Resamples for standard errors without a formula; 0: do without those.
 
     Raises:
-        EvaluationError: no items, a missing metric, a number that is not finite, or not enough memory.
+        EvaluationError: no items, a missing metric, or a number that is not finite.
     """
     started, clock = time.time(), time.perf_counter()
     task_dict: Any = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}
     asked = seeded(lm, tasks.tasks.values(), tasks.seed)
     with quiet_harness(), contextlib.nullcontext() if bootstrap else formulas_only(tasks.tasks.values()):
-        try:
-            raw = evaluator.evaluate(
-                lm=asked, task_dict=task_dict, samples=dict(tasks.samples) or None, bootstrap_iters=bootstrap or 1
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise EvaluationError(
-                "out of memory while scoring: lower eval.batch_tokens (engine packed) or eval.batch_size, or choose a "
-                "smaller model.dtype"
-            ) from error
+        raw = evaluator.evaluate(
+            lm=asked, task_dict=task_dict, samples=dict(tasks.samples) or None, bootstrap_iters=bootstrap or 1
+        )
         if raw is None:
             raise EvaluationError(
                 "lm-eval has dealt out the items to several processes and given the scores to the main one: with "

@@ -16,6 +16,7 @@ from rich.console import Console
 from unlearn import distributed, provenance, references
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
+from unlearn.memory import told
 from unlearn.pool import Pool
 from unlearn.quiet import quiet_libraries
 from unlearn.recipe import DataSet, Recipe, Source
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from unlearn.fitted import Goal, Vectors
     from unlearn.vector import TaskVector
 
+_LESS = "stop what else runs there"
 _FEW = 20  # items under which an accuracy moves in steps that a bound of 95 % cannot resolve
 
 
@@ -51,7 +53,7 @@ def execute(
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"cluster": None}))
     shared = Pool(pool.absolute()) if pool is not None else None
     recipe, base = loaded.recipe, loaded.source.parent
-    with RunFolder.open(out, recipe, loaded.text, fresh) as folder:
+    with told(recipe.name, _LESS), RunFolder.open(out, recipe, loaded.text, fresh) as folder:
         say(f"{recipe.name}: {folder.root}")
         key = fingerprint(_plain(recipe), _inputs(recipe, base), provenance.versions(provenance.LIBRARIES))
         distributed.join()

@@ -88,7 +88,7 @@ def train_vector(
     Raises:
         ModelError: the LoRA's targets match nothing.
         VectorError: its rank is above what a target's matrix can have.
-        TrainingError: non-finite loss, out of memory, or an adapter that learned nothing.
+        TrainingError: non-finite loss, or an adapter that learned nothing.
         ValueError: ``keep`` and ``against`` together.
     """
     targets = resolve_targets(model, lora.targets, lora.depth)
@@ -124,7 +124,7 @@ def train_weights(
     """Fine-tune all weights in place (teach without a LoRA).
 
     Raises:
-        TrainingError: non-finite loss, or out of memory.
+        TrainingError: the loss is not finite.
     """
     set_seed(seed)
     model.requires_grad_(True)

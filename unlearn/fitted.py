@@ -14,6 +14,7 @@ from unlearn.console import say
 from unlearn.data import LoadedSet
 from unlearn.distributed import wait
 from unlearn.errors import DataError
+from unlearn.memory import told
 from unlearn.methods.consensus import consensus
 from unlearn.methods.msa import msa
 from unlearn.methods.random_vector import random_like
@@ -31,6 +32,7 @@ from unlearn.recipe_vector import (
 from unlearn.rundir import write_json_atomic
 from unlearn.scored import Scored
 from unlearn.shaping import Materials, shape
+from unlearn.stages import LESS, less_training
 from unlearn.trainer import Against, Keep
 from unlearn.vector import TaskVector
 
@@ -93,8 +95,9 @@ class Fitted(Scored):
 
     def edit(self, vectors: Vectors, weights: Mapping[Goal, float]) -> TaskVector:
         """What is subtracted, kept as a stage of its own."""
-        edit = vectors.edit(weights)
-        self.make("vectors/edit", [edit.digest()], lambda tmp: edit.save(tmp / VECTOR_FILE))
+        with told("finetune", LESS["finetune"]):
+            edit = vectors.edit(weights)
+            self.make("vectors/edit", [edit.digest()], lambda tmp: edit.save(tmp / VECTOR_FILE))
         return edit
 
     def training(self, vectors: Vectors) -> tuple[Mapping[str, Any], ...]:
@@ -165,7 +168,9 @@ class Fitted(Scored):
         if against:
             settings = getattr(self.recipe.vector, against, None)
             parts += [against, _plain(settings) if settings else None, [s.digest for s in near]]
-        self.make(stage, parts, make, kind=f"vectors/{kind}" if kind else "", share=True)
+        own = self.recipe.vector.retain is not None and (name == "retain" or name.startswith("near-"))
+        with told(stage, less_training("vector.retain" if own else "vector.forget")):
+            self.make(stage, parts, make, kind=f"vectors/{kind}" if kind else "", share=True)
         return TaskVector.load(self.folder.path(stage) / VECTOR_FILE)
 
     def encode(self, sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:

@@ -23,6 +23,7 @@ from lm_eval.utils import setup_logging
 from unlearn import accelerated, distributed
 from unlearn.console import is_main_process, say
 from unlearn.errors import UnlearnError
+from unlearn.memory import told
 
 MODEL = "unlearn"
 EXIT_MISTAKE = 2
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = sys.argv
     sys.argv = [before[0], *(before[1:] if argv is None else argv)]  # where lm-eval reads, and writes to
     try:
-        _run(HarnessCLI())
+        with told(MODEL, "lower batch_tokens or max_length in --model_args, or --batch_size"):
+            _run(HarnessCLI())
     except UnlearnError as e:
         say(f"error: {e}", style="red")
         return EXIT_MISTAKE

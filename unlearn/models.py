@@ -20,7 +20,7 @@ from unlearn.cache import offline, vanished
 from unlearn.errors import ModelError
 from unlearn.hub import NETWORK_LIBRARIES, check_trust, condensed, hub_failure
 from unlearn.layers import layer_of
-from unlearn.memory import is_out_of_memory
+from unlearn.memory import is_out_of_memory, told
 from unlearn.quiet import quietly
 from unlearn.recipe import ModelSpec
 
@@ -51,7 +51,7 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
 
     Raises:
         ModelError: out of reach, not a causal language model, weights that do not fit the architecture, no fast
-            tokenizer, no such device, out of memory; or code of its own that only the recipe trusts.
+            tokenizer, no such device; or code of its own that only the recipe trusts.
     """
     check_trust(spec)
     device = place(spec.device)
@@ -60,16 +60,17 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if not Path(where).is_dir():
         options |= {"revision": spec.revision, "local_files_only": offline()}
-    try:
-        with quietly(downloads=True):
-            tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
-            model, report = _read_weights(where, options, dtype, device, quantize)
-            model = model if quantize != "none" else model.to(device)
-    except Exception as error:
-        message = _explain(error, where, spec)
-        if message is None:
-            raise
-        raise ModelError(message) from error
+    with told(f"model.path: {where}", "choose a smaller model"):
+        try:
+            with quietly(downloads=True):
+                tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
+                model, report = _read_weights(where, options, dtype, device, quantize)
+                model = model if quantize != "none" else model.to(device)
+        except Exception as error:
+            message = _explain(error, where, spec)
+            if message is None:
+                raise
+            raise ModelError(message) from error
     _check_weights(where, report)
     _check_tokenizer(where, tokenizer, model)
     model.eval()
@@ -147,7 +148,7 @@ def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
     whole, said = str(error), condensed(error)
     library = type(error).__module__.split(".")[0]
     if is_out_of_memory(error):
-        return f"model.path: {where} does not fit into memory: use dtype bfloat16, a smaller model or another device"
+        return None
     if isinstance(error, ImportError):
         return f"model.path: loading {where} needs a package that is missing: {said}"
     if "trust_remote_code" in whole and not spec.trust_remote_code:

@@ -17,6 +17,7 @@ from unlearn.console import say
 from unlearn.errors import VectorError
 from unlearn.importance import gradients
 from unlearn.learn_weights import LearnSpec, learn
+from unlearn.memory import told
 from unlearn.methods.contrast import contrast
 from unlearn.methods.ethos import ethos
 from unlearn.methods.ext_sub import ext_sub
@@ -68,6 +69,9 @@ class Materials:
         return self.retain_vector
 
 
+_LESS = {"learned": "lower vector.learned.batch_size and vector.learned.retain_batch_size"}
+
+
 def shape(vector: TaskVector, steps: Iterable[Method], spec: VectorSpec, have: Materials) -> TaskVector:
     """Work off the shapers among ``steps``, in order; sources are passed over.
 
@@ -78,7 +82,8 @@ def shape(vector: TaskVector, steps: Iterable[Method], spec: VectorSpec, have: M
         shaper = SHAPERS.get(step)
         if shaper is not None:
             before = vector.norm()
-            vector = shaper(vector, spec, have)
+            with told(f"vector.method {step}", _LESS.get(step, f"leave {step} out of vector.method")):
+                vector = shaper(vector, spec, have)
             say(f"    {step}: norm {before:.3g} to {vector.norm():.3g}")
     return vector
 

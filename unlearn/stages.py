@@ -15,6 +15,7 @@ from unlearn.console import is_main_process, say
 from unlearn.data import LoadedSet
 from unlearn.distributed import wait
 from unlearn.errors import RunFolderError
+from unlearn.memory import told
 from unlearn.pool import Pool, link_tree
 from unlearn.provenance import LIBRARIES, tidy, versions
 from unlearn.recipe import Recipe
@@ -25,6 +26,30 @@ STAGES = (
     *("load", "data", "teach", "finetune", "balance", "foresee", "sweep", "test"),
     *("reference", "benchmark", "membership", "robustness", "export"),
 )
+
+_SCORING = "lower eval.batch_tokens (engine packed) or eval.batch_size (engine hf)"
+# What makes a stage need less memory: the recipe's keys.
+LESS = {
+    "load": "choose a smaller model",
+    "finetune": "shape the vector by fewer of vector.method's steps",
+    "balance": _SCORING,
+    "foresee": "set vector.correlation to null, which leaves the foresight out",
+    "sweep": _SCORING,
+    "test": _SCORING,
+    "reference": f"{_SCORING}, or leave reference out",
+    "benchmark": f"{_SCORING}, or leave benchmark out",
+    "membership": "leave holdout out, and with it membership inference",
+    "robustness": "set robustness to null",
+    "export": "set export.merged to false: the adapter alone needs no whole weights",
+}
+
+
+def less_training(key: str) -> str:
+    """The same for a training, by the recipe's key."""
+    return (
+        f"lower {key}.batch_size (and raise {key}.accumulation by as much) or {key}.max_length, or set "
+        f"{key}.gradient_checkpointing to true"
+    )
 
 
 def digests(sets: Iterable[LoadedSet]) -> list[str]:
@@ -122,7 +147,8 @@ class Stages:
         say(f"[{stages.index(stage) + 1}/{len(stages)}] {stage}: {what}", style="bold")
         before = set(self.stages)
         started = time.monotonic()
-        yield
+        with told(stage, LESS.get(stage, "lower limit of the largest sets")):
+            yield
         took = time.monotonic() - started
         say(f"    {took:.1f} s", style="dim")
         made = [r.seconds for n in set(self.stages) - before if (r := self.folder.record(n)) is not None]

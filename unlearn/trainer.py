@@ -26,7 +26,6 @@ from unlearn.console import progress, say
 from unlearn.dealing import Dealt, Part, blank
 from unlearn.errors import TrainingError
 from unlearn.frozen import with_answers
-from unlearn.memory import is_out_of_memory
 from unlearn.methods.retain_kl import only_at, scaled_rows
 from unlearn.objectives import BESIDE, Against, Answers, Keep, Objective, Share, all_labels, mend, objective
 from unlearn.recipe import TrainSpec
@@ -83,7 +82,7 @@ def train(
         against: A baseline's loss in place of cross-entropy, ``rows`` being what is to be forgotten.
 
     Raises:
-        TrainingError: non-finite loss, out of memory, a row without an answer, no step made, or a checkpoint that
+        TrainingError: non-finite loss, a row without an answer, no step made, or a checkpoint that
             somebody else has put there.
         ValueError: ``keep`` and ``against`` together.
         KeyboardInterrupt: a signal to stop has arrived.
@@ -116,13 +115,6 @@ def train(
         try:
             with collective.all_there():
                 trainer.go_on(collective.from_main(lambda: last_checkpoint(work, part.count)), total)
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
-            if not is_out_of_memory(e):
-                raise
-            advice = "Lower batch_size (and raise accumulation by as much), lower max_length, or set "
-            message = f"{label}: out of memory. {advice}gradient_checkpointing: true"
-            collective.alarm(message)
-            raise TrainingError(message) from e
         except pickle.UnpicklingError as e:  # only numbers are read of a checkpoint: no object of it is ever built
             message = f"{label}: a checkpoint in {work} holds more than numbers, so no run wrote it: remove that folder"
             collective.alarm(message)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from unlearn import console
 from unlearn.atomic import no_space, sync, unique
 from unlearn.errors import UnlearnError, VectorError
+from unlearn.memory import told
 
 if TYPE_CHECKING:
     from unlearn.checkpoint_vector import CheckpointReport
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, do it, and turn what went wrong into one message and an exit code."""
     arguments = _parser().parse_args(_with_negatives(sys.argv[1:] if argv is None else argv))
     try:
-        arguments.do(arguments)
+        with told("vectors", "truncate the vectors first (low-rank --rank)"):
+            arguments.do(arguments)
     except UnlearnError as e:
         console.say(f"error: {e}", style="red")
         return EXIT_MISTAKE

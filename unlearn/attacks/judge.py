@@ -97,7 +97,7 @@ class Judge:
         """The forget score of a model as it is now.
 
         Raises:
-            EvaluationError: not enough memory, or (BrokenModelError) scores that are no numbers.
+            BrokenModelError: scores that are no numbers.
         """
         return self.scores(model, label)[self.metric]
 

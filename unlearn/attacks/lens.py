@@ -18,9 +18,7 @@ from transformers import PreTrainedModel
 from unlearn.attacks.judge import Judge, Judged
 from unlearn.attention import Layout, attending
 from unlearn.console import progress
-from unlearn.errors import EvaluationError
 from unlearn.forward import Budget, Forward, NotPackableError, Part, run
-from unlearn.memory import is_out_of_memory
 from unlearn.scoring import PackedLM, Request
 from unlearn.silence import quiet_harness
 from unlearn.tree import pack
@@ -57,7 +55,7 @@ def logit_lens(
         (layer, score); None where :func:`unavailable` says why.
 
     Raises:
-        EvaluationError: not enough memory, or (BrokenModelError) a layer's scores are no numbers.
+        BrokenModelError: a layer's scores are no numbers.
     """
     if unavailable(model, judge) is not None:
         return None
@@ -166,13 +164,6 @@ class _LensLM(PackedLM):
         costs = self.layers.costs()
         budget = Budget(costs, min(self.batch_tokens or self.layers.tokens(), _TOKENS))
         total = sum(len(continuation) for _, continuation in pairs)
-        try:
-            with progress(self.label, total) as advance, torch.inference_mode():
-                for parts in run(self.layers, pack(pairs, self.max_length, costs, longest=budget.tokens), budget):
-                    advance(sum(tokens for *_, tokens in parts))
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise EvaluationError(
-                "out of memory in the logit lens: lower eval.batch_tokens, or set lens to false"
-            ) from error
+        with progress(self.label, total) as advance, torch.inference_mode():
+            for parts in run(self.layers, pack(pairs, self.max_length, costs, longest=budget.tokens), budget):
+                advance(sum(tokens for *_, tokens in parts))

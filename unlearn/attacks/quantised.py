@@ -23,7 +23,6 @@ from unlearn.attacks.values import quantisation
 from unlearn.changes import edited
 from unlearn.console import progress
 from unlearn.errors import ModelError, VectorError
-from unlearn.memory import is_out_of_memory
 from unlearn.negate import fit
 from unlearn.quiet import quietly
 from unlearn.recipe_bench import Quantised
@@ -45,14 +44,8 @@ def edited_copy(model: PreTrainedModel, vector: TaskVector | None, coefficient: 
 
     Raises:
         VectorError: the vector does not fit the model, or a weight that it changes is quantised.
-        ModelError: there is no memory for a second model.
     """
-    try:
-        twin = copy.deepcopy(model)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError("robustness: there is no memory for a copy of the model, which the attacks need") from error
+    twin = copy.deepcopy(model)
     twin.eval()
     if vector is None or coefficient == 0:
         return twin
@@ -80,7 +73,7 @@ def quantised(model: PreTrainedModel, kind: Quantised, work: Path | None = None)
         work: Folder that has room for the weights once more; the system's temporary one when not given.
 
     Raises:
-        ModelError: bitsandbytes is missing, no room, not enough memory, or the copy has other weights than the model.
+        ModelError: bitsandbytes is missing, no room, or the copy has other weights than the model.
     """
     if find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -137,19 +130,14 @@ def _read(model: PreTrainedModel, folder: Path, kind: Quantised) -> PreTrainedMo
         "bnb_4bit_compute_dtype": model.dtype,
     }
     config = BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
-    try:
-        small, report = type(model).from_pretrained(
-            folder,
-            dtype=model.dtype,
-            quantization_config=config,
-            device_map={"": model.device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError("robustness.quantize: a quantised copy does not fit into memory beside the model") from error
+    small, report = type(model).from_pretrained(
+        folder,
+        dtype=model.dtype,
+        quantization_config=config,
+        device_map={"": model.device},
+        use_safetensors=True,
+        output_loading_info=True,
+    )
     if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise ModelError(
             f"robustness.quantize: the quantised copy has other weights than the model: {', '.join(wrong)}"

@@ -26,7 +26,6 @@ from unlearn.data import Item, LoadedSet
 from unlearn.errors import TrainingError
 from unlearn.finetune import encode
 from unlearn.items import digest
-from unlearn.memory import is_out_of_memory
 from unlearn.recipe_bench import RelearnSpec
 from unlearn.silence import random_state_kept
 
@@ -98,7 +97,7 @@ def relearn(
         (steps, score), steps rising. The same seed gives the same curve.
 
     Raises:
-        TrainingError: no rows, a loss that is not finite, or not enough memory.
+        TrainingError: no rows, or a loss that is not finite.
     """
     if not rows:
         raise TrainingError(f"{label}: there is nothing to train on")
@@ -118,12 +117,6 @@ def relearn(
             )
             trainer.pop_callback(PrinterCallback)
             trainer.train()
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"{label}: out of memory. Lower robustness.relearn.batch_size, or set robustness.relearn to null"
-            ) from error
         finally:
             model.requires_grad_(False)
             model.zero_grad(set_to_none=True)

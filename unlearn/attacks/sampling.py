@@ -25,7 +25,6 @@ from unlearn.collective import count, together
 from unlearn.console import progress
 from unlearn.errors import EvaluationError
 from unlearn.items import digest
-from unlearn.memory import is_out_of_memory
 from unlearn.silence import quiet_harness, random_state_kept
 
 MCQ_TOKENS = 16
@@ -63,7 +62,7 @@ def sample(
         rows: Continuations written at once, rounded to whole items.
 
     Raises:
-        EvaluationError: no samples or no temperature, too little room after a prompt, or not enough memory.
+        EvaluationError: no samples or no temperature, or too little room after a prompt.
     """
     if samples < 1 or not temperature > 0:
         raise EvaluationError(
@@ -150,19 +149,14 @@ def _written(
         pad_token_id=lm.tokenizer.pad_token_id,
         eos_token_id=_ends(lm),
     )
-    try:
-        with random_state_kept(), torch.inference_mode():
-            torch.manual_seed(seed)
-            found = lm.model.generate(
-                ids.to(lm.device),
-                attention_mask=mask.to(lm.device),
-                generation_config=how,
-                stopping_criteria=StoppingCriteriaList([_AtStop(lm.tokenizer, stops)] if stops else []),
-            )
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise EvaluationError("out of memory while sampling: lower robustness.samples") from error
+    with random_state_kept(), torch.inference_mode():
+        torch.manual_seed(seed)
+        found = lm.model.generate(
+            ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            generation_config=how,
+            stopping_criteria=StoppingCriteriaList([_AtStop(lm.tokenizer, stops)] if stops else []),
+        )
     texts = lm.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
     return [min((text.split(stop)[0] for stop in stops), key=len, default=text) for text in texts]
 
