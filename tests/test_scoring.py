@@ -388,6 +388,7 @@ def limited(
     [
         lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB"),
         lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         lambda: MemoryError(),
     ],
 )
@@ -406,6 +407,24 @@ def test_running_out_of_memory_loses_nothing(
     sizes.clear()
     assert_same(lm.loglikelihood(asked(texts)), wanted)
     assert max(sizes) <= 300
+
+
+def test_what_torch_keeps_is_let_go_before_the_next_try(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller rows alone do not help a library that allocates past torch."""
+    lm = packed(phi)
+    lm.loglikelihood(asked(questions()))
+    full = [True]
+    plain = phi.model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if full:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", full.clear)
+    monkeypatch.setattr(phi.model.model, "forward", forward)
+    wanted = [value for value, _ in lm.loglikelihood(asked(questions()))]
+    assert len(wanted) == len(questions())
 
 
 def test_a_tree_that_does_not_fit_is_cut(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,7 @@ def greedy(
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e) or slots == 1:
                 raise
+        torch.cuda.empty_cache()
         slots = max(1, slots // 2)
         queue = [i for i in queue if i not in finished]
 

@@ -221,6 +221,7 @@ def _within_memory(
             yield scores
             continue
         # outside the handler: the exception holds on to the tensors of the failed pass
+        torch.cuda.empty_cache()  # cuBLAS allocates past torch, which would keep what it was given
         budget.tokens = max(1, min(budget.tokens, sum(len(p.tokens) for p in part)) // 2)
         half = len(part) // 2
         todo += [part[half:], part[:half]]
