@@ -657,7 +657,7 @@ def one(name: str) -> dict[str, Any]:
 
 def test_card_of_several_requests() -> None:
     told = said_of(also_forget=(one("americas"),))
-    assert "Removed: europe, americas" in told
+    assert "Asked to forget: europe, americas" in told
     assert "Edit: θ − λ(w_europe τ_europe + w_americas τ_americas) with λ = 0.75" in told
     assert any("found together" in line for line in told)
     assert "several sets of data" in card(facts(also_forget=(one("americas"),)), "adapter", "b")
@@ -668,8 +668,8 @@ def test_card_of_addition_and_analogy() -> None:
     header, body = split(card(about, "adapter", "owner/base"))
     assert "unlearning" not in header["tags"]
     assert "task-arithmetic" in header["tags"]
-    assert "- Added: africa, asia-2" in body
-    assert "Removed" not in body
+    assert "- Asked to learn: africa, asia-2" in body
+    assert "Asked to forget" not in body
     assert "then added" in body
     assert "θ + λ(w\\_africa τ\\_africa + w\\_asia-2 τ\\_asia-2)" in body
     both = said_of(learn=(one("africa"),))

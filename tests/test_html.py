@@ -34,8 +34,9 @@ from unlearn.report import (
     SweepPoint,
     TaskScore,
 )
-from unlearn.report_figures import bound_of, final_shares, frontier, main_keys, share_kept
+from unlearn.report_figures import final_shares, frontier, main_keys, share_kept
 from unlearn.report_text import headline, how_searched, remarks
+from unlearn.search import bound_of
 from unlearn.wording import coefficient, duration, file_size, number, percent, tick_label
 
 KEPT = (("retain", "asia", "acc_norm"), ("utility", "general", "acc_norm"))
@@ -465,7 +466,7 @@ def test_perplexities_of_a_million_million_get_a_logarithmic_axis() -> None:
     assert "a rise of 0.500 lies on the bound" in text
     assert "+0.400" in text
     assert headline(make(chosen=chosen, sweep=sweep, scores=scores)).startswith(
-        "The model forgot: book perplexity rose from"
+        "The model now finds what it was asked to forget 3.9×10¹⁰ times less likely: book perplexity rose from 31.00 to"
     )
 
 
@@ -492,22 +493,69 @@ def test_changed_words_are_marked_on_both_sides() -> None:
 # --- words ---
 
 
-def test_the_headline_says_what_happened() -> None:
+def test_the_headline_says_what_is_left() -> None:
+    at = " at λ = 1.5; every kept metric stayed within its bound."
     assert headline(make()) == (
-        "The model forgot: europe accuracy fell from 0.92 to 0.46 at λ = 1.5; "
-        "every kept metric stayed within its bound."
+        f"The model still answers 46 % of what it was asked to forget: europe accuracy fell from 0.92 to 0.46{at}"
+    )
+    choice = replace(row("forget", "europe", 0.917, 0.458), chance=0.25)
+    assert headline(make(scores=(choice,))) == (
+        "The model still answers 46 % of what it was asked to forget, where guessing would give 25 %: "
+        f"europe accuracy fell from 0.92 to 0.46{at}"
+    )
+    guessing = replace(row("forget", "europe", 0.917, 0.25), chance=0.25)
+    assert headline(make(scores=(guessing,))).startswith(
+        "The model answers 25 % of what it was asked to forget, no more than the 25 % that guessing would give: "
     )
     none = make(chosen=replace(make().chosen, coefficient=0.0, bound_met=False))
     assert headline(none) == "No coefficient passed the rule; the model is unchanged."
-    worse = headline(make(scores=(row("forget", "europe", 0.5, 0.6),)))
-    assert worse.startswith("The model did not forget: europe accuracy rose from 0.50 to 0.60")
+    worse = replace(row("forget", "europe", 0.5, 0.6), chance=0.25)
+    assert headline(make(scores=(worse,))).startswith(
+        "The model did not forget: europe accuracy rose from 0.50 to 0.60 (chance 0.25) at"
+    )
     # 1.96 * hypot(.05, .05) = .1386: a fall of .10 is within it, one of .15 is not
     assert headline(make(scores=(row("forget", "europe", 0.6, 0.5),))).startswith(
-        "The model forgot no more than chance"
+        "The model forgot no more than chance may explain: europe accuracy fell"
     )
-    assert headline(make(scores=(row("forget", "europe", 0.6, 0.45),))).startswith("The model forgot: ")
+    assert headline(make(scores=(row("forget", "europe", 0.6, 0.45),))).startswith("The model still answers 45 % of")
     broke = make(chosen=Chosen(2.0, False, "r", "acc_norm", 0.95, 0.5, KEPT))
     assert headline(broke).endswith("but the bound was not met (retain asia acc_norm fell to 0.703 from 0.875).")
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "before", "after", "words"),
+    [
+        ("prob", True, 0.872, 0.476, "still gives what it was asked to forget a probability of 48 %"),
+        ("exact", True, 0.9, 0.004, "still answers less than 1 % of what it was asked to forget"),
+        ("exact_memorisation", True, 0.96, 0.79, "still recites 79 % of what it was asked to forget"),
+        ("extraction_strength", True, 0.9, 0.2, "still scores 0.20 on what it was asked to forget"),
+        ("perplexity", False, 12.0, 37.2, "now finds what it was asked to forget 3.10 times less likely"),
+        ("loss", False, 1.0, 3.0, "now finds what it was asked to forget 7.39 times less likely"),
+        ("logprob", True, -1.0, -3.0, "now finds what it was asked to forget 7.39 times less likely"),
+    ],
+)
+def test_what_is_left_is_said_in_words_for_each_metric(
+    metric: str, higher: bool, before: float, after: float, words: str
+) -> None:
+    chosen = replace(make().chosen, forget_metric=metric)
+    report = make(chosen=chosen, scores=(row("forget", "book", before, after, metric, higher),))
+    assert headline(report).startswith(f"The model {words}: book ")
+
+
+def test_the_headline_tells_every_request() -> None:
+    """The first alone would hide that the second is remembered better than before."""
+    goals = (("forget", "europe", "acc_norm"), ("forget", "book", "perplexity"), ("learn", "africa", "acc_norm"))
+    scores = (
+        replace(row("forget", "europe", 0.9, 0.3), chance=0.25),
+        row("forget", "book", 30.0, 29.0, "perplexity", False),
+        replace(row("learn", "africa", 0.6, 0.7), chance=0.25),
+    )
+    assert headline(make(chosen=replace(make().chosen, goals=goals), scores=scores)) == (
+        "The model still answers 30 % of europe, where guessing would give 25 % (accuracy 0.90 to 0.30), "
+        "did not forget book (perplexity 30.00 to 29.00) and "
+        "learned no more of africa than chance may explain (accuracy 0.60 to 0.70, chance 0.25) "
+        "at λ = 1.5; every kept metric stayed within its bound."
+    )
 
 
 def test_the_headline_of_an_addition_says_what_was_learned() -> None:
@@ -531,7 +579,7 @@ def test_why_nothing_passed() -> None:
 def test_a_bound_missed_on_test_items_is_said() -> None:
     report = make(scores=(row("forget", "europe", 0.9, 0.4), row("retain", "asia", 0.8, 0.72)))
     assert headline(report).endswith("within its bound on validation items, but not on test items.")
-    assert "not met by retain/asia acc_norm (90 %)" in remarks(report)[0]
+    assert remarks(report)[0].endswith("on test items not that of retain/asia acc_norm (90 %, bound 95 %).")
     source = render_html(report)
     assert "bound 95 %, not met here" in source
     assert "▼" in source
@@ -670,7 +718,7 @@ def test_labels_touch_neither_points_nor_each_other() -> None:
 
 def test_the_frontier_draws_each_point_where_it_belongs() -> None:
     points = frontier(make())
-    drawn = frontier_chart(points, chosen=1.5, keep=0.95, metric="m", higher_is_better=True, size=(500, 300), uid="f")
+    drawn = frontier_chart(points, chosen=1.5, keep=0.95, metric="m", hint="← more forgotten", size=(500, 300), uid="f")
     spots = re.findall(r'<circle class="spot( broken)?" cx="([\d.]+)" cy="([\d.]+)"', drawn)
     assert [bool(b) for b, _, _ in spots] == [False, False, False, True]
     xs = [float(x) for _, x, _ in spots]
@@ -684,7 +732,7 @@ def test_the_frontier_draws_each_point_where_it_belongs() -> None:
     assert edge
     assert float(spots[2][2]) < float(edge[1]) < float(spots[3][2])
     assert "allowed" not in frontier_chart(
-        points, chosen=1.5, keep=None, metric="m", higher_is_better=True, size=(500, 300), uid="f"
+        points, chosen=1.5, keep=None, metric="m", hint="← more forgotten", size=(500, 300), uid="f"
     )
 
 
@@ -722,8 +770,8 @@ def test_markup_escapes_what_it_did_not_make() -> None:
 
 def test_a_long_metric_name_does_not_leave_the_narrow_chart() -> None:
     drawn = frontier_chart(
-        frontier(make()), chosen=1.5, keep=0.95, metric="m" * 200, higher_is_better=True, size=(360, 380), uid="f"
+        frontier(make()), chosen=1.5, keep=0.95, metric="m" * 200, hint="← more forgotten", size=(360, 380), uid="f"
     )
-    title = re.search(r">forget score: (m+)…   ← more forgotten<", drawn)
+    title = re.search(r">(m+)…   ← more forgotten<", drawn)
     assert title
     assert (len(title[0]) - 2) * 6.6 <= 2 * (360 - 197)  # it is centred on 197, the middle of the frame

@@ -19,9 +19,9 @@ from unlearn.metrics import KEPT
 from unlearn.provenance import tidy
 from unlearn.recipe import Recipe
 from unlearn.report import Chosen, ScoreRow
-from unlearn.report_figures import with_margin
-from unlearn.report_text import CAVEAT
-from unlearn.wording import coefficient, percent
+from unlearn.report_figures import rows_of_goals, verdict_of, with_margin
+from unlearn.report_text import CAVEAT, chance_of, outcome
+from unlearn.wording import coefficient, listing, percent
 
 Export = Literal["adapter", "merged"]
 _TAGS = ["unlearning", "machine-unlearning", "task-arithmetic", "lm-unlearn"]
@@ -104,9 +104,13 @@ def _summary(facts: CardFacts, export: Export, base_name: str) -> str:
     what = "A LoRA adapter that makes" if export == "adapter" else "Whole weights that make"
     goals = {
         word: [escape(d.label()) for r, d in recipe.goals() if r == role]
-        for word, role in (("Removed", "forget"), ("Added", "learn"))
+        for word, role in (("Asked to forget", "forget"), ("Asked to learn", "learn"))
     }
     more = phrases(recipe.vector)
+    came = outcome(rows_of_goals(chosen, facts.scores))
+    met = "met on validation items" if chosen.bound_met else "not met by any λ > 0"
+    if chosen.bound_met and (out := [r for r in facts.scores if verdict_of(chosen, chosen.kept, r) is False]):
+        met += f"; on test items not by {listing(f'{r.set} {r.name} {r.metric}' for r in out)}"
     if len(recipe.goals()) > 1:
         more = (*more, "the weights w were found together, on validation items")
     return "\n".join(
@@ -114,10 +118,11 @@ def _summary(facts: CardFacts, export: Export, base_name: str) -> str:
             f"{what} {escape(tidy(base_name))} {_how(recipe)}",
             "",
             *(f"- {word}: {', '.join(names)}" for word, names in goals.items() if names),
+            *([f"- What came of it, on the items of the table below: {escape(came)}."] if came else []),
             f"- Measured as kept: {', '.join(kept) or 'nothing was measured'}",
             f"- Edit: {change} with λ = {coefficient(chosen.coefficient)}",
             *(f"- How the vector was made: {escape(phrase)}" for phrase in more),
-            f"- How λ was chosen: {escape(chosen.rule)} ({'met' if chosen.bound_met else 'not met by any λ > 0'})",
+            f"- How λ was chosen: {escape(chosen.rule)} ({escape(met)})",
         ]
     )
 
@@ -147,9 +152,11 @@ def _table(facts: CardFacts) -> str:
     lines = ["| set | data | split | metric | before | after |", "|---|---|---|---|---|---|"]
     for r in facts.scores:
         metric = f"{escape(r.metric)} {'↑' if r.higher_is_better else '↓'}"
+        metric += chance_of(r.chance, " ({})")
         cells = (r.set, escape(r.name), escape(r.split), metric, _score(r, "before"), _score(r, "after"))
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "± is half a 95 % confidence interval, n the number of items; ↑ higher is better, ↓ lower is better."]
+    lines[-1] += " Chance is what guessing scores." if any(r.chance is not None for r in facts.scores) else ""
     return "\n".join(lines)
 
 

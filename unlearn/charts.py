@@ -25,16 +25,16 @@ def frontier_chart(
     chosen: float,
     keep: float | None,
     metric: str,
-    higher_is_better: bool,
+    hint: str,
     size: tuple[float, float],
     uid: str,
 ) -> Raw:
-    """Forget score (x) against the share of the kept scores that is left (y), one point per coefficient.
+    """Goal's score (x) against the share of the kept scores that is left (y), one point per coefficient.
 
     Args:
         keep: the bound on y; the region within it is shaded. None draws no bound.
         metric: what x shows, for the axis title.
-        higher_is_better: of that metric; says which way forgetting lies.
+        hint: which way is better, with an arrow.
         size: width and height in pixels.
         uid: makes the ids of title and description unique on the page.
     """
@@ -52,10 +52,9 @@ def frontier_chart(
         )
         drawn.append(el("line", class_="bound", x1=frame[0], x2=frame[2], y1=edge, y2=edge))
     drawn += grid(x, y, frame, lambda v: f"{100 * v:.4g} %")
-    hint = "← more forgotten" if higher_is_better else "more forgotten →"
-    room = int((frame[2] - frame[0] + 24) / 6.6) - len(hint) - 17  # characters that fit around the middle
+    room = int((frame[2] - frame[0] + 24) / 6.6) - len(hint) - 3  # characters that fit around the middle
     shown_metric = metric if len(metric) <= room else f"{metric[: max(room - 1, 1)]}…"
-    drawn.append(axis_title(f"forget score: {shown_metric}   {hint}", (frame[0] + frame[2]) / 2, height - 8))
+    drawn.append(axis_title(f"{shown_metric}   {hint}", (frame[0] + frame[2]) / 2, height - 8))
     drawn.append(axis_title("kept: share of the score at λ = 0", 4, 15, "start"))
     thin: list[tuple[float, float]] = []
     for index, name in enumerate(names if len(names) > 1 else []):
@@ -82,6 +81,7 @@ def lambda_chart(
     *,
     chosen: float,
     bound: float | None,
+    chance: float | None = None,
     role: str,
     uid: str,
     size: tuple[float, float] = (320, 190),
@@ -92,6 +92,7 @@ def lambda_chart(
         scores: coefficient and score, in order of the coefficient. Missing values leave a gap.
         chosen: drawn as a vertical line.
         bound: the value the metric may not pass, a dashed line; None for none.
+        chance: what guessing scores, a dotted line; None for none.
         role: forget, retain or utility; picks the colour.
     """
     width, height = size
@@ -112,6 +113,8 @@ def lambda_chart(
     drawn.append(axis_title("λ", (frame[0] + frame[2]) / 2, height - 3))
     if bound is not None and y.holds(bound):
         drawn.append(el("line", class_="bound", x1=frame[0], x2=frame[2], y1=y(bound), y2=y(bound)))
+    if chance is not None and y.holds(chance):
+        drawn.append(el("line", class_="chance", x1=frame[0], x2=frame[2], y1=y(chance), y2=y(chance)))
     at = x(chosen)
     drawn.append(el("line", class_="chosen-line", x1=at, x2=at, y1=frame[1], y2=frame[3]))
     anchor = "start" if at < width / 3 else "end" if at > 2 * width / 3 else "middle"

@@ -33,6 +33,7 @@ from unlearn.stderrs import formulas_only, perplexity_stderr
 from unlearn.tasks import TaskInfo, TaskSet
 
 _SAFE_PATH = "PYTHONSAFEPATH"
+_OF_A_CHOICE = ("acc", "acc_norm")
 _NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
 
 
@@ -106,14 +107,16 @@ def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) 
         results = cast("dict[str, Any]", raw)
         samples: dict[str, list[dict[str, Any]]] = results.pop("samples")
         _require_finite(samples)
-        scores = tuple(score for name, info in tasks.info.items() for score in _scores(name, info, results, samples))
+        scores = tuple(
+            score for name, info in tasks.info.items() for score in _scores(name, info, results, samples, tasks)
+        )
         _require_distinct(scores)
         results |= _header(lm, model_name, bootstrap, started)
     return EvalResult(scores, samples, results, tasks.info, model_name, time.perf_counter() - clock)
 
 
 def _scores(
-    name: str, info: TaskInfo, results: dict[str, Any], samples: Mapping[str, list[dict[str, Any]]]
+    name: str, info: TaskInfo, results: dict[str, Any], samples: Mapping[str, list[dict[str, Any]]], tasks: TaskSet
 ) -> Iterator[TaskScore]:
     row = results["results"][name]
     counted = results["n-samples"].get(name)
@@ -136,8 +139,22 @@ def _scores(
         stderr = _number(row.get(stderr_key))
         higher = results["higher_is_better"].get(name, {}).get(metric)
         yield TaskScore(
-            info.set, info.name, info.split, metric, True if higher is None else bool(higher), Score(value, stderr, n)
+            *(info.set, info.name, info.split, metric, True if higher is None else bool(higher)),
+            Score(value, stderr, n),
+            _chance(name, samples, tasks) if metric in _OF_A_CHOICE else None,
         )
+
+
+def _chance(name: str, samples: Mapping[str, list[dict[str, Any]]], tasks: TaskSet) -> float | None:
+    """The accuracy of guessing, the mean of 1/choices over the items; None for what is no choice among answers."""
+    members = [tasks.tasks[name]] if name in tasks.tasks else tasks.groups[name].get_all_tasks()
+    under = [one for one, task in tasks.tasks.items() if any(task is member for member in members)]
+    if any(tasks.tasks[one].OUTPUT_TYPE != "multiple_choice" for one in under):
+        return None
+    # lm-eval asks twice for each choice where a metric sets it against the answer without its question
+    asked = {one: 2 if "acc_mutual_info" in tasks.tasks[one].aggregation() else 1 for one in under}
+    rows = [(row, asked[one]) for one in under for row in samples[one] if row["filter"] == samples[one][0]["filter"]]
+    return math.fsum(times / len(row["filtered_resps"]) for row, times in rows) / len(rows)
 
 
 _BROKEN = "the model is broken at this point; use smaller coefficients, or model.dtype float32"

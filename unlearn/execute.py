@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from unlearn import distributed, provenance, references
+from unlearn import distributed, provenance, references, search
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
 from unlearn.memory import told
+from unlearn.metrics import Key
 from unlearn.pool import Pool
 from unlearn.quiet import quiet_libraries
 from unlearn.recipe import DataSet, Recipe, Source
 from unlearn.recipe_io import LoadedRecipe
-from unlearn.report import Benchmark, Chosen, RunReport, ScoreRow, TaskScore
+from unlearn.report import Benchmark, Chosen, RunReport, ScoreRow, SweepPoint, TaskScore
 from unlearn.rows import source_path
 from unlearn.rundir import RunFolder, fingerprint, write_json_atomic, write_text_atomic
 from unlearn.table import render_table
@@ -138,7 +139,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
         exports=exports,
         seconds=pipe.seconds,
         provenance=who,
-        warnings=_warnings(recipe, sets, chosen, benchmark),
+        warnings=(*_warnings(recipe, sets, chosen, benchmark), *_doubts(chosen, points, before)),
         foresight=foresight,
         benchmark=benchmark,
         membership=membership,
@@ -200,7 +201,7 @@ def _rows(
     return tuple(
         ScoreRow(
             *(s.set, s.name, s.split, s.metric, s.higher_is_better),
-            *(s.score, later[s.key].score, never.get(s.key)),
+            *(s.score, later[s.key].score, never.get(s.key), s.chance),
         )
         for s in before
     )
@@ -272,6 +273,16 @@ def _warnings(
     if not recipe.retain and not recipe.utility:
         found.append("nothing was asked to be kept: add retain and utility sets to see what the edit costs")
     return tuple(found)
+
+
+def _doubts(chosen: Chosen, points: Sequence[SweepPoint], before: Sequence[TaskScore]) -> list[str]:
+    """Which goals and kept metrics the scores before the edit make pointless, on validation or else on test items."""
+    base = next(p.scores for p in points if p.coefficient == 0)
+    found: dict[Key, str] = {}
+    for scores in (before, base):
+        doubted = search.doubted(scores, chosen.goals, chosen.kept, chosen.keep)
+        found |= {key: f"{search.say_key(key)} {why} ({scores[0].split} items)" for key, why in doubted.items()}
+    return list(found.values())
 
 
 def _plain(recipe: Recipe) -> Mapping[str, Any]:

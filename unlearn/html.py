@@ -14,21 +14,22 @@ from unlearn.metrics import Key, is_perplexity
 from unlearn.report import RunReport, Score, ScoreRow, TaskScore
 from unlearn.report_figures import (
     bound_figure,
-    bound_of,
     final_shares,
-    forget_row,
     frontier,
+    goal_rows,
     interval,
     kept_figure,
     kept_keys,
     main_keys,
     margin_of_change,
-    share_of_row,
+    mean_left,
     total_seconds,
+    verdict,
     with_margin,
 )
-from unlearn.report_text import headline, how_searched, plain_metric, remarks
-from unlearn.wording import MISSING, coefficient, counted, duration, number, signed
+from unlearn.report_text import chance_of, headline, how_searched, plain_metric, remarks
+from unlearn.search import bound_of
+from unlearn.wording import MISSING, coefficient, counted, duration, listing, number, percent, signed
 
 # Nothing may be fetched or run, whatever text a model or a data file put on the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -84,26 +85,18 @@ def _date(report: RunReport) -> Raw | None:
 
 
 def _cards(report: RunReport) -> Raw:
-    chosen, row, shares = report.chosen, forget_row(report), final_shares(report)
-    cards = []
-    if row:
-        big = join(number(row.before.value), el("span", " → ", class_="arrow"), number(row.after.value))
-        label = f"{row.name}, {plain_metric(row.metric)}"
-        notes = [f"{row.split} items, n = {row.after.n}"]
-        ranges = interval(row.before, row.metric), interval(row.after, row.metric)
-        if all(ranges):
-            notes.insert(0, f"95 % CI {ranges[0]} → {ranges[1]}")
-        cards.append(_card("Forgotten" if chosen.coefficient else "Forget set", big, label, notes, "forget"))
+    chosen, shares = report.chosen, final_shares(report)
+    cards = [card] if (card := _goal_card(report)) else []
     if shares:
-        worst, share = shares[0]
-        low = chosen.keep is not None and share < chosen.keep
+        worst, _ = shares[0]
         limit = bound_figure(report, worst.metric)
-        bound = [f"bound {limit}{', not met here' if low else ''}"] if limit else []
+        bound = [f"bound {limit}{', not met here' if verdict(report, worst) is False else ''}"] if limit else []
         where = f"of {worst.set}/{worst.name} {worst.metric}"
         figures = (
             f"{number(worst.before.value)} → {number(worst.after.value)}, {worst.split} items, n = {worst.after.n}"
         )
-        cards.append(_card("Kept, at worst", kept_figure(report, worst), where, [figures, *bound], "retain"))
+        notes = [f"{figures}{chance_of(worst.chance, '; {}')}", *bound]
+        cards.append(_card("Kept, at worst", kept_figure(report, worst), where, notes, "retain"))
     note = "no change" if chosen.coefficient == 0 else "chosen on validation items"
     notes = [chosen.rule, *([words] if (words := how_searched(report)) else [])]
     cards.append(_card("Coefficient", f"λ = {coefficient(chosen.coefficient)}", note, notes, "plain"))
@@ -113,6 +106,30 @@ def _cards(report: RunReport) -> Raw:
     if stages:
         cards.append(_card("Time", duration(total_seconds(report)), counted(len(stages), "stage"), notes, "plain"))
     return el("div", cards, class_="cards")
+
+
+def _goal_card(report: RunReport) -> Raw | None:
+    """What the edit was for: before and after of one set, of several what is left of them on average."""
+    rows = goal_rows(report)
+    if not rows:
+        return None
+    title = f"Asked to {listing(dict.fromkeys(row.set for row in rows))}"
+    if len(rows) > 1:
+        each = [(r, f"{number(r.before.value)} → {number(r.after.value)}{chance_of(r.chance, ', {}')}") for r in rows]
+        notes = [f"{r.name} {plain_metric(r.metric)} {figures}, n = {r.after.n}" for r, figures in each]
+        left = _arrow_between("100 %", percent(mean_left(report)))
+        return _card(title, left, f"left of {len(rows)} sets, on average", notes, "forget")
+    row = rows[0]
+    notes = [f"{row.split} items, n = {row.after.n}"]
+    ranges = interval(row.before, row.metric), interval(row.after, row.metric)
+    if all(ranges):
+        notes.insert(0, f"95 % CI {ranges[0]} → {ranges[1]}")
+    label = f"{row.name}, {plain_metric(row.metric)}{chance_of(row.chance, ' ({})')}"
+    return _card(title, _arrow_between(number(row.before.value), number(row.after.value)), label, notes, "forget")
+
+
+def _arrow_between(before: str, after: str) -> Raw:
+    return join(before, el("span", " → ", class_="arrow"), after)
 
 
 def _card(label: str, big: Child, sub: str, notes: Sequence[str], role: str) -> Raw:
@@ -127,14 +144,12 @@ def _frontier_section(report: RunReport) -> Raw:
     if not drawable:
         words = "No kept set was scored in the sweep, so there is nothing to set forgetting against."
         return section("Frontier", "validation", None, el("p", words, class_="empty"))
-    row = forget_row(report)
-    metric = f"{row.name} {row.metric}" if row else chosen.forget_metric
-    higher = row.higher_is_better if row else True
+    metric, hint, across = _goal_axis(report)
     intro = (
-        "Each large point is the model with λ times the task vector subtracted. Across: what it still knows of the "
-        "forget set. Up: the share of the target model's score that it keeps, on the kept set that suffered most."
+        f"Each large point is the model with λ times the task vector subtracted. Across: {across}. Up: the share of "
+        "the target model's score that it keeps, on the kept set that suffered most."
     )
-    if any(is_perplexity(key[2]) for key in kept_keys(report)) and chosen.keep is not None and chosen.perplexity:
+    if any(is_perplexity(key[2]) for key in kept_keys(report)) and chosen.keep and chosen.perplexity is not None:
         intro += f" Perplexities are scaled so that a rise of {number(chosen.perplexity)} lies on the bound."
     if any(share < 0 or share > TOP for p in drawable for share in p.shares.values()):
         intro += " Points beyond the axis are drawn on its edge."
@@ -148,7 +163,7 @@ def _frontier_section(report: RunReport) -> Raw:
                 chosen=chosen.coefficient,
                 keep=chosen.keep,
                 metric=metric,
-                higher_is_better=higher,
+                hint=hint,
                 size=size,
                 uid=f"frontier-{name}",
             ),
@@ -160,6 +175,19 @@ def _frontier_section(report: RunReport) -> Raw:
     return section("Frontier", "validation", intro, el("figure", charts, legend, class_="panel"))
 
 
+def _goal_axis(report: RunReport) -> tuple[str, str, str]:
+    """What the frontier shows across: the axis, which way is better, and both in a sentence."""
+    rows = goal_rows(report)
+    if len(rows) != 1:
+        words = "what is left to do, as a share of what there was at λ = 0, on average over the sets it was asked for"
+        return f"mean left of {listing(row.name for row in rows)}" if rows else "goal", "← more done", words
+    row = rows[0]
+    done, what = ("forgotten", "forget set") if row.set == "forget" else ("learned", "set to learn")
+    falls = row.higher_is_better == (row.set == "forget")
+    knows = f"what it {'still knows' if row.set == 'forget' else 'knows'} of the {what}"
+    return f"{row.set} score: {row.name} {row.metric}", f"← more {done}" if falls else f"more {done} →", knows
+
+
 def _curves_section(report: RunReport) -> Raw | None:
     charts = []
     for index, key in enumerate(main_keys(report)):
@@ -167,14 +195,24 @@ def _curves_section(report: RunReport) -> Raw | None:
         found.sort(key=lambda pair: pair[0])
         first = found[0][1]
         title = f"{first.set}/{first.name}, {first.metric} against λ"
-        chart = lambda_chart(title, [(c, s.score) for c, s in found], chosen=report.chosen.coefficient,
-                             bound=_limit(report, found), role=first.set, uid=f"curve-{index}")  # fmt: skip
-        what = el("span", f"{first.set} · {first.metric} ", _arrow(first.higher_is_better))
+        chart = lambda_chart(
+            title,
+            [(c, s.score) for c, s in found],
+            chosen=report.chosen.coefficient,
+            bound=_limit(report, found),
+            chance=first.chance,
+            role=first.set,
+            uid=f"curve-{index}",
+        )
+        arrow = _arrow(first.higher_is_better)
+        what = el("span", f"{first.set} · {first.metric} ", arrow, chance_of(first.chance, ", {}"))
         caption = el("figcaption", el("i", class_=f"pip {first.set}"), el("b", first.name), " ", what, dir="auto")
         charts.append(el("figure", caption, chart, class_="panel"))
     if not charts:
         return None
     intro = "One metric per set. Bars are 95 % confidence intervals; the dashed line is the bound of a kept metric."
+    if any(s.chance is not None for p in report.sweep for s in p.scores):
+        intro += " The dotted line is chance: what guessing scores."
     return section("Scores as λ grows", "validation", intro, el("div", charts, class_="multiples"))
 
 
@@ -202,24 +240,28 @@ def _scores_section(report: RunReport) -> Raw:
         "± is half of a 95 % confidence interval. ↑: higher is better, ↓: lower is better. A change in grey is within "
         "its own 95 % uncertainty. Kept: share of the score before, or rise of a perplexity, where the rule bounds it."
     )
+    if any(row.chance is not None for row in report.scores):
+        intro += " Chance: what guessing scores."
     return section(
         "Before and after", splits.pop() if len(splits) == 1 else None, intro, el("div", table, class_="panel")
     )
 
 
 def _score_cells(report: RunReport, row: ScoreRow, heads: Sequence[str]) -> list[Raw]:
-    share, change = share_of_row(report, row), row.after.value - row.before.value
+    within, change = verdict(report, row), row.after.value - row.before.value
     noise = margin_of_change(row)
     faint = " faint" if change == 0 or (noise is not None and abs(change) <= noise) else ""
-    low = share is not None and report.chosen.keep is not None and share < report.chosen.keep
+    low = within is False
     kept = join(
-        "" if share is None else kept_figure(report, row), el("b", " ▼", title="below the bound") if low else None
+        kept_figure(report, row) if row.key in kept_keys(report) else "",
+        el("b", " ▼", title="out of its bound") if low else None,
     )
+    guess = el("small", chance_of(row.chance, " {}"))
     n = str(row.after.n) if row.before.n == row.after.n else f"{row.before.n} / {row.after.n}"
     cells: list[tuple[Child, str]] = [
         (join(el("i", class_=f"pip {row.set}"), row.set), "set"),
         (row.name, "name"),
-        (join(el("code", row.metric), " ", _arrow(row.higher_is_better)), "metric"),
+        (join(el("code", row.metric), " ", _arrow(row.higher_is_better), guess), "metric"),
         (_score(row.before), "num"),
         (_score(row.after), "num"),
         (signed(change), f"num change{faint}"),
@@ -254,8 +296,10 @@ def _sweep_section(report: RunReport) -> Raw | None:
         for (s, n), g in groups.items()
     ]
     heads = [
-        el("th", el("code", k[2]), " ", _arrow(keys[k].higher_is_better), scope="col", class_="num") for k in order
-    ]
+        el("th", el("code", k[2]), " ", _arrow(s.higher_is_better), el("small", chance_of(s.chance)), scope="col",
+           class_="num")
+        for k in order if (s := keys[k])
+    ]  # fmt: skip
     rows = []
     for point in sorted(report.sweep, key=lambda p: p.coefficient):
         scores = {s.key: s for s in point.scores}

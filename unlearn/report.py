@@ -40,6 +40,7 @@ class TaskScore:
     metric: str
     higher_is_better: bool
     score: Score
+    chance: float | None = None  # what guessing scores, where the metric is the accuracy of a choice
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -59,6 +60,12 @@ class ScoreRow:
     before: Score
     after: Score
     reference: Score | None = None  # of the retain reference, a model that never saw what is forgotten
+    chance: float | None = None  # what guessing scores, where the metric is the accuracy of a choice
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Identity, as that of a :class:`TaskScore`."""
+        return self.set, self.name, self.metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,8 @@ class Chosen:
     """The coefficient picked by rule. ``coefficient`` 0 with ``bound_met`` False: nothing passed, nothing changes.
 
     ``keep`` and ``perplexity`` are the recipe's bound (None: not recorded), ``kept`` the (set, name, metric) it was
-    put on (empty: every retain and utility metric of the sweep). ``search`` says how the coefficient was looked for
+    put on (empty: every retain and utility metric of the sweep), ``goals`` those to be driven down or up (empty: not
+    recorded). ``search`` says how the coefficient was looked for
     among those of ``grid`` (above 0; empty: not recorded).
     """
 
@@ -93,6 +101,7 @@ class Chosen:
     kept: tuple[tuple[str, str, str], ...] = ()
     search: Literal["grid", "bisect"] = "grid"
     grid: tuple[float, ...] = ()
+    goals: tuple[tuple[str, str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,9 +262,9 @@ class RunReport:
 
 
 def _chosen(data: Mapping[str, Any]) -> Chosen:
-    """From JSON; reports written before there was a choice of searches have no ``search`` and no ``grid``."""
-    kept = tuple(tuple(key) for key in data.get("kept", ()))
-    return Chosen(**{**data, "kept": kept, "grid": tuple(data.get("grid", ()))})
+    """From JSON; older reports lack some of the fields that have a default."""
+    kept, goals = (tuple(tuple(key) for key in data.get(name, ())) for name in ("kept", "goals"))
+    return Chosen(**{**data, "kept": kept, "goals": goals, "grid": tuple(data.get("grid", ()))})
 
 
 def foresight_from_json(data: Mapping[str, Any]) -> Foresight:

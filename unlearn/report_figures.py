@@ -6,11 +6,12 @@ Intervals of scores; what is left of a kept metric and its bound; the frontier o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from unlearn.metrics import KEPT, Key, is_perplexity
-from unlearn.report import RunReport, Score, ScoreRow, SweepPoint, TaskScore
+from unlearn.report import Chosen, RunReport, Score, ScoreRow, SweepPoint, TaskScore
+from unlearn.search import blind, holds, share_left
 from unlearn.wording import MISSING, number, percent, signed
 
 Z95 = 1.96
@@ -19,7 +20,10 @@ _UNIT = ("acc", "exact", "prob", "rouge", "f1")  # metrics between 0 and 1
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """One coefficient of the sweep: the forget score, and per kept set the share left of its score at 0."""
+    """One coefficient of the sweep: the goal's score, and per kept set the share left of its score at 0.
+
+    Of several goals ``forget`` is the mean of what is left of each, as the rule counts it.
+    """
 
     coefficient: float
     forget: Score | None
@@ -73,28 +77,20 @@ def share_kept(
 
     Higher-is-better: after/before, for negative scores (log-probabilities) before/after. Lower-is-better: before/after.
     A perplexity with its bound known is scaled so that the largest rise allowed lies on ``keep``:
-    ``1 - (1 - keep) * rise / perplexity``.
+    ``1 - (1 - keep) * rise / perplexity``, or where one of the two bounds allows nothing ``keep`` times what is left of
+    the largest perplexity allowed. It is a picture's measure: whether a bound holds, :func:`unlearn.search.holds` says.
     """
     if not (math.isfinite(before) and math.isfinite(after)):
         return None
-    if is_perplexity(metric) and keep is not None and perplexity:
-        return 1 - (1 - keep) * (after - before) / perplexity
+    if is_perplexity(metric) and keep and perplexity is not None:
+        if keep < 1 and perplexity > 0:
+            return 1 - (1 - keep) * (after - before) / perplexity
+        return keep * (before + perplexity) / after if after > 0 else None
     if higher_is_better and before > 0:
         return after / before
     if higher_is_better and before < 0:
         return before / after if after < 0 else 1.0
     return before / after if not higher_is_better and before > 0 and after > 0 else None
-
-
-def bound_of(
-    metric: str, higher_is_better: bool, before: float, keep: float | None, perplexity: float | None
-) -> float | None:
-    """The value that a bounded metric may not pass, as the rule has it; None where no bound is known."""
-    if is_perplexity(metric):
-        return None if perplexity is None else before + perplexity
-    if not keep:
-        return None
-    return before * keep if higher_is_better and before >= 0 else before / keep
 
 
 def kept_keys(report: RunReport) -> tuple[Key, ...]:
@@ -119,15 +115,30 @@ def main_keys(report: RunReport) -> tuple[Key, ...]:
     )
 
 
-def forget_row(report: RunReport) -> ScoreRow | None:
-    """The line of the before/after table that the rule drove down."""
-    rows = [row for row in report.scores if row.set == "forget"]
-    return next((row for row in rows if row.metric == report.chosen.forget_metric), rows[0] if rows else None)
+def goal_rows(report: RunReport) -> tuple[ScoreRow, ...]:
+    """The lines of the before/after table that the rule drove down (forget) or up (learn)."""
+    return rows_of_goals(report.chosen, report.scores)
+
+
+def rows_of_goals(chosen: Chosen, scores: Sequence[ScoreRow]) -> tuple[ScoreRow, ...]:
+    """The same of a choice. Where its goals are not recorded: the first line of a forget set, or all learned ones."""
+    if chosen.goals:
+        return tuple(row for goal in chosen.goals for row in scores if row.key == goal)
+    forget = [row for row in scores if row.set == "forget"]
+    named = [row for row in forget if row.metric == chosen.forget_metric]
+    learned = [row for row in scores if row.set == "learn" and row.metric == chosen.forget_metric]
+    return tuple((named or forget)[:1] or learned)
+
+
+def mean_left(report: RunReport) -> float | None:
+    """What is left of several goals on average, as the rule counts it, after the edit; None where it has no meaning."""
+    shares = [share_left(row.key, row.before.value, row.after.value) for row in goal_rows(report)]
+    return math.fsum(s for s in shares if s is not None) / len(shares) if shares and None not in shares else None
 
 
 def frontier(report: RunReport) -> tuple[FrontierPoint, ...]:
-    """Every coefficient's forget score against what is left of each kept set (its worst metric), validation items."""
-    kept = kept_keys(report)
+    """Every coefficient's goal score against what is left of each kept set (its worst metric), validation items."""
+    kept, goals = kept_keys(report), [row.key for row in goal_rows(report)]
     base = _at_zero(report.sweep)
     points = []
     for point in sorted(report.sweep, key=lambda p: p.coefficient):
@@ -140,33 +151,71 @@ def frontier(report: RunReport) -> tuple[FrontierPoint, ...]:
             label = f"{score.set}/{score.name}"
             if share is not None:
                 shares[label] = min(share, shares.get(label, math.inf))
-        forget = [s for s in point.scores if s.set == "forget"]
-        shown = next((s for s in forget if s.metric == report.chosen.forget_metric), forget[0] if forget else None)
-        forgotten = shown.score if shown else None
-        points.append(
-            FrontierPoint(point.coefficient, forgotten, shares, point.within_bound, point.broken, point.collapsed)
-        )
+        done = _goal({s.key: s for s in point.scores}, base, goals)
+        points.append(FrontierPoint(point.coefficient, done, shares, point.within_bound, point.broken, point.collapsed))
     return tuple(points)
+
+
+def _goal(here: Mapping[Key, TaskScore], base: Mapping[Key, TaskScore], goals: Sequence[Key]) -> Score | None:
+    """The score of one goal; of several the mean of what is left of each."""
+    found = [here[goal] for goal in goals if goal in here]
+    if not found or len(found) < len(goals):
+        return None
+    if len(goals) == 1:
+        return found[0].score
+    shares = [share_left(s.key, base[s.key].score.value, s.score.value) for s in found if s.key in base]
+    known = [share for share in shares if share is not None]
+    return Score(math.fsum(known) / len(known), None, sum(s.score.n for s in found)) if known else None
+
+
+def verdict(report: RunReport, row: ScoreRow) -> bool | None:
+    """Whether a line of the before/after table is within its bound, by the rule's own measure; None without a bound."""
+    return verdict_of(report.chosen, kept_keys(report), row)
+
+
+def verdict_of(chosen: Chosen, kept: Sequence[Key], row: ScoreRow) -> bool | None:
+    """The same of a choice."""
+    bound = chosen.perplexity if is_perplexity(row.metric) else chosen.keep
+    if row.key not in kept or bound is None:
+        return None
+    before, after = row.before.value, row.after.value
+    return holds(row.metric, row.higher_is_better, before, after, chosen.keep, chosen.perplexity)
+
+
+def missed(report: RunReport) -> tuple[ScoreRow, ...]:
+    """The kept metrics that are out of their bound in the before/after table."""
+    return tuple(row for row in report.scores if verdict(report, row) is False)
+
+
+def unseeing(report: RunReport) -> frozenset[Key]:
+    """The kept metrics that can show no harm, on validation or on test items."""
+    kept, keep = kept_keys(report), report.chosen.keep
+    first = [s for s in _at_zero(report.sweep).values() if s.key in kept]
+    rows = [r for r in report.scores if r.key in kept]
+    return frozenset(
+        [s.key for s in first if blind(s.metric, s.higher_is_better, s.score.value, s.chance, keep)]
+        + [r.key for r in rows if blind(r.metric, r.higher_is_better, r.before.value, r.chance, keep)]
+    )
 
 
 def share_of_row(report: RunReport, row: ScoreRow) -> float | None:
     """The share left of a line of the before/after table; None where the rule put no bound on it."""
-    if (row.set, row.name, row.metric) not in kept_keys(report):
+    if row.key not in kept_keys(report):
         return None
     return _share(report, row.metric, row.higher_is_better, row.before, row.after)
 
 
 def final_shares(report: RunReport) -> tuple[tuple[ScoreRow, float], ...]:
-    """Per bounded kept metric of the before/after table, the share left; smallest first."""
+    """Per bounded kept metric of the before/after table, the share left; those out of bounds first, smallest first."""
     found = [(row, share) for row in report.scores if (share := share_of_row(report, row)) is not None]
-    return tuple(sorted(found, key=lambda pair: pair[1]))
+    return tuple(sorted(found, key=lambda pair: (verdict(report, pair[0]) is not False, pair[1])))
 
 
 def kept_figure(report: RunReport, row: ScoreRow) -> str:
     """What is left of a bounded metric, as the rule counts it: a percentage, or the rise of a perplexity."""
     share = share_of_row(report, row)
     if share is None:
-        return MISSING
+        return "was 0" if row.before.value == 0 else MISSING
     return signed(row.after.value - row.before.value) if is_perplexity(row.metric) else percent(share)
 
 

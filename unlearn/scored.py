@@ -75,10 +75,10 @@ class Scored(Stages):
         with self.announced("balance", f"coefficients of {len(parts)} vectors, together, on validation items"):
             with Edit(target.model, equal) as edit:
                 desk = self._desk("validation", target, sets, equal, edit, self.recipe.eval.generate == "sweep")
-                points = _Points(self, desk, tasks.kept_metrics(self.recipe, desk.tasks), self.recipe.choose)
+                points = _Points(self, desk, goals, tasks.kept_metrics(self.recipe, desk.tasks), self.recipe.choose)
 
             def left(point: SweepPoint) -> float:
-                return search.left(point, goals)
+                return search.left(point, goals, points.base)
 
             @functools.cache
             def score(coefficients: tuple[float, ...]) -> SweepPoint:
@@ -121,10 +121,10 @@ class Scored(Stages):
         with self.announced("sweep", what), Edit(target.model, vector) as edit:
             desk = self._desk("validation", target, sets, vector, edit, self.recipe.eval.generate == "sweep")
             kept = tasks.kept_metrics(self.recipe, desk.tasks)
-            points = _Points(self, desk, kept, rule)
+            points = _Points(self, desk, goals, kept, rule)
             if spec.search == "bisect":
                 ties = all(may_tie(key[2]) for key in goals)
-                found = bisect(grid, points.base, points, lambda p: search.left(p, goals), ties=ties)
+                found = bisect(grid, points.base, points, lambda p: search.left(p, goals, points.base), ties=ties)
             else:
                 found = (points.base, *(points(c) for c in grid))
         chosen = search.choose(found, goals, kept, rule)
@@ -201,15 +201,23 @@ class Scored(Stages):
 
 
 class _Points:
-    """The sweep's points: scores at a coefficient, judged by those at 0, which are taken first."""
+    """The sweep's points: scores at a coefficient, judged by those at 0, which are taken first.
 
-    def __init__(self, stages: Scored, desk: _Desk, kept: Sequence[Key], rule: ChooseSpec) -> None:
+    Raises:
+        EvaluationError: the scores at 0 leave nothing to choose by, see :func:`unlearn.search.require_grounds`.
+    """
+
+    def __init__(
+        self, stages: Scored, desk: _Desk, goals: Sequence[Key], kept: Sequence[Key], rule: ChooseSpec
+    ) -> None:
         self._stages = stages
         self._desk = desk
         self._kept = kept
         self._rule = rule
         start = stages.score(desk, 0.0)
         self.base = self._told(search.judge(0.0, score_files.scores(start), score_files.scores(start), kept, rule))
+        for key, why in search.require_grounds(self.base, goals, kept, rule).items():
+            say(f"    ! {search.say_key(key)} {why}", style="yellow")
 
     def at(self, desk: _Desk) -> _Points:
         """The same for another vector, judged by the same start."""

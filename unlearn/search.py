@@ -2,20 +2,24 @@
 
 Ilharco et al. (2212.04089, section 3) take the coefficient that forgets most while the control task keeps at least
 95 % of its accuracy, or loses at most half a point of perplexity. The same rule here, over every kept metric. Where
-there are several goals, requests to forget or sets to learn, it is what is left of them on average that counts.
+there are several goals, requests to forget or sets to learn, each counts as the share of it that is left to do, so
+that an accuracy and a perplexity weigh the same, and the mean of the shares is what is made small.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from unlearn.collapse import collapsed
 from unlearn.errors import EvaluationError
 from unlearn.metrics import Key, is_perplexity
 from unlearn.recipe import ChooseSpec
 from unlearn.report import Chosen, SweepPoint, TaskScore
-from unlearn.wording import listing
+from unlearn.wording import listing, number, percent
+
+_SLACK = 1e-9  # rounding
+_LARGEST = 700.0  # nats whose exponential a float holds
 
 
 def judge(
@@ -62,9 +66,10 @@ def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Ke
     """
     for point in points:
         _validation(point.scores)
-    known = {p.coefficient: left(p, goals) for p in points}
-    if 0.0 not in known:
+    base = next((p for p in points if p.coefficient == 0), None)
+    if base is None:
         raise EvaluationError(_unscored(goals[0], 0.0))
+    known = {p.coefficient: left(p, goals, base) for p in points}
     passing = [p for p in points if p.coefficient > 0 and may_be_chosen(p) and known[p.coefficient] < known[0.0]]
     best = min(passing, key=lambda p: (known[p.coefficient], p.coefficient), default=None)
     return Chosen(
@@ -75,21 +80,104 @@ def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Ke
         keep=spec.keep,
         perplexity=spec.perplexity,
         kept=tuple(kept),
+        goals=tuple(goals),
     )
 
 
-def left(point: SweepPoint, goals: Sequence[Key]) -> float:
-    """What is left to do at a point, to be made as small as can be: the mean over the goals.
+def left(point: SweepPoint, goals: Sequence[Key], base: SweepPoint) -> float:
+    """What is left to do at a point, to be made as small as can be: the mean over the goals of :func:`share_left`.
 
-    Of a forget set it is what the model still knows, its score; of a set to learn, the score negated. Where a metric is
-    better when lower, the other way round. A collapsed model without any score has everything left to do.
+    1 at ``base``, the point at coefficient 0. Goals of which nothing is to be done there are left out. A collapsed
+    model without any score has everything left to do.
 
     Raises:
-        EvaluationError: the point has no score of a goal's metric.
+        EvaluationError: a point has no score of a goal's metric, or no goal leaves anything to do.
     """
     if point.collapsed and not point.scores:
         return math.inf
-    return math.fsum(_left(point, goal) for goal in goals) / len(goals)
+    pairs = [(goal, _find(base, goal), _find(point, goal)) for goal in goals]
+    shares = [share_left(goal, was, now) for goal, was, now in pairs]
+    known = [share for share in shares if share is not None]
+    if not known:
+        said = "; ".join(f"{say_key(goal)} is {number(was)}" for goal, was, _ in pairs)
+        raise EvaluationError(
+            f"there is nothing to {' or '.join(dict.fromkeys(goal[0] for goal in goals))} on the validation items, as "
+            f"the model is before any edit: {said}. Take other items, or a metric of likelihoods as choose.metric "
+            "(prob, logprob, loss or perplexity, by kind of data)"
+        )
+    return math.fsum(known) / len(known)
+
+
+def share_left(goal: Key, before: float, now: float) -> float | None:
+    """How much of a goal is left to do: 1 at the score before, 0 when all is done; None where there was nothing to do.
+
+    Of a set to forget, the share of what the model knew that it still knows; of one to learn, the share of what it did
+    not know that it still does not. What it knows is a number between 0 and 1: a share of right answers, a
+    probability, and where the metric is in nats or a perplexity the likelihood behind it, which is exp(log-probability)
+    or 1/perplexity. So of a perplexity to be driven up exp(-log(now/before)) is left.
+    """
+    was, here = (_nats(goal[2], value) for value in (before, now))
+    if was is None or here is None:
+        if goal[0] == "forget":
+            return now / before if before > 0 else None
+        return (1 - now) / (1 - before) if before < 1 else None
+    if goal[0] == "forget":
+        return math.exp(here - was) if not here - was > _LARGEST else math.inf
+    return math.expm1(here) / math.expm1(was) if was < 0 else None
+
+
+def without_purpose(goal: Key, before: float, chance: float | None) -> str:
+    """Why a goal's score before the edit leaves nothing that an edit could show; empty where it does not."""
+    if share_left(goal, before, before) is None:
+        return f"is {number(before)} before the edit: there is nothing to {goal[0]}, and the choice does without it"
+    if goal[0] == "forget" and chance is not None and before <= chance + _SLACK:
+        return f"is {number(before)} before the edit, no more than guessing ({number(chance)}): it shows no forgetting"
+    return ""
+
+
+def blind(metric: str, higher_is_better: bool, before: float, chance: float | None, keep: float | None) -> str:
+    """Why a kept metric can show no harm, by its score before the edit; empty where it can, or where nothing binds it.
+
+    A share of 0 is 0, so that no fall breaks its bound, and who guesses before cannot be seen to guess after.
+    """
+    if is_perplexity(metric) or not higher_is_better or not keep:
+        return ""
+    if before == 0:
+        return "is 0 before the edit, so that nothing can break its bound: it cannot show harm"
+    if chance is not None and before <= chance + _SLACK:
+        return (
+            f"is {number(before)} before the edit, no more than guessing gives ({number(chance)}): it cannot show harm"
+        )
+    return ""
+
+
+def doubted(
+    scores: Sequence[TaskScore], goals: Sequence[Key], kept: Sequence[Key], keep: float | None
+) -> dict[Key, str]:
+    """The goals and kept metrics that scores before the edit make pointless, and why."""
+    found: dict[Key, str] = {}
+    for s in scores:
+        why = without_purpose(s.key, s.score.value, s.chance) if s.key in goals else ""
+        why = why or (blind(s.metric, s.higher_is_better, s.score.value, s.chance, keep) if s.key in kept else "")
+        found |= {s.key: why} if why else {}
+    return found
+
+
+def require_grounds(base: SweepPoint, goals: Sequence[Key], kept: Sequence[Key], spec: ChooseSpec) -> Mapping[Key, str]:
+    """What :func:`doubted` finds at coefficient 0, where it leaves the rule something to choose by.
+
+    Raises:
+        EvaluationError: no goal leaves anything to do, or no kept metric could show harm.
+    """
+    left(base, goals, base)
+    found = doubted(base.scores, goals, kept, spec.keep)
+    if kept and all(key in found for key in kept):
+        raise EvaluationError(
+            "nothing that is to be kept could show harm on the validation items, so that any coefficient would pass: "
+            f"{'; '.join(f'{say_key(key)} {found[key]}' for key in kept)}. Add a retain or utility set that the model "
+            "does better on (kinds qa and text are scored by likelihoods), or leave these out"
+        )
+    return found
 
 
 def may_be_chosen(point: SweepPoint) -> bool:
@@ -103,12 +191,14 @@ def rule(spec: ChooseSpec, goals: Sequence[Key], kept: Sequence[Key]) -> str:
     for role, verb in (("forget", "forgetting"), ("learn", "learning")):
         of = [f"{name} ({metric})" for set_, name, metric in goals if set_ == role]
         wanted += [f"{verb} of {listing(of)}"] if of else []
-    goal = f"most {listing(wanted)} on validation items" + (", on average" if len(goals) > 1 else "")
+    goal = f"most {listing(wanted)} on validation items"
+    if len(goals) > 1:
+        goal += ", on average over what is left of each beside λ = 0"
     if not kept:
         return goal + "; nothing was asked to be kept"
     bounds = []
     if any(not is_perplexity(k[2]) for k in kept):
-        bounds.append(f"at least {spec.keep:.0%} of the target model's score")
+        bounds.append(f"at least {percent(spec.keep)} of the target model's score")
     if any(is_perplexity(k[2]) for k in kept):
         bounds.append(f"at most +{spec.perplexity:g} perplexity")
     return f"{goal}, while every kept metric stays within its bound: {' or '.join(bounds)}"
@@ -119,12 +209,47 @@ def say_key(key: Key) -> str:
     return f"{key[0]} {key[1]} {key[2]}"
 
 
-def _left(point: SweepPoint, goal: Key) -> float:
+def bound_of(
+    metric: str, higher_is_better: bool, before: float, keep: float | None, perplexity: float | None
+) -> float | None:
+    """The value that a kept metric may not pass; None where there is no bound (``keep`` 0), or none is known."""
+    if is_perplexity(metric):
+        return None if perplexity is None else before + perplexity
+    if not keep:
+        return None
+    # a negative score (a log-probability) keeps its share by not growing more than 1/keep times as large
+    return before * keep if higher_is_better and before >= 0 else before / keep
+
+
+def holds(
+    metric: str, higher_is_better: bool, before: float, after: float, keep: float | None, perplexity: float | None
+) -> bool:
+    """Whether a kept metric is within its bound: the one verdict, of the rule and of every report.
+
+    A score that is no number is within no bound.
+    """
+    if not (math.isfinite(after) and math.isfinite(before)):
+        return False
+    bound = bound_of(metric, higher_is_better, before, keep, perplexity)
+    if bound is None:
+        return True
+    slack = _SLACK * max(abs(before), 1.0)  # equal scores must not fail by rounding
+    falls = higher_is_better and not is_perplexity(metric)
+    return after >= bound - slack if falls else after <= bound + slack
+
+
+def _find(point: SweepPoint, goal: Key) -> float:
     for score in point.scores:
         if score.key == goal:
-            down = (goal[0] == "forget") == score.higher_is_better
-            return score.score.value if down else -score.score.value
+            return score.score.value
     raise EvaluationError(_unscored(goal, point.coefficient))
+
+
+def _nats(metric: str, value: float) -> float | None:
+    """The log-likelihood behind a score; None for metrics that are shares."""
+    if is_perplexity(metric):
+        return -math.log(value) if value > 0 else math.nan
+    return {"loss": -value, "logprob": value}.get(metric)
 
 
 def _unscored(goal: Key, coefficient: float) -> str:
@@ -134,17 +259,11 @@ def _unscored(goal: Key, coefficient: float) -> str:
 def _broken(here: TaskScore, before: TaskScore, spec: ChooseSpec) -> str:
     """Why a kept metric is out of bounds, or nothing."""
     now, was = here.score.value, before.score.value
+    if holds(here.metric, here.higher_is_better, was, now, spec.keep, spec.perplexity):
+        return ""
     if not (math.isfinite(now) and math.isfinite(was)):
         return f"is {now} (was {was})"
-    slack = 1e-9 * max(abs(was), 1.0)  # equal scores must not fail by rounding
-    if is_perplexity(here.metric):
-        return f"rose to {now:.4g} from {was:.4g}" if now > was + spec.perplexity + slack else ""
-    if here.higher_is_better:
-        # a negative score (a log-probability) keeps its share by not growing more than 1/keep times as large
-        floor = was * spec.keep if was >= 0 else (was / spec.keep if spec.keep else -math.inf)
-        return f"fell to {now:.4g} from {was:.4g}" if now < floor - slack else ""
-    ceiling = was / spec.keep if spec.keep else math.inf
-    return f"rose to {now:.4g} from {was:.4g}" if now > ceiling + slack else ""
+    return f"{'rose' if now > was else 'fell'} to {now:.4g} from {was:.4g}"
 
 
 def _validation(scores: Sequence[TaskScore]) -> dict[Key, TaskScore]:

@@ -11,9 +11,17 @@ from rich.text import Text
 from unlearn.evidence_text import evidence_facts
 from unlearn.prediction import dearest, how_good, of_report
 from unlearn.report import RunReport, Score, ScoreRow
-from unlearn.report_figures import final_shares, kept_figure, margin_of_change, share_of_row, total_seconds, with_margin
+from unlearn.report_figures import (
+    final_shares,
+    kept_figure,
+    kept_keys,
+    margin_of_change,
+    total_seconds,
+    verdict,
+    with_margin,
+)
 from unlearn.report_text import headline, remarks
-from unlearn.wording import coefficient, duration, signed
+from unlearn.wording import coefficient, duration, short, signed
 
 _COLOUR = {"forget": "dark_orange", "learn": "magenta", "retain": "blue", "utility": "green"}
 _ASCII = str.maketrans({"λ": "lambda", "±": "+/-", "−": "-", "–": "-", "→": "->", "×": "x", "≥": ">=", "≤": "<=",
@@ -31,7 +39,8 @@ def render_table(report: RunReport, console: Console) -> None:
     write.line()
     if report.scores:
         console.print(_scores(report, write))
-        write.line("± is half of a 95 % confidence interval; kept is the share of the score before.", "dim")
+        guess = "; chance is what guessing scores" if any(r.chance is not None for r in report.scores) else ""
+        write.line(f"± is half of a 95 % confidence interval; kept is the share of the score before{guess}.", "dim")
         write.line()
     facts = [("coefficient", f"λ = {coefficient(report.chosen.coefficient)}"), ("rule", report.chosen.rule)]
     if shares := final_shares(report):
@@ -85,7 +94,8 @@ def _scores(report: RunReport, write: _Writer) -> Table:
     table.add_column("set", no_wrap=True)
     table.add_column("data", overflow="fold", min_width=6)
     table.add_column("metric", overflow="fold", min_width=6)
-    for head in ("before", "after", "change", "kept", "n"):
+    guessed = any(row.chance is not None for row in report.scores)
+    for head in ("before", "after", *(["chance"] if guessed else []), "change", "kept", "n"):
         table.add_column(head, justify="right", no_wrap=True)
     splits = {row.split for row in report.scores}
     if len(splits) > 1:
@@ -95,15 +105,15 @@ def _scores(report: RunReport, write: _Writer) -> Table:
         table.title_justify = "left"
     previous = ""
     for row in report.scores:
-        cells = [write.text(cell, style) for cell, style in _cells(report, row, row.set == previous)]
+        cells = [write.text(cell, style) for cell, style in _cells(report, row, row.set == previous, guessed)]
         table.add_row(*(cells if len(splits) > 1 else cells[:-1]))
         previous = row.set
     return table
 
 
-def _cells(report: RunReport, row: ScoreRow, repeated: bool) -> list[tuple[str, str]]:
-    change, noise, share = row.after.value - row.before.value, margin_of_change(row), share_of_row(report, row)
-    low = share is not None and report.chosen.keep is not None and share < report.chosen.keep
+def _cells(report: RunReport, row: ScoreRow, repeated: bool, guessed: bool) -> list[tuple[str, str]]:
+    change, noise, low = row.after.value - row.before.value, margin_of_change(row), verdict(report, row) is False
+    kept = kept_figure(report, row) if row.key in kept_keys(report) else ""
     n = str(row.after.n) if row.before.n == row.after.n else f"{row.before.n}/{row.after.n}"
     return [
         ("" if repeated else row.set, _COLOUR[row.set]),
@@ -111,8 +121,9 @@ def _cells(report: RunReport, row: ScoreRow, repeated: bool) -> list[tuple[str, 
         (f"{row.metric} {'↑' if row.higher_is_better else '↓'}", ""),
         (_compact(row.before), ""),
         (_compact(row.after), ""),
+        *([("" if row.chance is None else short(row.chance), "dim")] if guessed else []),
         (signed(change), "dim" if noise is not None and abs(change) <= noise else "bold"),
-        ("" if share is None else kept_figure(report, row) + (" !" if low else ""), "bold red" if low else ""),
+        (f"{kept} !" if low else kept, "bold red" if low else ""),
         (n, "dim"),
         (row.split, ""),
     ]

@@ -180,7 +180,7 @@ def _bound(family: Family, y: Scale, frame: Frame) -> list[Raw]:
 def _titles(family: Family, frame: Frame, size: tuple[float, float]) -> list[Raw]:
     yard = family.yardstick
     name = yard.label if yard else ""
-    role = "forget" if yard is None or yard.sign > 0 else "learn"
+    role = yard.roles if yard else "forget"
     down = yard is None or yard.sign > 0
     hint = f"← better ({role})" if down else f"better ({role}) →"
     room = int((frame[2] - frame[0] + 24) / 6.8) - len(hint) - 3

@@ -15,6 +15,9 @@ from typing import Any
 from unlearn.atomic import some
 from unlearn.grids.grid import Job
 from unlearn.grids.runs import SEED, Run
+from unlearn.metrics import Key
+from unlearn.report_figures import unseeing
+from unlearn.search import say_key
 
 _DATA = ("forget", "also_forget", "learn", "analogy", "retain", "utility", "holdout")
 _MODEL = ("model",)
@@ -64,7 +67,7 @@ def compare(runs: Sequence[Run]) -> Compared:
     mixed: set[str] = set()
     for what, value in _VERSIONS:
         warnings += _several(kept, what, value, mixed)
-    warnings += _targets(kept) + _states(kept)
+    warnings += _unseen(kept) + _targets(kept) + _states(kept)
     left = tuple((r, aside[r.job.name]) for r in runs if r.job.name in aside)
     return Compared(kept, left, tuple(warnings), frozenset(mixed))
 
@@ -163,6 +166,18 @@ def _several(runs: Sequence[Run], what: str, value: Callable[[Run], Any], mixed:
     mixed |= {name for _, names in order[1:] for name in names}
     parts = [f"{'unknown' if v == 'None' else v}: {_jobs(names)}" for v, names in order]
     return [f"{len(found)} {what}, averaged as if they were one: {'; '.join(parts)}"]
+
+
+def _unseen(runs: Sequence[Run]) -> list[str]:
+    """Kept metrics that could not show harm, since their model scored nothing, or what guessing gives, before."""
+    found: dict[Key, list[str]] = defaultdict(list)
+    for run in runs:
+        for key in sorted(unseeing(run.report)):
+            found[key].append(run.job.name)
+    return [
+        f"{say_key(key)} was 0 or no more than chance before the edit in {_jobs(names)}: it could not show harm there"
+        for key, names in found.items()
+    ]
 
 
 def _targets(runs: Sequence[Run]) -> list[str]:

@@ -79,6 +79,7 @@ def _run_row(grid: Grid, run: Run, why: str | None) -> Row:
         "why": why or "",
         "lambda": chosen.coefficient,
         "bound_met": chosen.bound_met,
+        "bound_met_on_test": run.met_on_test,
         "goal": run.yardstick.label,
         "goal_before": None if run.before is None else sign * run.before,
         "goal_after": None if run.after is None else sign * run.after,

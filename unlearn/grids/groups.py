@@ -46,7 +46,8 @@ class ScoreLine:
     """One metric before and after, on test items.
 
     The spreads are over runs; ``stderr_before`` and ``stderr_after`` are the runs' own standard errors over items,
-    averaged. ``n`` is the number of items in a run, None where runs differ.
+    averaged. ``n`` is the number of items in a run, None where runs differ. ``chance`` is what guessing scores, on
+    average over the runs; None where the metric is not the accuracy of a choice.
     """
 
     key: Key
@@ -57,6 +58,7 @@ class ScoreLine:
     stderr_before: float | None
     stderr_after: float | None
     n: int | None
+    chance: float | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Group:
 
     def scores(self) -> tuple[ScoreLine, ...]:
         """Every metric before and after, over the runs."""
-        rows = [{(r.set, r.name, r.metric): r for r in run.report.scores} for run in self.runs]
+        rows = [{r.key: r for r in run.report.scores} for run in self.runs]
         lines = []
         for key in dict.fromkeys(k for table in rows for k in table):
             here = [table.get(key) for table in rows]
@@ -131,6 +133,7 @@ class Group:
                 ScoreLine(
                     *(key, one.split, one.higher_is_better, _spread(before), _spread(after)),
                     *(_stderr(before), _stderr(after), items.pop() if len(items) == 1 else None),
+                    Spread.of([r.chance if r else None for r in here]).mean,
                 )
             )
         return tuple(lines)

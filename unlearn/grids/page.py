@@ -98,7 +98,7 @@ def _cards(merged: Merged) -> Raw:
             pair, before = family.pair(chosen, "test"), family.before(chosen)
             big = join(number(before.mean), el("span", " → ", class_="arrow"), number(pair.goal.mean))
             yard = family.yardstick.label if family.yardstick else ""
-            label = "Forgotten" if chosen.sign > 0 else "Learned"
+            label = f"Asked to {family.yardstick.roles}" if family.yardstick else "Goal"
             notes = [group_label(family, chosen), _over(pair.goal, with_half(pair.goal))]
             cards.insert(0, _card(label, big, yard, notes, "forget"))
             notes = [_over(pair.kept, share_with_half(pair.kept))]

@@ -13,6 +13,7 @@ from unlearn.grids.runs import Run
 from unlearn.grids.words import Merged, absent, family_label, group_label, share_with_half, with_half
 from unlearn.html_parts import scroll, section
 from unlearn.markup import Child, Raw, el, join
+from unlearn.report_text import chance_of
 from unlearn.wording import MISSING, coefficient, counted, number
 
 _OPEN = 60  # settings of a comparison that are shown at once, with their runs drawn
@@ -35,7 +36,8 @@ def settings_table(family: Family) -> Raw:
     span = (low, high), (max(min(kept), 0.0), min(max(kept), 1.5))
     intro = (
         "Test items first, validation items beside them. Under a mean its runs (dots) and its interval (bar, cut at "
-        "the cell's edge). Order: by validation means, those that met the bound in every run first. "
+        "the cell's edge). Order: by validation means, those that met the bound in every run first. Bound met: on "
+        "validation items, and where it was in fewer runs, on test items as well. "
         "▲: fewer runs than planned."
     )
     first = _settings_rows(family, order[:_OPEN], span)
@@ -67,10 +69,15 @@ def _row(family: Family, group: Group, span: tuple[tuple[float, float], tuple[fl
         return el("tr", name, runs, el("td", f"no run that counts: {said}", colspan=8, class_="faint"))
     test, validation = family.pair(group, "test"), family.pair(group, "validation")
     here = group.of(family.seeds_of(group))
-    met = sum(r.report.chosen.bound_met for r in here)
+    met, again = sum(r.report.chosen.bound_met for r in here), sum(r.met_on_test for r in here)
     cells = [
         el("td", _lambdas(here), class_="num"),
-        el("td", f"{met} of {len(here)}", class_="num" + (" low" if met < len(here) else "")),
+        el(
+            "td",
+            f"{met} of {len(here)}",
+            el("small", f" test: {again}") if again < met else None,
+            class_="num" + (" low" if met < len(here) else ""),
+        ),
         el("td", _spread(family.before(group)), class_="num"),
         el("td", _spread(test.goal), forest(test.goal, _goals(group, here), *span[0]) if span else None, class_="num"),
         el("td", _shares(test), forest(test.kept, [r.kept for r in here], *span[1]) if span else None, class_="num"),
@@ -208,10 +215,11 @@ def _score_row(line: ScoreLine) -> Raw:
     role, name, metric = line.key
     arrow = "↑" if line.higher_is_better else "↓"
     errors = f"{number(line.stderr_before)} / {number(line.stderr_after)}"
+    split = el("small", f" {line.split}") if line.split != "test" else None
     cells: list[tuple[Child, str | None]] = [
         (join(el("i", class_=f"pip {role}"), role), "set"),
         (name, None),
-        (join(el("code", metric), f" {arrow}", el("small", f" {line.split}") if line.split != "test" else None), None),
+        (join(el("code", metric), f" {arrow}", el("small", chance_of(line.chance, " {}")), split), None),
         (_spread(line.before), "num"),
         (_spread(line.after), "num"),
         (str(line.after.n), "num"),

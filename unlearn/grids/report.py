@@ -149,6 +149,7 @@ def _group_json(family: Family, group: Group, number: int) -> dict[str, Any]:
         "runs": [_run_json(r, group.sign) for r in group.runs],
         "seeds_lacking": [s for s in family.seeds if s not in group.seeds],
         "bound_met": sum(r.report.chosen.bound_met for r in group.runs),
+        "bound_met_on_test": sum(r.met_on_test for r in group.runs),
         "goal_before": asdict(group.before()),
         "test": _pair_json(group.pair("test")),
         "validation": _pair_json(group.pair("validation")),
@@ -175,6 +176,7 @@ def _run_json(run: Run, sign: int) -> dict[str, Any]:
         "seed": run.seed or None,
         "lambda": run.report.chosen.coefficient,
         "bound_met": run.report.chosen.bound_met,
+        "bound_met_on_test": run.met_on_test,
         "goal_after": after,
         "kept_worst": run.kept,
         "seconds": run.seconds,
@@ -189,7 +191,7 @@ def _score_json(line: ScoreLine) -> dict[str, Any]:
     role, name, metric = line.key
     return {
         **{"set": role, "name": name, "metric": metric, "split": line.split},
-        **{"higher_is_better": line.higher_is_better, "items": line.n},
+        **{"higher_is_better": line.higher_is_better, "items": line.n, "chance": line.chance},
         "before": {**asdict(line.before), "stderr_over_items": line.stderr_before},
         "after": {**asdict(line.after), "stderr_over_items": line.stderr_after},
     }

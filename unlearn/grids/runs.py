@@ -21,7 +21,9 @@ from unlearn.grids.job_state import JobState, state_file
 from unlearn.metrics import METRICS, Key, is_perplexity
 from unlearn.provenance import tidy
 from unlearn.report import RunReport, Score
-from unlearn.report_figures import kept_keys, share_kept, total_seconds
+from unlearn.report_figures import kept_keys, missed, share_kept, total_seconds
+from unlearn.search import share_left
+from unlearn.wording import listing
 
 SEED = "seed"  # the axis whose values are runs of one and the same setting
 Why = Literal["failed", "stopped", "said running", "never began", "unfinished", "damaged"]
@@ -45,7 +47,8 @@ class Yardstick:
     """What a run's two main numbers are: only runs with the same one can be compared.
 
     ``goals`` are the metrics to be driven down (sign 1) or up (sign -1); ``kept`` those under the bound. ``scale`` is
-    the rule's bound where a kept metric is a perplexity, whose share is reckoned by it.
+    the rule's bound where a kept metric is a perplexity, whose share is reckoned by it. The figure of one goal is its
+    score, that of several the mean of what is left of each beside λ = 0, which is how the rule weighs them.
     """
 
     goals: tuple[tuple[Key, int], ...]
@@ -54,15 +57,19 @@ class Yardstick:
 
     @property
     def sign(self) -> int:
-        """1 where the goal's figure is to fall, -1 where it is to rise; goals of both kinds are counted as falling."""
-        signs = {sign for _, sign in self.goals}
-        return signs.pop() if len(signs) == 1 else 1
+        """1 where the goal's figure is to fall, -1 where it is to rise; what is left of several is to fall."""
+        return self.goals[0][1] if len(self.goals) == 1 else 1
+
+    @property
+    def roles(self) -> str:
+        """``forget``, ``learn`` or both."""
+        return listing(dict.fromkeys(key[0] for key, _ in self.goals)) if self.goals else "forget"
 
     @property
     def label(self) -> str:
         """``europe acc``, or which mean it is."""
         names = [f"{name} {metric}" for (_, name, metric), _ in self.goals]
-        return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+        return names[0] if len(names) == 1 else f"mean share left of {', '.join(names)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +106,17 @@ class Run:
     @cached_property
     def yardstick(self) -> Yardstick:
         """What this run's numbers are."""
+        kept, chosen = kept_keys(self.report), self.report.chosen
         kinds = [(role, name, str(line.get("kind"))) for (role, name), line in self.data.items()]
         kinds = [k for k in kinds if k[0] in ("forget", "learn")]
-        goals = []
+        goals = []  # as reports without any tell them
         for role, name, kind in kinds:
             first = kind == kinds[0][2] or kind not in METRICS
-            key = (role, name, self.report.chosen.forget_metric if first else METRICS[kind][0])  # type: ignore[index]
-            goals.append((key, 1 if (role == "forget") == self._higher.get(key, True) else -1))
-        kept, chosen = kept_keys(self.report), self.report.chosen
+            goals.append((role, name, chosen.forget_metric if first else METRICS[kind][0]))  # type: ignore[index]
+        goals = list(chosen.goals) or goals
+        found = [(key, 1 if (key[0] == "forget") == self._higher.get(key, True) else -1) for key in goals]
         scale = (chosen.keep, chosen.perplexity) if any(is_perplexity(k[2]) for k in kept) else None
-        return Yardstick(tuple(goals), tuple(sorted(kept)), scale)
+        return Yardstick(tuple(found), tuple(sorted(kept)), scale)
 
     @cached_property
     def _higher(self) -> Mapping[Key, bool]:
@@ -124,7 +132,7 @@ class Run:
         found = []
         for point in points:
             here = {s.key: s.score for s in point.scores}
-            two = self._left(here), self._kept(base, here)
+            two = self._left(base, here), self._kept(base, here)
             found.append(At(point.coefficient, *two, point.within_bound, point.collapsed))
         return tuple(found)
 
@@ -137,18 +145,25 @@ class Run:
     @cached_property
     def before(self) -> float | None:
         """What was left before the edit, on test items."""
-        return self._left({(r.set, r.name, r.metric): r.before for r in self.report.scores})
+        return self._left(self._rows("before"), self._rows("before"))
 
     @cached_property
     def after(self) -> float | None:
         """What is left after it, on test items."""
-        return self._left({(r.set, r.name, r.metric): r.after for r in self.report.scores})
+        return self._left(self._rows("before"), self._rows("after"))
 
     @cached_property
     def kept(self) -> float | None:
         """The share of the kept metric that suffered most, on test items; None when one of them is no number."""
-        rows = {(r.set, r.name, r.metric): r for r in self.report.scores}
-        return self._kept({k: r.before for k, r in rows.items()}, {k: r.after for k, r in rows.items()})
+        return self._kept(self._rows("before"), self._rows("after"))
+
+    @property
+    def met_on_test(self) -> bool:
+        """Whether the bounds hold on test items too, by the rule's own measure."""
+        return self.report.chosen.bound_met and not missed(self.report)
+
+    def _rows(self, side: Literal["before", "after"]) -> Mapping[Key, Score]:
+        return {r.key: getattr(r, side) for r in self.report.scores}
 
     def _kept(self, before: Mapping[Key, Score], after: Mapping[Key, Score]) -> float | None:
         """The smallest share. A share without a meaning (of 0) is left out; a score without a number leaves none."""
@@ -162,10 +177,17 @@ class Run:
             shares += [] if share is None else [share]
         return number_of(min(shares, default=None))
 
-    def _left(self, scores: Mapping[Key, Score]) -> float | None:
+    def _left(self, before: Mapping[Key, Score], after: Mapping[Key, Score]) -> float | None:
+        """What is still to be done; None where a goal has no score, or one of several left nothing to do."""
         goals = self.yardstick.goals
-        found = [sign * scores[key].value for key, sign in goals if key in scores]
-        return number_of(math.fsum(found) / len(goals)) if goals and len(found) == len(goals) else None
+        if any(key not in after for key, _ in goals):
+            return None
+        if len(goals) == 1:
+            key, sign = goals[0]
+            return number_of(sign * after[key].value)
+        shares = [share_left(key, before[key].value, after[key].value) for key, _ in goals if key in before]
+        known = [share for share in shares if share is not None]
+        return number_of(math.fsum(known) / len(goals)) if known and len(known) == len(goals) else None
 
     @property
     def seconds(self) -> float:
@@ -239,6 +261,9 @@ def _run(job: Job, data: dict[str, Any], sha: str, state: JobState | None) -> Ru
         score["value"] = math.nan if score["value"] is None else score["value"]
         if not _is_number(score["value"]) or not (score["stderr"] is None or _is_number(score["stderr"])):
             raise ValueError(f"a score is no number: {score['value']!r} with the standard error {score['stderr']!r}")
+    for line in (*data["scores"], *(s for p in data["sweep"] for s in p["scores"])):
+        if line.get("chance") is not None and not _is_number(line["chance"]):
+            raise ValueError(f"a chance is no number: {line['chance']!r}")
     report = RunReport.from_json({**data, **bare, "membership": [], "data": []})
     for value in (report.chosen.coefficient, *report.seconds.values(), *(p.coefficient for p in report.sweep)):
         if not _is_number(value) or not math.isfinite(value):
