@@ -41,7 +41,7 @@ class Model:
 
     def searched(self, ties: bool = True) -> tuple[int, tuple[SweepPoint, ...]]:
         """The index that is chosen after a bisection, and the points it saw."""
-        points = bisect(self.grid, self.point(0), self.score, lambda p: left(p, [FORGET]), ties=ties)
+        points = bisect(self.grid, self.point(0), self.score, lambda p: left(p, [FORGET], self.point(0)), ties=ties)
         assert [p.coefficient for p in points] == sorted(p.coefficient for p in points)
         return self.chosen(points), points
 

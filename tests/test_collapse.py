@@ -64,7 +64,7 @@ def test_a_collapsed_point_is_not_chosen_though_its_accuracies_look_best() -> No
     ]
     assert [p.within_bound for p in points] == [True, True, True, False]
     assert [may_be_chosen(p) for p in points] == [True, True, False, False]
-    assert left(points[3], [GOAL]) == math.inf
+    assert left(points[3], [GOAL], points[0]) == math.inf
     assert choose(points, [GOAL], [KEEP], rule).coefficient == 1.0
 
 

@@ -491,6 +491,35 @@ def test_a_shipped_group_is_scored_as_one(recipe: Recipe, lm: Recording, tmp_pat
 
 
 @pytest.mark.usefixtures("shelf")
+def test_chance_is_the_mean_of_one_in_so_many_choices(
+    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
+) -> None:
+    """Beside accuracies of choices only: of the pack, of a task that lm-eval ships, and of a group over its tasks."""
+    path = tmp_path / "shelf" / "part_two.yaml"
+    path.write_text(
+        path.read_text().replace('["a", "b"]', '["a", "b", "c", "d", "e"]').replace("count: 1", "count: 30")
+    )
+    path = tmp_path / "shelf" / "letters.yaml"
+    path.write_text(path.read_text().replace("metric: acc,", "metric: acc_mutual_info}, {metric: acc,"))
+    asked = change(recipe, tasks=[{"task": "parts"}, {"task": "letters"}])
+    mcq = next(s for s in sets if s.spec.kind == "mcq")
+    uneven = tuple(replace(i, choices=i.choices[:2], answer=0, target=i.choices[0]) for i in mcq.validation[:1])
+    mixed = [replace(s, validation=(*uneven, *s.validation[1:])) if s is mcq else s for s in sets]
+    tasks = built(mixed, "validation", asked, lm, tmp_path)
+    found = {s.key: s.chance for s in evaluate(lm, tasks, model_name="pico", bootstrap=0).scores}
+    items = next(s for s in mixed if s.spec.kind == "mcq").validation
+    expected = sum(1 / len(item.choices) for item in items) / len(items)
+    assert 1 / 4 < expected < 1 / 2
+    assert found["retain", "far", "acc"] == found["retain", "far", "acc_norm"] == pytest.approx(expected)
+    counts = [len(tasks.samples[name]) for name in ("part_one", "part_two")]
+    assert found["utility", "parts", "acc"] == pytest.approx((counts[0] / 2 + counts[1] / 5) / sum(counts))
+    assert found["utility", "letters", "acc"] == 0.5, "not one in four requests: half of them are without a question"
+    others = {key: chance for key, chance in found.items() if key[2] not in ("acc", "acc_norm")}
+    assert {"prob", "logprob", "loss", "exact", "perplexity"} <= {key[2] for key in others}
+    assert set(others.values()) == {None}
+
+
+@pytest.mark.usefixtures("shelf")
 def test_standard_errors_without_resampling(recipe: Recipe, lm: Recording, tmp_path: Path) -> None:
     """``acc`` has a formula, ``f1`` is resampled by lm-eval."""
     path = tmp_path / "shelf" / "letters.yaml"

@@ -558,6 +558,23 @@ def test_card_says_the_scores() -> None:
     assert "Unlearning is not deletion" in body
 
 
+def test_card_says_what_is_left_and_whether_the_bounds_hold_on_test_items() -> None:
+    about = facts()
+    kept = (("retain", "asia", "perplexity"),)
+    chosen = replace(about.chosen, keep=0.95, perplexity=0.1, kept=kept, goals=(("forget", "europe", "acc"),))
+    rows = (replace(about.scores[0], chance=0.25), about.scores[1])
+    body = split(card(replace(about, chosen=chosen, scores=rows), "adapter", "owner/base"))[1]
+    assert (
+        "- What came of it, on the items of the table below: The model still answers 50 % of what it was asked to "
+        "forget, where guessing would give 25 %: europe accuracy fell from 0.90 to 0.50." in body
+    )
+    assert "(met on validation items; on test items not by retain asia perplexity)" in body
+    assert "| acc ↑ (chance 0.25) |" in body
+    assert "Chance is what guessing scores." in body
+    roomy = replace(chosen, perplexity=0.5)
+    assert "(met on validation items)" in card(replace(about, chosen=roomy, scores=rows), "adapter", "owner/base")
+
+
 def test_card_gives_the_scores_to_the_hub(tmp_path: Path) -> None:
     """Read back by the hub's own library, as the hub does when a card is pushed."""
     from huggingface_hub import ModelCard, ModelCardData

@@ -319,6 +319,95 @@ def test_a_perplexity_is_reckoned_by_its_bound(tmp_path: Path) -> None:
     assert len(found["comparisons"]) == 2  # shares of different bounds do not compare
 
 
+def two_goals(job: Job, *, prob: float, perplexity: float) -> dict[str, Any]:
+    """A run that forgets answers (.90 before) and passages (a perplexity of 30 before)."""
+    report = report_of(job, forget=prob, metric="prob")
+    book = {"name": "book", "metric": "perplexity", "higher_is_better": False}
+    before, after = ({"value": v, "stderr": 0.5, "n": 9} for v in (30.0, perplexity))
+    report["scores"].append({**report["scores"][0], **book, "before": before, "after": after})
+    for point in report["sweep"]:
+        value = before if point["coefficient"] == 0 else after
+        point["scores"].append({**point["scores"][0], **book, "score": value})
+    report["data"].append({**report["data"][0], "name": "book", "kind": "text", "digest": f"b {job.settings['seed']}"})
+    report["data"][0]["kind"] = "qa"
+    report["chosen"]["goals"] = [["forget", "europe", "prob"], ["forget", "book", "perplexity"]]
+    return report
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_goals_of_unlike_units_weigh_alike(tmp_path: Path, recorded: bool) -> None:
+    """One point of perplexity outweighed all there is of a probability when scores were averaged as they are."""
+    grid = grid_of({"rank": ("4", "8"), "seed": ("0", "1")})
+
+    def make(job: Job) -> Values:
+        four = job.settings["rank"] == "4"
+        report = two_goals(job, prob=0.10 if four else 0.95, perplexity=30.0 if four else 31.0)
+        report["chosen"] |= {} if recorded else {"goals": []}
+        return report
+
+    filled(tmp_path, grid, make)
+    found = merged_json(tmp_path)
+    family = found["comparisons"][0]
+    assert family["goal"] == {"label": "mean share left of europe prob, book perplexity", "better": "lower"}
+    assert (family["choice"], family["pareto_test"], family["pareto_validation"]) == (0, [0], [0])
+    for group, left in zip(found["settings"], ((0.10 / 0.90 + 1) / 2, (0.95 / 0.90 + 30 / 31) / 2), strict=True):
+        assert group["goal_before"]["mean"] == 1
+        assert group["test"]["goal"]["mean"] == pytest.approx(left)
+        assert group["validation"]["goal"]["mean"] == pytest.approx(left)
+    page = (tmp_path / "report.html").read_text()
+    assert "Asked to forget" in page
+    assert "← better (forget)" in page
+
+
+def test_a_forget_set_of_passages_is_not_called_learned(tmp_path: Path) -> None:
+    """Its perplexity is to rise, as what is learned is."""
+    grid = filled(tmp_path, grid_of({"seed": ("0", "1")}),
+                  lambda j: report_of(j, forget=40.0, metric="perplexity", higher=False))  # fmt: skip
+    assert merged_json(tmp_path)["comparisons"][0]["goal"] == {"label": "europe perplexity", "better": "higher"}
+    page = (tmp_path / "report.html").read_text()
+    assert "Asked to forget" in page
+    assert "Learned" not in page
+    assert "better (forget) →" in page
+    assert len(grid.jobs) == 2
+
+
+def test_a_bound_that_test_items_break_is_counted(tmp_path: Path) -> None:
+    grid = grid_of({"rank": ("4", "8"), "seed": ("0", "1")})
+    # 19 of 20 keep just .95, whatever floats make of it
+    filled(tmp_path, grid, lambda j: report_of(j, kept=0.76 if j.settings["rank"] == "4" else 0.75))
+    found = merged_json(tmp_path)["settings"]
+    assert [(g["bound_met"], g["bound_met_on_test"]) for g in found] == [(2, 2), (2, 0)]
+    assert [row["bound_met_on_test"] for row in rows_of(tmp_path / "jobs.csv")] == ["true", "true", "false", "false"]
+    assert "2 of 2<small> test: 0</small>" in (tmp_path / "report.html").read_text()
+
+
+def test_what_could_not_show_harm_is_said_and_chance_is_shown(tmp_path: Path) -> None:
+    def make(job: Job) -> Values:
+        report = report_of(job)
+        for entry in (*report["scores"], *(s for p in report["sweep"] for s in p["scores"])):
+            entry["chance"] = 0.25
+        if job.index == 1:
+            report["sweep"][0]["scores"][1]["score"]["value"] = 0.25
+        return report
+
+    filled(tmp_path, grid_of({"seed": ("0", "1")}), make)
+    found = merged_json(tmp_path)
+    (said,) = (w for w in found["warnings"] if "harm" in w)
+    assert said.startswith("retain africa acc was 0 or no more than chance before the edit in 1 job (pico-1)")
+    assert {s["chance"] for s in found["settings"][0]["scores"]} == {0.25}
+    assert "acc</code> ↑<small> chance 0.25</small>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("where", ["scores", "sweep"])
+def test_a_chance_that_is_no_number_is_damaged(tmp_path: Path, where: str) -> None:
+    grid = grid_of({"seed": ("0",)})
+    report = report_of(grid.jobs[0])
+    (report["scores"] if where == "scores" else report["sweep"][0]["scores"])[0]["chance"] = "one in four"
+    grid.save(tmp_path)
+    finish(tmp_path, grid.jobs[0], report)
+    assert "a chance is no number" in merged_json(tmp_path)["missing"][0]["said"]
+
+
 def test_a_score_without_a_number_hides_nothing(tmp_path: Path) -> None:
     grid = grid_of({"rank": ("4", "8"), "seed": ("0", "1")})
 

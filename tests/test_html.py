@@ -22,6 +22,7 @@ from unlearn.html import render_html
 from unlearn.html_parts import changes
 from unlearn.markup import VOID, Raw, el, join
 from unlearn.prediction import Point
+from unlearn.recipe import ChooseSpec
 from unlearn.report import (
     Chosen,
     Example,
@@ -34,9 +35,9 @@ from unlearn.report import (
     SweepPoint,
     TaskScore,
 )
-from unlearn.report_figures import final_shares, frontier, main_keys, share_kept
+from unlearn.report_figures import final_shares, frontier, main_keys, share_kept, verdict
 from unlearn.report_text import headline, how_searched, remarks
-from unlearn.search import bound_of
+from unlearn.search import bound_of, holds, judge
 from unlearn.wording import coefficient, duration, file_size, number, percent, tick_label
 
 KEPT = (("retain", "asia", "acc_norm"), ("utility", "general", "acc_norm"))
@@ -585,6 +586,132 @@ def test_a_bound_missed_on_test_items_is_said() -> None:
     assert "▼" in source
     assert remarks(make()) == ()
     assert "▼" not in render_html(make())
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "keep", "perplexity", "met"),
+    [
+        ("acc", 20 / 26, 19 / 26, 0.95, 0.5, True),  # just 95 %, and as floats a little less
+        ("acc", 20 / 26, 18 / 26, 0.95, 0.5, False),
+        ("perplexity", 30.0, 31.0, 1.0, 0.5, False),  # scaled by what keep leaves, a rise would weigh nothing
+        ("perplexity", 30.0, 30.4, 1.0, 0.5, True),
+        ("perplexity", 30.0, 30.1, 0.95, 0.0, False),  # 99.7 % of the perplexity, and yet no rise was allowed
+        ("perplexity", 30.0, 30.0, 0.95, 0.0, True),
+        ("acc", 0.8, math.nan, 0.95, 0.5, False),
+    ],
+)
+def test_the_verdict_on_test_items_is_the_rules(
+    metric: str, before: float, after: float, keep: float, perplexity: float, met: bool
+) -> None:
+    key, higher = ("retain", "asia", metric), metric == "acc"
+    chosen = Chosen(1.5, True, "r", "acc_norm", keep, perplexity, (key,))
+    report = make(
+        chosen=chosen,
+        scores=(row("forget", "europe", 0.9, 0.4), row("retain", "asia", before, after, metric, higher)),
+    )
+    base, here = (replace(measured("retain", "asia", v, metric, higher)) for v in (before, after))
+    rule = ChooseSpec.model_validate({"keep": keep, "perplexity": perplexity})
+    assert judge(1.5, [here], [base], [key], rule).within_bound is met
+    assert verdict(report, report.scores[1]) is met
+    assert ("but not on test items" in headline(report)) is not met
+    assert bool(remarks(report)) is not met
+    source = render_html(report)
+    assert ("▼" in source) is not met
+    assert ("not met here" in source) is (not met and math.isfinite(after))
+
+
+@given(
+    st.sampled_from([("acc", True), ("loss", False), ("logprob", True), ("perplexity", False)]),
+    st.floats(0.05, 1),
+    st.floats(0.05, 1),
+    st.sampled_from([0.5, 0.95, 1.0]),
+    st.sampled_from([0.0, 0.1]),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_pictures_measure_and_the_verdict_agree(
+    kind: tuple[str, bool], before: float, after: float, keep: float, perplexity: float
+) -> None:
+    """Above the bound in the picture is within the bound by the rule, whatever the metric and the bounds."""
+    metric, higher = kind
+    sign = -1 if metric == "logprob" else 1
+    share = share_kept(metric, higher, sign * before, sign * after, keep, perplexity)
+    assert share is not None
+    if abs(share - keep) > 1e-6:
+        assert (share > keep) is holds(metric, higher, sign * before, sign * after, keep, perplexity)
+
+
+def test_a_kept_set_that_cannot_show_harm_is_in_the_headline_and_its_row() -> None:
+    scores = (
+        row("forget", "europe", 0.9, 0.4),
+        row("retain", "asia", 0.0, 0.0),
+        replace(row("utility", "general", 0.7, 0.7), chance=0.25),
+    )
+    report = make(scores=scores)
+    assert headline(report).endswith("every kept metric stayed within its bound, but 1 of 2 could not have shown harm.")
+    assert "was 0" in Page(render_html(report)).text
+    guessed = replace(scores[2], before=score(0.25))
+    assert headline(make(scores=(*scores[:2], guessed))).endswith("; but no kept set could have shown harm.")
+    assert headline(make()).endswith("every kept metric stayed within its bound.")
+
+
+def test_chance_stands_beside_every_accuracy_of_a_choice() -> None:
+    chances = {"europe": 0.25, "asia": 0.2}
+    base = make()
+    scores = tuple(replace(r, chance=chances.get(r.name)) for r in base.scores)
+    sweep = tuple(
+        replace(p, scores=tuple(replace(s, chance=chances.get(s.name)) for s in p.scores)) for p in base.sweep
+    )
+    report = make(scores=scores, sweep=sweep)
+    text = Page(render_html(report)).text
+    assert "europe, accuracy (chance 0.25)" in text, "the card"
+    assert "0.878 → 0.857, test items, n = 48; chance 0.20" in text, "the card of what was kept"
+    assert "forget · acc_norm ↑, chance 0.25" in text, "the curve"
+    assert text.count("acc_norm ↑ chance 0.25") == 1, "the table"
+    assert text.count("acc_norm ↑chance 0.25") == 1, "the sweep"
+    assert render_html(report).count('class="chance"') == 2
+    assert RunReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert "chance" not in Page(render_html(base)).text.replace("than chance", "")
+
+
+def test_a_report_from_before_there_was_chance_still_loads() -> None:
+    plain = make().to_json()
+    for entry in (*plain["scores"], *(s for p in plain["sweep"] for s in p["scores"])):
+        assert entry.pop("chance") is None
+    assert plain["chosen"].pop("goals") == []
+    assert RunReport.from_json(plain) == make()
+
+
+def test_the_frontier_of_several_goals_is_of_what_is_left_of_them() -> None:
+    goals = (("forget", "europe", "acc_norm"), ("forget", "book", "perplexity"))
+    sweep = tuple(
+        SweepPoint(c, (measured("forget", "europe", a), measured("forget", "book", p, "perplexity", False),
+                       measured("retain", "asia", 0.8)), True)
+        for c, a, p in ((0.0, 0.9, 30.0), (1.0, 0.3, 40.0), (2.0, 0.9, 29.0))
+    )  # fmt: skip
+    scores = (
+        row("forget", "europe", 0.9, 0.3),
+        row("forget", "book", 30.0, 40.0, "perplexity", False),
+        row("retain", "asia", 0.8, 0.8),
+    )
+    report = make(chosen=replace(make().chosen, goals=goals), sweep=sweep, scores=scores)
+    found = [p.forget.value for p in frontier(report) if p.forget]
+    assert found == pytest.approx([1, (0.3 / 0.9 + 30 / 40) / 2, (1 + 30 / 29) / 2])
+    text = Page(render_html(report)).text
+    assert "Asked to forget100 % → 54.2 %left of 2 sets, on average" in text
+    assert "mean left of europe and book ← more done" in text
+    assert "book perplexity 30.00 → 40.00, n = 48" in text
+
+
+def test_the_frontier_of_an_addition_is_drawn() -> None:
+    """It said that no kept set was scored."""
+    chosen = replace(make().chosen, goals=(("learn", "africa", "acc_norm"),))
+    sweep = tuple(
+        SweepPoint(c, (measured("learn", "africa", v), measured("retain", "asia", 0.8)), True)
+        for c, v in ((0.0, 0.5), (1.0, 0.9))
+    )
+    text = Page(render_html(make(chosen=chosen, sweep=sweep, scores=(row("learn", "africa", 0.5, 0.9),)))).text
+    assert "No kept set was scored" not in text
+    assert "learn score: africa acc_norm more learned →" in text
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,20 @@ def test_a_bound_missed_on_test_items_is_flagged() -> None:
     assert "on test items not that of retain/asia acc_norm (79.7 %, bound 95 %)." in text
 
 
+def test_chance_has_a_column_where_choices_were_scored() -> None:
+    base = report()
+    rows = (replace(base.scores[0], chance=0.25), base.scores[1])
+    text = printed(replace(base, scores=rows))
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+    flat = squeezed(text)
+    assert "set data metric before after chance change kept n" in flat
+    assert "forget europe acc_norm ↑ 0.917 ±.078 0.458 ±.141 0.25 −0.459 48" in flat
+    assert "retain asia acc_norm ↑ 0.878 ±.098 0.857 ±.098 −0.021 97.6 % 49" in flat
+    assert "chance is what guessing scores" in flat
+    assert "where guessing would give 25 %" in flat
+    assert "chance" not in printed(base)
+
+
 def test_missing_error_estimates_and_values() -> None:
     text = squeezed(printed(report(after=float("nan"), stderr=None)))
     assert "retain asia acc_norm ↑ 0.878 – – – ! 49" in text, "what is no number is within no bound"
