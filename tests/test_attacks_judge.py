@@ -55,6 +55,8 @@ def test_it_is_the_score_of_the_report(kind: str, metric: str, engine: str, phi:
     whole = evaluate(judge.lm(phi.model), built, model_name="m", bootstrap=0)
     there = {s.metric: s for s in whole.scores}
     assert judge.metric == metric
+    assert judge.chance == there[metric].chance
+    assert (judge.chance is None) is (kind != "mcq")
     assert metric in found
     assert ("logprob" in found) is (kind == "mcq")
     for name, score in found.items():

@@ -178,6 +178,18 @@ def test_attacks_and_what_comes_back() -> None:
     assert "80 % comes back with 20 steps of relearning" in ATTACKS.sentence()
 
 
+def test_chance_stands_beside_accuracies_under_attack_and_of_the_reference() -> None:
+    choices = tuple(replace(s, metric="acc") for s in ATTACKS.scores)
+    found = replace(ATTACKS, metric="acc", scores=choices, chance=0.25)
+    assert "Of what was forgotten (accuracy 0.90 to 0.10, chance 0.25)" in found.sentence()
+    scores = tuple(replace(s, chance=0.25) for s in whole().scores)
+    page = render_html(whole(scores=scores, robustness=found))
+    assert "Guessing would score 0.250." in Page(page).text
+    assert cells(page, "Scores beside the reference")[1][1] == "acc_norm chance 0.25"
+    assert Robustness.from_json(found.to_json()) == found
+    assert Robustness.from_json({k: v for k, v in found.to_json().items() if k != "chance"}).chance is None
+
+
 def test_without_an_edited_model_nothing_can_come_back() -> None:
     alone = Robustness("europe", "prob", tuple(s for s in ATTACKS.scores if s.who != "edited"))
     table = cells(str(robustness_section(alone)), "Attacks on the result")

@@ -21,7 +21,7 @@ from unlearn.foresight import compare, foresee
 from unlearn.models import Loaded
 from unlearn.negate import Edit
 from unlearn.pico import corpus
-from unlearn.prediction import how_good, reading, spearman, verdict
+from unlearn.prediction import MeanError, how_good, reading, spearman, verdict
 from unlearn.recipe import Recipe
 from unlearn.report import Foresight, Role, Score, SetForesight, SweepPoint, TaskScore, foresight_from_json
 from unlearn.tasks import build_tasks
@@ -159,42 +159,58 @@ def point(c: float, losses: dict[tuple[Role, str], float]) -> SweepPoint:
     return SweepPoint(c, tuple(scores), True)
 
 
-KEPT: tuple[tuple[Role, str], ...] = (("retain", "m"), ("retain", "b"), ("utility", "c"))
+KEPT: tuple[tuple[Role, str], ...] = (("retain", "m"), ("retain", "b"), ("utility", "c"), ("retain", "a"))
 SWEEP = (
-    point(1.0, {("forget", "f"): 5.0, KEPT[0]: 3.5, KEPT[1]: 2.2, KEPT[2]: 3.0}),
-    point(0.0, {("forget", "f"): 1.0, KEPT[0]: 2.0, KEPT[1]: 2.0, KEPT[2]: 3.0}),
+    point(1.0, {("forget", "f"): 5.0, KEPT[0]: 3.5, KEPT[1]: 2.2, KEPT[2]: 3.0, KEPT[3]: 3.5}),
+    point(0.0, {("forget", "f"): 1.0, KEPT[0]: 2.0, KEPT[1]: 2.0, KEPT[2]: 3.0, KEPT[3]: 2.0}),
 )
 FORESEEN = Foresight(
     (entry("forget", "f", 3.0),),
     (entry("retain", "m", 1.0, 0.5, "logprob"), entry("retain", "b", 0.5, 0.2), entry("utility", "c", 0.1, 0.3)),
 )
+ALIKE = Foresight(FORESEEN.goals, (entry("retain", "a", 1.0, 0.5), *FORESEEN.kept[1:]))  # a is m in other units
 
 
 def test_the_comparison_by_hand() -> None:
-    found = compare(FORESEEN, SWEEP, 1.0)
+    found = compare(ALIKE, SWEEP, 1.0)
     assert [(p.coefficient, p.measured, p.predicted) for p in found.sets[0].points] == [(0, 0, 0), (1, 1.5, 1)]
     assert [(p.coefficient, p.measured, p.predicted) for p in found.goals[0].points] == [(0, 0, 0), (1, 4, 3)]
     assert found.sets[1].points[1].measured == pytest.approx(0.2)
     assert (found.kept, found.compared) == (3, 3)
-    assert found.error == pytest.approx((0.5 + 0.3 + 0.1) / 3)
+    assert found.errors == (MeanError("nats per token", 3, pytest.approx((0.5 + 0.3 + 0.1) / 3)),)
     assert found.ranks == pytest.approx(1.0)
-    # alpha ranks m 3, b 1, c 2; nats lost per nat forgotten m .375, b .05, c 0: ranks 3, 2, 1
+    # alpha ranks a 3, b 1, c 2; nats lost a 1.5, b .2, c 0: ranks 3, 2, 1
     assert found.alpha_ranks == pytest.approx(0.5)
     words = " ".join(how_good(found))
-    assert "At λ = 1 the straight line was off by 0.300 nats on average over 3 kept sets." in words
+    assert "At λ = 1 the straight line was off by 0.300 nats per token on average over 3 kept sets." in words
     assert "+1.000" in words
     assert "+0.500" in words
 
 
+def test_nats_of_an_answer_and_of_a_token_are_not_averaged() -> None:
+    found = compare(FORESEEN, SWEEP, 1.0)
+    assert found.errors == (
+        MeanError("nats per answer", 1, pytest.approx(0.5)),
+        MeanError("nats per token", 2, pytest.approx((0.3 + 0.1) / 2)),
+    )
+    assert found.ranks is found.alpha_ranks is None
+    assert how_good(found) == (
+        "At λ = 1 the straight line was off by 0.500 nats per answer on average over 1 kept set and 0.200 nats per "
+        "token on average over 2 kept sets.",
+        "Sets measured in unlike units have no order of loss to predict.",
+    )
+
+
 def test_too_few_sets_are_said_to_be_too_few() -> None:
-    two = Foresight(FORESEEN.goals, FORESEEN.kept[:2])
+    two = Foresight(ALIKE.goals, ALIKE.kept[:2])
     found = compare(two, SWEEP, 1.0)
     assert found.ranks is found.alpha_ranks is None
     words = " ".join(how_good(found))
     assert "Of fewer than 3 kept sets there is no order" in words
     assert "cannot be said of fewer than 3 sets" in words
     nothing = compare(FORESEEN, SWEEP[1:2], 0.0)
-    assert nothing.coefficient is nothing.error is None
+    assert nothing.coefficient is None
+    assert nothing.errors == ()
     assert how_good(nothing) == ("The sweep has no loss of a kept set to hold against the prediction.",)
     assert compare(FORESEEN, SWEEP, 0.0).coefficient == 1.0, "nothing was chosen: the smallest coefficient tried"
     assert compare(FORESEEN, SWEEP, 2.0).kept == 0, "a coefficient that was not scored"

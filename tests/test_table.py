@@ -154,8 +154,9 @@ def test_what_was_foreseen_takes_two_lines() -> None:
     text = printed(replace(base, foresight=foresight, sweep=sweep))
     assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
     flat = squeezed(text)
-    assert "foreseen retain/asia aligned (α +0.420), +0.375 nats predicted, +1.500 measured at λ = 1.5" in flat
-    assert "prediction At λ = 1.5 the straight line was off by 1.125 nats on average over 1 kept set." in flat
+    dearest = "retain/asia aligned (α +0.420), +0.375 nats predicted, +1.500 measured at λ = 1.5"
+    assert f"foreseen {dearest}; utility/general, +0.010 nats per unit of λ" in flat, "of each unit the dearest"
+    assert "prediction At λ = 1.5 the straight line was off by 1.125 nats per answer on average" in flat
     early = squeezed(printed(replace(base, foresight=foresight), encoding="ascii"))
     assert "retain/asia aligned (alpha +0.420), +0.250 nats per unit of lambda" in early
     assert "foreseen" not in printed(base)

@@ -65,7 +65,7 @@ class Attacked(Compared):
                 found += self._changed(spec, subjects, who, judge, sets, again)
             order = {key: n for n, key in reversed(list(enumerate((s.kind, s.attack) for s in found)))}
             found.sort(key=lambda s: order[s.kind, s.attack])
-        return Robustness(forget.name, judge.metric, tuple(found))
+        return Robustness(forget.name, judge.metric, tuple(found), judge.chance)
 
     def _as_it_is(
         self,

@@ -12,6 +12,7 @@ from unlearn.html_parts import scroll, section
 from unlearn.markup import Child, Raw, el, join
 from unlearn.report import Benchmark, Membership, RunReport, Score, Who
 from unlearn.report_figures import with_margin
+from unlearn.report_text import chance_of
 from unlearn.wording import MISSING, counted, number, percent, tick_label
 
 _ROLE: dict[Who, str] = {"target": "forget", "edited": "retain", "reference": "utility"}
@@ -37,7 +38,7 @@ def _reference_section(report: RunReport) -> Raw | None:
         assert row.reference is not None
         name = join(el("i", class_=f"pip {row.set}"), f"{row.set}/{row.name}")
         cells = [_score(s) for s in (row.before, row.after, row.reference)]
-        body.append(_line(name, el("code", row.metric), cells))
+        body.append(_line(name, join(el("code", row.metric), el("small", chance_of(row.chance, " {}"))), cells))
     intro = (
         "The retain reference learned what was to be kept and never saw the forget set. A perfect edit would score "
         "what it scores: lower on the forget set is not better, it is conspicuous."
@@ -94,6 +95,8 @@ def robustness_section(found: Robustness | None) -> Raw | None:
         "away that the attack restores; 100 % is the model before. Where it is above what the attack does to a model "
         "that never knew, it is knowledge that was hidden and not removed."
     )
+    if found.chance is not None:
+        intro += f" Guessing would score {number(found.chance)}."
     layers = [s for s in found.scores if s.kind == "lens"]
     folded = None
     if layers:

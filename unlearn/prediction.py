@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from unlearn.report import Foresight, Role, RunReport, SetForesight, SweepPoint, Verdict
-from unlearn.wording import coefficient, counted, number, short, signed
+from unlearn.wording import coefficient, counted, listing, number, short, signed
 
 IRRELEVANT = 0.1  # a smaller correlation counts as none
 SURE = 2.0  # standard errors beyond which a correlation counts as one
 FEWEST = 3  # sets of which ranks can be compared
+UNITS = {"logprob": "nats per answer", "loss": "nats per token"}
 CAVEAT = (
     "The theory (arXiv 2504.10957) is about a model of one layer and tasks with two classes; of a language model this "
     "is a reading, not a bound. Large changes spoil predictions in like ways, so even unrelated tasks may show a small "
@@ -48,20 +49,29 @@ class SetComparison:
 
 
 @dataclass(frozen=True, slots=True)
+class MeanError:
+    """By how many nats per token, or per answer, the prediction was off on average over some sets."""
+
+    unit: str
+    sets: int
+    nats: float
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """How good the prediction was.
 
     The summary is taken at ``coefficient`` (None: no such point), over the ``kept`` kept sets measured there:
-    ``error`` is the mean of |measured - predicted| in nats, ``ranks`` Spearman's correlation of the two.
-    ``alpha_ranks`` is Spearman's between ``alpha_changes`` and the nats lost for each nat forgotten (the mean over
-    forget sets), over ``compared`` sets. None where fewer than three sets, or all equal ones, leave nothing to rank.
+    ``errors`` are the means of |measured - predicted|, each over the sets of one unit, ``ranks`` Spearman's correlation
+    of the two. ``alpha_ranks`` is Spearman's between ``alpha_changes`` and the nats that sets lost, over ``compared``
+    sets. None where fewer than three sets, sets of several units, or all equal ones, leave nothing to rank.
     """
 
     goals: tuple[SetComparison, ...]
     sets: tuple[SetComparison, ...]
     coefficient: float | None
     kept: int
-    error: float | None
+    errors: tuple[MeanError, ...]
     ranks: float | None
     compared: int
     alpha_ranks: float | None
@@ -110,24 +120,21 @@ def compare(foresight: Foresight, points: Sequence[SweepPoint], chosen: float) -
     goals = tuple(_over(entry, whole) for entry in foresight.goals)
     sets = tuple(_over(entry, whole) for entry in foresight.kept)
     at = chosen if chosen > 0 else next((p.coefficient for p in whole if p.coefficient > 0), None)
-    gone = [p.measured for found in goals if found.set == "forget" and at and (p := found.at(at))]
-    forgotten = sum(gone) / len(gone) if gone else 0.0
     here = [(entry, p) for entry, found in zip(foresight.kept, sets, strict=True) if at and (p := found.at(at))]
-    errors = [abs(p.measured - p.predicted) for _, p in here]
-    paid = [
-        (entry.alpha_changes, p.measured / forgotten)
-        for entry, p in here
-        if entry.alpha_changes is not None and forgotten > 0
-    ]
+    off: dict[str, list[float]] = {}
+    for entry, p in here:
+        off.setdefault(UNITS.get(entry.metric, entry.metric), []).append(abs(p.measured - p.predicted))
+    lost = [(entry.alpha_changes, p.measured) for entry, p in here if entry.alpha_changes is not None]
+    alike = len(off) == 1  # else nats of an answer would be set against those of a token
     return Comparison(
         goals=goals,
         sets=sets,
         coefficient=at,
         kept=len(here),
-        error=sum(errors) / len(errors) if errors else None,
-        ranks=spearman([p.predicted for _, p in here], [p.measured for _, p in here]),
-        compared=len(paid),
-        alpha_ranks=spearman([alpha for alpha, _ in paid], [price for _, price in paid]),
+        errors=tuple(MeanError(unit, len(nats), math.fsum(nats) / len(nats)) for unit, nats in off.items()),
+        ranks=spearman([p.predicted for _, p in here], [p.measured for _, p in here]) if alike else None,
+        compared=len(lost),
+        alpha_ranks=spearman([alpha for alpha, _ in lost], [nats for _, nats in lost]) if alike else None,
     )
 
 
@@ -152,10 +159,12 @@ def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
 
 def how_good(comparison: Comparison) -> tuple[str, ...]:
     """How good the prediction was, in sentences."""
-    if comparison.coefficient is None or comparison.error is None:
+    if comparison.coefficient is None or not comparison.errors:
         return ("The sweep has no loss of a kept set to hold against the prediction.",)
-    at, kept = f"At λ = {coefficient(comparison.coefficient)}", counted(comparison.kept, "kept set")
-    said = [f"{at} the straight line was off by {number(comparison.error)} nats on average over {kept}."]
+    off = [f"{number(e.nats)} {e.unit} on average over {counted(e.sets, 'kept set')}" for e in comparison.errors]
+    said = [f"At λ = {coefficient(comparison.coefficient)} the straight line was off by {listing(off)}."]
+    if len(off) > 1:
+        return (*said, "Sets measured in unlike units have no order of loss to predict.")
     if comparison.kept < FEWEST:
         said.append(f"Of fewer than {FEWEST} kept sets there is no order to predict.")
     elif comparison.ranks is not None:
@@ -166,26 +175,31 @@ def how_good(comparison: Comparison) -> tuple[str, ...]:
         )
     elif comparison.alpha_ranks is not None:
         said.append(
-            f"The correlation α put {counted(comparison.compared, 'set')} in order of their loss for each nat "
-            f"forgotten with a rank correlation of {signed(comparison.alpha_ranks)}."
+            f"The correlation α put {counted(comparison.compared, 'set')} in order of their loss with a rank "
+            f"correlation of {signed(comparison.alpha_ranks)}."
         )
     return tuple(said)
 
 
 def dearest(report: RunReport) -> str | None:
-    """The kept set that was foreseen to lose most, in one line; None where nothing was foreseen of any."""
+    """The kept set that was foreseen to lose most, of each unit one, in a line; None where nothing was foreseen."""
     found = of_report(report)
-    if found is None or report.foresight is None or not report.foresight.kept:
+    if found is None or report.foresight is None:
         return None
-    known = {i: slope for i, entry in enumerate(report.foresight.kept) if (slope := entry.slope) is not None}
-    if not known:
-        return None
-    first = max(known, key=lambda i: known[i])
-    entry = report.foresight.kept[first]
+    first: dict[str, tuple[float, SetForesight, SetComparison]] = {}
+    for entry, measured in zip(report.foresight.kept, found.sets, strict=True):
+        known = first.get(entry.metric)
+        if entry.slope is not None and (known is None or entry.slope > known[0]):
+            first[entry.metric] = entry.slope, entry, measured
+    order = sorted(first.values(), key=lambda one: -one[0])
+    return "; ".join(_foreseen(entry, measured, found.coefficient) for _, entry, measured in order) or None
+
+
+def _foreseen(entry: SetForesight, measured: SetComparison, at: float | None) -> str:
     said = f"{entry.set}/{entry.name}"
     if entry.verdict is not None and entry.alpha_changes is not None:
         said += f" {entry.verdict} (α {signed(entry.alpha_changes)})"
-    point = found.sets[first].at(found.coefficient) if found.coefficient is not None else None
+    point = measured.at(at) if at is not None else None
     if point is None:
         return f"{said}, {signed(entry.slope)} nats per unit of λ"
     figures = f"{signed(point.predicted)} nats predicted, {signed(point.measured)} measured"

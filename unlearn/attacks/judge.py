@@ -93,6 +93,11 @@ class Judge:
         self._asked: dict[str, Judge] = {}
         self._tasks = self._build()
 
+    @property
+    def chance(self) -> float | None:
+        """What guessing scores; None where the items are no choices."""
+        return math.fsum(1 / len(i.choices) for i in self.items) / len(self.items) if self.kind == "mcq" else None
+
     def score(self, model: PreTrainedModel, label: str = "scoring") -> Judged:
         """The forget score of a model as it is now.
 

@@ -92,11 +92,13 @@ class Robustness:
         set: Its name.
         metric: The main forget metric; scores of others (samples have ROUGE-L) have plain scores of their own.
         scores: In the order in which a table should have them.
+        chance: What guessing scores, where the metric is the accuracy of a choice.
     """
 
     set: str
     metric: str
     scores: tuple[AttackScore, ...]
+    chance: float | None = None
 
     def plain(self, who: Who, metric: str | None = None) -> AttackScore | None:
         """A model's score without an attack; of the main metric when none is named."""
@@ -145,7 +147,8 @@ class Robustness:
         before, after = self.plain("target"), self.plain("edited")
         if before is None or after is None:
             return "What the attacks bring back cannot be told: a score without an attack is missing."
-        fell = f"{_metric(self.metric)} {short(before.value)} to {short(after.value)}"
+        guess = "" if self.chance is None else f", chance {short(self.chance)}"
+        fell = f"{_metric(self.metric)} {short(before.value)} to {short(after.value)}{guess}"
         told = [(s, r) for s in shown if (r := self.recovered(s)) is not None]
         if not told:
             return f"The edit forgot nothing that can be told from chance ({fell}), so nothing can come back."
@@ -173,7 +176,9 @@ class Robustness:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Robustness:
         """Inverse of :meth:`to_json`."""
-        return cls(data["set"], data["metric"], tuple(AttackScore(**score) for score in data["scores"]))
+        return cls(
+            data["set"], data["metric"], tuple(AttackScore(**score) for score in data["scores"]), data.get("chance")
+        )
 
     def _attacks(self, who: Who) -> Iterator[AttackScore]:
         return (s for s in self.scores if s.who == who and s.kind != "none")
