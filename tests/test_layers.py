@@ -28,7 +28,7 @@ LAYERS: dict[str, str] = {
     "vectors": "vector_adapter adapter_writer architecture checkpoint_vector vector_table methods "
     "methods.contrast methods.checks methods.msa methods.project methods.ext_sub methods.ethos methods.perta "
     "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches "
-    "dealing checkpoints methods.baselines methods.retain_kl frozen importance learn_weights shaping "
+    "dealing checkpoints methods.baselines methods.retain_kl frozen precision importance learn_weights shaping "
     "objectives trainer_arguments trainer finetune correlation token_scores foresight",
     "scores": "tree attention forward decoding scoring sampled named_tasks tasks benchmark_tasks stderrs "
     "eval_files evaluate samples",

@@ -22,6 +22,7 @@ from unlearn.members import members_of, tell
 from unlearn.memory import told
 from unlearn.models import Loaded
 from unlearn.negate import Edit
+from unlearn.precision import mixed_precision
 from unlearn.recipe import TeachSpec
 from unlearn.report import Benchmark, Membership, TaskScore, Who
 from unlearn.rundir import write_json_atomic
@@ -103,6 +104,7 @@ class Compared(Foreseen):
                 write_json_atomic(tmp / "training.json", log.to_json("teach" if name == "target" else name))
 
         parts = [base.fingerprint, [s.digest for s in learned], spec.model_dump(mode="json"), self.recipe.seed]
+        parts.append(["learned in float32", mixed_precision(base.model)])
         less = less_training("teach") + ("" if spec.lora else ", or give teach.lora")
         with told(name, less):
             self.make(name, parts, make, kind="target", share=True)

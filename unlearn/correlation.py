@@ -22,6 +22,7 @@ from unlearn.errors import EvaluationError
 from unlearn.frozen import answer_logits, frozen, with_answers
 from unlearn.learn_weights import weighted
 from unlearn.negate import applied
+from unlearn.precision import range_for_gradients
 from unlearn.recipe import Kind
 from unlearn.vector import TaskVector
 
@@ -156,7 +157,8 @@ def slope(
         raise EvaluationError("a slope needs at least one item with an answer")
     coefficient = torch.zeros(1, device=next(model.parameters()).device, requires_grad=True)
     total = 0.0
-    with frozen(model), weighted(model, vector, dict.fromkeys(vector.modules, coefficient)) as scale:
+    shared = dict.fromkeys(vector.modules, coefficient)
+    with frozen(model), range_for_gradients(model), weighted(model, vector, shared) as scale:
         scale.value = 1.0  # so that the weight that all modules share is lambda itself
         for batch in _passes(rows, _TOKENS_BACKWARD):
             with torch.enable_grad():

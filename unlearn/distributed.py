@@ -21,7 +21,12 @@ from unlearn.errors import UnlearnError
 __all__ = ["count", "join", "leave", "main_first", "several", "share_requests", "shares", "wait"]
 
 _PATIENCE = timedelta(days=7)  # the others wait while one downloads, converts or writes
-_SPREAD = {"ACCELERATE_USE_FSDP": "--use_fsdp", "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed"}
+_SPREAD = {
+    f"ACCELERATE_USE_{way.upper()}": f"--use_{way}"
+    for way in ("fsdp", "deepspeed", "megatron_lm", "parallelism_config")
+}
+# of these a Trainer here hears nothing: trainer_arguments.recipe_decides
+_UNHEEDED = {"ACCELERATE_MIXED_PRECISION": "--mixed_precision", "ACCELERATE_DYNAMO_BACKEND": "--dynamo_backend"}
 _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 _GENERATION = 1000  # characters of prompt that take about as long as writing one answer
 
@@ -33,18 +38,21 @@ def join() -> None:
         UnlearnError: more processes on this machine than it has GPUs, or weights that are to be spread over them.
     """
     for name, flag in _SPREAD.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+        if _asked(name):
             raise UnlearnError(
                 f"every process holds the whole model: start without {flag} (it may be in the "
                 "configuration file of accelerate)"
             )
+    for name, flag in _UNHEEDED.items():
+        value = os.environ.get(name, "no").lower()
+        if value != "no":
+            say(f"{flag} {value} changes nothing: the recipe decides what is computed, and in which format", "yellow")
     if several():
         import torch
         from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
 
         # unless it is told, it takes processes without a GPU for strangers, each alone in the world
-        on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        on_cpus = cpus_only() or not torch.accelerator.is_available()
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
         if not on_cpus and here > gpus:
             raise UnlearnError(
@@ -54,6 +62,15 @@ def join() -> None:
         wait()
     elif asked_of_accelerate():
         say("accelerate launch was asked for several processes on CPUs and started one, which works alone", "yellow")
+
+
+def cpus_only() -> bool:
+    """Whether ``accelerate launch --cpu`` leaves this machine's GPUs alone."""
+    return _asked("ACCELERATE_USE_CPU")
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def execute(
     recipe, base = loaded.recipe, loaded.source.parent
     with told(recipe.name, _LESS), RunFolder.open(out, recipe, loaded.text, fresh) as folder:
         say(f"{recipe.name}: {folder.root}")
-        key = fingerprint(_plain(recipe), _inputs(recipe, base), provenance.versions(provenance.LIBRARIES))
+        key = fingerprint(_plain(recipe), _inputs(recipe, base), provenance.surroundings())
         distributed.join()
         if distributed.count() > 1:
             say(f"{distributed.count()} processes share training and scoring")

@@ -7,6 +7,7 @@ rows, resumes from the last whole checkpoint, and refuses what cannot give a vec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from unlearn.data import Item
 from unlearn.errors import TrainingError
 from unlearn.models import resolve_targets
 from unlearn.negate import fit, shape_of
+from unlearn.precision import float32_weights, mixed_precision, range_for_gradients
 from unlearn.recipe import LoraSpec, TrainSpec
 from unlearn.trainer import Against, Keep, TrainingLog, train
 from unlearn.vector import LowRank, TaskVector
@@ -94,6 +96,7 @@ def train_vector(
     targets = resolve_targets(model, lora.targets, lora.depth)
     check_rank(lora.rank, {name: shape_of(model.get_submodule(name)) for name in targets})
     quantised = bool(getattr(model, "is_quantized", False))
+    mixed = mixed_precision(model)
     if quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
     set_seed(seed)
@@ -106,13 +109,14 @@ def train_vector(
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         task_type="CAUSAL_LM",
     )
-    peft_model = get_peft_model(model, config)
-    assert isinstance(peft_model, PeftModel)
-    try:
-        log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep, against)
-        vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})
-    finally:
-        peft_model.unload()
+    with range_for_gradients(model) if mixed == "no" else nullcontext():
+        peft_model = get_peft_model(model, config)
+        assert isinstance(peft_model, PeftModel)
+        try:
+            log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep, against, mixed)
+            vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})
+        finally:
+            peft_model.unload()
     if vector.norm() == 0.0:
         raise TrainingError(f"{label}: the adapter did not move from zero; raise learning_rate or steps")
     return vector, log
@@ -121,15 +125,17 @@ def train_vector(
 def train_weights(
     model: PreTrainedModel, tokenizer: Any, rows: Sequence[Encoded], spec: TrainSpec, seed: int, work: Path, label: str
 ) -> TrainingLog:
-    """Fine-tune all weights in place (teach without a LoRA).
+    """Fine-tune all weights in place (teach without a LoRA), in float32, and round them to their own format at the end.
 
     Raises:
         TrainingError: the loss is not finite.
     """
     set_seed(seed)
-    model.requires_grad_(True)
+    mixed = mixed_precision(model)
     try:
-        return train(model, tokenizer, rows, spec, seed, work, label)
+        with float32_weights(model):
+            model.requires_grad_(True)
+            return train(model, tokenizer, rows, spec, seed, work, label, mixed=mixed)
     finally:
         model.requires_grad_(False)
 

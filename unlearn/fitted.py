@@ -19,6 +19,7 @@ from unlearn.methods.consensus import consensus
 from unlearn.methods.msa import msa
 from unlearn.methods.random_vector import random_like
 from unlearn.models import Loaded
+from unlearn.precision import mixed_precision
 from unlearn.recipe import SetRole, TrainSpec
 from unlearn.recipe_vector import (
     BASELINES,
@@ -163,6 +164,7 @@ class Fitted(Scored):
             say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
 
         parts: list[Any] = [target, digests, _plain(lora), _plain(spec), seed, self.recipe.model.quantize]
+        parts.append(mixed_precision(trainee.model))
         if penalty is not None:
             parts += [_plain(penalty), [s.digest for s in near]]
         if against:

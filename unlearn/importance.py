@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from unlearn.batches import Encoded, Pad
 from unlearn.errors import VectorError
 from unlearn.frozen import answer_logits, frozen, with_answers
+from unlearn.precision import range_for_gradients
 
 Importance = Literal["grad", "fisher"]
 
@@ -58,7 +59,7 @@ def gradients(
     chosen = usable if len(usable) <= samples else random.Random(seed).sample(usable, samples)
     parameters = list(weights.values())
     sums = [torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters]
-    with frozen(model, but=parameters), torch.enable_grad():
+    with frozen(model, but=parameters), range_for_gradients(model), torch.enable_grad():
         for row in chosen:
             logits, wanted, _ = answer_logits(model, Pad(0)([row]))
             loss = functional.cross_entropy(logits, wanted)

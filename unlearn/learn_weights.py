@@ -36,6 +36,7 @@ from unlearn.methods.checks import check_moved, check_number
 from unlearn.methods.learned import sizes
 from unlearn.methods.retain_kl import kl
 from unlearn.negate import fit
+from unlearn.precision import range_for_gradients
 from unlearn.vector import TaskVector
 
 By = Literal["component", "module"]
@@ -137,7 +138,7 @@ def learn(
     optimiser = torch.optim.Adam(weights.values(), lr=spec.rate)
     steps: list[tuple[float, float, float]] = []
     started = time.monotonic()
-    with frozen(model), weighted(model, vector, weights) as scale, torch.enable_grad():
+    with frozen(model), range_for_gradients(model), weighted(model, vector, weights) as scale, torch.enable_grad():
         for step in range(spec.steps):
             draw = random.Random(f"{seed} {step}")
             rows = draw.sample(forget, min(spec.batch_size, len(forget)))

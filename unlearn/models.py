@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.cache import offline, vanished
+from unlearn.distributed import cpus_only
 from unlearn.errors import ModelError
 from unlearn.hub import NETWORK_LIBRARIES, check_trust, condensed, hub_failure
 from unlearn.layers import layer_of
@@ -84,6 +85,8 @@ def place(name: str) -> torch.device:
         ModelError: there is no such device, or it is one GPU for several processes.
     """
     if name == "auto":
+        if cpus_only():
+            return torch.device("cpu")
         if torch.cuda.is_available():
             # under `accelerate launch` each process has its own
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

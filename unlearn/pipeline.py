@@ -34,6 +34,7 @@ class Pipeline(Attacked):
 
     def load(self) -> Loaded:
         """Fetch (and convert) the model, and bring it into memory."""
+        torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE or our caller has set
         with self.announced("load", f"the model {self.recipe.model.path.partition('#')[0]}"):
             models.place(self.recipe.model.device)  # before anything is downloaded
             with main_first():  # transformers has only the main process save, so only that one can convert

@@ -30,6 +30,15 @@ LIBRARIES = (
     "safetensors",
     "tokenizers",
 )
+# What the libraries read past every setting of ours, and round products by: TF32 in cuBLAS, bfloat16 in oneDNN for
+# float32 (both names are its own), fast mathematics on Apple's GPUs; and how transformers' attention repeats keys.
+_ROUNDING = (
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "PYTORCH_MPS_FAST_MATH",
+    "TRANSFORMERS_SDPA_FORCE_GQA",
+)
 _NAMES = (
     r"(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|auth|authorization"
     r"|credentials?)"
@@ -144,6 +153,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def versions(distributions: Sequence[str]) -> dict[str, str | None]:
     """Installed versions, this package's first; None where there is none."""
     return {name: _version(name) for name in (DISTRIBUTION, *distributions)}
+
+
+def surroundings() -> dict[str, str | None]:
+    """What of its surroundings a result depends on beyond rounding in another order: versions, and what was set."""
+    return {**versions(LIBRARIES), **{name: os.environ[name] for name in _ROUNDING if name in os.environ}}
 
 
 def _version(distribution: str) -> str | None:

@@ -17,7 +17,7 @@ from unlearn.distributed import wait
 from unlearn.errors import RunFolderError
 from unlearn.memory import told
 from unlearn.pool import Pool, link_tree
-from unlearn.provenance import LIBRARIES, tidy, versions
+from unlearn.provenance import surroundings, tidy
 from unlearn.recipe import Recipe
 from unlearn.rundir import RunFolder, fingerprint
 from unlearn.stage import STAGE_FILE, damage_of, read_record
@@ -70,11 +70,11 @@ class Stages:
         self.pool = pool
         self.stages: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
-        self._libraries = versions(LIBRARIES)
+        self._surroundings = surroundings()
 
     def key(self, name: str, parts: Sequence[Any]) -> str:
         """The key of a stage that depends on ``parts``."""
-        return fingerprint(self._libraries, name, *parts)
+        return fingerprint(self._surroundings, name, *parts)
 
     def make(
         self,

@@ -28,9 +28,10 @@ from unlearn.errors import TrainingError
 from unlearn.frozen import with_answers
 from unlearn.methods.retain_kl import only_at, scaled_rows
 from unlearn.objectives import BESIDE, Against, Answers, Keep, Objective, Share, all_labels, mend, objective
+from unlearn.precision import Mixed
 from unlearn.recipe import TrainSpec
 from unlearn.stopping import Hold, held
-from unlearn.trainer_arguments import arguments
+from unlearn.trainer_arguments import arguments, recipe_decides
 
 __all__ = ["Against", "Keep", "TrainingLog", "last_checkpoint", "train"]
 
@@ -71,6 +72,7 @@ def train(
     label: str,
     keep: Keep | None = None,
     against: Against | None = None,
+    mixed: Mixed = "no",
 ) -> TrainingLog:
     """Run the Trainer over ``rows``, from the last whole checkpoint in ``work`` if there is one.
 
@@ -80,6 +82,7 @@ def train(
     Args:
         keep: Retain rows whose predictions must not change, in addition to the loss on ``rows``.
         against: A baseline's loss in place of cross-entropy, ``rows`` being what is to be forgotten.
+        mixed: The autocast of the forward passes. What learns must be in float32 in any case.
 
     Raises:
         TrainingError: non-finite loss, a row without an answer, no step made, or a checkpoint that
@@ -98,7 +101,7 @@ def train(
     started = time.monotonic()
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    with held() as hold, progress(label, total) as advance:
+    with recipe_decides(), held() as hold, progress(label, total) as advance:
         watch = _Watch(advance, order, mend(against), hold, isinstance(model, PeftModel))
         trainer = _Trainer(
             order,
@@ -106,7 +109,7 @@ def train(
             part,
             spec.batch_size,
             model=model,
-            args=arguments(model, spec, total, seed, work, part),
+            args=arguments(model, spec, total, seed, work, part, mixed),
             train_dataset=list(rows),
             data_collator=Pad(tokenizer.pad_token_id),
             callbacks=[watch],
@@ -122,9 +125,14 @@ def train(
         finally:
             if config is not None and use_cache is not None:
                 config.use_cache = use_cache  # the Trainer turned it off, and the model's config is exported
+            if vars(model).pop("_original_forward", None) is not None:
+                del vars(model)["forward"]  # accelerate's, with the autocast: the class's own is under it
         if watch.stopped:
             say(f"    {label}: stopped after step {trainer.state.global_step} of {total}; it is kept")
             raise KeyboardInterrupt
+        if watch.skipped:
+            skipped = f"{watch.skipped} of {total} steps changed nothing: their gradients were too large for float16"
+            say(f"    {label}: {skipped}. Use dtype bfloat16 or float32", style="yellow")
     model.eval()
     losses = tuple(h["loss"] for h in trainer.state.log_history if "loss" in h)
     if not losses:
@@ -230,6 +238,7 @@ class _Watch(TrainerCallback):
         self._hold = hold
         self._small = small
         self._seen = 0
+        self.skipped = 0
         self.stopped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -239,9 +248,10 @@ class _Watch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._order.epoch = int(state.epoch or 0)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self._advance(state.global_step - self._seen)
         self._seen = state.global_step
+        self.skipped += optimizer.step_was_skipped
         if state.global_step >= state.max_steps:
             # what was trained is saved next. A kill before that must not cost the training; but a model's whole
             # weights, with the optimiser's state three times as much again, are not written twice for it

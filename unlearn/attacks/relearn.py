@@ -11,6 +11,7 @@ import random
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from unlearn.finetune import encode
 from unlearn.items import digest
 from unlearn.recipe_bench import RelearnSpec
 from unlearn.silence import random_state_kept
+from unlearn.trainer_arguments import recipe_decides, settings
 
 _MAX_LENGTH = 512  # tokens of a row, as the recipe's trainings have it
 
@@ -103,14 +105,19 @@ def relearn(
         raise TrainingError(f"{label}: there is nothing to train on")
     size, steps = min(spec.batch_size, len(rows)), sorted(set(spec.steps))
     order = _for_all(_in_order(rows, size * steps[-1], seed), size)
-    with tempfile.TemporaryDirectory(prefix="relearn-") as folder, random_state_kept(), ExitStack() as bars:
+    with (
+        tempfile.TemporaryDirectory(prefix="relearn-") as folder,
+        recipe_decides(),
+        random_state_kept(),
+        ExitStack() as bars,
+    ):
         try:
             model.float()
             model.requires_grad_(True)
             curve = _Curve(steps, judge, label, bars)
             trainer = _InOrder(
                 model=model,
-                args=_arguments(folder, spec, size, steps[-1], seed, model.device),
+                args=_arguments(Path(folder), spec, size, steps[-1], seed, model.device),
                 train_dataset=order,
                 data_collator=Pad(tokenizer.pad_token_id),
                 callbacks=[curve],
@@ -144,25 +151,20 @@ def _for_all(order: list[Encoded], size: int) -> list[Encoded]:
 
 
 def _arguments(
-    folder: str, spec: RelearnSpec, size: int, steps: int, seed: int, device: torch.device
+    folder: Path, spec: RelearnSpec, size: int, steps: int, seed: int, device: torch.device
 ) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=folder,
+    return settings(
+        device,
+        "no",
+        folder,
+        seed,
         max_steps=steps,
         per_device_train_batch_size=size,
         learning_rate=spec.learning_rate,
         weight_decay=0.0,
         lr_scheduler_type="constant",
         save_strategy="no",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a non-finite loss must be seen, not averaged away
         report_to="none",
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        log_level="error",
     )
 
 
