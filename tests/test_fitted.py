@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from unlearn import fitted
 from unlearn.errors import UnlearnError
 from unlearn.execute import execute
 from unlearn.recipe_io import load_recipe
@@ -61,9 +63,9 @@ def test_retain_only_is_the_retain_vector_and_random_has_the_norms(plain: Path, 
     run(tmp_path / "retain", "vector.method=retain_only", f"reuse=['{plain}']")
     assert vector(tmp_path / "retain", "edit").digest() == (-vector(tmp_path / "retain", "retain")).digest()
     run(tmp_path / "random", "vector.method=random", f"reuse=['{plain}']")
-    fitted, drawn = vector(plain, "forget"), vector(tmp_path / "random", "edit")
-    assert drawn.norms() == pytest.approx(fitted.norms(), rel=1e-4)
-    assert abs(drawn.cosine(fitted)) < 0.2
+    trained, drawn = vector(plain, "forget"), vector(tmp_path / "random", "edit")
+    assert drawn.norms() == pytest.approx(trained.norms(), rel=1e-4)
+    assert abs(drawn.cosine(trained)) < 0.2
 
 
 def test_msa_fits_on_the_model_before_it_was_taught(plain: Path, tmp_path: Path) -> None:
@@ -85,6 +87,23 @@ def test_consensus_fits_several_times_and_keeps_what_agrees(plain: Path, tmp_pat
         agree = first.sign() == second.sign()
         assert bool((got[~agree] == 0).all())
         assert bool(((got - (first + second) / 2)[agree].abs() < 1e-6).all())
+
+
+def test_what_was_shaped_is_not_shaped_again(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU fitted coefficients are not the same bits twice, and the scores behind them would all be made again."""
+    how = ("vector.method=[negate, learned]", "vector.learned={steps: 2}", f"reuse=['{plain}']")
+    first = run(tmp_path / "run", *how)
+    (tmp_path / "run" / "report.json").unlink()
+    plainly = fitted.shape
+
+    def shape(vector: TaskVector, *args: Any) -> TaskVector:
+        return 1.001 * plainly(vector, *args)
+
+    monkeypatch.setattr(fitted, "shape", shape)
+    again = run(tmp_path / "run", *how)
+    assert again.vector["digest"] == first.vector["digest"]
+    other = run(tmp_path / "other", how[0], "vector.learned={steps: 3}", f"reuse=['{plain}', '{tmp_path / 'run'}']")
+    assert other.vector["digest"] != first.vector["digest"]
 
 
 def test_finished_stages_of_another_run_are_taken_over_where_they_are_the_same(plain: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from unlearn.recipe_vector import (
 )
 from unlearn.rundir import write_json_atomic
 from unlearn.scored import Scored
-from unlearn.shaping import Materials, shape
+from unlearn.shaping import SHAPERS, Materials, shape
 from unlearn.stages import LESS, less_training
 from unlearn.trainer import Against, Keep
 from unlearn.vector import TaskVector
@@ -88,8 +88,7 @@ class Fitted(Scored):
             for s in (s for s in sets if s.role in ("forget", "learn", "term") and s.train):
                 goal = (s.role, s.name)
                 fitted[goal] = self._source(s, clean, trainee, near, retain)
-                have = self._materials(target, fitted[goal], retain, s, near)
-                parts[goal] = shape(fitted[goal], spec.steps(), spec, have)
+                parts[goal] = self._shaped(target, fitted[goal], retain, s, near)
             parts = self._signed(parts)
             stages = tuple(n for n in self.stages if n.startswith("vectors/") and n not in before)
         return Vectors(parts, fitted, retain, stages)
@@ -244,6 +243,31 @@ class Fitted(Scored):
         return clean.fingerprint, trainee
 
     # -- shaping -------------------------------------------------------------------------------------------------
+
+    def _shaped(
+        self,
+        target: Loaded,
+        fitted: TaskVector,
+        retain: TaskVector | None,
+        one: LoadedSet,
+        near: Sequence[LoadedSet],
+    ) -> TaskVector:
+        """What the recipe's shapers make of a vector, kept.
+
+        On a GPU ``learned`` and ``perta`` do not give the same bits again, and a run that goes on would find no scores.
+        """
+        spec, stage = self.recipe.vector, f"shaped/{self._stage_name(one)}"
+        if not SHAPERS.keys() & set(spec.steps()):
+            return fitted
+
+        def make(tmp: Path) -> None:
+            have = self._materials(target, fitted, retain, one, near)
+            shape(fitted, spec.steps(), spec, have).save(tmp / VECTOR_FILE)
+
+        vectors = [fitted.digest(), None if retain is None else retain.digest()]
+        data = [one.digest, [s.digest for s in near]]
+        self.make(stage, [target.fingerprint, vectors, data, _plain(spec), self.recipe.seed], make)
+        return TaskVector.load(self.folder.path(stage) / VECTOR_FILE)
 
     def _materials(
         self,
