@@ -40,9 +40,7 @@ LAYERS: dict[str, str] = {
     "pages": "markup axes drawing charts html_parts foresight_page evidence_page html table grids.numbers "
     "grids.runs grids.compare grids.groups grids.words grids.csv grids.charts grids.page_tables "
     "grids.page",
-    "commands": "plan_evidence plan estimates estimates.machine estimates.options estimates.config estimates.shapes "
-    "estimates.tokens estimates.passes estimates.memory estimates.work estimates.run estimates.evidence "
-    "estimates.stages estimates.estimate estimates.text stages score_files scored fitted foreseen members "
+    "commands": "plan_evidence plan plan_memory stages score_files scored fitted foreseen members "
     "compared attacked pipeline grids.report execute run grids.slurm_options grids.slurm_queue grids.devices job "
     "grids.slurm_jobs grids.local_jobs grids.states grids.status grids.plan grids.submit submit harness "
     "vectors apply boards leaderboard unlearn",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from unlearn import pico
 from unlearn.atomic import some
-from unlearn.cache import cache_folder, check_sha256, entry, sha256
+from unlearn.cache import cache_folder, check_sha256, entry, sha256, whole
 from unlearn.console import say
 from unlearn.errors import ModelError
 from unlearn.hub import find_on_hub
@@ -75,6 +75,25 @@ def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
     if pinned.sha256 is None and _HUB_ID.match(text):
         return find_on_hub(spec)
     raise ModelError(f"model.path: there is no folder {text} here or in {base}")
+
+
+def at_hand(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
+    """Like :func:`locate`, for who reads no weights: nothing is downloaded or converted, and a hub id stays one.
+
+    Raises:
+        ModelError: as :func:`locate`; or a GGUF file that was not converted yet.
+    """
+    path, cache = spec.path.partition("#")[0], cache_folder() if cache is None else cache
+    if not (path.startswith("wheel:") or path.lower().endswith(".gguf")):
+        return path if not path.startswith("pico:") and _find(path, base) is None else locate(spec, base, cache)
+    local, digest = _find(path, base), _pinned(spec.path).sha256
+    digest = sha256(local) if digest is None and local is not None else digest
+    folder = cache / _conversion(digest or "none")
+    if not whole(folder):
+        raise ModelError(
+            f"model.path: {path} was not fetched and converted yet, and a plan does not do it: run it once"
+        )
+    return str(folder)
 
 
 def _find(path: str, base: Path) -> Path | None:

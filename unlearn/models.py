@@ -56,7 +56,7 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     """
     check_trust(spec)
     device = place(spec.device)
-    dtype = _dtype(spec.dtype, device)
+    dtype = number_format(spec.dtype, device)
     quantize = spec.quantize if for_training else "none"
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if not Path(where).is_dir():
@@ -106,7 +106,8 @@ def place(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def number_format(name: str, device: torch.device) -> torch.dtype:
+    """The number format that ``model.dtype`` means on a device."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32

@@ -52,7 +52,7 @@ def plan(loaded: LoadedRecipe) -> str:
         ("data", _data(recipe, sets)),
         ("stages", stages),
     ]
-    return shown("\n".join(_block(title, lines) for title, lines in blocks))
+    return shown("\n".join(block(title, lines) for title, lines in blocks))
 
 
 class _LocalPart(Recipe):
@@ -263,7 +263,7 @@ def _several(count: float, word: str) -> str:
     return f"{count:,g} {word}" if count == 1 else f"{count:,{'d' if isinstance(count, int) else 'g'}} {word}s"
 
 
-def _block(title: str, lines: Sequence[str]) -> str:
+def block(title: str, lines: Sequence[str]) -> str:
     """A title in the margin and wrapped lines beside it."""
     wrapped: list[str] = []
     for line in lines:

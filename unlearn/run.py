@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from unlearn import accelerated, console
 from unlearn.atomic import unwritable
 from unlearn.errors import RecipeError, UnlearnError
-from unlearn.estimates import options as estimate_options
 
 if TYPE_CHECKING:
     from unlearn.recipe import Recipe
@@ -103,17 +102,20 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return 0
     if not arguments.recipe:
         raise UnlearnError("which recipe? Give --recipe FILE, or --list to see those that come with the program")
-    if arguments.estimate:
-        from unlearn.estimates.estimate import estimate
-        from unlearn.estimates.text import render
-
-        loaded = recipe_io.load_recipe(arguments.recipe, arguments.set)
-        print(render(estimate(loaded, estimate_options.options_of(arguments))))
-        return 0
+    if arguments.memory and not arguments.dry_run:
+        raise UnlearnError("--memory is a part of the plan: give --dry-run as well")
     if arguments.dry_run:
         from unlearn.plan import plan
 
-        print(plan(recipe_io.load_recipe(arguments.recipe, arguments.set)))
+        loaded = recipe_io.load_recipe(arguments.recipe, arguments.set)
+        print(plan(loaded))
+        if arguments.memory:
+            from unlearn.quiet import quiet_libraries
+
+            quiet_libraries()  # before they are imported
+            from unlearn.plan_memory import memory
+
+            print(memory(loaded))
         return 0
     options = {"out": arguments.out, "fresh": arguments.fresh, "pool": arguments.pool, "prepare": arguments.prepare}
     accelerated.start_the_others("unlearn.run", arguments.line)
@@ -141,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prepare", action="store_true", help="make only what other runs can share from --pool")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when no coefficient passes the rule")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
-    estimate_options.add_options(parser)
+    parser.add_argument("--memory", action="store_true", help="with --dry-run: bytes that every stage holds, at most")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes")
     parser.add_argument("--list", action="store_true", help="list the recipes that come with the program")
     return parser

@@ -1,1 +1,0 @@
-"""What a recipe will take, on paper: memory, disk and time."""
