@@ -19,12 +19,12 @@ LAYERS: dict[str, str] = {
     "values": "template recipe_data recipe_training recipe_vector recipe_bench recipe_cluster recipe_eval recipe "
     "attacks attacks.values report changes compress vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
-    "words": "metrics formula report_figures report_text prediction evidence_text",
+    "words": "metrics collapse search formula report_figures report_text prediction evidence_text",
     "numbers": "benchmarks benchmarks.samples_in benchmarks.membership benchmarks.tofu benchmarks.muse",
     "folders": "atomic holder seen stage lock_file lock_watch lock ownership rundir provenance pool grids grids.grid "
     "grids.axes grids.job_state grids.submissions",
     "models": "cache hub wheel convert pico fetch model_place models",
-    "data": "readers rows items data item_files board_runs member_files references",
+    "data": "readers rows items data item_files board_runs member_files references checks",
     "vectors": "vector_adapter adapter_writer architecture checkpoint_vector vector_table methods "
     "methods.contrast methods.checks methods.msa methods.project methods.ext_sub methods.ethos methods.perta "
     "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches "
@@ -32,7 +32,7 @@ LAYERS: dict[str, str] = {
     "objectives trainer_arguments trainer finetune correlation token_scores foresight",
     "scores": "tree attention forward decoding scoring sampled named_tasks tasks benchmark_tasks stderrs "
     "eval_files evaluate samples",
-    "choices": "collapse search bisect_search joint",
+    "choices": "bisect_search joint",
     "exports": "card_results card rounding shards survival export push streamed streamed.layout streamed.known "
     "streamed.names streamed.blocks streamed.io streamed.shard streamed.files streamed.folder streamed.write "
     "streamed.reason streamed.check",

@@ -81,7 +81,7 @@ def test_the_whole_plan(here: Path) -> None:
     assert "learning rate 0.001" in said
     assert "negate: theta - c * tau_f, scored on validation items at c = 0, 0.25, 0.5, 0.75, 1" in said
     assert "most forgetting of europe (prob)" in said
-    assert "at least 95% of the target model's score or at most +0.5 perplexity" in said
+    assert "at least 95 % of the target model's score or at most +0.5 perplexity" in said
     assert "with ROUGE-L of written answers" in said
     assert said.endswith("7. export: the edit as a PEFT adapter")
 

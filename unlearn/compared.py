@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerFast
+
 from unlearn import benchmark_tasks, finetune, models, references, score_files, tasks
 from unlearn.benchmarks.samples_in import read_samples
 from unlearn.board_runs import Log, absent, read_log, read_scored, rows
@@ -45,12 +47,8 @@ class Subjects:
         Raises:
             ModelError: its tokenizer is another one.
         """
-        ours, theirs = self.target.tokenizer, None if self.reference is None else self.reference.tokenizer
-        if theirs is not None and ours.get_vocab() != theirs.get_vocab():
-            raise ModelError(
-                "reference: this model has another tokenizer than the target, so that their scores per token cannot "
-                "be compared: give one that was made from the same base model"
-            )
+        if self.reference is not None:
+            refuse_another(self.target.tokenizer, self.reference.tokenizer)
 
     def who(self) -> tuple[Who, ...]:
         """Those there are."""
@@ -77,6 +75,19 @@ class Subjects:
             with Edit(self.target.model, self.vector) as edit:
                 edit.set(-self.chosen)
                 yield self.target
+
+
+def refuse_another(ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast) -> None:
+    """Refuse a reference with another tokenizer.
+
+    Raises:
+        ModelError: it has.
+    """
+    if ours.get_vocab() != theirs.get_vocab():
+        raise ModelError(
+            "reference: this model has another tokenizer than the target, so that their scores per token cannot "
+            "be compared: give one that was made from the same base model"
+        )
 
 
 class Compared(Foreseen):
@@ -138,9 +149,7 @@ class Compared(Foreseen):
         loaded = subjects.reference
 
         def make(tmp: Path) -> None:
-            generate = self.recipe.eval.generate != "none"
-            items = self.folder.path("items")
-            built = tasks.build_tasks(sets, "test", self.recipe, loaded.tokenizer, items, generate=generate)
+            built = self.built("test", sets, loaded.tokenizer, self.recipe.eval.generate != "none")
             self._score(loaded, built, "reference", tmp)
 
         spec = self.recipe.eval.model_dump(mode="json")

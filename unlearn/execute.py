@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from unlearn import distributed, provenance, references, search
+from unlearn import checks, distributed, provenance, references, search
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
 from unlearn.memory import told
@@ -28,6 +28,7 @@ from unlearn.rundir import RunFolder, fingerprint, write_json_atomic, write_text
 from unlearn.table import render_table
 
 if TYPE_CHECKING:
+    from unlearn.compared import Subjects
     from unlearn.data import LoadedSet
     from unlearn.fitted import Goal, Vectors
     from unlearn.vector import TaskVector
@@ -82,7 +83,8 @@ def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None
     from unlearn.pipeline import Pipeline
 
     recipe = loaded.recipe
-    references.check(recipe, loaded.source.parent)
+    checks.check(recipe, loaded.source.parent)
+    checks.read_local(recipe.sets(), loaded.source.parent)
     pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
     base = pipe.load()
     if recipe.teach is not None:
@@ -99,11 +101,13 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
     from unlearn.pipeline import Pipeline
 
     recipe = loaded.recipe
-    references.check(recipe, loaded.source.parent)
+    checks.check(recipe, loaded.source.parent, hub=True)
+    checks.read_local(recipe.sets(), loaded.source.parent)
     began = time.monotonic()
     pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
     base = pipe.load()
     sets = pipe.data(base.tokenizer)
+    pipe.look(base, sets)
     models = {"base": base.fingerprint}
     target = pipe.teach(base, sets)
     models["target"] = target.fingerprint
@@ -139,7 +143,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
         exports=exports,
         seconds=pipe.seconds,
         provenance=who,
-        warnings=(*_warnings(recipe, sets, chosen, benchmark), *_doubts(chosen, points, before)),
+        warnings=(*_warnings(recipe, sets, chosen, benchmark, subjects), *_doubts(chosen, points, before)),
         foresight=foresight,
         benchmark=benchmark,
         membership=membership,
@@ -254,7 +258,7 @@ def _vector_line(
 
 
 def _warnings(
-    recipe: Recipe, sets: Sequence[LoadedSet], chosen: Chosen, benchmark: Benchmark | None
+    recipe: Recipe, sets: Sequence[LoadedSet], chosen: Chosen, benchmark: Benchmark | None, subjects: Subjects
 ) -> tuple[str, ...]:
     """What a careful reader would ask about."""
     found = []
@@ -269,6 +273,11 @@ def _warnings(
         found.append(
             f"{benchmark.shared} of the benchmark's items are among the validation items that the coefficient was "
             "chosen on: keep them apart (validation: {path: ..., rows: [a, b]}) for a figure that no choice has seen"
+        )
+    if subjects.reference is not None and subjects.reference.fingerprint == subjects.target.fingerprint:
+        found.append(
+            "the reference has the very weights of the model before: what stands beside it says nothing; give a model "
+            "that never saw the forget set"
         )
     if not recipe.retain and not recipe.utility:
         found.append("nothing was asked to be kept: add retain and utility sets to see what the edit costs")

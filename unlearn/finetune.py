@@ -64,6 +64,18 @@ def encode_one(item: Item, kind: str, tokenizer: Any, max_length: int) -> Encode
     return Encoded(tuple(ids), (*[IGNORE] * skip, *ids[skip:])) if len(ids) > skip else None
 
 
+def lora_modules(model: PreTrainedModel, lora: LoraSpec) -> tuple[str, ...]:
+    """Full paths of the modules that a LoRA is put on.
+
+    Raises:
+        ModelError: its targets match nothing.
+        VectorError: its rank is above what a target's matrix can have.
+    """
+    targets = resolve_targets(model, lora.targets, lora.depth)
+    check_rank(lora.rank, {name: shape_of(model.get_submodule(name)) for name in targets})
+    return targets
+
+
 def train_vector(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -93,8 +105,7 @@ def train_vector(
         TrainingError: non-finite loss, or an adapter that learned nothing.
         ValueError: ``keep`` and ``against`` together.
     """
-    targets = resolve_targets(model, lora.targets, lora.depth)
-    check_rank(lora.rank, {name: shape_of(model.get_submodule(name)) for name in targets})
+    targets = lora_modules(model, lora)
     quantised = bool(getattr(model, "is_quantized", False))
     mixed = mixed_precision(model)
     if quantised:

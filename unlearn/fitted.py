@@ -13,14 +13,14 @@ from unlearn.batches import Encoded
 from unlearn.console import say
 from unlearn.data import LoadedSet
 from unlearn.distributed import wait
-from unlearn.errors import DataError
+from unlearn.errors import DataError, ModelError
 from unlearn.memory import told
 from unlearn.methods.consensus import consensus
 from unlearn.methods.msa import msa
 from unlearn.methods.random_vector import random_like
 from unlearn.models import Loaded
 from unlearn.precision import mixed_precision
-from unlearn.recipe import SetRole, TrainSpec
+from unlearn.recipe import ModelSpec, SetRole, TrainSpec
 from unlearn.recipe_vector import (
     BASELINES,
     NEED_RETAIN,
@@ -72,13 +72,11 @@ class Fitted(Scored):
         """Fine-tune on every set that the methods need, and shape what is subtracted.
 
         Raises:
-            DataError: a method needs training or validation items of a retain set, and there are none.
             TrainingError, VectorError: see :mod:`unlearn.finetune` and the methods.
         """
         spec = self.recipe.vector
         with self.announced("finetune", self._what()):
             near = [s for s in sets if s.role == "retain" and s.train]
-            self._require(near, sets)
             clean, trainee = self._trainees(target)
             before = set(self.stages)
             retain = None
@@ -234,13 +232,26 @@ class Fitted(Scored):
             if spec.quantize == "none":
                 return target.fingerprint, target
             return target.fingerprint, models.load(spec, self.where, for_training=True)
-        given = self.recipe.vector.msa.clean if self.recipe.vector.msa else None
-        if given is not None:
-            spec = spec.model_copy(update={"path": given, "revision": None})
-        where = fetch.locate(spec, self.base) if given is not None else self.where_base
+        given = self.clean()
+        spec, where = given if given is not None else (spec, self.where_base)
         clean = models.load(spec, where)
         trainee = clean if spec.quantize == "none" else models.load(spec, where, for_training=True)
         return clean.fingerprint, trainee
+
+    def clean(self) -> tuple[ModelSpec, str] | None:
+        """The clean checkpoint that ``msa`` was given, and where it is, fetched where needed; None without one.
+
+        Raises:
+            ModelError: there is none, or it cannot be fetched.
+        """
+        msa = self.recipe.vector.msa
+        if not self.recipe.vector.uses("msa") or msa is None or msa.clean is None:
+            return None
+        spec = self.recipe.model.model_copy(update={"path": msa.clean, "revision": None})
+        try:
+            return spec, fetch.locate(spec, self.base)
+        except ModelError as error:
+            raise ModelError(str(error).replace("model.path", "vector.msa.clean")) from error
 
     # -- shaping -------------------------------------------------------------------------------------------------
 
@@ -299,9 +310,14 @@ class Fitted(Scored):
         first = self.recipe.forget is not None and one.name == self.recipe.forget.label()
         return "forget" if one.role == "forget" and first else f"{one.role}-{one.name}"
 
-    def _require(self, near: Sequence[LoadedSet], sets: Sequence[LoadedSet]) -> None:
-        """Training items of a retain set where they are needed, and validation items where training has seen them."""
+    def require(self, sets: Sequence[LoadedSet]) -> None:
+        """Training items of a retain set where they are needed, and validation items where training has seen them.
+
+        Raises:
+            DataError: there are none.
+        """
         spec = self.recipe.vector
+        near = [s for s in sets if s.role == "retain" and s.train]
         needy = next((f"vector.method {m}" for m in spec.steps() if m in NEED_RETAIN), None)
         needy = needy or ("vector.retain_kl" if spec.penalty() is not None else None)
         if needy and not near:

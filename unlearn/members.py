@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from unlearn.batches import Encoded
 from unlearn.benchmarks import membership
 from unlearn.benchmarks.membership import TokenScores
 from unlearn.collective import count, together
 from unlearn.console import progress
+from unlearn.data import LoadedSet
 from unlearn.errors import EvaluationError
 from unlearn.finetune import encode_one
 from unlearn.items import Item
@@ -28,6 +30,23 @@ def members_of(items: Sequence[Item]) -> list[Item]:
     return list(first.values())
 
 
+def require_tokens(sets: Sequence[LoadedSet], tokenizer: Any, length: int) -> None:
+    """Refuse forget or hold-out sets of which :func:`tell` could say nothing.
+
+    Raises:
+        EvaluationError: no item has a token within ``length``.
+    """
+    for s in sets:
+        if s.role in ("forget", "holdout"):
+            items = s.train if s.role == "forget" else s.test
+            if all(encode_one(item, s.spec.kind, tokenizer, length) is None for item in items):
+                raise _no_tokens(len(items), length)
+
+
+def _no_tokens(count: int, length: int) -> EvaluationError:
+    return EvaluationError(f"membership: none of {count} items has a token within {length}: raise max_length")
+
+
 def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], length: int, label: str = "scoring") -> list[Row]:
     """What a model gives away of each item: ``id``, ``tokens`` scored, and a number for every attack.
 
@@ -43,7 +62,7 @@ def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], length: int, label:
     encoded = [(item, encode_one(item, kind, loaded.tokenizer, length)) for item, kind in items]
     rows: list[tuple[Item, Encoded]] = [(item, row) for item, row in encoded if row is not None]
     if not rows:
-        raise EvaluationError(f"membership: none of {len(items)} items has a token within {length}: raise max_length")
+        raise _no_tokens(len(items), length)
     with progress(label, len(rows) // count()) as advance:
 
         def told(some: Sequence[Encoded]) -> Sequence[TokenScores]:

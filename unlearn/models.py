@@ -58,9 +58,7 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     device = place(spec.device)
     dtype = number_format(spec.dtype, device)
     quantize = spec.quantize if for_training else "none"
-    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    if not Path(where).is_dir():
-        options |= {"revision": spec.revision, "local_files_only": offline()}
+    options = _options(spec, where)
     with told(f"model.path: {where}", "choose a smaller model"):
         try:
             with quietly(downloads=True):
@@ -76,6 +74,33 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     _check_tokenizer(where, tokenizer, model)
     model.eval()
     return Loaded(model, tokenizer, fingerprint(model), dtype, device)
+
+
+def load_tokenizer(spec: ModelSpec, where: str) -> PreTrainedTokenizerFast:
+    """The tokenizer alone of what :func:`unlearn.fetch.locate` found.
+
+    Raises:
+        ModelError: as :func:`load`.
+    """
+    check_trust(spec)
+    try:
+        with quietly(downloads=True):
+            tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **_options(spec, where))
+    except Exception as error:
+        message = _explain(error, where, spec)
+        if message is None:
+            raise
+        raise ModelError(message) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"model.path: {where} has no fast tokenizer (tokenizer.json), which is needed")
+    found: PreTrainedTokenizerFast = tokenizer
+    return found
+
+
+def _options(spec: ModelSpec, where: str) -> dict[str, Any]:
+    """What transformers is told of a folder or hub id."""
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    return options if Path(where).is_dir() else options | {"revision": spec.revision, "local_files_only": offline()}
 
 
 def place(name: str) -> torch.device:

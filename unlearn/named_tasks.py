@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from unlearn.assets import tasks_folder
+from unlearn.checks import no_such_task
 from unlearn.errors import EvaluationError
 from unlearn.hub import no_foreign_code
 from unlearn.recipe import Split, TaskSpec
@@ -54,8 +54,7 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
     if spec.task not in index.task_index:
         pack, index, ours = index, manager(shipped=True), False
         if spec.task not in index.task_index:
-            near = _nearest(spec.task, sorted({*index.all_tasks, *pack.all_tasks}))
-            raise EvaluationError(f"eval.tasks: lm-eval has no task {spec.task!r}; {near}")
+            raise no_such_task(spec.task, {*index.all_tasks, *pack.all_tasks})
     given = spec.model_dump(mode="json")["metadata"]
     if ours and tokenizer:
         given = {"tokenizer": tokenizer, **given}  # some count tokens
@@ -85,7 +84,7 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed)
-    return Named(tasks, groups, _pack_metrics(spec, tasks) if ours else (spec.metric,))
+    return Named(tasks, groups, _pack_metrics(spec, tasks) if ours else (_shipped_metric(spec, tasks, groups),))
 
 
 def _telling(index: TaskManager, metadata: Mapping[str, Any]) -> TaskManager:
@@ -110,6 +109,26 @@ def _pack_metrics(spec: TaskSpec, tasks: Mapping[str, Task]) -> tuple[str, ...]:
     return (spec.metric, *(metric for metric in found if metric != spec.metric))
 
 
+def _shipped_metric(spec: TaskSpec, tasks: Mapping[str, Task], groups: Mapping[str, Group]) -> str:
+    """The metric that counts of one of lm-eval's own tasks, or of a group of them.
+
+    Raises:
+        EvaluationError: it has none of that name, which lm-eval would find out when all is scored.
+    """
+    if spec.task in groups:
+        aggregated = groups[spec.task].aggregate_metric_list or ()
+        found = list(dict.fromkeys(config.metric for config in aggregated))
+        if not found:
+            raise EvaluationError(
+                f"eval.tasks: {spec.task!r} is a group without a score of its own; name its tasks: {', '.join(tasks)}"
+            )
+    else:
+        found = list(tasks[spec.task].aggregation())
+    if spec.metric not in found:
+        raise EvaluationError(f"eval.tasks: {spec.task} has no metric {spec.metric!r}; it has {', '.join(found)}")
+    return spec.metric
+
+
 def share(spec: TaskSpec, tasks: Mapping[str, Task], split: Split, seed: int) -> dict[str, list[int]]:
     """Item numbers of one half, validation or test, ascending; the seed deals them out, over all tasks of a group."""
     pool = [(name, index) for name, task in tasks.items() for index in range(len(task.eval_docs))]
@@ -125,12 +144,3 @@ def share(spec: TaskSpec, tasks: Mapping[str, Task], split: Split, seed: int) ->
             "test items"
         )
     return {name: sorted(indices) for name, indices in chosen.items()}
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return (
-        f"did you mean {' or '.join(near)}?"
-        if near
-        else f"there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}"
-    )

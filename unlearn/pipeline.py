@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from unlearn import card, export, fetch, models, references
+from unlearn import benchmark_tasks, card, export, fetch, finetune, models, references
 from unlearn.attacked import Attacked
+from unlearn.compared import refuse_another
 from unlearn.console import say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import main_first
 from unlearn.item_files import at_prefixes, write_items
+from unlearn.members import require_tokens
 from unlearn.models import Loaded
-from unlearn.push import push
+from unlearn.push import able, push
 from unlearn.recipe import PushSpec
 from unlearn.rundir import write_json_atomic
 from unlearn.vector import TaskVector
@@ -59,6 +61,32 @@ class Pipeline(Attacked):
                 lambda tmp: write_items(at_prefixes(sets, tokenizer), tokenizer, tmp, ("validation", "test")),
             )
         return sets
+
+    def look(self, base: Loaded, sets: Sequence[LoadedSet]) -> None:
+        """Get hold of all that later stages ask for: what is missing is said before anything is trained.
+
+        Raises:
+            UnlearnError: no such task, benchmark, reference, layer or token; no items where some are needed.
+        """
+        recipe = self.recipe
+        for lora in (recipe.vector.lora, recipe.teach.lora if recipe.teach is not None else None):
+            if lora is not None:
+                finetune.lora_modules(base.model, lora)
+        self.require(sets)
+        self.built("validation", sets, base.tokenizer, recipe.eval.generate == "sweep")
+        self.built("test", sets, base.tokenizer, recipe.eval.generate != "none")
+        with main_first():  # what is on the hub is fetched once
+            if recipe.benchmark is not None and recipe.benchmark.name == "tofu":
+                place = base.tokenizer.name_or_path  # MUSE's take long to cut into tokens, and its rows were read
+                benchmark_tasks.build(recipe.benchmark, self.base, place, recipe.seed)
+            if references.is_model(recipe) and recipe.reference != "train":
+                where = references.locate(recipe, self.base)
+                refuse_another(base.tokenizer, references.tokenizer(recipe, where))
+            self.clean()
+        if recipe.holdout is not None:
+            require_tokens(sets, base.tokenizer, recipe.vector.forget.max_length)
+        if recipe.export.push_to_hub is not None:
+            able(recipe.export.push_to_hub)
 
     def teach(self, base: Loaded, sets: Sequence[LoadedSet]) -> Loaded:
         """The target model: the base taught forget and retain sets together, or the base as it is."""

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from unlearn import references
+from unlearn import checks
 from unlearn.data import LoadedSet, load_sets
 from unlearn.formula import formula, penalty, phrases
 from unlearn.metrics import goal_metrics, kept_metrics
@@ -39,7 +39,8 @@ def plan(loaded: LoadedRecipe) -> str:
     """
     recipe, base = loaded.recipe, loaded.source.parent
     place = model_place(recipe.model, base)
-    references.check(recipe, base)
+    checks.check(recipe, base)
+    checks.read_local([(role, spec) for role, spec in recipe.sets() if on_hub(spec)], base)
     goals = goal_metrics(recipe)
     sets = {(s.role, s.name): s for s in load_sets(local_part(recipe), base)}
     unscored = {key for key, one in sets.items() if not one.validation}

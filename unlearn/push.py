@@ -78,30 +78,32 @@ def push(folder: Path, spec: PushSpec, *, dry_run: bool = False, endpoint: str |
         for line in (f"would push to {first}", *rest):
             console.say(line)
         return found
-    token = _token()
-    if offline():
-        raise PushError(
-            f"export.push_to_hub: going online is forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE), so {spec.repo} cannot "
-            "be reached; unset it, or set dry_run: true to see what would go"
-        )
+    token = able(spec)
     url = _upload(folder, spec, [name for name, _ in found.files], token, endpoint)
     console.say(f"pushed {counted(len(found.files), 'file')} to {spec.repo}: {url}")
     return Pushed(found.repo, found.private, found.files, url)
 
 
-def _token() -> str:
-    """The token in the environment.
+def able(spec: PushSpec) -> str:
+    """The token in the environment; empty where nothing is to be pushed.
 
     Raises:
-        PushError: there is none.
+        PushError: there is none, or going online is forbidden.
     """
-    for name in TOKENS:
-        if token := os.environ.get(name, "").strip():
-            return token
-    raise PushError(
-        "export.push_to_hub: no token: set HF_TOKEN to one that may write (it is taken from the environment only), or "
-        "set dry_run: true to see what would go"
-    )
+    if spec.dry_run:
+        return ""
+    token = next((found for name in TOKENS if (found := os.environ.get(name, "").strip())), "")
+    if not token:
+        raise PushError(
+            "export.push_to_hub: no token: set HF_TOKEN to one that may write (it is taken from the environment only), "
+            "or set dry_run: true to see what would go"
+        )
+    if offline():
+        raise PushError(
+            f"export.push_to_hub: going online is forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE), so {spec.repo} cannot "
+            "be reached; unset it, or set dry_run: true to see what would go"
+        )
+    return token
 
 
 def _files(folder: Path, what: Literal["adapter", "merged"]) -> tuple[tuple[str, int], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from unlearn.recipe_data import Frozen, Positive
 
@@ -92,3 +92,14 @@ class PushSpec(Frozen):
     what: Literal["adapter", "merged"] = Field("adapter", description="Which export is pushed.")
     private: bool = Field(True, description="Whether a new repository is private.")
     dry_run: bool = Field(False, description="Say what would be pushed, and push nothing.")
+
+    @field_validator("repo")
+    @classmethod
+    def _nameable(cls, repo: str) -> str:
+        """The hub's own rules: what it refuses is better known before the training."""
+        if len(repo.rpartition("/")[2]) > 96 or "--" in repo or ".." in repo or repo.endswith((".git", "-", ".")):
+            raise ValueError(
+                f"the hub takes no name like {repo!r}: at most 96 characters after OWNER/, no -- and no .. in it, and "
+                "no -, . or .git at its end"
+            )
+        return repo

@@ -37,10 +37,15 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
         DataError: a log that cannot be read.
         ModelError: no such model, or the very model that is to forget.
     """
-    rows = None if recipe.benchmark is None else benchmark_rows(recipe.benchmark, base, hub=hub)
     log = log_file(recipe, base)
-    if log is not None:
-        _check_log(recipe, log, rows)
+    if recipe.benchmark is not None:
+        rows = benchmark_rows(recipe.benchmark, base)
+        if log is not None:
+            _check_log(recipe, log, rows)
+        if hub and rows is None:
+            rows = benchmark_rows(recipe.benchmark, base, hub=True)
+            if log is not None:
+                _check_log(recipe, log, rows)
     given = _model_given(recipe)
     if given is not None and run_reference(given, base) is None:
         try:
@@ -232,6 +237,20 @@ def locate(recipe: Recipe, base: Path) -> str:
         return str(trained)
     try:
         return fetch.locate(_spec(recipe, given), base)
+    except ModelError as error:
+        raise _about_reference(error) from error
+
+
+def tokenizer(recipe: Recipe, where: str) -> Any:
+    """The tokenizer of the reference that :func:`locate` found.
+
+    Raises:
+        ModelError: it has none that can be read.
+    """
+    from unlearn.models import load_tokenizer  # torch
+
+    try:
+        return load_tokenizer(_spec(recipe, str(recipe.reference)), where)
     except ModelError as error:
         raise _about_reference(error) from error
 

@@ -59,6 +59,7 @@ class Scored(Stages):
     def __init__(self, recipe: Recipe, base: Path, folder: RunFolder, pool: Pool | None = None) -> None:
         super().__init__(recipe, base, folder, pool)
         self._twins: dict[tuple[str, float], Path] = {}  # validation scores that the balance took, by vector
+        self._built: dict[tuple[Split, bool], TaskSet] = {}
 
     def balance(
         self, target: Loaded, sets: Sequence[LoadedSet], parts: Mapping[tuple[SetRole, str], TaskVector]
@@ -180,6 +181,19 @@ class Scored(Stages):
         name = f"{coefficient:g}/{desk.split}"
         return f"{desk.place if coefficient else 'eval'}/{name}", parts, f"eval/{name}"
 
+    def built(self, split: Split, sets: Sequence[LoadedSet], tokenizer: Any, generate: bool) -> TaskSet:
+        """All that is scored on one split, built the first time it is asked for: before anything is trained.
+
+        Raises:
+            EvaluationError: see :func:`unlearn.tasks.build_tasks`.
+        """
+        if (split, generate) not in self._built:
+            items = self.folder.path("items")
+            self._built[split, generate] = tasks.build_tasks(
+                sets, split, self.recipe, tokenizer, items, generate=generate
+            )
+        return self._built[split, generate]
+
     def lm(self, loaded: Loaded) -> HFLM:
         """lm-eval's interface to a model, by the recipe's engine."""
         return interface(loaded.model, loaded.tokenizer, self.recipe.eval)
@@ -194,8 +208,7 @@ class Scored(Stages):
         generate: bool,
     ) -> _Desk:
         spec, lm = self.recipe.eval, self.lm(target)
-        items = self.folder.path("items")
-        built = tasks.build_tasks(sets, split, self.recipe, target.tokenizer, items, generate=generate)
+        built = self.built(split, sets, target.tokenizer, generate)
         key = (target.fingerprint, digests(sets), spec.model_dump(mode="json"), self.recipe.seed)
         return _Desk(split, lm, built, edit, sets, key, vector.digest())
 

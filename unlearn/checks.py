@@ -1,0 +1,154 @@
+"""What can be known to be wrong before anything is fetched, loaded or trained: names, files, folders. No torch here.
+
+A plan and a run make the same checks, so that a recipe whose plan is printed does not fail hours later over a name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from unlearn import references
+from unlearn.assets import tasks_folder
+from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError
+from unlearn.items import columns_needed
+from unlearn.metrics import goal_metrics
+from unlearn.model_place import model_place
+from unlearn.recipe import SPLITS, DataSet, Recipe, SetRole, Source, TaskSpec
+from unlearn.rows import HUB, read_placed
+
+# A line of lm-eval's YAML that gives a task, group or tag its name, alone or as an item of a list.
+_NAMED = re.compile(
+    rb"""^[ \t]*(?:-[ \t]*)?["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s#"'\[\]{}|>]+)""", re.MULTILINE
+)
+_LISTED = re.compile(rb"""(?:^[ \t]*-[ \t]*|[\[,][ \t]*)["']?([^\s#"'\[\]{},:]+)["']?[ \t]*(?:#.*)?(?=$|[\],])""", re.M)
+
+
+def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
+    """Look for all that a recipe names beside its data sets and its model.
+
+    Args:
+        base: The recipe's folder, where relative paths start.
+        hub: Also ask the hub for a benchmark's data.
+
+    Raises:
+        UnlearnError: something is not there, or not what the recipe takes it for.
+    """
+    goal_metrics(recipe)  # refuses a metric that these data do not have
+    _check_reuse(recipe, base)
+    _check_clean(recipe, base)
+    _check_bitsandbytes(recipe)
+    _check_tasks(recipe.eval.tasks)
+    references.check(recipe, base, hub=hub)
+
+
+def read_local(sets: Iterable[tuple[SetRole, DataSet]], base: Path) -> None:
+    """Read what of some sets is on this machine, as it will be read once the model is there to cut it into tokens.
+
+    Raises:
+        DataError: as :func:`unlearn.rows.read_placed`.
+    """
+    for role, spec in sets:
+        own: dict[str, Source] = {"train": spec, "validation": spec.validation or spec, "test": spec.test or spec}
+        for source in {id(s): s for s in own.values()}.values():
+            if source.path.startswith(HUB):
+                continue
+            templates = [t for split in SPLITS if own[split] is source for t in spec.prompts(split)]
+            try:
+                read_placed(source, base, columns_needed(spec, tuple(dict.fromkeys(templates))))
+            except DataError as error:
+                raise DataError(f"{role} set '{spec.label()}': {error}") from error
+
+
+def no_such_task(name: str, known: Iterable[str]) -> EvaluationError:
+    """The message about a name in ``eval.tasks`` that is none of those known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:8])}, ..."
+    return EvaluationError(f"eval.tasks: lm-eval has no task {name!r}; {hint}")
+
+
+def _check_reuse(recipe: Recipe, base: Path) -> None:
+    for given in recipe.reuse:
+        if not (base / given).is_dir():
+            near = references.did_you_mean(given, base)
+            raise RunFolderError(f"reuse: there is no run folder {base / given}{near or '; remove it from the recipe'}")
+
+
+def _check_clean(recipe: Recipe, base: Path) -> None:
+    """The checkpoint that vectors are fitted on where that is not the model."""
+    given = recipe.vector.msa.clean if recipe.vector.uses("msa") and recipe.vector.msa is not None else None
+    if given is None:
+        return
+    try:
+        model_place(recipe.model.model_copy(update={"path": given, "revision": None}), base)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", "vector.msa.clean")) from error
+
+
+def _check_bitsandbytes(recipe: Recipe) -> None:
+    copies = recipe.robustness is not None and bool(recipe.robustness.quantize)
+    if (copies or recipe.model.quantize != "none") and importlib.util.find_spec("bitsandbytes") is None:
+        key, instead = ("robustness.quantize", "[]") if copies else ("model.quantize", "none")
+        raise ModelError(
+            f"{key}: quantised copies need the package bitsandbytes: install it, or set {key} to {instead}"
+        )
+
+
+def _check_tasks(specs: Sequence[TaskSpec]) -> None:
+    """Whether tasks by name are there. Building lm-eval's index takes many seconds; reading names takes a fraction.
+
+    Raises:
+        EvaluationError: no such task, or a file that one is told of is not there.
+    """
+    if not specs:
+        return
+    pack = set(_names(_yaml(tasks_folder())))
+    others = [spec.task for spec in specs if spec.task not in pack]
+    if others:
+        found = importlib.util.find_spec("lm_eval")  # without importing it
+        shipped = _yaml(Path((found.submodule_search_locations or [""])[0]) / "tasks") if found is not None else []
+        for name in others:
+            if not _has(shipped, name):
+                raise no_such_task(name, {*pack, *_names(shipped)})
+    for spec in specs:
+        if spec.task in pack:
+            _check_files(spec)
+
+
+def _check_files(spec: TaskSpec) -> None:
+    """What a task of the pack reads: files of items, folders of benchmarks."""
+    for key, exists in (("items", Path.is_file), ("tofu", Path.is_dir), ("muse", Path.is_dir)):
+        given = spec.metadata.get(key)
+        for path in given.values() if isinstance(given, dict) else (given,):
+            if isinstance(path, str) and not exists(Path(path).expanduser()):
+                near = references.did_you_mean(path, Path())
+                kind = "file" if key == "items" else "folder"
+                raise EvaluationError(f"eval.tasks: {spec.task}: metadata {key}: there is no {kind} {path}{near}")
+
+
+def _yaml(folder: Path) -> list[str]:
+    """YAML files, and what they include, which has no ending there."""
+    walked = ((at, name) for at, _, names in os.walk(folder) for name in names)
+    return [f"{at}/{name}" for at, name in walked if name.endswith(".yaml") or "." not in name]
+
+
+def _has(files: Sequence[str], name: str) -> bool:
+    """Whether one of lm-eval's files is called so or names such a task; those of its family are looked at first."""
+    if any(path.endswith(f"/{name}.yaml") for path in files):
+        return True
+    family, wanted = name.partition("_")[0], name.encode()
+    for path in sorted(files, key=lambda path: (family not in path, len(path))):
+        content = Path(path).read_bytes()
+        if wanted in content and any(wanted in pattern.findall(content) for pattern in (_NAMED, _LISTED)):
+            return True
+    return False
+
+
+def _names(files: Iterable[str]) -> Iterator[str]:
+    for path in files:
+        yield from (name.decode(errors="replace") for name in _NAMED.findall(Path(path).read_bytes()))
