@@ -33,6 +33,8 @@ from unlearn.item_files import MEMORY_TOKENS, at_prefixes, count_tokens, items_p
 from unlearn.metrics import default_metric, goal_metrics
 from unlearn.pico import corpus
 from unlearn.recipe import Recipe, Split
+from unlearn.report import Score, SweepPoint, TaskScore
+from unlearn.score_files import told
 from unlearn.stderrs import perplexity_stderr
 from unlearn.tasks import TaskSet, build_tasks, kept_metrics
 
@@ -395,6 +397,19 @@ def test_perplexity_stderr_is_that_of_a_bootstrap() -> None:
     assert perplexity_stderr(items) == pytest.approx(float(replicates.std()), rel=0.06)
     same = [(-2.0 * t, int(t)) for t in tokens]
     assert perplexity_stderr(same) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_line_of_a_coefficient_has_the_metric_that_the_choice_rests_on() -> None:
+    """Not the one by kind, where the recipe names another."""
+    both = {"forget": {"path": "f", "kind": "mcq", "name": "f"}, "retain": ({"path": "r", "kind": "mcq", "name": "r"},)}
+    plain = {"name": "n", "model": {"path": "m"}, **both, "choose": {"metric": "prob"}}
+    scores = [
+        TaskScore(role, name, "validation", metric, True, Score(value, None, 9))
+        for role, name in (("forget", "f"), ("retain", "r"))
+        for metric, value in (("acc", 0.75), ("prob", 0.5))
+    ]
+    line = told(Recipe.model_validate(plain), SweepPoint(1.0, tuple(scores), True))
+    assert line.endswith("f prob 0.5  r acc 0.75")
 
 
 def test_metrics(recipe: Recipe) -> None:

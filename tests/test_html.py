@@ -512,7 +512,7 @@ def test_the_headline_says_what_is_left() -> None:
     assert headline(none) == "No coefficient passed the rule; the model is unchanged."
     worse = replace(row("forget", "europe", 0.5, 0.6), chance=0.25)
     assert headline(make(scores=(worse,))).startswith(
-        "The model did not forget: europe accuracy rose from 0.50 to 0.60 (chance 0.25) at"
+        "The model did not forget: europe accuracy rose from 0.50 to 0.60 (guessing gives 0.25) at"
     )
     # 1.96 * hypot(.05, .05) = .1386: a fall of .10 is within it, one of .15 is not
     assert headline(make(scores=(row("forget", "europe", 0.6, 0.5),))).startswith(
@@ -554,7 +554,7 @@ def test_the_headline_tells_every_request() -> None:
     assert headline(make(chosen=replace(make().chosen, goals=goals), scores=scores)) == (
         "The model still answers 30 % of europe, where guessing would give 25 % (accuracy 0.90 to 0.30), "
         "did not forget book (perplexity 30.00 to 29.00) and "
-        "learned no more of africa than chance may explain (accuracy 0.60 to 0.70, chance 0.25) "
+        "learned no more of africa than chance may explain (accuracy 0.60 to 0.70, guessing gives 0.25) "
         "at λ = 1.5; every kept metric stayed within its bound."
     )
 

@@ -101,7 +101,7 @@ def _summary(facts: CardFacts, export: Export, base_name: str) -> str:
     kept = [f"{escape(d.label())} ({role})" for role, d in recipe.sets() if role in KEPT]
     kept += [f"{escape(t.task)} ({t.set})" for t in recipe.eval.tasks if t.set in KEPT]
     change = formula(recipe, GREEK).replace("_", chr(92) + "_")
-    what = "A LoRA adapter that makes" if export == "adapter" else "Whole weights that make"
+    what = "A LoRA adapter" if export == "adapter" else "Whole weights"
     goals = {
         word: [escape(d.label()) for r, d in recipe.goals() if r == role]
         for word, role in (("Asked to forget", "forget"), ("Asked to learn", "learn"))
@@ -115,7 +115,7 @@ def _summary(facts: CardFacts, export: Export, base_name: str) -> str:
         more = (*more, "the weights w were found together, on validation items")
     return "\n".join(
         [
-            f"{what} {escape(tidy(base_name))} {_how(recipe)}",
+            f"{what} meant to make {escape(tidy(base_name))} {_how(recipe)}",
             "",
             *(f"- {word}: {', '.join(names)}" for word, names in goals.items() if names),
             *([f"- What came of it, on the items of the table below: {escape(came)}."] if came else []),

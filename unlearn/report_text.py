@@ -64,14 +64,14 @@ def outcome(rows: Sequence[ScoreRow]) -> str:
     if len(rows) == 1 and rows[0].set == "forget":
         row = rows[0]
         if little := _little(row):
-            return f"The model {little}: {row.name} {_moved(row, _verb(row))}{chance_of(row.chance, ' ({})')}"
+            return f"The model {little}: {row.name} {_moved(row, _verb(row))}{_guess(row, ' ({})')}"
         return f"The model {_left(row, 'what it was asked to forget')}: {row.name} {_moved(row, _verb(row))}"
     return f"The model {listing(map(_done, rows))}" if rows else ""
 
 
 def _done(row: ScoreRow) -> str:
     """What came of one of several goals, after "the model"."""
-    figures = f"({_moved(row)}{chance_of(row.chance, ', {}')})"
+    figures = f"({_moved(row)}{_guess(row, ', {}')})"
     if row.set == "learn":
         return f"{_learned(row)} {figures}"
     if little := _little(row):
@@ -85,6 +85,11 @@ def _moved(row: ScoreRow, verb: str = "") -> str:
     if verb == "stayed":
         return f"{metric} stayed at {before}"
     return f"{metric} {verb} from {before} to {after}" if verb else f"{metric} {before} to {after}"
+
+
+def _guess(row: ScoreRow, form: str) -> str:
+    """Beside a sentence that speaks of another kind of chance."""
+    return "" if row.chance is None else form.format(f"guessing gives {short(row.chance)}")
 
 
 def _verb(row: ScoreRow) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unlearn.metrics import default_metric
+from unlearn.metrics import KEPT, Key, default_metric, goal_metrics
 from unlearn.recipe import Recipe
 from unlearn.report import Score, SweepPoint, TaskScore
 
@@ -35,6 +35,7 @@ def told(recipe: Recipe, point: SweepPoint, says: str = "") -> str:
 
 
 def _brief(recipe: Recipe, found: tuple[TaskScore, ...]) -> str:
-    main = {(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets()}
+    main: set[Key] = {(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role in KEPT}
+    main |= set(goal_metrics(recipe))
     main |= {(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks}
     return "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in found if s.key in main)
