@@ -17,7 +17,7 @@ LAYERS: dict[str, str] = {
     "ground": "errors layers quiet redact console stopping neighbours launch accelerated collective memory distributed "
     "silence wording",
     "values": "template recipe_data recipe_training recipe_vector recipe_bench recipe_cluster recipe_eval recipe "
-    "attacks attacks.values report changes compress vector_file vector",
+    "attacks attacks.values report changes compress shards vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",
     "words": "metrics collapse search formula report_figures report_text prediction evidence_text",
     "numbers": "benchmarks benchmarks.samples_in benchmarks.membership benchmarks.tofu benchmarks.muse",
@@ -33,7 +33,7 @@ LAYERS: dict[str, str] = {
     "scores": "tree attention forward decoding scoring sampled named_tasks tasks benchmark_tasks stderrs "
     "eval_files evaluate samples",
     "choices": "bisect_search joint",
-    "exports": "card_results card rounding shards survival export push streamed streamed.layout streamed.known "
+    "exports": "card_results card rounding survival export push streamed streamed.layout streamed.known "
     "streamed.names streamed.blocks streamed.io streamed.shard streamed.files streamed.folder streamed.write "
     "streamed.reason streamed.check",
     "attacks": "attacks.judge attacks.quantised attacks.relearn attacks.probes attacks.sampling attacks.lens",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, dynamic_module_utils
 
 from unlearn.errors import ModelError
 from unlearn.models import Loaded, fingerprint, linear_modules, load, resolve_targets
@@ -52,7 +52,6 @@ def test_loads_quietly_in_evaluation_mode(pico_phi: Path, capfd: pytest.CaptureF
     assert (got.dtype, got.device) == (torch.float32, torch.device("cpu"))
     assert {p.dtype for p in got.model.parameters()} == {torch.float32}
     assert got.model.config._attn_implementation == "sdpa"
-    assert got.fingerprint == fingerprint(got.model)
     stored = load_file(pico_phi / "model.safetensors")
     for name, tensor in got.model.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
@@ -93,12 +92,12 @@ def test_fingerprint_knows_value_name_dtype_and_shape(
         )
         == 4
     )
-    weight = got.model.get_parameter("model.layers.1.mlp.fc1.weight")
+    weight, before = got.model.get_parameter("model.layers.1.mlp.fc1.weight"), fingerprint(got.model)
     old = weight.data[3, 5].clone()
     weight.data[3, 5] = torch.nextafter(old, old + 1)
-    assert fingerprint(got.model) != got.fingerprint
+    assert fingerprint(got.model) != before
     weight.data[3, 5] = old
-    assert fingerprint(got.model) == got.fingerprint
+    assert fingerprint(got.model) == before
 
     def of(**tensors: torch.Tensor) -> str:
         module = torch.nn.Module()
@@ -119,6 +118,103 @@ def test_fingerprint_knows_value_name_dtype_and_shape(
     assert of(a=six.view(2, 3).T) == of(a=six.view(2, 3).T.contiguous())
     assert of(a=six, b=six + 1) == of(b=six + 1, a=six)
     assert of(a=six, b=six) == of(a=six)  # tied: one tensor
+
+
+def _edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    edit(settings)
+    path.write_text(json.dumps(settings))
+
+
+# Everything beside the weights that an answer, a label or a stop depends on, and whether it is the tokenizer's.
+OTHERWISE: dict[str, tuple[bool, Callable[[Path], object]]] = {
+    "the token that ends a text": (False, lambda f: _edit_json(f / "generation_config.json", eos_token_id=[0, 7])),
+    "how it writes": (False, lambda f: _edit_json(f / "generation_config.json", repetition_penalty=1.3)),
+    "positions": (
+        False,
+        lambda f: _edit_json(
+            f / "config.json",
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "activation": (False, lambda f: _edit_json(f / "config.json", hidden_act="relu")),
+    "norms": (False, lambda f: _edit_json(f / "config.json", layer_norm_eps=1e-3)),
+    "how far it reads": (False, lambda f: _edit_json(f / "config.json", max_position_embeddings=64)),
+    "dropout": (False, lambda f: _edit_json(f / "config.json", resid_pdrop=0.5)),
+    "the tokenizer's end token": (True, lambda f: _edit_json(f / "tokenizer_config.json", eos_token="a")),
+    "padding token": (True, lambda f: _edit_json(f / "tokenizer_config.json", pad_token="a")),
+    "length": (True, lambda f: _edit_json(f / "tokenizer_config.json", model_max_length=16)),
+    "padding side": (True, lambda f: _edit_json(f / "tokenizer_config.json", padding_side="left")),
+    "chat template": (True, lambda f: (f / "chat_template.jinja").write_text("{{ messages }}")),
+    "normaliser": (True, lambda f: _edit_tokenizer(f, lambda t: t.update(normalizer={"type": "Lowercase"}))),
+    "merges": (True, lambda f: _edit_tokenizer(f, lambda t: t["model"]["merges"].pop())),
+    "start token": (
+        True,
+        lambda f: _edit_tokenizer(
+            f,
+            lambda t: t.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                    ],
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {
+                        "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+                    },
+                }
+            ),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_fingerprint_knows_what_answers_depend_on_beside_the_weights(
+    loaded: Callable[..., Loaded], pico_phi: Path, copy: Path, what: str
+) -> None:
+    tokenizers, edit = OTHERWISE[what]
+    before = loaded(pico_phi)
+    edit(copy)
+    after = loaded(copy)
+    assert fingerprint(after.model) == fingerprint(before.model)
+    assert after.fingerprint != before.fingerprint
+    assert (after.words != before.words) == tokenizers
+
+
+def test_fingerprint_knows_no_place_no_layout_and_no_use(
+    loaded: Callable[..., Loaded], pico_phi: Path, copy: Path
+) -> None:
+    before = loaded(pico_phi)
+    for path in copy.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+    _edit_json(copy / "config.json", transformers_version="4.0.0", _name_or_path="elsewhere")
+    after = loaded(copy)
+    assert (after.fingerprint, after.words) == (before.fingerprint, before.words)
+    before.tokenizer(["a", "longer"], padding=True, truncation=True, max_length=3)  # the library keeps these settings
+    assert loaded(pico_phi).words == before.words
+
+
+def test_fingerprint_knows_code_of_the_models_own(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNLEARN_TRUST_REMOTE_CODE", "1")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    _edit_json(copy / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
+    (copy / "own.py").write_text(
+        "from transformers import PhiForCausalLM\nfrom .scale import SCALE\n\n"
+        "class Own(PhiForCausalLM):\n    def forward(self, *args, **kwargs):\n"
+        "        out = super().forward(*args, **kwargs)\n        out.logits = out.logits * SCALE\n        return out\n"
+    )
+    (copy / "custom_generate").mkdir()
+    found = []
+    for scale, writes in (("2", "[]"), ("3", "[]"), ("2", "None"), ("2", "[]")):
+        (copy / "scale.py").write_text(f"SCALE = {scale}\n")
+        (copy / "custom_generate" / "generate.py").write_text(f"def generate(model, **more):\n    return {writes}\n")
+        found.append(load(_spec(copy, trust_remote_code=True), str(copy)).fingerprint)
+    assert found[0] == found[3]
+    assert len(set(found)) == 3
 
 
 def test_missing_unexpected_and_misshapen_weights_are_all_listed(copy: Path) -> None:

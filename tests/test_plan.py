@@ -305,7 +305,7 @@ def test_models_in_a_wheel(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="is not in the cache, and going online is forbidden"):
         flat(f"model.path={path}")
     # the entry is named as the code that fetches names it
-    cache.entry(here / "cache", fetch._conversion(digest), lambda folder: None)
+    cache.entry(here / "cache", fetch.conversion(digest), lambda folder: None)
     assert "converted before and in the cache; nothing is downloaded" in flat(f"model.path={path}")
 
 

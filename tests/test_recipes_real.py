@@ -97,7 +97,7 @@ def only_c(loaded: LoadedRecipe, done: Path, out: Path, coefficient: float) -> M
     with RunFolder.open(out, loaded.recipe, loaded.text) as folder:
         pipe = Pipeline(loaded.recipe, loaded.source.parent, folder)
         target = pipe.load()
-        before, after, _ = pipe.test(target, pipe.data(target.tokenizer), -c, coefficient)
+        before, after, _ = pipe.test(target, pipe.data(target), -c, coefficient)
     was = {s.key: s.score.value for s in before}
     return {(s.name, s.metric): s.score.value - was[s.key] for s in after}
 

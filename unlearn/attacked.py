@@ -150,7 +150,7 @@ class Attacked(Compared):
                 curve = relearn(model, tokenizer, data, how, seed, judge, f"{who}: {name}")
                 return [score.entry(who, name, "relearn", steps=steps) for steps, score in curve]
 
-            settings = [how.model_dump(mode="json"), [list(row.input_ids) for row in data], seed]
+            settings = [how.model_dump(mode="json"), [asdict(row) for row in data], seed]
             found += attack("relearn-unrelated" if unrelated else "relearn", settings, train)
         return found
 
@@ -163,7 +163,7 @@ class Attacked(Compared):
             write_json_atomic(tmp / "scores.json", [asdict(score) for score in make(tmp)])
 
         with told(stage, _LESS.get(name, LESS["test"])):
-            self.make(stage, [*parts, engine], write, kind=f"robustness/{name}")
+            self.make(stage, [*parts, self.scoring, engine], write, kind=f"robustness/{name}")
         found = json.loads((self.folder.path(stage) / "scores.json").read_text(encoding="utf-8"))
         return [AttackScore(**{**score, "who": who}) for score in found]
 

@@ -18,6 +18,7 @@ from unlearn.data import LoadedSet
 from unlearn.distributed import main_first, wait
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.evaluate import evaluate
+from unlearn.fitted import masks
 from unlearn.foreseen import Foreseen
 from unlearn.member_files import SAMPLES, judge, save
 from unlearn.members import members_of, tell
@@ -28,7 +29,7 @@ from unlearn.precision import mixed_precision
 from unlearn.recipe import TeachSpec
 from unlearn.report import Benchmark, Membership, TaskScore, Who
 from unlearn.rundir import write_json_atomic
-from unlearn.stages import LESS, digests, less_training
+from unlearn.stages import LESS, less_training
 from unlearn.vector import TaskVector
 
 
@@ -116,6 +117,7 @@ class Compared(Foreseen):
 
         parts = [base.fingerprint, [s.digest for s in learned], spec.model_dump(mode="json"), self.recipe.seed]
         parts.append(["learned in float32", mixed_precision(base.model)])
+        parts += masks(base.model, spec.lora)
         less = less_training("teach") + ("" if spec.lora else ", or give teach.lora")
         with told(name, less):
             self.make(name, parts, make, kind="target", share=True)
@@ -147,15 +149,10 @@ class Compared(Foreseen):
         if subjects.reference is None:
             return ()
         loaded = subjects.reference
-
-        def make(tmp: Path) -> None:
-            built = self.built("test", sets, loaded.tokenizer, self.recipe.eval.generate != "none")
-            self._score(loaded, built, "reference", tmp)
-
-        spec = self.recipe.eval.model_dump(mode="json")
-        parts = [*subjects.key("reference"), digests(sets), spec, self.recipe.seed]
         with told("reference", LESS["reference"]):
-            self.make("eval/reference", parts, make)
+            built = self.built("test", sets, loaded.tokenizer, self.recipe.eval.generate != "none")
+            parts = [*subjects.key("reference"), *self.asked(built, sets)]
+            self.make("eval/reference", parts, lambda tmp: self._score(loaded, built, "reference", tmp))
         return score_files.scores(self.folder.path("eval/reference"))
 
     # -- benchmark -----------------------------------------------------------------------------------------------
@@ -166,19 +163,18 @@ class Compared(Foreseen):
         if spec is None:
             return None
         with self.announced("benchmark", f"{spec.name} {spec.set}: {', '.join(subjects.who())}"):
-            place = subjects.target.tokenizer.name_or_path
-            digest = references.benchmark_digest(spec, self.base)
+            place, words = subjects.target.tokenizer.name_or_path, subjects.target.words
+            built = benchmark_tasks.build(spec, self.base, place, self.recipe.seed)
             engine = {"engine", "batch_tokens", "batch_size", "bootstrap"}
             how = self.recipe.eval.model_dump(mode="json", include=engine)
+            asked = [built.digest(), self.scoring, words, spec.model_dump(mode="json", exclude={"path"}), how]
             for who in subjects.who():
 
                 def make(tmp: Path, who: Who = who) -> None:
-                    built = benchmark_tasks.build(spec, self.base, place, self.recipe.seed)
                     with subjects.model(who) as loaded:
                         self._score(loaded, built, who, tmp)
 
-                parts = [*subjects.key(who), spec.model_dump(mode="json"), digest, how]
-                self.make(f"benchmark/{who}", parts, make, kind="benchmark")
+                self.make(f"benchmark/{who}", [*subjects.key(who), *asked], make, kind="benchmark")
             return self._rows(subjects, sets)
 
     def _score(self, loaded: Loaded, built: tasks.TaskSet, who: Who, tmp: Path) -> None:

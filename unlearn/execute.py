@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from unlearn import checks, distributed, provenance, references, search
+from unlearn import checks, distributed, fetch, provenance, references, search
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
 from unlearn.memory import told
@@ -88,7 +88,7 @@ def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None
     pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
     base = pipe.load()
     if recipe.teach is not None:
-        sets = pipe.data(base.tokenizer)
+        sets = pipe.data(base)
         pipe.teach(base, sets)
         if recipe.reference == "train":
             pipe.reference(sets)
@@ -106,7 +106,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
     began = time.monotonic()
     pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
     base = pipe.load()
-    sets = pipe.data(base.tokenizer)
+    sets = pipe.data(base)
     pipe.look(base, sets)
     models = {"base": base.fingerprint}
     target = pipe.teach(base, sets)
@@ -181,7 +181,9 @@ def _unchanged(folder: RunFolder, key: str) -> RunReport | None:
 
 
 def _inputs(recipe: Recipe, base: Path) -> list[Any]:
-    """What the recipe's files are now: SHA-256 of data files, size and time of model files. Hub data: by revision."""
+    """What the recipe's files are now: SHA-256 of data files, size and time of model files. What the hub has counts by
+    its revision, and the device not at all: a finished report can be read on a machine without a GPU.
+    """
     sources: list[Source] = []
     for _, data in recipe.sets():
         sources += [data, *(s for s in (data.validation, data.test) if s is not None)]
@@ -191,10 +193,10 @@ def _inputs(recipe: Recipe, base: Path) -> list[Any]:
         if not source.path.startswith("hub:") and path.is_file():
             with path.open("rb") as f:
                 found.append([source.path, hashlib.file_digest(f, "sha256").hexdigest()])
-    for root in (Path(recipe.model.path), base / recipe.model.path):
-        if root.exists():
-            found.append(references.files_of(root))
-            break
+    clean = recipe.vector.msa.clean if recipe.vector.msa else None
+    for model in (recipe.model.path, clean):
+        place = fetch.find(model.partition("#")[0], base) if model else None
+        found.append([] if place is None else references.files_of(place))
     return [*found, *references.state(recipe, base)]
 
 

@@ -18,6 +18,7 @@ from unlearn.cache import cache_folder, check_sha256, entry, sha256, whole
 from unlearn.console import say
 from unlearn.errors import ModelError
 from unlearn.hub import find_on_hub
+from unlearn.provenance import versions
 from unlearn.recipe import ModelSpec
 from unlearn.redact import one_line
 from unlearn.wheel import WheelFile, find_in_wheel
@@ -64,7 +65,7 @@ def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
     if text.startswith("wheel:"):
         return str(_wheel(text, cache))
     pinned = _pinned(text)
-    local = _find(pinned.path, base)
+    local = find(pinned.path, base)
     if pinned.path.lower().endswith(".gguf"):
         if local is None:
             raise ModelError(f"model.path: there is no file {pinned.path} here or in {base}")
@@ -85,10 +86,10 @@ def at_hand(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
     """
     path, cache = spec.path.partition("#")[0], cache_folder() if cache is None else cache
     if not (path.startswith("wheel:") or path.lower().endswith(".gguf")):
-        return path if not path.startswith("pico:") and _find(path, base) is None else locate(spec, base, cache)
-    local, digest = _find(path, base), _pinned(spec.path).sha256
+        return path if not path.startswith("pico:") and find(path, base) is None else locate(spec, base, cache)
+    local, digest = find(path, base), _pinned(spec.path).sha256
     digest = sha256(local) if digest is None and local is not None else digest
-    folder = cache / _conversion(digest or "none")
+    folder = cache / conversion(digest or "none")
     if not whole(folder):
         raise ModelError(
             f"model.path: {path} was not fetched and converted yet, and a plan does not do it: run it once"
@@ -96,7 +97,8 @@ def at_hand(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
     return str(folder)
 
 
-def _find(path: str, base: Path) -> Path | None:
+def find(path: str, base: Path) -> Path | None:
+    """A local model's folder or file: in the current folder or, where nothing is there, beside the recipe."""
     given = Path(path).expanduser()
     return next((place for place in (given, base / given) if place.exists()), None)
 
@@ -147,9 +149,10 @@ def _pico(name: str, cache: Path) -> Path:
     return entry(cache, f"pico-{Path(name).name}-{code}-transformers{version}", fill)
 
 
-def _conversion(digest: str) -> str:
-    major = importlib.metadata.version("transformers").split(".")[0]
-    return f"gguf-{digest[:32]}-transformers{major}"
+def conversion(digest: str) -> str:
+    """The cache's name for what a GGUF file is converted to: that is up to the libraries that read it, too."""
+    by = "-".join(f"{name}{version}" for name, version in versions(("transformers", "gguf")).items())
+    return f"gguf-{digest[:32]}-{by}"
 
 
 def _gguf(source: Path, wanted: str | None, cache: Path) -> Path:
@@ -167,7 +170,7 @@ def _converted(find: Callable[[], Path], digest: str, cache: Path, name: str) ->
         say(f"    converting {name} to safetensors, once ({source.stat().st_size / 1e6:.0f} MB)")
         convert(source, folder)
 
-    return entry(cache, _conversion(digest), fill)
+    return entry(cache, conversion(digest), fill)
 
 
 def _wheel(text: str, cache: Path) -> Path:

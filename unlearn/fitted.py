@@ -12,15 +12,15 @@ from unlearn import fetch, finetune, models
 from unlearn.batches import Encoded
 from unlearn.console import say
 from unlearn.data import LoadedSet
-from unlearn.distributed import wait
+from unlearn.distributed import count, wait
 from unlearn.errors import DataError, ModelError
 from unlearn.memory import told
 from unlearn.methods.consensus import consensus
 from unlearn.methods.msa import msa
 from unlearn.methods.random_vector import random_like
-from unlearn.models import Loaded
+from unlearn.models import Loaded, drops_out
 from unlearn.precision import mixed_precision
-from unlearn.recipe import ModelSpec, SetRole, TrainSpec
+from unlearn.recipe import LoraSpec, ModelSpec, SetRole, TrainSpec
 from unlearn.recipe_vector import (
     BASELINES,
     NEED_RETAIN,
@@ -95,13 +95,15 @@ class Fitted(Scored):
         """What is subtracted, kept as a stage of its own."""
         with told("finetune", LESS["finetune"]):
             edit = vectors.edit(weights)
-            self.make("vectors/edit", [edit.digest()], lambda tmp: edit.save(tmp / VECTOR_FILE))
+            self.make("vectors/edit", [edit.digest(), dict(edit.meta)], lambda tmp: edit.save(tmp / VECTOR_FILE))
         return edit
 
     def training(self, vectors: Vectors) -> tuple[Mapping[str, Any], ...]:
         """What every fine-tuning of the run did, in order."""
-        names = ["target"] * (self.recipe.teach is not None) + list(vectors.stages)
-        return tuple(json.loads((self.folder.path(n) / "training.json").read_text()) for n in names)
+        names = {"teach": "target"} if self.recipe.teach is not None else {}
+        names |= {name.removeprefix("vectors/"): name for name in vectors.stages}
+        logs = {n: json.loads((self.folder.path(p) / "training.json").read_text("utf-8")) for n, p in names.items()}
+        return tuple({**log, "stage": name} for name, log in logs.items())  # another run may have called it otherwise
 
     # -- fitting -------------------------------------------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class Fitted(Scored):
             beside = self.encode(near, trainee.tokenizer, spec) if penalty is not None or (against and near) else []
             work = self.folder.work(stage, self.stages[stage])
             wait()
-            meta = {"set": name, "base": target, "data": json.dumps(digests), "lora": json.dumps(_plain(lora))}
+            meta = {"base": target, "data": json.dumps(digests), "lora": json.dumps(_plain(lora))}
             vector, log = finetune.train_vector(
                 trainee.model,
                 trainee.tokenizer,
@@ -167,6 +169,7 @@ class Fitted(Scored):
         if against:
             settings = getattr(self.recipe.vector, against, None)
             parts += [against, _plain(settings) if settings else None, [s.digest for s in near]]
+        parts += masks(trainee.model, lora)
         own = self.recipe.vector.retain is not None and (name == "retain" or name.startswith("near-"))
         with told(stage, less_training("vector.retain" if own else "vector.forget")):
             self.make(stage, parts, make, kind=f"vectors/{kind}" if kind else "", share=True)
@@ -338,6 +341,12 @@ class Fitted(Scored):
         alone = self.recipe.forget is not None and len(self.recipe.goals()) == 1
         more = " and on the retain sets" if spec.uses(*NEED_RETAIN_VECTOR) else ""
         return ("LoRA on the forget set" if alone else "a LoRA for each set") + more
+
+
+def masks(model: Any, lora: LoraSpec | None) -> list[int]:
+    """What a training depends on where several processes make it: each draws masks of its own, if any are drawn."""
+    drawn = drops_out(model) or (lora is not None and lora.dropout > 0)
+    return [count()] if count() > 1 and drawn else []
 
 
 def _plain(spec: Any) -> Any:

@@ -48,7 +48,8 @@ class Foreseen(Fitted):
             others = [[*key, one.digest()] for key, one in sorted(near.items())]
             parts = [target.fingerprint, edit.digest(), vector.digest(), others, digests(sets), spec.items]
             self.make("foresight", parts, make)
-            return foresight_from_json(json.loads((self.folder.path("foresight") / "foresight.json").read_text()))
+            found = self.folder.path("foresight") / "foresight.json"
+            return foresight_from_json(json.loads(found.read_text("utf-8")))
 
     def _near(self, target: Loaded, sets: Sequence[LoadedSet], vectors: Vectors) -> dict[tuple[Role, str], TaskVector]:
         """A vector for every retain set that has items to train on."""

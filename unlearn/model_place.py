@@ -10,7 +10,7 @@ from pathlib import Path
 from unlearn import pico
 from unlearn.cache import cache_folder, offline, whole
 from unlearn.errors import ModelError
-from unlearn.fetch import locate
+from unlearn.fetch import conversion, locate
 from unlearn.hub import check_trust
 from unlearn.recipe import ModelSpec
 from unlearn.recipe_check import nearest
@@ -97,7 +97,7 @@ def _gguf(path: str, digest: str, base: Path) -> str:
 
 
 def _converted(digest: str) -> bool:
-    return bool(digest) and any(whole(folder) for folder in cache_folder().glob(f"gguf-{digest.lower()[:32]}-*"))
+    return bool(digest) and whole(cache_folder() / conversion(digest.lower()))
 
 
 def _hub(spec: ModelSpec) -> str:

@@ -1,10 +1,11 @@
-"""Load a model and its tokenizer, know which weights they are, and find the modules a vector can go on."""
+"""Load a model and its tokenizer, know which ones they are, and find the modules a vector can go on."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.pytorch_utils import Conv1D
 
-from unlearn.cache import offline, vanished
+from unlearn import atomic
+from unlearn.cache import offline, sha256, vanished
 from unlearn.distributed import cpus_only
 from unlearn.errors import ModelError
 from unlearn.hub import NETWORK_LIBRARIES, check_trust, condensed, hub_failure
@@ -26,13 +29,19 @@ from unlearn.quiet import quietly
 from unlearn.recipe import ModelSpec
 
 _SHOWN = 12  # names in a message
+_PLACES = frozenset({"_name_or_path", "transformers_version"})  # of a configuration: where it lay, and who wrote it
+_READS = (  # what a tokenizer goes by beside its tokenizer.json and its special tokens
+    *("padding_side", "truncation_side", "model_max_length", "model_input_names", "clean_up_tokenization_spaces"),
+    *("split_special_tokens", "add_prefix_space", "chat_template"),
+)
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model in memory, in evaluation mode, with its tokenizer.
 
-    ``fingerprint`` is :func:`fingerprint` of the weights as loaded, so it depends on ``dtype``.
+    ``fingerprint`` is of all that its answers depend on: the weights as loaded (so it depends on ``dtype``), the
+    configuration and how it writes, code of its own, and the tokenizer. ``words`` is the tokenizer's alone.
     """
 
     model: PreTrainedModel
@@ -40,6 +49,7 @@ class Loaded:
     fingerprint: str
     dtype: torch.dtype
     device: torch.device
+    words: str = ""
 
 
 def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
@@ -73,7 +83,9 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     _check_weights(where, report)
     _check_tokenizer(where, tokenizer, model)
     model.eval()
-    return Loaded(model, tokenizer, fingerprint(model), dtype, device)
+    words = _words(tokenizer)
+    whole = atomic.fingerprint(fingerprint(model), _settings(model), _code(model, tokenizer), words)
+    return Loaded(model, tokenizer, whole, dtype, device, words)
 
 
 def load_tokenizer(spec: ModelSpec, where: str) -> PreTrainedTokenizerFast:
@@ -278,6 +290,65 @@ def fingerprint(model: nn.Module) -> str:
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter
         digests = pool.map(lambda item: _digest(*item), tensors)
         return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _settings(model: Any) -> list[Any]:
+    """What a model's answers depend on beside its weights: its configuration, and how it writes and when it stops."""
+    writes = model.generation_config.to_dict() if getattr(model, "generation_config", None) is not None else {}
+    attention = getattr(model.config, "_attn_implementation", None)
+    return [_placeless(model.config.to_dict()), _placeless(writes), str(attention)]
+
+
+def _placeless(value: Any) -> Any:
+    """Plain JSON types, without what depends on where a file lay."""
+    if isinstance(value, Mapping):
+        return {str(k): _placeless(v) for k, v in value.items() if k not in _PLACES}
+    if isinstance(value, list | tuple):
+        return [_placeless(v) for v in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _code(model: Any, tokenizer: Any) -> list[str]:
+    """SHA-256 of the Python files that came with a model or tokenizer and are run."""
+    generate = getattr(getattr(model, "generate", None), "func", None)  # a function of its own takes its place
+    names = {str(one.__module__) for one in (model, model.config, tokenizer, generate) if one is not None}
+    names = {name for name in names if name.startswith("transformers_modules.")}
+    files = {str(sys.modules[name].__file__) for name in names}
+    files |= {file for first in files for file in get_relative_import_files(first)}
+    return sorted(sha256(Path(file)) for file in files)
+
+
+def _words(tokenizer: Any) -> str:
+    """SHA-256 of all that decides how a text becomes tokens and tokens a text; of a tokenizer that was not used yet."""
+    reads = {name: _placeless(getattr(tokenizer, name, None)) for name in _READS}
+    return atomic.fingerprint(tokenizer.backend_tokenizer.to_str(), _placeless(tokenizer.special_tokens_map), reads)
+
+
+def numbers(device: torch.device) -> dict[str, str]:
+    """What results depend on by more than the order of sums, and no recipe says: where torch computes, and how exactly.
+
+    Threads, processes and kinds of processors are left out: they change that order alone.
+    """
+    matmul, others = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    told = {
+        "device": device.type,
+        "dtype": torch.get_default_dtype(),
+        "TF32": matmul.allow_tf32 if not hasattr(matmul, "fp32_precision") else _exact(matmul.fp32_precision),
+        "products on CPUs": _exact(getattr(others, "fp32_precision", "none")),
+        "sums in 16 bits": getattr(matmul, "allow_fp16_accumulation", False),
+        "autocast": torch.is_autocast_enabled(device.type),
+    }
+    return {name: str(value) for name, value in told.items()}
+
+
+def _exact(precision: str) -> str:
+    return "ieee" if precision == "none" else precision  # nobody has said anything: all bits count
+
+
+def drops_out(model: Any) -> bool:
+    """Whether the model, in training, leaves states out by chance, as its configuration has it."""
+    settings = model.config.to_dict().items()
+    return any(isinstance(value, float) and value > 0 for name, value in settings if "drop" in name)
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,9 @@ class Pipeline(Attacked):
             say(f"    {size / 1e6:,.0f} M parameters, {loaded.dtype}, on {loaded.device}".replace("torch.", ""))
         return loaded
 
-    def data(self, tokenizer: Any) -> tuple[LoadedSet, ...]:
+    def data(self, base: Loaded) -> tuple[LoadedSet, ...]:
         """Read and split every set, and write the scored items where lm-eval (and anyone) can read them."""
+        tokenizer = base.tokenizer
         with self.announced("data", "the forget, retain and utility sets"):
             sets = load_sets(self.recipe, self.base, tokenizer)
             if self.recipe.reference == "train":
@@ -57,7 +57,7 @@ class Pipeline(Attacked):
                 say(f"    {s.role:8}{s.name}: {counts}")
             self.make(
                 "items",
-                [s.digest for s in sets],
+                [base.words, [[s.role, s.name, s.digest, s.spec.continuation] for s in sets]],
                 lambda tmp: write_items(at_prefixes(sets, tokenizer), tokenizer, tmp, ("validation", "test")),
             )
         return sets
@@ -130,14 +130,18 @@ class Pipeline(Attacked):
                 )
                 write_json_atomic(tmp / "export.json", facts)
 
-            settings = spec.model_dump(mode="json", exclude={"push_to_hub"})
-            parts = [target.fingerprint, vector.digest(), c, settings, [asdict(row) for row in about.scores]]
+            edited = [target.fingerprint, vector.digest(), c]
+            how = spec.model_dump(mode="json", include={"dtype", "stochastic_rounding", "shard_size"})
+            parts = {
+                "adapter": [*edited, self.where, card.card(about, "adapter", self.where)],
+                "merged": [*edited, how, self.recipe.seed, card.card(about, "merged", self.where)],
+            }
             for name in wanted:
-                self.make(f"export/{name}", parts, adapter if name == "adapter" else merged)
-                facts = json.loads((self.folder.path(f"export/{name}") / "export.json").read_text())
+                self.make(f"export/{name}", parts[name], adapter if name == "adapter" else merged)
+                facts = json.loads((self.folder.path(f"export/{name}") / "export.json").read_text("utf-8"))
                 found[name] = {"path": f"export/{name}", **facts}
             if spec.push_to_hub is not None:
-                found["hub"] = self._push(spec.push_to_hub, parts)
+                found["hub"] = self._push(spec.push_to_hub, parts[spec.push_to_hub.what])
         return found
 
     def _push(self, spec: PushSpec, parts: Sequence[Any]) -> dict[str, Any]:
@@ -151,5 +155,5 @@ class Pipeline(Attacked):
             write_json_atomic(tmp / "pushed.json", {"repo": spec.repo, "url": push(folder, spec).url})
 
         self.make("export/hub", [*parts, spec.model_dump(mode="json")], make)
-        facts: dict[str, Any] = json.loads((self.folder.path("export/hub") / "pushed.json").read_text())
+        facts: dict[str, Any] = json.loads((self.folder.path("export/hub") / "pushed.json").read_text("utf-8"))
         return facts

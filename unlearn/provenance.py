@@ -29,11 +29,20 @@ LIBRARIES = (
     "bitsandbytes",
     "safetensors",
     "tokenizers",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "rouge_score",
+    "nltk",
+    "sacrebleu",
+    "evaluate",
+    "detoxify",
 )
-# What the libraries read past every setting of ours, and round products by: TF32 in cuBLAS, bfloat16 in oneDNN for
-# float32 (both names are its own), fast mathematics on Apple's GPUs; and how transformers' attention repeats keys.
-_ROUNDING = (
+# Variables by which libraries compute products less exactly, whatever a program asks for.
+_VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "HIPBLASLT_ALLOW_TF32",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "DNNL_DEFAULT_FPMATH_MODE",
     "PYTORCH_MPS_FAST_MATH",
@@ -150,14 +159,18 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
+def surroundings() -> dict[str, Any]:
+    """What a result depends on that is in no recipe and no file of it, as far as can be told without torch."""
+    return {
+        "versions": versions(LIBRARIES),
+        "python": list(sys.version_info[:2]),  # it brings Unicode's tables, by which texts are compared
+        "variables": {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
+    }
+
+
 def versions(distributions: Sequence[str]) -> dict[str, str | None]:
     """Installed versions, this package's first; None where there is none."""
     return {name: _version(name) for name in (DISTRIBUTION, *distributions)}
-
-
-def surroundings() -> dict[str, str | None]:
-    """What of its surroundings a result depends on beyond rounding in another order: versions, and what was set."""
-    return {**versions(LIBRARIES), **{name: os.environ[name] for name in _ROUNDING if name in os.environ}}
 
 
 def _version(distribution: str) -> str | None:

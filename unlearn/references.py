@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +23,8 @@ from unlearn.recipe import ModelSpec, Recipe
 from unlearn.recipe_bench import FORGET_SETS, BenchmarkSpec
 
 Row = Mapping[str, Any]
+
+_TASK_FILES = ("items", "tofu", "muse", "classifier")  # what the pack's tasks are told in their metadata
 
 
 def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
@@ -161,11 +164,31 @@ def benchmark_digest(spec: BenchmarkSpec, base: Path) -> str:
         EvaluationError: there is no such folder.
     """
     folder = benchmark_folder(spec, base)
-    if folder is None:
-        return ""
+    return "" if folder is None else content(folder, "*.json*")
+
+
+def pack_digest() -> str:
+    """SHA-256 of the task pack: what it asks and how it scores may be changed in place."""
+    return content(tasks_folder(), "*.py", "*.yaml")
+
+
+def task_files(recipe: Recipe) -> list[Path]:
+    """Files and folders that the settings of the recipe's tasks name, from the current folder on, as lm-eval has it."""
+    said: list[Any] = [os.environ.get("UNLEARN_ITEMS")]
+    for spec in recipe.eval.tasks:
+        for value in (spec.metadata.get(name) for name in _TASK_FILES):
+            said += value.values() if isinstance(value, Mapping) else [value]
+    there = [Path(text).expanduser() for text in said if isinstance(text, str) and text]
+    return [place for place in there if place.exists()]
+
+
+def content(place: Path, *patterns: str) -> str:
+    """SHA-256 of a file, or of a folder's files by their names in it; of all files without a pattern."""
+    if place.is_file():
+        return _sha256(place).hex()
     whole = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*.json*") if p.is_file()):
-        whole.update(str(path.relative_to(folder)).encode() + b"\0" + _sha256(path))
+    for path in sorted({p for pattern in patterns or ("*",) for p in place.rglob(pattern) if p.is_file()}):
+        whole.update(path.relative_to(place).as_posix().encode() + b"\0" + _sha256(path))
     return whole.hexdigest()
 
 
@@ -256,12 +279,13 @@ def tokenizer(recipe: Recipe, where: str) -> Any:
 
 
 def state(recipe: Recipe, base: Path) -> list[Any]:
-    """What these files are now: SHA-256 of the benchmark's and of the log, size and time of a model's files.
+    """What these files are now: SHA-256 of the task pack, the benchmark's and the log, size and time of others.
 
     Raises:
         EvaluationError: as :func:`check`.
     """
-    found: list[Any] = [] if recipe.benchmark is None else [benchmark_digest(recipe.benchmark, base)]
+    found: list[Any] = [pack_digest(), *map(files_of, task_files(recipe))]
+    found += [] if recipe.benchmark is None else [benchmark_digest(recipe.benchmark, base)]
     log, given = log_file(recipe, base), _model_given(recipe)
     if log is not None:
         found.append(_sha256(log).hex())

@@ -12,7 +12,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from unlearn import joint, score_files, search, tasks
+from unlearn import joint, references, score_files, search, tasks
 from unlearn.bisect_search import bisect, may_tie
 from unlearn.collapse import BROKEN
 from unlearn.console import is_main_process, say
@@ -194,6 +194,16 @@ class Scored(Stages):
             )
         return self._built[split, generate]
 
+    def asked(self, built: TaskSet, sets: Sequence[LoadedSet]) -> list[Any]:
+        """What scores depend on beside the model: what is asked, and how it is scored."""
+        spec = self.recipe.eval.model_dump(mode="json")
+        return [built.digest(), self.scoring, digests(sets), spec, self.recipe.seed]
+
+    @functools.cached_property
+    def scoring(self) -> list[str]:
+        """What every score of lm-eval's depends on: the task pack, and files that tasks were told of."""
+        return [references.pack_digest(), *map(references.content, references.task_files(self.recipe))]
+
     def lm(self, loaded: Loaded) -> HFLM:
         """lm-eval's interface to a model, by the recipe's engine."""
         return interface(loaded.model, loaded.tokenizer, self.recipe.eval)
@@ -207,9 +217,9 @@ class Scored(Stages):
         edit: Edit,
         generate: bool,
     ) -> _Desk:
-        spec, lm = self.recipe.eval, self.lm(target)
+        lm = self.lm(target)
         built = self.built(split, sets, target.tokenizer, generate)
-        key = (target.fingerprint, digests(sets), spec.model_dump(mode="json"), self.recipe.seed)
+        key = (target.fingerprint, *self.asked(built, sets))
         return _Desk(split, lm, built, edit, sets, key, vector.digest())
 
 

@@ -29,6 +29,7 @@ _CODES = {
     torch.bool: "BOOL",
 }
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_FORMAT: Mapping[str, str] = {"format": "pt"}
 _CHUNK = 2**24  # elements converted to bytes at a time
 
 
@@ -72,11 +73,11 @@ def write_shards(slots: Sequence[Slot], value: Callable[[str], Tensor], folder: 
     """
     groups = list(_groups(slots, shard_size))
     if len(groups) <= 1:
-        _write(folder / "model.safetensors", slots, value)
+        write_file(folder / "model.safetensors", slots, value)
         return ["model.safetensors"]
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
-        _write(folder / name, group, value)
+        write_file(folder / name, group, value)
     index = {
         "metadata": {"total_size": sum(s.size for s in slots)},
         "weight_map": {s.name: name for name, group in zip(names, groups, strict=True) for s in group},
@@ -97,10 +98,19 @@ def _groups(slots: Sequence[Slot], shard_size: int) -> Iterator[list[Slot]]:
         yield group
 
 
-def _write(path: Path, slots: Sequence[Slot], value: Callable[[str], Tensor]) -> None:
+def write_file(
+    path: Path, slots: Sequence[Slot], value: Callable[[str], Tensor], metadata: Mapping[str, str] = _FORMAT
+) -> None:
+    """Write one file: the same bytes each time, whereas the reference writer puts metadata in an order of chance.
+
+    Args:
+        path: Where to.
+        slots, value: As in :func:`write_shards`.
+        metadata: Strings for the header, in this order.
+    """
     # widest dtype first, as the reference writer has it: every tensor then starts at a multiple of its width
     ordered = sorted(slots, key=lambda s: (-s.dtype.itemsize, s.name))
-    header: dict[str, Mapping[str, object]] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Mapping[str, object]] = {"__metadata__": metadata}
     offset = 0
     for s in ordered:
         header[s.name] = {

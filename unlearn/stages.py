@@ -16,6 +16,7 @@ from unlearn.data import LoadedSet
 from unlearn.distributed import wait
 from unlearn.errors import RunFolderError
 from unlearn.memory import told
+from unlearn.models import numbers, place
 from unlearn.pool import Pool, link_tree
 from unlearn.provenance import surroundings, tidy
 from unlearn.recipe import Recipe
@@ -52,9 +53,9 @@ def less_training(key: str) -> str:
     )
 
 
-def digests(sets: Iterable[LoadedSet]) -> list[str]:
-    """What scores depend on: the digests of all sets but the held-out one, which is never scored."""
-    return [s.digest for s in sets if s.role != "holdout"]
+def digests(sets: Iterable[LoadedSet]) -> list[list[str]]:
+    """What scores depend on: all sets but the held-out one, which is never scored."""
+    return [[s.role, s.name, s.digest] for s in sets if s.role != "holdout"]
 
 
 class Stages:
@@ -70,7 +71,7 @@ class Stages:
         self.pool = pool
         self.stages: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
-        self._surroundings = surroundings()
+        self._surroundings = [surroundings(), numbers(place(recipe.model.device))]
 
     def key(self, name: str, parts: Sequence[Any]) -> str:
         """The key of a stage that depends on ``parts``."""

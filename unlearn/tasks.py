@@ -6,8 +6,11 @@ then handed to the model again, the same objects with their answers wiped.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +56,19 @@ class TaskSet:
     info: Mapping[str, TaskInfo]
     samples: Mapping[str, list[int]]
     seed: int = 0
+
+    def digest(self) -> str:
+        """SHA-256 of what is asked and how it is scored: names, settings, items. Where files lie is no part of it."""
+        whole = hashlib.sha256(_json([{n: asdict(i) for n, i in self.info.items()}, self.samples, self.seed]))
+        for name, task in sorted(self.tasks.items()):
+            settings = {key: value for key, value in task.dump_config().items() if key != "metadata"}  # paths
+            shown = task.fewshot_docs() if settings.get("num_fewshot") else ()
+            whole.update(_json([name, settings]))
+            for doc in (*task.eval_docs, *shown):
+                whole.update(_json(doc))
+        for name, group in sorted(self.groups.items()):
+            whole.update(_json([name, group.child_names, [asdict(m) for m in group.aggregate_metric_list or ()]]))
+        return whole.hexdigest()
 
 
 def kept_metrics(recipe: Recipe, built: TaskSet) -> tuple[Key, ...]:
@@ -137,6 +153,12 @@ def _has_items(loaded: LoadedSet, split: Split) -> bool:
         f"{loaded.role} set {loaded.name!r} has no {split} items: raise shares.{split}, add rows, "
         f"or give a file under {split}"
     )
+
+
+def _json(value: Any) -> bytes:
+    """Canonical JSON; what has no JSON form by its text, without addresses in memory."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return re.sub(r" at 0x[0-9a-f]+", "", text).encode()
 
 
 def _claim(name: str, taken: Mapping[str, TaskInfo]) -> None:

@@ -9,13 +9,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unlearn.changes import Change, Dense, LowRank, listed
 from unlearn.errors import VectorError
+from unlearn.shards import Slot, write_file
 
 FORMAT = "unlearn.task_vector"
 VERSION = "2"
@@ -26,16 +25,10 @@ _LETTERS = {"1": "AB", "2": "ABW"}  # version -> what its tensors' names may end
 
 def write_vector(path: Path, modules: Mapping[str, Change], meta: Mapping[str, str]) -> None:
     """Write a vector's modules and metadata in the current version."""
-    tensors: dict[str, Tensor] = {}
-    memory: set[int] = set()  # safetensors refuses tensors that share theirs, as views of one matrix do
-    for name, change in modules.items():
-        for letter, tensor in change.tensors().items():
-            at = tensor.untyped_storage().data_ptr()
-            shared = at in memory
-            memory.add(at)
-            whole = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-            tensors[f"{name}.{letter}"] = whole
-    save_file(tensors, path, {"format": FORMAT, "version": VERSION, "meta": json.dumps(dict(meta))})
+    tensors = {f"{name}.{letter}": t for name, change in modules.items() for letter, t in change.tensors().items()}
+    slots = [Slot(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    head = {"format": FORMAT, "version": VERSION, "meta": json.dumps(dict(meta))}
+    write_file(path, slots, tensors.__getitem__, head)
 
 
 def read_vector(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
