@@ -16,8 +16,9 @@ from compared_arena import RECIPE, read, run, write_data, write_recipe, write_ro
 from unlearn import provenance, references
 from unlearn.assets import tasks_folder
 from unlearn.data import load_sets
-from unlearn.models import Loaded
-from unlearn.recipe import Recipe
+from unlearn.fitted import masks
+from unlearn.models import Loaded, numbers
+from unlearn.recipe import LoraSpec, Recipe
 from unlearn.recipe_io import load_recipe, resolved_yaml
 from unlearn.stages import Stages
 from unlearn.tasks import build_tasks
@@ -226,6 +227,24 @@ def test_the_finished_run_had_these_keys(whole: Path, before: dict[str, str]) ->
     """Another process of another model folder: ``pico:llama`` in the cache."""
     made = json.loads((whole / "run" / "provenance.json").read_text("utf-8"))["stages"]
     assert {name for name in made if made[name] != before[name]} == {"export/adapter"}  # it was given a full path
+
+
+def test_the_kind_of_device_is_in_every_key() -> None:
+    """A GPU begins an adapter with random numbers of its own, and ``dtype: auto`` is another one there."""
+    cpu, gpu = (numbers(torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert {name for name in cpu if cpu[name] != gpu[name]} == {"device"}
+    assert numbers(torch.device("cuda:1")) == gpu
+
+
+@pytest.mark.parametrize(("dropout", "states", "several"), [(0.0, 0.0, []), (0.1, 0.0, [3]), (0.0, 0.1, [3])])
+def test_processes_are_an_input_where_each_draws_masks_of_its_own(
+    dropout: float, states: float, several: list[int], phi: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phi.model.config.resid_pdrop = states
+    lora = LoraSpec(dropout=dropout)
+    assert masks(phi.model, lora) == []
+    monkeypatch.setattr("unlearn.fitted.count", lambda: 3)
+    assert masks(phi.model, lora) == several
 
 
 # --- a model whose texts end otherwise -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from unlearn.atomic import some
 from unlearn.grids.grid import Job
 from unlearn.grids.runs import SEED, Run
 from unlearn.metrics import Key
+from unlearn.provenance import DISTRIBUTION, LIBRARIES
 from unlearn.report_figures import unseeing
 from unlearn.search import say_key
 
@@ -147,10 +148,9 @@ def _commit(run: Run) -> Any:
     return None if not code else f"{str(code.get('commit'))[:12]}{' with changes' if code.get('dirty') else ''}"
 
 
-_LIBRARIES = ("lm-unlearn", "torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "bitsandbytes")
 _VERSIONS: tuple[tuple[str, Callable[[Run], Any]], ...] = (
     ("commits of this program", _commit),
-    *((f"versions of {name}", _library(name)) for name in (*_LIBRARIES, "safetensors", "tokenizers")),
+    *((f"versions of {name}", _library(name)) for name in (DISTRIBUTION, *LIBRARIES)),
     ("versions of Python", lambda run: run.report.provenance.get("python")),
 )
 
