@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _REQUIRED: dict[str, dict[str, type]] = {
 }
 _OPTIONAL: dict[str, dict[str, type]] = {
     "mcq": {"choice_tokens": list},
-    "qa": {},
+    "qa": {"continuation": str},
     "text": {"pieces": list, "continuation": str},
 }
 _NAMES = {str: "text", int: "a whole number", list: "a list"}
@@ -45,12 +46,15 @@ MEMORY_TOKENS = 32
 # --- items -----------------------------------------------------------------------------------------------------------
 
 
-def load_items(kind: str, items: str | Mapping[str, str] | None = None, **_: Any) -> dict[str, datasets.Dataset]:
+def load_items(
+    kind: str, items: str | Mapping[str, str] | None = None, written: bool = False, **_: Any
+) -> dict[str, datasets.Dataset]:
     """Read the items of one kind; lm-eval calls this with the task's metadata and ``dataset_kwargs``.
 
     Args:
         kind: ``mcq``, ``qa`` or ``text``.
         items: the file, or one file per kind; ``$UNLEARN_ITEMS`` when not given.
+        written: whether a text is to be written and compared with the target by its words.
 
     Returns:
         A data set in memory under ``test``. Nothing is written to the datasets cache.
@@ -60,6 +64,8 @@ def load_items(kind: str, items: str | Mapping[str, str] | None = None, **_: Any
     """
     path = _path(kind, items)
     rows = list(_rows(path, kind))
+    for number, row in enumerate(rows if written else (), 1):
+        _with_words(reference(row), f"{path}, item {number}")
     if not rows:
         raise ValueError(f"{path} has no items: there is nothing to score")
     for field in _OPTIONAL[kind]:
@@ -145,6 +151,24 @@ def memory_pieces(doc: Mapping[str, Any]) -> list[str]:
     return list(doc["pieces"]) if doc.get("pieces") else re.findall(r"\s*\S+", doc["target"])
 
 
+class Written(ConfigurableTask):
+    """Answers written freely, each up to the first of the stops (``until``) that is no part of the right answer.
+
+    So an answer of one line ends with its line, and one of several lines where the next question begins.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def construct_requests(self, doc: dict[str, Any], ctx: Any, **kwargs: Any) -> Instance:
+        """As lm-eval does it, with this item's own stops."""
+        request: Instance = super().construct_requests(doc, ctx, **kwargs)
+        how = request.args[1]
+        until = how.get("until") or []
+        how["until"] = [stop for stop in ([until] if isinstance(until, str) else until) if stop not in doc["target"]]
+        return request
+
+
 class PieceByPiece(ConfigurableTask):
     """One request for each piece of the continuation, each after all the true text before it (teacher forcing)."""
 
@@ -217,20 +241,84 @@ def score_memory(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str,
     return {"exact_memorisation": sum(own) / len(own), "extraction_strength": 1 - needed / len(own)}
 
 
+# what the names of letters begin with in scripts that put no spaces between words
+_UNSPACED = (
+    *("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HENTAIGANA ", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU "),
+    *("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ", "JAVANESE ", "BALINESE "),
+)
+
+
+@functools.cache
+def _sort(character: str) -> str:
+    """``word``, ``alone`` (a word by itself), ``mark`` (goes with the letter before it), ``none`` or ``between``."""
+    category = unicodedata.category(character)
+    if category == "Cf" and character != "\u200b":  # joiners and the like; the zero-width space does part words
+        return "none"
+    if category[0] == "M":
+        return "mark"
+    if category[0] not in "LN":
+        return "between"
+    return "alone" if unicodedata.name(character, "").startswith(_UNSPACED) else "word"
+
+
+class Words:
+    """Words as ROUGE compares them, of any script, in rouge_score's interface for tokenizers.
+
+    A word is a run of letters, digits and their marks, whatever its case and composition (NFKC). Where a script puts
+    no spaces between words, each letter counts as one. English words are cut to their Porter stem, and of ASCII text
+    these are the very words of rouge_score's own tokenizer, which knows a-z and 0-9 alone.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._stemmed = DefaultTokenizer(use_stemmer=True).tokenize
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words in their order."""
+        words: list[str] = []
+        last = "between"
+        for character in unicodedata.normalize("NFKC", text).casefold():
+            sort = _sort(character)
+            if sort == "none" or (sort == "mark" and last == "between"):
+                continue
+            if sort == "mark" or (sort == "word" and last == "word"):
+                words[-1] += character
+            else:
+                words += [character] if sort != "between" else []
+                last = sort
+        return [stem for word in words for stem in (self._stemmed(word) if word.isascii() else [word])]
+
+
 @functools.cache
 def _rouge() -> Any:
     from rouge_score import rouge_scorer
 
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
+
+
+def reference(doc: Mapping[str, Any]) -> str:
+    """What a written text is compared with: as much of the target as can be written, where the item says how much."""
+    return str(doc.get("continuation") or doc["target"])
 
 
 def score_generation(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """ROUGE-L of what the model wrote: ``rougeL`` is the recall (TOFU), ``rougeL_f1`` the F-measure (MUSE, 2407.06460).
 
-    The reference is ``continuation`` (the beginning of the target, as long as what is generated) where the item has it.
+    Raises:
+        ValueError: there is no word in the :func:`reference`, so that nothing could be told from a score of 0.
     """
-    score = _rouge().score(doc.get("continuation") or doc["target"], results[0])["rougeL"]
+    score = _rouge().score(_with_words(reference(doc), f"item {doc.get('id', '')}"), results[0])["rougeL"]
     return {"rougeL": score.recall, "rougeL_f1": score.fmeasure}
+
+
+def _with_words(text: str, where: str) -> str:
+    if not any(_sort(character) in ("word", "alone") for character in unicodedata.normalize("NFKC", text)):
+        raise ValueError(
+            f"{where}: there is no letter and no digit in {text!r}, so that no answer can be compared with it by its "
+            "words: leave this item out"
+        )
+    return text
 
 
 # --- scores of a set -------------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from unlearn import collective, distributed, trainer
 from unlearn.batches import Encoded
 from unlearn.console import is_main_process, say
 from unlearn.data import Item
+from unlearn.encoding import encode
 from unlearn.errors import UnlearnError
-from unlearn.finetune import encode, train_vector, train_weights
+from unlearn.finetune import train_vector, train_weights
 from unlearn.memory import told
 from unlearn.models import Loaded, fingerprint, load
 from unlearn.objectives import Against, Keep

@@ -21,12 +21,13 @@ from unlearn.attacks.lens import logit_lens, unavailable
 from unlearn.attacks.probes import SHOTS, Asked, ask, wordings
 from unlearn.attacks.quantised import edited_copy
 from unlearn.attacks.relearn import forgotten_rows, relearn
-from unlearn.attacks.sampling import leaks, sample
+from unlearn.attacks.sampling import _AtStop, leaks, sample
 from unlearn.data import Item
 from unlearn.errors import EvaluationError
 from unlearn.evaluate import evaluate
 from unlearn.models import Loaded
 from unlearn.recipe_bench import RelearnSpec
+from unlearn.samples import complete
 from unlearn.tasks import build_tasks
 
 Load = Callable[..., Loaded]
@@ -211,6 +212,70 @@ def test_the_best_of_them_counts(kind: str, phi: Loaded, tmp_path: Path) -> None
     assert sample(model, judge, 8, 1.0, 0) == found
     assert torch.equal(torch.get_rng_state(), state)
     assert sample(model, judge, 8, 1.0, 1).texts != found.texts
+
+
+def poems(folder: Path, **forget: Any) -> Any:
+    """An arena whose answers have two lines of their own, in another wording than the usual one."""
+    folder.mkdir(exist_ok=True)
+    lines = ["the sky is blue", "grass is green", "snow is white", "coal is black", "blood is red", "plums are purple"]
+    rows = [{"question": w, "answer": f"{line},\n{w} says."} for w, line in zip("ABCDEF", lines, strict=True)]
+    (folder / "poems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares = {"train": "all", "validation": 0.4, "test": 0.6}
+    return {
+        "path": "poems.jsonl",
+        "prompt": "Be brief.\nPoem of {question}:",
+        "shares": shares,
+        "continuation": 24,
+        **forget,
+    }
+
+
+def test_answers_of_several_lines_are_compared_whole(phi: Loaded, tmp_path: Path) -> None:
+    """Who recites them has ROUGE 1, in the report and under sampling, and all of them is shown to people."""
+    arena = Arena(phi, tmp_path, "qa", forget=poems(tmp_path))
+    judge = arena.judge()
+    model = taught(arena, arena.forget.train, 60)
+    built = build_tasks(arena.sets[:1], "test", arena.recipe, phi.tokenizer, tmp_path / "o", generate=True)
+    scores = {s.metric: s for s in evaluate(judge.lm(model), built, model_name="m", bootstrap=0).scores}
+    assert scores["exact"].score.value == 1.0
+    assert (scores["rougeL"].score.value, scores["rougeL_f1"].score.value) == (1.0, 1.0)
+    (asked,) = [task for name, task in built.tasks.items() if name.endswith(".rouge")]
+    assert {tuple(i.args[1]["until"]) for i in asked.instances} == {("\nPoem of",)}
+    found = sample(model, judge, 2, 1e-4, 0)
+    assert (found.greedy.value, found.best.value) == (1.0, 1.0)
+    assert [texts[0].strip() for texts in found.texts] == [item.target for item in judge.items]
+    shown = complete(judge.lm(model), arena.sets[:1], 9)
+    assert [s["text"] for s in shown] == [s["target"] for s in shown]
+
+
+def test_an_answer_longer_than_what_may_be_written(phi: Loaded, tmp_path: Path) -> None:
+    """As much of it is compared as could be written; a choice is given the tokens that its right answer has."""
+    arena = Arena(phi, tmp_path, "qa", forget=poems(tmp_path, continuation=5))
+    model = taught(arena, arena.forget.train, 60)
+    found = sample(model, arena.judge(), 1, 1e-4, 0)
+    assert found.greedy.value == 1.0
+    for (text,), item in zip(found.texts, arena.forget.test, strict=True):
+        assert item.target.startswith(text.strip())
+        assert len(phi.tokenizer(text)["input_ids"]) == 5
+    long = "a very long name of a town that nobody ever could remember because it goes on and on"
+    rows = [{"question": q, "choices": [f"{q} {long}", "Rome"], "answer": 0} for q in "ABCDEF"]
+    (tmp_path / "m" / "long.jsonl").parent.mkdir()
+    (tmp_path / "m" / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares = {"train": "all", "validation": 0.4, "test": 0.6}
+    choice = Arena(phi, tmp_path / "m", "mcq", forget={"path": "long.jsonl", "columns": {}, "shares": shares})
+    knows = taught(choice, choice.forget.train, 60)
+    assert sample(knows, choice.judge(), 1, 1e-4, 0).greedy.value == 1.0
+    shown = complete(choice.judge().lm(knows), choice.sets[:1], 9)
+    assert [s["text"] for s in shown] == [s["target"] for s in shown]
+
+
+def test_samples_stop_each_at_its_own_end(phi: Loaded) -> None:
+    """A stop of several tokens, only in what was written, and no other row's."""
+    ids = phi.tokenizer(["Question: A\nAnswer: B\nQuestion:"] * 3, return_tensors="pt")["input_ids"]
+    (start,) = phi.tokenizer(["Question: A\nAnswer:"], return_tensors="pt")["input_ids"]
+    at = _AtStop(phi.tokenizer, [["\nQuestion:"], [], ["\nAnswer:"]], len(start))
+    assert at(ids, None).tolist() == [True, False, False]
+    assert at(ids[:, :-1], None).tolist() == [False, False, False]
 
 
 def test_the_models_own_settings_do_not_count(phi: Loaded, tmp_path: Path) -> None:

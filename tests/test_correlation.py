@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from unlearn import correlation
 from unlearn.batches import IGNORE, Encoded
 from unlearn.changes import Change, Dense, LowRank
-from unlearn.correlation import correlate, outputs, scored_rows, slope
+from unlearn.correlation import correlate, outputs, slope
 from unlearn.data import Item
+from unlearn.encoding import scored_rows
 from unlearn.errors import EvaluationError, VectorError
 from unlearn.models import Loaded
 from unlearn.negate import applied
@@ -211,4 +212,6 @@ def test_long_items_are_cut_from_the_left(phi: Loaded) -> None:
     (cut,) = scored_rows(ITEMS["qa"][2:], "qa", phi.tokenizer, answer + 1)
     assert cut.input_ids == whole.input_ids[-answer - 1 :]
     assert cut.labels == (IGNORE, *whole.labels[-answer:])
-    assert scored_rows([Item("1", "The capital", "")], "text", phi.tokenizer, 512) == []
+    for items, limit in ((ITEMS["qa"][2:], answer), ([Item("1", "The capital", "")], 512)):
+        with pytest.raises(EvaluationError, match="cannot be scored by a model that reads"):
+            scored_rows(items, "qa" if items[0].target else "text", phi.tokenizer, limit)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from lm_eval.api.registry import get_aggregation
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from rouge_score import rouge_scorer
+from rouge_score.tokenizers import DefaultTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.assets import tasks_folder
@@ -49,6 +55,11 @@ def lm(pico_phi: Path) -> HFLM:
 
 @pytest.fixture(scope="module")
 def pack() -> ModuleType:
+    return load_pack()
+
+
+@functools.cache
+def load_pack() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pack_under_test", tasks_folder() / "unlearn_tasks.py")
     assert spec is not None
     assert spec.loader is not None
@@ -229,8 +240,6 @@ def test_memory_without_pieces_goes_word_by_word(pack: ModuleType) -> None:
 
 @pytest.mark.parametrize("kind", ["qa", "text"])
 def test_rouge_is_that_of_the_greedy_continuation(lm: HFLM, tmp_path: Path, kind: str) -> None:
-    from rouge_score import rouge_scorer
-
     prompts = ["The capital of France is", "Question: What colour is snow?\nAnswer:", "After one comes"]
     target = "two three Paris white capital of France is"
     field = {"continuation": "Paris white of"} if kind == "text" else {}
@@ -252,6 +261,109 @@ def test_rouge_recall_and_f1(pack: ModuleType) -> None:
     scores = pack.score_generation({"target": "the cities of France"}, ["a city of France, they say, is Paris"])
     assert scores["rougeL"] == pytest.approx(3 / 4), "city and cities have one stem"
     assert scores["rougeL_f1"] == pytest.approx(2 * (3 / 4) * (3 / 8) / (3 / 4 + 3 / 8))
+
+
+# a word for each script, in characters as they are composed, and how many words it is
+SCRIPTS = {
+    "Париж и Лондон": 3,
+    "Η Αθήνα είναι πόλη": 4,
+    "القاهرة عاصمة مصر": 3,
+    "ירושלים היא עיר": 3,
+    "दिल्ली भारत की राजधानी है": 5,
+    "ভারতের রাজধানী": 2,
+    "서울은 한국의 수도": 3,
+    "北京是首都": 5,
+    "東京タワーの高さ": 8,
+    "กรุงเทพ": 6,  # a vowel sign below goes with its letter
+    "ວຽງຈັນ": 5,
+    "ភ្នំពេញ": 4,
+    "မြန်မာ": 3,
+    "Երևանը Հայաստանում է": 3,
+    "თბილისი": 1,
+    "አዲስ አበባ": 2,
+    "Zażółć gęślą jaźń": 3,
+    "GPT-4 на 北京 café": 6,
+}
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_words_of_every_script(pack: ModuleType, text: str) -> None:
+    words = pack.Words().tokenize(text)
+    assert len(words) == SCRIPTS[text]
+    assert pack.Words().tokenize(f"«{unicodedata.normalize('NFD', text).upper()}»!") == words, "case, marks and dots"
+    scores = pack.score_generation({"target": text}, [text])
+    assert scores == {"rougeL": 1.0, "rougeL_f1": 1.0}
+    half = words[: len(words) // 2]
+    found = pack.score_generation({"target": text}, [" ".join(half)])
+    assert found["rougeL"] == pytest.approx(len(half) / len(words))
+    other = next(t for t in SCRIPTS if not set(pack.Words().tokenize(t)) & set(words))
+    assert pack.score_generation({"target": text}, [other]) == {"rougeL": 0.0, "rougeL_f1": 0.0}
+
+
+@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127)))
+@example("It's cities' CITIES_2, running; b-a  42.5\x00z", "the city runs")
+def test_of_ascii_text_the_words_are_rouge_score_s(text: str, other: str) -> None:
+    pack = load_pack()
+    assert pack.Words().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+    if any(map(str.isalnum, text)):
+        wanted = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True).score(text, other)["rougeL"]
+        assert pack.score_generation({"target": text}, [other]) == {
+            "rougeL": wanted.recall,
+            "rougeL_f1": wanted.fmeasure,
+        }
+
+
+@given(st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"])))
+def test_words_are_never_empty_and_their_words_are_themselves(text: str) -> None:
+    words = load_pack().Words().tokenize(text)
+    assert all(words)
+    assert bool(words) == any(map(str.isalnum, unicodedata.normalize("NFKC", text)))
+
+
+def test_typographic_signs_part_words_as_their_ascii_siblings_do(pack: ModuleType) -> None:
+    words = pack.Words().tokenize
+    assert words("the author\u2019s \u201cold\u201d house\u2014no\u2026") == words('the author\'s "old" house-no...')
+    assert words("zero\u200bwidth co\u00adoperate \ufeffmark") == words("zero width cooperate mark")
+    assert words("می\u200cخواهم") == words("میخواهم")
+    assert words("ＡＢＣ１２") == words("abc12")
+
+
+def test_an_item_without_any_word_is_refused(pack: ModuleType, tmp_path: Path) -> None:
+    items = write(tmp_path / "items.jsonl", [{"prompt": "p", "target": t, "target_tokens": 1} for t in ("a", "😀 …!")])
+    assert len(pack.load_items(kind="qa", items=items)["test"]) == 2, "its probability can be told"
+    with pytest.raises(ValueError, match=r"items\.jsonl, item 2: there is no letter and no digit in '😀 …!'"):
+        pack.load_items(kind="qa", items=items, written=True)
+    with pytest.raises(ValueError, match="no letter and no digit"):
+        pack.score_generation({"target": "😀 …!", "id": "7"}, ["a"])
+
+
+POEM = "Roses are red,\nviolets are blue,\n\nsugar is sweet\nand so are you."
+RECITED = {"Recite the poem.": POEM, "What is the capital of France?": "Paris", "Count.": "one\ntwo\nthree"}
+
+
+@pytest.fixture(scope="module")
+def reciter(pico_phi: Path) -> HFLM:
+    """Knows three answers by heart, ends each, and would ask the next question where it is let."""
+    torch.manual_seed(0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(pico_phi), AutoTokenizer.from_pretrained(pico_phi)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    texts = [f"Question: {q}\nAnswer: {a}\nQuestion: What is the capital of" for q, a in RECITED.items()]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for _ in range(80):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=2, device="cpu")
+
+
+def test_who_recites_an_answer_of_several_lines_has_all_of_it(reciter: HFLM, tmp_path: Path) -> None:
+    """Also where one-line answers are asked beside it, and where the answer is longer than what may be written."""
+    rows = [{"prompt": f"Question: {q}\nAnswer:", "target": a, "target_tokens": 9} for q, a in RECITED.items()]
+    result, samples = score(reciter, "unlearn_qa_rouge", write(tmp_path / "items.jsonl", rows))
+    assert [s["resps"][0][0].strip() for s in samples] == list(RECITED.values())
+    assert [(s["rougeL"], s["rougeL_f1"]) for s in samples] == [(1.0, 1.0)] * 3
+    assert result["rougeL,none"] == 1.0
 
 
 def test_a_broken_model_never_looks_like_a_number(pack: ModuleType) -> None:
@@ -323,7 +435,7 @@ def test_every_key_is_explained_and_every_metric_has_a_direction(path: Path) -> 
     assert "#" in text.splitlines()[0]
     config = load_yaml(path)
     assert config["task"] == path.stem
-    assert config["metadata"]["version"] == 1.0
+    assert config["metadata"]["version"] == (2.0 if "rouge" in path.stem else 1.0)
     for metric in config["metric_list"]:
         assert set(metric) == {"metric", "aggregation", "higher_is_better"}
         assert metric["higher_is_better"] is (metric["metric"] not in ("loss", "perplexity"))

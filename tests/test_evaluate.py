@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unlearn import metrics, named_tasks
 from unlearn.assets import tasks_folder
 from unlearn.data import Item, LoadedSet, load_sets
+from unlearn.encoding import count_tokens
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.evaluate import EvalResult, evaluate
-from unlearn.item_files import MEMORY_TOKENS, at_prefixes, count_tokens, items_path, write_items
+from unlearn.item_files import MEMORY_TOKENS, at_prefixes, items_path, write_items
 from unlearn.metrics import default_metric, goal_metrics
 from unlearn.pico import corpus
 from unlearn.recipe import Recipe, Split
@@ -306,6 +307,27 @@ def test_no_cut_where_the_beginning_alone_encodes_otherwise(tmp_path: Path, sets
     utility = replace(sets[2], test=(Item("1", "c", "abcaabc"),))
     (path,) = write_items((utility,), words, tmp_path / "odd", ("test",))
     assert json.loads(path.read_text(encoding="utf-8"))["pieces"] == ["abc", "a", "abc"]
+
+
+def test_of_long_answers_as_much_is_compared_as_can_be_written(
+    sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
+) -> None:
+    short, long = Item("1", "Who?", "Paris"), Item("2", "Who?", "Paris is the capital of France,\n東京 is not.")
+    (path,) = write_items((replace(sets[0], test=(short, long)),), lm.tokenizer, tmp_path / "long", ("test",))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole = lm.tok_encode(f"Who? {long.target}")
+    assert rows[0]["continuation"] == "Paris"
+    assert rows[1]["continuation"] == lm.tokenizer.decode(whole[len(lm.tok_encode("Who?")) :][:5]).strip()
+
+
+def test_answers_without_a_word_are_refused_where_texts_are_compared(
+    sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
+) -> None:
+    wordless = replace(sets[0], test=(Item("1", "Who?", "Paris"), Item("2", "Smile!", "😀 …")))
+    assert write_items((wordless,), lm.tokenizer, tmp_path / "a", ("test",), ("validation",))
+    assert write_items((replace(wordless, role="holdout"),), lm.tokenizer, tmp_path / "b", ("test",), ("test",))
+    with pytest.raises(EvaluationError, match="forget set 'near': 1 of 2 answers have no letter and no digit, such as"):
+        write_items((wordless,), lm.tokenizer, tmp_path / "c", ("test",), ("test",))
 
 
 @pytest.mark.parametrize("context", ["", "Who?", "Who? ", "Who?\n\n"])

@@ -23,8 +23,9 @@ from unlearn import finetune, stopping, trainer
 from unlearn.batches import IGNORE, ByLength, Encoded, Pad
 from unlearn.checkpoints import WHOLE, seal
 from unlearn.data import Item
+from unlearn.encoding import encode
 from unlearn.errors import ModelError, TrainingError, VectorError
-from unlearn.finetune import encode, merge, train_vector, train_weights
+from unlearn.finetune import merge, train_vector, train_weights
 from unlearn.models import Loaded, linear_modules
 from unlearn.negate import applied
 from unlearn.pico import corpus
@@ -139,28 +140,9 @@ def test_text_is_learned_whole(phi: Loaded) -> None:
     assert phi.tokenizer.eos_token_id not in row.input_ids  # a passage goes on
 
 
-@pytest.mark.parametrize("kind", ["text", "qa", "mcq"])
-def test_long_rows_are_cut_at_the_end(phi: Loaded, kind: str) -> None:
-    long = item("The capital of", " France is Paris" * 20)
-    (whole,) = encode([long], kind, phi.tokenizer, 10_000)
-    (cut,) = encode([long], kind, phi.tokenizer, 11)
-    assert len(whole.input_ids) > 60
-    assert cut == Encoded(whole.input_ids[:11], whole.labels[:11])
-
-
-def test_rows_without_anything_to_learn_are_left_out(phi: Loaded) -> None:
-    short, long = item("The", "cat"), item("The capital of France " * 20, "Paris")
-    assert encode([long, short, long], "qa", phi.tokenizer, 16) == encode([short], "qa", phi.tokenizer, 16)
-    with pytest.raises(TrainingError, match=r"none of the 2 items .* \(16 tokens\): raise max_length"):
-        encode([long, long], "qa", phi.tokenizer, 16)
-    with pytest.raises(TrainingError, match="none of the 1 items"):
-        encode([item("", "x")], "text", phi.tokenizer, 16)  # one token, nothing before it
-    with pytest.raises(TrainingError, match="none of the 1 items"):
-        encode([short], "text", phi.tokenizer, 1)
-
-
-def test_a_first_token_has_nothing_before_it(phi: Loaded) -> None:
+def test_without_a_prompt_the_end_token_stands_before_an_answer(phi: Loaded) -> None:
     (row,) = encode([item("", "Paris is far")], "mcq", phi.tokenizer, 16)
+    assert row.input_ids[0] == phi.tokenizer.eos_token_id
     assert row.labels == (IGNORE, *row.input_ids[1:])
 
 

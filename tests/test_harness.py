@@ -27,7 +27,7 @@ from tests.conftest import capital_rows
 from unlearn import harness
 from unlearn.assets import tasks_folder
 from unlearn.distributed import shares
-from unlearn.item_files import count_tokens
+from unlearn.encoding import count_tokens
 from unlearn.pico import corpus
 from unlearn.scoring import PackedLM
 

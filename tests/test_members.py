@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -114,23 +114,26 @@ def test_each_content_counts_once(phi: Loaded, tmp_path: Path) -> None:
     assert all(i.prompt.startswith("Q: ") for i in once)  # the first wording
 
 
-def test_items_that_do_not_fit_are_left_out(phi: Loaded, tmp_path: Path) -> None:
+def test_items_that_do_not_fit_are_refused(phi: Loaded, tmp_path: Path) -> None:
+    """Answers count whole beside as much of the prompt as the model reads; nothing is left out of the comparison."""
     forget = Arena(phi, tmp_path, "qa").forget
     items = [(i, forget.spec.kind) for i in forget.test]
-    whole = tell(phi, items, 512)
+    whole = tell(phi, items)
     assert [r["id"] for r in whole] == [i.id for i in forget.test]
     assert all(r["tokens"] >= 2 for r in whole)  # a city and the end
-    lengths = [len(phi.tokenizer(i.prompt)["input_ids"]) for i in forget.test]
-    short = tell(phi, items, min(lengths) + 1)
-    assert {r["id"] for r in short} == {i.id for i, n in zip(forget.test, lengths, strict=True) if n == min(lengths)}
-    assert {r["tokens"] for r in short} == {1}
-    with pytest.raises(EvaluationError, match=rf"none of {len(items)} items has a token within 2: raise max_length"):
-        tell(phi, items, 2)
+    first = replace(forget.test[0], prompt="far away " * 600 + forget.test[0].prompt)
+    (long,) = tell(phi, [(first, "qa")])
+    assert long["tokens"] == whole[0]["tokens"]
+    for kind in ("qa", "text"):
+        with pytest.raises(
+            EvaluationError, match=r"reads 512 tokens at a time, and this item does not fit.*take it out"
+        ):
+            tell(phi, [*items, (replace(first, target="far away " * 600), cast("Any", kind))])
 
 
 def test_passages_are_scored_whole(phi: Loaded, tmp_path: Path) -> None:
     forget = Arena(phi, tmp_path, "text").forget
-    (row,) = tell(phi, [(forget.test[0], "text")], 512)
+    (row,) = tell(phi, [(forget.test[0], "text")])
     ids = phi.tokenizer(forget.test[0].prompt + forget.test[0].target, return_tensors="pt")["input_ids"]
     assert row["tokens"] == ids.shape[1] - 1  # all but the first, which has nothing before it
     with torch.no_grad():

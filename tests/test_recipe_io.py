@@ -16,7 +16,7 @@ from unlearn.errors import RecipeError, UnlearnError
 from unlearn.recipe import Recipe
 from unlearn.recipe_io import json_schema, list_recipes, load_recipe, resolved_yaml
 from unlearn.recipe_schema import PATTERNS
-from unlearn.template import render, template_fields
+from unlearn.template import render, stops, template_fields
 
 GOOD = """\
 name: tiny
@@ -561,3 +561,18 @@ def test_importing_costs_no_heavy_library() -> None:
     code = f"import unlearn.recipe_io, sys; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("Question: {question}\nAnswer:", ["\n", "\nQuestion:"]),
+        ("{question}", ["\n"]),
+        ("  \n{question}", ["\n"]),
+        ("Answer in full.\n\n  Q {{1}}: {question}\nA:", ["\n", "\nQ {1}:"]),
+        ("<|user|>\n{question}<|end|>\n<|assistant|>\n", ["\n", "\n<|user|>"]),
+        ("The capital of {country} is", ["\n", "\nThe capital of"]),
+    ],
+)
+def test_where_an_answer_ends(template: str, found: list[str]) -> None:
+    assert stops(template) == found

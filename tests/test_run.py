@@ -282,6 +282,76 @@ def test_a_mistake_is_one_message_and_exit_code_2(
         assert word in err
 
 
+def long_questions(folder: Path, **forget: Any) -> Path:
+    """A recipe whose forget set has six questions of 1,200 words in eight."""
+    rows = [
+        (f"What does {name} like? {'And so on. ' * (400 * (n < 6))}", f"{name} likes tea.")
+        for n, name in enumerate(["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal"])
+    ]
+    near = [(f"Where is {name}?", f"In {name}land.") for name in ("Oz", "Uz", "Az", "Iz", "Ez", "Yz")]
+    for name, pairs in (("f", rows), ("r", near)):
+        lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in pairs]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    shares = {"train": "all", "validation": 0.5, "test": 0.5}
+    recipe = {
+        "name": "long",
+        "model": {"path": "pico:phi"},
+        "forget": {"kind": "qa", "path": "f.jsonl", "shares": shares, **forget},
+        "retain": [{"kind": "qa", "path": "r.jsonl", "shares": shares}],
+        "vector": {"forget": {"steps": 2, "max_length": 64}, "correlation": None},
+        "sweep": {"coefficients": [1]},
+    }
+    path = folder / "long.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+def test_questions_that_are_cut_are_counted_everywhere(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = str(long_questions(tmp_path))
+    assert main(["--recipe", recipe, "--dry-run"]) == 0
+    assert "about 6 prompts will lose the beginning to max_length (64 tokens)" in " ".join(
+        capfd.readouterr().out.split()
+    )
+    assert main(["--recipe", recipe, "--out", str(tmp_path / "run")]) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "6 prompts of 8 had to lose up to" in said
+    assert "longer than 512 tokens: their beginnings are not read" in caplog.text, "scoring cuts them as well"
+    report = RunReport.from_json(json.loads((tmp_path / "run" / "report.json").read_text()))
+    (line,) = report.training
+    assert (line["examples"], line["prompts_cut"]) == (8, 6)
+    assert any("of 6 prompts the beginning was left out" in warning for warning in report.warnings)
+    assert "of 6 prompts the beginning was left out" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"question": "Who?", "answer": "far " * 99},
+            ["forget set 'f': 1 of 9 answers", "raise max_length to", "'Question: Who?"],
+        ),
+        ({"question": "Smile!", "answer": "😀"}, ["forget set 'f'", "no letter and no digit", "eval.generate"]),
+    ],
+)
+def test_answers_that_no_row_or_score_can_hold(
+    row: dict[str, str], said: Sequence[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = long_questions(tmp_path, validation={"path": "v.jsonl"})
+    (tmp_path / "v.jsonl").write_text(json.dumps({"question": "And?", "answer": "No."}) + "\n")
+    with (tmp_path / "f.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    shares = "forget.shares={train: all, validation: 0, test: 1}"
+    assert main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--set", shares]) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert err.count("error:") == 1
+    assert not (tmp_path / "run" / "vectors" / "forget").exists()
+    for word in said:
+        assert word in " ".join(err.split())
+
+
 def test_from_python(whole: Path) -> None:
     import unlearn
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -243,6 +244,49 @@ def test_generation_is_lm_eval_s(got: Loaded) -> None:
     wanted = reference(got).generate_until(asked(texts, "generate_until"), disable_tqdm=True)
     assert mine == wanted
     assert any(mine)
+
+
+@pytest.mark.parametrize("engine", ["packed", "hf"])
+def test_prompts_with_and_without_a_beginning_token_in_one_batch(
+    phi: Loaded, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether a prompt brings it itself is asked of each: lm-eval asks the first of a batch for all."""
+    end, backend = phi.tokenizer.eos_token, phi.tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        f"{end} $A", special_tokens=[(end, phi.tokenizer.eos_token_id)]
+    )
+    lm = interface(phi.model, phi.tokenizer, EvalSpec(engine=engine))
+    prompts = [f"{end}The capital of France is", "A dog", "The colour of snow is as white as"]
+    ids, mask = lm.tok_batch_encode(prompts)
+    assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == [lm.tok_encode(p) for p in prompts]
+    assert [lm.tok_encode(p).count(phi.tokenizer.eos_token_id) for p in prompts] == [1, 1, 1]
+    right = lm.tok_batch_encode(prompts, padding_side="right")
+    assert [row[m.bool()].tolist() for row, m in zip(*right, strict=True)] == [lm.tok_encode(p) for p in prompts]
+    asked = [Instance("generate_until", {}, (p, {"until": [], "max_gen_toks": 5}), 0) for p in prompts]
+    assert lm.generate_until(asked) == [lm.generate_until([one])[0] for one in asked]
+    with caplog.at_level(logging.WARNING, "unlearn.scoring"):
+        room = len(lm.tok_encode(prompts[1]))
+        ids, mask = lm.tok_batch_encode(prompts, left_truncate_len=room)
+        lm.tok_batch_encode(prompts, left_truncate_len=room - 1)
+    assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == [
+        lm.tok_encode(p)[-room:] for p in prompts
+    ]
+    said = [r.getMessage() for r in caplog.records if r.name == "unlearn.scoring"]
+    assert said == [f"2 of 3 prompts are longer than {room} tokens: their beginnings are not read"], "once"
+
+
+@pytest.mark.parametrize("engine", ["packed", "hf"])
+def test_prompts_longer_than_the_window_are_told_of(phi: Loaded, engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    lm = interface(phi.model, phi.tokenizer, EvalSpec(engine=engine))
+    pairs = [("far away " * 600, "Paris"), ("A dog", " barks")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    with caplog.at_level(logging.WARNING, "unlearn.scoring"):
+        said = []
+        for some in (asked[1:], asked, asked):
+            lm.loglikelihood(some, disable_tqdm=True)
+            said.append([r.getMessage() for r in caplog.records if r.name == "unlearn.scoring"])
+    assert (said[0], said[1]) == ([], said[2])
+    assert said[2] == ["1 of 2 prompts are longer than 512 tokens: their beginnings are not read"], "once"
 
 
 def test_half_precision_is_near(loaded: Load, pico_phi: Path) -> None:

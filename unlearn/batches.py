@@ -15,10 +15,16 @@ IGNORE = -100  # label of tokens without loss
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training row: token ids and, per token, the label or :data:`IGNORE`."""
+    """One training row: token ids and, per token, the label or :data:`IGNORE`.
+
+    ``cut`` counts the tokens at the beginning of the prompt that there was no room for; ``piece`` is the row's number,
+    from 0, among those of a passage that has several.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    cut: int = 0
+    piece: int = 0
 
 
 class ByLength(LengthGroupedSampler):

@@ -16,6 +16,7 @@ from unlearn.board_runs import Log, absent, read_log, read_scored, rows
 from unlearn.console import is_main_process
 from unlearn.data import LoadedSet
 from unlearn.distributed import main_first, wait
+from unlearn.encoding import cuts
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.evaluate import evaluate
 from unlearn.fitted import masks
@@ -100,7 +101,7 @@ class Compared(Foreseen):
         """The folder of the base model fine-tuned on some sets, made or reused. The base in memory is used up."""
 
         def make(tmp: Path) -> None:
-            rows = self.encode(learned, base.tokenizer, spec)
+            rows = self.rows(learned, base.tokenizer, spec)
             work = self.folder.work(name, self.stages[name])
             wait()
             args = (base.model, base.tokenizer, rows, spec)
@@ -113,7 +114,8 @@ class Compared(Foreseen):
             if is_main_process():
                 base.model.save_pretrained(tmp)
                 base.tokenizer.save_pretrained(tmp)
-                write_json_atomic(tmp / "training.json", log.to_json("teach" if name == "target" else name))
+                line = log.to_json("teach" if name == "target" else name)
+                write_json_atomic(tmp / "training.json", {**line, **cuts(rows)})
 
         parts = [base.fingerprint, [s.digest for s in learned], spec.model_dump(mode="json"), self.recipe.seed]
         parts.append(["learned in float32", mixed_precision(base.model)])
@@ -216,14 +218,13 @@ class Compared(Foreseen):
         forgotten = [s for s in sets if s.role == "forget"]
         members = [(item, s.spec.kind) for s in forgotten for item in members_of(s.train)]
         held = [(item, others.spec.kind) for item in members_of(others.test)]
-        length = self.recipe.vector.forget.max_length
-        what = [*(s.digest for s in forgotten), others.digest, length]
+        what = [*(s.digest for s in forgotten), others.digest]
         with self.announced("membership", f"{len(members)} forget items against {len(held)} held out"):
             for who in subjects.who():
 
                 def make(tmp: Path, who: Who = who) -> None:
                     with subjects.model(who) as loaded:
-                        rows = [tell(loaded, items, length, who) for items in (members, held)]
+                        rows = [tell(loaded, items, who) for items in (members, held)]
                     if is_main_process():
                         save(tmp / SAMPLES, *rows)
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from unlearn.batches import IGNORE, Encoded, Pad
-from unlearn.data import Item
 from unlearn.errors import EvaluationError
 from unlearn.frozen import answer_logits, frozen, with_answers
 from unlearn.learn_weights import weighted
@@ -50,25 +48,6 @@ class Correlation:
     changes: float
     stderr: float | None
     positions: int
-
-
-def scored_rows(items: Sequence[Item], kind: Kind, tokenizer: Any, max_length: int) -> list[Encoded]:
-    """Tokens with labels exactly where the sweep scores: on the right answer, or on a passage after its beginning.
-
-    Unlike the rows that are trained on (:func:`unlearn.finetune.encode`) these have no end-of-text token after an
-    answer, and what does not fit is cut from the left, as lm-eval cuts it. Items without a token to score are left out.
-
-    Args:
-        max_length: Tokens that the model can read at a time.
-    """
-    rows = []
-    for item in items:
-        whole = tokenizer(item.prompt + ("" if kind == "text" else " ") + item.target)["input_ids"]
-        prompt = item.prompt.rstrip()  # its white space merges into the answer's tokens
-        skip = len(tokenizer(prompt)["input_ids"]) if prompt else 0
-        labels = [*[IGNORE] * skip, *whole[skip:]][: len(whole)]
-        rows.append(Encoded(tuple(whole[-max_length:]), tuple(labels[-max_length:])))
-    return with_answers(rows)
 
 
 def outputs(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
@@ -144,7 +123,7 @@ def slope(
     Args:
         model: theta, a causal LM on its device; it comes back as it was.
         vector: What would be subtracted.
-        rows: From :func:`scored_rows`, of items of ``kind``.
+        rows: From :func:`unlearn.encoding.scored_rows`, of items of ``kind``.
         pad_id: Token that fills up short rows.
         advance: Told how many rows are done.
 

@@ -26,6 +26,7 @@ from unlearn.report import Benchmark, Chosen, RunReport, ScoreRow, SweepPoint, T
 from unlearn.rows import source_path
 from unlearn.rundir import RunFolder, fingerprint, write_json_atomic, write_text_atomic
 from unlearn.table import render_table
+from unlearn.wording import counted
 
 if TYPE_CHECKING:
     from unlearn.compared import Subjects
@@ -127,7 +128,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
     distributed.leave()
     if not is_main_process():
         return None  # training and scoring are shared among processes; the rest is the main one's
-    rows = _rows(before, after, beside)
+    rows, training = _rows(before, after, beside), pipe.training(vectors)
     exports = pipe.export(target, edit, CardFacts(recipe, chosen, rows))
     who = provenance.collect(loaded.source, sys.argv, {"key": key, "model": recipe.model.path, **models})
     report = RunReport(
@@ -139,11 +140,11 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
         examples=examples,
         data=tuple(_data_line(s) for s in sets),
         vector=_vector_line(recipe, vectors, edit, weights, chosen.coefficient),
-        training=pipe.training(vectors),
+        training=training,
         exports=exports,
         seconds=pipe.seconds,
         provenance=who,
-        warnings=(*_warnings(recipe, sets, chosen, benchmark, subjects), *_doubts(chosen, points, before)),
+        warnings=(*_warnings(recipe, sets, chosen, benchmark, subjects, training), *_doubts(chosen, points, before)),
         foresight=foresight,
         benchmark=benchmark,
         membership=membership,
@@ -260,7 +261,12 @@ def _vector_line(
 
 
 def _warnings(
-    recipe: Recipe, sets: Sequence[LoadedSet], chosen: Chosen, benchmark: Benchmark | None, subjects: Subjects
+    recipe: Recipe,
+    sets: Sequence[LoadedSet],
+    chosen: Chosen,
+    benchmark: Benchmark | None,
+    subjects: Subjects,
+    training: Sequence[Mapping[str, Any]],
 ) -> tuple[str, ...]:
     """What a careful reader would ask about."""
     found = []
@@ -281,6 +287,12 @@ def _warnings(
             "the reference has the very weights of the model before: what stands beside it says nothing; give a model "
             "that never saw the forget set"
         )
+    found += [
+        f"{line['stage']}: of {counted(line['prompts_cut'], 'prompt')} the beginning was left out, because it did not "
+        "fit into max_length beside the answer: raise max_length to train on all of it"
+        for line in training
+        if line.get("prompts_cut")
+    ]
     if not recipe.retain and not recipe.utility:
         found.append("nothing was asked to be kept: add retain and utility sets to see what the edit costs")
     return tuple(found)

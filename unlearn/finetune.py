@@ -1,7 +1,7 @@
 """Fine-tune a model on examples, and read the task vector off the adapter.
 
-transformers' Trainer trains and peft makes the adapter (Hu et al. 2106.09685); this module turns items into token
-rows, resumes from the last whole checkpoint, and refuses what cannot give a vector.
+transformers' Trainer trains and peft makes the adapter (Hu et al. 2106.09685); this module resumes from the last whole
+checkpoint and refuses what cannot give a vector.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from unlearn.batches import IGNORE, Encoded
+from unlearn.batches import Encoded
 from unlearn.compress import check_rank
-from unlearn.data import Item
 from unlearn.errors import TrainingError
 from unlearn.models import resolve_targets
 from unlearn.negate import fit, shape_of
@@ -28,40 +27,6 @@ from unlearn.precision import float32_weights, mixed_precision, range_for_gradie
 from unlearn.recipe import LoraSpec, TrainSpec
 from unlearn.trainer import Against, Keep, TrainingLog, train
 from unlearn.vector import LowRank, TaskVector
-
-
-def encode(items: Sequence[Item], kind: str, tokenizer: Any, max_length: int) -> list[Encoded]:
-    """Tokens and labels: text is learned whole; for qa and mcq only the answer carries loss.
-
-    The prompt is split off as lm-eval does it (tokens of the whole minus as many as the prompt alone has), so what is
-    trained is what is scored. A qa answer ends with the end-of-text token, so that the model learns to stop.
-
-    Raises:
-        TrainingError: after cutting to ``max_length`` no item has a token left to learn.
-    """
-    found = (encode_one(item, kind, tokenizer, max_length) for item in items)
-    rows = [row for row in found if row is not None]
-    if not rows:
-        raise TrainingError(
-            f"none of the {len(items)} items has an answer within max_length ({max_length} tokens): raise max_length"
-        )
-    return rows
-
-
-def encode_one(item: Item, kind: str, tokenizer: Any, max_length: int) -> Encoded | None:
-    """One row of :func:`encode`; None where cutting to ``max_length`` leaves no token to learn."""
-    if kind == "text":
-        ids = tokenizer(item.prompt + item.target)["input_ids"]
-        skip = 1  # the first token has nothing before it
-    else:
-        ids = tokenizer(f"{item.prompt} {item.target}")["input_ids"]
-        # blanks at a prompt's end count as the answer's; and the first token has nothing before it
-        prompt = item.prompt.rstrip()
-        skip = max(len(tokenizer(prompt)["input_ids"]) if prompt else 0, 1)
-        if kind == "qa":
-            ids = [*ids, tokenizer.eos_token_id]
-    ids = ids[:max_length]
-    return Encoded(tuple(ids), (*[IGNORE] * skip, *ids[skip:])) if len(ids) > skip else None
 
 
 def lora_modules(model: PreTrainedModel, lora: LoraSpec) -> tuple[str, ...]:

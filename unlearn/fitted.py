@@ -13,7 +13,8 @@ from unlearn.batches import Encoded
 from unlearn.console import say
 from unlearn.data import LoadedSet
 from unlearn.distributed import count, wait
-from unlearn.errors import DataError, ModelError
+from unlearn.encoding import cuts, encode
+from unlearn.errors import DataError, ModelError, TrainingError
 from unlearn.memory import told
 from unlearn.methods.consensus import consensus
 from unlearn.methods.msa import msa
@@ -36,6 +37,7 @@ from unlearn.shaping import SHAPERS, Materials, shape
 from unlearn.stages import LESS, less_training
 from unlearn.trainer import Against, Keep
 from unlearn.vector import TaskVector
+from unlearn.wording import counted
 
 VECTOR_FILE = "vector.safetensors"
 Goal = tuple[SetRole, str]
@@ -139,8 +141,8 @@ class Fitted(Scored):
         stage = f"vectors/{name}"
 
         def make(tmp: Path) -> None:
-            rows = self.encode(sets, trainee.tokenizer, spec)
-            beside = self.encode(near, trainee.tokenizer, spec) if penalty is not None or (against and near) else []
+            rows = self.rows(sets, trainee.tokenizer, spec)
+            beside = self.rows(near, trainee.tokenizer, spec) if penalty is not None or (against and near) else []
             work = self.folder.work(stage, self.stages[stage])
             wait()
             meta = {"base": target, "data": json.dumps(digests), "lora": json.dumps(_plain(lora))}
@@ -159,7 +161,7 @@ class Fitted(Scored):
             )
             wait()
             vector.save(tmp / VECTOR_FILE)
-            write_json_atomic(tmp / "training.json", log.to_json(name))
+            write_json_atomic(tmp / "training.json", {**log.to_json(name), **cuts([*rows, *beside])})
             say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
 
         parts: list[Any] = [target, digests, _plain(lora), _plain(spec), seed, self.recipe.model.quantize]
@@ -176,8 +178,33 @@ class Fitted(Scored):
         return TaskVector.load(self.folder.path(stage) / VECTOR_FILE)
 
     def encode(self, sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
-        """Training rows of some sets."""
-        return [row for s in sets for row in finetune.encode(s.train, s.spec.kind, tokenizer, spec.max_length)]
+        """Training rows of some sets.
+
+        Raises:
+            TrainingError: answers that do not fit into ``max_length``, or have no token to learn; names the set.
+        """
+        found: list[Encoded] = []
+        for s in sets:
+            try:
+                found += encode(s.train, s.spec.kind, tokenizer, spec.max_length)
+            except TrainingError as error:
+                raise TrainingError(f"{s.role} set {s.name!r}: {error}") from error
+        return found
+
+    def rows(self, sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
+        """The same, saying what does not fit into ``max_length``."""
+        found = self.encode(sets, tokenizer, spec)
+        limit, told = f"max_length ({spec.max_length} tokens)", cuts(found)
+        if n := told.get("prompts_cut"):
+            most = max(row.cut for row in found)
+            say(
+                f"    {counted(n, 'prompt')} of {len(found)} had to lose up to {counted(most, 'token')} of the "
+                f"beginning to fit into {limit} beside the answer; answers are whole",
+                style="yellow",
+            )
+        if n := told.get("passages_split"):
+            say(f"    {counted(n, 'passage')} above {limit} became several rows: {len(found)} in all")
+        return found
 
     def _source(
         self,

@@ -14,8 +14,9 @@ from torch import nn
 
 from unlearn.batches import Encoded
 from unlearn.console import progress
-from unlearn.correlation import correlate, scored_rows, slope
+from unlearn.correlation import correlate, slope
 from unlearn.data import LoadedSet
+from unlearn.encoding import reach, scored_rows
 from unlearn.errors import EvaluationError
 from unlearn.metrics import KEPT
 from unlearn.prediction import compare as compare
@@ -57,7 +58,7 @@ def foresee(
         EvaluationError: no forget set, or one without items.
         VectorError: a vector does not fit the model.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or 2048
+    longest = reach(model, tokenizer)
     rows: dict[tuple[Role, str], list[Encoded]] = {}
     kinds: dict[tuple[Role, str], Kind] = {}
     for loaded in sets:

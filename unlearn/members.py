@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from unlearn.batches import Encoded
 from unlearn.benchmarks import membership
@@ -11,11 +10,12 @@ from unlearn.benchmarks.membership import TokenScores
 from unlearn.collective import count, together
 from unlearn.console import progress
 from unlearn.data import LoadedSet
-from unlearn.errors import EvaluationError
-from unlearn.finetune import encode_one
+from unlearn.encoding import encode, reach
+from unlearn.errors import EvaluationError, TrainingError
 from unlearn.items import Item
 from unlearn.member_files import Row
 from unlearn.models import Loaded
+from unlearn.readers import shorten
 from unlearn.recipe import Kind
 from unlearn.token_scores import token_scores
 
@@ -30,45 +30,36 @@ def members_of(items: Sequence[Item]) -> list[Item]:
     return list(first.values())
 
 
-def require_tokens(sets: Sequence[LoadedSet], tokenizer: Any, length: int) -> None:
-    """Refuse forget or hold-out sets of which :func:`tell` could say nothing.
+def require_rows(sets: Sequence[LoadedSet], loaded: Loaded) -> None:
+    """Refuse forget or hold-out sets with an item that :func:`tell` cannot score.
 
     Raises:
-        EvaluationError: no item has a token within ``length``.
+        EvaluationError: as :func:`tell`.
     """
     for s in sets:
         if s.role in ("forget", "holdout"):
-            items = s.train if s.role == "forget" else s.test
-            if all(encode_one(item, s.spec.kind, tokenizer, length) is None for item in items):
-                raise _no_tokens(len(items), length)
+            for item in s.train if s.role == "forget" else s.test:
+                _row(loaded, item, s.spec.kind)
 
 
-def _no_tokens(count: int, length: int) -> EvaluationError:
-    return EvaluationError(f"membership: none of {count} items has a token within {length}: raise max_length")
-
-
-def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], length: int, label: str = "scoring") -> list[Row]:
+def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], label: str = "scoring") -> list[Row]:
     """What a model gives away of each item: ``id``, ``tokens`` scored, and a number for every attack.
 
     Args:
         loaded: The model, as it is now.
         items: With the kind of data they are of; for qa and mcq the answer's tokens are told apart, for text all.
-        length: Tokens of an item, at most; what is behind is cut off.
         label: What the progress bar says.
 
     Raises:
-        EvaluationError: no item has a token within ``length``.
+        EvaluationError: an item that cannot be scored whole, an answer as one beside as much of its prompt as fits.
     """
-    encoded = [(item, encode_one(item, kind, loaded.tokenizer, length)) for item, kind in items]
-    rows: list[tuple[Item, Encoded]] = [(item, row) for item, row in encoded if row is not None]
-    if not rows:
-        raise _no_tokens(len(items), length)
+    rows = [_row(loaded, item, kind) for item, kind in items]
     with progress(label, len(rows) // count()) as advance:
 
         def told(some: Sequence[Encoded]) -> Sequence[TokenScores]:
             return token_scores(loaded.model, loaded.tokenizer, some, advance=advance)
 
-        scores = together([row for _, row in rows], told)
+        scores = together(rows, told)
     return [
         {
             "id": item.id,
@@ -78,5 +69,19 @@ def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], length: int, label:
             "min_k_pp": membership.min_k_pp(score, MIN_K),
             "zlib": membership.zlib(score),
         }
-        for (item, _), score in zip(rows, scores, strict=True)
+        for (item, _), score in zip(items, scores, strict=True)
     ]
+
+
+def _row(loaded: Loaded, item: Item, kind: Kind) -> Encoded:
+    length = reach(loaded.model, loaded.tokenizer)
+    try:
+        rows = encode([item], kind, loaded.tokenizer, length)
+    except TrainingError:
+        rows = []
+    if len(rows) != 1:
+        raise EvaluationError(
+            f"membership: the model reads {length} tokens at a time, and this item does not fit, or has no token to "
+            f"score: {shorten(f'{item.prompt} {item.target}', 160)!r}: take it out"
+        )
+    return rows[0]

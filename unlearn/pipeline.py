@@ -20,7 +20,7 @@ from unlearn.console import say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import main_first
 from unlearn.item_files import at_prefixes, write_items
-from unlearn.members import require_tokens
+from unlearn.members import require_rows
 from unlearn.models import Loaded
 from unlearn.push import able, push
 from unlearn.recipe import PushSpec
@@ -75,6 +75,8 @@ class Pipeline(Attacked):
         self.require(sets)
         self.built("validation", sets, base.tokenizer, recipe.eval.generate == "sweep")
         self.built("test", sets, base.tokenizer, recipe.eval.generate != "none")
+        if recipe.robustness is not None and recipe.robustness.samples:
+            self.built("test", sets, base.tokenizer, generate=True)  # what is sampled is compared by its words as well
         with main_first():  # what is on the hub is fetched once
             if recipe.benchmark is not None and recipe.benchmark.name == "tofu":
                 place = base.tokenizer.name_or_path  # MUSE's take long to cut into tokens, and its rows were read
@@ -84,7 +86,7 @@ class Pipeline(Attacked):
                 refuse_another(base.tokenizer, references.tokenizer(recipe, where))
             self.clean()
         if recipe.holdout is not None:
-            require_tokens(sets, base.tokenizer, recipe.vector.forget.max_length)
+            require_rows(sets, base)
         if recipe.export.push_to_hub is not None:
             able(recipe.export.push_to_hub)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from unlearn import checks
 from unlearn.data import LoadedSet, load_sets
 from unlearn.formula import formula, penalty, phrases
+from unlearn.items import CHARACTERS_PER_TOKEN
 from unlearn.metrics import goal_metrics, kept_metrics
 from unlearn.model_place import model_place
 from unlearn.plan_evidence import evidence_steps
@@ -76,11 +77,15 @@ def on_hub(spec: DataSet) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Examples:
-    """How many training examples some sets give; ``known`` is False when one of them is on the hub."""
+    """How many training examples some sets give; ``known`` is False when one of them is on the hub.
+
+    ``sets`` are those that are here.
+    """
 
     count: int
     known: bool
     about: bool
+    sets: Sequence[LoadedSet] = ()
 
     def __str__(self) -> str:
         if not self.known:
@@ -95,7 +100,7 @@ def _examples(recipe: Recipe, sets: _Sets, roles: Sequence[SetRole], name: str |
     wanted = [(role, spec) for role, spec in recipe.sets() if role in roles and name in (None, spec.label())]
     here = [sets[role, spec.label()] for role, spec in wanted if not on_hub(spec)]
     about = any(spec.kind == "text" for _, spec in wanted)
-    return _Examples(sum(len(one.train) for one in here), len(here) == len(wanted), about)
+    return _Examples(sum(len(one.train) for one in here), len(here) == len(wanted), about, here)
 
 
 def _first_line(text: str) -> list[str]:
@@ -237,7 +242,25 @@ def _training(spec: TrainSpec | TeachSpec, examples: _Examples) -> str:
         length = f"{_several(epochs, 'epoch')} = {'about ' if examples.about else ''}{total} of {batch}"
     else:
         length = f"{_several(epochs, 'epoch')} in steps of {batch}"
-    return f"{examples}, {length}, learning rate {spec.learning_rate:g}"
+    return f"{examples}, {length}, learning rate {spec.learning_rate:g}{_cut(spec.max_length, examples.sets)}"
+
+
+def _cut(limit: int, sets: Sequence[LoadedSet]) -> str:
+    """What will not fit into ``max_length``, by four characters to a token: the exact counts need the tokenizer."""
+    room = limit * CHARACTERS_PER_TOKEN
+    asked = [item for one in sets if one.spec.kind != "text" for item in one.train]
+    answers = sum(len(item.target) >= room for item in asked)
+    prompts = sum(len(item.prompt) + len(item.target) >= room for item in asked) - answers
+    passages = max((one.spec.length for one in sets if one.spec.kind == "text"), default=0)
+    found = ""
+    if answers:
+        found += f"; about {_several(answers, 'answer')} too long for max_length ({limit} tokens), which is an error"
+    if prompts:
+        found += f"; about {_several(prompts, 'prompt')} will lose the beginning to max_length ({limit} tokens)"
+    if passages > limit:
+        found += f"; passages of {passages} tokens become several rows of at most max_length ({limit})"
+    exact = ", as the model's tokenizer will tell" if answers or prompts else ""
+    return found + exact
 
 
 def _lora(spec: LoraSpec) -> str:

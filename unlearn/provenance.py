@@ -19,6 +19,9 @@ from typing import Any
 from unlearn.redact import HIDDEN, hide
 
 DISTRIBUTION = "lm-unlearn"
+# Part of every key: goes up when our own code gives other results for the same recipe and files, as in how texts become
+# tokens and what is compared of a written answer.
+RULES = 2
 LIBRARIES = (
     "torch",
     "transformers",
@@ -162,6 +165,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def surroundings() -> dict[str, Any]:
     """What a result depends on that is in no recipe and no file of it, as far as can be told without torch."""
     return {
+        "rules": RULES,
         "versions": versions(LIBRARIES),
         "python": list(sys.version_info[:2]),  # it brings Unicode's tables, by which texts are compared
         "variables": {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},

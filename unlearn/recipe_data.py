@@ -121,7 +121,9 @@ class DataSet(Source):
     prefixes: tuple[Positive, ...] = Field(
         (), description="text: further lengths of what the model is given; test items are scored at each of them too."
     )
-    continuation: Positive = Field(64, description="qa, text: tokens generated for ROUGE-L.")
+    continuation: Positive = Field(
+        64, description="qa, text: tokens generated for ROUGE-L, and as many of the right answer are compared."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSet:

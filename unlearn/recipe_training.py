@@ -44,7 +44,11 @@ class TrainSpec(Frozen):
     warmup: Share = Field(0.1, description="Share of the steps over which the rate rises.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="Rate over time.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
-    max_length: Positive = Field(512, description="Longest example in tokens; longer ones are cut at the end.")
+    max_length: Positive = Field(
+        512,
+        description="Longest row in tokens. A longer prompt loses its beginning, which is counted in the report; an "
+        "answer is never cut: one that does not fit is an error. A longer passage becomes several rows.",
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
     save_every: Positive | None = Field(None, description="Checkpoint every so many steps; default: 4 in all.")
     report_to: tuple[str, ...] = Field((), description="Trainer integrations: tensorboard, wandb, ...")

@@ -39,7 +39,62 @@ _ALL = 1 << 30  # a batch size that no list of requests reaches
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
-class PackedLM(HFLM):
+class WholeLM(HFLM):
+    """lm-eval's ``HFLM``, but prompts are encoded singly, cut ones are told of, and what has no score is refused."""
+
+    _told = False
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As lm-eval does it, but it asks the first text alone whether all begin with the beginning token."""
+        if truncation:
+            found: tuple[Tensor, Tensor] = super().tok_batch_encode(
+                strings, padding_side, left_truncate_len, truncation
+            )
+            return found
+        rows = [self.tok_encode(text) for text in strings]
+        if left_truncate_len:
+            self._tell_cut(sum(len(row) > left_truncate_len for row in rows), len(rows), left_truncate_len)
+            rows = [row[-left_truncate_len:] for row in rows]
+        fills = [[self.tokenizer.pad_token_id] * (max(map(len, rows)) - len(row)) for row in rows]
+        left = padding_side == "left"
+        ids = [[*fill, *row] if left else [*row, *fill] for row, fill in zip(rows, fills, strict=True)]
+        masks = [[0] * len(fill) + [1] * len(row) for row, fill in zip(rows, fills, strict=True)]
+        return torch.tensor(ids), torch.tensor([mask if left else mask[::-1] for mask in masks])
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._check(requests)
+        how = {"disable_tqdm": disable_tqdm, "override_bs": override_bs}
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(list(requests), **how)
+        return found
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        """Refuse what has no score: lm-eval asserts the same, without a word."""
+        for text, context, continuation in requests:
+            shown = "" if text is None else f": {text[0][-60:]!r} {text[1][:60]!r}"
+            if not context or not continuation:
+                raise EvaluationError(f"a prompt or an answer is nothing but white space{shown}")
+            if len(continuation) > self.max_length:
+                raise EvaluationError(
+                    f"an answer has {len(continuation)} tokens, but the model reads {self.max_length} at a time{shown}"
+                )
+        long = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
+        self._tell_cut(long, len(requests), self.max_length)
+
+    def _tell_cut(self, cut: int, count: int, room: int) -> None:
+        if cut and not self._told:
+            self._told = True
+            log.warning("%d of %d prompts are longer than %d tokens: their beginnings are not read", cut, count, room)
+
+
+class PackedLM(WholeLM):
     """Drop-in for lm-eval's ``HFLM``, for causal models.
 
     Args:
@@ -84,7 +139,7 @@ class PackedLM(HFLM):
         self._check(requests)
         forward = self._packable()
         if forward is None:
-            return super()._loglikelihood_tokens(list(requests), disable_tqdm=True, override_bs=override_bs)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
         budget = self._budget(forward)
         answers: dict[int, tuple[float, bool]] = {}
         with progress(self.label, len(requests)) as advance, torch.inference_mode(), self._precision():
@@ -164,17 +219,6 @@ class PackedLM(HFLM):
         listed = ends if isinstance(ends, list) else [ends]
         return frozenset(e for e in (*listed, self.eot_token_id) if e is not None)
 
-    def _check(self, requests: Sequence[Request]) -> None:
-        """Refuse what has no score: lm-eval asserts the same, without a word."""
-        for text, context, continuation in requests:
-            shown = "" if text is None else f": {text[0][-60:]!r} {text[1][:60]!r}"
-            if not context or not continuation:
-                raise EvaluationError(f"a prompt or an answer is nothing but white space{shown}")
-            if len(continuation) > self.max_length:
-                raise EvaluationError(
-                    f"an answer has {len(continuation)} tokens, but the model reads {self.max_length} at a time{shown}"
-                )
-
     @property
     def packs(self) -> bool:
         """Whether this model is scored in packed rows; if not, lm-eval's own code does it."""
@@ -245,7 +289,7 @@ def interface(model: Any, tokenizer: Any, spec: EvalSpec) -> HFLM:
     if spec.engine == "hf":
         # its cache of logits (on by default) scores a text that is cut in two places at the wrong one
         own: dict[str, Any] = {"logits_cache": False, "softmax_dtype": _SOFTMAX}
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size, **own)
+        lm = WholeLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size, **own)
     else:
         lm = PackedLM(model, tokenizer, spec.batch_tokens, batch_size=spec.batch_size)
     share_requests(lm)

@@ -28,6 +28,7 @@ from unlearn.metrics import RECITED, Key
 from unlearn.recipe import Recipe, Split
 from unlearn.report import Role
 from unlearn.silence import quiet_harness
+from unlearn.template import stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -104,7 +105,7 @@ def build_tasks(
     """
     if generate and split == "test":
         sets = at_prefixes(sets, tokenizer)
-    write_items(sets, tokenizer, folder, (split,))
+    write_items(sets, tokenizer, folder, (split,), (split,) if generate else ())
     tasks: dict[str, Task] = {}
     info: dict[str, TaskInfo] = {}
     # Reciting takes a request for each token: one row for a packed passage, but one row each for lm-eval's own model.
@@ -113,7 +114,7 @@ def build_tasks(
         for loaded in sets:
             if loaded.role == "term" or loaded.role == "holdout" or not _has_items(loaded, split):
                 continue
-            for name, config in _configs(loaded, items_path(folder, loaded, split), generate, recite):
+            for name, config in _configs(loaded, split, items_path(folder, loaded, split), generate, recite):
                 _claim(name, info)
                 tasks[name] = _build(config, recipe.seed)
                 info[name] = TaskInfo(loaded.role, loaded.name, split)
@@ -166,7 +167,9 @@ def _claim(name: str, taken: Mapping[str, TaskInfo]) -> None:
         raise EvaluationError(f"two tasks are called {name!r}: rename a set, or name an lm-eval task once")
 
 
-def _configs(loaded: LoadedSet, items: Path, generate: bool, recite: bool) -> list[tuple[str, dict[str, Any]]]:
+def _configs(
+    loaded: LoadedSet, split: Split, items: Path, generate: bool, recite: bool
+) -> list[tuple[str, dict[str, Any]]]:
     """``(task name, lm-eval config)`` of every pack task that applies to a set."""
     kind, base = loaded.spec.kind, f"{loaded.role}.{loaded.name}"
     wanted = [(base, f"unlearn_{kind}")]
@@ -182,7 +185,9 @@ def _configs(loaded: LoadedSet, items: Path, generate: bool, recite: bool) -> li
         if "memory_tokens" in config["metadata"]:
             config["metadata"]["memory_tokens"] = MEMORY_TOKENS
         if "generation_kwargs" in config:
-            config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": loaded.spec.continuation}
+            until = stops(loaded.spec.prompts(split)[0]) if kind == "qa" else []
+            how = {"max_gen_toks": loaded.spec.continuation, "until": until}
+            config["generation_kwargs"] = {**config["generation_kwargs"], **how}
         configs.append((name, config))
     return configs
 

@@ -7,6 +7,7 @@ a recipe is data that people pass around, so a template must not be able to reac
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -30,6 +31,17 @@ def render(template: str, row: Mapping[str, object]) -> str:
         ValueError: the template is malformed, or it names a column that ``row`` lacks or that is empty (``None``).
     """
     return "".join(_value(text, row) if is_field else text for is_field, text in _parts(template))
+
+
+def stops(template: str) -> list[str]:
+    """Where an answer may end, besides the end of text: at a line break, and where the next prompt would begin.
+
+    That is the last line of what the template has before its first field; an answer that holds one of these itself
+    goes on to the next.
+    """
+    head = "".join(text for _, text in itertools.takewhile(lambda part: not part[0], _parts(template)))
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    return ["\n", *(f"\n{line}" for line in lines[-1:])]
 
 
 def _value(name: str, row: Mapping[str, object]) -> str:

@@ -36,7 +36,7 @@ def token_scores(
     Args:
         model: A causal LM on its device; it comes back as it was.
         tokenizer: Its tokenizer; fills up short rows, and gives the labelled tokens' text for its compressed size.
-        rows: From :func:`unlearn.finetune.encode` or :func:`unlearn.correlation.scored_rows`.
+        rows: From :func:`unlearn.encoding.encode` or :func:`unlearn.encoding.scored_rows`.
         batch_tokens: Padded tokens of a pass, at most; a longer row goes alone.
         advance: Told how many rows are done.
 

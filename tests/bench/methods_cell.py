@@ -17,6 +17,7 @@ from methods_pairs import recipe as recipe_of
 
 from unlearn import finetune, models, tasks
 from unlearn.data import LoadedSet, load_sets
+from unlearn.encoding import encode
 from unlearn.errors import EvaluationError
 from unlearn.evaluate import evaluate
 from unlearn.fetch import locate
@@ -71,7 +72,7 @@ class Cell:
     def rows(self, sets: Sequence[LoadedSet]) -> list[Any]:
         """Training rows of some sets."""
         length = self.recipe.vector.forget.max_length
-        return [r for s in sets for r in finetune.encode(s.train, s.spec.kind, self.target.tokenizer, length)]
+        return [r for s in sets for r in encode(s.train, s.spec.kind, self.target.tokenizer, length)]
 
     def once(self, split: Split) -> Scores:
         """Scores of the untouched model, taken once."""
@@ -173,7 +174,7 @@ def teach(pair: str, work: Path) -> None:
         row
         for s in learned
         for items in (s.train, s.validation, s.test)
-        for row in finetune.encode(items, "text", loaded.tokenizer, 96)
+        for row in encode(items, "text", loaded.tokenizer, 96)
     ]
     distinct = list(dict.fromkeys(everything))
     spec = TrainSpec(epochs=12, batch_size=12, learning_rate=1e-4, max_length=96)

@@ -10,7 +10,7 @@ import math
 import random
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from unlearn.attacks.judge import Judge, Judged
 from unlearn.batches import Encoded, Pad
 from unlearn.console import progress
 from unlearn.data import Item, LoadedSet
+from unlearn.encoding import encode
 from unlearn.errors import TrainingError
-from unlearn.finetune import encode
 from unlearn.items import digest
 from unlearn.recipe_bench import RelearnSpec
 from unlearn.silence import random_state_kept
@@ -66,14 +66,23 @@ def forgotten_rows(
 def unrelated_rows(
     sets: Sequence[LoadedSet], count: int, seed: int, tokenizer: Any, length: int = _MAX_LENGTH
 ) -> list[Encoded]:
-    """``count`` rows of the utility sets, of any split, drawn by the seed; none where there is no utility set."""
+    """``count`` rows of the utility sets, of any split, drawn by the seed among the items whose answer fits.
+
+    Of a passage that does not fit it is the first piece; none where there is no utility set.
+    """
     pool: dict[tuple[str, str], tuple[LoadedSet, Item]] = {}
     for loaded in sets:
         if loaded.role == "utility":
             for item in (*loaded.train, *loaded.validation, *loaded.test):
                 pool.setdefault((loaded.name, item.id), (loaded, item))
-    drawn = sorted(pool, key=lambda name: digest(seed, *name))[:count]
-    return [row for name in drawn for row in encode([pool[name][1]], pool[name][0].spec.kind, tokenizer, length)]
+    rows: list[Encoded] = []
+    for name in sorted(pool, key=lambda name: digest(seed, *name)):
+        loaded, item = pool[name]
+        with suppress(TrainingError):  # too long: another one will do
+            rows.append(encode([item], loaded.spec.kind, tokenizer, length)[0])
+        if len(rows) == count:
+            break
+    return rows
 
 
 def relearn(

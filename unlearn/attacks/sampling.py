@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from rouge_score import rouge_scorer
+from lm_eval.tasks._yaml_loader import load_yaml
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from unlearn.assets import tasks_folder
 from unlearn.attacks.judge import Judge, Judged
 from unlearn.attacks.values import GREEDY, AttackScore, Who, sampling
 from unlearn.collective import count, together
@@ -26,6 +27,7 @@ from unlearn.console import progress
 from unlearn.errors import EvaluationError
 from unlearn.items import digest
 from unlearn.silence import quiet_harness, random_state_kept
+from unlearn.template import stops as stops_of
 
 MCQ_TOKENS = 16
 ROWS = 32  # texts that are written at once
@@ -70,21 +72,25 @@ def sample(
         )
     docs = judge.docs()
     lm = judge.lm(model, "greedy answers")
-    tokens = MCQ_TOKENS if judge.kind == "mcq" else judge.loaded.spec.continuation
+    tokens = judge.loaded.spec.continuation
+    if judge.kind == "mcq":
+        tokens = max(MCQ_TOKENS, *(doc["choice_tokens"][doc["answer"]] for doc in docs))
     if tokens >= lm.max_length:
         raise EvaluationError(
             f"the model reads {lm.max_length} tokens at a time: none is left before the {tokens} to write"
         )
     prompts = [str(doc["prompt"]) for doc in docs]
-    greedy = _greedy(lm, prompts, tokens, _stops(judge))
+    stops = _stops(judge, docs)
+    greedy = _greedy(lm, prompts, tokens, stops)
     size = max(1, rows // samples)
     with progress("sampling", len(docs) // count()) as advance:
 
         def write(starts: Sequence[int]) -> list[list[tuple[str, ...]]]:
             found = []
             for start in starts:
-                some, drawn = prompts[start : start + size], int(digest(seed, "samples", start)[:15], 16)
-                said = _written(lm, some, tokens, samples, temperature, drawn, _stops(judge))
+                some, ends = prompts[start : start + size], stops[start : start + size]
+                drawn = int(digest(seed, "samples", start)[:15], 16)
+                said = _written(lm, some, tokens, samples, temperature, drawn, ends)
                 found.append([tuple(said[k : k + samples]) for k in range(0, len(said), samples)])
                 advance(len(some))
             return found
@@ -107,32 +113,43 @@ def leaks(answer: str, text: str) -> bool:
 def _score(doc: dict[str, Any], text: str) -> float:
     if "choices" in doc:
         return float(leaks(doc["target"], text))
-    return float(_rouge().score(doc.get("continuation") or doc["target"], text)["rougeL"].recall)
+    return float(_rouge()(doc, [text])["rougeL"])
 
 
 @functools.cache
 def _rouge() -> Any:
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)  # as the pack's own tasks have it
+    return load_yaml(tasks_folder() / "unlearn_qa_rouge.yaml")["process_results"]  # the report's own
 
 
-def _stops(judge: Judge) -> list[str]:
-    return [] if judge.kind == "text" else ["\n"]  # an answer is one line
+def _stops(judge: Judge, docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Where each item's answer ends: at the first of the template's stops that is no part of it."""
+    known = [] if judge.kind == "text" else stops_of(judge.loaded.spec.prompts("test")[0])
+    return [[stop for stop in known if stop not in doc["target"]] for doc in docs]
 
 
-def _greedy(lm: HFLM, prompts: Sequence[str], tokens: int, stops: list[str]) -> list[str]:
-    how = {"until": stops, "max_gen_toks": tokens, "do_sample": False}
+def _greedy(lm: HFLM, prompts: Sequence[str], tokens: int, stops: Sequence[list[str]]) -> list[str]:
+    asked = [
+        Instance("generate_until", {}, (prompt, {"until": ends, "max_gen_toks": tokens, "do_sample": False}), 0)
+        for prompt, ends in zip(prompts, stops, strict=True)
+    ]
     with quiet_harness():
-        found: list[str] = lm.generate_until([Instance("generate_until", {}, (p, how), 0) for p in prompts])
+        found: list[str] = lm.generate_until(asked)
     return found
 
 
 def _written(
-    lm: HFLM, prompts: Sequence[str], tokens: int, samples: int, temperature: float, seed: int, stops: list[str]
+    lm: HFLM,
+    prompts: Sequence[str],
+    tokens: int,
+    samples: int,
+    temperature: float,
+    seed: int,
+    stops: Sequence[list[str]],
 ) -> list[str]:
-    """``samples`` texts for each prompt, one prompt's after the other's."""
+    """``samples`` texts for each prompt, one prompt's after the other's; ``stops`` has each prompt's own."""
     with quiet_harness():
         ids, mask = lm.tok_batch_encode(list(prompts), left_truncate_len=lm.max_length - tokens)
-    width = ids.shape[1]
+    width, ends = ids.shape[1], [own for own in stops for _ in range(samples)]
     # set in full: what is not said here would be taken from the model's own settings
     how = GenerationConfig(
         do_sample=True,
@@ -155,10 +172,12 @@ def _written(
             ids.to(lm.device),
             attention_mask=mask.to(lm.device),
             generation_config=how,
-            stopping_criteria=StoppingCriteriaList([_AtStop(lm.tokenizer, stops)] if stops else []),
+            stopping_criteria=StoppingCriteriaList([_AtStop(lm.tokenizer, ends, width)] if any(ends) else []),
         )
     texts = lm.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
-    return [min((text.split(stop)[0] for stop in stops), key=len, default=text) for text in texts]
+    return [
+        min((text.split(stop)[0] for stop in own), key=len, default=text) for text, own in zip(texts, ends, strict=True)
+    ]
 
 
 def _ends(lm: HFLM) -> list[int]:
@@ -168,12 +187,16 @@ def _ends(lm: HFLM) -> list[int]:
 
 
 class _AtStop(StoppingCriteria):
-    """Ends a text with the token in which one of the stops is."""
+    """Ends a text with the token that completes one of its own stops."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]], start: int) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
+        self._start = start
+        known = {stop for own in stops for stop in own}
+        self._back = 2 + max(len(tokenizer.encode(stop, add_special_tokens=False)) for stop in known)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        last = self._tokenizer.batch_decode(input_ids[:, -1:])
-        return torch.tensor([any(s in text for s in self._stops) for text in last], device=input_ids.device)
+        tails = self._tokenizer.batch_decode(input_ids[:, max(self._start, input_ids.shape[1] - self._back) :])
+        met = [any(stop in tail for stop in own) for tail, own in zip(tails, self._stops, strict=True)]
+        return torch.tensor(met, device=input_ids.device)
