@@ -159,6 +159,7 @@ def another_tokenizer(place: Path) -> None:
     pico.tokenizer(["Quite other words make quite other tokens."] * 9).save_pretrained(place)
 
 
+WORDLESS = {**RECIPE["forget"], "path": "wordless.jsonl"}
 AFTER_LOADING: dict[str, tuple[dict[str, Any], str]] = {
     "a layer": (
         {"vector": {**RECIPE["vector"], "lora": {"targets": ["q_prj"]}}},
@@ -175,9 +176,17 @@ AFTER_LOADING: dict[str, tuple[dict[str, Any], str]] = {
         "no retain set has items to train on, and vector.method project needs some",
     ),
     "the reference's tokenizer": ({"reference": "./other"}, "reference: this model has another tokenizer"),
-    "tokens held out": (
+    "room for an answer": (
         {"vector": {**RECIPE["vector"], "forget": {**RECIPE["vector"]["forget"], "max_length": 2}}},
-        "membership: none of 12 items has a token within 2: raise max_length",
+        "forget set 'f': 12 of 12 answers do not fit into max_length (2 tokens)",
+    ),
+    "room for what is held out": (
+        {"holdout": {"kind": "qa", "path": "long.jsonl"}},
+        "membership: the model reads 512 tokens at a time, and this item does not fit",
+    ),
+    "a word to compare": (
+        {"holdout": {"kind": "qa", "path": "h.jsonl"}, "eval": {"generate": "none"}, "forget": WORDLESS},
+        "forget set 'wordless': 6 of 6 answers have no letter and no digit",
     ),
     "a token": ({"export": {"push_to_hub": {"repo": "me/it"}}}, "export.push_to_hub: no token: set HF_TOKEN"),
 }
@@ -194,6 +203,8 @@ def test_what_takes_the_model_to_know_is_said_before_anything_is_trained(
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     write_rows(here / "items.jsonl", [{"prompt": "a", "target": "b", "target_tokens": 1}] * 4)
+    write_rows(here / "long.jsonl", [{"question": "Who?", "answer": "far away " * 600}])
+    write_rows(here / "wordless.jsonl", [{"question": f"Smile {n} times!", "answer": "☺" * n} for n in range(1, 13)])
     if changed.get("reference") == "./other":
         another_tokenizer(here / "other")
     said = refused(write_recipe(here, **changed), capfd)

@@ -27,7 +27,7 @@ LAYERS: dict[str, str] = {
     "data": "readers rows items data item_files board_runs member_files references checks",
     "vectors": "vector_adapter adapter_writer architecture checkpoint_vector vector_table methods "
     "methods.contrast methods.checks methods.msa methods.project methods.ext_sub methods.ethos methods.perta "
-    "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches "
+    "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches encoding "
     "dealing checkpoints methods.baselines methods.retain_kl frozen precision importance learn_weights shaping "
     "objectives trainer_arguments trainer finetune correlation token_scores foresight",
     "scores": "tree attention forward decoding scoring sampled named_tasks tasks benchmark_tasks stderrs "

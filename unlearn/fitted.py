@@ -191,6 +191,19 @@ class Fitted(Scored):
                 raise TrainingError(f"{s.role} set {s.name!r}: {error}") from error
         return found
 
+    def trained(self, one: LoadedSet) -> list[TrainSpec]:
+        """The fine-tunings that a set gives rows to."""
+        spec, found = self.recipe.vector, list[TrainSpec]()
+        if self.recipe.teach is not None and one.role in ("forget", "retain"):
+            found.append(self.recipe.teach)
+        if one.role in ("forget", "learn", "term") and not spec.uses("retain_only"):
+            found.append(spec.forget)
+        if one.role == "retain" and spec.uses(*NEED_RETAIN):
+            found.append(spec.retain or spec.forget)
+        if one.role == "retain" and (self.recipe.penalty() is not None or spec.uses("gradient_difference")):
+            found.append(spec.forget)
+        return found if one.train else []
+
     def rows(self, sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
         """The same, saying what does not fit into ``max_length``."""
         found = self.encode(sets, tokenizer, spec)

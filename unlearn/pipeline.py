@@ -73,6 +73,9 @@ class Pipeline(Attacked):
             if lora is not None:
                 finetune.lora_modules(base.model, lora)
         self.require(sets)
+        for one in sets:
+            for spec in self.trained(one):
+                self.encode([one], base.tokenizer, spec)  # an answer that no row can hold
         self.built("validation", sets, base.tokenizer, recipe.eval.generate == "sweep")
         self.built("test", sets, base.tokenizer, recipe.eval.generate != "none")
         if recipe.robustness is not None and recipe.robustness.samples:

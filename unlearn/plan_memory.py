@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.batches import IGNORE
 from unlearn.data import load_sets
+from unlearn.encoding import encode
 from unlearn.errors import ModelError
 from unlearn.fetch import at_hand
-from unlearn.finetune import encode
 from unlearn.methods.retain_kl import penalty
 from unlearn.models import linear_modules, number_format, place, resolve_targets
 from unlearn.negate import shape_of
