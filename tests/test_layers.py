@@ -24,10 +24,10 @@ LAYERS: dict[str, str] = {
     "folders": "atomic holder seen stage lock_file lock_watch lock ownership rundir provenance pool grids grids.grid "
     "grids.axes grids.job_state grids.submissions",
     "models": "cache hub wheel convert pico fetch model_place models",
-    "data": "readers rows items data item_files board_runs member_files references checks",
+    "data": "readers rows items batches encoding data item_files board_runs member_files references checks",
     "vectors": "vector_adapter adapter_writer architecture checkpoint_vector vector_table methods "
     "methods.contrast methods.checks methods.msa methods.project methods.ext_sub methods.ethos methods.perta "
-    "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate batches encoding "
+    "methods.consensus methods.lines methods.random_vector methods.learned methods.rescale negate "
     "dealing checkpoints methods.baselines methods.retain_kl frozen precision importance learn_weights shaping "
     "objectives trainer_arguments trainer finetune correlation token_scores foresight",
     "scores": "tree attention forward decoding scoring sampled named_tasks tasks benchmark_tasks stderrs "
