@@ -302,6 +302,37 @@ def test_a_checkpoint_of_the_body_alone_and_a_vector_of_it(
         apply(both, folder, LAMBDA, tmp_path / "both")
 
 
+def test_a_copy_of_a_tied_head(llama_base: Path, vector: TaskVector, tmp_path: Path, loaded: Load) -> None:
+    """Stored or not, it is the same model; with other values, transformers does not tie it and others do."""
+    bare = tmp_path / "bare"
+    apply(vector, llama_base, LAMBDA, bare)
+    embeddings = tensors(llama_base)["model.embed_tokens.weight"]
+    for folder, head in ((llama_base, embeddings), (tmp_path / "headed", tensors(bare)["model.embed_tokens.weight"])):
+        if not folder.exists():
+            shutil.copytree(bare, folder)
+        save_file({"lm_head.weight": head.clone()}, folder / "head.safetensors")
+        edit_index(folder, lambda placed: placed.update({"lm_head.weight": "head.safetensors"}))
+    assert check(vector, llama_base, LAMBDA, bare).wrong == {}
+    assert check(vector, llama_base, LAMBDA, tmp_path / "headed").wrong == {}
+    apply(vector, llama_base, LAMBDA, tmp_path / "again")
+    assert torch.equal(tensors(tmp_path / "again")["lm_head.weight"], embeddings)
+    (llama_base / "head.safetensors").unlink()
+    edit_index(llama_base, lambda placed: placed.pop("lm_head.weight"))
+    assert check(vector, llama_base, LAMBDA, tmp_path / "headed").wrong == {}
+    save_file({"lm_head.weight": embeddings + 1}, tmp_path / "headed" / "head.safetensors")
+    said = "config.json ties lm_head.weight to model.embed_tokens.weight, and both are stored, with other values"
+    with pytest.raises(ModelError, match=said):
+        check(vector, llama_base, LAMBDA, tmp_path / "headed")
+    with pytest.raises(ModelError, match=said):
+        apply(vector, tmp_path / "headed", LAMBDA, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    # as the message says
+    config = json.loads((tmp_path / "headed" / "config.json").read_text())
+    (tmp_path / "headed" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    apply(vector, tmp_path / "headed", LAMBDA, tmp_path / "none")
+    assert torch.equal(loaded(tmp_path / "none").model.lm_head.weight, (embeddings + 1).float())
+
+
 def test_all_misfits_are_listed_and_nothing_is_written(llama_base: Path, vector: TaskVector, tmp_path: Path) -> None:
     name = next(iter(vector.modules))
     a, b = vector.modules[name].tensors().values()
@@ -459,7 +490,7 @@ def test_mistakes_are_one_message_and_exit_code_2(
 def test_pickles_and_other_weights_are_left_out_and_said(
     llama_base: Path, vector: TaskVector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("pytorch_model.bin", "optimizer.pt", "consolidated.safetensors", "pytorch_model.bin.index.json"):
+    for name in ("training_args.bin", "optimizer.pt", "consolidated.safetensors", "tf_model.h5"):
         (llama_base / name).write_bytes(b"x")
     (llama_base / "chat").mkdir()
     (llama_base / "chat" / "tool.jinja").write_text("{{ messages }}")
@@ -468,7 +499,7 @@ def test_pickles_and_other_weights_are_left_out_and_said(
     assert main_of(vector, tmp_path, LAMBDA) == 0
     said = capsys.readouterr().err
     out = contents(tmp_path / "out")
-    for name in ("pytorch_model.bin", "optimizer.pt", "consolidated.safetensors", "pytorch_model.bin.index.json"):
+    for name in ("training_args.bin", "optimizer.pt", "consolidated.safetensors", "tf_model.h5"):
         assert name in said
         assert name not in out
     assert (tmp_path / "out" / "chat" / "tool.jinja").read_text() == "{{ messages }}"
@@ -485,6 +516,46 @@ def test_weights_that_overflow_are_refused(
         apply(vector, folder, coefficient, tmp_path / "out")
     assert not (tmp_path / "out" / RECORD).exists()
     assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def test_one_weight_among_millions_that_overflows_is_seen(tmp_path: Path) -> None:
+    """Of large tensors a part of the rows is measured; all are looked at."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=300, hidden_size=2000, intermediate_size=3000, num_hidden_layers=1, num_attention_heads=10
+    )
+    config.save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.gate_proj"
+    shapes = {n: tuple(p.shape) for n, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    large(tmp_path / "base", tmp_path / "config.json", shapes, torch.bfloat16, odd=False)
+    for row in (1001, 2999):
+        change = torch.zeros(3000, 2000)
+        change[row, 7] = -3.3e38
+        assert main_of(TaskVector({name: Dense(change)}), tmp_path, 1.0, "--accept-rounding") == 0
+        shutil.rmtree(tmp_path / "out")
+        change[row, 7] = -3.4e38  # within float32, and above bfloat16's largest
+        with pytest.raises(VectorError, match="nothing that BF16 can hold"):
+            apply(TaskVector({name: Dense(change)}), tmp_path / "base", 1.0, tmp_path / "out", accept_rounding=True)
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_an_edit_that_rounding_has_made_another_is_refused(
+    base: Callable[..., Path], pico_llama: Path, vector: TaskVector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = base(pico_llama, "bfloat16", True)
+    small = 1e-3 * vector
+    assert main_of(small, tmp_path, LAMBDA) == 2
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1
+    assert "the edit has cosine 0." in said
+    for way in ("float32", "--stochastic-rounding", "adapter", "--accept-rounding"):
+        assert way in said
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert main_of(small, tmp_path, LAMBDA, "--accept-rounding") == 0
+    told = capsys.readouterr().err
+    assert f"{len(list(folder.glob('*.safetensors')))} files of an earlier attempt kept" in told
+    assert not check(small, folder, LAMBDA, tmp_path / "out").wrong
+    shutil.rmtree(tmp_path / "out")
+    assert main_of(small, tmp_path, LAMBDA, "--stochastic-rounding") == 0
 
 
 # damaged and hostile checkpoints

@@ -104,25 +104,41 @@ def test_only_what_differs_is_in_it(loaded: Load, pico_phi: Path, tmp_path: Path
     assert len(report.unchanged) == len(model.state_dict()) - 1
 
 
-def test_the_head_is_a_linear_layer_where_it_stands_alone(
-    loaded: Load, pico_phi: Path, pico_llama: Path, tmp_path: Path
-) -> None:
-    for number, folder in enumerate((pico_phi, pico_llama)):
-        model = loaded(folder).model
-        with torch.no_grad():
-            model.get_output_embeddings().weight.add_(0.1)
-        model.save_pretrained(tmp_path / str(number))
-    vector, _ = from_checkpoints(pico_phi, tmp_path / "0", on_unequal="error")
+def test_the_head_is_a_linear_layer_where_it_stands_alone(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    model = loaded(pico_phi).model
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(0.1)
+    model.save_pretrained(tmp_path)
+    vector, _ = from_checkpoints(pico_phi, tmp_path, on_unequal="error")
     assert list(vector.modules) == ["lm_head"]
-    # tied to the embeddings it would change twice; some files hold it under both names
-    rewrite(tmp_path / "1", {"lm_head.weight": load_file(tmp_path / "1" / FILE)["model.embed_tokens.weight"]})
-    base = tmp_path / "base"
+
+
+def test_a_tied_head_may_be_stored_or_not(loaded: Load, pico_llama: Path, tmp_path: Path) -> None:
+    """As transformers reads it: a copy of the embeddings is no weight of its own, one with other values is."""
+    base, after = tmp_path / "base", tmp_path / "after"
     shutil.copytree(pico_llama, base)
-    rewrite(base, {"lm_head.weight": load_file(base / FILE)["model.embed_tokens.weight"].clone()})
-    with pytest.raises(VectorError, match="in 2 tensors") as caught:
-        from_checkpoints(base, tmp_path / "1", on_unequal="error")
+    tuned(loaded(pico_llama).model).save_pretrained(after)
+    wanted, _ = from_checkpoints(base, after, on_unequal="error")
+    embeddings = load_file(base / FILE)["model.embed_tokens.weight"]
+    rewrite(after, {"lm_head.weight": embeddings.clone()})
+    assert from_checkpoints(base, after, on_unequal="error")[0].digest() == wanted.digest()
+    rewrite(base, {"lm_head.weight": embeddings.clone()})
+    assert from_checkpoints(base, after, on_unequal="error")[0].digest() == wanted.digest()
+    # under the second name alone
+    rewrite(after, {"model.embed_tokens.weight": None})
+    assert from_checkpoints(base, after, on_unequal="error")[0].digest() == wanted.digest()
+    # embeddings that differ are told once, not once more as a head
+    rewrite(after, {"lm_head.weight": embeddings + 0.1, "model.embed_tokens.weight": embeddings + 0.1})
+    with pytest.raises(VectorError, match="in 1 tensors") as caught:
+        from_checkpoints(base, after, on_unequal="error")
     assert "Embedding's weight, not a linear layer's weight (1): model.embed_tokens.weight" in str(caught.value)
-    assert "a weight that several layers share, so that it would change twice (1): lm_head.weight" in str(caught.value)
+    # and a head that is none of both is said to be one
+    rewrite(after, {"lm_head.weight": embeddings + 0.1, "model.embed_tokens.weight": embeddings})
+    said = r"in the fine-tuned checkpoint with other values than model\.embed_tokens\.weight, to which config\.json"
+    with pytest.raises(VectorError, match=said):
+        from_checkpoints(base, after, on_unequal="error")
+    with pytest.raises(VectorError, match=said.replace("fine-tuned checkpoint", "base")):
+        from_checkpoints(after, base, on_unequal="error")
 
 
 @pytest.mark.parametrize("size", [{"rank": 3}, {"energy": 0.999}])

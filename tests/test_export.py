@@ -14,14 +14,17 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.card import CardFacts, card, escape
 from unlearn.card_results import eval_results, model_index
+from unlearn.correlation import scored_rows
 from unlearn.errors import VectorError
-from unlearn.export import export_adapter, export_merged
+from unlearn.export import export_adapter, export_merged, rescored
+from unlearn.items import Item
 from unlearn.models import Loaded
 from unlearn.negate import applied, shape_of
 from unlearn.recipe import Recipe
@@ -346,7 +349,7 @@ def test_stochastic_rounding_keeps_the_edit_on_average(loaded: Load, pico_phi: P
     name = "model.layers.0.mlp.fc1"
     m = LowRank(torch.ones(1, 64), torch.full((128, 1), 2e-5))
     vector = TaskVector({name: m})
-    nearest = export_merged(made.model, vector, 1.0, None, tmp_path / "nearest")["survived"]
+    nearest = export_merged(made.model, vector, 1.0, None, tmp_path / "nearest", accept_rounding=True)["survived"]
     pristine = made.model.state_dict()[f"{name}.weight"].double()
     means = []
     for seed in range(20):
@@ -421,7 +424,124 @@ def test_zero_edit_has_no_direction(loaded: Load, pico_phi: Path, tmp_path: Path
     assert (said["cosine"], said["norm_ratio"], said["changed"]) == (None, None, 0.0)
 
 
+def test_a_merge_that_is_another_edit_is_refused(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """Its cosine computed apart; and every way out that the message names is one."""
+    made = loaded(pico_phi, "bfloat16")
+    vector = a_vector(made.model, scale=1e-5)
+    before = made.model.state_dict()
+    realised, intended = [], []
+    for name, m in vector.modules.items():
+        weight = before[f"{name}.weight"].double()
+        delta = -LAMBDA * (m.B.double() @ m.A.double())
+        realised.append(((weight + delta).bfloat16().double() - weight).flatten())
+        intended.append(delta.flatten())
+    r, i = torch.cat(realised), torch.cat(intended)
+    cosine = float(r @ i / (r.norm() * i.norm()))
+    assert cosine < 0.3
+    with pytest.raises(
+        VectorError, match=rf"^export\.merged: rounded .* cosine {cosine:.3f} to the intended"
+    ) as caught:
+        export_merged(made.model, vector, LAMBDA, None, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    for way in ("export.dtype to float32", "export.stochastic_rounding", "adapter", "export.accept_rounding"):
+        assert way in str(caught.value)
+    said = export_merged(made.model, vector, LAMBDA, None, tmp_path / "wide", dtype=torch.float32)["survived"]
+    assert said["cosine"] > 0.999
+    export_merged(made.model, vector, LAMBDA, None, tmp_path / "chance", stochastic_rounding=True)
+    export_adapter(vector, LAMBDA, "base", made.model, tmp_path / "adapter")
+    said = export_merged(made.model, vector, LAMBDA, None, tmp_path / "insists", accept_rounding=True)["survived"]
+    assert said["cosine"] == pytest.approx(cosine, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["phi", "gpt_neox"], ids=["ours", "transformers'"])
+@pytest.mark.parametrize("edited_one", [True, False])
+def test_weights_that_a_number_format_cannot_hold(
+    loaded: Load, request: pytest.FixtureRequest, tmp_path: Path, family: str, edited_one: bool
+) -> None:
+    """Whoever writes the files: ours, tensor by tensor, or transformers where it names weights otherwise."""
+    made = loaded(request.getfixturevalue(f"pico_{family}"))
+    vector = a_vector(made.model)
+    if edited_one:
+        name = next(iter(vector.modules))
+        m = vector.modules[name]
+        assert isinstance(m, LowRank)
+        vector = TaskVector({**vector.modules, name: LowRank(m.A, m.B + 1e5)})
+    else:
+        name = next(n for n, module in made.model.named_modules() if isinstance(module, nn.Embedding))
+        with torch.no_grad():
+            made.model.get_input_embeddings().weight[3, 4] = 7e4
+    with pytest.raises(VectorError, match=rf"^{name}\.weight: as float16 it has values that are no finite numbers"):
+        export_merged(made.model, vector, LAMBDA, None, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out" / "config.json").exists()
+    export_merged(made.model, vector, LAMBDA, None, tmp_path / "wide", dtype=torch.bfloat16)
+
+
+def test_older_weights_in_the_same_folder_are_not_left_beside(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    made = loaded(pico_phi)
+    vector = a_vector(made.model)
+    export_merged(made.model, vector, LAMBDA, None, tmp_path)
+    export_merged(made.model, vector, LAMBDA, None, tmp_path)  # written over, there is one again
+    with pytest.raises(VectorError, match="holds two sets of weights"):
+        export_merged(made.model, vector, LAMBDA, None, tmp_path, shard_size="100KB")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_read_again_and_compared(
+    loaded: Load, pico_phi: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    made = loaded(pico_phi)
+    vector = a_vector(made.model, scale=0.05)
+    items = [Item(str(n), f"The capital of {n} is", place) for n, place in enumerate(("Paris", "Rome", "Bern"))]
+    rows = scored_rows(items, "qa", made.tokenizer, 64)
+    before = snapshot(made.model)
+    export_merged(made.model, vector, LAMBDA, made.tokenizer, tmp_path, dtype=dtype)
+    arguments = (tmp_path, made.model, vector, LAMBDA, made.tokenizer, rows)
+    said = rescored(*arguments)
+    assert same(before, made.model.state_dict())
+
+    # the same figures the plain way: one text at a time, from whole logits
+    def spoken(model: Any) -> Tensor:
+        found = []
+        for item in items:
+            prompt, whole = (made.tokenizer(t)["input_ids"] for t in (item.prompt, f"{item.prompt} {item.target}"))
+            with torch.no_grad():
+                logp = model(input_ids=torch.tensor([whole])).logits[0].float().log_softmax(-1)
+            found += [logp[at - 1, whole[at]] for at in range(len(prompt), len(whole))]
+        return torch.stack(found)
+
+    plain = spoken(made.model)
+    with applied(made.model, vector, -LAMBDA):
+        wanted = spoken(made.model)
+    again = spoken(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert said["items"] == 3
+    # in bfloat16 the same numbers in batches of another shape are others
+    within = 1e-5 if dtype == torch.float32 else 1e-3
+    assert said["difference"] == pytest.approx(float((again - wanted).abs().mean()), abs=within)
+    assert said["edit"] == pytest.approx(float((wanted - plain).abs().mean()), abs=1e-5)
+    assert said["difference"] < (1e-4 if dtype == torch.float32 else 0.05)
+    assert said["difference"] < said["allowed"] < 0.5 * said["edit"]
+    # what is handed over must be that model: not the unedited one, and not one that no longer works
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({n: before[n].to(dtype) for n in stored}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VectorError, match="is not the one that was scored: on 3 items"):
+        rescored(*arguments)
+    assert rescored(*arguments, accept_rounding=True)["difference"] == pytest.approx(said["edit"], abs=0.05)
+    name = "model.layers.0.mlp.fc1.weight"
+    save_file({**stored, name: torch.full_like(stored[name], torch.nan)}, tmp_path / "model.safetensors")
+    with pytest.raises(VectorError, match=r"read again .* does not work"):
+        rescored(*arguments)
+
+
 # rounding and files
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_shard_holds_what_is_no_number(tmp_path: Path, dtype: torch.dtype, bad: float) -> None:
+    values = {"a": torch.zeros(3, dtype=dtype), "b": torch.tensor([[0, 1], [bad, 2]], dtype=dtype)}
+    slots = [Slot(name, tuple(t.shape), t.dtype) for name, t in values.items()]
+    with pytest.raises(VectorError, match=r"^b: as .* no finite numbers"):
+        write_shards(slots, values.__getitem__, tmp_path, 10**9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

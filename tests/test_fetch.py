@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from unlearn import references
+from unlearn.apply import apply
 from unlearn.cache import MANIFEST, sha256
-from unlearn.errors import ModelError
+from unlearn.changes import LowRank
+from unlearn.checkpoint_vector import from_checkpoints
+from unlearn.errors import ModelError, UnlearnError
 from unlearn.fetch import locate
-from unlearn.recipe import ModelSpec
+from unlearn.models import load
+from unlearn.recipe import ModelSpec, Recipe
+from unlearn.scoring import PackedLM
+from unlearn.vector import TaskVector
 
 
 def _locate(path: str, base: Path, cache: Path | None = None) -> str:
@@ -63,6 +73,88 @@ def test_shards_that_the_index_names_must_be_there(model: Path) -> None:
     index.write_text("[")
     with pytest.raises(ModelError, match="cannot be read as an index"):
         _locate(str(model), Path())
+
+
+def sharded(folder: Path, to: Path) -> Path:
+    """The same model in several files."""
+    shutil.copytree(folder, to)
+    (to / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(to, max_shard_size="200KB")
+    return to
+
+
+def old_single(folder: Path) -> str:
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model.safetensors")
+    return r"two sets of weights, model\.safetensors and the shards.*remove the old one, either model\.safetensors, or"
+
+
+def old_shard(folder: Path) -> str:
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00004-of-00004.safetensors")
+    return r"beside those that are read \(model\.safetensors\.index\.json\).*move model-00004-of-00004\.safetensors"
+
+
+def old_pickle(folder: Path) -> str:
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    return r"beside those that are read \(model\.safetensors\.index\.json\).*move pytorch_model\.bin"
+
+
+def shards_without_index(folder: Path) -> str:
+    old_single(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    return r"beside those that are read \(model\.safetensors\).*move model-00001-of-00003\.safetensors, model-00002-"
+
+
+def as_reference(folder: Path) -> None:
+    plain = {"kind": "qa", "path": "x.jsonl"}
+    recipe = Recipe.model_validate(
+        {"name": "x", "model": {"path": "pico:phi"}, "forget": plain, "retain": (plain,), "reference": str(folder)}
+    )
+    references.check(recipe, Path())
+
+
+def as_finetuned(folder: Path) -> None:
+    from_checkpoints(folder.with_name("good"), folder, on_unequal="error")
+
+
+def to_apply(folder: Path) -> None:
+    weight = TaskVector({"model.layers.0.mlp.fc1": LowRank(torch.ones(1, 64), torch.ones(128, 1))})
+    apply(weight, folder, 0.1, folder.with_name("edited"))
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "located": lambda folder: _locate(str(folder), Path()),
+    "loaded": lambda folder: load(ModelSpec.model_validate({"path": str(folder), "device": "cpu"}), str(folder)),
+    "reference": as_reference,
+    "checkpoints": as_finetuned,
+    "applied": to_apply,
+    "harness": lambda folder: PackedLM(str(folder), device="cpu", dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("damage", [old_single, old_shard, old_pickle, shards_without_index])
+@pytest.mark.parametrize("reader", READERS)
+def test_two_sets_of_weights_are_refused(
+    pico_phi: Path, tmp_path: Path, reader: str, damage: Callable[[Path], str]
+) -> None:
+    folder = sharded(pico_phi, tmp_path / "model")
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    shutil.copytree(folder, tmp_path / "good")
+    with pytest.raises(UnlearnError, match=damage(folder)) as caught:
+        READERS[reader](folder)
+    assert str(caught.value).startswith(
+        {
+            "located": "model.path: ",
+            "loaded": "model.path: ",
+            "reference": "reference: ",
+            "harness": "pretrained: ",
+        }.get(reader, str(folder))
+    )
+    assert not (tmp_path / "edited").exists()
+    # what a training leaves beside its weights, and another program's format of them, stand for no model
+    for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", "consolidated.safetensors"):
+        (tmp_path / "good" / name).write_bytes(b"x")
+    if reader != "checkpoints":  # two that are the same have no difference
+        READERS[reader](tmp_path / "good")
 
 
 @pytest.mark.parametrize(

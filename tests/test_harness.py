@@ -10,26 +10,33 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import capital_rows
 from unlearn import harness
 from unlearn.assets import tasks_folder
+from unlearn.changes import LowRank
 from unlearn.distributed import shares
 from unlearn.encoding import count_tokens
+from unlearn.errors import EvaluationError
+from unlearn.models import Loaded
+from unlearn.negate import applied
 from unlearn.pico import corpus
 from unlearn.scoring import PackedLM
+from unlearn.vector import TaskVector
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300
@@ -208,17 +215,170 @@ def test_an_adapter_is_scored(
     assert abs(before - after) > 0.1
 
 
-def test_answers_are_cached_as_lm_eval_caches_them(
-    model: Path, pack: Path, items: dict[str, str], theirs: dict[str, Any], tmp_path: Path
+def test_answers_are_cached_by_model(
+    model: Path, pack: Path, items: dict[str, str], theirs: dict[str, Any], adapter: Path, tmp_path: Path
 ) -> None:
-    """What one model has cached, the other one finds."""
-    options = {"use_cache": str(tmp_path / "answers"), "tasks": ["unlearn_qa", "whole"]}
+    """The same file for all: each model finds its own answers, and no other one's."""
+    options: dict[str, Any] = {"use_cache": str(tmp_path / "answers"), "tasks": ["unlearn_qa", "whole"]}
     subset = {key: {t: theirs[key][t] for t in options["tasks"]} for key in ("results", "samples", "n-samples")}
     assert_same(score("unlearn", model, pack, items, **options), subset)
     (file,) = tmp_path.iterdir()
     size = file.stat().st_mtime_ns
-    assert_same(score("hf", model, pack, items, **options), subset)
+    assert_same(score("unlearn", model, pack, items, ",batch_tokens=200", **options), subset)
     assert file.stat().st_mtime_ns == size, "asked again"
+    for more in (f",peft={adapter}", f",peft={stronger(adapter, tmp_path / 'stronger')}", ",add_bos_token=True"):
+        wanted = score("hf", model, pack, items, more, tasks=options["tasks"])
+        found = score("unlearn", model, pack, items, more, **options)
+        assert_same(found, wanted)
+        assert found["results"] != subset["results"]
+    half = ",dtype=bfloat16"
+    found = score("unlearn", model, pack, items, half, **options)
+    assert found["results"] == score("unlearn", model, pack, items, half, tasks=options["tasks"])["results"]
+    # another tokenizer for the same weights: the same texts are other tokens
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    assert_same(
+        score("unlearn", other, pack, items, **options), score("hf", other, pack, items, tasks=options["tasks"])
+    )
+
+
+def stronger(adapter: Path, to: Path) -> Path:
+    """The same factors with another scale, which stands in the configuration alone."""
+    shutil.copytree(adapter, to)
+    config = json.loads((to / "adapter_config.json").read_text("utf-8"))
+    (to / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}), "utf-8")
+    return to
+
+
+def test_answers_are_cached_by_edit(phi: Loaded, pack: Path, items: dict[str, str], tmp_path: Path) -> None:
+    """In float32 an edit is in the weights, else beside them, where no key could tell it."""
+    vector = TaskVector({"model.layers.1.mlp.fc1": LowRank(torch.randn(2, 64), torch.randn(128, 2))})
+    manager = TaskManager(include_defaults=False, include_path=str(pack), metadata={"items": items})
+
+    def scored(**options: Any) -> float:
+        lm = PackedLM(phi.model, phi.tokenizer, max_length=WINDOW)
+        found = simple_evaluate(model=lm, tasks=["unlearn_qa"], task_manager=manager, **options)
+        assert found is not None
+        value: float = found["results"]["unlearn_qa"]["loss,none"]
+        return value
+
+    cache = str(tmp_path / "answers")
+    before = scored(use_cache=cache)
+    with applied(phi.model, vector, -1.0):
+        after = scored(use_cache=cache)
+        assert after == scored()
+    assert before == scored(use_cache=cache) != after
+    phi.model.bfloat16()
+    with applied(phi.model, vector, -1.0), pytest.raises(EvaluationError, match="edited by hooks beside its weights"):
+        scored(use_cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--model", "hf", "--use_cache", "CACHE"], "--use_cache: lm-eval keeps answers by their texts alone"),
+        (["--use_cache", "CACHE"], "--use_cache: lm-eval keeps answers by their texts alone"),
+        (["--config", "CONFIG"], "--use_cache: lm-eval keeps answers by their texts alone"),
+        (
+            ["--model", "unlearn", "--cache_requests", "--metadata", "a=b"],
+            "--cache_requests: lm-eval keeps requests by",
+        ),
+    ],
+)
+def test_caches_that_know_too_little_are_refused(
+    more: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: hf\nuse_cache: {tmp_path / 'answers'}\n", "utf-8")
+    places = {"CACHE": str(tmp_path / "answers"), "CONFIG": str(tmp_path / "config.yaml")}
+    assert harness.main(["--tasks", "unlearn_qa", *(places.get(word, word) for word in more)]) == 2
+    told = capfd.readouterr().err
+    assert told.count("error:") == 1
+    assert said in told
+    assert not list(tmp_path.glob("answers*"))
+
+
+def refused(said: str, pretrained: Path, more: str = "", device: str | None = "cpu") -> None:
+    with pytest.raises(EvaluationError, match=said):
+        PackedLM.create_from_arg_string(f"pretrained={pretrained}{more}", {"device": device})
+
+
+def changed(adapter: Path, to: Path, change: Callable[[dict[str, Any]], Any], **config: Any) -> Path:
+    """A copy of an adapter with other factors, or another configuration."""
+    shutil.copytree(adapter, to)
+    factors = load_file(to / "adapter_model.safetensors")
+    change(factors)
+    save_file(factors, to / "adapter_model.safetensors", {"format": "pt"})
+    settings = json.loads((to / "adapter_config.json").read_text("utf-8"))
+    (to / "adapter_config.json").write_text(json.dumps(settings | config), "utf-8")
+    return to
+
+
+def test_adapters_that_do_not_fit_are_refused(model: Path, adapter: Path, tmp_path: Path) -> None:
+    def other_names(factors: dict[str, Any]) -> None:
+        for name in list(factors):
+            factors[name.replace(".layers.", ".blocks.")] = factors.pop(name)
+
+    def one_more(factors: dict[str, Any]) -> None:
+        for name in [n for n in factors if "layers.1.self_attn.q_proj" in n]:
+            factors[name.replace("q_proj", "k_proj")] = factors[name].clone()
+
+    def one_less(factors: dict[str, Any]) -> None:
+        for name in [n for n in factors if "layers.1.mlp.fc1" in n]:
+            del factors[name]
+
+    def narrow(factors: dict[str, Any]) -> None:
+        name = next(n for n in factors if n.endswith("fc1.lora_A.weight"))
+        factors[name] = factors[name][:, :10].clone()
+
+    for number, (change, said) in enumerate(
+        {
+            other_names: r"no place for: model\.blocks\.0.*\n.*holds nothing for: model\.layers\.0",
+            one_more: r"no place for: model\.layers\.1\.self_attn\.k_proj\.lora_A, model.*k_proj\.lora_B$",
+            one_less: r"holds nothing for: model\.layers\.1\.mlp\.fc1\.lora_A, model\.layers\.1\.mlp\.fc1\.lora_B$",
+            narrow: r"size mismatch for .*fc1\.lora_A",
+        }.items()
+    ):
+        refused(said, model, f",peft={changed(adapter, tmp_path / str(number), change)}")
+    unreached = changed(adapter, tmp_path / "unreached", lambda _: None, target_modules=["q_proj"])
+    refused(r"no place for: model\.layers\.0\.mlp\.fc1", model, f",peft={unreached}")
+    nowhere = changed(adapter, tmp_path / "nowhere", lambda _: None, target_modules=["c_attn"])
+    refused("does not fit .*c_attn", model, f",peft={nowhere}")
+    refused("does not fit .*adapter_config.json", model, f",peft={model}")
+
+
+def test_an_adapter_as_a_model_is_refused(model: Path, adapter: Path, tmp_path: Path) -> None:
+    """transformers finds the base by itself, and drops the factors that do not fit without a word."""
+    both = tmp_path / "both"
+    shutil.copytree(adapter, both)
+    config = json.loads((both / "adapter_config.json").read_text("utf-8"))
+    (both / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}), "utf-8")
+    shutil.copytree(model, both, dirs_exist_ok=True)
+    refused("is an adapter, or holds one: give its base as pretrained", both)
+    refused("is an adapter, or holds one: give its base as pretrained", adapter)
+
+
+def test_a_head_of_its_own_is_kept(pico_llama: Path, tmp_path: Path) -> None:
+    """lm-eval ties what it has loaded once more, as the configuration says."""
+    shutil.copytree(pico_llama, tmp_path / "head")
+    stored = load_file(pico_llama / "model.safetensors")
+    head = stored["model.embed_tokens.weight"] + 0.05 * torch.randn(stored["model.embed_tokens.weight"].shape)
+    save_file({**stored, "lm_head.weight": head}, tmp_path / "head" / "model.safetensors", {"format": "pt"})
+    lm = PackedLM(str(tmp_path / "head"), dtype="float32", device="cpu")
+    assert torch.equal(lm.model.lm_head.weight, head)
+    assert torch.equal(lm.model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
+    lm = PackedLM(AutoModelForCausalLM.from_pretrained(tmp_path / "head"), AutoTokenizer.from_pretrained(pico_llama))
+    assert torch.equal(lm.model.lm_head.weight, head)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be found")
+def test_no_device_means_the_one_that_is_there(
+    model: Path, pack: Path, items: dict[str, str], theirs: dict[str, Any]
+) -> None:
+    found = score("unlearn", model, pack, items, tasks=["unlearn_qa"], device=None)
+    assert found["results"]["unlearn_qa"]["loss,none"] == pytest.approx(theirs["results"]["unlearn_qa"]["loss,none"])
 
 
 def test_registering_twice_is_harmless_and_hides_no_other_model() -> None:

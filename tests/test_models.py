@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, dynamic_module_utils
 
+from unlearn.changes import LowRank
 from unlearn.errors import ModelError
+from unlearn.export import export_merged
 from unlearn.models import Loaded, fingerprint, linear_modules, load, resolve_targets
 from unlearn.recipe import ModelSpec
+from unlearn.vector import TaskVector
 
 SIX = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
@@ -232,6 +235,31 @@ def test_missing_unexpected_and_misshapen_weights_are_all_listed(copy: Path) -> 
         "  unexpected: model.layers.7.mlp.fc1.weight",
         "  wrong shape: model.layers.1.mlp.fc2.bias has (3,), not (64,)",
     ]
+
+
+def test_a_head_of_its_own_is_no_tied_one(pico_llama: Path, tmp_path: Path, loaded: Callable[..., Loaded]) -> None:
+    """transformers loads it untied, so that the configuration must not tie it for whoever asks or reads it next."""
+    folder, again = tmp_path / "head", tmp_path / "again"
+    shutil.copytree(pico_llama, folder)
+    _edit_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 0.1}))
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    made = loaded(folder)
+    made.model.tie_weights()
+    assert torch.equal(made.model.lm_head.weight, head)
+    export_merged(made.model, TaskVector({"model.layers.0.mlp.up_proj": unit(made.model)}), 1.0, made.tokenizer, again)
+    assert json.loads((again / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(loaded(again).model.lm_head.weight, head)
+    # a copy is none, and tied as without it
+    _edit_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    made = loaded(folder)
+    assert made.model.config.tie_word_embeddings is True
+    assert made.model.lm_head.weight is made.model.model.embed_tokens.weight
+    assert made.fingerprint == loaded(pico_llama).fingerprint
+
+
+def unit(model: Any) -> LowRank:
+    rows, columns = model.get_parameter("model.layers.0.mlp.up_proj.weight").shape
+    return LowRank(torch.ones(1, columns), torch.ones(rows, 1))
 
 
 def test_tied_head_need_not_be_stored(pico_llama: Path, loaded: Callable[..., Loaded]) -> None:

@@ -182,6 +182,28 @@ def test_bare_lm_eval_on_the_export_agrees_with_the_report(whole: Path, report: 
             assert scores[f"{row.metric},none"] == pytest.approx(row.after.value, abs=1e-4), row.metric
 
 
+def test_merged_weights_are_the_edited_model(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Read again they say what was scored, and the report has by how much not; or the run says what to do."""
+    reuse = ["--set", f"reuse=[{whole}]", "--set", "export.merged=true"]
+    folder = tmp_path / "run"
+    assert main([*COMMAND[3:], "--out", str(folder), *reuse]) == 0
+    report = RunReport.from_json(json.loads((folder / "report.json").read_text()))
+    again = report.exports["merged"]["rescored"]
+    assert again == json.loads((folder / "export" / "merged" / "export.json").read_text())["rescored"]
+    assert again["items"] == 8  # four of each set
+    assert again["difference"] < 1e-4 < 0.1 < again["edit"]
+    assert "Rescored" in (folder / "report.html").read_text()
+    capfd.readouterr()
+    less = ["--set", "sweep.coefficients=[0.001]", "--set", "choose.metric=logprob", "--set", "export.dtype=bfloat16"]
+    assert main([*COMMAND[3:], "--out", str(tmp_path / "less"), *reuse, *less]) == 2
+    said = capfd.readouterr().err
+    assert said.count("error:") == 1
+    assert "error: export.merged: rounded to the stored number format, the edit has cosine" in said
+    assert "Traceback" not in said
+    insists = ["--set", "export.accept_rounding=true"]
+    assert main([*COMMAND[3:], "--out", str(tmp_path / "insists"), *reuse, *less, *insists]) == 0
+
+
 def test_nothing_passes_so_nothing_changes(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert main([*COMMAND[3:], "--out", str(folder), "--strict", "--set", "sweep.coefficients=[0.000001]"]) == 1

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.adapter_writer import target_modules, to_adapter
+from unlearn.apply import apply, check
+from unlearn.architecture import model_of
 from unlearn.errors import VectorError
 from unlearn.finetune import read_adapter
 from unlearn.models import Loaded, linear_modules
 from unlearn.negate import applied
 from unlearn.vector import Dense, LowRank, TaskVector
-from unlearn.vector_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
+from unlearn.vector_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter, refuse_misfit
 
 FAMILIES = ["phi", "llama", "gpt2"]
 Load = Callable[..., Loaded]
@@ -245,6 +247,72 @@ def test_settings_that_are_no_plain_lora(adapter: Path, changes: dict[str, Any],
     refused(adapter, said)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_modules": ["b"]}, r"do not reach m\.a: PEFT leaves.*\n.*target_modules names b, for which"),
+        ({"target_modules": ["m.a", "b"]}, r"means:\n  target_modules names b, for which there are no factors$"),
+        ({"target_modules": r"m\.b"}, r"do not reach m\.a: PEFT leaves these factors out$"),
+        ({"exclude_modules": ["a"]}, r"do not reach m\.a"),
+        ({"exclude_modules": "m.*"}, r"do not reach m\.a"),
+        ({"target_modules": ["a"], "layers_to_transform": [0]}, r"do not reach m\.a"),
+        ({"target_modules": "("}, "does not tell which modules are meant"),
+        ({"target_modules": 3}, "does not tell which modules are meant"),
+        ({"target_modules": "(m|m.)*a"}, "may take for ever"),
+        ({"exclude_modules": "(x*)*y"}, "may take for ever"),
+        ({"layers_to_transform": [0], "layers_pattern": ["(x+)+"]}, "may take for ever"),
+    ],
+)
+def test_factors_that_the_configuration_does_not_mean(adapter: Path, changes: dict[str, Any], said: str) -> None:
+    spoil(adapter, **changes)
+    refused(adapter, said)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+        {"target_modules": r".*\.layers\.\d+\.(?:self_attn\.[qv]_proj|mlp\.(?:fc1|up_proj))"},
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
+        {"target_modules": ["fc1", "dense"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    ],
+)
+def test_whatever_peft_reaches_is_what_the_configuration_means(
+    loaded: Load, pico_phi: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    trained(loaded(pico_phi).model, **options).save_pretrained(tmp_path)
+    assert 0 < len(from_adapter(tmp_path).modules) < len(linear_modules(loaded(pico_phi).model))
+    refuse_misfit(tmp_path, model_of(pico_phi))
+
+
+def test_an_adapter_that_does_not_fit_its_model(loaded: Load, pico_phi: Path, pico_llama: Path, tmp_path: Path) -> None:
+    """PEFT would leave factors out, or modules as they are; a vector of the rest would be another edit."""
+    folder = tmp_path / "adapter"
+    trained(loaded(pico_phi).model, target_modules=["q_proj", "fc1"]).save_pretrained(folder)
+    apply(folder, pico_phi, 1.0, tmp_path / "out")
+    stored = load_file(folder / ADAPTER_WEIGHTS)
+
+    def not_put_on(said: str, model: Path = pico_phi) -> None:
+        for way in (apply, check):
+            with pytest.raises(VectorError, match=said) as caught:
+                way(folder, model, 1.0, tmp_path / ("out" if way is check else "none"))
+            assert str(folder) in str(caught.value)
+        assert not (tmp_path / "none").exists()
+
+    not_put_on("the adapter does not fit the model", pico_llama)
+    one = "model.layers.1.mlp.fc1"
+    rest = {name: tensor for name, tensor in stored.items() if one not in name}
+    save_file(rest, folder / ADAPTER_WEIGHTS)
+    not_put_on(rf"reaches what it holds nothing for: {one}\.lora_A, {one}\.lora_B$")
+    more = {name.replace("layers.1", "layers.7"): tensor.clone() for name, tensor in stored.items()}
+    save_file({**stored, **more}, folder / ADAPTER_WEIGHTS)
+    not_put_on(r"holds what the model has no place for: model\.layers\.7\.mlp\.fc1\.lora_A")
+    narrow = {n: t[:, :10].clone() if n.endswith(f"{one}.lora_A.weight") else t for n, t in stored.items()}
+    save_file(narrow, folder / ADAPTER_WEIGHTS)
+    not_put_on("size mismatch for .*layers.1.mlp.fc1.lora_A")
+
+
 def test_peft_s_own_dora_and_biases(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
     for name, options in {
         "DoRA": {"use_dora": True},
@@ -288,7 +356,9 @@ def test_files_that_are_missing_or_damaged(adapter: Path, tmp_path: Path) -> Non
     torch.save({A: torch.ones(2, 3)}, adapter / "adapter_model.bin")
     refused(adapter, "its weights are pickled .* never opened")
     weights.write_bytes(whole)
-    from_adapter(adapter)  # beside the safetensors it is not looked at
+    refused(adapter, "two sets of factors, .* remove the old one")
+    (adapter / "adapter_model.bin").unlink()
+    from_adapter(adapter)
     for text in ("{", "[1, 2]", '"x"', "[" * 100_000, "\ud800"):
         config.write_bytes(text.encode("utf-8", "surrogatepass"))
         refused(adapter, "damaged")

@@ -61,6 +61,7 @@ def apply(
     *,
     stochastic_rounding: bool = False,
     seed: int = 0,
+    accept_rounding: bool = False,
 ) -> Applied:
     """Write ``theta - coefficient * tau`` to a folder, tensor by tensor; an unfinished attempt goes on.
 
@@ -68,6 +69,7 @@ def apply(
         vector: A vector, its file, a folder with ``vector.safetensors``, or the folder of a LoRA adapter of PEFT's.
         model: A folder with safetensors.
         stochastic_rounding: Round edited weights to 16 bits by chance (``seed``) instead of to nearest.
+        accept_rounding: Write also what rounding to nearest has made another edit of.
 
     Raises:
         UnlearnError: a mistake to mend, or something damaged; see :func:`unlearn.streamed.write.write_edited`.
@@ -75,8 +77,9 @@ def apply(
     from unlearn.streamed.write import write_edited
 
     whole = _vector(vector)
-    _say_other_base(vector, Path(model))
-    return write_edited(whole, Path(model), _finite(coefficient), Path(out), stochastic_rounding, seed)
+    _check_adapter(vector, Path(model))
+    there = (whole, Path(model), _finite(coefficient), Path(out))
+    return write_edited(*there, stochastic_rounding, seed, accept_rounding)
 
 
 def check(
@@ -97,6 +100,7 @@ def check(
 
     require_folder(Path(edited))
     whole = _vector(vector)
+    _check_adapter(vector, Path(model))
     return check_edited(whole, Path(model), _finite(coefficient), Path(edited), stochastic_rounding, seed)
 
 
@@ -119,17 +123,24 @@ def _vector(place: str | Path | TaskVector) -> TaskVector:
     return TaskVector.load(path)
 
 
-def _say_other_base(place: str | Path | TaskVector, model: Path) -> None:
-    """An adapter's folder may hold weights of its base; say so where they are not the model's."""
+def _check_adapter(place: str | Path | TaskVector, model: Path) -> None:
+    """Refuse an adapter that PEFT would not put on the model in whole; say where it holds weights of another base.
+
+    Raises:
+        VectorError, ModelError: it does not fit, or there is no such model.
+    """
     from unlearn.streamed.layout import read_checkpoint
     from unlearn.vector import TaskVector
-    from unlearn.vector_adapter import ADAPTER_WEIGHTS, unlike_base
+    from unlearn.vector_adapter import ADAPTER_WEIGHTS, refuse_misfit, unlike_base
 
     if isinstance(place, TaskVector) or (Path(place) / _VECTOR).is_file():
         return
     if not (Path(place) / ADAPTER_WEIGHTS).is_file():
         return
     files = {name: shard.path for name, (shard, _) in read_checkpoint(model).tensors().items()}
+    from unlearn.architecture import model_of
+
+    refuse_misfit(Path(place), model_of(model))
     if others := unlike_base(Path(place), files):
         console.say(
             f"{place} keeps weights of the model it was trained on, and they are not this model's: {some(others)}. "
@@ -152,6 +163,7 @@ def _apply(arguments: argparse.Namespace) -> int:
         arguments.out,
         stochastic_rounding=arguments.stochastic_rounding,
         seed=arguments.seed,
+        accept_rounding=arguments.accept_rounding,
     )
     if done.left_out:
         console.say(f"left out: {some(done.left_out)}", style="yellow")
@@ -240,6 +252,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="write nothing: is DIR exactly this edit, bit by bit?")
     parser.add_argument(
         "--stochastic-rounding", action="store_true", help="round edited 16-bit weights by chance, not to nearest"
+    )
+    parser.add_argument(
+        "--accept-rounding", action="store_true", help="write also what rounding has made another edit of"
     )
     parser.add_argument("--seed", type=int, default=0, help="of that chance (default: %(default)s)")
     return parser

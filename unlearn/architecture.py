@@ -26,12 +26,14 @@ class Architecture:
         linear: Names of the weights of linear layers that stand alone -> whether stored as (in, out), as Conv1D does.
         others: Names of all other tensors -> what they are, in words.
         prefix: What the model's names begin with where those of its body, saved alone, do not (``transformer.``).
+        tied: Second names of weights, which need not be stored -> the first.
     """
 
     kind: str
     linear: Mapping[str, bool]
     others: Mapping[str, str]
     prefix: str
+    tied: Mapping[str, str]
 
     def canonical(self, name: str) -> str:
         """A stored tensor's name as the model has it: some checkpoints are of the body alone, without the prefix."""
@@ -107,4 +109,5 @@ def lay_out(model: nn.Module) -> Architecture:
             else:
                 linear[name] = isinstance(module, Conv1D)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    return Architecture(type(model).__name__, linear, others, prefix if len(prefix) > 1 else "")
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    return Architecture(type(model).__name__, linear, others, prefix if len(prefix) > 1 else "", tied)

@@ -7,7 +7,7 @@ mapped into memory: at no time is more than one weight of each held as numbers, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,12 @@ from unlearn.changes import Change, Dense, listed
 from unlearn.compress import check_rank, check_terms, truncated
 from unlearn.console import progress
 from unlearn.errors import VectorError
+from unlearn.fetch import INDEX as _INDEX
+from unlearn.fetch import SINGLE as _SINGLE
+from unlearn.fetch import doubled_weights
 from unlearn.vector import TaskVector
 from unlearn.vector_adapter import TRANSPOSED
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _ROUNDED = frozenset({"F16", "BF16"})
 
@@ -127,7 +129,17 @@ def _weights(folder: Path, model: Architecture) -> dict[str, _Stored]:
                 part = opened.get_slice(name)
                 stored = _Stored(folder / file, name, part.get_dtype(), tuple(part.get_shape()))
                 found[model.canonical(name)] = stored
+    for second, first in model.tied.items():
+        if second in found and first not in found:
+            found[first] = found.pop(second)
+        elif second in found and _alike(found[first], found[second]):
+            del found[second]  # a copy: the model has the one weight
     return found
+
+
+def _alike(one: _Stored, two: _Stored) -> bool:
+    """Whether two tensors are the same, in the same format."""
+    return (one.format, one.shape) == (two.format, two.shape) and torch.equal(_bytes(one.read()), _bytes(two.read()))
 
 
 @contextmanager
@@ -211,6 +223,10 @@ class _Comparison:
         return CheckpointReport(tuple(self.unchanged), dict(self.unequal), self.left_out**0.5, tuple(warnings))
 
     def _misfit(self, name: str) -> str | None:
+        first = self.model.tied.get(name)
+        if first is not None and not (name in self.old and name in self.new):
+            folder = "base" if name in self.old else "fine-tuned checkpoint"
+            return f"stored in the {folder} with other values than {first}, to which config.json ties it"
         if name not in self.new:
             return "in the base only"
         if name not in self.old:
@@ -247,6 +263,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _files(folder: Path) -> dict[str, list[str]]:
     """Weight file -> the tensors its index expects in it; none listed means all it holds."""
     if (folder / _SINGLE).is_file():
+        _refuse_doubled(folder, ())
         return {_SINGLE: []}
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
@@ -263,7 +280,13 @@ def _files(folder: Path) -> dict[str, list[str]]:
             said = f"{listed([str(name)])} is said to be in {listed([repr(file)])}"
             raise VectorError(f"{folder / _INDEX}: {said}, which is no file in that folder")
         files.setdefault(file, []).append(name)
+    _refuse_doubled(folder, files)
     return files
+
+
+def _refuse_doubled(folder: Path, shards: Collection[str]) -> None:
+    if said := doubled_weights(folder, shards):
+        raise VectorError(said)
 
 
 def _has_pickle(folder: Path) -> bool:

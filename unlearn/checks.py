@@ -15,8 +15,10 @@ from pathlib import Path
 from unlearn import references
 from unlearn.assets import tasks_folder
 from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError
+from unlearn.hub import check_data
 from unlearn.items import columns_needed
 from unlearn.metrics import goal_metrics
+from unlearn.model_place import check_reach as check_reach_of
 from unlearn.model_place import model_place
 from unlearn.recipe import SPLITS, DataSet, Recipe, SetRole, Source, TaskSpec
 from unlearn.rows import HUB, read_placed
@@ -44,6 +46,18 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     _check_bitsandbytes(recipe)
     _check_tasks(recipe.eval.tasks)
     references.check(recipe, base, hub=hub)
+
+
+def check_reach(recipe: Recipe, base: Path) -> None:
+    """Ask, if a recipe names anything on the hub that nobody here has, whether the hub can be reached at all.
+
+    Raises:
+        ModelError, DataError: it cannot.
+    """
+    check_reach_of(recipe.model, base)
+    references.check_reach(recipe, base)
+    sources = [s for _, data in recipe.sets() for s in (data, data.validation, data.test) if s is not None]
+    check_data(s.path.removeprefix(HUB) for s in sources if s.path.startswith(HUB))
 
 
 def read_local(sets: Iterable[tuple[SetRole, DataSet]], base: Path) -> None:

@@ -177,10 +177,10 @@ def _cache_for_all(set_hook: Callable[[Any], None]) -> Callable[[Any], None]:
     def set_cache_hook(hook: Any) -> None:
         import torch.distributed as dist
 
+        set_hook(hook)  # first: it says which of the file's answers are this model's
         if dist.is_initialized() and hook.dbdict is not None:
             for known in gathered(dict(hook.dbdict.items())):
                 hook.dbdict.update(known)
-        set_hook(hook)
 
     return set_cache_hook
 

@@ -80,6 +80,7 @@ def execute(
 
 def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None:
     """The stages before a run's own: nothing of them depends on vectors, coefficients or rules."""
+    checks.check_reach(loaded.recipe, loaded.source.parent)
     quiet_libraries()  # before they are imported
     from unlearn.pipeline import Pipeline
 
@@ -96,6 +97,7 @@ def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None
 
 
 def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -> RunReport | None:
+    checks.check_reach(loaded.recipe, loaded.source.parent)
     quiet_libraries()  # before they are imported
     from unlearn.card import CardFacts
     from unlearn.compared import Subjects
@@ -129,7 +131,7 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
     if not is_main_process():
         return None  # training and scoring are shared among processes; the rest is the main one's
     rows, training = _rows(before, after, beside), pipe.training(vectors)
-    exports = pipe.export(target, edit, CardFacts(recipe, chosen, rows))
+    exports = pipe.export(target, sets, edit, CardFacts(recipe, chosen, rows))
     who = provenance.collect(loaded.source, sys.argv, {"key": key, "model": recipe.model.path, **models})
     report = RunReport(
         name=recipe.name,

@@ -7,29 +7,40 @@ weights in 16 bits are not: what they keep of the edit is measured and reported.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.adapter_writer import require_factors, target_modules, write_adapter
+from unlearn.batches import Encoded
 from unlearn.card import CardFacts, card
 from unlearn.changes import Change, edited
-from unlearn.errors import VectorError
-from unlearn.negate import fit
+from unlearn.errors import BrokenModelError, VectorError
+from unlearn.fetch import doubled_weights, index_shards
+from unlearn.negate import applied, fit
 from unlearn.quiet import quietly
 from unlearn.rounding import generator_for, round_stochastically
-from unlearn.shards import Slot, parse_size, write_shards
-from unlearn.survival import Survival, summary_of
+from unlearn.shards import Slot, parse_size, require_finite, write_shards
+from unlearn.survival import Survival, lost, summary_of
+from unlearn.token_scores import token_scores
 from unlearn.vector import TaskVector
 
 _ROUNDED = (torch.bfloat16, torch.float16)
+# Nats per token that a forward pass in a number format may be off, and the share of an edit's effect that may be lost.
+_FORWARD = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_SHARE = 0.1
+_WAYS_OUT = (
+    "Set export.dtype to float32 or export.stochastic_rounding to true, or take the adapter, which is exact; "
+    "export.accept_rounding: true writes them all the same"
+)
 
 
 def export_adapter(
@@ -82,6 +93,7 @@ def export_merged(
     shard_size: str = "5GB",
     stochastic_rounding: bool = False,
     seed: int = 0,
+    accept_rounding: bool = False,
     base_name: str = "",
     about: CardFacts | None = None,
 ) -> Mapping[str, Any]:
@@ -97,6 +109,7 @@ def export_merged(
         shard_size: Largest file, ``5GB``.
         stochastic_rounding: Round edited weights to 16 bits by chance instead of to the nearest.
         seed: For stochastic rounding.
+        accept_rounding: Write also what rounding to nearest has made another edit of.
         base_name, about: For the model card; ``about`` None writes none.
 
     Returns:
@@ -107,7 +120,9 @@ def export_merged(
         ratio are None.
 
     Raises:
-        VectorError: the vector does not fit the model, or a weight it changes is quantised.
+        VectorError: the vector does not fit the model, or a weight it changes is quantised; a weight is not finite in
+            its number format; less is left of the edit than :data:`unlearn.survival.LEAST`; the folder holds other
+            weights beside.
     """
     fitted = fit(model, vector)
     packed = [n for n in fitted if not model.get_parameter(f"{n}.weight").is_floating_point()]
@@ -116,31 +131,30 @@ def export_merged(
             "whole weights cannot be written from a quantised model: load it without quantisation, or export the "
             "adapter only" + (f". Quantised: {', '.join(packed)}" if packed else "")
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    edits = {f"{n}.weight": _edit(n, module, change, coefficient) for n, (module, change) in fitted.items()}
-    measured: dict[str, Survival] = {}
     state = _distinct(model)
 
     @torch.no_grad()
     def value(name: str) -> Tensor:
         pristine = state[name]
         target = dtype if dtype is not None and pristine.is_floating_point() else pristine.dtype
-        if name not in edits:
+        module = name.removesuffix(".weight")
+        if module not in fitted or name == module:
             return pristine.to(target)
-        edit = edits[name]
-        exact, intended = edit(pristine.float())
+        exact = _edit(*fitted[module], coefficient, pristine.float(), module)
         if stochastic_rounding and target in _ROUNDED:
-            stored = round_stochastically(exact, target, generator_for(seed, name))
-        else:
-            stored = exact.to(target)
-        measured[name.removesuffix(".weight")] = Survival.of(stored, pristine.to(target), intended)
-        return stored
+            return round_stochastically(exact, target, generator_for(seed, name))
+        return exact.to(target)
 
+    survived = _survived(state, value, fitted, coefficient)
+    if not accept_rounding and not stochastic_rounding and (said := lost(survived, _WAYS_OUT)):
+        raise VectorError(f"export.merged: {said}")
+    folder.mkdir(parents=True, exist_ok=True)
     with quietly():
         _save(model, state, value, folder, dtype, shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    survived = summary_of(measured)
+    if said := doubled_weights(folder, index_shards(folder) or ()):
+        raise VectorError(said)
     _readme(folder, about, "merged", base_name, survived)
     return {
         "coefficient": coefficient,
@@ -151,21 +165,80 @@ def export_merged(
     }
 
 
-def _edit(
-    name: str, module: nn.Module, change: Change, coefficient: float
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function from a pristine float32 weight to (the edited weight, the intended change), in its own layout."""
+def rescored(
+    folder: Path,
+    model: PreTrainedModel,
+    vector: TaskVector,
+    coefficient: float,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    accept_rounding: bool = False,
+) -> Mapping[str, float]:
+    """Load merged weights as anybody would, and compare what they say with what the edited model in memory says.
 
-    def edit(pristine: Tensor) -> tuple[Tensor, Tensor]:
-        transposed = isinstance(module, Conv1D)  # it keeps (in, out)
-        if tuple(pristine.shape) != (change.shape[::-1] if transposed else change.shape):
-            raise VectorError(f"{name}: its weight is stored as {tuple(pristine.shape)}, which cannot take the vector")
-        here = change.to(pristine.device)
-        intended = -coefficient * (here.delta().T if transposed else here.delta())
-        # the same operation that put the vector on the model while it was scored
-        return edited(pristine, here, -coefficient, transposed), intended
+    Args:
+        folder: What :func:`export_merged` wrote of the other arguments.
+        rows: A few items.
 
-    return edit
+    Returns:
+        ``items``; ``difference``, the mean over answer tokens of |log p(reloaded) - log p(edited)|, in nats; ``edit``,
+        the same between the edited and the unedited model; ``allowed``, what rounding explains of a difference:
+        that of the coarser number format in a forward pass, and a tenth of what the edit does.
+
+    Raises:
+        VectorError: the reloaded model does not work, or (unless ``accept_rounding``) it is another one.
+    """
+    before = _log_probs(model, tokenizer, rows)
+    with applied(model, vector, -coefficient):
+        wanted = _log_probs(model, tokenizer, rows)
+    with quietly():
+        read: Any = AutoModelForCausalLM.from_pretrained
+        again = read(folder, dtype="auto", use_safetensors=True, trust_remote_code=model.is_remote_code())
+    try:
+        found = _log_probs(again.eval().to(model.device), tokenizer, rows)
+    except BrokenModelError as e:
+        raise VectorError(f"{folder}: read again as {again.dtype}, the merged model does not work: {e}") from e
+    difference, edit = float(np.abs(found - wanted).mean()), float(np.abs(wanted - before).mean())
+    allowed = max(_FORWARD[model.dtype], _FORWARD[again.dtype]) + _SHARE * edit
+    if difference > allowed and not accept_rounding:
+        raise VectorError(
+            f"export.merged: the merged model, read again, is not the one that was scored: on {len(rows)} items its "
+            f"log-probabilities per token are {difference:.3f} nats off, where the edit changes them by {edit:.3f} and "
+            f"rounding explains {allowed:.3f}. Write float32, or take the adapter, which is exact; "
+            "export.accept_rounding writes it all the same"
+        )
+    return {"items": len(rows), "difference": difference, "edit": edit, "allowed": allowed}
+
+
+def _log_probs(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Encoded]) -> np.ndarray[Any, Any]:
+    return np.concatenate([score.logprobs for score in token_scores(model, tokenizer, rows)])
+
+
+def _edit(module: nn.Module, change: Change, coefficient: float, pristine: Tensor, name: str) -> Tensor:
+    """The edited weight, in its own layout, from the pristine one in float32."""
+    transposed = isinstance(module, Conv1D)  # it keeps (in, out)
+    if tuple(pristine.shape) != (change.shape[::-1] if transposed else change.shape):
+        raise VectorError(f"{name}: its weight is stored as {tuple(pristine.shape)}, which cannot take the vector")
+    # the same operation that put the vector on the model while it was scored
+    return edited(pristine, change.to(pristine.device), -coefficient, transposed)
+
+
+@torch.no_grad()
+def _survived(
+    state: Mapping[str, Tensor],
+    value: Callable[[str], Tensor],
+    fitted: Mapping[str, tuple[nn.Module, Change]],
+    coefficient: float,
+) -> Mapping[str, Any]:
+    """How much of the edit the number format keeps, looked at before anything is written."""
+    measured = {}
+    for name, (module, change) in fitted.items():
+        stored = value(f"{name}.weight")
+        require_finite(f"{name}.weight", stored)
+        delta = change.to(stored.device).delta()
+        intended = -coefficient * (delta.T if isinstance(module, Conv1D) else delta)
+        measured[name] = Survival.of(stored, state[f"{name}.weight"].to(stored.dtype), intended)
+    return summary_of(measured)
 
 
 def _distinct(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -194,7 +267,10 @@ def _save(
         if getattr(model, "_weight_conversions", None):
             # its files name or lay out weights otherwise than the model does; only transformers can turn that back,
             # and for all weights at once
-            model.save_pretrained(folder, state_dict={n: value(n) for n in state}, max_shard_size=shard_size)
+            values = {n: value(n) for n in state}
+            for name, tensor in values.items():
+                require_finite(name, tensor)
+            model.save_pretrained(folder, state_dict=values, max_shard_size=shard_size)
         else:
             if model.is_remote_code():
                 custom_object_save(model, folder, config=cast("Any", model.config))

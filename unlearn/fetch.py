@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from unlearn.recipe import ModelSpec
 from unlearn.redact import one_line
 from unlearn.wheel import WheelFile, find_in_wheel
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# transformers' own; not what Mistral's programs read (it comes beside), and not an adapter, which is refused as such
+_WEIGHTS = re.compile(r"(?!consolidated|adapter_model).*\.safetensors|pytorch_model.*\.bin(\.index\.json)?")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -103,6 +106,47 @@ def find(path: str, base: Path) -> Path | None:
     return next((place for place in (given, base / given) if place.exists()), None)
 
 
+def index_shards(folder: Path) -> set[str] | None:
+    """The files that a folder's index of weights names; None where there is no index.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        return None
+    try:
+        return {str(shard) for shard in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"model.path: {index} cannot be read as an index of weights") from error
+
+
+def doubled_weights(folder: Path, shards: Collection[str]) -> str:
+    """What to say of a model's folder with more weights than a reader takes; empty where there is nothing to say.
+
+    transformers takes ``model.safetensors`` before an index, either of them before pickles, and of shards those that
+    the index names. Of the others it says nothing, and they may well be the new ones.
+
+    Args:
+        shards: The files that the index names, if there is one.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    if SINGLE in names and INDEX in names and set(shards) != {SINGLE}:
+        return (
+            f"{folder} holds two sets of weights, {SINGLE} and the shards that {INDEX} names, and which of them is the "
+            f"model cannot be told: remove the old one, either {SINGLE}, or {INDEX} and "
+            f"{one_line(some(sorted(shards)))}"
+        )
+    read = set(shards) if INDEX in names else {SINGLE}
+    others = [n for n in names if n not in read and _WEIGHTS.fullmatch(n)]
+    if not others or not read & set(names):
+        return ""
+    return (
+        f"{folder} holds weights beside those that are read ({INDEX if INDEX in names else SINGLE}), and which "
+        f"is the model cannot be told: remove or move {one_line(some(others))} or, if these are new, the others"
+    )
+
+
 def _check_folder(folder: Path) -> None:
     """Say what a local folder lacks before transformers fails on it in its own words."""
     if not folder.is_dir():
@@ -118,23 +162,23 @@ def _check_folder(folder: Path) -> None:
             f"model.path: {folder} holds an adapter (adapter_config.json) beside the model: merge the two, or move the "
             "adapter into a folder of its own"
         )
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = {str(shard) for shard in json.loads(index.read_text("utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"model.path: {index} cannot be read as an index of weights") from error
+    shards = index_shards(folder)
+    if said := doubled_weights(folder, shards or ()):
+        raise ModelError(f"model.path: {said}")
+    if shards is not None:
         if pickled := sorted(shard for shard in shards if not shard.endswith(".safetensors")):
-            raise ModelError(f"model.path: {index} names what is no safetensors file: {one_line(some(pickled))}")
+            raise ModelError(
+                f"model.path: {folder / INDEX} names what is no safetensors file: {one_line(some(pickled))}"
+            )
         if missing := sorted(shards - set(names)):
             raise ModelError(f"model.path: {folder} is incomplete: {one_line(some(missing))} missing")
-    elif "model.safetensors" not in names:
+    elif SINGLE not in names:
         if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
             raise ModelError(
                 f"model.path: {folder} has its weights as pickles only, which can run code when opened: convert them "
                 "to safetensors (load where you trust them, then save_pretrained)"
             )
-        raise ModelError(f"model.path: {folder} has no model.safetensors; in it: {shown}")
+        raise ModelError(f"model.path: {folder} has no {SINGLE}; in it: {shown}")
     if not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & set(names):
         raise ModelError(f"model.path: {folder} has no tokenizer (tokenizer.json); in it: {shown}")
 

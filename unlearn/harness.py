@@ -18,11 +18,13 @@ from collections.abc import Iterator, Sequence
 import lm_eval.models  # noqa: F401 - fills the registry; lm-eval does so by itself only while it is empty
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import model_registry
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
 from unlearn import accelerated, distributed
 from unlearn.console import is_main_process, say
-from unlearn.errors import UnlearnError
+from unlearn.errors import EvaluationError, UnlearnError
+from unlearn.hub import hub_away
 from unlearn.memory import told
 
 MODEL = "unlearn"
@@ -61,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnlearnError as e:
         say(f"error: {e}", style="red")
         return EXIT_MISTAKE
+    except ConnectionError:
+        if not (away := hub_away()):
+            raise
+        say(f"error: the data of the tasks are not all on this machine, and {away}", style="red")
+        return EXIT_MISTAKE
     finally:
         sys.argv = before
     distributed.leave()
@@ -74,12 +81,30 @@ def _run(cli: HarnessCLI) -> None:
             cli.execute(arguments)  # prints the help
             return
     if arguments.command == "run":
+        _check_caches(arguments)
+        hub_away()  # looked into before the tasks are: their data are then looked for on this machine alone
         accelerated.start_the_others("unlearn.harness", sys.argv[1:])
         distributed.join()
         if not is_main_process():
             _run_silently(cli, arguments)
             return
     cli.execute(arguments)
+
+
+def _check_caches(arguments: argparse.Namespace) -> None:
+    """Refuse lm-eval's caches where what they keep would be taken for something else's."""
+    given = EvaluatorConfig.load_yaml_config(arguments.config) if arguments.config else {}
+    given |= {key: value for key, value in vars(arguments).items() if value}
+    if given.get("use_cache") and given.get("model") != MODEL:
+        raise EvaluationError(
+            f"--use_cache: lm-eval keeps answers by their texts alone and would give one model's for another's; "
+            f"--model {MODEL} keeps them by model"
+        )
+    if given.get("cache_requests") and given.get("metadata"):
+        raise EvaluationError(
+            "--cache_requests: lm-eval keeps requests by the task's name alone, so those of other --metadata would be "
+            "taken for these: leave one of the two out"
+        )
 
 
 def _run_silently(cli: HarnessCLI, arguments: argparse.Namespace) -> None:

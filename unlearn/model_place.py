@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from unlearn import pico
 from unlearn.cache import cache_folder, offline, whole
 from unlearn.errors import ModelError
 from unlearn.fetch import conversion, locate
-from unlearn.hub import check_trust
+from unlearn.hub import check_trust, hub_away, hub_cache, model_in_cache, not_here
 from unlearn.recipe import ModelSpec
 from unlearn.recipe_check import nearest
 from unlearn.wheel import WheelFile
@@ -101,15 +100,26 @@ def _converted(digest: str) -> bool:
 
 
 def _hub(spec: ModelSpec) -> str:
-    """Look for the hub's own cache by its documented layout; importing its client takes longer than all else here."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     revision = f", revision {spec.revision}" if spec.revision else ""
-    if any((cache / f"models--{spec.path.replace('/', '--')}" / "snapshots").glob("*/config.json")):
+    if model_in_cache(spec.path):
         return f"from the hub{revision}; in the hub's local cache"
     if offline():
         raise ModelError(
-            f"model.path: {spec.path} is neither here nor in the hub's local cache {cache}, and going online is "
+            f"model.path: {spec.path} is neither here nor in the hub's local cache {hub_cache()}, and going online is "
             f"forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE); set model.path to {_KINDS}"
         )
     return f"DOWNLOADED once from the hub{revision}, unless model.path is set to a local folder"
+
+
+def check_reach(spec: ModelSpec, base: Path) -> None:
+    """Raise for a model that only the hub has, where it cannot be reached: before torch is imported.
+
+    Raises:
+        ModelError: that is so.
+    """
+    given = spec.path
+    elsewhere = given.startswith(("pico:", "wheel:")) or given.partition(_PINNED)[0].lower().endswith(".gguf")
+    if elsewhere or _exists(given, base) or not _HUB_ID.fullmatch(given) or model_in_cache(given):
+        return
+    if away := hub_away():
+        raise ModelError(not_here(given, away))

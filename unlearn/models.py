@@ -19,10 +19,11 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.pytorch_utils import Conv1D
 
 from unlearn import atomic
-from unlearn.cache import offline, sha256, vanished
+from unlearn.cache import sha256, vanished
 from unlearn.distributed import cpus_only
 from unlearn.errors import ModelError
-from unlearn.hub import NETWORK_LIBRARIES, check_trust, condensed, hub_failure
+from unlearn.fetch import doubled_weights, index_shards
+from unlearn.hub import NETWORK_LIBRARIES, check_trust, condensed, hub_away, hub_failure
 from unlearn.layers import layer_of
 from unlearn.memory import is_out_of_memory, told
 from unlearn.quiet import quietly
@@ -69,6 +70,8 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     dtype = number_format(spec.dtype, device)
     quantize = spec.quantize if for_training else "none"
     options = _options(spec, where)
+    if Path(where).is_dir() and (said := doubled_weights(Path(where), index_shards(Path(where)) or ())):
+        raise ModelError(f"model.path: {said}")
     with told(f"model.path: {where}", "choose a smaller model"):
         try:
             with quietly(downloads=True):
@@ -82,6 +85,7 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
             raise ModelError(message) from error
     _check_weights(where, report)
     _check_tokenizer(where, tokenizer, model)
+    untie(model)
     model.eval()
     words = _words(tokenizer)
     whole = atomic.fingerprint(fingerprint(model), _settings(model), _code(model, tokenizer), words)
@@ -112,7 +116,23 @@ def load_tokenizer(spec: ModelSpec, where: str) -> PreTrainedTokenizerFast:
 def _options(spec: ModelSpec, where: str) -> dict[str, Any]:
     """What transformers is told of a folder or hub id."""
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    return options if Path(where).is_dir() else options | {"revision": spec.revision, "local_files_only": offline()}
+    if Path(where).is_dir():
+        return options
+    return options | {"revision": spec.revision, "local_files_only": bool(hub_away())}
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Have a model's configuration say so where its head is not tied though it should be.
+
+    transformers does not tie a head that is stored with other values than the embeddings, and leaves the configuration
+    as it is. Whoever acts on that afterwards (``tie_weights``, which lm-eval calls; a reader of what is saved) loses
+    the head.
+    """
+    if not getattr(model.config, "tie_word_embeddings", False) or getattr(model, "all_tied_weights_keys", True):
+        return
+    head, first = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not first.weight:
+        model.config.tie_word_embeddings = False
 
 
 def place(name: str) -> torch.device:

@@ -17,7 +17,7 @@ from lm_eval.tasks._factory import TaskFactory
 from unlearn.assets import tasks_folder
 from unlearn.checks import no_such_task
 from unlearn.errors import EvaluationError
-from unlearn.hub import no_foreign_code
+from unlearn.hub import hub_away, no_foreign_code
 from unlearn.recipe import Split, TaskSpec
 
 
@@ -58,12 +58,18 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
     given = spec.model_dump(mode="json")["metadata"]
     if ours and tokenizer:
         given = {"tokenizer": tokenizer, **given}  # some count tokens
+    away = hub_away()
     try:
         with no_foreign_code(f"eval.tasks: {spec.task}"):
             loaded = _telling(index, given).load(spec.task)
     except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
         if ours and isinstance(error, ValueError):  # the pack's own words
             raise EvaluationError(f"eval.tasks: {spec.task}: {error}") from error
+        if away and isinstance(error, ConnectionError):
+            raise EvaluationError(
+                f"eval.tasks: the data of {spec.task!r} are not on this machine, and {away}. Fill the cache where "
+                "there is network and set HF_HOME, or take the task out of the recipe"
+            ) from error
         raise EvaluationError(
             f"eval.tasks: lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error}). Its data come from the "
             f"hub: fill the cache where there is network and set HF_HOME, or take the task out of the recipe"

@@ -15,10 +15,12 @@ import torch
 
 from unlearn import benchmark_tasks, card, export, fetch, finetune, models, references
 from unlearn.attacked import Attacked
+from unlearn.batches import Encoded
 from unlearn.compared import refuse_another
 from unlearn.console import say
 from unlearn.data import LoadedSet, load_sets
 from unlearn.distributed import main_first
+from unlearn.encoding import reach, scored_rows
 from unlearn.item_files import at_prefixes, write_items
 from unlearn.members import require_rows
 from unlearn.models import Loaded
@@ -26,6 +28,8 @@ from unlearn.push import able, push
 from unlearn.recipe import PushSpec
 from unlearn.rundir import write_json_atomic
 from unlearn.vector import TaskVector
+
+_FEW = 4  # items of a set that an export is compared on
 
 
 class Pipeline(Attacked):
@@ -105,7 +109,9 @@ class Pipeline(Attacked):
 
     # -- exports -------------------------------------------------------------------------------------------------
 
-    def export(self, target: Loaded, vector: TaskVector, about: card.CardFacts) -> dict[str, Any]:
+    def export(
+        self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector, about: card.CardFacts
+    ) -> dict[str, Any]:
         """Write what the recipe asks for; nothing when no coefficient was chosen."""
         spec, c = self.recipe.export, about.chosen.coefficient
         wanted = [n for n, on in (("adapter", spec.adapter), ("merged", spec.merged)) if on and c > 0]
@@ -130,13 +136,18 @@ class Pipeline(Attacked):
                     shard_size=spec.shard_size,
                     stochastic_rounding=spec.stochastic_rounding,
                     seed=self.recipe.seed,
+                    accept_rounding=spec.accept_rounding,
                     base_name=self.where,
                     about=about,
                 )
-                write_json_atomic(tmp / "export.json", facts)
+                rows = _a_few(sets, target)
+                again = export.rescored(tmp, target.model, vector, c, target.tokenizer, rows, spec.accept_rounding)
+                say(f"    read again, it is {again['difference']:.2g} nats per token off the edited model")
+                write_json_atomic(tmp / "export.json", {**facts, "rescored": again})
 
             edited = [target.fingerprint, vector.digest(), c]
-            how = spec.model_dump(mode="json", include={"dtype", "stochastic_rounding", "shard_size"})
+            settings = {"dtype", "stochastic_rounding", "shard_size", "accept_rounding"}
+            how = spec.model_dump(mode="json", include=settings)
             parts = {
                 "adapter": [*edited, self.where, card.card(about, "adapter", self.where)],
                 "merged": [*edited, how, self.recipe.seed, card.card(about, "merged", self.where)],
@@ -162,3 +173,11 @@ class Pipeline(Attacked):
         self.make("export/hub", [*parts, spec.model_dump(mode="json")], make)
         facts: dict[str, Any] = json.loads((self.folder.path("export/hub") / "pushed.json").read_text("utf-8"))
         return facts
+
+
+def _a_few(sets: Sequence[LoadedSet], target: Loaded) -> list[Encoded]:
+    """Some scored items of every set, to compare two models on."""
+    most = reach(target.model, target.tokenizer)
+    return [
+        row for s in sets for row in scored_rows((*s.test, *s.validation)[:_FEW], s.spec.kind, target.tokenizer, most)
+    ]

@@ -105,6 +105,10 @@ class ExportSpec(Frozen):
     stochastic_rounding: bool = Field(
         False, description="merged in 16 bits: round up or down by chance, so that small edits survive on average."
     )
+    accept_rounding: bool = Field(
+        False,
+        description="merged in 16 bits: write it also where rounding has made another model of it than was scored.",
+    )
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Largest shard of the merged weights.")
     push_to_hub: PushSpec | None = Field(None, description="Where an export is pushed to; null: nowhere.")
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from unlearn import fetch
+from unlearn import fetch, model_place
 from unlearn.assets import tasks_folder
 from unlearn.data import LoadedSet
 from unlearn.errors import DataError, EvaluationError, ModelError
-from unlearn.model_place import model_place
+from unlearn.hub import hub_away
 from unlearn.recipe import ModelSpec, Recipe
 from unlearn.recipe_bench import FORGET_SETS, BenchmarkSpec
 
@@ -52,7 +52,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     given = _model_given(recipe)
     if given is not None and run_reference(given, base) is None:
         try:
-            model_place(_spec(recipe, given), base)
+            model_place.model_place(_spec(recipe, given), base)
         except ModelError as error:
             raise _about_reference(error) from error
         if recipe.teach is None and _same_place(given, recipe.model.path, base):
@@ -108,6 +108,7 @@ def benchmark_rows(spec: BenchmarkSpec, base: Path, *, hub: bool = False) -> Map
             raise EvaluationError(f"benchmark.items is {spec.items}, and TOFU's {spec.set} has {whole} questions")
         return None
     where = None if folder is None else str(folder)
+    away = hub_away() if folder is None else ""
     try:
         if spec.name == "muse":
             parts = [("verbmem", "forget"), ("knowmem", "forget"), ("knowmem", "retain")]
@@ -118,6 +119,7 @@ def benchmark_rows(spec: BenchmarkSpec, base: Path, *, hub: bool = False) -> Map
     except (OSError, ValueError) as error:
         raise EvaluationError(
             f"benchmark: the data of {spec.name} {spec.set} cannot be had: {error}"
+            + (f". {away[:1].upper()}{away[1:]}" if away else "")
             + ("" if spec.path else ". They come from the hub; benchmark.path names a local folder with them")
         ) from error
     for name, rows in found.items():
@@ -214,6 +216,20 @@ def log_file(recipe: Recipe, base: Path) -> Path | None:
             "layout of TOFU's authors"
         )
     return found
+
+
+def check_reach(recipe: Recipe, base: Path) -> None:
+    """Ask for a reference that only the hub has whether the hub can be reached at all.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    given = _model_given(recipe)
+    if given is not None and run_reference(given, base) is None:
+        try:
+            model_place.check_reach(_spec(recipe, given), base)
+        except ModelError as error:
+            raise _about_reference(error) from error
 
 
 def run_reference(given: str, base: Path) -> Path | None:

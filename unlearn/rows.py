@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.errors import DataError
+from unlearn.hub import hub_away, no_data
 from unlearn.readers import ENDINGS, Row, first_line, numbered, read_file, shorten
 from unlearn.recipe import Scalar, Source
 from unlearn.recipe_data import Between
@@ -94,11 +95,14 @@ def _read_hub(source: Source) -> list[Row]:
         raise DataError(f"{source.path}: a hub data set is written hub:OWNER/NAME; for a file leave out 'hub:'")
     import datasets
 
+    away = hub_away()
     split = source.split or "train"
     try:
         found = datasets.load_dataset(name, source.config, split=split, revision=source.revision)
         return _from_hub(found, source)
     except Exception as error:  # any library under it may raise here: HTTP client, hub client, Arrow, file system
+        if away and isinstance(error, ConnectionError):
+            raise DataError(no_data(source.path, away)) from error
         asked = f"config {source.config or 'default'}, split {split}, revision {source.revision or 'newest'}"
         raise DataError(
             f"{source.path} ({asked}): cannot be loaded: {type(error).__name__}: {first_line(error)}. "

@@ -9,9 +9,12 @@ model itself once) goes through lm-eval's code.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,11 +27,15 @@ from torch import Tensor
 from unlearn.console import progress
 from unlearn.decoding import greedy
 from unlearn.distributed import share_requests
-from unlearn.errors import EvaluationError
+from unlearn.errors import EvaluationError, ModelError
+from unlearn.fetch import doubled_weights, index_shards
 from unlearn.forward import Budget, Forward, NotPackableError, Part, run
+from unlearn.hub import condensed, hub_away, model_in_cache
 from unlearn.memory import is_out_of_memory
+from unlearn.models import fingerprint, untie
 from unlearn.recipe import EvalSpec
 from unlearn.tree import Piece, pack
+from unlearn.vector_adapter import ADAPTER_CONFIG, strangers
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +43,8 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 # lm-eval's own code takes log-softmax and sums in the model's format: in bfloat16 a long answer is off by whole nats
 _SOFTMAX = "float32"
 _ALL = 1 << 30  # a batch size that no list of requests reaches
+_ADAPTER = "pretrained={} is an adapter, or holds one: give its base as pretrained=... and the adapter as peft=..."
+_UNFIT = ("size mismatch", "arget modules", "adapter_config.json")  # in what PEFT says of an adapter that does not fit
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
@@ -113,6 +122,12 @@ class PackedLM(WholeLM):
             raise EvaluationError(f"backend={backend}: only causal models are scored here; use --model hf")
         if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
             raise EvaluationError(f"batch_tokens={batch_tokens}: give a whole number of tokens, 1 or more")
+        if options.get("device") is None and not torch.cuda.is_available():  # HFLM's own choice is cuda, there or not
+            options["device"] = "mps" if torch.backends.mps.is_available() else "cpu"
+        if isinstance(pretrained, str):
+            _look_at(pretrained, tokenizer, options)
+        else:
+            untie(pretrained)
         # HFLM's cache of logits scores a text that is asked for with two different continuations at the wrong place
         options.setdefault("logits_cache", False)
         options.setdefault("softmax_dtype", _SOFTMAX)
@@ -123,6 +138,58 @@ class PackedLM(WholeLM):
         self.label = "scoring"
         self._forward: Forward | Literal[False] | None = None
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+
+    def _create_model(self, pretrained: str, peft: str | None = None, **options: Any) -> None:
+        """As lm-eval does it, but an adapter that the model does not take in whole is refused."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")  # below it is an error
+                super()._create_model(pretrained, peft=peft, **options)
+        except (ValueError, RuntimeError) as e:
+            if not peft or is_out_of_memory(e) or not any(sign in str(e) for sign in _UNFIT):
+                raise
+            raise EvaluationError(f"peft={peft} does not fit {pretrained}: {condensed(e)}") from e
+        if getattr(self._model, "_hf_peft_config_loaded", False):
+            raise EvaluationError(_ADAPTER.format(pretrained))
+        if peft and (said := strangers(self._model, peft, options.get("revision"))):
+            raise EvaluationError(f"peft={peft} does not fit {pretrained}:\n{said}")
+        untie(self._model)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Where lm-eval hands over its cache of answers (``use_cache``), which by itself knows texts and no model.
+
+        So each model gets a table of its own in the file: another one has other weights, another adapter, number
+        format, tokenizer or setting of those that count.
+
+        Raises:
+            EvaluationError: the model is under an edit that acts beside its weights, which no key could tell.
+        """
+        table = cache_hook.dbdict
+        if table is not None:
+            if any(module._forward_hooks for module in self.model.modules()):
+                raise EvaluationError(
+                    "use_cache: this model is edited by hooks beside its weights, so answers cannot be kept for it"
+                )
+            table.tablename = self._identity()
+            table.conn.execute(f'CREATE TABLE IF NOT EXISTS "{table.tablename}" (key TEXT PRIMARY KEY, value BLOB)')
+            table.conn.commit()
+        super().set_cache_hook(cache_hook)
+
+    def _identity(self) -> str:
+        """A key for all that answers depend on beside the texts: weights, configurations, tokenizer, settings."""
+        adapters = getattr(self.model, "peft_config", {})
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = [
+            fingerprint(self.model),
+            self.model.config.to_json_string(use_diff=False),
+            [(name, sorted(config.to_dict().items(), key=str)) for name, config in sorted(adapters.items())],
+            getattr(self.model, "generation_config", None),
+            fast.to_str() if fast is not None else sorted(self.tokenizer.get_vocab().items()),
+            (self.eot_token_id, self.prefix_token_id, self.tokenizer.pad_token_id),
+            (self.max_length, self.add_bos_token, self.truncation, self.think_end_token),
+            (self.mixed_precision_dtype, self.softmax_dtype),
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As lm-eval does it, but once: a sweep asks for the same pairs at every coefficient."""
@@ -250,6 +317,33 @@ class PackedLM(WholeLM):
     def _precision(self) -> AbstractContextManager[Any]:
         dtype = self.mixed_precision_dtype
         return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+def _look_at(pretrained: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """Say of what a model is to be loaded from what transformers would pass over in silence, or ask for in vain."""
+    folder = Path(pretrained) / str(options.get("subfolder") or "")
+    if folder.is_dir() and not options.get("gguf_file"):
+        try:
+            said = doubled_weights(folder, index_shards(folder) or ())
+        except ModelError as e:
+            said = str(e).removeprefix("model.path: ")
+        if said:
+            raise EvaluationError(f"pretrained: {said}")
+        if (folder / ADAPTER_CONFIG).exists():
+            raise EvaluationError(_ADAPTER.format(pretrained))
+    names = {
+        "pretrained": pretrained,
+        "tokenizer": tokenizer,
+        "peft": options.get("peft"),
+        "delta": options.get("delta"),
+    }
+    for key, name in names.items():
+        if not isinstance(name, str) or Path(name).exists() or model_in_cache(name):
+            continue
+        if away := hub_away():
+            raise EvaluationError(
+                f"{key}={name}: there is no such folder, nothing of it in the hub's cache, and {away}"
+            )
 
 
 def _finished(passes: Iterable[Sequence[Part]], pieces: Sequence[Piece]) -> Iterator[tuple[int, tuple[float, bool]]]:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unlearn.errors import VectorError
+
 _CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -70,6 +72,9 @@ def write_shards(slots: Sequence[Slot], value: Callable[[str], Tensor], folder: 
 
     Returns:
         The names of the files written.
+
+    Raises:
+        VectorError: a tensor is not finite.
     """
     groups = list(_groups(slots, shard_size))
     if len(groups) <= 1:
@@ -85,6 +90,20 @@ def write_shards(slots: Sequence[Slot], value: Callable[[str], Tensor], folder: 
     index_name = "model.safetensors.index.json"
     (folder / index_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [*names, index_name]
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight that its number format cannot hold.
+
+    Raises:
+        VectorError: it has values that are no finite numbers.
+    """
+    parts = torch.split(tensor.detach().reshape(-1), _CHUNK)
+    if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in parts):
+        raise VectorError(
+            f"{name}: as {str(tensor.dtype).removeprefix('torch.')} it has values that are no finite numbers (or has "
+            "them before): take float32, or bfloat16, which reaches as far, or a smaller coefficient"
+        )
 
 
 def _groups(slots: Sequence[Slot], shard_size: int) -> Iterator[list[Slot]]:
@@ -128,6 +147,7 @@ def write_file(
             tensor = value(s.name)
             if tuple(tensor.shape) != s.shape or tensor.dtype != s.dtype:
                 raise ValueError(f"{s.name}: {tuple(tensor.shape)} {tensor.dtype} came instead of {s}")
+            require_finite(s.name, tensor)
             flat = tensor.detach().contiguous().reshape(-1)
             for start in range(0, len(flat), _CHUNK):
                 f.write(flat[start : start + _CHUNK].cpu().view(torch.uint8).numpy().data)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+LEAST = 0.9  # cosine to the intended change under which what is stored is not the edit that was scored
 _ROWS = 1024  # of a weight compared in float64 at a time
 
 
@@ -65,3 +66,19 @@ def summary_of(measured: Mapping[str, Survival]) -> dict[str, Any]:
     """The overall summary, and under ``modules`` each module's own."""
     total = Survival.total(list(measured.values()))
     return {**total.summary(), "modules": {name: measured[name].summary() for name in sorted(measured)}}
+
+
+def lost(survived: Mapping[str, Any], ways_out: str) -> str:
+    """What to say where rounding to nearest has left another edit than the intended one; empty where it has not.
+
+    Args:
+        survived: From :func:`summary_of`.
+        ways_out: What to do about it.
+    """
+    cosine = survived["cosine"]
+    if cosine is None or cosine >= LEAST:
+        return ""
+    return (
+        f"rounded to the stored number format, the edit has cosine {cosine:.3f} to the intended one "
+        f"({survived['changed']:.1%} of the elements changed): these weights would be another model. {ways_out}"
+    )

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlearn.changes import LowRank, listed
 from unlearn.errors import VectorError
@@ -28,6 +30,7 @@ TRANSPOSED = "fan_in_fan_out"  # metadata key: "true" where the base keeps its w
 _PICKLE = "adapter_model.bin"
 _TOO_MUCH = 2**31  # for a rank or an alpha
 _LONGEST_PATTERN, _MOST_REPEATS, _MOST_GROUPS, _LONGEST_NAME = 500, 3, 4, 200
+_REACH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # what PEFT finds modules by
 _ROWS = 1024  # of a tensor that are compared at once
 PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -56,12 +59,14 @@ def from_adapter(folder: Path) -> TaskVector:
 
     Raises:
         VectorError: no such folder, damaged, pickled weights, or more than a plain LoRA on linear layers: DoRA,
-            trained biases, ``modules_to_save``, embeddings, or a setting this program does not know.
+            trained biases, ``modules_to_save``, embeddings, or a setting this program does not know; factors and
+            configuration that do not belong together.
     """
     config = _read_config(folder)
     _refuse_more_than_lora(folder, config)
     factors = _factors(folder, _read_weights(folder))
     try:
+        _refuse_unreached(config, factors)
         modules = {name: _module(name, a, b, config) for name, (a, b) in factors.items()}
         meta = {
             "source": "adapter",
@@ -87,12 +92,56 @@ def unlike_base(folder: Path, files: Mapping[str, Path]) -> list[str]:
     try:
         with safe_open(path, framework="pt") as ours:
             kept = {key: name for key, name in _kept(set(ours.keys())).items() if name in files}
-            return sorted(name for key, name in kept.items() if not _same(ours.get_slice(key), files[name], name))
+            return sorted(name for key, name in kept.items() if not same_values(ours.get_slice(key), files[name], name))
     except (SafetensorError, *UNREADABLE) as e:
         raise VectorError(f"{path}: damaged: {e}") from e
 
 
-def _same(ours: Any, path: Path, name: str) -> bool:
+def refuse_misfit(folder: Path, model: nn.Module) -> None:
+    """Refuse an adapter that does not fit a model in whole, as PEFT itself would put it on.
+
+    Args:
+        folder: An adapter that :func:`from_adapter` reads.
+        model: The base; without memory (on the meta device) is enough.
+
+    Raises:
+        VectorError: factors that would be left out, modules that would stay without, or other shapes; all are named.
+    """
+    from peft import LoraConfig, PeftModel
+
+    config = LoraConfig.from_pretrained(str(folder))
+    config.init_lora_weights = True  # how its factors began does not matter
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # that nothing is copied to where there is no memory
+            said = strangers(PeftModel.from_pretrained(model, str(folder), config=config), folder)
+    except (ValueError, RuntimeError) as e:
+        said = f"  {' '.join(str(e).split())[:_LONGEST_PATTERN]}"
+    if said:
+        raise VectorError(f"{folder}: the adapter does not fit the model:\n{said}")
+
+
+def strangers(model: Any, folder: str | Path, revision: str | None = None) -> str:
+    """What a model under an adapter of PEFT's has not taken of it, and what it lacks; empty where they fit.
+
+    PEFT says so by a return value alone: factors for modules that its configuration does not reach are left out, and
+    modules without factors of theirs stay as they are in the base.
+
+    Args:
+        model: A ``PeftModel`` that was made with the adapter.
+        folder: The adapter's folder, or its name on the hub.
+    """
+    found = model.load_adapter(str(folder), "default", revision=revision)
+    lacking, unused = (
+        sorted({key.replace(".default.", ".").removeprefix(PREFIX).removesuffix(".weight") for key in keys})
+        for keys in (found.missing_keys, found.unexpected_keys)
+    )
+    lines = [f"  it holds what the model has no place for: {listed(unused)}"] if unused else []
+    lines += [f"  {ADAPTER_CONFIG} reaches what it holds nothing for: {listed(lacking)}"] if lacking else []
+    return "\n".join(lines)
+
+
+def same_values(ours: Any, path: Path, name: str) -> bool:
     """Whether a tensor has the same values in a file, but for the rounding to the coarser of both formats."""
     with safe_open(path, framework="pt") as file:
         theirs = file.get_slice(name)
@@ -142,6 +191,11 @@ def _refuse_more_than_lora(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / ADAPTER_WEIGHTS
+    if path.is_file() and (folder / _PICKLE).exists():
+        raise VectorError(
+            f"{folder} holds two sets of factors, {ADAPTER_WEIGHTS} and {_PICKLE}, and which of them is the adapter "
+            "cannot be told: remove the old one"
+        )
     if not path.is_file():
         if (folder / _PICKLE).exists():
             raise VectorError(
@@ -179,11 +233,22 @@ def _matches(pattern: str, name: str) -> bool:
     """
     if pattern.isidentifier():  # most are, and so is what PEFT writes itself but for the dots
         return name == pattern or name.endswith(f".{pattern}")
-    bare = re.sub(r"\[\^?\]?[^\]]*\]", "x", re.sub(r"\\.", "x", pattern))
-    many = len(re.findall(r"[*+?{]", bare)) > _MOST_REPEATS or bare.count("(") > _MOST_GROUPS
-    if many or re.search(r"\)[*+?{]", bare) or len(pattern) > _LONGEST_PATTERN or len(name) > _LONGEST_NAME:
-        raise VectorError(f"{ADAPTER_CONFIG}: the pattern {pattern[:80]!r} may take for ever on {name[:80]!r}")
+    _check_pattern(pattern, name)
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _check_pattern(pattern: str, name: str) -> None:
+    """Refuse a regular expression that may take too long.
+
+    Raises:
+        VectorError: it may.
+    """
+    bare = re.sub(r"\[\^?\]?[^\]]*\]", "x", re.sub(r"\\.", "x", pattern))
+    bare = re.sub(r"(?<=[*+?}])\?|(?<=\()\?<?[:=!]", "", bare)  # lazy, or a group that is not kept: no repetition
+    repeats, groups = len(re.findall(r"[*+?{]", bare)), bare.count("(")
+    long = len(pattern) > _LONGEST_PATTERN or len(name) > _LONGEST_NAME
+    if repeats > _MOST_REPEATS or groups > _MOST_GROUPS or re.search(r"\)[*+?{]", bare) or (long and repeats + groups):
+        raise VectorError(f"{ADAPTER_CONFIG}: the pattern {pattern[:80]!r} may take for ever on {name[:80]!r}")
 
 
 def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -202,6 +267,34 @@ def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Ten
     if alone:
         raise VectorError(f"{folder}: a factor is missing for {listed(alone)}")
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _refuse_unreached(config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Refuse factors that PEFT would leave out, and targets that have none: by PEFT's own rule of what a target is."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    rule = {key: config.get(key) for key in _REACH}
+    targets = rule["target_modules"]
+    if not names or targets is None or targets == "all-linear":
+        return
+    try:
+        for pattern in (p for value in rule.values() for p in (value if isinstance(value, list) else [value])):
+            if isinstance(pattern, str):
+                _check_pattern(pattern, max(names, key=len))
+        unreached = sorted(n for n in names if not check_target_module_exists(SimpleNamespace(**rule), n))
+        entries = [] if isinstance(targets, str) else sorted(set(targets))
+        empty = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in names)]
+        # an entry may be a name in every layer, or a module's full path, which other settings leave out again
+        free = SimpleNamespace(**rule | {"layers_to_transform": None})
+        empty = [e for e in empty if check_target_module_exists(free, e)]
+    except (re.error, TypeError, AttributeError, RecursionError, OverflowError) as e:
+        raise VectorError(f"{ADAPTER_CONFIG} does not tell which modules are meant: {e}") from e
+    lines = (
+        [f"  {', '.join(_REACH)} do not reach {listed(unreached)}: PEFT leaves these factors out"] if unreached else []
+    )
+    lines += [f"  target_modules names {listed(empty)}, for which there are no factors"] if empty else []
+    if lines:
+        raise VectorError("\n".join([f"its factors are not those that its {ADAPTER_CONFIG} means:", *lines]))
 
 
 def _module(name: str, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> LowRank:

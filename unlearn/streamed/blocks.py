@@ -136,8 +136,7 @@ class Editor:
         The sum is :func:`unlearn.changes.edited` in float32, then cast, as :func:`unlearn.export.export_merged` has it.
 
         Raises:
-            VectorError: the number format cannot hold the result. Of half precision every value is looked at, of the
-                others, which reach as far as float32, those that are measured.
+            VectorError: the number format cannot hold the result.
         """
         dtype, weight = block.work.dtype, block.work.target.weight
         aligned = raw.storage_offset() % dtype.itemsize == 0
@@ -155,8 +154,7 @@ class Editor:
             stored.copy_(wide)
         if not aligned:
             raw.copy_(stored.view(-1).view(torch.uint8))
-        looked_at = stored if self.measure and dtype == torch.float16 else stored[::step] if step else None
-        if looked_at is not None and not bool(torch.isfinite(looked_at).all()):
+        if self.measure and not bool(stored.isfinite().all()):
             raise VectorError(
                 f"{block.work.target.module}: with coefficient {self.coefficient!r} its weights are nothing that "
                 f"{block.work.target.stored.format} can hold (or they are not finite before): take a smaller one"

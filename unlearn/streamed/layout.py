@@ -16,8 +16,10 @@ from typing import Any
 
 from unlearn.atomic import some
 from unlearn.errors import ModelError
+from unlearn.fetch import INDEX as INDEX
+from unlearn.fetch import SINGLE as SINGLE
+from unlearn.fetch import doubled_weights
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # bytes, as the reference reader has it
 _LARGEST_INDEX = 1_000_000_000
 BITS: Mapping[str, int] = {
@@ -77,6 +79,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ModelError(f"{folder}: no such folder; --model takes a local folder with a model in safetensors")
     folder = folder.resolve()
     placed = None if (folder / SINGLE).is_file() else _read_index(folder)
+    if said := doubled_weights(folder, () if placed is None else set(placed.values())):
+        raise ModelError(said)
     names = [SINGLE] if placed is None else sorted(set(placed.values()))
     shards, problems = [], []
     for name in names:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from unlearn.architecture import Architecture
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_HEADS = ("lm_head.weight", "embed_out.weight")
 FLOATS = frozenset({"F32", "F16", "BF16"})
 
 
@@ -125,6 +126,33 @@ def refuse_adapter(folder: Path) -> None:
             f"{folder}: it holds an adapter (adapter_config.json), which would be put on the edited weights "
             "whenever they are loaded: merge it first, or move it elsewhere"
         )
+
+
+def copies(checkpoint: Checkpoint) -> frozenset[str]:
+    """Tensors that are stored a second time, under the name of a head that ``config.json`` ties to the embeddings.
+
+    Raises:
+        ModelError: such a head has other values. transformers then does not tie it, other readers do.
+    """
+    there, config = checkpoint.tensors(), _config(checkpoint.folder)
+    if config.get("tie_word_embeddings") is False or not any(name.endswith(_HEADS) for name in there):
+        return frozenset()  # the class is asked only where it must be
+    from safetensors import safe_open
+
+    from unlearn.architecture import architecture_of
+    from unlearn.vector_adapter import same_values
+
+    layout = architecture_of(checkpoint.folder)
+    stored = {layout.canonical(name): name for name in there}
+    found = {stored[two]: stored[one] for two, one in layout.tied.items() if two in stored and one in stored}
+    for second, first in found.items():
+        with safe_open(there[second][0].path, framework="pt") as file:
+            if not same_values(file.get_slice(second), there[first][0].path, first):
+                raise ModelError(
+                    f"{checkpoint.folder}: its config.json ties {second} to {first}, and both are stored, with other "
+                    "values: set tie_word_embeddings to false there if the stored head is meant, as transformers does"
+                )
+    return frozenset(found)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

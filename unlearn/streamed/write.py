@@ -17,19 +17,23 @@ import torch
 
 from unlearn.atomic import sync
 from unlearn.console import progress, say
-from unlearn.errors import ModelError
+from unlearn.errors import ModelError, VectorError
 from unlearn.lock import Lock
 from unlearn.streamed.blocks import Editor, Work, parts_equal_whole
 from unlearn.streamed.files import Others, copy_file, new_file, others_of, require_space, written
 from unlearn.streamed.folder import Edit, Finished, Journal, Origin, keep_journal, opened, seal
 from unlearn.streamed.layout import Checkpoint, Shard, read_checkpoint
-from unlearn.streamed.names import targets_of
+from unlearn.streamed.names import copies, targets_of
 from unlearn.streamed.shard import Engine
-from unlearn.survival import Survival, summary_of
+from unlearn.survival import Survival, lost, summary_of
 from unlearn.vector import TaskVector
 
 _SMALLEST_TRIAL = 256 * 2**20  # bytes that trying out the arithmetic may always take
 _MB = 10**6
+_WAYS_OUT = (
+    "Give the model in float32, round with --stochastic-rounding (to another folder), or put the vector on as an "
+    "adapter, which is exact; --accept-rounding writes them all the same"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +68,30 @@ def works_of(checkpoint: Checkpoint, vector: TaskVector) -> dict[str, Work]:
 
 
 def write_edited(
-    vector: TaskVector, model: Path, coefficient: float, out: Path, stochastic: bool = False, seed: int = 0
+    vector: TaskVector,
+    model: Path,
+    coefficient: float,
+    out: Path,
+    stochastic: bool = False,
+    seed: int = 0,
+    accept_rounding: bool = False,
 ) -> Applied:
     """Write ``theta - coefficient * tau`` to ``out``, or go on where an earlier attempt was cut off.
 
     Args:
         model: A folder with safetensors.
         stochastic: Round edited weights to 16 bits by chance instead of to nearest, by ``seed``.
+        accept_rounding: Go on also where rounding to nearest has made another edit of it.
 
     Raises:
         ModelError: the checkpoint is damaged, quantised, or none.
-        VectorError: the vector does not fit it, or the result is not finite.
+        VectorError: the vector does not fit it, the result is not finite, or too little of the edit survived rounding.
         RunFolderError: the output's folder is not for it, is full, or cannot be written.
     """
     checkpoint = read_checkpoint(model)
     others = others_of(checkpoint)
     works = works_of(checkpoint, vector)
+    copies(checkpoint)
     edit = Edit(vector.digest(), coefficient, f"stochastically, seed {seed}" if stochastic else "to nearest")
     names = [*(shard.name for shard in checkpoint.shards), *others.copied]
     editor = Editor(coefficient, seed if stochastic else None)
@@ -90,6 +102,9 @@ def write_edited(
         writing = _Writing(out.resolve(), lock, journal, Engine(editor, whole), works)
         kept = writing.look_over(checkpoint, others)
         writing.write_weights(checkpoint)
+        # before the configuration, without which the folder is no model; with --accept-rounding it goes on from here
+        if not (accept_rounding or stochastic) and (said := lost(writing.survived(), _WAYS_OUT)):
+            raise VectorError(f"{out}: {said}")
         writing.copy(others)
         survived = writing.finish(_about(vector, checkpoint))
     tensors = len(checkpoint.tensors())
@@ -211,14 +226,18 @@ class _Writing:
                 size, sha256 = copy_file(path, temporary)
                 self._put(temporary, place, Finished(replace(origin, sha256=sha256), size, sha256, {}))
 
-    def finish(self, about: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Write the record; gives what survived."""
+    def survived(self) -> Mapping[str, Any]:
+        """What rounding has left of the edit in the files that are finished."""
         measured = {
             name: Survival(v[0], v[1], v[2], int(v[3]), int(v[4]))
             for finished in self.journal.files.values()
             for name, v in finished.survived.items()
         }
-        survived = summary_of(measured)
+        return summary_of(measured)
+
+    def finish(self, about: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Write the record; gives what survived."""
+        survived = self.survived()
         with written(self.place):
             seal(self.place, replace(self.journal, about={**about, "survived": survived}))
         return survived
