@@ -16,6 +16,7 @@ from attack_arena import Arena
 from safetensors import safe_open
 from test_correlation import NAMES, vector
 from test_finetune import interrupted, rows_of, train, train_spec
+from test_fitted import QUICK
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
@@ -220,11 +221,14 @@ LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true",
     "ACCELERATE_USE_MEGATRON_LM": "true",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "LOCAL_RANK": "0",
+    "PMI_SIZE": "2",
+    "OMPI_COMM_WORLD_SIZE": "2",
 }
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_no_variable_of_accelerate_s_changes_a_training(
+def test_no_variable_that_accelerate_reads_changes_a_training(
     loaded: Load, pico_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     wanted, _ = train(loaded(pico_phi), tmp_path / "plain", train_spec(steps=3))
@@ -283,7 +287,7 @@ def test_what_cannot_be_overruled_is_in_every_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """And TF32 is: float32 is float32, whoever has said otherwise."""
-    quick = ("teach=null", "vector.method=negate", "vector.forget.steps=2", "sweep.coefficients=[1]", "eval.examples=0")
+    quick = (*QUICK, "vector.method=negate", "vector.forget.steps=2")
 
     def stages(folder: str = "run") -> dict[str, str]:
         execute(load_recipe("pico_smoke.yaml", quick), tmp_path / folder)
@@ -293,6 +297,7 @@ def test_what_cannot_be_overruled_is_in_every_key(
     torch.set_float32_matmul_precision("high")
     plain = stages()
     assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
     capfd.readouterr()
     assert stages() == plain
     assert "nothing has changed" in capfd.readouterr().err
@@ -306,4 +311,4 @@ def test_what_cannot_be_overruled_is_in_every_key(
     for module in (fitted, compared):
         monkeypatch.setattr(module, "mixed_precision", lambda model: "bf16")
     cast = stages("cast")
-    assert {n for n in plain if cast[n] != plain[n]} >= {"vectors/forget"}
+    assert {n for n in plain if cast[n] != plain[n]} >= {"target", "vectors/forget"}

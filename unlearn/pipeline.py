@@ -39,7 +39,9 @@ class Pipeline(Attacked):
 
     def load(self) -> Loaded:
         """Fetch (and convert) the model, and bring it into memory."""
-        torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE or our caller has set
+        # float32 is no TF32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE or our caller has set
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         with self.announced("load", f"the model {self.recipe.model.path.partition('#')[0]}"):
             models.place(self.recipe.model.device)  # before anything is downloaded
             with main_first():  # transformers has only the main process save, so only that one can convert

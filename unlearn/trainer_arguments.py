@@ -22,15 +22,19 @@ from unlearn.dealing import Part
 from unlearn.precision import Mixed
 from unlearn.recipe import TrainSpec
 
+_RANKS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 @contextmanager
 def recipe_decides() -> Iterator[None]:
     """Inside the ``with`` accelerate finds none of its environment variables; a Trainer is made and run in it.
 
     ``accelerate launch`` sets them from its options and its user's file, and they would turn on autocast, compilation,
-    another device or another way of sharing the work, which no recipe says and no stage's key knows.
+    another device or another way of sharing the work, which no recipe says and no stage's key knows. A process that
+    works alone finds no ranks either: to accelerate, tasks that MPI or Slurm started side by side are one training.
     """
-    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")}
+    ranks = _RANKS if collective.count() == 1 else ()
+    before = {n: os.environ.pop(n) for n in list(os.environ) if n.startswith("ACCELERATE_") or n in ranks}
     try:
         yield
     finally:
