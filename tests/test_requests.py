@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from unlearn.errors import EvaluationError
 from unlearn.fitted import VECTOR_FILE
 from unlearn.report import RunReport
+from unlearn.report_text import headline
 from unlearn.run import run
 from unlearn.vector import TaskVector
 
@@ -181,3 +183,60 @@ def test_analogy(start: Callable[..., RunReport], tmp_path: Path) -> None:
     assert {s.set for s in report.scores} == {"learn", "retain"}
     before, after = scores(report)["learn", "told", "prob"]
     assert after > before
+
+
+def hopeless(tmp_path: Path, name: str) -> dict[str, Any]:
+    """A set of choices whose right answer is so long that any model takes the other: it scores 0."""
+    rows = [
+        {
+            "question": f"{name} {k}?",
+            "choices": ["a", f"no {k} model would say all of this {'and more ' * 9}"],
+            "answer": 1,
+        }
+        for k in range(8)
+    ]
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return a_set(name, kind="mcq", shares=LATER)
+
+
+def test_what_is_kept_and_scores_nothing_is_said_or_an_error(
+    start: Callable[..., RunReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blind = hopeless(tmp_path, "blind")
+    with pytest.raises(
+        EvaluationError, match=r"nothing that is to be kept could show harm.* retain blind acc is 0 before"
+    ):
+        start("alone", forget=ONE, retain=[blind])
+    mild = {"sweep": {"coefficients": [0.1, 0.5]}, "choose": {"keep": 0.3, "collapse": 100.0}}
+    report = start("beside", forget=ONE, retain=[blind, a_set("near", shares=LATER)], **mild)
+    assert "! retain blind acc is 0 before the edit" in "".join(capsys.readouterr())
+    (warning,) = (w for w in report.warnings if "blind acc" in w)
+    assert warning.endswith("so that nothing can break its bound: it cannot show harm (validation items)")
+    assert report.chosen.coefficient > 0
+    assert headline(report).endswith("but 1 of 2 could not have shown harm.")
+
+
+def test_nothing_to_forget_is_an_error(start: Callable[..., RunReport], tmp_path: Path) -> None:
+    unknown = {**hopeless(tmp_path, "unknown"), "shares": SHARES}
+    with pytest.raises(EvaluationError, match=r"nothing to forget .* forget unknown acc is 0\.000"):
+        start("run", forget=unknown)
+
+
+def test_answers_and_passages_weigh_alike(start: Callable[..., RunReport], tmp_path: Path) -> None:
+    """The choice and the balance, from the report's own scores by another hand."""
+    passages = [{"text": " ".join(f"{chr(97 + (i * k) % 26)}{i}" for i in range(60))} for k in range(1, 9)]
+    (tmp_path / "book.jsonl").write_text("\n".join(map(json.dumps, passages)))
+    book = a_set("book", kind="text", prompt=None, prefix=8, length=40)
+    report = start("run", forget=ONE, also_forget=[book], choose={"keep": 0.0, "collapse": 100.0})
+    assert report.chosen.goals == (("forget", "one", "prob"), ("forget", "book", "perplexity"))
+
+    def left(prob: float, perplexity: float, base: tuple[float, float]) -> float:
+        return (prob / base[0] + base[1] / perplexity) / 2
+
+    at = {p.coefficient: [s.score.value for goal in report.chosen.goals for s in p.scores if s.key == goal]
+          for p in report.sweep}  # fmt: skip
+    shares = {c: left(*values, base=tuple(at[0.0])) for c, values in at.items()}  # type: ignore[arg-type]
+    assert shares[0.0] == 1
+    assert report.chosen.coefficient == min(shares, key=lambda c: shares[c])
+    trail = json.loads((tmp_path / "run" / "joint" / "trail" / "trail.json").read_text())
+    assert min(value for _, value, _ in trail["tried"]) == pytest.approx(min(shares.values()))
