@@ -16,9 +16,10 @@ from compared_arena import read
 from rich.console import Console
 from test_html import HOSTILE, Page, make, poisoned, row
 
-from unlearn.attacks.values import LENS, AttackScore, Robustness, quantisation, relearning, sampling
+from unlearn.attacks.values import LENS, AttackScore, Robustness, probing, quantisation, relearning, sampling
 from unlearn.evidence_page import evidence_sections, relearning_chart, robustness_section
 from unlearn.evidence_text import benchmark_line, evidence_facts, membership_line
+from unlearn.execute import left_out
 from unlearn.html import render_html
 from unlearn.plan_evidence import evidence_steps
 from unlearn.recipe import Recipe
@@ -29,7 +30,7 @@ from unlearn.wording import number
 TOFU_ROWS: Mapping[str, Mapping[str, float | str | None]] = {
     "target": {"ROUGE Retain": 0.9431, "Model Utility": 0.6217, "Forget Quality": 0.0031},
     "edited": {"ROUGE Retain": 0.9012, "Model Utility": 0.6024, "Forget Quality": 0.7182},
-    "reference": {"ROUGE Retain": 0.9518, "Model Utility": 0.6301, "Forget Quality": 1.0},
+    "reference": {"ROUGE Retain": 0.9518, "Model Utility": 0.6301, "Forget Quality": None},
 }
 TOFU = Benchmark("tofu", "forget10", 300, TOFU_ROWS)
 MUSE = Benchmark(
@@ -92,8 +93,7 @@ def cells(page: str, label: str) -> list[list[str]]:
 
 def test_the_line_of_a_benchmark() -> None:
     assert benchmark_line(TOFU) == (
-        "Forget Quality: before 0.003, after 0.718, never knew 1.000; "
-        "Model Utility: before 0.622, after 0.602, never knew 0.630"
+        "Forget Quality: before 0.003, after 0.718; Model Utility: before 0.622, after 0.602, never knew 0.630"
     )
     assert benchmark_line(MUSE) == (
         "verbmem_f: before 57.94, after 11.50; knowmem_f: before 39.40, after 21.20; "
@@ -149,7 +149,7 @@ def test_every_number_is_in_its_column() -> None:
         ["Figure", "before", "after", "never knew"],
         ["ROUGE Retain", "0.943", "0.901", "0.952"],
         ["Model Utility", "0.622", "0.602", "0.630"],
-        ["Forget Quality", "0.003", "0.718", "1.000"],
+        ["Forget Quality", "0.003", "0.718", "–"],
     ]
     assert cells(page, "Membership inference") == [
         ["Attack", "before", "after", "never knew"],
@@ -346,9 +346,35 @@ def test_the_plan_of_comparisons() -> None:
         "reference: teach the base model the retain sets alone, in the same way; score it on the same test items",
         "benchmark: tofu forget05 on 3 models, the first 30 items of every set",
         "membership: can the forget set be told from h, which no model has seen?",
-        "attack 3 models: copies in nf4 and int8, 20 steps of relearning on 8 forget items and on unrelated texts, "
+        "attack 3 models: copies in nf4 and int8, 20 steps of relearning on 8 forget items, "
         "other prompts (paraphrase, prefix, few-shot, template), the best of 8 samples and the logit lens",
     ]
+    passages = {"path": "t.txt", "kind": "text"}
+    assert steps(utility=[passages], robustness={"quantize": [], "samples": 0, "lens": False}) == [
+        "attack 2 models: 20 steps of relearning on 8 forget items and on unrelated texts and other prompts "
+        "(paraphrase, prefix, few-shot, template)"
+    ]
+
+
+def test_attacks_that_do_not_apply_are_neither_planned_nor_left_out_in_silence() -> None:
+    """Passages have no question to reword; solved examples need a retain set of questions."""
+    passages = {"path": "t.txt", "kind": "text"}
+    asked = {"quantize": [], "samples": 0, "relearn": None}
+    only = ["attack 2 models: other prompts (prefix) and the logit lens"]
+    assert steps(forget=passages, robustness=asked) == only
+    assert steps(retain=[passages], robustness={**asked, "probes": ["prefix", "few_shot"]}) == only
+    plain = {"name": "r", "model": {"path": "pico:phi"}, "forget": passages, "robustness": {"quantize": []}}
+    recipe = Recipe.model_validate_json(json.dumps(plain))
+    scores = (attack("edited", 0.1), attack("edited", 0.2, "probe", probing("prefix")))
+    (said,) = left_out(recipe, Robustness("t", "prob", scores))
+    assert said == (
+        "left out, because these data or this model do not allow it: other wordings, solved examples in the prompt, "
+        "templates in other languages, relearning on unrelated texts, the logit lens"
+    )
+    made = [probing(p) for p in ("paraphrase", "prefix", "few_shot", "template")]
+    whole = [attack("edited", 0.2, "probe", name) for name in made]
+    whole += [attack("edited", 0.2, "relearn", relearning(4, True)), attack("edited", 0.2, "lens", LENS, layer=1)]
+    assert left_out(recipe, Robustness("t", "prob", tuple(whole))) == left_out(recipe, None) == ()
 
 
 def test_the_plan_of_other_references() -> None:

@@ -264,3 +264,16 @@ def test_shell_lines_of_a_recipe_are_run_only_when_they_are_trusted(monkeypatch:
     require_trust(lines, ("cluster.setup=[rm -rf ~]",))  # the user's own words
     monkeypatch.setenv("UNLEARN_TRUST_SETUP", "1")
     require_trust(lines, ())
+
+
+def test_settings_that_name_what_is_not_there(tmp_path: Path) -> None:
+    """Folders, checkpoints and tasks are looked up for each job, not for the first one alone."""
+    there = tmp_path / "earlier"
+    there.mkdir()
+    with pytest.raises(GridError, match=r"1 of 2 jobs(.|\n)*reuse: there is no run folder .*earlierr"):
+        plan_grid([PICO], [f"reuse=[{there}],[{there}r]"])
+    with pytest.raises(GridError, match=r"1 of 2 jobs(.|\n)*vector.msa.clean: there is no folder \./none"):
+        plan_grid([PICO], ["vector={},{method: msa, msa: {clean: ./none}}"], ["teach=null"])
+    tasks = "eval.tasks=[],[{task: wmdp_bioo}]"
+    with pytest.raises(GridError, match=r"1 of 2 jobs(.|\n)*no task 'wmdp_bioo'; did you mean wmdp_bio"):
+        plan_grid([PICO], [tasks])

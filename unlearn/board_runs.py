@@ -161,7 +161,7 @@ def rows(logs: Mapping[Who, Log], reference: Log | Literal["published"] | None, 
                     raise EvaluationError("a log of TOFU is no reference for MUSE; give a run's folder")
                 found[who] = muse.row(log, {"edited": method, "reference": "retrain"}.get(who, who), against)
         except EvaluationError as error:
-            whom = f" (found with the {'edited model' if who == 'edited' else who})" if len(compared) > 1 else ""
+            whom = f" (found with the {'edited model' if who == 'edited' else who})" if "target" in compared else ""
             raise EvaluationError(f"{error}{whom}") from error
     return found
 

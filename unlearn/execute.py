@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from unlearn import checks, distributed, fetch, provenance, references, search
+from unlearn.attacks.values import LENS, Robustness, probing
 from unlearn.console import is_main_process, say
 from unlearn.html import render_html
 from unlearn.memory import told
@@ -146,7 +147,11 @@ def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -
         exports=exports,
         seconds=pipe.seconds,
         provenance=who,
-        warnings=(*_warnings(recipe, sets, chosen, benchmark, subjects, training), *_doubts(chosen, points, before)),
+        warnings=(
+            *_warnings(recipe, sets, chosen, benchmark, subjects, training),
+            *_doubts(chosen, points, before),
+            *left_out(recipe, robustness),
+        ),
         foresight=foresight,
         benchmark=benchmark,
         membership=membership,
@@ -308,6 +313,20 @@ def _doubts(chosen: Chosen, points: Sequence[SweepPoint], before: Sequence[TaskS
         doubted = search.doubted(scores, chosen.goals, chosen.kept, chosen.keep)
         found |= {key: f"{search.say_key(key)} {why} ({scores[0].split} items)" for key, why in doubted.items()}
     return list(found.values())
+
+
+def left_out(recipe: Recipe, found: Robustness | None) -> tuple[str, ...]:
+    """Attacks that the recipe asks for and that were not made: the data or the model have not what they need."""
+    spec = recipe.robustness
+    if spec is None or found is None:
+        return ()
+    names, kinds = {s.attack for s in found.scores}, {s.kind for s in found.scores}
+    lost = [probing(probe) for probe in spec.probes if probing(probe) not in names]
+    if spec.relearn is not None and spec.relearn.unrelated and not any("unrelated" in name for name in names):
+        lost.append("relearning on unrelated texts")
+    if spec.lens and "lens" not in kinds:
+        lost.append(LENS)
+    return (f"left out, because these data or this model do not allow it: {', '.join(lost)}",) if lost else ()
 
 
 def _plain(recipe: Recipe) -> Mapping[str, Any]:

@@ -26,19 +26,23 @@ def evidence_steps(recipe: Recipe) -> Iterator[str]:
     if recipe.holdout is not None:
         yield f"membership: can the forget set be told from {recipe.holdout.label()}, which no model has seen?"
     if recipe.robustness is not None:
-        attacks = listing(_attacks(recipe.robustness)) or "no attack is switched on"
+        attacks = listing(_attacks(recipe, recipe.robustness)) or "no attack is switched on"
         yield f"attack {counted(models, 'model')}: {attacks}"
 
 
-def _attacks(spec: RobustnessSpec) -> Iterator[str]:
+def _attacks(recipe: Recipe, spec: RobustnessSpec) -> Iterator[str]:
+    """Those that apply to the recipe's data."""
+    questions = recipe.forget is not None and recipe.forget.kind != "text"
+    solved = any(data.kind != "text" for data in recipe.retain)
+    probes = [p for p in spec.probes if p == "prefix" or (questions and (p != "few_shot" or solved))]
     if spec.quantize:
         yield f"copies in {' and '.join(spec.quantize)}"
     if spec.relearn is not None:
         steps = counted(max(spec.relearn.steps), "step")
-        unrelated = " and on unrelated texts" if spec.relearn.unrelated else ""
+        unrelated = " and on unrelated texts" if spec.relearn.unrelated and recipe.utility else ""
         yield f"{steps} of relearning on {counted(spec.relearn.items, 'forget item')}{unrelated}"
-    if spec.probes:
-        yield f"other prompts ({', '.join(spec.probes).replace('_', '-')})"
+    if probes:
+        yield f"other prompts ({', '.join(probes).replace('_', '-')})"
     if spec.samples:
         yield f"the best of {counted(spec.samples, 'sample')}"
     if spec.lens:

@@ -83,7 +83,8 @@ def _check_log(recipe: Recipe, path: Path, rows: Mapping[str, Sequence[Row]] | N
         items, questions = [str(n) for n in range(min(spec.items or whole, whole))], None
     else:
         items, questions = [row["id"] for row in rows[spec.set]], [row["question"] for row in rows[spec.set]]
-    if there < len(items) and spec.items is None:
+        whole = whole if spec.items else len(items)
+    if there != len(items) and there <= whole:
         raise EvaluationError(
             f"reference: {recipe.reference} has {there} forget items and {spec.name} {spec.set} {len(items)}: forget "
             f"quality compares two models on the same items; set benchmark.items to {there}, or give another log"

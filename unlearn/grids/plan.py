@@ -30,8 +30,8 @@ _MOST = 20  # messages in one report
 _NOT_SHARED = frozenset(
     {"name", "description", "vector", "sweep", "choose", "eval", "export", "robustness", "benchmark", "reuse"}
 )
-# What the checks before submission do not look at.
-_NOT_LOOKED_AT = frozenset({"name", "description", "seed", "vector", "sweep", "export", "teach", "reuse"})
+# What the checks before submission do not look at, but for what _look adds.
+_NOT_LOOKED_AT = frozenset({"name", "description", "seed", "vector", "sweep", "export", "teach"})
 
 
 def plan_grid(recipes: Sequence[str], flags: Sequence[str], sets: Sequence[str] = ()) -> Grid:
@@ -156,7 +156,9 @@ def _read(names: Sequence[str], drafts: Sequence[_Draft]) -> tuple[list[LoadedRe
 def _look(one: LoadedRecipe, looked_at: dict[str, str]) -> str:
     """What is wrong with the recipe's data and model as they are on this machine, or nothing; looked at once each."""
     plain = one.recipe.model_dump(mode="json", exclude=set(_NOT_LOOKED_AT))
-    key = fingerprint(plain, str(one.source.parent))
+    vector = one.recipe.vector
+    clean = vector.msa.clean if vector.msa is not None and vector.uses("msa") else None
+    key = fingerprint(plain, clean, one.recipe.teach is None, str(one.source.parent))
     if key not in looked_at:
         try:
             plan(one)
