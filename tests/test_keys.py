@@ -106,7 +106,7 @@ INPUTS: dict[str, tuple[Change | None, tuple[str, ...], tuple[str, ...]]] = {
     "base: tokenizer": (
         lambda b, _: b.edit("model/tokenizer_config.json", eos_token="a"),
         (),
-        ("items", "target", "reference"),
+        ("items", "target", "reference", "eval/*"),  # answers are counted in tokens
     ),
     "base: configuration": (lambda b, _: b.edit("model/config.json", rms_norm_eps=1e-3), (), ("target", "reference")),
     "base: number format": (None, ("model.dtype=bfloat16",), ("target", "reference", *TARGET, *REFERENCE)),
@@ -167,8 +167,7 @@ INPUTS: dict[str, tuple[Change | None, tuple[str, ...], tuple[str, ...]]] = {
         (),
         ("*",),
     ),
-    "TF32, by a variable": (lambda _, p: p.setenv("NVIDIA_TF32_OVERRIDE", "1"), (), ("*",)),
-    "TF32, by torch": (lambda _, p: torch.set_float32_matmul_precision("high"), (), ("*",)),
+    "a variable": (lambda _, p: p.setenv("NVIDIA_TF32_OVERRIDE", "1"), (), ("*",)),
     "default number format": (lambda _, p: torch.set_default_dtype(torch.float64), (), ("*",)),
     # no input of any stage
     "nothing": (None, (), ()),
@@ -193,6 +192,7 @@ INPUTS: dict[str, tuple[Change | None, tuple[str, ...], tuple[str, ...]]] = {
         (),
         (),
     ),
+    "TF32, which no run uses": (lambda _, p: torch.set_float32_matmul_precision("high"), (), ()),
     "threads": (lambda _, p: torch.set_num_threads(2), (), ()),
     "other variables": (lambda _, p: p.setenv("TOKENIZERS_PARALLELISM", "true"), (), ()),
 }

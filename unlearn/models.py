@@ -347,22 +347,15 @@ def _words(tokenizer: Any) -> str:
 def numbers(device: torch.device) -> dict[str, str]:
     """What results depend on by more than the order of sums, and no recipe says: where torch computes, and how exactly.
 
-    Threads, processes and kinds of processors are left out: they change that order alone.
+    Threads, processes and kinds of processors are left out: they change that order alone. So is TF32, which no run uses.
     """
-    matmul, others = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
     told = {
         "device": device.type,
         "dtype": torch.get_default_dtype(),
-        "TF32": matmul.allow_tf32 if not hasattr(matmul, "fp32_precision") else _exact(matmul.fp32_precision),
-        "products on CPUs": _exact(getattr(others, "fp32_precision", "none")),
-        "sums in 16 bits": getattr(matmul, "allow_fp16_accumulation", False),
+        "sums in 16 bits": getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
         "autocast": torch.is_autocast_enabled(device.type),
     }
     return {name: str(value) for name, value in told.items()}
-
-
-def _exact(precision: str) -> str:
-    return "ieee" if precision == "none" else precision  # nobody has said anything: all bits count
 
 
 def drops_out(model: Any) -> bool:

@@ -41,11 +41,9 @@ LIBRARIES = (
     "evaluate",
     "detoxify",
 )
-# Variables by which libraries compute products less exactly, whatever a program asks for.
+# Variables by which libraries compute otherwise, whatever a program asks for.
 _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "HIPBLASLT_ALLOW_TF32",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "DNNL_DEFAULT_FPMATH_MODE",
     "PYTORCH_MPS_FAST_MATH",
