@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compared_arena import copied, run, write_data, write_recipe
+from live import Live
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from unlearn import harness, vectors
 from unlearn.attacks import sampling
+from unlearn.batches import IGNORE, Encoded
 from unlearn.errors import UnlearnError
+from unlearn.importance import gradients
 from unlearn.memory import is_out_of_memory, told
+from unlearn.models import linear_modules
 from unlearn.negate import Edit
+from unlearn.recipe_vector import VectorSpec
 from unlearn.scoring import PackedLM
+from unlearn.shaping import SHAPERS, Materials, weights_of
 from unlearn.survival import Survival
 from unlearn.trainer import _Trainer
 from unlearn.vector import LowRank, TaskVector
@@ -196,3 +202,49 @@ def test_commands_say_so_too(
     said = capfd.readouterr().err
     assert "error: unlearn: out of memory (CUDA" in said
     assert "lower batch_tokens" in said
+
+
+# --- what is held at once --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep() -> PreTrainedModel:
+    """Many small layers in bfloat16: one matrix is little of it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 24}
+    config = LlamaConfig(**sizes, vocab_size=64, num_key_value_heads=4, tie_word_embeddings=False)
+    return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+
+
+def thin(model: PreTrainedModel) -> TaskVector:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {name: weight.shape for name, weight in weights_of(model, linear_modules(model)).items()}
+    factors = {
+        n: [torch.randn(s, generator=draw) for s in ((2, width), (out, 2))] for n, (out, width) in shapes.items()
+    }
+    return TaskVector({name: LowRank(a, b) for name, (a, b) in factors.items()})
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+ROWS = [Encoded(tuple(range(n, n + 6)), (IGNORE, *range(n + 1, n + 6))) for n in (1, 20, 40)]
+MATRIX = 64 * 128 * 4  # bytes of the largest one in float32; the model has 168 of them or half of that
+
+
+def test_ethos_holds_few_matrices_beside_its_result(deep: PreTrainedModel) -> None:
+    fitted = thin(deep)
+    with Live() as live:
+        found = SHAPERS["ethos"](fitted, VectorSpec(method="ethos"), Materials(deep, 0, 0, fitted, None, (), ()))
+    result = size(t for change in found.modules.values() for t in change.tensors().values())
+    assert result > 100 * MATRIX  # it is dense
+    assert live.peak < result + 16 * MATRIX
+
+
+def test_importance_holds_one_gradient_at_a_time(deep: PreTrainedModel) -> None:
+    names = tuple(linear_modules(deep))
+    with Live() as live:
+        found = gradients(deep, ROWS, names)
+    assert live.peak < size(found.values()) + 16 * MATRIX
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in deep.parameters())

@@ -9,7 +9,9 @@ with the loss of one sample at a time, its mean over labelled tokens. PerTA (260
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -57,23 +59,44 @@ def gradients(
         raise VectorError("importance needs at least one sample with a token to learn")
     weights = _weights(model, names)
     chosen = usable if len(usable) <= samples else random.Random(seed).sample(usable, samples)
-    parameters = list(weights.values())
-    sums = [torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters]
-    with frozen(model, but=parameters), range_for_gradients(model), torch.enable_grad():
+    sums = {name: torch.zeros(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
+    with (
+        frozen(model, but=list(weights.values())),
+        range_for_gradients(model),
+        _added(weights, sums, kind),
+        torch.enable_grad(),
+    ):
         for row in chosen:
             logits, wanted, _ = answer_logits(model, Pad(0)([row]))
-            loss = functional.cross_entropy(logits, wanted)
-            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
-                g = gradient.float()
-                total.add_(g.abs() if kind == "grad" else g * g)
+            torch.autograd.backward(functional.cross_entropy(logits, wanted))
     found = {}
-    for name, total in zip(weights, sums, strict=True):
-        mean = (total / len(chosen)).cpu()
+    for name in weights:
+        mean = sums.pop(name).div_(len(chosen))
         found[name] = mean.T.contiguous() if isinstance(model.get_submodule(name), Conv1D) else mean
     bad = [name for name, mean in found.items() if not bool(torch.isfinite(mean).all())]
     if bad:
         raise VectorError(f"gradients are not finite in {len(bad)} modules, {bad[0]} first: use dtype float32")
     return found
+
+
+@contextmanager
+def _added(weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], kind: Importance) -> Iterator[None]:
+    """Inside the ``with``, a gradient goes to the sums as soon as it is there, so that there is one at a time."""
+
+    def add(total: Tensor, weight: Tensor) -> None:
+        assert weight.grad is not None
+        g, weight.grad = weight.grad.float(), None
+        total.add_((g.abs() if kind == "grad" else g * g).to(total.device))
+
+    handles = []
+    try:
+        for name, weight in weights.items():
+            weight.grad = None
+            handles.append(weight.register_post_accumulate_grad_hook(partial(add, sums[name])))  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _weights(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -347,7 +347,7 @@ def _words(tokenizer: Any) -> str:
 def numbers(device: torch.device) -> dict[str, str]:
     """What results depend on by more than the order of sums, and no recipe says: where torch computes, and how exactly.
 
-    Threads, processes and kinds of processors are left out: they change that order alone. So is TF32, which no run uses.
+    Threads, processes and kinds of processors are left out: they change that order alone; and TF32: no run uses it.
     """
     told = {
         "device": device.type,

@@ -89,11 +89,11 @@ def shape(vector: TaskVector, steps: Iterable[Method], spec: VectorSpec, have: M
 
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The weights of some linear modules as (out, in), float32."""
+    """The weights of some linear modules as (out, in): views of what the model holds, in its number format."""
     found = {}
     for name in names:
         module: Any = model.get_submodule(name)
-        weight = module.weight.detach().float()
+        weight = module.weight.detach()
         found[name] = weight.T if isinstance(module, Conv1D) else weight
     return found
 
