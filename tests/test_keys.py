@@ -170,6 +170,7 @@ INPUTS: dict[str, tuple[Change | None, tuple[str, ...], tuple[str, ...]]] = {
     "a variable": (lambda _, p: p.setenv("NVIDIA_TF32_OVERRIDE", "1"), (), ("*",)),
     "default number format": (lambda _, p: torch.set_default_dtype(torch.float64), (), ("*",)),
     # no input of any stage
+    "TF32, by torch": (lambda _, p: torch.set_float32_matmul_precision("high"), (), ()),  # a run turns it off
     "nothing": (None, (), ()),
     "layout of the model's files": (
         lambda b, _: b.edit("model/config.json", transformers_version="4.0", _name_or_path="x"),
