@@ -93,11 +93,6 @@ def old_shard(folder: Path) -> str:
     return r"beside those that are read \(model\.safetensors\.index\.json\).*move model-00004-of-00004\.safetensors"
 
 
-def old_pickle(folder: Path) -> str:
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-    return r"beside those that are read \(model\.safetensors\.index\.json\).*move pytorch_model\.bin"
-
-
 def shards_without_index(folder: Path) -> str:
     old_single(folder)
     (folder / "model.safetensors.index.json").unlink()
@@ -131,7 +126,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", [old_single, old_shard, old_pickle, shards_without_index])
+@pytest.mark.parametrize("damage", [old_single, old_shard, shards_without_index])
 @pytest.mark.parametrize("reader", READERS)
 def test_two_sets_of_weights_are_refused(
     pico_phi: Path, tmp_path: Path, reader: str, damage: Callable[[Path], str]

@@ -24,8 +24,9 @@ from unlearn.redact import one_line
 from unlearn.wheel import WheelFile, find_in_wheel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# transformers' own; not what Mistral's programs read (it comes beside), and not an adapter, which is refused as such
-_WEIGHTS = re.compile(r"(?!consolidated|adapter_model).*\.safetensors|pytorch_model.*\.bin(\.index\.json)?")
+# not what Mistral's programs read (it comes beside), and not an adapter, which is refused as such; many a model on the
+# hub has its weights as pickles too, which nobody here opens
+_WEIGHTS = re.compile(r"(?!consolidated|adapter_model).*\.safetensors")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -124,8 +125,8 @@ def index_shards(folder: Path) -> set[str] | None:
 def doubled_weights(folder: Path, shards: Collection[str]) -> str:
     """What to say of a model's folder with more weights than a reader takes; empty where there is nothing to say.
 
-    transformers takes ``model.safetensors`` before an index, either of them before pickles, and of shards those that
-    the index names. Of the others it says nothing, and they may well be the new ones.
+    transformers takes ``model.safetensors`` before an index, and of shards those that the index names. Of the others it
+    says nothing, and they may well be the new ones.
 
     Args:
         shards: The files that the index names, if there is one.

@@ -179,7 +179,7 @@ def adapter_config(raw: bytes, folder: Path) -> None:
 
 
 ADAPTER = save_tensors({"base_model.model.m.lora_A.weight": A, "base_model.model.m.lora_B.weight": B})
-LAYOUT = Architecture("Pico", {"m.weight": False}, {"n.bias": "a bias"}, "model.")
+LAYOUT = Architecture("Pico", {"m.weight": False}, {"n.bias": "a bias"}, "model.", {})
 
 
 def checkpoint(raw: bytes, folder: Path) -> None:
