@@ -214,6 +214,7 @@ def test_exact_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
     assert (once.train, once.validation, once.test) == (twice.train, twice.validation, twice.test)
     assert (once.digest, once.counts["duplicates"]) == (twice.digest, 0)
     assert (twice.counts["rows"], twice.counts["duplicates"]) == (9, 3)
+    assert (once.left_out(), twice.left_out()) == ([], ["3 doubled"])
 
 
 def test_the_same_question_about_another_context_is_no_duplicate(tmp_path: Path) -> None:

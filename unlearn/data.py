@@ -41,6 +41,11 @@ class LoadedSet:
         """The items of one split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
+    def left_out(self) -> list[str]:
+        """How many of its rows and passages are in no split, and why."""
+        why = {"duplicates": "doubled", "short": "too short", "unused": "unused"}
+        return [f"{self.counts[key]} {word}" for key, word in why.items() if self.counts.get(key)]
+
 
 @dataclass(frozen=True, slots=True)
 class _Pool:

@@ -60,7 +60,7 @@ class Pipeline(Attacked):
                 references.to_teach(sets)  # said before anything is trained
             for s in sets:
                 counts = f"{len(s.train)} train, {len(s.validation)} validation, {len(s.test)} test"
-                say(f"    {s.role:8}{s.name}: {counts}")
+                say(f"    {s.role:8}{s.name}: {', '.join([counts, *s.left_out()])}")
             self.make(
                 "items",
                 [base.words, [[s.role, s.name, s.digest, s.spec.continuation] for s in sets]],

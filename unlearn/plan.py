@@ -134,16 +134,13 @@ def _data(recipe: Recipe, sets: _Sets) -> list[str]:
 
 
 def _notes(one: LoadedSet) -> str:
-    notes = [f"{one.counts[key]} {word}" for key, word in _DROPPED.items() if one.counts.get(key)]
+    notes = one.left_out()
     prompts = len(one.spec.prompts("train"))
     if prompts > 1 and one.train:
         notes.append(f"each trained on in {prompts} phrasings")
     if one.spec.shares.train == "all":
         notes.append("scored on what is trained on")
     return f" ({', '.join(notes)})" if notes else ""
-
-
-_DROPPED = {"duplicates": "doubled", "short": "too short", "unused": "unused"}
 
 
 def _hub_name(spec: DataSet) -> str:
