@@ -102,7 +102,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in parts):
         raise VectorError(
             f"{name}: as {str(tensor.dtype).removeprefix('torch.')} it has values that are no finite numbers (or has "
-            "them before): take float32, or bfloat16, which reaches as far, or a smaller coefficient"
+            "them before): take float32, or bfloat16, which reaches as far, or change less"
         )
 
 
