@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from live import Live
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
-from unlearn import decoding
+from unlearn import decoding, forward
 from unlearn.decoding import greedy
 from unlearn.forward import Budget, Forward
 from unlearn.models import Loaded
@@ -236,3 +237,20 @@ def test_half_precision(loaded: Load, pico_phi: Path) -> None:
     found = decoded(half, texts)
     agree = [found[i][0] == expected(half, text, 1)[0] for i, text in enumerate(texts)]
     assert sum(agree) >= len(texts) - 1  # a near tie may fall the other way
+
+
+def test_prompts_are_read_within_the_room_there_is(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their keys and values in all layers are there twice, until they are in their slots."""
+    lines = " ".join(corpus()).split()
+    texts = [" ".join(lines[n : n + 40]) for n in range(60)]
+    config = llama.model.config
+    lm = PackedLM(llama.model, llama.tokenizer, batch_tokens=8192)
+    wanted = lm.generate_until(asked(texts, until=["."], max_gen_toks=8))
+    room = 1_500_000
+    monkeypatch.setattr(forward, "_ROOM", room, raising=False)
+    longest = max(len(llama.tokenizer(text)["input_ids"]) for text in texts) + 8
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    with Live() as live:
+        assert lm.generate_until(asked(texts, until=["."], max_gen_toks=8)) == wanted
+    store = len(texts) * longest * each
+    assert live.peak < store + room

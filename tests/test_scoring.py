@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from live import Live
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
@@ -27,6 +29,7 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     Llama4TextConfig,
+    LlamaConfig,
     MambaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -34,6 +37,7 @@ from transformers import (
 
 from unlearn import attention, forward, harness
 from unlearn.attacks.quantised import quantised
+from unlearn.attention import KeysValues, lay_out
 from unlearn.errors import EvaluationError
 from unlearn.forward import Forward
 from unlearn.models import Loaded
@@ -41,7 +45,7 @@ from unlearn.negate import Edit
 from unlearn.pico import corpus
 from unlearn.recipe import EvalSpec
 from unlearn.scoring import PackedLM, interface
-from unlearn.tree import Costs
+from unlearn.tree import Costs, Piece
 from unlearn.vector import LowRank, TaskVector
 
 FAMILIES = ["phi", "llama", "gpt2", "qwen2", "gpt_neox"]
@@ -696,3 +700,101 @@ def test_the_model_is_not_changed(phi: Loaded) -> None:
     assert all(torch.equal(t, before[n]) for n, t in phi.model.state_dict().items())
     assert phi.model.config.to_dict() == config
     assert not phi.model.training
+
+
+# --- memory of a pass ------------------------------------------------------------------------------------------------
+
+
+def wide(kind: str, phi: Loaded, dtype: torch.dtype = torch.float32) -> Loaded:
+    """A model of some width, so that its states outweigh what is the same for all, and of some reach."""
+    own: dict[str, Any] = {
+        "llama": {},
+        "shared heads": {"num_key_value_heads": 2},
+        "window": {"num_key_value_heads": 2, "sliding_window": 64},
+        "capped": {"num_key_value_heads": 2, "head_dim": 16, "attn_logit_softcapping": 50.0},
+    }[kind]
+    types = {"window": MistralConfig, "capped": Gemma2Config}
+    torch.manual_seed(0)
+    config = types.get(kind, LlamaConfig)(
+        **{"num_key_value_heads": 8, **own},
+        vocab_size=len(phi.tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return Loaded(model, phi.tokenizer, "", dtype, torch.device("cpu"))
+
+
+def chain(tokens: int, before: int = 0) -> Piece:
+    none = np.empty(0, dtype=np.int64)
+    return Piece(np.arange(tokens) % 50 + 1, ((0, tokens, -1),), None, before, False, none, none, none)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "shared heads", "window", "capped"])
+@pytest.mark.parametrize(
+    ("lengths", "before", "most"),
+    [([512], 0, 4), ([16] * 32, 0, 3), ([8] * 64, 500, 2), ([8] * 64, 1500, 1.8), (list(range(4, 40)), 300, 5)],
+)
+def test_what_a_pass_takes_is_known_beforehand(
+    phi: Loaded, kind: str, dtype: torch.dtype, lengths: list[int], before: int, most: float
+) -> None:
+    """Against the bytes of all tensors that are alive at once: never less, and not much more."""
+    model = Forward(wide(kind, phi, dtype).model)
+    states: dict[nn.Module, KeysValues] = {}
+    with torch.inference_mode():
+        if before:
+            trunk = lay_out([chain(before)], model.device)
+            trunk.keep = states
+            model.hidden(trunk)
+            kept = sum(t.nbytes for pair in states.values() for t in pair)
+            assert kept == model.sizes.kept * before
+        with Live() as live:
+            model.hidden(lay_out([chain(n, before) for n in lengths], model.device, states))
+    told = sum(model.sizes.of(n, before) for n in lengths)
+    assert live.peak <= told <= most * live.peak
+
+
+@pytest.mark.parametrize(("kind", "room"), [("llama", 6_000_000), ("capped", 20_000_000)])
+def test_what_stands_before_many_rows_is_counted(
+    phi: Loaded, kind: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row of a pass has a copy of its trunk's keys and values: that of a long trunk outweighs short rows."""
+    model = wide(kind, phi)
+    texts = [(" ".join(corpus()[:40]) + f"\nThe capital of {name} is", " Paris") for name in range(150)]
+    lm = packed(model, batch_tokens=8192)
+    wanted = [value for value, _ in lm.loglikelihood(asked(texts))]
+    monkeypatch.setattr(forward, "_ROOM", room, raising=False)
+    shape = model.model.config
+    longest = max(len(model.tokenizer(text + answer)["input_ids"]) for text, answer in texts)
+    assert longest > 350
+    before = longest * 2 * shape.num_key_value_heads * 16 * 4 * 3  # the trunk's own, in three layers
+    with Live() as live:
+        found = [value for value, _ in lm.loglikelihood(asked(texts))]
+    assert live.peak < room + 2 * before
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-3
+
+
+def test_heads_that_share_keys_are_not_given_copies_on_a_gpu() -> None:
+    class OnGPU(Tensor):
+        is_cuda = True
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 8, 5, 16), torch.randn(3, 2, 105, 16), torch.randn(3, 2, 105, 16)
+    mask = torch.rand(3, 1, 5, 105) < 0.7
+    mask[..., 0] = True
+    many = [t.repeat_interleave(4, dim=1) for t in (key, value)]
+    for softcap in (None, 20.0):
+        scores = query @ many[0].transpose(2, 3) * 0.3
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        wanted = scores.masked_fill(~mask, -math.inf).softmax(-1) @ many[1]
+        with Live() as live:
+            found = attention.attend(*(t.as_subclass(OnGPU) for t in (query, key, value)), mask, 0.3, softcap)
+        torch.testing.assert_close(found.as_subclass(Tensor), wanted)
+        assert softcap is not None or live.peak < many[0].nbytes

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from unlearn.tree import Piece
 
 NAME = "unlearn_tree"
-_TIGHT = 0.8  # rows at least this share of the longest one's length go into one block with it
+TIGHT = 0.8  # rows at least this share of the longest one's length go into one block with it
 
 KeysValues = tuple[Tensor, Tensor]  # (1, key heads, tokens, head size) each
 
@@ -120,7 +120,7 @@ def lay_out(pieces: Sequence[Piece], device: torch.device, trunk: dict[nn.Module
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     blocks, first = [], 0
     for i in range(1, len(pieces) + 1):
-        if i == len(pieces) or lengths[i] < _TIGHT * lengths[first]:
+        if i == len(pieces) or lengths[i] < TIGHT * lengths[first]:
             blocks.append(_block(pieces[first:i], int(starts[first]), device))
             first = i
     tokens = torch.from_numpy(np.concatenate([p.tokens for p in pieces])).to(device)
@@ -252,22 +252,26 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
 ) -> Tensor:
     """softmax(q k / sqrt(size)) v over blocks; causal without a mask. Fewer key heads than query heads are fine."""
+    rows, heads, length, size = query.shape
+    groups = heads // key.shape[1]
     if mask is not None:
         mask = mask.to(query.device)
-    if softcap is None:
-        grouped = key.shape[1] != query.shape[1]
-        if grouped and mask is not None and query.is_cuda:  # its quick kernels take groups or a mask, not both
-            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
-            grouped = False
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    elif softcap is not None:
+        mask = torch.ones(1, 1, length, key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if groups > 1 and mask is not None and (softcap is not None or query.is_cuda):
+        # CUDA's quick kernels take groups or a mask, not both. Heads that share a key head stand as further queries
+        # of it: repeating keys and values, which may be those of a long trunk for every row, takes far more memory.
+        folded = query.reshape(rows, key.shape[1], groups * length, size)
+        return attend(folded, key, value, mask.repeat(1, 1, groups, 1), scaling, softcap).reshape(
+            query.shape[:3] + value.shape[3:]
         )
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
+        )
+    assert mask is not None
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
     return weights.to(query.dtype) @ value
 

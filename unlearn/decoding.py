@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn.attention import KeysValues, attend, lay_out
-from unlearn.forward import Budget, Forward
+from unlearn.forward import Budget, Forward, free
 from unlearn.memory import is_out_of_memory
 from unlearn.tree import Piece
 
@@ -50,7 +50,8 @@ class Slots:
     def shrink(self, keep: Tensor) -> None:
         """Let go of all slots but these."""
         self.count = len(keep)
-        self.store = {n: (k[keep.to(k.device)], v[keep.to(v.device)]) for n, (k, v) in self.store.items()}
+        for layer, (keys, values) in self.store.items():  # one after the other, so that there is no second store
+            self.store[layer] = (keys[keep.to(keys.device)], values[keep.to(values.device)])
         self.lengths = self.lengths[keep]
 
     def step(self, tokens: Sequence[int]) -> None:
@@ -144,10 +145,12 @@ def _decode(
         free = [s for s, text in enumerate(texts) if text is None]
         while queue and len(free) >= max(1, batch.count // 8):
             part = [queue.pop(0)]
-            size = len(prompts[part[0]]) - trunk
-            while queue and len(part) < len(free) and size + len(prompts[queue[0]]) - trunk <= budget.tokens:
+            size = _cost(budget, len(prompts[part[0]]) - trunk, trunk)
+            while queue and len(part) < len(free):
+                size += _cost(budget, len(prompts[queue[0]]) - trunk, trunk)
+                if size > budget.tokens:
+                    break
                 part.append(queue.pop(0))
-                size += len(prompts[part[-1]]) - trunk
             firsts = _prefill(forward, [prompts[i] for i in part], trunk, states, batch, free)
             for index, slot, first in zip(part, free, firsts, strict=False):
                 if limit <= 1 or done([first]):
@@ -220,11 +223,16 @@ def _chain(tokens: Sequence[int], before: int) -> Piece:
     return Piece(ids, ((0, len(ids), -1),), None, before, False, none, none, none)
 
 
+def _cost(budget: Budget, tokens: int, trunk: int) -> float:
+    """Of a prompt behind a trunk, in tokens; its keys and values in all layers wait for their slot together.
+
+    Two copies of the trunk's take some of the room: its own, and one in front of those of all prompts.
+    """
+    size = budget.sizes.of(tokens, trunk) + budget.sizes.kept * tokens
+    return max(tokens, budget.share(size, 2 * budget.sizes.kept * trunk))
+
+
 def _affordable(forward: Forward, longest: int, slots: int) -> int:
     """How many texts' keys and values there is room for."""
-    config = forward.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * heads * size * longest * torch.empty((), dtype=forward.dtype).element_size()
-    room = torch.cuda.mem_get_info(forward.device)[0] // 2 if forward.device.type == "cuda" else _STORE_BYTES
-    return int(max(1, min(slots, room // each)))
+    room = free(forward.device) // 2 if forward.device.type == "cuda" else _STORE_BYTES
+    return max(1, min(slots, room // (forward.sizes.kept * longest)))

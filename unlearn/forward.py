@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unlearn.attention import Attending, KeysValues, Layout, attending, lay_out
+from unlearn.attention import TIGHT, Attending, KeysValues, Layout, attending, lay_out
 from unlearn.memory import is_out_of_memory
 from unlearn.tree import Costs, Piece, pack
 
@@ -21,11 +21,41 @@ from unlearn.tree import Costs, Piece, pack
 Part = tuple[int, float, bool, int]
 
 _HEAD_BYTES = 64 * 2**20  # logits held at a time
+_ROOM = 2**30  # bytes of a pass without a GPU
 _ATTENTION_SLOWER = 1.5  # an attention multiply-add against one of a linear layer, measured on CPUs
 
 
 class NotPackableError(Exception):
     """This model's numbers cannot be had from packed rows; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a pass takes beside the model.
+
+    Attributes:
+        token: A token in the layer that takes most.
+        key: What is before a row, per token of it: a copy of its keys and values in one layer.
+        pair: A query that looks at a key.
+        kept: A token's keys and values in all layers.
+    """
+
+    token: int
+    key: int
+    pair: int
+    kept: int
+
+    def of(self, tokens: int, before: int) -> float:
+        """Of a row: each has a copy of the keys and values before it, and is filled up to its block's longest."""
+        longest = tokens / TIGHT
+        seen = longest + before
+        return tokens * self.token + longest * seen * self.pair + (seen * self.key if before else 0)
+
+
+def free(device: torch.device) -> int:
+    """Bytes of a GPU that tensors can have: what torch holds in reserve is free as well."""
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + spare
 
 
 class Forward:
@@ -54,6 +84,7 @@ class Forward:
         self.scale = float(getattr(self.config, "logit_scale", 1.0) or 1.0)
         self.scale /= float(getattr(self.config, "logits_scaling", 1.0) or 1.0)
         self.cap = getattr(self.config, "final_logit_softcapping", None)
+        self.sizes = self._sizes()
 
     def costs(self) -> Costs:
         """What trees are cut by: multiply-adds of the body, and what another pass costs on this kind of device."""
@@ -64,16 +95,34 @@ class Forward:
         # a pass is bound by reading the weights until it has about this many tokens
         return Costs(pair * _ATTENTION_SLOWER / linear, 512.0 if self.device.type == "cuda" else 24.0)
 
+    def _sizes(self) -> Sizes:
+        config, item = self.config, self.dtype.itemsize
+        count = config.num_attention_heads
+        groups = count // (getattr(config, "num_key_value_heads", None) or count)
+        heads = count * (getattr(config, "head_dim", None) or config.hidden_size // count)
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        # what is alive at once in a layer: the stream and its norm, queries, keys and values twice, the inner states
+        token = (4 * config.hidden_size + 8 * heads + 4 * inner) * item
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        # the mask, narrowed to a window, and twice as numbers to be added: for each head that shares keys, if repeated
+        pair = (2 + 2 * item) * (groups if capped or self.device.type == "cuda" else 1)
+        pair += count * (2 * item + 4) if capped else 0  # scores, capped, and their softmax in float32
+        key = 2 * heads // groups * item
+        return Sizes(token, key, pair, getattr(config, "num_hidden_layers", 1) * key)
+
+    def room(self) -> int:
+        """Bytes that a pass may take: a quarter of a GPU's free memory."""
+        return free(self.device) // 4 if self.device.type == "cuda" else _ROOM
+
     def tokens(self) -> int:
-        """Tokens for one pass: on a GPU what fits into a quarter of its free memory, else what caches hold well."""
+        """Tokens for one pass: on a GPU those that there is room for, else what caches hold well."""
         if self.device.type != "cuda":
             return 1024
-        size = getattr(self.config, "head_dim", None) or 0
-        heads = self.config.num_attention_heads * size or self.config.hidden_size
-        inner = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
-        # what is alive at once in a layer: the stream and its norm, queries, keys and values twice, the inner states
-        each = (4 * self.config.hidden_size + 8 * heads + 4 * inner) * torch.finfo(self.dtype).bits // 8
-        return int(min(max(torch.cuda.mem_get_info(self.device)[0] // 4 // each, 1024), 65536))
+        return min(max(self.room() // self.sizes.token, 1024), 65536)
+
+    def budget(self, tokens: int | None = None) -> Budget:
+        """For passes of so many tokens, or as many as is good, as far as there is room."""
+        return Budget(self.costs(), tokens or self.tokens(), self.sizes, self.room())
 
     def hidden(self, layout: Attending) -> Tensor:
         """Last hidden states (N, d) of a batch."""
@@ -166,21 +215,32 @@ class Forward:
 
 @dataclass
 class Budget:
-    """Tokens (or what costs as much) per pass; halved when memory runs out, and not raised again."""
+    """Tokens (or what costs as much) per pass, and bytes; halved when memory runs out, and not raised again."""
 
     costs: Costs
     tokens: int
+    sizes: Sizes = Sizes(0, 0, 0, 0)
+    room: float = math.inf
 
-    def cost(self, piece: Piece) -> float:
-        """Of a piece, in tokens."""
+    def cost(self, piece: Piece, held: int = 0) -> float:
+        """Of a piece, in tokens; ``held`` bytes of the room are taken."""
         n = len(piece.tokens)
-        return n * (1 + self.costs.pair * (n + piece.before))
+        return max(n * (1 + self.costs.pair * (n + piece.before)), self.share(self.sizes.of(n, piece.before), held))
 
-    def batches(self, rows: Sequence[Piece]) -> Iterator[list[Piece]]:
+    def share(self, size: float, held: int = 0) -> float:
+        """The tokens that would be as large a share of all tokens as ``size`` bytes are of the room."""
+        return size * self.tokens / max(self.room - held, 1.0)
+
+    def halve(self, tokens: int, size: float) -> None:
+        """So many tokens of that many bytes were too many: half of them must do."""
+        self.tokens = max(1, min(self.tokens, tokens) // 2)
+        self.room = min(self.room, size) / 2
+
+    def batches(self, rows: Sequence[Piece], held: int = 0) -> Iterator[list[Piece]]:
         """Batches of like cost within the budget, which may shrink on the way; the longest rows first."""
         left = sorted(rows, key=lambda p: len(p.tokens), reverse=True)
         while left:
-            upto = np.cumsum([self.cost(p) for p in left])
+            upto = np.cumsum([self.cost(p, held) for p in left])
             share = upto[-1] / math.ceil(upto[-1] / self.tokens)
             n = max(1, int(np.searchsorted(upto, share * (1 + 1e-9), side="right")))
             yield left[:n]
@@ -193,17 +253,18 @@ def run(forward: Forward, pieces: Sequence[Piece], budget: Budget) -> Iterator[l
     for i, piece in enumerate(pieces):
         below.setdefault(piece.trunk, []).append(i)
 
-    def under(trunk: int | None, states: dict[nn.Module, KeysValues]) -> Iterator[list[Part]]:
+    def under(trunk: int | None, states: dict[nn.Module, KeysValues], held: int) -> Iterator[list[Part]]:
         here = below.get(trunk, [])
-        for batch in budget.batches([pieces[i] for i in here if not pieces[i].kept]):
+        for batch in budget.batches([pieces[i] for i in here if not pieces[i].kept], held):
             yield from _within_memory(forward, batch, states, budget)
         for i in here:
             if pieces[i].kept:
                 kept, parts = forward.trunk(lay_out([pieces[i]], forward.device, states))
                 yield parts
-                yield from under(i, kept)
+                # with its own keys and values go copies of those before it
+                yield from under(i, kept, held + budget.sizes.kept * (len(pieces[i].tokens) + pieces[i].before))
 
-    yield from under(None, {})
+    yield from under(None, {}, 0)
 
 
 def _within_memory(
@@ -222,6 +283,7 @@ def _within_memory(
             continue
         # outside the handler: the exception holds on to the tensors of the failed pass
         torch.cuda.empty_cache()  # cuBLAS allocates past torch, which would keep what it was given
-        budget.tokens = max(1, min(budget.tokens, sum(len(p.tokens) for p in part)) // 2)
+        tokens = [(len(p.tokens), p.before) for p in part]
+        budget.halve(sum(n for n, _ in tokens), sum(budget.sizes.of(*t) for t in tokens))
         half = len(part) // 2
         todo += [part[half:], part[:half]]

@@ -29,7 +29,7 @@ from unlearn.decoding import greedy
 from unlearn.distributed import share_requests
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.fetch import doubled_weights, index_shards
-from unlearn.forward import Budget, Forward, NotPackableError, Part, run
+from unlearn.forward import Forward, NotPackableError, Part, run
 from unlearn.hub import condensed, hub_away, model_in_cache
 from unlearn.memory import is_out_of_memory
 from unlearn.models import fingerprint, untie
@@ -207,7 +207,7 @@ class PackedLM(WholeLM):
         forward = self._packable()
         if forward is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-        budget = self._budget(forward)
+        budget = forward.budget(self.batch_tokens)
         answers: dict[int, tuple[float, bool]] = {}
         with progress(self.label, len(requests)) as advance, torch.inference_mode(), self._precision():
             while len(answers) < len(requests):
@@ -224,7 +224,7 @@ class PackedLM(WholeLM):
                 except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
                     if not is_out_of_memory(e) or all(p.is_chain for p in pieces):
                         raise
-                    budget.tokens = max(1, budget.tokens // 2)  # cut what is left into smaller trees
+                    budget.halve(budget.tokens, budget.room)  # cut what is left into smaller trees
         self.batch_tokens = min(self.batch_tokens or budget.tokens, budget.tokens)
         return [answers[i] for i in range(len(requests))]
 
@@ -275,7 +275,7 @@ class PackedLM(WholeLM):
         found = context.new_full((len(prompts), room), self.tokenizer.pad_token_id)
         slots = 256 if self.device.type == "cuda" else 64
         with progress("generating", len(prompts)) as advance, torch.inference_mode(), self._precision():
-            for index, text in greedy(forward, prompts, room, done, slots, self._budget(forward)):
+            for index, text in greedy(forward, prompts, room, done, slots, forward.budget(self.batch_tokens)):
                 found[index, : len(text)] = torch.tensor(text)
                 advance(1)
         return torch.cat([context, found], dim=1)
@@ -310,9 +310,6 @@ class PackedLM(WholeLM):
                 return None
             self._forward = forward
         return self._forward
-
-    def _budget(self, forward: Forward) -> Budget:
-        return Budget(forward.costs(), self.batch_tokens or forward.tokens())
 
     def _precision(self) -> AbstractContextManager[Any]:
         dtype = self.mixed_precision_dtype

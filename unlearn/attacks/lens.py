@@ -7,6 +7,7 @@ edit may leave the answer in the middle of the model and only hide it at the end
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from unlearn.attacks.judge import Judge, Judged
 from unlearn.attention import Layout, attending
 from unlearn.console import progress
-from unlearn.forward import Budget, Forward, NotPackableError, Part, run
+from unlearn.forward import Forward, NotPackableError, Part, run
 from unlearn.scoring import PackedLM, Request
 from unlearn.silence import quiet_harness
 from unlearn.tree import pack
@@ -79,6 +80,8 @@ class _Layers(Forward):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.count: int = self.config.num_hidden_layers
+        states = self.config.hidden_size * self.dtype.itemsize * (self.count + 1)
+        self.sizes = replace(self.sizes, token=self.sizes.token + states)
         self.norm = self._final_norm()
         self.values: NDArray[np.float64] = np.zeros((self.count, 0))
         self.greedy: NDArray[np.bool_] = np.ones((self.count, 0), dtype=bool)
@@ -161,9 +164,8 @@ class _LensLM(PackedLM):
 
     def _run(self, pairs: list[tuple[list[int], list[int]]]) -> None:
         self.layers.start(len(pairs))
-        costs = self.layers.costs()
-        budget = Budget(costs, min(self.batch_tokens or self.layers.tokens(), _TOKENS))
+        budget = self.layers.budget(min(self.batch_tokens or self.layers.tokens(), _TOKENS))
         total = sum(len(continuation) for _, continuation in pairs)
         with progress(self.label, total) as advance, torch.inference_mode():
-            for parts in run(self.layers, pack(pairs, self.max_length, costs, longest=budget.tokens), budget):
+            for parts in run(self.layers, pack(pairs, self.max_length, budget.costs, longest=budget.tokens), budget):
                 advance(sum(tokens for *_, tokens in parts))
