@@ -225,13 +225,8 @@ def test_items_are_limited_and_one_item_has_no_error(small: Any) -> None:
     assert {s.kind for s in got.scores} == {"none", "lens"}
 
 
-def test_few_shots_need_a_retain_set_and_unrelated_texts_a_utility_set(
-    small: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """What does not apply is left out, and said."""
+def test_few_shots_need_a_retain_set_and_unrelated_texts_a_utility_set(small: Any) -> None:
+    """What does not apply is left out."""
     alone = {**NOTHING, "probes": ["few_shot"], "relearn": {"items": 2, "steps": [1]}}
     got = small(alone, retain=None, utility=None, teach=None, vector={"forget": {"steps": 2}, "lora": {"rank": 2}})
     assert {s.attack for s in got.scores if s.kind != "none"} == {"relearning on 2 forgotten items"}
-    said = " ".join(capfd.readouterr().err.split())
-    assert "not asked with solved examples in the prompt: that needs a retain set of questions" in said
-    assert "no relearning on unrelated texts: no utility set" in said

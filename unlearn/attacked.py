@@ -17,7 +17,7 @@ from unlearn.attacks.probes import ask, wordings
 from unlearn.attacks.quantised import edited_copy, quantised
 from unlearn.attacks.relearn import forgotten_rows, parted, relearn, unrelated_rows
 from unlearn.attacks.sampling import sample
-from unlearn.attacks.values import LENS, AttackScore, Robustness, probing, quantisation, relearning
+from unlearn.attacks.values import LENS, AttackScore, Robustness, quantisation, relearning
 from unlearn.compared import Compared, Subjects
 from unlearn.console import say
 from unlearn.data import Item, LoadedSet
@@ -86,8 +86,6 @@ class Attacked(Compared):
         for probe in spec.probes:
             others = wordings(probe, judge.kind, judge.items, sets, self.recipe.seed)
             if not others:
-                needed = "a retain set of questions" if probe == "few_shot" else "questions, and these are passages"
-                say(f"    not asked with {probing(probe)}: that needs {needed}", style="yellow")
                 continue
             asked = [_asked(w.items) for w in others]
             found += attack(probe, asked, lambda tmp, p=probe, o=others: ask(model, judge, o).entries(p, who))  # type: ignore[misc]
@@ -143,11 +141,8 @@ class Attacked(Compared):
         if how is None:
             return found
         rows = [(len(again), False, forgotten_rows(judge.loaded, again, tokenizer, length))] if again else []
-        others = unrelated_rows(sets, how.items, seed, tokenizer, length) if how.unrelated else []
-        if others:
+        if how.unrelated and (others := unrelated_rows(sets, how.items, seed, tokenizer, length)):
             rows.append((len(others), True, others))
-        elif how.unrelated:
-            say("    no relearning on unrelated texts: no utility set has an item that fits", style="yellow")
         for count, unrelated, data in rows:
 
             def train(model: PreTrainedModel, count: int = count, other: bool = unrelated, data: Any = data) -> _Scores:

@@ -25,6 +25,7 @@ from unlearn.card import CardFacts, card
 from unlearn.changes import Change, edited
 from unlearn.errors import BrokenModelError, VectorError
 from unlearn.fetch import doubled_weights, index_shards
+from unlearn.memory import is_out_of_memory
 from unlearn.negate import applied, fit
 from unlearn.quiet import quietly
 from unlearn.rounding import generator_for, round_stochastically
@@ -194,8 +195,14 @@ def rescored(
     with quietly():
         read: Any = AutoModelForCausalLM.from_pretrained
         again = read(folder, dtype="auto", use_safetensors=True, trust_remote_code=model.is_remote_code())
+    again.eval()
     try:
-        found = _log_probs(again.eval().to(model.device), tokenizer, rows)
+        try:
+            found = _log_probs(again.to(model.device), tokenizer, rows)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            found = _log_probs(again.to("cpu"), tokenizer, rows)  # beside the other one there is no room for it
     except BrokenModelError as e:
         raise VectorError(f"{folder}: read again as {again.dtype}, the merged model does not work: {e}") from e
     difference, edit = float(np.abs(found - wanted).mean()), float(np.abs(wanted - before).mean())

@@ -119,8 +119,8 @@ def hub_cache() -> Path:
 
 
 def model_in_cache(name: str) -> bool:
-    """Whether a model of the hub, in whatever revision, was downloaded before."""
-    return any((hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"))
+    """Whether a model, adapter or tokenizer of the hub, in whatever revision, was downloaded before."""
+    return any((hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*config.json"))
 
 
 def check_data(names: Iterable[str]) -> None:

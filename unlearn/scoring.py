@@ -10,6 +10,7 @@ model itself once) goes through lm-eval's code.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -182,7 +183,7 @@ class PackedLM(WholeLM):
         parts = [
             fingerprint(self.model),
             self.model.config.to_json_string(use_diff=False),
-            [(name, sorted(config.to_dict().items(), key=str)) for name, config in sorted(adapters.items())],
+            [(name, _in_order(config.to_dict())) for name, config in sorted(adapters.items())],
             getattr(self.model, "generation_config", None),
             fast.to_str() if fast is not None else sorted(self.tokenizer.get_vocab().items()),
             (self.eot_token_id, self.prefix_token_id, self.tokenizer.pad_token_id),
@@ -316,31 +317,37 @@ class PackedLM(WholeLM):
         return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
+def _in_order(settings: Mapping[str, Any]) -> str:
+    """Settings as text that is the same in every process: PEFT keeps names in sets, which each lists as it likes."""
+    return json.dumps(settings, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+
+
 def _look_at(pretrained: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
     """Say of what a model is to be loaded from what transformers would pass over in silence, or ask for in vain."""
-    folder = Path(pretrained) / str(options.get("subfolder") or "")
-    if folder.is_dir() and not options.get("gguf_file"):
+    names = {
+        "pretrained": pretrained,
+        "delta": options.get("delta"),
+        "peft": options.get("peft"),
+        "tokenizer": tokenizer,
+    }
+    folders = {key: Path(name) for key, name in names.items() if isinstance(name, str)}
+    for key, folder in folders.items():
+        if not folder.exists() and not model_in_cache(str(folder)) and (away := hub_away()):
+            raise EvaluationError(
+                f"{key}={folder}: there is no such folder, nothing of it in the hub's cache, and {away}"
+            )
+    for key in ("pretrained", "delta"):
+        folder = folders.get(key, Path()) / str(options.get("subfolder") or "")
+        if key not in folders or not folder.is_dir() or options.get("gguf_file"):
+            continue
         try:
             said = doubled_weights(folder, index_shards(folder) or ())
         except ModelError as e:
             said = str(e).removeprefix("model.path: ")
         if said:
-            raise EvaluationError(f"pretrained: {said}")
+            raise EvaluationError(f"{key}: {said}")
         if (folder / ADAPTER_CONFIG).exists():
             raise EvaluationError(_ADAPTER.format(pretrained))
-    names = {
-        "pretrained": pretrained,
-        "tokenizer": tokenizer,
-        "peft": options.get("peft"),
-        "delta": options.get("delta"),
-    }
-    for key, name in names.items():
-        if not isinstance(name, str) or Path(name).exists() or model_in_cache(name):
-            continue
-        if away := hub_away():
-            raise EvaluationError(
-                f"{key}={name}: there is no such folder, nothing of it in the hub's cache, and {away}"
-            )
 
 
 def _finished(passes: Iterable[Sequence[Part]], pieces: Sequence[Piece]) -> Iterator[tuple[int, tuple[float, bool]]]:
