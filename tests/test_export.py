@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.card import CardFacts, card, escape
 from unlearn.card_results import eval_results, model_index
-from unlearn.correlation import scored_rows
+from unlearn.encoding import scored_rows
 from unlearn.errors import VectorError
 from unlearn.export import export_adapter, export_merged, rescored
 from unlearn.items import Item

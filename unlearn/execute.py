@@ -81,13 +81,13 @@ def execute(
 
 def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None:
     """The stages before a run's own: nothing of them depends on vectors, coefficients or rules."""
-    checks.check_reach(loaded.recipe, loaded.source.parent)
+    recipe = loaded.recipe
+    checks.read_local(recipe.sets(), loaded.source.parent)
+    checks.check_reach(recipe, loaded.source.parent)
     quiet_libraries()  # before they are imported
     from unlearn.pipeline import Pipeline
 
-    recipe = loaded.recipe
     checks.check(recipe, loaded.source.parent)
-    checks.read_local(recipe.sets(), loaded.source.parent)
     pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
     base = pipe.load()
     if recipe.teach is not None:
@@ -98,15 +98,15 @@ def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None
 
 
 def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -> RunReport | None:
-    checks.check_reach(loaded.recipe, loaded.source.parent)
+    recipe = loaded.recipe
+    checks.read_local(recipe.sets(), loaded.source.parent)
+    checks.check_reach(recipe, loaded.source.parent)
     quiet_libraries()  # before they are imported
     from unlearn.card import CardFacts
     from unlearn.compared import Subjects
     from unlearn.pipeline import Pipeline
 
-    recipe = loaded.recipe
     checks.check(recipe, loaded.source.parent, hub=True)
-    checks.read_local(recipe.sets(), loaded.source.parent)
     began = time.monotonic()
     pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
     base = pipe.load()

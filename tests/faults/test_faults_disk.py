@@ -176,7 +176,7 @@ _WRITERS = {
     "random state of a checkpoint": ("finetune", r"native .*checkpoint-1/rng_state\.pth"),
     "weights of the target": ("teach", r"native run/\.unlearn-tmp/target\.\*/model\.safetensors"),
     "tokenizer of the target": ("teach", r"native run/\.unlearn-tmp/target\.\*/tokenizer\.json"),
-    "vector": ("finetune", r"native run/\.unlearn-tmp/vectors\+forget"),
+    "vector": ("finetune", r"opened .*/vectors\+forget.*/vector\.safetensors"),
     "samples of lm-eval": ("sweep", r"opened .*/samples_"),
     "adapter": ("export", r"native run/\.unlearn-tmp/export\+adapter\.\*/adapter_model"),
     "merged shard": ("export", r"opened .*/model-00002-of"),

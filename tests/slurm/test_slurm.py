@@ -76,7 +76,7 @@ def test_a_task_is_killed_requeued_and_the_grid_is_whole(submitted: Submitted, t
 
 @pytest.fixture
 def trained(node: Throwaway, tmp_path: Path) -> Trained:
-    (tmp_path / "pico.yaml").write_text(recipe(300, cpus=1).replace("teach: {", "# {"))
+    (tmp_path / "pico.yaml").write_text(recipe(300, cpus=1).replace("teach: {", "choose: {keep: 0}\n# {"))
     done = command(node, "--recipe", str(tmp_path / "pico.yaml"), "--grid", "seed=7", "--out", str(tmp_path / "grid"))
     assert done.returncode == 0, done.stderr
     alone = Submitted(tmp_path / "grid", node, done.stderr)
