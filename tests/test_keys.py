@@ -147,7 +147,7 @@ INPUTS: dict[str, tuple[Change | None, tuple[str, ...], tuple[str, ...]]] = {
     "forget set: tokens written": (
         None,
         ("forget.continuation=5",),
-        ("items", "eval/*/test", "eval/reference", "robustness/*/samples"),
+        ("items", "eval/*", "robustness/*/samples"),  # an item says what a text of that length is compared with
     ),
     # how it is trained, scored and handed back
     "training": (None, ("vector.forget.learning_rate=0.004",), VECTORS),
@@ -222,6 +222,31 @@ def test_a_stage_s_key_changes_with_its_inputs_and_with_nothing_else(
     expected = {name for name in before if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
     assert {name for name in before if after[name] != before[name]} == expected
     assert all(any(fnmatch.fnmatch(name, pattern) for name in before) for pattern in patterns)
+
+
+def test_examples_depend_on_how_much_is_written_of_them(bench: Bench) -> None:
+    """Also where nothing is compared by its words, and the answers are shorter than that."""
+    one, two = (bench.keys("eval.generate=none", f"utility.0.continuation={tokens}") for tokens in (60, 64))
+    assert {name for name in one if one[name] != two[name]} == {"items", "eval/0/test", "eval/1/test"}
+
+
+MERGED = {
+    "number format": "export.dtype=float16",
+    "shards": "export.shard_size=1MB",
+    "rounding": "export.stochastic_rounding=true",
+    "rounding that is accepted": "export.accept_rounding=true",
+    "items on which it is read again": "utility.0.prompt='Q: {question} A:'",
+    "description": "description=Once more",
+}
+
+
+@pytest.mark.parametrize("changed", MERGED)
+def test_whole_weights_depend_on_how_they_are_written(changed: str, bench: Bench) -> None:
+    place = bench.place / "run" / "export" / "merged"
+    place.mkdir()
+    (place / "export.json").write_text('{"coefficient": 1.0}')
+    plain, other = bench.keys("export.merged=true"), bench.keys("export.merged=true", MERGED[changed])
+    assert plain["export/merged"] != other["export/merged"]
 
 
 def test_the_finished_run_had_these_keys(whole: Path, before: dict[str, str]) -> None:

@@ -26,7 +26,7 @@ from unlearn.models import Loaded
 from unlearn.recipe_bench import RobustnessSpec
 from unlearn.report import Who
 from unlearn.rundir import write_json_atomic
-from unlearn.stages import LESS
+from unlearn.stages import LESS, written
 
 _Scores = Sequence[AttackScore]
 _RELEARNING = "lower robustness.relearn.batch_size, or set robustness.relearn to null"
@@ -97,7 +97,7 @@ class Attacked(Compared):
             return got.entries(who)
 
         if spec.samples:
-            length = judge.loaded.spec.continuation
+            length = written([judge.loaded])
             found += attack("samples", [spec.samples, spec.temperature, length, self.recipe.seed], draw)
         if spec.lens:
             why = unavailable(model, judge)

@@ -27,6 +27,7 @@ from unlearn.models import Loaded
 from unlearn.push import able, push
 from unlearn.recipe import PushSpec
 from unlearn.rundir import write_json_atomic
+from unlearn.stages import digests
 from unlearn.vector import TaskVector
 
 _FEW = 4  # items of a set that an export is compared on
@@ -152,7 +153,7 @@ class Pipeline(Attacked):
             how = spec.model_dump(mode="json", include=settings)
             parts = {
                 "adapter": [*edited, self.where, card.card(about, "adapter", self.where)],
-                "merged": [*edited, how, self.recipe.seed, card.card(about, "merged", self.where)],
+                "merged": [*edited, how, self.recipe.seed, digests(sets), card.card(about, "merged", self.where)],
             }
             for name in wanted:
                 self.make(f"export/{name}", parts[name], adapter if name == "adapter" else merged)

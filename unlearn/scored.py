@@ -29,7 +29,7 @@ from unlearn.rundir import RunFolder, write_json_atomic
 from unlearn.samples import complete
 from unlearn.scoring import PackedLM, interface
 from unlearn.stage import STAGE_FILE
-from unlearn.stages import Stages, digests
+from unlearn.stages import Stages, digests, written
 from unlearn.tasks import TaskSet
 from unlearn.vector import TaskVector
 
@@ -219,7 +219,7 @@ class Scored(Stages):
     ) -> _Desk:
         lm = self.lm(target)
         built = self.built(split, sets, target.tokenizer, generate)
-        key = (target.fingerprint, *self.asked(built, sets))
+        key = (target.fingerprint, *self.asked(built, sets), *(written(sets) if split == "test" else []))
         return _Desk(split, lm, built, edit, sets, key, vector.digest())
 
 

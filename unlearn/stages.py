@@ -58,6 +58,11 @@ def digests(sets: Iterable[LoadedSet]) -> list[list[str]]:
     return [[s.role, s.name, s.digest] for s in sets if s.role != "holdout"]
 
 
+def written(sets: Iterable[LoadedSet]) -> list[list[Any]]:
+    """What texts that a model writes for the sets depend on: how long they get, and by the prompt where they end."""
+    return [[s.role, s.name, s.spec.continuation, s.spec.prompts("test")[0]] for s in sets if s.role != "holdout"]
+
+
 class Stages:
     """The stages of one run, made or reused.
 
