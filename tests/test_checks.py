@@ -114,6 +114,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "reference for forget05 was trained on retain95",
     ),
     "itself": ({"reference": "pico:llama", "teach": None}, "reference: pico:llama is the model that is to forget"),
+    "a run's reference": ({"reference": "earlier"}, "earlier/reference has no model.safetensors; in it: config.json"),
     "reuse": ({"reuse": ["tof"]}, "tof; did you mean tofu?"),
     "clean checkpoint": (
         {"vector": {**RECIPE["vector"], "method": "msa", "msa": {"clean": "./none"}}, "teach": None, "reference": None},
@@ -144,9 +145,33 @@ def test_it_is_said_at_once(
     for name, log in (("log", a_log(6)), ("log5", a_log(5)), ("long", a_log(9)), ("log300", a_log(300))):
         (here / f"{name}.json").write_text(json.dumps(log))
     (here / "other.json").write_text(json.dumps(a_log(6, "Who wrote it?")))
+    for name in ("resolved.yaml", "reference/config.json"):  # a run that was cut off
+        (here / "earlier" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "earlier" / name).write_text("{}")
     said = refused(write_recipe(here, **changed), capfd, *(["--dry-run"] if how == "plan" else []))
     assert message in said
     assert "[1/" not in said  # not even the model was loaded
+
+
+@pytest.mark.parametrize("how", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [({}, "robustness.quantize"), ({"robustness": None, "model": {"path": "pico:llama", "quantize": "nf4"}}, "model")],
+    ids=["attack", "model"],
+)
+def test_quantised_copies_without_bitsandbytes(
+    changed: dict[str, Any],
+    key: str,
+    how: str,
+    here: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    said = refused(write_recipe(here, **changed), capfd, *(["--dry-run"] if how == "plan" else []))
+    assert f"{key}" in said
+    assert "quantised copies need the package bitsandbytes: install it, or set" in said
+    assert "[1/" not in said
 
 
 def test_a_log_that_fits(here: Path) -> None:

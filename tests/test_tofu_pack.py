@@ -367,6 +367,10 @@ def test_holdout_sets_without_perturbed_answers(items: ModuleType, tmp_path: Pat
         items.load_items("holdout05", "prob", str(tmp_path))
     write(tmp_path / "holdout05.json", [row(0, paraphrased=False)])
     assert "paraphrased_answer" not in items.load_items("holdout05", "prob", str(tmp_path))["test"].column_names
+    # a ratio with the paraphrase of some rows and the answer itself of others would be neither of the two
+    write(tmp_path / "holdout05.json", [row(0, paraphrased=False), row(1, paraphrased=True)])
+    with pytest.raises(ValueError, match=r"holdout05\.json, row 1: 'paraphrased_answer' is missing or empty"):
+        items.load_items("holdout05", "prob", str(tmp_path))
     with pytest.raises(ValueError, match=r"no holdout10_perturbed\.json and no holdout10\.json"):
         items.load_items("holdout10", "prob", str(tmp_path))
 

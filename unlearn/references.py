@@ -50,9 +50,9 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
             if log is not None:
                 _check_log(recipe, log, rows)
     given = _model_given(recipe)
-    if given is not None and run_reference(given, base) is None:
+    if given is not None:
         try:
-            model_place.model_place(_spec(recipe, given), base)
+            model_place.model_place(_spec(recipe, str(run_reference(given, base) or given)), base)
         except ModelError as error:
             raise _about_reference(error) from error
         if recipe.teach is None and _same_place(given, recipe.model.path, base):
@@ -272,11 +272,8 @@ def locate(recipe: Recipe, base: Path) -> str:
     """
     given = _model_given(recipe)
     assert given is not None  # asked for only then
-    trained = run_reference(given, base)
-    if trained is not None:
-        return str(trained)
     try:
-        return fetch.locate(_spec(recipe, given), base)
+        return fetch.locate(_spec(recipe, str(run_reference(given, base) or given)), base)
     except ModelError as error:
         raise _about_reference(error) from error
 
