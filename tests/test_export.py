@@ -520,6 +520,17 @@ def test_merged_weights_are_read_again_and_compared(
     assert said["edit"] == pytest.approx(float((wanted - plain).abs().mean()), abs=1e-5)
     assert said["difference"] < (1e-4 if dtype == torch.float32 else 0.05)
     assert said["difference"] < said["allowed"] < 0.5 * said["edit"]
+    # a device that has no room for a second model
+    to, full = type(made.model).to, iter([torch.OutOfMemoryError("CUDA out of memory")])
+    with pytest.MonkeyPatch.context() as patch:
+
+        def moved(model: Any, device: Any) -> Any:
+            for error in full:
+                raise error
+            return to(model, device)
+
+        patch.setattr(type(made.model), "to", moved)
+        assert rescored(*arguments) == said
     # what is handed over must be that model: not the unedited one, and not one that no longer works
     stored = load_file(tmp_path / "model.safetensors")
     save_file({n: before[n].to(dtype) for n in stored}, tmp_path / "model.safetensors", {"format": "pt"})

@@ -238,7 +238,10 @@ def test_hub_out_of_reach_says_what_to_do(tmp_path: Path) -> None:
         "except DataError as error: print(error)"
     )
     message = run_offline(tmp_path, code)
-    assert message.startswith("hub:nobody/nothing: it is not on this machine")
+    assert message.startswith(
+        "hub:nobody/nothing (config forget10, split train, revision newest): it is not on this machine, and going "
+        "online is forbidden"
+    )
     assert "`path`" in message
 
 

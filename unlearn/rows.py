@@ -101,9 +101,9 @@ def _read_hub(source: Source) -> list[Row]:
         found = datasets.load_dataset(name, source.config, split=split, revision=source.revision)
         return _from_hub(found, source)
     except Exception as error:  # any library under it may raise here: HTTP client, hub client, Arrow, file system
-        if away and isinstance(error, ConnectionError):
-            raise DataError(no_data(source.path, away)) from error
         asked = f"config {source.config or 'default'}, split {split}, revision {source.revision or 'newest'}"
+        if away and isinstance(error, ConnectionError):
+            raise DataError(no_data(f"{source.path} ({asked})", away)) from error
         raise DataError(
             f"{source.path} ({asked}): cannot be loaded: {type(error).__name__}: {first_line(error)}. "
             "If the hub is out of reach, download the file elsewhere and give it in this set's `path` "
