@@ -132,10 +132,6 @@ class Machines:
         _ip(one, "address", "add", f"{one.address}/24", "dev", "eth0")
         _ip(one, "link", "set", "eth0", "up")
 
-    def cut(self, one: Machine) -> None:
-        """Pull its network cable: nobody is told."""
-        _ip(self.switch, "link", "set", one.name, "down")
-
     def stop(self) -> None:
         """Turn all of them off. Calling it again does nothing."""
         for one in (*self.all, *([self.switch] if hasattr(self, "switch") else [])):

@@ -472,7 +472,6 @@ def test_two_processes_give_what_one_gives(
     assert [path.name for path in tmp_path.iterdir()] == ["answers_rank0.db"]
     done = python(
         [
-            # for CPUs `accelerate launch` starts one process, however many it is asked for
             *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "unlearn.harness"),
             *command(model, pack, items, tmp_path / "out"),
             *("--use_cache", str(tmp_path / "answers")),

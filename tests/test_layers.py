@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A module may import what stands before it, in its own layer or in an earlier one.
 LAYERS: dict[str, str] = {
-    "ground": "errors layers quiet redact console stopping neighbours launch accelerated collective memory distributed "
-    "silence wording",
+    "ground": "errors layers quiet redact console stopping collective memory distributed silence wording",
     "values": "template recipe_data recipe_training recipe_vector recipe_bench recipe_cluster recipe_eval recipe "
     "attacks attacks.values report changes compress shards vector_file vector",
     "recipes": "yaml_core recipe_schema recipe_check overrides assets recipe_io",

@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pytest
 from test_grid_status import make
-from waiting import gone, until
+from waiting import gone, torchrun, until
 
 from unlearn.grids import local_jobs
 from unlearn.grids.devices import Gpus
 from unlearn.grids.grid import log_file
 from unlearn.grids.job_state import JobState
-from unlearn.grids.local_jobs import LocalRunner, at_a_time
+from unlearn.grids.local_jobs import LocalRunner, at_a_time, cores
 from unlearn.grids.submissions import Submission, read
 from unlearn.job import claim_file
-from unlearn.launch import cores
 from unlearn.lock import Lock
 from unlearn.recipe_cluster import ClusterSpec
 
@@ -50,7 +49,7 @@ os.environ["PYTHONPATH"] = str(root)
 job.command = lambda *a, **k: [*prefix, "stands_in", what, str(root)]
 sys.exit(submit.main(["--resubmit", "all-missing", str(root), "--local", "--set", "cluster.grace=10"]))
 """
-LAUNCHED = [sys.executable, "-m", "unlearn.launch", "--processes", "2", "-m"]
+LAUNCHED = torchrun(2)
 
 
 def runner(root: Path, what: str, *prefix: str, before: str = "", stderr: int | None = None) -> subprocess.Popen[bytes]:

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machines import Machine, Machines, why_not
-from waiting import connected, until
+from waiting import until
 
 from unlearn import run
 from unlearn.checkpoints import WHOLE
@@ -60,14 +59,14 @@ def results(folder: Path) -> Any:
 
 
 def test_two_machines_share_a_run(pair: Machines, tmp_path: Path) -> None:
-    line = ("--processes", "1", "--nodes", "2", "--main-host", "node1")
+    line = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=node1", "--master-port=29500")
     does = ("-m", "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", str(pair.disk / "shared"))
     both = [
-        started(one, pair.disk, "unlearn.launch", *line, "--node-rank", str(rank), *does)
+        started(one, pair.disk, "torch.distributed.run", *line, f"--node-rank={rank}", *does)
         for rank, one in enumerate(pair.all)
     ]
-    (code, said), other = (ended(process) for process in both)
-    assert (code, other) == (0, (0, "")), said
+    (code, said), (other, told) = (ended(process) for process in both)
+    assert (code, other) == (0, 0), said + told
     assert said.count("2 processes share training and scoring") == 1
     assert run.main(["--recipe", "pico_smoke.yaml", "--out", str(tmp_path / "alone")]) == 0
     alone, shared = report(tmp_path / "alone"), report(pair.stored / "shared")
@@ -108,37 +107,6 @@ def test_a_grid_of_one_machine_is_seen_from_the_other(pair: Machines) -> None:
     code, said = ended(started(pair.all[1], pair.disk, "unlearn.submit", "--merge", str(pair.disk / "grid")))
     assert code == 0, said
     assert "2 of 2 jobs finished" in said
-
-
-IMPATIENT = """
-import sys
-from unlearn import launch, neighbours
-neighbours._IDLE, neighbours._EVERY, neighbours._TIMES, launch._GRACE = 1, 1, 3, 1
-sys.exit(launch.start("sleeps", [], 1, 2, int(sys.argv[1]), "node1", 29500))
-"""
-
-
-def test_a_machine_without_a_network_is_not_waited_for(tmp_path: Path) -> None:
-    """Its connections are never closed: by themselves the libraries would wait for days."""
-    (tmp_path / "sleeps.py").write_text(
-        "import pathlib, os, time\npathlib.Path(os.environ['UP']).touch()\ntime.sleep(600)"
-    )
-    with Machines(tmp_path / "machines") as two:
-        ups = [tmp_path / one.name for one in two.all]
-        both = [
-            one.start(
-                *(sys.executable, "-c", IMPATIENT, str(rank)),
-                env={**os.environ, "PYTHONPATH": str(tmp_path), "UP": str(ups[rank])},
-            )
-            for rank, one in enumerate(two.all)
-        ]
-        until(lambda: all(up.exists() for up in ups))
-        until(lambda: all(connected(one.first, 29501) for one in two.all))
-        time.sleep(1)  # for the greeting
-        two.cut(two.all[1])
-        for rank, process in enumerate(both):
-            code, said = ended(process)
-            assert (code, f"node {1 - rank} cannot be reached any more" in said) == (1, True), said
 
 
 def test_when_a_machine_dies_the_other_goes_on_from_there(tmp_path: Path) -> None:

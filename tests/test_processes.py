@@ -1,11 +1,11 @@
-"""Several processes, real ones: the launcher, the same training as one process's, and stops."""
+"""Several processes, real ones, under torchrun: the same training as one process's, stops, and jobs of grids."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,12 +15,17 @@ from typing import Any
 
 import pytest
 from processes_arena import fit
-from waiting import gone, until
+from test_grid_status import make
+from waiting import torchrun, until
 
-from unlearn import accelerated, collective, launch, run
+from unlearn import collective, fetch, pico, run
+from unlearn.cache import entry
 from unlearn.checkpoints import WHOLE
-from unlearn.errors import UnlearnError
+from unlearn.grids.grid import Grid, log_file
+from unlearn.grids.job_state import JobState
+from unlearn.lock import Lock
 from unlearn.models import Loaded, fingerprint
+from unlearn.recipe import ModelSpec
 from unlearn.report import RunReport
 from unlearn.vector import TaskVector
 
@@ -37,9 +42,14 @@ def environment(**more: str) -> dict[str, str]:
         **plain,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+        "PYTHONPATH": within(HERE),
         **more,
     }
+
+
+def within(folder: Path) -> str:
+    """Modules of a folder within reach, and this project's."""
+    return f"{folder}{os.pathsep}{HERE.parent}"
 
 
 def started(line: Sequence[str], folder: Path, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
@@ -51,187 +61,7 @@ def started(line: Sequence[str], folder: Path, code: int = 0, **more: str) -> su
     return done
 
 
-# --- the launcher ----------------------------------------------------------------------------------------------------
-
-SHOWS = """
-import json, os, signal, sys, time
-from pathlib import Path
-rank = os.environ["RANK"]
-names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-told = {**{n: os.environ[n] for n in names}, "pid": os.getpid(), "argv": sys.argv[1:]}
-def tell():
-    part = Path(f"{rank}.part")
-    part.write_text(json.dumps(told))
-    part.rename(f"{rank}.json")
-def leave(number, frame):
-    Path(f"signal{rank}.txt").write_text(str(int(number)))
-    sys.exit(130)
-does = {"heeds": leave, "deaf": signal.SIG_IGN, "stuck": signal.SIG_IGN if rank == "1" else leave}.get(sys.argv[1])
-if does is not None:
-    signal.signal(signal.SIGTERM, does)
-    signal.signal(signal.SIGINT, does)
-if sys.argv[1] == "seals":
-    from unlearn import stopping
-    stopping._ECHO = 0.1
-    try:
-        with stopping.held() as hold:
-            tell()
-            while not hold.requested and not (rank == "1" and Path("stop1").exists()):
-                time.sleep(0.02)
-            time.sleep(0.3)  # the rest of the step
-            if rank == "0":
-                time.sleep(1.2)  # the checkpoint
-                Path("sealed").write_text("")
-    except KeyboardInterrupt:
-        pass
-    sys.exit(130)
-tell()
-if sys.argv[1] == "fails" and rank == "1":
-    sys.exit(3)
-if sys.argv[1] == "dies" and rank == "1":
-    os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[1] != "ends":
-    time.sleep(600)
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "shows.py").write_text(SHOWS)
-    return tmp_path
-
-
-def shown(folder: Path, count: int) -> list[dict[str, Any]]:
-    """What so many processes say of themselves, once all have."""
-    until(lambda: all((folder / f"{n}.json").is_file() for n in range(count)))
-    return [json.loads((folder / f"{n}.json").read_text()) for n in range(count)]
-
-
-def test_a_command_line_for_every_job() -> None:
-    assert launch.command(1) == []
-    two = launch.command(2)
-    assert two[0] == sys.executable
-    assert two[-1] == "-m"
-    assert "--nodes" not in two
-    there = launch.command(1, nodes=2, node_rank=1, main_host="node0", port=1234)
-    assert there[there.index("--main-host") + 1] == "node0"
-    assert there[there.index("--port") + 1] == "1234"
-    assert there[there.index("--node-rank") + 1] == "1"
-    for wrong in ((0,), (2, 0), (2, 2, 2), (2, 1, -1)):
-        with pytest.raises(UnlearnError):
-            launch.command(*wrong)
-
-
-def test_all_nodes_come_to_one_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    first, second = (launch.command(4, 2, rank, "node0") for rank in (0, 1))
-    port = first[first.index("--port") + 1]
-    assert second[second.index("--port") + 1] == port
-    monkeypatch.setenv("SLURM_JOB_ID", "4712")
-    other = launch.command(4, 2, 0, "node0")
-    assert other[other.index("--port") + 1] != port
-
-
-def test_every_process_knows_its_place(folder: Path) -> None:
-    started([*launch.command(3), "shows", "ends", "--port", "x"], folder)
-    told = shown(folder, 3)
-    assert [t["RANK"] for t in told] == [t["LOCAL_RANK"] for t in told] == ["0", "1", "2"]
-    assert {t["WORLD_SIZE"] for t in told} == {t["LOCAL_WORLD_SIZE"] for t in told} == {"3"}
-    assert len({t["MASTER_PORT"] for t in told}) == 1
-    assert all(t["argv"] == ["ends", "--port", "x"] for t in told)
-
-
-def test_two_nodes_on_one_machine(folder: Path) -> None:
-    for node in (0, 1):
-        started([*launch.command(2, 2, node, "localhost", 1234), "shows", "ends"], folder)
-    told = shown(folder, 4)
-    assert [t["LOCAL_RANK"] for t in told] == ["0", "1", "0", "1"]
-    assert {(t["WORLD_SIZE"], t["MASTER_ADDR"], t["MASTER_PORT"]) for t in told} == {("4", "localhost", "1234")}
-
-
-def test_one_that_fails_takes_the_others_with_it(folder: Path) -> None:
-    done = started([*launch.command(2), "shows", "fails"], folder, code=3)
-    assert "Traceback" not in done.stderr
-    assert all(gone(t["pid"]) for t in shown(folder, 2))
-
-
-def test_of_one_that_was_killed_the_launcher_speaks(folder: Path) -> None:
-    done = started([*launch.command(2), "shows", "dies"], folder, code=128 + signal.SIGKILL)
-    assert done.stderr == "process 1 was killed by signal 9: the others are stopped\n"
-    assert all(gone(t["pid"]) for t in shown(folder, 2))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on_to_all(folder: Path, number: int) -> None:
-    with subprocess.Popen([*launch.command(2), "shows", "heeds"], cwd=folder, env=environment()) as process:
-        told = shown(folder, 2)
-        process.send_signal(number)
-        assert process.wait(timeout=60) == 130
-    assert [(folder / f"signal{n}.txt").read_text() for n in (0, 1)] == [str(int(number))] * 2
-    assert all(gone(t["pid"]) for t in told)
-
-
-IMPATIENT = "import sys; from unlearn import launch; launch._GRACE = 0.5; sys.exit(launch.start('shows', ['{}'], 2))"
-
-
-@pytest.mark.parametrize("to", ["launcher", "process 1"])
-def test_the_main_process_seals_when_the_others_are_through(folder: Path, to: str) -> None:
-    code = IMPATIENT.format("seals")
-    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment()) as process:
-        shown(folder, 2)
-        if to == "launcher":
-            process.terminate()
-        else:  # which alone was signalled
-            (folder / "stop1").write_text("")
-        assert process.wait(timeout=60) == 130
-    assert (folder / "sealed").is_file()
-
-
-def test_after_the_main_process_nobody_is_waited_for_long(folder: Path) -> None:
-    code = IMPATIENT.format("stuck")
-    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment()) as process:
-        told = shown(folder, 2)
-        process.terminate()
-        assert process.wait(timeout=20) == 130
-    assert all(gone(t["pid"]) for t in told)
-
-
-def test_being_asked_to_stop_once_more_ends_all_and_an_echo_does_not(folder: Path) -> None:
-    with subprocess.Popen([*launch.command(2), "shows", "deaf"], cwd=folder, env=environment()) as process:
-        told = shown(folder, 2)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            process.send_signal(number)
-            time.sleep(0.3)
-        assert process.poll() is None
-        time.sleep(2.0)
-        process.terminate()
-        assert process.wait(timeout=20) == 130
-    assert all(gone(t["pid"]) for t in told)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent is gone")
-def test_a_killed_launcher_leaves_nobody_behind(folder: Path) -> None:
-    with subprocess.Popen([*launch.command(2), "shows", "heeds"], cwd=folder, env=environment()) as process:
-        told = shown(folder, 2)
-        process.kill()
-    until(lambda: all(gone(t["pid"]) for t in told), 30)
-    assert [(folder / f"signal{n}.txt").read_text() for n in (0, 1)] == [str(int(signal.SIGTERM))] * 2
-
-
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        ("python /bin/accelerate launch --cpu x", ["--cpu", "x"]),
-        ("python /bin/accelerate-launch --cpu x", ["--cpu", "x"]),
-        ("python -m accelerate.commands.launch --cpu x", ["--cpu", "x"]),
-        ("python -m accelerate.commands.accelerate_cli launch x", ["x"]),
-        ("python /lib/accelerate/commands/launch.py x", ["x"]),
-        ("python /bin/accelerate config", None),
-        ("bash -c launch", None),
-    ],
-)
-def test_accelerate_is_known_however_it_is_spelt(line: str, found: list[str] | None) -> None:
-    assert accelerated._after_launch(line.split()) == found
+# --- groups ---------------------------------------------------------------------------------------------------------
 
 
 def test_alone_there_is_nothing_to_agree_on() -> None:
@@ -264,11 +94,81 @@ except UnlearnError as e:
 )
 def test_of_a_process_that_is_gone_the_library_s_own_words_are_kept(tmp_path: Path, what: str, shows: str) -> None:
     (tmp_path / "loses.py").write_text(LOSES)
-    started([*launch.command(2), "loses", what], tmp_path, PYTHONPATH=str(tmp_path))
+    started([*torchrun(2), "loses", what], tmp_path, PYTHONPATH=within(tmp_path))
     said = (tmp_path / "said0.txt").read_text()
     assert said.startswith("another process has ended early, or cannot be reached. ")
     assert re.search(shows, said)
     assert "\n" not in said
+
+
+PATIENT = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+from unlearn import collective, distributed, pool
+distributed._PATIENCE, pool._TURN = timedelta(seconds=8), 1.0
+distributed.join()
+Path(f"joined{collective.rank()}").touch()
+with pool.Pool(Path("pool")).making("key") as lock:
+    Path(f"turn{collective.rank()}").touch()
+    collective.wait()
+distributed.leave()
+"""
+
+
+def test_a_group_waits_for_another_run_longer_than_for_a_process(tmp_path: Path) -> None:
+    (tmp_path / "patient.py").write_text(PATIENT)
+    (tmp_path / "pool" / ".locks").mkdir(parents=True)
+    line = [*torchrun(2), "patient"]
+    lock = Lock.take(tmp_path / "pool" / ".locks" / "key.lock")
+    with subprocess.Popen(line, cwd=tmp_path, env=environment(PYTHONPATH=within(tmp_path))) as process:
+        try:
+            until(lambda: all((tmp_path / f"joined{n}").exists() for n in (0, 1)) or process.poll() is not None)
+            time.sleep(16)
+            assert process.poll() is None
+            assert not list(tmp_path.glob("turn*"))
+        finally:
+            lock.release()
+        assert process.wait(SECONDS) == 0
+    assert len(list(tmp_path.glob("turn*"))) == 2
+
+
+IMPATIENT = """
+import sys
+from datetime import timedelta
+from unlearn import distributed, run
+distributed._PATIENCE = timedelta(seconds=10)
+sys.exit(run.main())
+"""
+
+
+def test_models_are_fetched_before_the_group_is_joined(tmp_path: Path) -> None:
+    """Here by yet another process, which takes its time."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    cache = tmp_path / "cache"
+    line = [*torchrun(2), "impatient", "--recipe", "pico_smoke.yaml", "--set", "teach=null", "--out", "run"]
+    line += ["--prepare", "--pool", "pool"]
+
+    def fill(folder: Path) -> None:
+        process = subprocess.Popen(
+            line, cwd=tmp_path, env=environment(PYTHONPATH=within(tmp_path), UNLEARN_CACHE=str(cache))
+        )
+        waiting.append(process)
+        until(lambda: (tmp_path / "run" / "recipe.yaml").exists() or process.poll() is not None)
+        time.sleep(20)
+        assert process.poll() is None
+        pico.build("phi", folder)
+
+    waiting: list[subprocess.Popen[bytes]] = []
+    folder = fetch.locate(ModelSpec.model_validate({"path": "pico:phi"}), tmp_path, tmp_path / "elsewhere")
+    entry(cache, Path(folder).name, fill)
+    assert waiting[0].wait(SECONDS) == 0
+
+
+def test_accelerate_on_cpus_is_said_to_start_one_process(tmp_path: Path, pico_phi: Path) -> None:
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    done = trained(line, tmp_path, pico_phi, {})
+    assert "accelerate launch --cpu starts one process. For several: torchrun --nproc_per_node N -m" in done.stderr
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -299,7 +199,7 @@ def trained(
 def two(tmp_path_factory: pytest.TempPathFactory, pico_phi: Path) -> Path:
     """What two processes have trained."""
     folder = tmp_path_factory.mktemp("two")
-    trained(launch.command(2), folder, pico_phi, {**CASES, "weights": {"kind": "weights", "learning_rate": 1e-3}})
+    trained(torchrun(2), folder, pico_phi, {**CASES, "weights": {"kind": "weights", "learning_rate": 1e-3}})
     return folder
 
 
@@ -340,10 +240,13 @@ def test_every_process_draws_its_own_masks(two: Path) -> None:
 
 
 def test_two_machines_train_what_two_processes_train(two: Path, tmp_path: Path, pico_phi: Path) -> None:
-    """Each with its own launcher; here both are one machine."""
+    """Each with its own torchrun; here both are one machine."""
     asked = json.dumps({"out": str(tmp_path), "model": str(pico_phi), "cases": {"plain": CASES["plain"]}})
-    port = launch._free_port()
-    lines = [[*launch.command(1, 2, node, port=port), "processes_arena", asked] for node in (0, 1)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    where = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    begin = [sys.executable, "-m", "torch.distributed.run", *where]
+    lines = [[*begin, f"--node-rank={node}", "-m", "processes_arena", asked] for node in (0, 1)]
     with subprocess.Popen(lines[1], cwd=tmp_path, env=environment()) as other:
         started(lines[0], tmp_path)
         assert other.wait(timeout=SECONDS) == 0
@@ -373,8 +276,8 @@ def test_weights_are_not_spread_over_processes(name: str, tmp_path: Path, pico_p
 
 def test_a_signal_to_one_process_stops_all_after_one_step(two: Path, tmp_path: Path, pico_phi: Path) -> None:
     """And what goes on from there ends as if it had not been stopped, bit for bit."""
-    line, case = launch.command(2), {"dropout": CASES["dropout"]}
-    done = trained(line, tmp_path, pico_phi, case, code=130, happens=[4, "signal"])
+    line, case = torchrun(2), {"dropout": CASES["dropout"]}
+    done = trained(line, tmp_path, pico_phi, case, code=1, happens=[4, "signal"])
     assert "stopped after step 5 of 7" in done.stderr
     work = tmp_path / "dropout" / "work"
     assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-5"]
@@ -386,7 +289,7 @@ def test_a_signal_to_one_process_stops_all_after_one_step(two: Path, tmp_path: P
 
 
 def test_one_without_memory_is_heard_and_nobody_waits(tmp_path: Path, pico_phi: Path) -> None:
-    done = trained(launch.command(2), tmp_path, pico_phi, {"x": {}}, code=2, happens=[2, "memory"])
+    done = trained(torchrun(2), tmp_path, pico_phi, {"x": {}}, code=1, happens=[2, "memory"])
     assert "error in process 1: vectors/forget: out of memory (DefaultCPUAllocator: can't alloc" in done.stderr
     assert "lower vector.forget.batch_size (and raise" in done.stderr
 
@@ -404,14 +307,10 @@ def values(report: RunReport) -> list[float | None]:
     return found
 
 
-def test_accelerate_on_cpus_gives_the_report_of_one_process(tmp_path: Path) -> None:
-    """accelerate itself starts one process there, whatever it is asked for."""
+def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
     line = ["--recipe", "pico_smoke.yaml", "--out"]
-    done = started(
-        ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "unlearn.run", *line, "two"],
-        tmp_path,
-        UNLEARN_CACHE=os.environ["UNLEARN_CACHE"],
-    )
+    cache = os.environ["UNLEARN_CACHE"]
+    done = started([*torchrun(2), "unlearn.run", *line, "two"], tmp_path, UNLEARN_CACHE=cache)
     assert done.stderr.count("2 processes share training and scoring") == 1
     assert run.main([*line, str(tmp_path / "one")]) == 0
     one, two = (RunReport.from_json(json.loads((tmp_path / n / "report.json").read_text())) for n in ("one", "two"))
@@ -422,8 +321,8 @@ def test_accelerate_on_cpus_gives_the_report_of_one_process(tmp_path: Path) -> N
 
 
 def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
-    """SIGTERM to the launcher in the middle of a training, as a batch system ends a job."""
-    line = [*launch.command(2), "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", "run", "--set"]
+    """SIGTERM to torchrun in the middle of a training, as a batch system ends a job."""
+    line = [*torchrun(2), "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", "run", "--set"]
     line += ["vector.forget={steps: 200, batch_size: 12, learning_rate: 0.0001, save_every: 20}", "--set"]
     line += ["sweep.coefficients=[1]"]
     more = {"UNLEARN_CACHE": os.environ["UNLEARN_CACHE"], "PYTHONUNBUFFERED": "1"}
@@ -438,11 +337,56 @@ def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
             if "] finetune: " in words:
                 until(lambda: any(work.glob(f"*forget*/*/{WHOLE}")) or process.poll() is not None)
                 process.terminate()
-        assert process.wait(timeout=SECONDS) == 130, said
-    assert "Traceback" not in said
+        assert process.wait(timeout=SECONDS) == 1, said
+    assert "what is finished is kept, and the same command goes on from there" in said
     stopped = re.search(r"forget set: stopped after step (\d+) of 200", said)
     assert stopped is not None
     left = [p.name for p in work.glob("*forget*/checkpoint-*")]
     assert f"checkpoint-{stopped[1]}" in left
     started(line, tmp_path, **more)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["training"][1]["steps"] == 200
+
+
+# --- jobs of grids ---------------------------------------------------------------------------------------------------
+
+FAILS = """
+import os, sys, time
+from unlearn import job
+def execute(root, grid, one):
+    if os.environ["RANK"] == "1":
+        raise ValueError("enough of this")
+    time.sleep(600)
+job._execute = execute
+sys.exit(job.main())
+"""
+
+
+def test_a_job_says_why_a_process_that_is_not_the_main_one_failed(tmp_path: Path) -> None:
+    """torchrun has one code for everything, and tells the main process to stop."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    name = make(tmp_path / "grid", 1, prepared=False).jobs[0].name
+    started([*torchrun(2), "fails", str(tmp_path / "grid"), name], tmp_path, code=1, PYTHONPATH=within(tmp_path))
+    state = JobState.load(tmp_path / "grid", name)
+    assert state is not None
+    assert (state.state, state.exit, state.error) == ("failed", 1, "ValueError: enough of this")
+
+
+def test_a_job_of_several_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "unlearn.submit", "--recipe", "pico_smoke", "--grid", "seed=0", "--local"]
+    line += ["--out", "grid", "--set", "cluster.processes=2"]
+    line += ["--set", "vector.method=negate", "--set", "sweep.coefficients=[1]"]
+    line += ["--set", "vector.forget={steps: 200, batch_size: 12, learning_rate: 0.0001, save_every: 20}"]
+    more = {"UNLEARN_CACHE": os.environ["UNLEARN_CACHE"]}
+    with subprocess.Popen(line, cwd=tmp_path, env=environment(**more)) as runner:
+        until(lambda: any(tmp_path.glob(f"grid/jobs/*/.unlearn-work/*forget*/*/{WHOLE}")) or runner.poll() is not None)
+        runner.terminate()
+        assert runner.wait(SECONDS) == 130
+    (name,) = [one.name for one in Grid.load(tmp_path / "grid").jobs]
+    state = JobState.load(tmp_path / "grid", name)
+    assert state is not None
+    assert (state.state, state.exit) == ("stopped", 130)
+    done = started(line, tmp_path, **more)
+    assert f"[1/1] {name}: done" in done.stderr  # its preparation was done before
+    log = log_file(tmp_path / "grid", name).read_text()
+    assert log.count("2 processes share training and scoring") == 2
+    assert re.search(r"stopped after step \d+ of 200; it is kept", log)

@@ -259,7 +259,6 @@ def test_two_processes_work_together(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = subprocess.run(
         [
-            # for CPUs `accelerate launch` starts one process, however many it is asked for
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
             *("-m", "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", str(folder)),
             *("--set", "teach.batch_size=12", "--set", "vector.forget.batch_size=6"),

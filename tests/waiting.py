@@ -1,11 +1,17 @@
-"""Waiting for what other processes do, in the tests that start some."""
+"""Starting other processes, and waiting for what they do."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+
+def torchrun(processes: int) -> list[str]:
+    """What stands before a module's name and arguments to start it in several processes of this machine."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, "-m", *launcher, "-m"]
 
 
 def until(true: Callable[[], bool], seconds: float = 240) -> None:
@@ -23,10 +29,3 @@ def gone(process: int) -> bool:
     except ProcessLookupError:
         return True
     return False
-
-
-def connected(process: int, port: int) -> bool:
-    """Whether a connection with this port at either end is open in the network that a process is in. Linux only."""
-    tables = (Path(f"/proc/{process}/net/{name}") for name in ("tcp", "tcp6"))
-    lines = (line for table in tables if table.exists() for line in table.read_text().splitlines())
-    return any(f":{port:04X} " in line and " 01 " in line for line in lines)

@@ -15,7 +15,7 @@ from unlearn.benchmarks.samples_in import read_samples
 from unlearn.board_runs import Log, absent, read_log, read_scored, rows
 from unlearn.console import is_main_process
 from unlearn.data import LoadedSet
-from unlearn.distributed import main_first, wait
+from unlearn.distributed import wait
 from unlearn.encoding import cuts
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.evaluate import evaluate
@@ -142,8 +142,7 @@ class Compared(Foreseen):
                 base = models.load(self.recipe.model, self.where_base)
                 where = self.taught("reference", base, learned, spec, "teaching the reference")
             else:
-                with main_first():
-                    where = references.locate(self.recipe, self.base)
+                where = references.locate(self.recipe, self.base)
             return models.load(self.recipe.model, where)
 
     def reference_scores(self, subjects: Subjects, sets: Sequence[LoadedSet]) -> tuple[TaskScore, ...]:

@@ -46,7 +46,7 @@ _QUIET_SECONDS = 10.0  # between progress lines when stderr is a file (batch job
 
 
 def is_main_process() -> bool:
-    """True on the one process that talks and writes under ``accelerate launch``."""
+    """True on the one of several processes that talks and writes."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

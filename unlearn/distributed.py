@@ -1,5 +1,4 @@
-"""Several processes, under :mod:`unlearn.launch`, ``accelerate launch`` or ``torchrun``: they train and score
-together; the main one writes.
+"""Several processes, under ``torchrun`` or ``accelerate launch``: they train and score together; the main one writes.
 
 Alone, from the start, all of this does nothing and imports nothing.
 """
@@ -8,19 +7,17 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from unlearn.accelerated import asked_of_accelerate
 from unlearn.collective import count, gathered, portable, several, wait
 from unlearn.console import say
 from unlearn.errors import UnlearnError
 
-__all__ = ["count", "join", "leave", "main_first", "several", "share_requests", "shares", "wait"]
+__all__ = ["count", "join", "leave", "several", "share_requests", "shares", "wait"]
 
-_PATIENCE = timedelta(days=7)  # the others wait while one downloads, converts or writes
+_PATIENCE = timedelta(minutes=30)  # a process that is not heard of for so long is taken for lost
 _SPREAD = {
     f"ACCELERATE_USE_{way.upper()}": f"--use_{way}"
     for way in ("fsdp", "deepspeed", "megatron_lm", "parallelism_config")
@@ -60,8 +57,8 @@ def join() -> None:
             )
         PartialState(cpu=on_cpus, timeout=_PATIENCE)
         wait()
-    elif asked_of_accelerate():
-        say("accelerate launch was asked for several processes on CPUs and started one, which works alone", "yellow")
+    elif cpus_only() and "MASTER_PORT" in os.environ:
+        say("accelerate launch --cpu starts one process. For several: torchrun --nproc_per_node N -m …", "yellow")
 
 
 def cpus_only() -> bool:
@@ -71,17 +68,6 @@ def cpus_only() -> bool:
 
 def _asked(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """The main process goes through the block, and then the others do, who find on disk what it has left there."""
-    main = int(os.environ.get("RANK", "0")) == 0
-    if not main:
-        wait()
-    yield
-    if main:
-        wait()
 
 
 def leave() -> None:

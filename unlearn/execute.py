@@ -60,6 +60,8 @@ def execute(
     with told(recipe.name, _LESS), RunFolder.open(out, recipe, loaded.text, fresh) as folder:
         say(f"{recipe.name}: {folder.root}")
         key = fingerprint(_plain(recipe), _inputs(recipe, base), provenance.surroundings())
+        if distributed.several():
+            _fetch(recipe, base)  # before they join: whoever waits for a download there is taken for lost
         distributed.join()
         if distributed.count() > 1:
             say(f"{distributed.count()} processes share training and scoring")
@@ -77,6 +79,18 @@ def execute(
             render_table(report, Console())
             say(f"report: {folder.root / 'report.html'}")
     return report
+
+
+def _fetch(recipe: Recipe, base: Path) -> None:
+    """Have every model that the run reads on this machine, converted."""
+    checks.check_reach(recipe, base)
+    quiet_libraries()  # before they are imported
+    from unlearn import fetch, fitted
+
+    fetch.locate(recipe.model, base)
+    if references.is_model(recipe) and recipe.reference != "train":
+        references.locate(recipe, base)
+    fitted.clean_checkpoint(recipe, base)
 
 
 def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None:

@@ -21,7 +21,7 @@ from unlearn.methods.msa import msa
 from unlearn.methods.random_vector import random_like
 from unlearn.models import Loaded, drops_out
 from unlearn.precision import mixed_precision
-from unlearn.recipe import LoraSpec, ModelSpec, SetRole, TrainSpec
+from unlearn.recipe import LoraSpec, ModelSpec, Recipe, SetRole, TrainSpec
 from unlearn.recipe_vector import (
     BASELINES,
     NEED_RETAIN,
@@ -62,6 +62,22 @@ class Vectors:
         """The sum of the parts by weight: the same bits in whatever order the requests were made."""
         parts = [self.parts[goal] * weights[goal] for goal in sorted(self.parts)]
         return next(iter(self.parts.values())) if len(parts) == 1 else TaskVector.sum(parts)
+
+
+def clean_checkpoint(recipe: Recipe, base: Path) -> tuple[ModelSpec, str] | None:
+    """The clean checkpoint that ``msa`` was given, and where it is, fetched where needed; None without one.
+
+    Raises:
+        ModelError: there is none, or it cannot be fetched.
+    """
+    msa = recipe.vector.msa
+    if not recipe.vector.uses("msa") or msa is None or msa.clean is None:
+        return None
+    spec = recipe.model.model_copy(update={"path": msa.clean, "revision": None})
+    try:
+        return spec, fetch.locate(spec, base)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", "vector.msa.clean")) from error
 
 
 class Fitted(Scored):
@@ -275,26 +291,11 @@ class Fitted(Scored):
             if spec.quantize == "none":
                 return target.fingerprint, target
             return target.fingerprint, models.load(spec, self.where, for_training=True)
-        given = self.clean()
+        given = clean_checkpoint(self.recipe, self.base)
         spec, where = given if given is not None else (spec, self.where_base)
         clean = models.load(spec, where)
         trainee = clean if spec.quantize == "none" else models.load(spec, where, for_training=True)
         return clean.fingerprint, trainee
-
-    def clean(self) -> tuple[ModelSpec, str] | None:
-        """The clean checkpoint that ``msa`` was given, and where it is, fetched where needed; None without one.
-
-        Raises:
-            ModelError: there is none, or it cannot be fetched.
-        """
-        msa = self.recipe.vector.msa
-        if not self.recipe.vector.uses("msa") or msa is None or msa.clean is None:
-            return None
-        spec = self.recipe.model.model_copy(update={"path": msa.clean, "revision": None})
-        try:
-            return spec, fetch.locate(spec, self.base)
-        except ModelError as error:
-            raise ModelError(str(error).replace("model.path", "vector.msa.clean")) from error
 
     # -- shaping -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from unlearn import accelerated, distributed
+from unlearn import distributed
 from unlearn.console import is_main_process, say
 from unlearn.errors import EvaluationError, UnlearnError
 from unlearn.hub import hub_away
@@ -83,7 +83,6 @@ def _run(cli: HarnessCLI) -> None:
     if arguments.command == "run":
         _check_caches(arguments)
         hub_away()  # looked into before the tasks are: their data are then looked for on this machine alone
-        accelerated.start_the_others("unlearn.harness", sys.argv[1:])
         distributed.join()
         if not is_main_process():
             _run_silently(cli, arguments)

@@ -1,7 +1,8 @@
 """``python -m unlearn.job GRID NAME``: one job of a grid, or one preparation, as a process of its own.
 
 What it prints goes to ``logs/NAME.log``, what it says about itself to ``state/NAME.json``. Of several processes that
-share a job only the main one writes.
+share a job only the main one writes there. torchrun, which starts them, ends with 1 whatever they end with: how a job
+ended is read from its state.
 """
 
 from __future__ import annotations
@@ -30,16 +31,45 @@ EXIT_CRASH, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 130
 # Seconds to wait for another process at the same job. After a broken node a job may start on a second one before it
 # can be known there that the first has ended.
 _WAIT = 600.0
+_PORTS = range(20_000, 32_000)  # below those that systems give to outgoing connections
 
 
 def command(
     root: Path, name: str, processes: int = 1, nodes: int = 1, node_rank: int = 0, main_host: str = "127.0.0.1"
 ) -> list[str]:
-    """The command line of a job, or of one node's share of it."""
-    from unlearn.launch import command as several
+    """The command line of a job, or of one node's share of it.
 
-    prefix = several(processes, nodes, node_rank, main_host) or [sys.executable, "-m"]
-    return [*prefix, "unlearn.job", str(root), name]
+    Args:
+        processes: On each node.
+        nodes: How many there are; all of them run the same command, but for ``node_rank``.
+        node_rank: Which of them this is, from 0.
+        main_host: Name or address of node 0, as the others reach it.
+    """
+    line = [sys.executable, "-m"]
+    if processes * nodes > 1:
+        line += ["torch.distributed.run", f"--nproc-per-node={processes}"]
+        line += ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
+        line += [f"--master-addr={main_host}", f"--master-port={_agreed_port()}"] if nodes > 1 else []
+        line += ["-m"]
+    return [*line, "unlearn.job", str(root), name]
+
+
+def environment(processes: int, threads: int, grace: float) -> dict[str, str]:
+    """What a job is started with: the threads of each process, and how long torchrun waits for one that saves.
+
+    Args:
+        processes: On this machine.
+        threads: Cores that they share.
+        grace: Seconds between the signal to stop and the end of patience.
+    """
+    limits = {"OMP_NUM_THREADS": str(max(1, threads // processes)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{grace:.0f}"}
+    return {**limits, **os.environ}
+
+
+def _agreed_port() -> int:
+    """The port that all nodes of a job come to without asking each other, and two jobs on one node seldom share."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return _PORTS[int(job) % len(_PORTS)] if job.isdecimal() else 29_500
 
 
 def processes_of(processes: int | None, gpus: int) -> int:
@@ -50,6 +80,11 @@ def processes_of(processes: int | None, gpus: int) -> int:
 def claim_file(root: Path, name: str) -> Path:
     """The lock of who runs it: beside its state, which is written under it."""
     return root / "state" / f"{name}.lock"
+
+
+def _elsewhere(root: Path, name: str) -> Path:
+    """Where a process that is not the main one leaves why it failed."""
+    return root / "state" / f"{name}.failed"
 
 
 def find(grid: Grid, name: str) -> Job | Preparation:
@@ -100,7 +135,10 @@ def _claimed(root: Path, grid: Grid, one: Job | Preparation) -> int:
     from unlearn.lock import Holder, Lock
 
     if not is_main_process():
-        return _run(root, grid, one)[0]
+        code, error = _run(root, grid, one)
+        if error is not None:  # torchrun ends the main process now, which could take that for a stop
+            _elsewhere(root, one.name).write_text(f"{code} {error}", encoding="utf-8")
+        return code
     try:
         before = _previous(root, grid, one)
         claim = claim_file(root, one.name)
@@ -131,9 +169,13 @@ def _told(root: Path, grid: Grid, one: Job | Preparation, state: JobState) -> in
     try:
         _announce(one.name, state)
         state.save(root, one.name)
+        _elsewhere(root, one.name).unlink(missing_ok=True)
         code, error = _run(root, grid, one)
     except KeyboardInterrupt:  # before or after the run itself
         code, error = EXIT_STOPPED, None
+    if code == EXIT_STOPPED and (failed := _elsewhere(root, one.name)).is_file():
+        number, _, error = failed.read_text(encoding="utf-8").partition(" ")
+        code = int(number)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends in any case, and it shall be known how
     word: Any = {0: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
     seconds = round(time.monotonic() - began, 2)

@@ -19,8 +19,8 @@ from unlearn.batches import Encoded
 from unlearn.compared import refuse_another
 from unlearn.console import say
 from unlearn.data import LoadedSet, load_sets
-from unlearn.distributed import main_first
 from unlearn.encoding import reach, scored_rows
+from unlearn.fitted import clean_checkpoint
 from unlearn.item_files import at_prefixes, write_items
 from unlearn.members import require_rows
 from unlearn.models import Loaded
@@ -45,8 +45,7 @@ class Pipeline(Attacked):
         torch.backends.cudnn.allow_tf32 = False
         with self.announced("load", f"the model {self.recipe.model.path.partition('#')[0]}"):
             models.place(self.recipe.model.device)  # before anything is downloaded
-            with main_first():  # transformers has only the main process save, so only that one can convert
-                self.where = self.where_base = fetch.locate(self.recipe.model, self.base)
+            self.where = self.where_base = fetch.locate(self.recipe.model, self.base)
             loaded = models.load(self.recipe.model, self.where)
             size = sum(p.numel() for p in loaded.model.parameters())
             say(f"    {size / 1e6:,.0f} M parameters, {loaded.dtype}, on {loaded.device}".replace("torch.", ""))
@@ -87,14 +86,13 @@ class Pipeline(Attacked):
         self.built("test", sets, base.tokenizer, recipe.eval.generate != "none")
         if recipe.robustness is not None and recipe.robustness.samples:
             self.built("test", sets, base.tokenizer, generate=True)  # what is sampled is compared by its words as well
-        with main_first():  # what is on the hub is fetched once
-            if recipe.benchmark is not None and recipe.benchmark.name == "tofu":
-                place = base.tokenizer.name_or_path  # MUSE's take long to cut into tokens, and its rows were read
-                benchmark_tasks.build(recipe.benchmark, self.base, place, recipe.seed)
-            if references.is_model(recipe) and recipe.reference != "train":
-                where = references.locate(recipe, self.base)
-                refuse_another(base.tokenizer, references.tokenizer(recipe, where))
-            self.clean()
+        if recipe.benchmark is not None and recipe.benchmark.name == "tofu":
+            place = base.tokenizer.name_or_path  # MUSE's take long to cut into tokens, and its rows were read
+            benchmark_tasks.build(recipe.benchmark, self.base, place, recipe.seed)
+        if references.is_model(recipe) and recipe.reference != "train":
+            where = references.locate(recipe, self.base)
+            refuse_another(base.tokenizer, references.tokenizer(recipe, where))
+        clean_checkpoint(recipe, self.base)
         if recipe.holdout is not None:
             require_rows(sets, base)
         if recipe.export.push_to_hub is not None:

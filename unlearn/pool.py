@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unlearn.atomic import explained, sync, unique
+from unlearn.collective import anyone
 from unlearn.console import is_main_process, say
+from unlearn.errors import RunFolderError
 from unlearn.lock import Lock
 from unlearn.stage import damage_of, read_record
 
 _LOCKS, _TEMPORARY = ".locks", ".part-"
+_TURN = 300.0  # seconds of waiting at a time; well below what the others of a group wait for (unlearn.distributed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +44,30 @@ class Pool:
 
     @contextmanager
     def making(self, key: str) -> Iterator[Lock | None]:
-        """Nobody else makes the stage of this key meanwhile; waits for whoever does. Gives the lock of it.
+        """Nobody else makes the stage of this key meanwhile; waits for whoever does. Gives the main process the lock.
 
         Raises:
             RunFolderError: the pool cannot be written.
         """
-        if not is_main_process():
-            yield None
-            return
-        with explained(self.root):
-            (self.root / _LOCKS).mkdir(parents=True, exist_ok=True)
-            lock = Lock.take(self.root / _LOCKS / f"{key}.lock", wait=None)
+        lock = None
+        while not anyone(lock is not None):  # so that the others hear of the main process while it waits
+            lock = self._turn(self.root / _LOCKS / f"{key}.lock") if is_main_process() else None
         try:
             yield lock
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
+
+    def _turn(self, path: Path) -> Lock | None:
+        """A lock; None if another has it for a while yet."""
+        with explained(self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return Lock.take(path, wait=_TURN)
+            except RunFolderError:
+                if Lock.alive(path) == "free":  # that is not the reason
+                    raise
+                return None
 
     def put(self, key: str, stage: Path, lock: Lock) -> None:
         """Share a finished stage; a damaged one of this key is replaced.

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from unlearn import accelerated, console
+from unlearn import console
 from unlearn.atomic import unwritable
 from unlearn.errors import RecipeError, UnlearnError
 
@@ -48,7 +48,7 @@ def run(
         prepare: Make only what other runs can share, and return None.
 
     Returns:
-        The report; None on every process but the main one under ``accelerate launch``.
+        The report; None on every process but the main one of several.
 
     Raises:
         UnlearnError: a mistake in the recipe, its data or its surroundings.
@@ -70,7 +70,6 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, and turn what went wrong into one message and an exit code."""
     arguments = _parser().parse_args(argv)
-    arguments.line = sys.argv[1:] if argv is None else list(argv)
     signal.signal(signal.SIGTERM, _stop)
     try:
         return _dispatch(arguments)
@@ -118,7 +117,6 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             print(memory(loaded))
         return 0
     options = {"out": arguments.out, "fresh": arguments.fresh, "pool": arguments.pool, "prepare": arguments.prepare}
-    accelerated.start_the_others("unlearn.run", arguments.line)
     report = run(arguments.recipe, set=arguments.set, **options)
     return 0 if report is None or report.chosen.bound_met or not arguments.strict else 1
 
@@ -150,7 +148,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stop(number: int, frame: Any) -> None:
-    """SIGTERM (a batch system's time limit) is taken like Ctrl-C: locks and temporary folders are cleaned up."""
+    """SIGTERM is taken like Ctrl-C, once: locks and temporary folders are cleaned up.
+
+    A batch system sends it to every process, and torchrun to all as soon as the first of them has ended.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ECHO = 2.0  # seconds: a batch system signals every process, and the launcher passes it on: one request, heard twice
+_ECHO = 2.0  # seconds: a batch system signals every process, and torchrun passes it on: one request, heard twice
 
 
 class Requests:

@@ -269,3 +269,4 @@ class _Watch(TrainerCallback):
         if state.is_world_process_zero:
             checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", collective.count())
             checkpoints.keep_newest(Path(args.output_dir))
+        collective.wait()  # nobody leaves before it is sealed: torchrun would end the others

@@ -27,7 +27,7 @@ from unlearn.recipe import LoraSpec, TrainSpec
 from unlearn.wording import file_size
 
 LEAST, MOST = 0.9, 2.0
-TOKENS = 256
+TOKENS = 192
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA, float32": {"dtype": "float32", "lora": True},
     "LoRA, bfloat16": {"dtype": "bfloat16", "lora": True},
@@ -49,13 +49,13 @@ def config() -> LlamaConfig:
 
 
 def spec(way: dict[str, Any]) -> TrainSpec:
-    return TrainSpec(steps=3, batch_size=4, gradient_checkpointing=way.get("checkpointing", False))
+    return TrainSpec(steps=2, batch_size=2, gradient_checkpointing=way.get("checkpointing", False))
 
 
 def train(way: dict[str, Any]) -> None:
     """Train, and print what the process held at most beyond what it held without the model."""
     words = pico.tokenizer(pico.corpus())
-    rows = [Encoded(tuple(range(5, 5 + TOKENS)), (IGNORE, *range(6, 5 + TOKENS))) for _ in range(12)]
+    rows = [Encoded(tuple(range(5, 5 + TOKENS)), (IGNORE, *range(6, 5 + TOKENS))) for _ in range(4)]
     before = held()
     model = AutoModelForCausalLM.from_config(config(), dtype=getattr(torch, way["dtype"])).requires_grad_(False)
     with tempfile.TemporaryDirectory() as work:

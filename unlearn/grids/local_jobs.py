@@ -5,12 +5,14 @@ One runner may end (or be killed) and another go on: what is done is in the jobs
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -24,12 +26,12 @@ from unlearn.grids import devices
 from unlearn.grids.grid import Grid, Job, Preparation, log_file
 from unlearn.grids.job_state import JobState
 from unlearn.grids.submissions import Submission, alone, now, put
-from unlearn.launch import cores, die_with
 from unlearn.recipe_cluster import ClusterSpec
 from unlearn.stopping import Requests, handled
 from unlearn.wording import duration
 
 _TICK = 0.05  # seconds between looks at the children
+_PARENT_DIED = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _STYLES = {"done": "green", "stopped": "yellow"}
 
@@ -41,6 +43,7 @@ class _Child:
     log: IO[bytes]
     since: float
     gpus: tuple[str, ...]
+    before: JobState | None  # what it had said of itself until it was started
 
 
 @dataclass(slots=True)
@@ -114,39 +117,39 @@ class LocalRunner:
 
     def _start(self, one: Job | Preparation, most: int) -> _Child:
         processes = job.processes_of(self.spec.processes, self.gpus.per_job)
-        together = processes * min(most, len(self.grid.jobs))
-        threads = {"OMP_NUM_THREADS": str(max(1, cores() // together))}
+        threads = cores() // min(most, len(self.grid.jobs))
         path = log_file(self.root, one.name)
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             log = path.open("ab")
-        gpus = self.gpus.take()
+        gpus, before = self.gpus.take(), JobState.load(self.root, one.name)
         process = subprocess.Popen(
             job.command(self.root, one.name, processes),
             cwd=self.grid.cwd if Path(self.grid.cwd).is_dir() else None,
-            env={**threads, **os.environ, **devices.environment(gpus)},
+            env={**job.environment(processes, threads, self.spec.grace), **devices.environment(gpus)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes to it once, from here
             preexec_fn=die_with(os.getpid()),  # without one who looks after them, jobs save and end
         )
-        return _Child(one, process, log, time.monotonic(), gpus)
+        return _Child(one, process, log, time.monotonic(), gpus, before)
 
     def _end(self, child: _Child, total: int) -> None:
         child.log.close()
         self.gpus.give_back(child.gpus)
         code, took = child.process.returncode, duration(time.monotonic() - child.since)
+        state = JobState.load(self.root, child.one.name)
+        said = state if state != child.before else None
         if code == 0:
             self._count(child.one.name, "done", total, took)
-        elif code in (job.EXIT_STOPPED, -signal.SIGTERM):
+        elif code in (job.EXIT_STOPPED, -signal.SIGTERM) or (said is not None and said.state == "stopped"):
             self._count(child.one.name, "stopped", total, took)
         elif code < 0:
             about = " (of too little memory?)" if code == -signal.SIGKILL else ""
             self._count(child.one.name, "killed", total, f"by signal {-code}{about}, after {took}")
         else:
-            state = JobState.load(self.root, child.one.name)
-            error = state.error if state is not None and state.state == "failed" else None
+            error = said.error if said is not None else None
             where = log_file(self.root, child.one.name)
             self._count(child.one.name, "failed", total, error.splitlines()[-1].strip() if error else f"see {where}")
 
@@ -189,7 +192,7 @@ def at_a_time(spec: ClusterSpec, gpus: devices.Gpus) -> int:
 
 
 def _kill(children: Sequence[_Child]) -> None:
-    """At once, with all that they have started: a launcher's processes are in sessions of their own."""
+    """At once, with all that they have started: torchrun's processes are in sessions of their own."""
     psutil: Any = import_module("psutil")  # comes with accelerate
     for child in children:
         if child.process.poll() is None:
@@ -204,6 +207,25 @@ def _kill(children: Sequence[_Child]) -> None:
                 with suppress(psutil.Error):
                     one.kill()
             child.process.wait()
+
+
+def die_with(parent: int) -> Callable[[], None] | None:
+    """For a new process: to be told to stop when its parent dies, however that dies. Linux only."""
+    if not sys.platform.startswith("linux"):
+        return None
+    control = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        control(_PARENT_DIED, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it died in between
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

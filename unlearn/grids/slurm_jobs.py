@@ -132,17 +132,17 @@ class JobCommand:
             RuntimeError: it failed; Slurm's own state of the task then says so.
         """
         environment = import_module("submitit").JobEnvironment()
+        before = JobState.load(Path(self.root), self.name)
         rank, hosts = environment.node, environment.hostnames
         line = job.command(Path(self.root), self.name, self.processes, self.nodes, rank, hosts[0])
         log = log_file(Path(self.root), self.name)
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, self.cpus // self.processes))}
         with log.open("ab") as out:
             # Slurm's warning goes to every process of the job, and would end those that do not expect it
             guarded = ["/bin/sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh", *line]
-            child = subprocess.Popen(
-                guarded, env={**threads, **os.environ}, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
-            )
+            env = job.environment(self.processes, self.cpus, self.grace)
+            child = subprocess.Popen(guarded, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        self._asked = False
         self._code: int | None = None
         self._child = child.pid
         signal.signal(signal.SIGTERM, lambda number, frame: self._tell())
@@ -153,11 +153,10 @@ class JobCommand:
         child.returncode = self._code  # or Popen would wonder where it went
         if self._code == 0:
             return
-        if self._was_stopped():
-            if environment.global_rank == 0:
-                _wait_for_slurm(environment, self.grace)
-            else:  # srun would end the first machine with us, which is about to put the task back in the queue
-                time.sleep(self.grace)
+        if environment.global_rank:  # srun would end the first machine with us, which saves, or knows what is wrong
+            time.sleep(self.grace)
+        elif self._was_stopped(before):
+            _wait_for_slurm(environment, self.grace)
         raise RuntimeError(f"{self.name} ended with code {self._code}; see {log}")
 
     def checkpoint(self) -> Any:
@@ -179,6 +178,7 @@ class JobCommand:
         return import_module("submitit").helpers.DelayedSubmission(again)
 
     def _tell(self, number: int = signal.SIGTERM) -> None:
+        self._asked = True
         if self._code is None:
             with suppress(ProcessLookupError):
                 os.kill(self._child, number)
@@ -197,10 +197,12 @@ class JobCommand:
                 self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
-    def _was_stopped(self) -> bool:
+    def _was_stopped(self, before: JobState | None) -> bool:
+        """Whether it ended because somebody asked it to; ``before`` is what its state was at the start."""
         state = JobState.load(Path(self.root), self.name)
-        stopped = state is not None and state.state == "stopped"
-        return stopped or self._code in (job.EXIT_STOPPED, -signal.SIGTERM)
+        if state is not None and state != before and state.state != "running":
+            return state.state == "stopped"
+        return self._asked or self._code in (job.EXIT_STOPPED, -signal.SIGTERM)
 
 
 def _wait_for_slurm(environment: Any, grace: float) -> None:
