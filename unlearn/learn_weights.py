@@ -3,7 +3,6 @@
 With theta_w = theta - c * sum_k w_k tau_k, minimised over w by Adam:
 
     L(w) = - E_forget[ min(NLL(theta_w), ceiling) ] + beta * E_retain[ KL(theta || theta_w) ]
-           + l1 * mean|w| + l2 * mean w^2
 
 NLL is one answer's mean over its tokens, in nats, and the ceiling is taken per answer: one that is forgotten well
 enough pulls no further, so that the first term cannot run away. KL is the mean over the retain answers' positions.
@@ -53,8 +52,6 @@ class LearnSpec:
         retain_batch_size: Retain rows per step.
         beta: Weight of the retain divergence.
         ceiling: Nats per token above which an answer counts as forgotten.
-        l1: Weight of the mean absolute coefficient.
-        l2: Weight of the mean squared coefficient.
         by: One coefficient per component, or one per module.
         coefficients: c is drawn from this range at each step; equal ends fix it.
 
@@ -68,16 +65,13 @@ class LearnSpec:
     retain_batch_size: int = 8
     beta: float = 5.0
     ceiling: float = 10.0
-    l1: float = 0.0
-    l2: float = 0.0
     by: By = "component"
     coefficients: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "retain_batch_size"):
             check_number("learned", name, getattr(self, name), 1)
-        for name in ("beta", "l1", "l2"):
-            check_number("learned", name, getattr(self, name), 0.0)
+        check_number("learned", "beta", self.beta, 0.0)
         for name in ("rate", "ceiling"):
             check_number("learned", name, getattr(self, name), 0.0, above=True)
         low, high = self.coefficients
@@ -145,9 +139,7 @@ def learn(
             near = draw.sample(retain, min(spec.retain_batch_size, len(retain)))
             scale.value = draw.uniform(*spec.coefficients)
             answers, kept = _measure(model, rows, near, scale, pad_id)
-            flat = torch.cat(list(weights.values()))
             loss = spec.beta * kept - answers.clamp(max=spec.ceiling).mean()
-            loss = loss + spec.l1 * flat.abs().mean() + spec.l2 * flat.square().mean()
             steps.append((float(loss.detach()), float(answers.detach().mean()), float(kept.detach())))
             if not math.isfinite(steps[-1][0]):
                 raise TrainingError(f"learned: the objective became {steps[-1][0]} at step {step}: lower rate")

@@ -7,7 +7,6 @@ than others, which gives a forget set away as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,20 +77,6 @@ def zlib(tokens: TokenScores) -> float:
     return loss(tokens) / tokens.zlib_bytes
 
 
-def reference(tokens: TokenScores, others: TokenScores) -> float:
-    """Mean log-probability above that of a reference model, which was not trained on the members.
-
-    Args:
-        others: What the reference model says of the same tokens.
-    """
-    if len(tokens.logprobs) != len(others.logprobs):
-        raise EvaluationError(
-            f"the model scored {len(tokens.logprobs)} tokens of a text and the reference {len(others.logprobs)}: "
-            "the reference attack needs models with the same tokenizer, and the same texts"
-        )
-    return loss(tokens) - loss(others)
-
-
 def auc(members: ArrayLike, others: ArrayLike) -> float:
     """Probability that a member scores higher than an other, ties counted half (Mann-Whitney U), in O(n log n).
 
@@ -138,47 +123,6 @@ def compare(attack: str, members: ArrayLike, others: ArrayLike, resamples: int =
     """
     low, high = auc_interval(members, others, resamples, seed)
     return Membership(attack, auc(members, others), low, high, np.size(members), np.size(others))
-
-
-def membership(
-    members: Sequence[TokenScores],
-    holdout: Sequence[TokenScores],
-    references: tuple[Sequence[TokenScores], Sequence[TokenScores]] | None = None,
-    k: float = 0.4,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[Membership, ...]:
-    """All attacks: loss, min_k, min_k_pp, zlib and, with a reference model, reference.
-
-    Args:
-        members: Of texts the model was trained on, the forget set as a rule.
-        holdout: Of texts like them that it was not trained on.
-        references: A reference model's scores of the same members and holdout.
-        k: Share of the tokens for min_k and min_k_pp.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-
-    Raises:
-        EvaluationError: no texts on one side, a text without tokens, numbers that are none, ``k`` outside (0, 1], or
-            a reference of other texts.
-    """
-    attacks: dict[str, Callable[[TokenScores], float]] = {
-        "loss": loss,
-        "min_k": lambda tokens: min_k(tokens, k),
-        "min_k_pp": lambda tokens: min_k_pp(tokens, k),
-        "zlib": zlib,
-    }
-    scores = {name: ([score(t) for t in members], [score(t) for t in holdout]) for name, score in attacks.items()}
-    if references is not None:
-        for ours, theirs, which in zip((members, holdout), references, ("members", "holdout"), strict=True):
-            if len(ours) != len(theirs):
-                raise EvaluationError(f"the model scored {len(ours)} texts of {which} and the reference {len(theirs)}")
-        known, unknown = (
-            [reference(t, r) for t, r in zip(ours, theirs, strict=True)]
-            for ours, theirs in zip((members, holdout), references, strict=True)
-        )
-        scores["reference"] = known, unknown
-    return tuple(compare(name, *sides, resamples, seed) for name, sides in scores.items())
 
 
 def _lowest(values: Floats, k: float) -> float:

@@ -63,4 +63,4 @@ def weigh(vector: TaskVector, weights: Mapping[str, Tensor]) -> TaskVector:
         w = weights[name].detach().to(change.device).float()  # (r,) or (1,)
         return LowRank(change.A, change.B * w) if isinstance(change, LowRank) else Dense(change.values * w)
 
-    return check_left("learned", vector.map(shape), vector, "every weight is 0: lower beta, l1 or l2")
+    return check_left("learned", vector.map(shape), vector, "every weight is 0: lower beta")
