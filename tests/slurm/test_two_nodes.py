@@ -62,7 +62,7 @@ def test_a_job_on_two_machines_saves_where_it_is_and_goes_on(pair: Pair) -> None
     until(lambda: finished(grid) or start(pair.slurm, task), "the end", grid)
     job.went_on_from_where_it_was()
     assert pair.log(grid, name).count("2 processes share training and scoring") == 2
-    assert "Traceback" not in pair.log(grid, name)
+    assert not re.search(r'File ".*/unlearn/', pair.log(grid, name))  # torchrun has one of its own for a signal
 
 
 def test_a_job_whose_node_dies_is_done_by_the_other(
