@@ -32,9 +32,7 @@ LAYERS: dict[str, str] = {
     "scores": "tree attention forward decoding scoring sampled named_tasks tasks benchmark_tasks stderrs "
     "eval_files evaluate samples",
     "choices": "bisect_search joint",
-    "exports": "card_results card rounding survival export push streamed streamed.layout streamed.known "
-    "streamed.names streamed.blocks streamed.io streamed.shard streamed.files streamed.folder streamed.write "
-    "streamed.reason streamed.check",
+    "exports": "card_results card rounding survival export push checkpoint_files stored_names streamed",
     "attacks": "attacks.judge attacks.quantised attacks.relearn attacks.probes attacks.sampling attacks.lens",
     "pages": "markup axes drawing charts html_parts foresight_page evidence_page html table grids.numbers "
     "grids.runs grids.compare grids.groups grids.words grids.csv grids.charts grids.page_tables "

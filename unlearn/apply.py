@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from unlearn import console
 from unlearn.atomic import some
-from unlearn.errors import RunFolderError, UnlearnError, VectorError
+from unlearn.errors import UnlearnError, VectorError
 from unlearn.memory import told
 from unlearn.wording import counted, file_size, number, percent
 
 if TYPE_CHECKING:
-    from unlearn.streamed.check import Verdict
-    from unlearn.streamed.write import Applied
+    from unlearn.streamed import Applied, Verdict
     from unlearn.vector import TaskVector
 
 EXIT_DIFFERS = 1
@@ -72,14 +71,14 @@ def apply(
         accept_rounding: Write also what rounding to nearest has made another edit of.
 
     Raises:
-        UnlearnError: a mistake to mend, or something damaged; see :func:`unlearn.streamed.write.write_edited`.
+        UnlearnError: a mistake to mend, or something damaged; see :func:`unlearn.streamed.write_edited`.
     """
-    from unlearn.streamed.write import write_edited
+    from unlearn.streamed import Rounding, write_edited
 
     whole = _vector(vector)
     _check_adapter(vector, Path(model))
-    there = (whole, Path(model), _finite(coefficient), Path(out))
-    return write_edited(*there, stochastic_rounding, seed, accept_rounding)
+    rounding = Rounding(seed if stochastic_rounding else None)
+    return write_edited(whole, Path(model), _finite(coefficient), Path(out), rounding, accept_rounding)
 
 
 def check(
@@ -96,12 +95,12 @@ def check(
     Raises:
         UnlearnError: a checkpoint is damaged, or the vector does not fit.
     """
-    from unlearn.streamed.check import check_edited, require_folder
+    from unlearn.streamed import Rounding, check_edited
 
-    require_folder(Path(edited))
     whole = _vector(vector)
     _check_adapter(vector, Path(model))
-    return check_edited(whole, Path(model), _finite(coefficient), Path(edited), stochastic_rounding, seed)
+    rounding = Rounding(seed if stochastic_rounding else None)
+    return check_edited(whole, Path(model), _finite(coefficient), Path(edited), rounding)
 
 
 def _vector(place: str | Path | TaskVector) -> TaskVector:
@@ -129,7 +128,7 @@ def _check_adapter(place: str | Path | TaskVector, model: Path) -> None:
     Raises:
         VectorError, ModelError: it does not fit, or there is no such model.
     """
-    from unlearn.streamed.layout import read_checkpoint
+    from unlearn.checkpoint_files import read_checkpoint
     from unlearn.vector import TaskVector
     from unlearn.vector_adapter import ADAPTER_WEIGHTS, refuse_misfit, unlike_base
 
@@ -137,7 +136,8 @@ def _check_adapter(place: str | Path | TaskVector, model: Path) -> None:
         return
     if not (Path(place) / ADAPTER_WEIGHTS).is_file():
         return
-    files = {name: shard.path for name, (shard, _) in read_checkpoint(model).tensors().items()}
+    checkpoint = read_checkpoint(model)
+    files = {name: checkpoint.files[stored.file] for name, stored in checkpoint.tensors.items()}
     from unlearn.architecture import model_of
 
     refuse_misfit(Path(place), model_of(model))
@@ -195,39 +195,21 @@ def _check(arguments: argparse.Namespace) -> int:
     if not verdict.wrong:
         console.say(f"{arguments.out} is exactly {what}: {verdict.tensors} tensors, {verdict.edited} of them edited")
         return 0
-    console.say(f"{arguments.out} is not exactly {what}: {_summary(verdict)}{_recorded(arguments)}", style="red")
+    differ = f"{counted(len(verdict.wrong), 'difference')} in {verdict.tensors} tensors and config.json"
+    console.say(f"{arguments.out} is not exactly {what}: {differ}{_recorded(arguments.out)}", style="red")
     return EXIT_DIFFERS
 
 
-def _summary(verdict: Verdict) -> str:
-    """How much differs, and what it is instead where that is known."""
-    from unlearn.streamed.check import CONFIG
-
-    said = f"{len(verdict.wrong.keys() - {CONFIG})} of {verdict.tensors} tensors differ"
-    if CONFIG in verdict.wrong:
-        said += f", and its {CONFIG} does"
-    if verdict.coefficient is None:
-        return said
-    if verdict.coefficient:
-        return f"{said}. All edited ones are those of coefficient {verdict.coefficient!r}"
-    what = "It is" if len(verdict.wrong) == verdict.edited else "Of what is to be edited all is that of"
-    return f"{said}. {what} the model as it was, without any edit"
-
-
-def _recorded(arguments: argparse.Namespace) -> str:
+def _recorded(out: Path) -> str:
     """What the folder says of itself, if it says so."""
-    from unlearn.streamed.files import RECORD
-    from unlearn.streamed.folder import read_journal
+    from unlearn.streamed import RECORD, read_record
 
-    try:
-        found = read_journal(arguments.out / RECORD)
-    except RunFolderError:
-        return ""
-    if found is None:
+    said = read_record(out)
+    if "coefficient" not in said:
         return ""
     return (
-        f". Its {RECORD} says coefficient {found.edit.coefficient!r}, vector {found.edit.vector[:12]}…, rounded "
-        f"{found.edit.rounding}"
+        f". Its {RECORD} says coefficient {said['coefficient']!r}, vector {said['vector_sha256'][:12]}…, rounded "
+        f"{said['rounding']}"
     )
 
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from unlearn.adapter_writer import to_adapter
 from unlearn.architecture import architecture_of
 from unlearn.changes import LowRank
+from unlearn.checkpoint_files import read_checkpoint
 from unlearn.shards import Slot, write_shards
-from unlearn.streamed.layout import read_checkpoint
 from unlearn.vector import TaskVector
 
 RANK = 16
@@ -55,12 +55,12 @@ def make(size: float, base: Path, vector: Path) -> None:
 
 def _vector(base: Path) -> TaskVector:
     """Random factors on all linear layers but the head, large enough for bfloat16 to keep most of it."""
-    layout, stored = architecture_of(base), read_checkpoint(base).tensors()
+    layout, stored = architecture_of(base), read_checkpoint(base).tensors
     g = torch.Generator().manual_seed(1)
     modules = {}
     for name, transposed in layout.linear.items():
         if name in stored and not name.startswith("lm_head"):
-            rows, columns = stored[name][1].shape[:: -1 if transposed else 1]
+            rows, columns = stored[name].shape[:: -1 if transposed else 1]
             a, b = torch.randn(RANK, columns, generator=g), torch.randn(rows, RANK, generator=g)
             modules[name.removesuffix(".weight")] = LowRank(a, b * 1e-3)
     return TaskVector(modules)
@@ -86,12 +86,12 @@ def peft(base: Path, adapter: Path, out: Path) -> None:
 @torch.no_grad()
 def compare(base: Path, place: Path, coefficient: float, out: Path) -> None:
     """Print how far edited weights are from the exact ones rounded once, and whether the others are as they were."""
-    made, old, new = TaskVector.load(place), read_checkpoint(base).tensors(), read_checkpoint(out).tensors()
+    made, old, new = TaskVector.load(place), read_checkpoint(base), read_checkpoint(out)
     differ = total = 0
     largest = 0.0
     untouched = True
-    for name, (shard, stored) in old.items():
-        before, after = _read(shard.path, name), _read(new[name][0].path, name)
+    for name, stored in old.tensors.items():
+        before, after = (_read(c.files[c.tensors[name].file], name) for c in (old, new))
         change = made.modules.get(name.removesuffix(".weight"))
         if change is None:
             untouched &= torch.equal(before.view(torch.int16), after.view(torch.int16))

@@ -2,57 +2,48 @@
 
 A checkpoint may name its tensors otherwise than the model does (without the prefix of its body, or by names of old that
 transformers changes on loading), may lack a weight that transformers puts together from others, and may keep it as
-(in, out). The class that ``config.json`` names knows all this without a weight being read. It
-takes seconds to ask, so where it is known what it says (:mod:`unlearn.streamed.known`) it is not asked.
+(in, out). The class that ``config.json`` names knows all this without a weight being read.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unlearn.changes import listed
+from unlearn.checkpoint_files import Checkpoint, Stored
 from unlearn.errors import ModelError, VectorError
-from unlearn.streamed.known import plain
-from unlearn.streamed.layout import Checkpoint, Shard, Stored
 
 if TYPE_CHECKING:
     from torch import nn
 
     from unlearn.architecture import Architecture
 
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _HEADS = ("lm_head.weight", "embed_out.weight")
 FLOATS = frozenset({"F32", "F16", "BF16"})
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+# Importing transformers and laying a model out takes seconds, more than editing a small one. For these families the
+# names say it all, which a test holds against what their classes say: model_type -> linear layers, stored as (out, in).
+_GATED = r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj"
+_LINEAR: Mapping[str, str] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _GATED),
+    "phi": r"self_attn\.([qkv]_proj|dense)|mlp\.fc[12]",
+}
+# no other name may be there: transformers would rename it, perhaps to one of these
+_STORED = re.compile(r"(model\.(layers\.\d+\.[a-z_.0-9]+|embed_tokens|norm|final_layernorm)|lm_head)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor that a module of the vector changes.
-
-    Attributes:
-        module: The vector's name of the module.
-        weight: The model's name of its weight.
-        shard, stored: Where it lies.
-        transposed: Whether it is kept as (in, out), as GPT-2's Conv1D does.
-    """
+    """A tensor that a module of the vector changes, and whether it is kept as (in, out), as GPT-2's Conv1D does."""
 
     module: str
-    weight: str
-    shard: Shard
     stored: Stored
     transposed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Stored names by the model's names, and what transformers makes out of other tensors on loading."""
-
-    stored: Mapping[str, tuple[str, ...]]
-    made: Mapping[str, tuple[str, ...]]
 
 
 def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) -> tuple[Target, ...]:
@@ -67,25 +58,33 @@ def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) ->
         ModelError: a quantised model, or an adapter's folder.
     """
     refuse_adapter(checkpoint.folder)
-    there = checkpoint.tensors()
-    config = _config(checkpoint.folder)
-    _refuse_endless(checkpoint.folder, config, len(there))
+    there, config = checkpoint.tensors, _config(checkpoint.folder)
+    for key in _LAYERS:  # a configuration can ask for any number of layers, each of which takes time to lay out
+        if isinstance(count := config.get(key), int) and count > len(there):
+            raise ModelError(
+                f"{checkpoint.folder}: its config.json says {key} {count}, but there are only {len(there)} tensors"
+            )
     if plain(config, there, shapes):
-        found = [Target(module, f"{module}.weight", *there[f"{module}.weight"], False) for module in shapes]
+        found = [Target(module, there[f"{module}.weight"], False) for module in shapes]
         if all(t.stored.shape == shapes[t.module] and t.stored.format in FLOATS for t in found):
             return tuple(found)
     return asked(checkpoint, shapes)
 
 
-def asked(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) -> tuple[Target, ...]:
-    """The same by the model's own class, whatever it is.
+def plain(config: Mapping[str, Any], stored: Iterable[str], modules: Iterable[str]) -> bool:
+    """Whether every module is certainly a linear layer with a stored weight ``MODULE.weight`` of its own."""
+    linear, layers, names = _LINEAR.get(str(config.get("model_type"))), config.get("num_hidden_layers"), set(stored)
+    if linear is None or type(layers) is not int or config.get("quantization_config") or config.get("auto_map"):
+        return False
+    known = re.compile(rf"model\.layers\.(0|[1-9][0-9]*)\.({linear})")
+    found = [(known.fullmatch(module), f"{module}.weight" in names) for module in modules]
+    return all(map(_STORED.fullmatch, names)) and all(m and int(m[1]) < layers and there for m, there in found)
 
-    Raises:
-        VectorError, ModelError: as above.
-    """
+
+def asked(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) -> tuple[Target, ...]:
+    """:func:`targets_of` by the model's own class, whatever it is."""
     from unlearn.architecture import lay_out, model_of
 
-    there = checkpoint.tensors()
     model = model_of(checkpoint.folder)
     if getattr(model.config, "quantization_config", None):
         raise ModelError(
@@ -93,34 +92,30 @@ def asked(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) -> tupl
             "precision"
         )
     layout = lay_out(model)
-    names = _names(model, there)
+    names, made = _names(model, checkpoint.tensors)
     found: list[Target] = []
     wrong: list[str] = []
     taken: dict[str, str] = {}
     for module, shape in shapes.items():
-        weight = _weight_of(module, layout)
+        weight = layout.canonical(f"{module}.weight")
         owner = taken.setdefault(weight, module)
-        why = f"the same weight as {owner}" if owner != module else _misfit(weight, shape, layout, names, there)
-        if why is None:
-            shard, stored = there[names.stored[weight][0]]
-            found.append(Target(module, weight, shard, stored, layout.linear[weight]))
-        else:
+        stored = [checkpoint.tensors[name] for name in names.get(weight, ())]
+        if owner != module:
+            wrong.append(f"{module}: the same weight as {owner}")
+        elif why := _misfit(weight, shape, layout, stored, made):
             wrong.append(f"{module}: {why}")
+        else:
+            found.append(Target(module, stored[0], layout.linear[weight]))
     if wrong:
-        lines = "\n  ".join(wrong)
         raise VectorError(
-            f"the vector does not fit {checkpoint.folder}; was it made from another model? Nothing is written.\n"
-            f"  {lines}"
+            f"the vector does not fit {checkpoint.folder}; was it made from another model? Nothing is written.\n  "
+            + "\n  ".join(wrong)
         )
     return tuple(found)
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise where an adapter lies beside the weights, which transformers loads with them unasked.
-
-    Raises:
-        ModelError: there is one.
-    """
+    """Raise ModelError where an adapter lies beside the weights, which transformers loads with them unasked."""
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: it holds an adapter (adapter_config.json), which would be put on the edited weights "
@@ -134,7 +129,7 @@ def copies(checkpoint: Checkpoint) -> frozenset[str]:
     Raises:
         ModelError: such a head has other values. transformers then does not tie it, other readers do.
     """
-    there, config = checkpoint.tensors(), _config(checkpoint.folder)
+    there, files, config = checkpoint.tensors, checkpoint.files, _config(checkpoint.folder)
     if config.get("tie_word_embeddings") is False or not any(name.endswith(_HEADS) for name in there):
         return frozenset()  # the class is asked only where it must be
     from safetensors import safe_open
@@ -146,8 +141,8 @@ def copies(checkpoint: Checkpoint) -> frozenset[str]:
     stored = {layout.canonical(name): name for name in there}
     found = {stored[two]: stored[one] for two, one in layout.tied.items() if two in stored and one in stored}
     for second, first in found.items():
-        with safe_open(there[second][0].path, framework="pt") as file:
-            if not same_values(file.get_slice(second), there[first][0].path, first):
+        with safe_open(files[there[second].file], framework="pt") as file:
+            if not same_values(file.get_slice(second), files[there[first].file], first):
                 raise ModelError(
                     f"{checkpoint.folder}: its config.json ties {second} to {first}, and both are stored, with other "
                     "values: set tie_word_embeddings to false there if the stored head is meant, as transformers does"
@@ -164,77 +159,55 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _refuse_endless(folder: Path, config: Mapping[str, Any], tensors: int) -> None:
-    """A configuration can ask for any number of layers, each of which takes time to lay out."""
-    for key in _LAYERS:
-        count = config.get(key)
-        if isinstance(count, int) and count > tensors:
-            raise ModelError(f"{folder}: its config.json says {key} {count}, but there are only {tensors} tensors")
-
-
-def _weight_of(module: str, layout: Architecture) -> str:
-    """The model's name of a module's weight; vectors of a model's body alone lack the prefix."""
-    weight = f"{module}.weight"
-    known = weight in layout.linear or weight in layout.others
-    longer = layout.prefix + weight
-    return longer if not known and longer in layout.linear else weight
-
-
 def _misfit(
     weight: str,
     shape: tuple[int, int],
     layout: Architecture,
-    names: _Names,
-    there: Mapping[str, tuple[Shard, Stored]],
+    stored: list[Stored],
+    made: Mapping[str, tuple[str, ...]],
 ) -> str | None:
     """Why a weight cannot be changed in the files, or None."""
     if weight not in layout.linear:
         return layout.why_not(weight)
-    parts = names.made.get(weight)
-    if parts:
-        return f"transformers makes its weight out of {listed(parts)} on loading, so it is not in the files as it is"
-    stored = names.stored.get(weight, ())
+    if weight in made:
+        return f"transformers makes its weight out of {listed(made[weight])} on loading, so it is not in the files"
     if not stored:
-        more = "; transformers makes weights of this model out of others on loading" if names.made else ""
+        more = "; transformers makes weights of this model out of others on loading" if made else ""
         return f"the checkpoint holds no {weight}{more}"
     if len(stored) > 1:
-        return f"the checkpoint holds its weight {len(stored)} times, as {listed(stored)}"
-    tensor = there[stored[0]][1]
+        return f"the checkpoint holds its weight {len(stored)} times, as {listed([t.name for t in stored])}"
+    tensor, wanted = stored[0], shape[::-1] if layout.linear[weight] else shape
     if tensor.format == "F64":
         return "its weight is stored as F64, and edits are computed in float32: convert the model to float32 first"
     if tensor.format not in FLOATS:
         return f"its weight is stored as {tensor.format}: give the model in full precision"
-    wanted = shape[::-1] if layout.linear[weight] else shape
     if tensor.shape != wanted:
         return f"the vector changes {wanted}, the checkpoint has {tensor.shape}"
     return None
 
 
-def _names(model: nn.Module, stored: Iterable[str]) -> _Names:
-    """Name all tensors as loading them would: transformers' own rules, in its own order."""
+def _names(
+    model: nn.Module, stored: Iterable[str]
+) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, tuple[str, ...]]]:
+    """Stored names by the model's, as loading names them, and the weights that loading makes out of several."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
-    except ImportError as e:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    except ImportError as error:
         raise ModelError(
-            f"this version of transformers does not tell how it names weights on loading ({e}): use the versions of "
-            "constraints.txt"
-        ) from e
+            f"this version of transformers does not tell how it names weights on loading ({error}): use the versions "
+            "of constraints.txt"
+        ) from error
     state: dict[str, Any] = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "")
     rules = get_model_conversion_mapping(model) or []
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    plain: dict[str, list[str]] = {}
-    made: dict[str, list[str]] = {}
+    found: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
     for name in sorted(stored, key=dot_natural_key):
         loaded, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if loaded not in state and name in state:
             loaded, pattern = rename_source_key(name, [], [], prefix, state)
-        (plain if pattern is None else made).setdefault(loaded, []).append(name)
-    return _Names({n: tuple(s) for n, s in plain.items()}, {n: tuple(s) for n, s in made.items()})
+        found[pattern is not None].setdefault(loaded, []).append(name)
+    names, made = ({n: tuple(s) for n, s in part.items()} for part in found)
+    return names, made

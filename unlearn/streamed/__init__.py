@@ -1,1 +1,0 @@
-"""Checkpoints edited from disk to disk, in the memory of a few blocks."""
