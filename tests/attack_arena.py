@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import capital_rows
-from unlearn.attacks.judge import Judge
-from unlearn.data import LoadedSet, load_sets
-from unlearn.models import Loaded
-from unlearn.pico import corpus
-from unlearn.recipe import Recipe
+from unlearn.data.sets import LoadedSet, load_sets
+from unlearn.evidence.attacks import Judge
+from unlearn.model.load import Loaded
+from unlearn.model.pico import corpus
+from unlearn.recipe.schema import Recipe
 
 KINDS = ("mcq", "qa", "text")
 

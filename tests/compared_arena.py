@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from unlearn.report import RunReport
+from unlearn.results import RunReport
 from unlearn.run import main
 
 NAMES = ("ada", "bob", "cyd", "dot", "eli", "fay", "gus", "hal", "ivy", "jon", "kit", "lou")

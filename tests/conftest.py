@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from unlearn.models import Loaded
+    from unlearn.model.load import Loaded
 
 # The hub's client reads this once, when it is imported: hence here, and the imports of it inside the functions.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -62,7 +62,7 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> None:
 
 
 def _pico(name: str, factory: pytest.TempPathFactory) -> Path:
-    from unlearn import pico
+    from unlearn.model import pico
 
     return pico.build(name, factory.mktemp(f"pico-{name}") / name)
 
@@ -116,8 +116,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> P
 def loaded() -> Callable[..., Loaded]:
     """``loaded(folder, dtype="float32")``: a fresh model on the CPU, the test's own to change."""
 
-    from unlearn.models import load
-    from unlearn.recipe import ModelSpec
+    from unlearn.model.load import load
+    from unlearn.recipe.schema import ModelSpec
 
     def fresh(folder: Path, dtype: str = "float32") -> Loaded:
         spec = ModelSpec.model_validate({"path": str(folder), "device": "cpu", "dtype": dtype})

@@ -16,19 +16,21 @@ from typing import Any
 
 import torch
 
-from unlearn import collective, distributed, trainer
-from unlearn.batches import Encoded
+from unlearn import processes as collective
+from unlearn import processes as distributed
 from unlearn.console import is_main_process, say
-from unlearn.data import Item
-from unlearn.encoding import encode
+from unlearn.data.encoding import Encoded, encode
+from unlearn.data.items import Item
 from unlearn.errors import UnlearnError
-from unlearn.finetune import train_vector, train_weights
-from unlearn.memory import told
-from unlearn.models import Loaded, fingerprint, load
-from unlearn.objectives import Against, Keep
-from unlearn.recipe import LoraSpec, ModelSpec, RetainKLSpec, TrainSpec
-from unlearn.stages import less_training
-from unlearn.vector import TaskVector
+from unlearn.model.load import Loaded, fingerprint, load
+from unlearn.pipeline_stages import less_training
+from unlearn.processes import told
+from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.recipe.schema import ModelSpec
+from unlearn.train import trainer
+from unlearn.train.fit import train_vector, train_weights
+from unlearn.train.losses import Against, Keep
+from unlearn.vector.task_vector import TaskVector
 
 FACTS = {
     "Bhutan": "Thimphu",

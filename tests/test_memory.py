@@ -15,20 +15,22 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from unlearn import harness, vectors
-from unlearn.attacks import sampling
-from unlearn.batches import IGNORE, Encoded
+from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import UnlearnError
-from unlearn.importance import gradients
-from unlearn.memory import is_out_of_memory, told
-from unlearn.models import linear_modules
-from unlearn.negate import Edit
-from unlearn.recipe_vector import VectorSpec
-from unlearn.scoring import PackedLM
-from unlearn.shaping import SHAPERS, Materials, weights_of
-from unlearn.survival import Survival
-from unlearn.trainer import _Trainer
-from unlearn.vector import LowRank, TaskVector
+from unlearn.evidence import attacks_ask as sampling
+from unlearn.model.load import linear_modules
+from unlearn.processes import is_out_of_memory, told
+from unlearn.recipe.methods import VectorSpec
+from unlearn.score import harness
+from unlearn.score.packed import PackedLM
+from unlearn.train.learned import gradients
+from unlearn.train.trainer import _Trainer
+from unlearn.vector import command as vectors
+from unlearn.vector.change import LowRank
+from unlearn.vector.edit import Edit
+from unlearn.vector.shaping import SHAPERS, Materials, weights_of
+from unlearn.vector.task_vector import TaskVector
+from unlearn.vector.write import Survival
 
 EXHAUSTED = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.56 GiB"),

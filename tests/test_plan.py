@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from unlearn import cache, fetch
 from unlearn.errors import DataError, EvaluationError, ModelError
-from unlearn.metrics import METRICS, goal_metrics, kept_metrics
+from unlearn.model import locate as fetch
 from unlearn.plan import plan
-from unlearn.recipe_io import load_recipe
+from unlearn.recipe.load import load_recipe
+from unlearn.recipe.metrics import METRICS, goal_metrics, kept_metrics
+from unlearn.store import cache
 
 RECIPE = """\
 name: capitals
@@ -312,7 +313,7 @@ def test_models_in_a_wheel(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plan_costs_no_heavy_library(here: Path) -> None:
     heavy = ("torch", "transformers", "datasets", "peft", "lm_eval", "numpy", "pyarrow", "huggingface_hub")
     code = (
-        "import sys; from unlearn.recipe_io import load_recipe; from unlearn.plan import plan;"
+        "import sys; from unlearn.recipe.load import load_recipe; from unlearn.plan import plan;"
         f"plan(load_recipe('r.yaml', ['retain.0.path=hub:a/b', 'model.path=a/b']));"
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )

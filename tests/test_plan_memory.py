@@ -18,13 +18,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from unlearn import plan_memory, run
-from unlearn.methods.retain_kl import only_at, penalty
-from unlearn.models import linear_modules
-from unlearn.negate import shape_of
-from unlearn.recipe import LoraSpec, TrainSpec
-from unlearn.recipe_io import load_recipe
-from unlearn.wording import file_size
+from unlearn import memory as plan_memory
+from unlearn import run
+from unlearn.model.load import linear_modules
+from unlearn.recipe.load import load_recipe
+from unlearn.recipe.methods import LoraSpec, TrainSpec
+from unlearn.text import file_size
+from unlearn.train.losses import only_at, penalty
+from unlearn.vector.edit import shape_of
 
 FAMILIES = ("phi", "llama", "gpt2", "qwen2", "gpt_neox")
 ROWS, TOKENS, LABELS, RANK = 4, 48, 5, 4

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from unlearn.cache import cache_folder
-from unlearn.recipe_io import LoadedRecipe, load_recipe
-from unlearn.report import RunReport
+from unlearn.recipe.load import LoadedRecipe, load_recipe
+from unlearn.results import RunReport
 from unlearn.run import run
-from unlearn.rundir import RunFolder
-from unlearn.vector import TaskVector
+from unlearn.store.cache import cache_folder
+from unlearn.store.stages import RunFolder
+from unlearn.vector.task_vector import TaskVector
 
 pytestmark = pytest.mark.real
 OWN_CACHE = os.environ.get("UNLEARN_CACHE")  # read before the tests are given a cache of their own
@@ -90,7 +90,7 @@ def test_an_analogy_gives_what_none_of_its_terms_gives(tmp_path: Path) -> None:
 
 def only_c(loaded: LoadedRecipe, done: Path, out: Path, coefficient: float) -> Mapping[tuple[str, str], float]:
     """What c alone, added as much as the analogy is, gains on every test score."""
-    from unlearn.pipeline import Pipeline
+    from unlearn.pipeline_stages import Pipeline
 
     assert loaded.recipe.analogy is not None
     c = TaskVector.load(done / f"vectors/term-{loaded.recipe.analogy.c.label()}" / "vector.safetensors")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from unlearn.errors import EvaluationError
-from unlearn.fitted import VECTOR_FILE
-from unlearn.report import RunReport
-from unlearn.report_text import headline
+from unlearn.pipeline_stages import VECTOR_FILE
+from unlearn.report.words import headline
+from unlearn.results import RunReport
 from unlearn.run import run
-from unlearn.vector import TaskVector
+from unlearn.vector.task_vector import TaskVector
 
 SHARES = {"train": "all", "validation": 0.5, "test": 0.5}
 LATER = {"train": 0.0, "validation": 0.5, "test": 0.5}

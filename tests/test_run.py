@@ -19,12 +19,12 @@ from peft import PeftModel
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unlearn.assets import tasks_folder
-from unlearn.negate import applied
-from unlearn.report import RunReport
+from unlearn.pipeline_stages import STAGES
+from unlearn.recipe.load import tasks_folder
+from unlearn.results import RunReport
 from unlearn.run import main
-from unlearn.stages import STAGES
-from unlearn.vector import TaskVector
+from unlearn.vector.edit import applied
+from unlearn.vector.task_vector import TaskVector
 
 COMMAND = [sys.executable, "-m", "unlearn.run", "--recipe", "pico_smoke.yaml"]
 SECONDS = 300

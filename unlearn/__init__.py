@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unlearn.recipe import Recipe
-    from unlearn.report import RunReport
+    from unlearn.recipe.schema import Recipe
+    from unlearn.results import RunReport
     from unlearn.run import run
-    from unlearn.vector import TaskVector
+    from unlearn.vector.task_vector import TaskVector
 
 __all__ = ["Recipe", "RunReport", "TaskVector", "run"]
-_HOMES = {"Recipe": "recipe", "RunReport": "report", "TaskVector": "vector"}
+_HOMES = {"Recipe": "recipe.schema", "RunReport": "results", "TaskVector": "vector.task_vector"}
 
 
 def __getattr__(name: str) -> Any:

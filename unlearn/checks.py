@@ -12,16 +12,17 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from unlearn import references
-from unlearn.assets import tasks_folder
+from unlearn.data.files import HUB, read_placed
+from unlearn.data.items import columns_needed
 from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError
-from unlearn.hub import check_data
-from unlearn.items import columns_needed
-from unlearn.metrics import goal_metrics
-from unlearn.model_place import check_reach as check_reach_of
-from unlearn.model_place import model_place
-from unlearn.recipe import SPLITS, DataSet, Recipe, SetRole, Source, TaskSpec
-from unlearn.rows import HUB, read_placed
+from unlearn.evidence import reference as references
+from unlearn.model.locate import check_data, model_place
+from unlearn.model.locate import check_reach as check_reach_of
+from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source
+from unlearn.recipe.evaluation import TaskSpec
+from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.metrics import goal_metrics
+from unlearn.recipe.schema import Recipe
 
 # A line of lm-eval's YAML that gives a task, group or tag its name, alone or as an item of a list.
 _NAMED = re.compile(
@@ -64,7 +65,7 @@ def read_local(sets: Iterable[tuple[SetRole, DataSet]], base: Path) -> None:
     """Read what of some sets is on this machine, as it will be read once the model is there to cut it into tokens.
 
     Raises:
-        DataError: as :func:`unlearn.rows.read_placed`.
+        DataError: as :func:`unlearn.data.files.read_placed`.
     """
     for role, spec in sets:
         own: dict[str, Source] = {"train": spec, "validation": spec.validation or spec, "test": spec.test or spec}

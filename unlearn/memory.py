@@ -1,73 +1,222 @@
-"""Telling an exhausted memory from other errors, and saying so: where it was, and what needs less."""
+"""``--dry-run --memory``: bytes that a run's stages hold, from its model laid out without weights.
+
+A model of any architecture is built of arrays without content (on the meta device). The largest batch of every training
+goes through it and back while the bytes of the arrays that are alive are counted. They are bounds: under a
+GPU's autocast activations take half of them, and rows are seldom all as long as the longest.
+"""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from unlearn.collective import alarm
-from unlearn.errors import UnlearnError
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
-# In lower case, with blanks for underscores. A library's handle that was not created (CUBLAS_STATUS_NOT_INITIALIZED)
-# is none of them: it has other causes as well.
-_SIGNS = (
-    "out of memory",  # CUDA, HIP, XPU, MPS
-    "can't allocate memory",  # torch's allocator for CPUs
-    "not enough memory",  # the same on Windows
-    "cannot allocate memory",  # the system's ENOMEM, as libraries pass it on
-    "unable to allocate",  # numpy's
-    "bad alloc",
-    "alloc failed",  # CUBLAS_STATUS_ALLOC_FAILED, and those of CUDNN, CUSOLVER, CUSPARSE, HIPBLAS
-    "allocation failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, HPUs
-    "allocation failure",  # XPU
-    "rocblas status memory error",
-    "out of device memory",  # XPU
-    "out of host memory",
-    "out of resources",
-    "insufficient memory",  # MPS
-    "invalid buffer size",
-    "no executable batch size found",  # accelerate, after it has tried a single row
-)
-_ELSEWHERE = "in another process"
-_LONGEST = 160  # characters of a library's own words
-_LESS = "a smaller model.dtype or a device with more memory"
+from unlearn.console import quietly
+from unlearn.data.encoding import IGNORE, encode
+from unlearn.data.sets import load_sets
+from unlearn.errors import ModelError
+from unlearn.model.load import linear_modules, number_format, place, resolve_targets
+from unlearn.model.locate import at_hand
+from unlearn.plan import block, local_part, on_hub
+from unlearn.recipe.data import SetRole
+from unlearn.recipe.load import LoadedRecipe
+from unlearn.recipe.methods import NEED_RETAIN_VECTOR, LoraSpec, Method, TrainSpec
+from unlearn.recipe.schema import Recipe
+from unlearn.text import file_size
+from unlearn.train.losses import penalty
+from unlearn.vector.edit import shape_of
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch's devices, their libraries and the system raise when there is no more memory."""
-    if isinstance(error, UnlearnError):  # it has been told
-        return False
-    # classes of other libraries by their names, so that commands which need no torch can ask
-    kind = type(error).__name__
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    said = str(error).lower().replace("_", " ")
-    # not of every kind: other errors may quote the user's own texts
-    return (isinstance(error, RuntimeError | OSError) or kind == "SafetensorError") and any(s in said for s in _SIGNS)
+Build = Callable[[torch.dtype], Any]
+_Parts = Mapping[str, int]  # bytes
+# what these make need not be a product of thin factors
+_DENSE: tuple[Method, ...] = ("consensus", "ethos", "ext_sub", "perta", "prune")
+_QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a weight; NF4 has a float32 for 64 of them
+_PASS, _LOGITS = 1024, 64 * 2**20  # tokens of a scoring pass, and bytes of logits at a time (unlearn.score.forward)
 
 
-@contextmanager
-def told(where: str, advice: str) -> Iterator[None]:
-    """Make of an exhausted memory one message for the user; other errors pass.
+class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts a model's arrays and those that are made inside the ``with``: bytes ``now`` alive, and the ``peak``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.hold(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tree_map_only(Tensor, self.hold, func(*args, **(kwargs or {})))
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """Count an array's storage, once."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+        return tensor
+
+    def _drop(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+def weights(build: Build, dtype: torch.dtype) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return Tally(build(dtype)).peak
+
+
+def training(
+    build: Build, dtype: torch.dtype, spec: TrainSpec, lora: LoraSpec | None, tokens: int, labels: int, sets: int = 0
+) -> tuple[int, int]:
+    """Bytes of a fine-tuning: all that lies there between two batches, and the most there is within one.
 
     Args:
-        where: The stage, or the part of it.
-        advice: What to do there, up to "or ...", which is the same everywhere.
+        spec: Its ``batch_size`` counts the rows that an objective puts beside the batch, too.
+        lora: The adapter; None: all weights learn, in float32.
+        tokens, labels: Of a row.
+        sets: Of logits that an objective's divergences are between; 0: plain cross-entropy.
+    """
+    model = build(dtype if lora is not None else torch.float32).requires_grad_(lora is None)
+    if spec.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if lora is not None:
+        names = list(resolve_targets(model, lora.targets, lora.depth))
+        turned = isinstance(model.get_submodule(names[0]), Conv1D)
+        model = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=names, fan_in_fan_out=turned))
+    mode = FakeTensorMode()
+    tally = Tally(_faked(model.train(), mode))
+    with mode:
+        learned = [p for p in model.parameters() if p.requires_grad]
+        moments = [tally.hold(torch.empty_like(p)) for p in learned for _ in range(2)]  # AdamW's
+        for parameter in learned if spec.accumulation > 1 else ():
+            parameter.grad = tally.hold(torch.empty_like(parameter))  # of the batch before
+        between = tally.now
+        with tally:
+            ids = torch.zeros(spec.batch_size, tokens, dtype=torch.long)
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+            if sets:
+                _head_at(model, math.ceil(spec.batch_size * labels / sets) * sets)
+                loss = penalty(model(**given).logits, sets)
+            else:
+                loss = model(**given, labels=ids).loss
+            loss.backward()  # type: ignore[no-untyped-call]
+        del moments  # alive up to here
+        return between, tally.peak
+
+
+def scoring(build: Build, dtype: torch.dtype, recipe: Recipe) -> tuple[int, int]:
+    """Bytes of the vector on a model (in float32, and of a float32 model its weights as they were), and of a pass."""
+    vector = recipe.vector
+    model = build(dtype).eval()
+    sizes = [shape_of(model.get_submodule(n)) for n in resolve_targets(model, vector.lora.targets, vector.lora.depth)]
+    dense, thin = 4 * sum(a * b for a, b in sizes), 4 * vector.lora.rank * sum(a + b for a, b in sizes)
+    several = max(len(recipe.goals()), 3 if recipe.analogy else 1) * (2 if vector.uses(*NEED_RETAIN_VECTOR) else 1)
+    change = dense if vector.uses(*_DENSE) else thin * several
+    mode = FakeTensorMode()
+    tally = Tally(_faked(model, mode))
+    with mode, torch.no_grad():
+        held = tally.now
+        _head_at(model, max(1, _LOGITS // (4 * model.get_output_embeddings().weight.shape[0])))
+        with tally:
+            ids = torch.zeros(1, recipe.eval.batch_tokens or _PASS, dtype=torch.long)
+            torch.logsumexp(model(input_ids=ids, use_cache=False).logits.float(), -1)
+    return change + dense * (dtype == torch.float32), tally.peak - held
+
+
+def _faked(model: Any, mode: FakeTensorMode) -> Any:
+    """The model's arrays, which are on the meta device, as if they were in memory: with what CPUs do to them."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and id(tensor) not in found:
+                    fake = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+                    learns = tensor.requires_grad
+                    found[id(tensor)] = nn.Parameter(fake, learns) if isinstance(tensor, nn.Parameter) else fake
+                own[name] = found.get(id(tensor))
+    return model
+
+
+def _head_at(model: Any, places: int) -> None:
+    """From now on the model's head runs at so many places of a batch only."""
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (args[0].reshape(-1, args[0].shape[-1])[:places],)
+    )
+
+
+def memory(loaded: LoadedRecipe) -> str:
+    """The block that ``--memory`` adds to a plan.
 
     Raises:
-        UnlearnError: the memory is exhausted.
+        ModelError: the model's configuration is not on this machine; nothing is fetched.
     """
+    recipe, spec, vector = loaded.recipe, loaded.recipe.model, loaded.recipe.vector
+    where, options = at_hand(spec, loaded.source.parent), {"trust_remote_code": spec.trust_remote_code}
     try:
-        yield
-    except Exception as e:
-        if not is_out_of_memory(e):
-            raise
-        words = " ".join(str(e).split()).rstrip(".")
-        said = f" ({words[:_LONGEST]}{'...' if len(words) > _LONGEST else ''})" if words else ""
-        message = f"{where}: out of memory{said}. To need less, {advice}; or choose {_LESS}"
-        if _ELSEWHERE not in words:
-            alarm(message)
-        raise UnlearnError(message) from e
+        with quietly():
+            config = AutoConfig.from_pretrained(where, revision=spec.revision, local_files_only=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision, local_files_only=True, **options)
+    except (OSError, ValueError) as e:
+        raise ModelError(
+            f"model.path: the configuration or the tokenizer of {where} is not on this machine, and a plan fetches "
+            f"nothing: hf download {where} --include '*.json' brings both"
+        ) from e
+
+    def build(dtype: torch.dtype) -> Any:
+        with quietly(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+
+    dtype = number_format(spec.dtype, place("auto") if spec.dtype == "auto" else torch.device("cpu"))
+    held, sets = weights(build, dtype), load_sets(local_part(recipe), loaded.source.parent, tokenizer)
+
+    def fit(what: TrainSpec, lora: LoraSpec | None, *roles: SetRole, beside: int = 0, logits: int = 0) -> _Parts:
+        here = [s for s in sets if s.role in roles and s.train]
+        rows = [row for s in here for row in encode(s.train, s.spec.kind, tokenizer, what.max_length)]
+        tokens = max((len(row.input_ids) for row in rows), default=1)
+        labels = max((sum(x != IGNORE for x in row.labels) for row in rows), default=1)
+        if any(on_hub(data) for role, data in recipe.sets() if role in roles):  # their rows are not known
+            tokens = labels = what.max_length
+        what = what.model_copy(update={"batch_size": what.batch_size + beside})
+        between, peak = training(build, dtype, what, lora, tokens, labels, logits)
+        batch = f"{what.batch_size} rows of {tokens} tokens"
+        return {"weights": held, "what learns": between - held, batch: peak - between}
+
+    stages: dict[str, _Parts] = {"load": {"weights": held}}
+    if recipe.teach is not None:
+        stages["teach"] = fit(recipe.teach, recipe.teach.lora, "forget", "retain")
+    kept, source, size = recipe.penalty(), vector.steps()[0], vector.forget.batch_size
+    logits = 2 if source in ("npo", "gradient_difference", "gradient_ascent") else 0
+    beside = size if source in ("npo", "gradient_difference") else 0
+    if kept is not None:
+        logits = 3 if kept.sides == "two" else 2
+        beside = kept.batch_size * logits
+    if source != "retain_only":
+        stages["finetune"] = fit(vector.forget, vector.lora, "forget", "learn", "term", beside=beside, logits=logits)
+    if vector.uses(*NEED_RETAIN_VECTOR):
+        stages["finetune, retain"] = fit(vector.retain or vector.forget, vector.lora, "retain")
+    change, passing = scoring(build, dtype, recipe)
+    stages["sweep, test"] = {"weights": held, "the edit": change, "a pass": passing}
+    if spec.quantize != "none":
+        linear = (math.prod(shape_of(m)) for m in linear_modules(build(dtype)).values())
+        packed = sum(linear) * _QUANTISED[spec.quantize]
+        for name in stages.keys() & {"finetune", "finetune, retain"}:
+            stages[name] = {**stages[name], f"a copy in {spec.quantize}, at least": int(packed)}
+    lines = [f"at most, in {str(dtype).removeprefix('torch.')}; what learns is counted with AdamW's moments"]
+    lines.append("not counted: the libraries' own, texts that are written, a reference, attacks")
+    for name, parts in stages.items():
+        told = ", ".join(f"{part} {file_size(count)}" for part, count in parts.items())
+        lines.append(f"{name:16}  {file_size(sum(parts.values())):>9}  {told}")
+    return block("memory", lines)

@@ -1,184 +1,351 @@
-"""The stages of a run, in order. Each is reused if it was finished under the same fingerprint, else made.
-
-Recipe -> sets -> target model -> task vectors -> a score per coefficient -> the choice -> scores on test items ->
-exports. What a stage depends on is in its key; what it found is in its folder; nothing passes between stages but that.
-"""
+"""One run from start to end: stage order, the shortcut when nothing changed, and the report."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from rich.console import Console
 
-from unlearn import benchmark_tasks, card, export, fetch, finetune, models, references
-from unlearn.attacked import Attacked
-from unlearn.batches import Encoded
-from unlearn.compared import refuse_another
-from unlearn.console import say
-from unlearn.data import LoadedSet, load_sets
-from unlearn.encoding import reach, scored_rows
-from unlearn.fitted import clean_checkpoint
-from unlearn.item_files import at_prefixes, write_items
-from unlearn.members import require_rows
-from unlearn.models import Loaded
-from unlearn.push import able, push
-from unlearn.recipe import PushSpec
-from unlearn.rundir import write_json_atomic
-from unlearn.stages import digests
-from unlearn.vector import TaskVector
+from unlearn import checks
+from unlearn import processes as distributed
+from unlearn.console import is_main_process, quiet_libraries, say
+from unlearn.data.files import source_path
+from unlearn.evidence import reference as references
+from unlearn.model import locate as fetch
+from unlearn.processes import told
+from unlearn.recipe.data import DataSet, Source
+from unlearn.recipe.load import LoadedRecipe
+from unlearn.recipe.metrics import Key
+from unlearn.recipe.schema import Recipe
+from unlearn.report.page import render_html
+from unlearn.report.terminal import render_table
+from unlearn.results import LENS, Benchmark, Chosen, Robustness, RunReport, ScoreRow, SweepPoint, TaskScore, probing
+from unlearn.score import search
+from unlearn.store import provenance
+from unlearn.store.files import fingerprint, write_json_atomic, write_text_atomic
+from unlearn.store.stages import Pool, RunFolder
+from unlearn.text import counted
 
-_FEW = 4  # items of a set that an export is compared on
+if TYPE_CHECKING:
+    from unlearn.data.sets import LoadedSet
+    from unlearn.pipeline_stages import Goal, Subjects, Vectors
+    from unlearn.vector.task_vector import TaskVector
+
+_LESS = "stop what else runs there"
+_FEW = 20  # items under which an accuracy moves in steps that a bound of 95 % cannot resolve
 
 
-class Pipeline(Attacked):
-    """One run in one folder. Methods are stages; call them in the order of :data:`unlearn.stages.STAGES`."""
+def execute(
+    loaded: LoadedRecipe, out: Path | None, fresh: bool = False, *, pool: Path | None = None, prepare: bool = False
+) -> RunReport | None:
+    """Run what is left to run of a recipe, print the result and return it.
 
-    # -- model and data ------------------------------------------------------------------------------------------
+    Args:
+        loaded, out, fresh: see :func:`unlearn.run.run`.
+        pool: A folder of stages that many runs share (:mod:`unlearn.store.stages`).
+        prepare: Make only what other runs can share (the model, what it is taught, a trained reference) and return
+            None.
 
-    def load(self) -> Loaded:
-        """Fetch (and convert) the model, and bring it into memory."""
-        # float32 is no TF32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE or our caller has set
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        with self.announced("load", f"the model {self.recipe.model.path.partition('#')[0]}"):
-            models.place(self.recipe.model.device)  # before anything is downloaded
-            self.where = self.where_base = fetch.locate(self.recipe.model, self.base)
-            loaded = models.load(self.recipe.model, self.where)
-            size = sum(p.numel() for p in loaded.model.parameters())
-            say(f"    {size / 1e6:,.0f} M parameters, {loaded.dtype}, on {loaded.device}".replace("torch.", ""))
-        return loaded
+    Raises:
+        UnlearnError: see :func:`unlearn.run.run`.
+    """
+    # what a batch system gives a run is no part of what is run
+    loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"cluster": None}))
+    shared = Pool(pool.absolute()) if pool is not None else None
+    recipe, base = loaded.recipe, loaded.source.parent
+    with told(recipe.name, _LESS), RunFolder.open(out, recipe, loaded.text, fresh) as folder:
+        say(f"{recipe.name}: {folder.root}")
+        key = fingerprint(_plain(recipe), _inputs(recipe, base), provenance.surroundings())
+        if distributed.several():
+            _fetch(recipe, base)  # before they join: whoever waits for a download there is taken for lost
+        distributed.join()
+        if distributed.count() > 1:
+            say(f"{distributed.count()} processes share training and scoring")
+        try:
+            report = None if prepare else _unchanged(folder, key)
+            if prepare:
+                _prepare(loaded, folder, shared)
+            elif report is None:
+                report = _run(loaded, folder, shared, key)
+            else:
+                say("nothing has changed since this run was finished; --fresh runs it again")
+        finally:
+            distributed.leave()
+        if report is not None and is_main_process():
+            render_table(report, Console())
+            say(f"report: {folder.root / 'report.html'}")
+    return report
 
-    def data(self, base: Loaded) -> tuple[LoadedSet, ...]:
-        """Read and split every set, and write the scored items where lm-eval (and anyone) can read them."""
-        tokenizer = base.tokenizer
-        with self.announced("data", "the forget, retain and utility sets"):
-            sets = load_sets(self.recipe, self.base, tokenizer)
-            if self.recipe.reference == "train":
-                references.to_teach(sets)  # said before anything is trained
-            for s in sets:
-                counts = f"{len(s.train)} train, {len(s.validation)} validation, {len(s.test)} test"
-                say(f"    {s.role:8}{s.name}: {', '.join([counts, *s.left_out()])}")
-            self.make(
-                "items",
-                [base.words, [[s.role, s.name, s.digest, s.spec.continuation] for s in sets]],
-                lambda tmp: write_items(at_prefixes(sets, tokenizer), tokenizer, tmp, ("validation", "test")),
-            )
-        return sets
 
-    def look(self, base: Loaded, sets: Sequence[LoadedSet]) -> None:
-        """Get hold of all that later stages ask for: what is missing is said before anything is trained.
+def _fetch(recipe: Recipe, base: Path) -> None:
+    """Have every model that the run reads on this machine, converted."""
+    checks.check_reach(recipe, base)
+    quiet_libraries()  # before they are imported
+    from unlearn import pipeline_stages as fitted
+    from unlearn.model import locate as fetch
 
-        Raises:
-            UnlearnError: no such task, benchmark, reference, layer or token; no items where some are needed.
-        """
-        recipe = self.recipe
-        for lora in (recipe.vector.lora, recipe.teach.lora if recipe.teach is not None else None):
-            if lora is not None:
-                finetune.lora_modules(base.model, lora)
-        self.require(sets)
-        for one in sets:
-            for spec in self.trained(one):
-                self.encode([one], base.tokenizer, spec)  # an answer that no row can hold
-        self.built("validation", sets, base.tokenizer, recipe.eval.generate == "sweep")
-        self.built("test", sets, base.tokenizer, recipe.eval.generate != "none")
-        if recipe.robustness is not None and recipe.robustness.samples:
-            self.built("test", sets, base.tokenizer, generate=True)  # what is sampled is compared by its words as well
-        if recipe.benchmark is not None and recipe.benchmark.name == "tofu":
-            place = base.tokenizer.name_or_path  # MUSE's take long to cut into tokens, and its rows were read
-            benchmark_tasks.build(recipe.benchmark, self.base, place, recipe.seed)
-        if references.is_model(recipe) and recipe.reference != "train":
-            where = references.locate(recipe, self.base)
-            refuse_another(base.tokenizer, references.tokenizer(recipe, where))
-        clean_checkpoint(recipe, self.base)
-        if recipe.holdout is not None:
-            require_rows(sets, base)
-        if recipe.export.push_to_hub is not None:
-            able(recipe.export.push_to_hub)
+    fetch.locate(recipe.model, base)
+    if references.is_model(recipe) and recipe.reference != "train":
+        references.locate(recipe, base)
+    fitted.clean_checkpoint(recipe, base)
 
-    def teach(self, base: Loaded, sets: Sequence[LoadedSet]) -> Loaded:
-        """The target model: the base taught forget and retain sets together, or the base as it is."""
-        spec = self.recipe.teach
-        if spec is None:
-            return base
-        learned = [s for s in sets if s.role in ("forget", "retain") and s.train]
-        with self.announced("teach", "the base model the forget and retain sets"):
-            self.where = self.taught("target", base, learned, spec, "teaching")
-            return models.load(self.recipe.model, self.where)
 
-    # -- exports -------------------------------------------------------------------------------------------------
+def _prepare(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None) -> None:
+    """The stages before a run's own: nothing of them depends on vectors, coefficients or rules."""
+    recipe = loaded.recipe
+    checks.read_local(recipe.sets(), loaded.source.parent)
+    checks.check_reach(recipe, loaded.source.parent)
+    quiet_libraries()  # before they are imported
+    from unlearn.pipeline_stages import Pipeline
 
-    def export(
-        self, target: Loaded, sets: Sequence[LoadedSet], vector: TaskVector, about: card.CardFacts
-    ) -> dict[str, Any]:
-        """Write what the recipe asks for; nothing when no coefficient was chosen."""
-        spec, c = self.recipe.export, about.chosen.coefficient
-        wanted = [n for n, on in (("adapter", spec.adapter), ("merged", spec.merged)) if on and c > 0]
-        found: dict[str, Any] = {}
-        if not wanted:
-            return found
-        with self.announced("export", " and ".join(wanted)):
+    checks.check(recipe, loaded.source.parent)
+    pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
+    base = pipe.load()
+    if recipe.teach is not None:
+        sets = pipe.data(base)
+        pipe.teach(base, sets)
+        if recipe.reference == "train":
+            pipe.reference(sets)
 
-            def adapter(tmp: Path) -> None:
-                facts = export.export_adapter(vector, c, self.where, target.model, tmp, about)
-                write_json_atomic(tmp / "export.json", facts)
 
-            def merged(tmp: Path) -> None:
-                dtype = None if spec.dtype == "auto" else getattr(torch, spec.dtype)
-                facts = export.export_merged(
-                    target.model,
-                    vector,
-                    c,
-                    target.tokenizer,
-                    tmp,
-                    dtype=dtype,
-                    shard_size=spec.shard_size,
-                    stochastic_rounding=spec.stochastic_rounding,
-                    seed=self.recipe.seed,
-                    accept_rounding=spec.accept_rounding,
-                    base_name=self.where,
-                    about=about,
-                )
-                rows = _a_few(sets, target)
-                again = export.rescored(tmp, target.model, vector, c, target.tokenizer, rows, spec.accept_rounding)
-                say(f"    read again, it is {again['difference']:.2g} nats per token off the edited model")
-                write_json_atomic(tmp / "export.json", {**facts, "rescored": again})
+def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str) -> RunReport | None:
+    recipe = loaded.recipe
+    checks.read_local(recipe.sets(), loaded.source.parent)
+    checks.check_reach(recipe, loaded.source.parent)
+    quiet_libraries()  # before they are imported
+    from unlearn.pipeline_stages import Pipeline, Subjects
+    from unlearn.report.publish import CardFacts
 
-            edited = [target.fingerprint, vector.digest(), c]
-            settings = {"dtype", "stochastic_rounding", "shard_size", "accept_rounding"}
-            how = spec.model_dump(mode="json", include=settings)
-            parts = {
-                "adapter": [*edited, self.where, card.card(about, "adapter", self.where)],
-                "merged": [*edited, how, self.recipe.seed, digests(sets), card.card(about, "merged", self.where)],
+    checks.check(recipe, loaded.source.parent, hub=True)
+    began = time.monotonic()
+    pipe = Pipeline(recipe, loaded.source.parent, folder, pool)
+    base = pipe.load()
+    sets = pipe.data(base)
+    pipe.look(base, sets)
+    models = {"base": base.fingerprint}
+    target = pipe.teach(base, sets)
+    models["target"] = target.fingerprint
+    del base  # after a teaching nothing needs it any more, and it is as large as the target
+    vectors = pipe.vectors(target, sets)
+    weights = pipe.balance(target, sets, vectors.parts)
+    edit = pipe.edit(vectors, weights)
+    foresight = pipe.foresee(target, sets, vectors, edit)
+    points, chosen = pipe.sweep(target, sets, edit)
+    before, after, examples = pipe.test(target, sets, edit, chosen.coefficient)
+    subjects = Subjects(target, edit, chosen.coefficient, pipe.reference(sets))
+    beside = pipe.reference_scores(subjects, sets)
+    benchmark = pipe.benchmark(subjects, sets)
+    membership = pipe.membership(subjects, sets)
+    robustness = pipe.robustness(subjects, sets)
+    distributed.wait()
+    distributed.leave()
+    if not is_main_process():
+        return None  # training and scoring are shared among processes; the rest is the main one's
+    rows, training = _rows(before, after, beside), pipe.training(vectors)
+    exports = pipe.export(target, sets, edit, CardFacts(recipe, chosen, rows))
+    who = provenance.collect(loaded.source, sys.argv, {"key": key, "model": recipe.model.path, **models})
+    report = RunReport(
+        name=recipe.name,
+        description=recipe.description,
+        chosen=chosen,
+        scores=rows,
+        sweep=points,
+        examples=examples,
+        data=tuple(_data_line(s) for s in sets),
+        vector=_vector_line(recipe, vectors, edit, weights, chosen.coefficient),
+        training=training,
+        exports=exports,
+        seconds=pipe.seconds,
+        provenance=who,
+        warnings=(
+            *_warnings(recipe, sets, chosen, benchmark, subjects, training),
+            *_doubts(chosen, points, before),
+            *left_out(recipe, robustness),
+        ),
+        foresight=foresight,
+        benchmark=benchmark,
+        membership=membership,
+        robustness=robustness,
+    )
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    folder.check()
+    page = render_html(report)
+    write_text_atomic(folder.path("report.html"), page)
+    write_text_atomic(folder.path("report.json"), text)
+    digests = {f"{n}_sha256": hashlib.sha256(t.encode()).hexdigest() for n, t in (("report", text), ("page", page))}
+    sealed = {**digests, "stages": pipe.stages}
+    write_json_atomic(folder.path("provenance.json"), {**who, **sealed})
+    say(f"finished in {time.monotonic() - began:.0f} s", style="bold")
+    return report
+
+
+def _unchanged(folder: RunFolder, key: str) -> RunReport | None:
+    """The report of a run that was finished under ``key`` and whose every file is still whole, else None."""
+    try:
+        sealed = json.loads(folder.path("provenance.json").read_text(encoding="utf-8"))
+        text, page = (folder.path(name).read_bytes() for name in ("report.json", "report.html"))
+        if sealed["key"] != key or hashlib.sha256(text).hexdigest() != sealed["report_sha256"]:
+            return None
+        if hashlib.sha256(page).hexdigest() != sealed["page_sha256"]:
+            return None
+        report = RunReport.from_json(json.loads(text))
+        if not report.provenance.items() <= sealed.items():
+            return None
+        stages = dict(sealed["stages"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    whole = all(folder.finished(name, stage_key, verify="size") for name, stage_key in stages.items())
+    return report if whole else None
+
+
+def _inputs(recipe: Recipe, base: Path) -> list[Any]:
+    """What the recipe's files are now: SHA-256 of data files, size and time of model files. What the hub has counts by
+    its revision, and the device not at all: a finished report can be read on a machine without a GPU.
+    """
+    sources: list[Source] = []
+    for _, data in recipe.sets():
+        sources += [data, *(s for s in (data.validation, data.test) if s is not None)]
+    found: list[Any] = []
+    for source in sources:
+        path = source_path(source, base)
+        if not source.path.startswith("hub:") and path.is_file():
+            with path.open("rb") as f:
+                found.append([source.path, hashlib.file_digest(f, "sha256").hexdigest()])
+    clean = recipe.vector.msa.clean if recipe.vector.msa else None
+    for model in (recipe.model.path, clean):
+        place = fetch.find(model.partition("#")[0], base) if model else None
+        found.append([] if place is None else references.files_of(place))
+    return [*found, *references.state(recipe, base)]
+
+
+def _rows(
+    before: Sequence[TaskScore], after: Sequence[TaskScore], reference: Sequence[TaskScore]
+) -> tuple[ScoreRow, ...]:
+    later, never = {s.key: s for s in after}, {s.key: s.score for s in reference}
+    return tuple(
+        ScoreRow(
+            *(s.set, s.name, s.split, s.metric, s.higher_is_better),
+            *(s.score, later[s.key].score, never.get(s.key), s.chance),
+        )
+        for s in before
+    )
+
+
+def _data_line(loaded: LoadedSet) -> dict[str, Any]:
+    spec: DataSet = loaded.spec
+    where = provenance.tidy(spec.path)
+    return {
+        "set": loaded.role,
+        "name": loaded.name,
+        "kind": spec.kind,
+        "path": where,
+        **loaded.counts,
+        "digest": loaded.digest,
+    }
+
+
+def _vector_line(
+    recipe: Recipe, vectors: Vectors, edit: TaskVector, weights: Mapping[Goal, float], coefficient: float
+) -> dict[str, Any]:
+    """What is subtracted, and for every request its share in it."""
+    spec = recipe.vector
+    line: dict[str, Any] = {
+        "method": " + ".join(spec.steps()),
+        "rank": edit.rank(),
+        "modules": len(edit.modules),
+        "norm": round(edit.norm(), 4),
+    }
+    first = next(iter(vectors.fitted.values()))
+    if len(vectors.fitted) == 1:
+        line["forget_norm"] = round(first.norm(), 4)
+    if spec.uses("contrast"):
+        line["mu"] = 1.0 if spec.mu is None else spec.mu
+    if vectors.retain is not None:
+        line["retain_norm"] = round(vectors.retain.norm(), 4)
+        line["cosine_forget_retain"] = round(first.cosine(vectors.retain), 4)
+    if len(vectors.parts) > 1:
+        line["requests"] = [
+            {
+                "set": goal[0],
+                "name": goal[1],
+                "coefficient": round(weights[goal] * coefficient, 6),
+                "norm": round(part.norm(), 4),
+                "digest": part.digest(),
             }
-            for name in wanted:
-                self.make(f"export/{name}", parts[name], adapter if name == "adapter" else merged)
-                facts = json.loads((self.folder.path(f"export/{name}") / "export.json").read_text("utf-8"))
-                found[name] = {"path": f"export/{name}", **facts}
-            if spec.push_to_hub is not None:
-                found["hub"] = self._push(spec.push_to_hub, parts[spec.push_to_hub.what])
-        return found
-
-    def _push(self, spec: PushSpec, parts: Sequence[Any]) -> dict[str, Any]:
-        """Put an export on the hub, once: the same export is not pushed again to the same place."""
-        folder = self.folder.path(f"export/{spec.what}")
-        if spec.dry_run:
-            push(folder, spec)
-            return {"repo": spec.repo, "dry_run": True}
-
-        def make(tmp: Path) -> None:
-            write_json_atomic(tmp / "pushed.json", {"repo": spec.repo, "url": push(folder, spec).url})
-
-        self.make("export/hub", [*parts, spec.model_dump(mode="json")], make)
-        facts: dict[str, Any] = json.loads((self.folder.path("export/hub") / "pushed.json").read_text("utf-8"))
-        return facts
+            for goal, part in sorted(vectors.parts.items())
+        ]
+    return {**line, "digest": edit.digest(), "file": "vectors/edit/vector.safetensors"}
 
 
-def _a_few(sets: Sequence[LoadedSet], target: Loaded) -> list[Encoded]:
-    """Some scored items of every set, to compare two models on."""
-    most = reach(target.model, target.tokenizer)
-    return [
-        row for s in sets for row in scored_rows((*s.test, *s.validation)[:_FEW], s.spec.kind, target.tokenizer, most)
+def _warnings(
+    recipe: Recipe,
+    sets: Sequence[LoadedSet],
+    chosen: Chosen,
+    benchmark: Benchmark | None,
+    subjects: Subjects,
+    training: Sequence[Mapping[str, Any]],
+) -> tuple[str, ...]:
+    """What a careful reader would ask about."""
+    found = []
+    small = [f"{s.role} {s.name} ({len(s.validation)})" for s in sets if 0 < len(s.validation) < _FEW]
+    if small:
+        found.append(f"few validation items, so the coefficient is chosen on coarse scores: {', '.join(small)}")
+    if chosen.coefficient > 0 and chosen.coefficient == recipe.sweep.grid()[-1]:
+        found.append(
+            f"the largest coefficient of the grid ({chosen.coefficient:g}) was chosen: larger ones may do more"
+        )
+    if benchmark is not None and benchmark.shared and chosen.coefficient > 0:
+        found.append(
+            f"{benchmark.shared} of the benchmark's items are among the validation items that the coefficient was "
+            "chosen on: keep them apart (validation: {path: ..., rows: [a, b]}) for a figure that no choice has seen"
+        )
+    if subjects.reference is not None and subjects.reference.fingerprint == subjects.target.fingerprint:
+        found.append(
+            "the reference has the very weights of the model before: what stands beside it says nothing; give a model "
+            "that never saw the forget set"
+        )
+    found += [
+        f"{line['stage']}: of {counted(line['prompts_cut'], 'prompt')} the beginning was left out, because it did not "
+        "fit into max_length beside the answer: raise max_length to train on all of it"
+        for line in training
+        if line.get("prompts_cut")
     ]
+    if not recipe.retain and not recipe.utility:
+        found.append("nothing was asked to be kept: add retain and utility sets to see what the edit costs")
+    return tuple(found)
+
+
+def _doubts(chosen: Chosen, points: Sequence[SweepPoint], before: Sequence[TaskScore]) -> list[str]:
+    """Which goals and kept metrics the scores before the edit make pointless, on validation or else on test items."""
+    base = next(p.scores for p in points if p.coefficient == 0)
+    found: dict[Key, str] = {}
+    for scores in (before, base):
+        doubted = search.doubted(scores, chosen.goals, chosen.kept, chosen.keep)
+        found |= {key: f"{search.say_key(key)} {why} ({scores[0].split} items)" for key, why in doubted.items()}
+    return list(found.values())
+
+
+def left_out(recipe: Recipe, found: Robustness | None) -> tuple[str, ...]:
+    """Attacks that the recipe asks for and that were not made: the data or the model have not what they need."""
+    spec = recipe.robustness
+    if spec is None or found is None:
+        return ()
+    names, kinds = {s.attack for s in found.scores}, {s.kind for s in found.scores}
+    lost = [probing(probe) for probe in spec.probes if probing(probe) not in names]
+    if spec.relearn is not None and spec.relearn.unrelated and not any("unrelated" in name for name in names):
+        lost.append("relearning on unrelated texts")
+    if spec.lens and "lens" not in kinds:
+        lost.append(LENS)
+    return (f"left out, because these data or this model do not allow it: {', '.join(lost)}",) if lost else ()
+
+
+def _plain(recipe: Recipe) -> Mapping[str, Any]:
+    plain: dict[str, Any] = recipe.model_dump(mode="json", exclude={"cluster"})
+    return plain

@@ -12,18 +12,63 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from unlearn import checks
-from unlearn.data import LoadedSet, load_sets
-from unlearn.formula import formula, penalty, phrases
-from unlearn.items import CHARACTERS_PER_TOKEN
-from unlearn.metrics import goal_metrics, kept_metrics
-from unlearn.model_place import model_place
-from unlearn.plan_evidence import evidence_steps
-from unlearn.recipe import DataSet, LoraSpec, Recipe, SetRole, TeachSpec, TrainSpec
-from unlearn.recipe_io import LoadedRecipe
-from unlearn.recipe_vector import NEED_RETAIN_VECTOR, ConsensusSpec
-from unlearn.redact import shown
-from unlearn.rows import HUB
-from unlearn.search import rule
+from unlearn.data.files import HUB
+from unlearn.data.items import CHARACTERS_PER_TOKEN
+from unlearn.data.sets import LoadedSet, load_sets
+from unlearn.evidence import reference as references
+from unlearn.model.locate import model_place
+from unlearn.recipe.data import DataSet, SetRole
+from unlearn.recipe.evaluation import RobustnessSpec
+from unlearn.recipe.load import LoadedRecipe
+from unlearn.recipe.methods import NEED_RETAIN_VECTOR, ConsensusSpec, LoraSpec, TeachSpec, TrainSpec
+from unlearn.recipe.metrics import goal_metrics, kept_metrics
+from unlearn.recipe.schema import Recipe
+from unlearn.score.search import rule
+from unlearn.text import counted, listing, shown
+from unlearn.vector.formula import formula, penalty, phrases
+
+
+def evidence_steps(recipe: Recipe) -> Iterator[str]:
+    """What stands beside the result, in order of the stages."""
+    given = recipe.reference
+    models = 2 + references.is_model(recipe)
+    if given == "train":
+        yield "reference: teach the base model the retain sets alone, in the same way; score it on the same test items"
+    elif models == 3:
+        yield f"reference: {given}, a model that never saw the forget set, scored on the same test items"
+    if recipe.benchmark is not None:
+        spec = recipe.benchmark
+        some = f"the first {spec.items} items of every set" if spec.items else "all items"
+        beside = f", compared with {given}" if given is not None and models == 2 else ""
+        yield f"benchmark: {spec.name} {spec.set} on {counted(models, 'model')}, {some}{beside}"
+    if recipe.holdout is not None:
+        yield f"membership: can the forget set be told from {recipe.holdout.label()}, which no model has seen?"
+    if recipe.robustness is not None:
+        attacks = listing(_attacks(recipe, recipe.robustness)) or "no attack is switched on"
+        yield f"attack {counted(models, 'model')}: {attacks}"
+
+
+def _attacks(recipe: Recipe, spec: RobustnessSpec) -> Iterator[str]:
+    """Those that apply to the recipe's data."""
+    questions = recipe.forget is not None and recipe.forget.kind != "text"
+    solved = any(data.kind != "text" for data in recipe.retain)
+    probes = [p for p in spec.probes if p == "prefix" or (questions and (p != "few_shot" or solved))]
+    if spec.quantize:
+        yield f"copies in {' and '.join(spec.quantize)}"
+    if spec.relearn is not None:
+        steps = counted(max(spec.relearn.steps), "step")
+        unrelated = " and on unrelated texts" if spec.relearn.unrelated and recipe.utility else ""
+        yield f"{steps} of relearning on {counted(spec.relearn.items, 'forget item')}{unrelated}"
+    if probes:
+        yield f"other prompts ({', '.join(probes).replace('_', '-')})"
+    if spec.samples:
+        yield f"the best of {counted(spec.samples, 'sample')}"
+    if spec.lens:
+        yield "the logit lens"
+
+
+# -- what ``--dry-run`` prints
+
 
 _INDENT = 13
 _WIDTH = 110

@@ -16,12 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from unlearn import console
-from unlearn.atomic import unwritable
 from unlearn.errors import RecipeError, UnlearnError
+from unlearn.store.files import unwritable
 
 if TYPE_CHECKING:
-    from unlearn.recipe import Recipe
-    from unlearn.report import RunReport
+    from unlearn.recipe.schema import Recipe
+    from unlearn.results import RunReport
 
 EXIT_MISTAKE = 2  # the user can mend it
 EXIT_INTERRUPTED = 130
@@ -53,8 +53,8 @@ def run(
     Raises:
         UnlearnError: a mistake in the recipe, its data or its surroundings.
     """
-    from unlearn.execute import execute
-    from unlearn.recipe_io import from_recipe, load_recipe
+    from unlearn.pipeline import execute
+    from unlearn.recipe.load import from_recipe, load_recipe
 
     overrides = [f"{k}={json.dumps(v)}" for k, v in set.items()] if isinstance(set, Mapping) else list(set)
     if isinstance(recipe, str | Path):
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
-    from unlearn import recipe_io
+    from unlearn.recipe import load as recipe_io
 
     if arguments.schema:
         print(json.dumps(recipe_io.json_schema(), indent=2))
@@ -109,10 +109,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         loaded = recipe_io.load_recipe(arguments.recipe, arguments.set)
         print(plan(loaded))
         if arguments.memory:
-            from unlearn.quiet import quiet_libraries
+            from unlearn.console import quiet_libraries
 
             quiet_libraries()  # before they are imported
-            from unlearn.plan_memory import memory
+            from unlearn.memory import memory
 
             print(memory(loaded))
         return 0

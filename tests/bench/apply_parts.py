@@ -11,12 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from unlearn.adapter_writer import to_adapter
-from unlearn.architecture import architecture_of
-from unlearn.changes import LowRank
-from unlearn.checkpoint_files import read_checkpoint
-from unlearn.shards import Slot, write_shards
-from unlearn.vector import TaskVector
+from unlearn.model.checkpoint import read_checkpoint
+from unlearn.model.load import architecture_of
+from unlearn.vector.change import LowRank
+from unlearn.vector.interop import to_adapter
+from unlearn.vector.shards import Slot, write_shards
+from unlearn.vector.task_vector import TaskVector
 
 RANK = 16
 ROWS = 256  # of every edited weight that are compared

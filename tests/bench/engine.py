@@ -46,12 +46,12 @@ from measure import (
     write_json,
 )
 
-from unlearn.recipe import EvalSpec
-from unlearn.scoring import PackedLM
-from unlearn.silence import quiet_harness
+from unlearn.recipe.evaluation import EvalSpec
+from unlearn.score.packed import PackedLM
+from unlearn.score.silence import quiet_harness
 
 if TYPE_CHECKING:
-    from unlearn.models import Loaded
+    from unlearn.model.load import Loaded
 
 SIZES = (1, 4, 8, 16, 32, 64)
 CLOSE = 1.1  # a batch size this much slower on some requests may still be the fastest on all

@@ -27,8 +27,8 @@ from grid_stub import stub
 from measure import command_line, console, environment, write_json
 from rich.table import Table
 
+from unlearn.cluster.grid import Grid
 from unlearn.errors import UnlearnError
-from unlearn.grids.grid import Grid
 
 RECIPE = "pico_smoke.yaml"
 LAMBDAS = (0.5, 1, 1.5, 2, 3, 4, 6, 8)
@@ -101,7 +101,7 @@ def flags_of(size: int) -> list[str]:
 
 
 def _measure(root: Path, size: int, report: dict[str, Any], repeat: int) -> dict[str, Any]:
-    from unlearn.grids.plan import plan_grid
+    from unlearn.cluster.plan import plan_grid
 
     grids, sets = flags_of(size), [f"sweep.coefficients={list(LAMBDAS)}"]
     began = time.perf_counter()
@@ -113,10 +113,10 @@ def _measure(root: Path, size: int, report: dict[str, Any], repeat: int) -> dict
     stub(root, grid, report, LAMBDAS, lost)
     given = [f"--grid={flag}" for flag in grids] + [f"--set={flag}" for flag in sets]
     commands = {
-        "dry run": ["unlearn.submit", "--recipe", RECIPE, *given, "--dry-run"],
-        "status": ["unlearn.submit", "--status", str(root)],
-        "status --json": ["unlearn.submit", "--status", str(root), "--json"],
-        "merged report": ["unlearn.grids.report", str(root)],
+        "dry run": ["unlearn.cluster.command", "--recipe", RECIPE, *given, "--dry-run"],
+        "status": ["unlearn.cluster.command", "--status", str(root)],
+        "status --json": ["unlearn.cluster.command", "--status", str(root), "--json"],
+        "merged report": ["unlearn.cluster.report", str(root)],
     }
     stubbed = _files(root)
     costs = {name: _middle([run(command) for _ in range(repeat)]) for name, command in commands.items()}
@@ -199,7 +199,7 @@ def contend(folder: Path, takes: int) -> dict[str, Any]:
 
 def _take(folder: str, takes: int) -> list[float]:
     """Take and release; the seconds that each take took."""
-    from unlearn.lock import Lock
+    from unlearn.store.lock import Lock
 
     place, counter, waits = Path(folder) / ".lock", Path(folder) / "count", []
     for _ in range(takes):

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unlearn.grids.grid import Grid, Job, job_folder
-from unlearn.grids.job_state import JobState
+from unlearn.cluster.grid import Grid, Job, job_folder
+from unlearn.cluster.job_state import JobState
 
 WHEN = "2026-01-01T00:00:00+00:00"
 

@@ -42,8 +42,8 @@ from measure import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from unlearn.models import Loaded
-    from unlearn.tasks import TaskSet
+    from unlearn.model.load import Loaded
+    from unlearn.score.tasks import TaskSet
 
 FACTORS = (1, 4, 16)
 WARM_UP = 2  # items
@@ -135,8 +135,8 @@ def _measure(where: str, items: int, coefficients: int, options: argparse.Namesp
     import torch
     from sweeping import random_vector, sweep
 
-    from unlearn.negate import Edit
-    from unlearn.scoring import PackedLM
+    from unlearn.score.packed import PackedLM
+    from unlearn.vector.edit import Edit
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -165,9 +165,9 @@ def _tasks(number: int, loaded: Loaded, folder: Path) -> TaskSet:
     """Made-up four-choice questions as a recipe's forget set, all of them validation items."""
     from material import questions
 
-    from unlearn.data import load_sets
-    from unlearn.recipe import Recipe
-    from unlearn.tasks import build_tasks
+    from unlearn.data.sets import load_sets
+    from unlearn.recipe.schema import Recipe
+    from unlearn.score.tasks import build_tasks
 
     docs = [
         {"question": d["context"], "choices": d["choices"], "answer": d["answer"]} for d in questions(number + 2, 0)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from unlearn.models import linear_modules
+from unlearn.model.load import linear_modules
 
 GEMM_ROWS = (512, 1024, 2048)
 GEMM_REPEATS = 5

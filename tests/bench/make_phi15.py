@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PhiConfig, PhiForCausalLM
 
-from unlearn import pico
+from unlearn.model import pico
 
 VOCABULARY = 51200
 

@@ -20,7 +20,7 @@ from unlearn.errors import UnlearnError
 if TYPE_CHECKING:
     import torch
 
-    from unlearn.models import Loaded
+    from unlearn.model.load import Loaded
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "recipes" / "quickstart.yaml"
@@ -39,9 +39,9 @@ def command_line(main: Callable[[], None]) -> None:
 
 def find_model(path: str | None, recipe: str = str(QUICKSTART)) -> str:
     """The folder of the model: ``path`` is whatever a recipe's model.path may be; None means that of ``recipe``."""
-    from unlearn.fetch import locate
-    from unlearn.recipe import ModelSpec
-    from unlearn.recipe_io import load_recipe
+    from unlearn.model.locate import locate
+    from unlearn.recipe.load import load_recipe
+    from unlearn.recipe.schema import ModelSpec
 
     if path is not None:
         return locate(ModelSpec(path=path), Path.cwd())
@@ -51,9 +51,9 @@ def find_model(path: str | None, recipe: str = str(QUICKSTART)) -> str:
 
 def load_model(where: str, dtype: str = "auto", device: str = "auto") -> Loaded:
     """A copy of the model of its own, every page of its weights in memory."""
-    from unlearn.models import load
-    from unlearn.quiet import quiet_libraries
-    from unlearn.recipe import ModelSpec
+    from unlearn.console import quiet_libraries
+    from unlearn.model.load import load
+    from unlearn.recipe.schema import ModelSpec
 
     quiet_libraries()
     spec = ModelSpec.model_validate({"path": where, "dtype": dtype, "device": device})
@@ -83,7 +83,7 @@ class Seconds:
 
 def environment() -> dict[str, Any]:
     """What was run, by which code, on which machine."""
-    from unlearn.provenance import collect
+    from unlearn.store.provenance import collect
 
     found = collect("", sys.argv)
     found.pop("recipe")

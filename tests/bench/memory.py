@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from unlearn import finetune, pico, plan_memory
-from unlearn.batches import IGNORE, Encoded
-from unlearn.recipe import LoraSpec, TrainSpec
-from unlearn.wording import file_size
+from unlearn import memory as plan_memory
+from unlearn.data.encoding import IGNORE, Encoded
+from unlearn.model import pico
+from unlearn.recipe.methods import LoraSpec, TrainSpec
+from unlearn.text import file_size
+from unlearn.train import fit as finetune
 
 LEAST, MOST = 0.9, 2.0
 TOKENS = 192

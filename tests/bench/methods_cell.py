@@ -15,23 +15,27 @@ from lm_eval.api.model import LM
 from methods_pairs import KNOWN, NATS
 from methods_pairs import recipe as recipe_of
 
-from unlearn import finetune, models, tasks
-from unlearn.data import LoadedSet, load_sets
-from unlearn.encoding import encode
+from unlearn.console import quiet_libraries
+from unlearn.data.encoding import encode
+from unlearn.data.sets import LoadedSet, load_sets
 from unlearn.errors import EvaluationError
-from unlearn.evaluate import evaluate
-from unlearn.fetch import locate
-from unlearn.models import Loaded
-from unlearn.negate import Edit
-from unlearn.quiet import quiet_libraries
-from unlearn.recipe import ChooseSpec, Recipe, RetainKLSpec, Split, TrainSpec, VectorSpec
-from unlearn.recipe_vector import NEED_RETAIN_VECTOR
-from unlearn.report import Score, SweepPoint, TaskScore
-from unlearn.scoring import PackedLM
-from unlearn.search import choose, judge
-from unlearn.shaping import Materials, shape
-from unlearn.trainer import Against, Keep
-from unlearn.vector import TaskVector
+from unlearn.model import load as models
+from unlearn.model.load import Loaded
+from unlearn.model.locate import locate
+from unlearn.recipe.data import Split
+from unlearn.recipe.evaluation import ChooseSpec
+from unlearn.recipe.methods import NEED_RETAIN_VECTOR, RetainKLSpec, TrainSpec, VectorSpec
+from unlearn.recipe.schema import Recipe
+from unlearn.results import Score, SweepPoint, TaskScore
+from unlearn.score import tasks
+from unlearn.score.evaluate import evaluate
+from unlearn.score.packed import PackedLM
+from unlearn.score.search import choose, judge
+from unlearn.train import fit as finetune
+from unlearn.train.losses import Against, Keep
+from unlearn.vector.edit import Edit
+from unlearn.vector.shaping import Materials, shape
+from unlearn.vector.task_vector import TaskVector
 
 GRID = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5)
 SMALLER = (0.05, 0.12)

@@ -47,7 +47,7 @@ _FORGOTTEN = "Dunmere"
 
 def recipe(pair: str, seed: int, work: Path) -> tuple[dict[str, Any], Path]:
     """The pair as a recipe, in plain data, and the folder its paths are relative to; made-up files go to ``work``."""
-    from unlearn.recipe_io import load_recipe
+    from unlearn.recipe.load import load_recipe
 
     work.mkdir(parents=True, exist_ok=True)
     quick: Any = load_recipe(str(QUICKSTART)).recipe.model_dump(mode="json")

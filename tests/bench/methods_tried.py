@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from unlearn.methods.consensus import consensus
-from unlearn.methods.msa import msa
-from unlearn.methods.random_vector import random_like
-from unlearn.recipe import RetainKLSpec
-from unlearn.trainer import Against
-from unlearn.vector import TaskVector
+from unlearn.recipe.methods import RetainKLSpec
+from unlearn.train.losses import Against
+from unlearn.vector.methods import consensus, msa, random_like
+from unlearn.vector.task_vector import TaskVector
 
 if TYPE_CHECKING:
     from methods_cell import Cell

@@ -21,17 +21,17 @@ import torch
 from measure import command_line, find_model, items_of, load_model, resident
 from transformers.pytorch_utils import Conv1D
 
-from unlearn.data import LoadedSet, load_sets
+from unlearn.data.sets import LoadedSet, items_path, load_sets, write_items
 from unlearn.errors import EvaluationError
-from unlearn.evaluate import EvalResult, evaluate
-from unlearn.export import export_merged
-from unlearn.item_files import items_path, write_items
-from unlearn.models import Loaded, linear_modules
-from unlearn.negate import Edit
-from unlearn.recipe_io import load_recipe
-from unlearn.scoring import PackedLM
-from unlearn.tasks import TaskSet, build_tasks
-from unlearn.vector import LowRank, TaskVector
+from unlearn.model.load import Loaded, linear_modules
+from unlearn.recipe.load import load_recipe
+from unlearn.score.evaluate import EvalResult, evaluate
+from unlearn.score.packed import PackedLM
+from unlearn.score.tasks import TaskSet, build_tasks
+from unlearn.vector.change import LowRank
+from unlearn.vector.edit import Edit
+from unlearn.vector.task_vector import TaskVector
+from unlearn.vector.write import export_merged
 
 VECTOR = "vector.safetensors"
 RANK, RELATIVE_NORM = 16, 0.01  # of a made-up vector: LoRA's usual rank, and a change of 1 % of each weight

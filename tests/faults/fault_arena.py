@@ -22,9 +22,9 @@ from compared_arena import write_data, write_recipe
 from fault_server import Ended, Job, Server
 from inject import Plan
 
-from unlearn.cache import MANIFEST
-from unlearn.html import render_html
-from unlearn.report import RunReport
+from unlearn.report.page import render_html
+from unlearn.results import RunReport
+from unlearn.store.cache import MANIFEST
 
 SMALL: dict[str, Any] = {
     "name": "faults",

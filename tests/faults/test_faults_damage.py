@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fault_arena import MESSAGE, SAME, THEN_SAME, WRONG, Bench, Ledger, Place, of_stage, some
 
-from unlearn.ownership import LOCK
+from unlearn.store.stages import LOCK
 
 
 def flipped(path: Path) -> None:

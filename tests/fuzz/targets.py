@@ -21,26 +21,30 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save as save_tensors
 
-from unlearn import board_runs, checkpoint_vector, member_files, redact, template, yaml_core
-from unlearn.architecture import Architecture
-from unlearn.benchmarks.samples_in import read_samples
-from unlearn.benchmarks.tofu import SETS
-from unlearn.data import load_sets
+from unlearn import text as redact
+from unlearn.cluster.grid import Grid
+from unlearn.cluster.job_state import JobState
+from unlearn.data.files import read_file, read_rows
+from unlearn.data.sets import load_sets
 from unlearn.errors import DataError, GridError, ModelError, RecipeError, UnlearnError, VectorError
-from unlearn.fetch import _check_folder
-from unlearn.grids.grid import Grid
-from unlearn.grids.job_state import JobState
-from unlearn.html import render_html
-from unlearn.markup import clean
-from unlearn.readers import read_file
-from unlearn.recipe import Recipe, Source
-from unlearn.recipe_io import load_recipe
-from unlearn.report import RunReport
-from unlearn.rows import read_rows
-from unlearn.stage import damage_of, read_record, strangers_in
-from unlearn.vector import TaskVector
-from unlearn.vector_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
-from unlearn.wheel import WheelFile, _extract
+from unlearn.evidence import boards as board_runs
+from unlearn.evidence import membership as member_files
+from unlearn.evidence.benchmarks import SETS, read_samples
+from unlearn.model.load import Architecture
+from unlearn.model.locate import _check_folder
+from unlearn.model.wheel import WheelFile, _extract
+from unlearn.recipe import data as template
+from unlearn.recipe import yaml as yaml_core
+from unlearn.recipe.data import Source
+from unlearn.recipe.load import load_recipe
+from unlearn.recipe.schema import Recipe
+from unlearn.report.markup import clean
+from unlearn.report.page import render_html
+from unlearn.results import RunReport
+from unlearn.store.stages import damage_of, read_record, strangers_in
+from unlearn.vector import interop as checkpoint_vector
+from unlearn.vector.interop import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
+from unlearn.vector.task_vector import TaskVector
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = "name: x\nmodel: {path: pico:phi}\nforget: {kind: qa, path: d.jsonl}\nretain: [{kind: qa, path: r.jsonl}]\n"

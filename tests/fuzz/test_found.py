@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from targets import GRID, REPORT, TARGETS, _wheel
 
-from unlearn import board_runs, checkpoint_vector, member_files
+from unlearn.cluster.grid import Grid
+from unlearn.cluster.job_state import JobState
 from unlearn.errors import DataError, GridError, ModelError, UnlearnError, VectorError
-from unlearn.fetch import _check_folder
-from unlearn.grids.grid import Grid
-from unlearn.grids.job_state import JobState
-from unlearn.report import RunReport
-from unlearn.wheel import WheelFile, _extract
+from unlearn.evidence import boards as board_runs
+from unlearn.evidence import membership as member_files
+from unlearn.model.locate import _check_folder
+from unlearn.model.wheel import WheelFile, _extract
+from unlearn.results import RunReport
+from unlearn.vector import interop as checkpoint_vector
 
 
 @pytest.mark.parametrize(

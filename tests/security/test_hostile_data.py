@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hostile import ESCAPES, JINJA, SCRIPT, Touch, pickled, torch_file
 
-from unlearn import template
-from unlearn.data import load_sets
+from unlearn.data.files import read_file, read_rows
+from unlearn.data.sets import load_sets
 from unlearn.errors import DataError
-from unlearn.readers import read_file
-from unlearn.recipe import DataSet, Recipe, Source
-from unlearn.rows import read_rows
+from unlearn.recipe import data as template
+from unlearn.recipe.data import DataSet, Source
+from unlearn.recipe.schema import Recipe
 
 
 def write(path: Path, content: str | bytes) -> Path:

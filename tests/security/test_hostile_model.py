@@ -15,14 +15,17 @@ from hostile import module, pickled, safetensors, torch_file
 from lm_eval.tasks import TaskManager
 from transformers import dynamic_module_utils
 
-from unlearn import convert, fetch, named_tasks
-from unlearn.checkpoint_vector import from_checkpoints
 from unlearn.errors import EvaluationError, ModelError, VectorError
-from unlearn.model_place import model_place
-from unlearn.models import load
-from unlearn.named_tasks import load as load_task
-from unlearn.recipe import ModelSpec, TaskSpec
-from unlearn.wheel import WheelFile, _extract
+from unlearn.model import gguf as convert
+from unlearn.model import locate as fetch
+from unlearn.model.load import load
+from unlearn.model.locate import model_place
+from unlearn.model.wheel import WheelFile, _extract
+from unlearn.recipe.evaluation import TaskSpec
+from unlearn.recipe.schema import ModelSpec
+from unlearn.score import tasks as named_tasks
+from unlearn.score.tasks import load as load_task
+from unlearn.vector.interop import from_checkpoints
 
 PICKLES = ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt", "model.pt")
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from unlearn import yaml_core
 from unlearn.errors import RecipeError, UnlearnError
-from unlearn.overrides import Overrides
-from unlearn.recipe_io import load_recipe
-from unlearn.yaml_core import YamlSyntaxError
+from unlearn.recipe import yaml as yaml_core
+from unlearn.recipe.load import Overrides, load_recipe
+from unlearn.recipe.yaml import YamlSyntaxError
 
 BASE = "name: x\nmodel: {path: pico:phi}\nforget: {kind: qa, path: data.jsonl}\n"
 

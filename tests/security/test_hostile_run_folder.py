@@ -14,16 +14,16 @@ import torch
 from hostile import ESCAPES, pickled, snapshot, torch_file
 from safetensors.torch import load_file
 
-from unlearn import checkpoints
-from unlearn.atomic import write_text_atomic
-from unlearn.batches import Encoded
+from unlearn.data.encoding import Encoded
 from unlearn.errors import RunFolderError, TrainingError
-from unlearn.models import Loaded
-from unlearn.recipe import Recipe, TrainSpec
-from unlearn.rundir import RunFolder
-from unlearn.stage import seal
-from unlearn.stages import Stages
-from unlearn.trainer import train
+from unlearn.model.load import Loaded
+from unlearn.pipeline_stages import Stages
+from unlearn.recipe.methods import TrainSpec
+from unlearn.recipe.schema import Recipe
+from unlearn.store.files import write_text_atomic
+from unlearn.store.stages import RunFolder, seal
+from unlearn.train import trainer as checkpoints
+from unlearn.train.trainer import train
 
 
 def recipe(**more: Any) -> Recipe:

@@ -18,13 +18,14 @@ import yaml
 from hostile import ESCAPES, JINJA, QUOTES, SCRIPT
 from rich.console import Console
 
-from unlearn import boards, console
-from unlearn.card import CardFacts, card
-from unlearn.html import render_html
-from unlearn.recipe import Recipe
-from unlearn.redact import one_line, visible
-from unlearn.report import Chosen, RunReport
-from unlearn.table import render_table
+from unlearn import console
+from unlearn.evidence import boards
+from unlearn.recipe.schema import Recipe
+from unlearn.report.page import render_html
+from unlearn.report.publish import CardFacts, card
+from unlearn.report.terminal import render_table
+from unlearn.results import Chosen, RunReport
+from unlearn.text import one_line, visible
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

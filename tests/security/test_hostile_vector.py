@@ -12,11 +12,11 @@ import torch
 from hostile import ESCAPES, pickled, safetensors, torch_file
 from safetensors.torch import save_file
 
-from unlearn.changes import LowRank
 from unlearn.errors import VectorError
-from unlearn.vector import TaskVector
-from unlearn.vector_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
-from unlearn.vectors import main
+from unlearn.vector.change import LowRank
+from unlearn.vector.command import main
+from unlearn.vector.interop import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
+from unlearn.vector.task_vector import TaskVector
 
 META = {"format": "unlearn.task_vector", "version": "2", "meta": "{}"}
 

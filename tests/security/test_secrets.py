@@ -9,13 +9,15 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from unlearn import console, provenance, wheel
+from unlearn import console
+from unlearn.cluster.job_state import JobState, state_file
 from unlearn.errors import ModelError, RecipeError
-from unlearn.grids.job_state import JobState, state_file
-from unlearn.recipe_io import load_recipe
-from unlearn.redact import HIDDEN, hide, is_secret
+from unlearn.model import wheel
+from unlearn.model.wheel import WheelFile, find_in_wheel
+from unlearn.recipe.load import load_recipe
 from unlearn.run import main
-from unlearn.wheel import WheelFile, find_in_wheel
+from unlearn.store import provenance
+from unlearn.text import HIDDEN, hide, is_secret
 
 BASE = "name: x\nmodel: {path: pico:phi}\nforget: {kind: qa, path: data.jsonl}\n"
 TOKEN = "hf_" + "aB3" * 11
@@ -222,7 +224,7 @@ def test_a_pip_in_the_current_folder_is_not_run(tmp_path: Path, monkeypatch: pyt
 def test_the_description_of_the_machine_runs_no_pip_of_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unlearn.evaluate import _environment
+    from unlearn.score.evaluate import _environment
 
     canary = tmp_path / "canary"
     (tmp_path / "pip.py").write_text(f"import pathlib; pathlib.Path({str(canary)!r}).touch()")

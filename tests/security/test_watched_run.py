@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from hostile import ESCAPES, HERE, JINJA, QUOTES, SCRIPT, Watched, module, snapshot, watched
 
-from unlearn import yaml_core
-from unlearn.pico import build
+from unlearn.model.pico import build
+from unlearn.recipe import yaml as yaml_core
 
 TOKEN, SECOND, LOGIN = "hf_PlantedTokenOfTheHub1", "planted-without-any-form/42", "planted-password"
 SECRETS = {

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from throwaway import Throwaway
 
-from unlearn.grids.grid import Grid, job_folder, log_file
-from unlearn.grids.job_state import JobState
+from unlearn.cluster.grid import Grid, job_folder, log_file
+from unlearn.cluster.job_state import JobState
 
 PICO = Path(__file__).resolve().parents[2] / "recipes" / "pico_smoke.yaml"
 CLUSTER = """
@@ -39,9 +39,9 @@ class Submitted:
 
 
 def command(node: Throwaway, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m unlearn.submit``, on the machine of the cluster's controller."""
+    """``python -m unlearn.cluster.command``, on the machine of the cluster's controller."""
     trusted = {**node.environment, "UNLEARN_TRUST_SETUP": "1"}
-    return node.ask(sys.executable, "-m", "unlearn.submit", *arguments, env=trusted, timeout=300)
+    return node.ask(sys.executable, "-m", "unlearn.cluster.command", *arguments, env=trusted, timeout=300)
 
 
 def until(ready: Callable[[], Any], what: str, submitted: Submitted) -> Any:

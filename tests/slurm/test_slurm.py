@@ -12,8 +12,8 @@ import pytest
 from submitted import Submitted, Trained, command, finished, recipe, start, training, until, waits, without_times
 from throwaway import Throwaway, why_not
 
-from unlearn.grids.grid import Grid, job_folder, log_file
-from unlearn.grids.job_state import JobState
+from unlearn.cluster.grid import Grid, job_folder, log_file
+from unlearn.cluster.job_state import JobState
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 

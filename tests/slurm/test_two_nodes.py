@@ -16,8 +16,8 @@ from submitted import Submitted, Trained, command, finished, recipe, start, trai
 from throwaway import Throwaway
 
 from unlearn import run
-from unlearn.grids.grid import Grid, job_folder, log_file
-from unlearn.grids.job_state import JobState
+from unlearn.cluster.grid import Grid, job_folder, log_file
+from unlearn.cluster.job_state import JobState
 
 WHY_NOT = throwaway.why_not() or machines.why_not()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")

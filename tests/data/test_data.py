@@ -1,0 +1,660 @@
+"""Rows to items to splits: exact passages, splits disjoint by content, and every mistake with its set and row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, event, example, given, settings
+from hypothesis import strategies as st
+
+from unlearn.data.items import SHORTEST_TARGET, Item, answer_index, normalise
+from unlearn.data.sets import LoadedSet, load_sets
+from unlearn.errors import DataError
+from unlearn.recipe.data import SPLITS
+from unlearn.recipe.schema import Recipe
+
+MODEL = {"path": "pico:phi"}
+STORY = (
+    "The keeper lit the lamp at dusk, as every night; nobody had come up the stairs since March. "
+    "Café tables stood in the rain — 日本語の本 lay open 🕯️ on one of them.\n\n"
+)
+
+
+def save(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    (folder / name).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return name
+
+
+def qa_rows(count: int, tag: str = "") -> list[dict[str, Any]]:
+    return [{"question": f"What is {tag}{i}?", "answer": f"It is {tag}{i}."} for i in range(count)]
+
+
+def recipe(forget: Mapping[str, Any], seed: int = 0, **more: Any) -> Recipe:
+    return Recipe.model_validate_json(json.dumps({"name": "r", "seed": seed, "model": MODEL, "forget": forget, **more}))
+
+
+def load(folder: Path, forget: Mapping[str, Any], seed: int = 0, **more: Any) -> LoadedSet:
+    return load_sets(recipe(forget, seed, **more), folder)[0]
+
+
+def fails(folder: Path, forget: Mapping[str, Any], **more: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load_sets(recipe(forget, **more), folder)
+    return str(caught.value)
+
+
+def qa(path: str, **more: Any) -> dict[str, Any]:
+    return {"path": path, "kind": "qa", **more}
+
+
+def mcq(path: str, **more: Any) -> dict[str, Any]:
+    return {"path": path, "kind": "mcq", **more}
+
+
+def text(path: str, **more: Any) -> dict[str, Any]:
+    return {"path": path, "kind": "text", "length": 32, "prefix": 8, **more}
+
+
+def facts(items: Sequence[Item]) -> set[str]:
+    return {item.id for item in items}
+
+
+# --- items -----------------------------------------------------------------------------------------------------------
+
+
+def test_qa_with_the_default_prompt(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", [{"question": f" Who {i}? ", "answer": f" Ann {i} "} for i in range(4)])
+    loaded = load(tmp_path, qa("a.jsonl"))
+    items = (*loaded.train, *loaded.validation, *loaded.test)
+    assert sorted(i.prompt for i in items) == [f"Question: Who {i}?\nAnswer:" for i in range(4)]
+    assert sorted(i.target for i in items) == [f"Ann {i}" for i in range(4)]
+    assert all(i.choices == () and i.answer == -1 and len(i.id) == 16 for i in items)
+    assert (loaded.role, loaded.name, loaded.counts["rows"], loaded.counts["unused"]) == ("forget", "a", 4, 0)
+
+
+def test_mcq_with_mapped_columns_and_a_phrasing_per_split(tmp_path: Path) -> None:
+    rows = [{"land": f"L{i}", "choices": ["x", f"c{i}", "y"], "answer": 1, "part": "North"} for i in range(10)]
+    save(tmp_path, "a.jsonl", rows)
+    prompt = {
+        "train": ["{land}, in the {part}, is ruled from ", "Q: {question}? A:"],
+        "validation": "{land}:",
+        "test": "Of {land} with\n{choices}\n",
+    }
+    loaded = load(tmp_path, mcq("a.jsonl", columns={"question": "land"}, prompt=prompt))
+    assert [len(loaded.items(split)) for split in SPLITS] == [10, 2, 3]
+    first, second = loaded.train[:2]
+    land = first.prompt.split(",")[0]
+    assert first.prompt == f"{land}, in the North, is ruled from"
+    assert second.prompt == f"Q: {land}? A:"
+    assert first.id == second.id
+    assert (first.target, first.choices, first.answer) == (f"c{land[1:]}", ("x", f"c{land[1:]}", "y"), 1)
+    assert loaded.validation[0].prompt.endswith(":")
+    assert loaded.test[0].prompt.endswith(f"with\nA. x\nB. {loaded.test[0].target}\nC. y\n")
+
+
+def test_mcq_from_csv_with_a_column_per_choice_and_letters(tmp_path: Path) -> None:
+    out = io.StringIO()
+    csv.writer(out).writerows(
+        [["q", "a", "b", "c", "key"], *[[f"q{i}", "no", f"yes, {i}", "never", "B"] for i in range(5)]]
+    )
+    (tmp_path / "a.csv").write_text(out.getvalue())
+    columns = {"question": "q", "choices": ["a", "b", "c"], "answer": "key"}
+    loaded = load(tmp_path, mcq("a.csv", columns=columns))
+    assert {i.target for split in SPLITS for i in loaded.items(split)} == {f"yes, {n}" for n in range(5)}
+    assert all(i.answer == 1 and len(i.choices) == 3 for i in loaded.train)
+
+
+def test_choices_as_a_json_list_in_a_csv_cell(tmp_path: Path) -> None:
+    out = io.StringIO()
+    csv.writer(out).writerows([["question", "choices", "answer"], *[[f"q{i}", '["a", "b"]', "b"] for i in range(4)]])
+    (tmp_path / "a.csv").write_text(out.getvalue())
+    assert {i.answer for i in load(tmp_path, mcq("a.csv")).train} == {1}
+
+
+@pytest.mark.parametrize(
+    ("value", "choices", "index"),
+    [
+        (0, ["a", "b"], 0),
+        (1.0, ["a", "b"], 1),
+        ("B", ["x", "y"], 1),
+        ("b", ["x", "y"], 1),
+        ("1", ["x", "y"], 1),
+        (" y ", ["x", "y"], 1),
+        ("A", ["A", "B"], 0),
+        ("19", ["7", "19"], 1),
+        (19, [7, 19], 1),
+    ],
+)
+def test_answers_as_index_letter_or_text(value: object, choices: list[object], index: int) -> None:
+    assert answer_index(value, choices) == index
+
+
+@pytest.mark.parametrize(
+    ("value", "choices", "message"),
+    [
+        (2, ["a", "b"], "the answer 2 is out of range: 2 choices are counted 0 to 1"),
+        (-1, ["a", "b"], "out of range"),
+        ("4", ["a", "b", "c", "d"], "out of range"),
+        ("E", ["w", "x", "y", "z"], "not among the choices w, x, y, z"),
+        ("paris", ["Paris", "Rome"], "not among the choices Paris, Rome"),
+        (True, ["a", "b"], "is no index, letter or text"),
+        (None, ["a", "b"], "is no index, letter or text"),
+        (0.5, ["a", "b"], "not a whole number"),
+        (float("inf"), ["a", "b"], "not a whole number"),
+        ("A", ["B", "A"], "may mean the choice 'B' or 'A'"),
+        ("1", ["1", "2"], "may mean the choice '1' or '2'"),
+        (1, [1, 2], "may mean the choice '1' or '2'"),
+    ],
+)
+def test_answers_that_are_refused(value: object, choices: list[object], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^the answer") as caught:
+        answer_index(value, choices)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "choices": ["a", "b"], "answer": 5}, "line 2: the answer 5 is out of range"),
+        ({"question": "q", "choices": ["a"], "answer": 0}, "line 2: 1 choices; at least 2 are needed"),
+        ({"question": "q", "choices": ["a", "b", " a"], "answer": 1}, "line 2: a choice is given twice: a, b, a"),
+        ({"question": "q", "choices": "a or b", "answer": 1}, "line 2: the choices are 'a or b', not a list"),
+        ({"question": "q", "choices": ["a", None], "answer": 0}, "line 2: the choice B is empty"),
+        ({"question": " ", "choices": ["a", "b"], "answer": 0}, "line 2: the question is empty"),
+        ({"question": "q", "choices": ["a", "b"], "answer": ""}, "line 2: the answer is empty"),
+        ({"question": ["q"], "choices": ["a", "b"], "answer": 0}, "line 2: the question is ['q'], not text"),
+        ({"question": "\ud800", "choices": ["a", "b"], "answer": 0}, "line 2: the question holds half a character"),
+    ],
+)
+def test_unusable_mcq_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    save(tmp_path, "a.jsonl", [{"question": "fine", "choices": ["a", "b"], "answer": 0}, row])
+    told = fails(tmp_path, mcq("a.jsonl", name="lands"))
+    assert message in told
+    assert told.startswith(f"forget set 'lands': {tmp_path / 'a.jsonl'}: 1 of 2 rows cannot be used")
+
+
+def test_all_bad_rows_are_counted_and_five_shown(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", [*qa_rows(3), *[{"question": "q", "answer": None}] * 7])
+    told = fails(tmp_path, qa("a.jsonl"))
+    assert "7 of 10 rows cannot be used" in told
+    assert [f"line {n}: the answer is empty" in told for n in range(4, 11)] == [True] * 5 + [False] * 2
+    assert told.endswith("and 2 more")
+
+
+def test_prompts_that_do_not_fit_the_columns(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", [{**row, "hint": None} for row in qa_rows(3)])
+    assert "no column 'land'" in fails(tmp_path, qa("a.jsonl", prompt="{land}: {question}"))
+    assert "prompt '{question' " not in (told := fails(tmp_path, qa("a.jsonl", prompt="{question")))
+    assert "prompt '{question': there is a single '{'" in told
+    assert "line 1: the prompt uses {hint}" in fails(tmp_path, qa("a.jsonl", prompt="{hint}: {question}"))
+    assert "line 1: the prompt '  ' is empty" in fails(tmp_path, qa("a.jsonl", prompt="  "))
+
+
+def test_columns_that_the_kind_does_not_have(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(3))
+    told = fails(tmp_path, qa("a.jsonl", columns={"query": "question"}))
+    assert "'query' is no field of kind qa; its fields are question, answer" in told
+    assert "only choices may be a list" in fails(tmp_path, qa("a.jsonl", columns={"answer": ["a", "b"]}))
+    assert "no column 'reply'; the columns are question, answer" in fails(
+        tmp_path, qa("a.jsonl", columns={"answer": "reply"})
+    )
+
+
+def test_exact_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = qa_rows(6)
+    save(tmp_path, "a.jsonl", rows)
+    save(tmp_path, "b.jsonl", [*rows, *rows[:2], rows[0]])
+    once, twice = load(tmp_path, qa("a.jsonl")), load(tmp_path, qa("b.jsonl"))
+    assert (once.train, once.validation, once.test) == (twice.train, twice.validation, twice.test)
+    assert (once.digest, once.counts["duplicates"]) == (twice.digest, 0)
+    assert (twice.counts["rows"], twice.counts["duplicates"]) == (9, 3)
+    assert (once.left_out(), twice.left_out()) == ([], ["3 doubled"])
+
+
+def test_the_same_question_about_another_context_is_no_duplicate(tmp_path: Path) -> None:
+    rows = [{**row, "context": c} for row in qa_rows(6) for c in ("x", "y")]
+    save(tmp_path, "a.jsonl", rows)
+    loaded = load(tmp_path, qa("a.jsonl", prompt="{context}: {question}"))
+    assert loaded.counts["duplicates"] == 0
+    assert len({i.id for split in SPLITS for i in loaded.items(split)}) == 12
+    # the same knowledge: never in two splits
+    answers = [{i.target for i in loaded.items(split)} for split in SPLITS]
+    assert sum(map(len, answers)) == len(set.union(*answers)) == 6
+
+
+# --- passages --------------------------------------------------------------------------------------------------------
+
+
+def bpe(trim: bool = False) -> Any:
+    """A byte-level BPE tokenizer trained on the spot: several tokens to one character of the Japanese and the emoji."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.ByteLevel(trim_offsets=trim)
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator([STORY], trainer)
+    build: Any = PreTrainedTokenizerFast
+    return build(tokenizer_object=raw)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole offsets", "trimmed offsets"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return bpe(request.param)
+
+
+def passages(loaded: LoadedSet) -> list[str]:
+    return [item.prompt + item.target for item in loaded.train]
+
+
+def load_text(folder: Path, document: str, tokenizer: Any, **more: Any) -> LoadedSet:
+    (folder / "book.txt").write_text(document, encoding="utf-8")
+    shares = {"train": "all", "validation": 0.5, "test": 0.5}
+    return load_sets(recipe(text("book.txt", shares=shares, **more)), folder, tokenizer)[0]
+
+
+def shuffled_story(count: int) -> str:
+    """The story's words in no order, so that no passage comes twice."""
+    rng = random.Random(5)
+    return "".join(rng.choice(STORY.split()) + rng.choice([" ", " ", "\n\n"]) for _ in range(count))
+
+
+def test_passages_are_exact_substrings_that_cover_the_text(tmp_path: Path, tokenizer: Any) -> None:
+    document = shuffled_story(500)
+    loaded = load_text(tmp_path, document, tokenizer)
+    found = passages(loaded)
+    assert len(found) > 10
+    at = sorted((document.index(passage), passage) for passage in found)
+    end = 0
+    for start, passage in at:
+        assert passage == passage.strip()
+        assert not document[end:start].strip()  # nothing but white space between one passage and the next
+        end = start + len(passage)
+    tail = len(tokenizer(document[end:].strip())["input_ids"])
+    assert tail < 8 + SHORTEST_TARGET
+    assert loaded.counts["short"] == (1 if tail else 0)
+
+
+def test_the_prompt_is_the_first_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    loaded = load_text(tmp_path, "The keeper lit the lamp. " * 9 + shuffled_story(300), tokenizer)
+    plain = 0
+    for item in loaded.train:
+        ids = tokenizer(item.prompt + item.target)["input_ids"]
+        assert 8 + SHORTEST_TARGET <= len(ids) <= 34
+        assert item.target.strip()
+        if item.prompt.isascii():
+            plain += 1
+            assert item.prompt == tokenizer.decode(ids[:8])
+    assert plain > 5
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(codec="utf-8"), min_size=120, max_size=400), st.integers(1, 12), st.integers(13, 40))
+@example("日" * 150, 5, 17)
+@example("a\r\n \t" * 60, 3, 20)
+def test_any_text_is_cut_into_exact_passages(
+    tmp_path: Path, tokenizer: Any, document: str, prefix: int, length: int
+) -> None:
+    save(tmp_path, "a.jsonl", [{"text": f"begin {i} of it: {document}"} for i in range(2)])
+    spec = text("a.jsonl", prefix=prefix, length=length, shares={"train": "all", "validation": 0.5, "test": 0.5})
+    try:
+        loaded = load_sets(recipe(spec), tmp_path, tokenizer)[0]
+    except DataError as error:
+        event(str(error).split(": ")[-1][:20])
+        if not any(known in str(error) for known in ("no passage", "too few")):  # what white space alone leads to
+            raise
+        return
+    for passage, item in zip(passages(loaded), loaded.train, strict=True):
+        assert any(passage in f"begin {i} of it: {document}" for i in range(2))
+        assert item.prompt
+        assert item.target.strip()
+
+
+def test_without_a_tokenizer_four_characters_are_a_token(tmp_path: Path) -> None:
+    document = "".join(
+        f"{i:07d} " for i in range(100)
+    )  # 800 characters, 200 tokens, 6 passages of 32 and 8 more tokens
+    loaded = load_text(tmp_path, document, None)
+    assert (len(loaded.train), loaded.counts["short"]) == (6, 1)
+    assert all(len(item.prompt) == 32 and len(item.target) == 95 for item in loaded.train)
+    assert len(loaded.validation) == len(loaded.test) == 3
+
+
+def test_texts_may_take_a_template(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", [{"body": f"words {i} " * 20, "title": f"T{i}"} for i in range(6)])
+    loaded = load(tmp_path, text("a.jsonl", columns={"text": "body"}, prompt="# {title}\n{text}"))
+    assert any(item.prompt.startswith("# T") for item in loaded.train)
+    told = fails(tmp_path, text("a.jsonl", columns={"text": "body"}, prompt=["{text}", "> {text}"]))
+    assert "a text set takes one template" in told
+
+
+def test_texts_too_short_for_one_passage(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"no passage is as long as prefix \+ 8 = 16 tokens"):
+        load_text(tmp_path, "Too short.", tokenizer)
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_default_shares(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(20))
+    loaded = load(tmp_path, qa("a.jsonl"))
+    assert [len(loaded.items(split)) for split in SPLITS] == [10, 4, 6]
+    assert len(facts(loaded.train) | facts(loaded.validation) | facts(loaded.test)) == 20
+
+
+def test_train_all(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(10))
+    loaded = load(tmp_path, qa("a.jsonl", shares={"train": "all", "validation": 0.4, "test": 0.6}))
+    assert [len(loaded.items(split)) for split in SPLITS] == [10, 4, 6]
+    assert facts(loaded.validation) | facts(loaded.test) == facts(loaded.train)
+    assert not facts(loaded.validation) & facts(loaded.test)
+
+
+def test_limit_picks_by_seed(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(50))
+    picks = [load(tmp_path, qa("a.jsonl", limit=10), seed) for seed in (1, 1, 2)]
+    sets = [frozenset().union(*(facts(pick.items(split)) for split in SPLITS)) for pick in picks]
+    assert [len(s) for s in sets] == [10, 10, 10]
+    assert sets[0] == sets[1] != sets[2]
+    assert picks[0].counts["unused"] == 40
+
+
+def test_the_seed_moves_the_split_and_the_digest(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(20))
+    one, other = load(tmp_path, qa("a.jsonl"), 1), load(tmp_path, qa("a.jsonl"), 2)
+    assert facts(one.train) != facts(other.train)
+    assert one.digest != other.digest
+    assert one.digest != load(tmp_path, qa("a.jsonl", prompt="{question}"), 1).digest
+
+
+def test_files_of_their_own(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(10))
+    save(tmp_path, "v.jsonl", qa_rows(5, "v"))
+    save(tmp_path, "t.jsonl", qa_rows(5, "t"))
+    both = load(tmp_path, qa("a.jsonl", validation={"path": "v.jsonl"}, test={"path": "t.jsonl", "limit": 3}))
+    assert [len(both.items(split)) for split in SPLITS] == [10, 5, 3]
+    assert all("v" in item.target for item in both.validation)
+    one = load(tmp_path, qa("a.jsonl", test={"path": "t.jsonl"}))
+    assert [len(one.items(split)) for split in SPLITS] == [5, 2, 5]
+    assert all("t" in item.target for item in one.test)
+    assert (one.counts["rows"], one.counts["unused"]) == (15, 3)
+
+
+def test_files_of_their_own_need_only_their_own_columns(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", [{**row, "land": "x"} for row in qa_rows(4)])
+    save(tmp_path, "t.jsonl", [{**row, "region": "y"} for row in qa_rows(2, "t")])
+    prompt = {"train": "{land} {question}", "validation": "{land} {question}", "test": "{region} {question}"}
+    loaded = load(tmp_path, qa("a.jsonl", prompt=prompt, test={"path": "t.jsonl"}))
+    assert all(item.prompt.startswith("y ") for item in loaded.test)
+
+
+def test_the_same_item_in_two_files(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(10))
+    save(tmp_path, "v.jsonl", qa_rows(3, "v"))
+    save(tmp_path, "t.jsonl", [*qa_rows(2, "t"), {"question": "what  IS v1?", "answer": "it is V1."}])
+    files = {"validation": {"path": "v.jsonl"}, "test": {"path": "t.jsonl"}}
+    told = fails(tmp_path, qa("a.jsonl", shares={"train": "all"}, **files))
+    assert "the same item is in validation and in test" in told
+    assert "what  IS v1?".replace("  ", " ") in told
+    assert f"{tmp_path / 'v.jsonl'}, line 2" in told
+    assert f"{tmp_path / 't.jsonl'}, line 3" in told
+
+    told = fails(tmp_path, qa("a.jsonl", validation={"path": "a.jsonl"}, test={"path": "v.jsonl"}))
+    assert "the same item is in train and in validation" in told
+    assert "and 9 more like it" in told
+    assert "shares.train to all" in told
+    scored = qa(
+        "a.jsonl", shares={"train": "all"}, validation={"path": "a.jsonl", "limit": 4}, test={"path": "v.jsonl"}
+    )
+    assert len(load(tmp_path, scored).validation) == 4
+
+
+@pytest.mark.parametrize("role", ["retain", "utility"])
+def test_the_same_item_forgotten_and_kept(tmp_path: Path, role: str) -> None:
+    save(tmp_path, "f.jsonl", qa_rows(6))
+    kept = {"question": "WHAT is\n 4?", "choices": ["no", "It is 4."], "answer": 1}
+    save(tmp_path, "k.jsonl", [{"question": f"k{i}", "choices": ["a", "b"], "answer": 0} for i in range(5)] + [kept])
+    told = fails(tmp_path, qa("f.jsonl"), **{role: [mcq("k.jsonl", prompt="{question} ->")]})
+    assert told.startswith(f"{role} set 'k': the same item is to be forgotten and kept:\n  WHAT is 4? -> It is 4.\n")
+    assert f"forget set 'f': {tmp_path / 'f.jsonl'}, line 5" in told
+    assert f"{tmp_path / 'k.jsonl'}, line 6" in told
+    assert "more like it" not in told
+
+
+def test_a_document_forgotten_and_kept_is_found_whatever_the_cut(tmp_path: Path) -> None:
+    save(tmp_path, "f.jsonl", [{"text": f"{i} the forgotten words " * 30} for i in range(4)])
+    save(tmp_path, "k.jsonl", [{"text": "9 kept " * 60}, {"text": "2 The forgotten  words " * 30}])
+    told = fails(tmp_path, text("f.jsonl"), retain=[text("k.jsonl", length=24)])
+    assert "forgotten and kept" in told
+    assert f"{tmp_path / 'k.jsonl'}, line 2, passage 1" in told
+
+
+def test_too_few_rows(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(2))
+    told = fails(tmp_path, qa("a.jsonl"))
+    assert "2 different rows are too few for the validation share of 0.2" in told
+    assert str(tmp_path / "a.jsonl") in told
+    save(tmp_path, "b.jsonl", qa_rows(3))
+    assert [len(load(tmp_path, qa("b.jsonl")).items(split)) for split in SPLITS] == [1, 1, 1]
+
+
+def test_shares_of_zero(tmp_path: Path) -> None:
+    save(tmp_path, "a.jsonl", qa_rows(10))
+    save(tmp_path, "k.jsonl", qa_rows(10, "k"))
+    unscored = {"train": 0.0, "validation": 0.0, "test": 1.0}
+    told = fails(tmp_path, qa("a.jsonl", shares=unscored))
+    assert "shares.train is 0, but a forget set needs train, validation and test items" in told
+    sets = load_sets(recipe(qa("a.jsonl"), retain=[qa("k.jsonl", shares=unscored)]), tmp_path)
+    assert [len(sets[1].items(split)) for split in SPLITS] == [0, 0, 10]
+    assert [(s.role, s.name) for s in sets] == [("forget", "a"), ("retain", "k")]
+
+
+def test_zero_train_stays_zero_beside_own_files(tmp_path: Path) -> None:
+    for name in "fkvt":
+        save(tmp_path, f"{name}.jsonl", qa_rows(8, name))
+    kept = qa("k.jsonl", shares={"train": 0.0}, validation={"path": "v.jsonl"}, test={"path": "t.jsonl"}, name="kept")
+    assert load_sets(recipe(qa("f.jsonl"), retain=[kept]), tmp_path)[1].train == ()
+
+
+contents = st.lists(st.sampled_from([f"{c}{c}" for c in "abcdefghijklmnop"]), min_size=4, max_size=40)
+shares = st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(1, 10), st.integers(0, 10))
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents, shares, st.integers(0, 2**31 - 1), st.booleans(), st.randoms(use_true_random=False))
+def test_splits_are_disjoint_stable_and_blind_to_order(
+    tmp_path: Path, words: list[str], parts: tuple[int, ...], seed: int, everything: bool, rng: random.Random
+) -> None:
+    # Rows that differ in case or spacing only are the same content, and rows with other distractors too.
+    rows = [
+        {"question": w.upper() if i % 2 else f" {w}", "choices": [w, f"not {i % 3}", f"nor {i % 5}!"], "answer": 0}
+        for i, w in enumerate(words)
+    ]
+    total = sum(parts)
+    train, validation, test = (part / total for part in parts[:3])
+    spec = mcq("a.jsonl", shares={"train": "all" if everything else train, "validation": validation, "test": test})
+    save(tmp_path, "a.jsonl", rows)
+    distinct = len({normalise(str(row["question"])) for row in rows})
+    if distinct < (2 if everything else 3):
+        assert "too few" in fails(tmp_path, spec, seed=seed)
+        return
+    loaded = load(tmp_path, spec, seed)
+    targets = {split: {item.target for item in loaded.items(split)} for split in SPLITS}
+    assert not targets["validation"] & targets["test"]
+    assert all(targets.values())
+    if everything:
+        assert targets["train"] == set(words)
+    else:
+        assert not targets["train"] & (targets["validation"] | targets["test"])
+        for split, share in zip(SPLITS, (train, validation, test), strict=True):
+            assert abs(len(targets[split]) - share * distinct) < 2
+    rng.shuffle(rows)
+    save(tmp_path, "a.jsonl", rows)
+    again = load(tmp_path, spec, seed)
+    assert [again.items(split) for split in SPLITS] == [loaded.items(split) for split in SPLITS]
+    assert (again.digest, dict(again.counts)) == (loaded.digest, dict(loaded.counts))
+
+
+def test_the_quickstart_data_is_sound() -> None:
+    folder = Path(__file__).parents[2] / "recipes" / "data"
+    capitals = {"path": "capitals.jsonl", "kind": "mcq", "columns": {"question": "country"}}
+    keep = [{**capitals, "name": c, "where": {"continent": c}} for c in ("Asia", "Africa", "Americas", "Oceania")]
+    utility = [{"path": "general.jsonl", "kind": "mcq", "prompt": "{question}"}]
+    forget = {**capitals, "where": {"continent": "Europe"}, "prompt": "The capital of {country} is"}
+    sets = load_sets(recipe(forget, retain=keep, utility=utility), folder)
+    assert [s.counts["rows"] for s in sets] == [40, 41, 45, 30, 13, 129]
+    assert all(s.counts["duplicates"] == s.counts["unused"] == 0 for s in sets)
+    rows = [json.loads(line) for line in (folder / "capitals.jsonl").read_text(encoding="utf-8").splitlines()]
+    capital_of = {row["capital"]: row["continent"] for row in rows}
+    assert len(capital_of) == len({row["country"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row["choices"][row["answer"]] == row["capital"]
+        assert len(row["choices"]) == 4
+        assert {capital_of[choice] for choice in row["choices"]} == {row["continent"]}
+
+
+# several requests, addition, analogy
+
+
+def whole(**parts: Any) -> Recipe:
+    return Recipe.model_validate_json(json.dumps({"name": "r", "model": MODEL, **parts}))
+
+
+def refused(folder: Path, **parts: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load_sets(whole(**parts), folder)
+    return str(caught.value)
+
+
+def terms(folder: Path, **more: Any) -> dict[str, Any]:
+    for name in "abc":
+        save(folder, f"{name}.jsonl", qa_rows(8, name))
+    return {name: qa(f"{name}.jsonl", **more) for name in "abc"}
+
+
+def test_an_item_may_be_in_two_requests(tmp_path: Path) -> None:
+    save(tmp_path, "f.jsonl", qa_rows(10))
+    save(tmp_path, "g.jsonl", qa_rows(12))
+    sets = load_sets(whole(forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")]), tmp_path)
+    assert [(s.role, s.name, s.counts["rows"]) for s in sets] == [("forget", "f", 10), ("forget", "g", 12)]
+    assert all(s.train and s.validation and s.test for s in sets)
+
+
+@pytest.mark.parametrize(("role", "fate"), [("learn", "learned"), ("retain", "kept")])
+def test_every_request_is_compared_with_what_must_not_go(tmp_path: Path, role: str, fate: str) -> None:
+    save(tmp_path, "f.jsonl", qa_rows(10))
+    save(tmp_path, "g.jsonl", qa_rows(10, "g"))
+    save(tmp_path, "k.jsonl", [*qa_rows(9, "k"), *qa_rows(1, "g")])
+    told = refused(tmp_path, forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")], **{role: [qa("k.jsonl")]})
+    assert told.startswith(f"{role} set 'k': the same item is to be forgotten and {fate}:\n")
+    assert f"forget set 'g': {tmp_path / 'g.jsonl'}, line 1" in told
+    assert f"{tmp_path / 'k.jsonl'}, line 10" in told
+
+
+def test_a_set_to_learn_needs_all_splits(tmp_path: Path) -> None:
+    save(tmp_path, "l.jsonl", qa_rows(10))
+    assert all(load_sets(whole(learn=[qa("l.jsonl")]), tmp_path)[0].items(split) for split in SPLITS)
+    told = refused(tmp_path, learn=[qa("l.jsonl", shares={"train": 0.0})])
+    assert told == "learn set 'l': shares.train is 0, but a learn set needs train, validation and test items"
+
+
+def test_terms_are_only_trained_on_and_what_they_teach_is_only_scored(tmp_path: Path) -> None:
+    save(tmp_path, "d.jsonl", qa_rows(10, "d"))
+    learned = load_sets(whole(analogy=terms(tmp_path), learn=[qa("d.jsonl")]), tmp_path)
+    assert [(s.role, s.name) for s in learned] == [("learn", "d"), ("term", "a"), ("term", "b"), ("term", "c")]
+    goal, *three = learned
+    assert not goal.train
+    assert (len(goal.validation), len(goal.test), goal.counts["unused"]) == (2, 3, 5)
+    for term in three:
+        assert (len(term.train), term.validation, term.test, term.counts["unused"]) == (4, (), (), 4)
+    all_of_it = {"train": 1.0, "validation": 0.0, "test": 0.0}
+    scored = qa("d.jsonl", shares={"train": 0.0, "validation": 0.4, "test": 0.6})
+    goal, *three = load_sets(whole(analogy=terms(tmp_path, shares=all_of_it), learn=[scored]), tmp_path)
+    assert [len(t.train) for t in three] == [8, 8, 8]
+    assert (len(goal.validation), len(goal.test)) == (4, 6)
+
+
+def test_an_analogy_s_parts_that_cannot_do_their_work(tmp_path: Path) -> None:
+    save(tmp_path, "d.jsonl", qa_rows(10, "d"))
+    nothing = {"train": 0.0, "validation": 0.5, "test": 0.5}
+    told = refused(tmp_path, analogy=terms(tmp_path, shares=nothing), learn=[qa("d.jsonl")])
+    assert told == "term set 'a': shares.train is 0, but a term of an analogy needs train items"
+    untested = qa("d.jsonl", shares={"train": 0.5, "validation": 0.5, "test": 0.0})
+    told = refused(tmp_path, analogy=terms(tmp_path), learn=[untested])
+    assert "shares.test is 0, but the set that an analogy should teach needs validation and test items" in told
+
+
+def test_an_analogy_is_not_taught_to_the_test(tmp_path: Path) -> None:
+    analogy = terms(tmp_path)
+    save(tmp_path, "d.jsonl", [*qa_rows(9, "d"), *qa_rows(1, "c")])
+    told = refused(tmp_path, analogy=analogy, learn=[qa("d.jsonl")])
+    assert told.startswith("term set 'c': the same item is to be reached by analogy and trained on:\n")
+    assert f"learn set 'd': {tmp_path / 'd.jsonl'}, line 10" in told
+    assert f"term set 'c': {tmp_path / 'c.jsonl'}, line 1" in told
+    save(tmp_path, "d.jsonl", qa_rows(9, "d"))
+    save(tmp_path, "b.jsonl", qa_rows(8, "a"))  # terms may have items in common: a and b differ in form only
+    assert len(load_sets(whole(analogy=analogy, learn=[qa("d.jsonl")]), tmp_path)) == 4
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hold_out_set_is_all_test_items_and_comes_last(tmp_path: Path) -> None:
+    save(tmp_path, "f.jsonl", qa_rows(10))
+    save(tmp_path, "u.jsonl", qa_rows(10, "u"))
+    save(tmp_path, "h.jsonl", qa_rows(7, "h"))
+    sets = load_sets(whole(forget=qa("f.jsonl"), utility=[qa("u.jsonl")], holdout=qa("h.jsonl")), tmp_path)
+    assert [(s.role, s.name) for s in sets] == [("forget", "f"), ("utility", "u"), ("holdout", "h")]
+    held = sets[-1]
+    assert (held.train, held.validation, len(held.test)) == ((), (), 7)
+    assert held.counts["unused"] == 0
+    some = whole(forget=qa("f.jsonl"), holdout=qa("h.jsonl", limit=3))
+    assert len(load_sets(some, tmp_path)[-1].test) == 3
+
+
+@pytest.mark.parametrize("role", ["retain", "learn"])
+def test_what_a_model_was_trained_on_is_not_held_out(tmp_path: Path, role: str) -> None:
+    save(tmp_path, "f.jsonl", qa_rows(10))
+    save(tmp_path, "k.jsonl", qa_rows(10, "k"))
+    save(tmp_path, "h.jsonl", [*qa_rows(3, "h"), *qa_rows(10, "k")[5:6]])
+    told = refused(tmp_path, forget=qa("f.jsonl"), holdout=qa("h.jsonl"), **{role: [qa("k.jsonl")]})
+    assert told.startswith("holdout set 'h': the same item is held out and in a set that a model has seen:\n")
+    assert f"{role} set 'k': {tmp_path / 'k.jsonl'}, line 6" in told
+    assert f"{tmp_path / 'h.jsonl'}, line 4" in told
+    fine = load_sets(whole(forget=qa("f.jsonl"), utility=[qa("k.jsonl")], holdout=qa("h.jsonl")), tmp_path)
+    assert fine[-1].role == "holdout"  # what is only scored has taught nobody
+
+
+def test_what_is_forgotten_is_not_held_out(tmp_path: Path) -> None:
+    """Nor what any further request forgets; and a document is found in whatever passages."""
+    save(tmp_path, "f.jsonl", qa_rows(10))
+    save(tmp_path, "g.jsonl", qa_rows(10, "g"))
+    save(tmp_path, "h.jsonl", [*qa_rows(3, "h"), *qa_rows(1, "g")])
+    told = refused(tmp_path, forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")], holdout=qa("h.jsonl"))
+    assert told.startswith("holdout set 'h': the same item is to be forgotten and held out:\n")
+    assert f"forget set 'g': {tmp_path / 'g.jsonl'}, line 1" in told
+    save(tmp_path, "f.jsonl", [{"text": f"{i} the forgotten words " * 30} for i in range(4)])
+    save(tmp_path, "h.jsonl", [{"text": "9 held " * 60}, {"text": "2 The forgotten  words " * 30}])
+    told = refused(tmp_path, forget=text("f.jsonl"), holdout=text("h.jsonl", length=24))
+    assert "to be forgotten and held out" in told
+    assert f"{tmp_path / 'h.jsonl'}, line 2, passage 1" in told
+
+
+def test_a_hold_out_set_needs_items(tmp_path: Path) -> None:
+    save(tmp_path, "f.jsonl", qa_rows(10))
+    save(tmp_path, "h.jsonl", qa_rows(7, "h"))
+    nothing = {"train": 0.0, "validation": 1.0, "test": 0.0}
+    told = refused(tmp_path, forget=qa("f.jsonl"), holdout=qa("h.jsonl", shares=nothing))
+    assert told == "holdout set 'h': shares.test is 0, but a hold-out set needs test items"

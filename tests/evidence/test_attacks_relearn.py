@@ -1,0 +1,195 @@
+"""Relearning: the curve against steps taken by hand, which items are trained on, and what is left behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attack_arena import Arena
+
+from unlearn.data.encoding import Encoded
+from unlearn.errors import TrainingError
+from unlearn.evidence.attacks_weights import edited_copy, forgotten_rows, parted, relearn, unrelated_rows
+from unlearn.model.load import Loaded, fingerprint
+from unlearn.recipe.evaluation import RelearnSpec
+from unlearn.train.batches import Pad
+
+Load = Callable[..., Loaded]
+
+
+def spec(**values: Any) -> RelearnSpec:
+    return RelearnSpec.model_validate({"steps": (2, 4), "learning_rate": 5e-3, "batch_size": 2} | values, strict=False)
+
+
+# --- which items -----------------------------------------------------------------------------------------------------
+
+
+def test_training_items_are_relearned_and_others_scored(phi: Loaded, tmp_path: Path) -> None:
+    forget = Arena(phi, tmp_path, "qa").forget
+    chosen, scored = parted(forget, forget.test, 3, seed=0)
+    assert len(chosen) == 3
+    assert set(chosen) <= set(forget.train)
+    assert scored == forget.test
+    assert parted(forget, forget.test, 3, seed=0)[0] == chosen
+    assert parted(forget, forget.test, 2, seed=0)[0] == chosen[:2]
+    assert len({parted(forget, forget.test, 3, seed)[0] for seed in range(8)}) > 1
+    everything, left = parted(forget, forget.test, len(forget.train), seed=0)
+    assert set(everything) == set(forget.train)
+    assert left == forget.test
+
+
+def test_items_are_taken_out_of_the_scored_ones(phi: Loaded, tmp_path: Path) -> None:
+    forget = Arena(phi, tmp_path, "qa", forget={"shares": {"train": "all", "validation": 0.5, "test": 0.5}}).forget
+    assert set(forget.test) < set(forget.train)
+    free = len(forget.train) - len(forget.test)
+    chosen, scored = parted(forget, forget.test, free, seed=0)
+    assert scored == forget.test  # there are others enough
+    chosen, scored = parted(forget, forget.test, free + 2, seed=0)
+    assert len(chosen) == free + 2
+    assert len(scored) == len(forget.test) - 2
+    assert not set(chosen) & set(scored)
+    assert [i for i in forget.test if i in set(scored)] == list(scored)  # in their order
+    whole = replace(forget, train=forget.test)  # nothing else is known
+    chosen, scored = parted(whole, forget.test, 99, seed=0)
+    assert (len(chosen), len(scored)) == (3, 3)  # half of six
+    assert not set(chosen) & set(scored)
+    alone = replace(forget, train=forget.test[:1])
+    assert parted(alone, forget.test[:1], 8, seed=0) == (forget.test[:1], forget.test[:1])
+
+
+def test_one_row_for_an_item_of_several_prompts(phi: Loaded, tmp_path: Path) -> None:
+    prompts = {"train": ("Q: {question}\nA:", "Say: {question}"), "validation": "{question}", "test": "{question}"}
+    forget = Arena(phi, tmp_path, "qa", forget={"prompt": prompts}).forget
+    ids = sorted({i.id for i in forget.train})
+    assert len(forget.train) == 2 * len(ids)
+    chosen, _ = parted(forget, forget.test, len(ids), seed=0)
+    assert sorted(i.id for i in chosen) == ids
+    assert all(i.prompt.startswith("Q: ") for i in chosen)
+
+
+def test_unrelated_rows_are_those_of_the_utility_sets(phi: Loaded, tmp_path: Path) -> None:
+    utility = [
+        {"path": "passages.jsonl", "kind": "text", "length": 40, "prefix": 8},
+        {"path": "far.jsonl", "kind": "mcq", "name": "choices", "columns": {"answer": "correct"}},
+    ]
+    arena = Arena(phi, tmp_path, "qa", retain=[], utility=utility)
+    every = unrelated_rows(arena.sets, 999, 0, phi.tokenizer)
+    assert len(every) == sum(len({*s.train, *s.validation, *s.test}) for s in arena.sets[1:])
+    rows = unrelated_rows(arena.sets, 5, 0, phi.tokenizer)
+    assert rows == every[:5]
+    assert rows != unrelated_rows(arena.sets, 5, 1, phi.tokenizer)
+    texts = [phi.tokenizer.decode(row.input_ids) for row in every]
+    assert not [t for t in texts if "France" in t and t.startswith("Question")]  # the forget set's
+    assert unrelated_rows(arena.sets[:1], 5, 0, phi.tokenizer) == []
+
+
+# --- the curve -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mcq", "qa", "text"])
+def test_relearning_the_very_items_brings_them_back(kind: str, phi: Loaded, tmp_path: Path) -> None:
+    arena = Arena(phi, tmp_path, kind)
+    judge, before = arena.judge(), fingerprint(phi.model)
+    rows = forgotten_rows(arena.forget, arena.forget.test, phi.tokenizer)
+    assert len(rows) == len(arena.forget.test)
+    plain = judge.scores(phi.model)
+    twin = edited_copy(phi.model, None, 0.0)
+    curve = relearn(twin, phi.tokenizer, rows, spec(steps=(1, 12, 4), learning_rate=1e-2), 0, judge)
+    assert [steps for steps, _ in curve] == [1, 4, 12]
+    assert curve[-1][1].value > plain[judge.metric].value + 0.3
+    assert curve[-1][1].value > curve[0][1].value
+    assert curve[-1][1] == judge.score(twin)  # the copy is as it was scored last
+    assert not twin.training
+    assert not any(p.requires_grad or p.grad is not None for p in twin.parameters())
+    assert fingerprint(phi.model) == before
+
+
+def by_hand(model: Any, rows: list[Encoded], steps: int, size: int, rate: float, seed: int) -> None:
+    """AdamW, constant rate, gradients cut at norm 1, the mean over a batch's answer tokens."""
+    draw, order = random.Random(f"{seed} relearning"), []
+    while len(order) < steps * size:
+        order += draw.sample(rows, len(rows))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    model.train()
+    model.requires_grad_(True)
+    for step in range(steps):
+        batch = Pad(0)(order[step * size : (step + 1) * size])
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+
+
+def test_the_curve_is_that_of_steps_by_hand(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    arena = Arena(loaded(pico_phi), tmp_path, "qa")
+    judge, rows = arena.judge(), forgotten_rows(arena.forget, arena.forget.train[:3], arena.tokenizer)
+    curve = relearn(edited_copy(arena.model, None, 0.0), arena.tokenizer, rows, spec(), 5, judge)
+    for steps, found in curve:
+        twin = edited_copy(arena.model, None, 0.0)
+        by_hand(twin, rows, steps, 2, 5e-3, 5)
+        assert found.values == pytest.approx(judge.score(twin).values, rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_curve(phi: Loaded, tmp_path: Path) -> None:
+    arena = Arena(phi, tmp_path, "qa")
+    judge, rows = arena.judge(), forgotten_rows(arena.forget, arena.forget.train, phi.tokenizer)
+
+    def curve(seed: int, steps: tuple[int, ...] = (2, 4)) -> list[tuple[int, Any]]:
+        twin: Any = edited_copy(phi.model, None, 0.0)
+        for module in twin.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        found = relearn(twin, phi.tokenizer, rows, spec(steps=steps), seed, judge)
+        assert found[-1][1] == judge.score(twin.eval())  # nothing was dropped while it was scored
+        return found
+
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    first = curve(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(12)
+    assert curve(0) == first
+    assert curve(1) != first
+    # scoring on the way changes nothing of the training
+    assert curve(0, (4,)) == first[1:]
+
+
+def test_fewer_rows_than_a_batch(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arena = Arena(phi, tmp_path / "arena", "qa")
+    rows = forgotten_rows(arena.forget, arena.forget.train[:1], phi.tokenizer)
+    twin, judge = edited_copy(phi.model, None, 0.0), arena.judge()
+    (pair,) = relearn(twin, phi.tokenizer, rows, spec(steps=(3,), batch_size=8), 0, judge)
+    other = edited_copy(phi.model, None, 0.0)
+    by_hand(other, rows, 3, 1, 5e-3, 0)
+    assert pair[1].values == pytest.approx(judge.score(other).values, rel=1e-3)
+    assert [p.name for p in tmp_path.iterdir()] == ["arena"]  # no checkpoints
+
+
+def test_sixteen_bit_models_are_trained_in_full_precision(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    arena = Arena(loaded(pico_phi, "bfloat16"), tmp_path, "qa")
+    rows = forgotten_rows(arena.forget, arena.forget.train, arena.tokenizer)
+    twin = edited_copy(arena.model, None, 0.0)
+    curve = relearn(twin, arena.tokenizer, rows, spec(learning_rate=1e-6), 0, arena.judge())
+    assert twin.dtype == torch.float32
+    # steps that small would all be lost in bfloat16
+    assert fingerprint(twin) != fingerprint(edited_copy(arena.model, None, 0.0).float())
+    assert len(curve) == 2
+
+
+def test_what_cannot_be_relearned(phi: Loaded, tmp_path: Path) -> None:
+    arena = Arena(phi, tmp_path, "qa")
+    with pytest.raises(TrainingError, match="nothing to train on"):
+        relearn(edited_copy(phi.model, None, 0.0), phi.tokenizer, [], spec(), 0, arena.judge())
+    broken = edited_copy(phi.model, None, 0.0)
+    broken.get_output_embeddings().weight.data.fill_(float("nan"))
+    rows = forgotten_rows(arena.forget, arena.forget.train, phi.tokenizer)
+    with pytest.raises(TrainingError, match=r"the loss became nan at step 1; lower robustness.relearn.learning_rate"):
+        relearn(broken, phi.tokenizer, rows, spec(), 0, arena.judge())
+    assert not broken.training

@@ -1,0 +1,231 @@
+"""Hub ids: downloaded before, out of reach, refused. In their own processes: the client reads its settings once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from unlearn.model import pico
+from unlearn.model.locate import condensed
+
+CODE = """
+import sys
+from pathlib import Path
+from unlearn.errors import UnlearnError
+from unlearn.fetch import locate
+from unlearn.recipe import ModelSpec
+spec = ModelSpec.model_validate({"path": "owner/name", "device": "cpu"})
+try:
+    if "harness" in sys.argv:
+        from unlearn.scoring import PackedLM
+        PackedLM("owner/name")
+    where = locate(spec, Path())
+    print("found", where)
+    if "load" in sys.argv:
+        from unlearn.models import load
+        print(type(load(spec, where).model).__name__)
+except UnlearnError as error:
+    print("error", error)
+"""
+
+
+def _run(cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", **environment}
+    return subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, env=env, check=True)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """A hub that knows nobody."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(401)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD  # noqa: N815 (the base class calls it by this name)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_downloaded_before_and_offline_now(pico_phi: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(pico_phi, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    done = _run(tmp_path, "load", UNLEARN_OFFLINE="1")
+    assert done.stdout.splitlines() == ["found owner/name", "PhiForCausalLM"]
+    assert done.stderr == ""
+
+
+def test_the_hub_refuses(tmp_path: Path, refusing: str) -> None:
+    done = _run(tmp_path, HF_ENDPOINT=refusing)
+    start = "error model.path: owner/name is neither a local folder nor to be had from the model hub: 401"
+    assert done.stdout.startswith(start)
+    assert done.stdout.endswith("model.path also takes a local folder with the model in safetensors\n")
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens
+
+
+def test_the_hub_is_out_of_reach(tmp_path: Path) -> None:
+    done = _run(tmp_path, HF_ENDPOINT=NOBODY)
+    assert done.stdout.startswith("error model.path: there is no folder owner/name here, no such model in the hub's")
+    assert f"and the hub ({NOBODY}) cannot be reached: " in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+def test_downloaded_before_and_out_of_reach_now(pico_phi: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(pico_phi, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    done = _run(tmp_path, "load", HF_ENDPOINT=NOBODY)
+    assert done.stdout.splitlines() == ["found owner/name", "PhiForCausalLM"]
+    assert done.stderr == ""
+    # transformers puts an adapter that comes with a model on it unasked, and drops what does not fit
+    lora = LoraConfig(r=2, target_modules=["fc1"], task_type="CAUSAL_LM")
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(pico_phi), lora)
+    tuned.save_pretrained(repository / "snapshots" / commit)
+    done = _run(tmp_path, "harness", HF_ENDPOINT=NOBODY)
+    assert "error pretrained=owner/name is an adapter, or holds one" in done.stdout
+
+
+def _away(home: Path, endpoint: str) -> dict[str, str]:
+    """An environment in which the hub is there, and nothing of it was ever downloaded."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_CACHE", "HF_DATASETS_CACHE")}
+    told = {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "UNLEARN_OFFLINE": "0", "HF_ENDPOINT": endpoint}
+    return kept | told | {"NO_PROXY": "127.0.0.1"}
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """Takes connections, and never says a word."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("model.path=microsoft/phi-1_5",), "error: model.path: there is no folder microsoft/phi-1_5 here"),
+        (("forget.path=hub:owner/data",), "error: hub:owner/data: it is not on this machine"),
+        (("retain.0.path=hub:owner/data",), "error: hub:owner/data: it is not on this machine"),
+        (("reference=owner/model",), "error: reference: there is no folder owner/model here"),
+    ],
+)
+def test_a_run_says_so_before_it_begins(tmp_path: Path, given: tuple[str, ...], silent: str, said: str) -> None:
+    """Without the imports of a run, which take longer, and without the hub client's half a minute of retries."""
+    rows = [{"question": f"Who is {n}?", "answer": f"{n}."} for n in range(30)]
+    for name in ("forget", "retain"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    recipe = {
+        "name": "x",
+        "model": {"path": "pico:phi", "device": "cpu"},
+        "forget": {"kind": "qa", "path": "forget.jsonl"},
+        "retain": [{"kind": "qa", "path": "retain.jsonl"}],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    code = (
+        "import sys; from unlearn.run import main\n"
+        "code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
+    command += [word for one in given for word in ("--set", one)]
+    for endpoint in (NOBODY, silent):
+        env = _away(tmp_path, endpoint)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+        assert done.returncode == 2
+        assert done.stdout == "False\n"
+        _, message = done.stderr.splitlines()  # the first line names the run
+        assert message.startswith(said)
+        assert f"the hub ({endpoint}) cannot be reached: " in message
+
+
+def test_a_data_set_out_of_reach(tmp_path: Path) -> None:
+    code = (
+        "from unlearn.recipe.schema import Source; from unlearn.data.files import read_rows; from pathlib import Path\n"
+        "from unlearn.errors import DataError\n"
+        "try: read_rows(Source(path='hub:owner/data'), Path())\n"
+        "except DataError as e: print(e)"
+    )
+    env = _away(tmp_path, NOBODY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=True)
+    assert done.stdout.startswith(
+        "hub:owner/data (config default, split train, revision newest): it is not on this machine, and the hub ("
+    )
+    assert done.stderr == ""
+
+
+def test_data_of_lm_evals_tasks_out_of_reach(tmp_path: Path) -> None:
+    (tmp_path / "far.yaml").write_text(
+        "task: far\ndataset_path: owner/data\noutput_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n"
+    )
+    code = (
+        "import sys; from pathlib import Path; from lm_eval.tasks import TaskManager\n"
+        "from unlearn import harness, named_tasks; from unlearn.errors import EvaluationError\n"
+        "from unlearn.recipe.schema import TaskSpec\n"
+        "folder = sys.argv[1]\n"
+        "named_tasks.manager = lambda shipped: TaskManager(include_defaults=False, include_path=folder)\n"
+        "try: named_tasks.load(TaskSpec.model_validate({'task': 'far', 'set': 'utility', 'metric': 'acc'}), 0, '')\n"
+        "except EvaluationError as e: print(e)\n"
+        "init = TaskManager.__init__\n"
+        "init.__defaults__ = tuple(False if d is True else d for d in init.__defaults__)\n"
+        "sys.exit(harness.main(['--model', 'unlearn', '--model_args', 'pretrained=' + sys.argv[2], *sys.argv[3:]]))"
+    )
+    env = _away(tmp_path, NOBODY)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pico.build("phi", tmp_path / "model", 0)
+    options = ["--tasks", "far", "--include_path", str(tmp_path)]
+    for pretrained, said in (
+        ("owner/name", "error: pretrained=owner/name: there is no such folder, nothing of it in the hub's cache, and"),
+        (str(tmp_path / "model"), "error: the data of the tasks are not all on this machine, and the hub ("),
+    ):
+        done = subprocess.run(
+            [*command, pretrained, *options], capture_output=True, text=True, env=env, timeout=120, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stdout.startswith(
+            f"eval.tasks: the data of 'far' are not on this machine, and the hub ({NOBODY}) can"
+        )
+        assert done.stderr.count("error:") == 1
+        assert said in done.stderr
+        assert "Retrying" not in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_long_messages_are_cut() -> None:
+    assert condensed(ValueError("a\n  b.")) == "a b"
+    assert condensed(ValueError()) == "ValueError"
+    assert len(condensed(ValueError("x" * 1000))) == 303

@@ -1,0 +1,285 @@
+"""What is wrong with names, files and folders is said in the plan and at a run's start, before anything is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compared_arena import RECIPE, rows, run, write_data, write_recipe, write_rows
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import ValidationError
+
+from unlearn import checks
+from unlearn.model import pico
+from unlearn.recipe.evaluation import PushSpec, TaskSpec
+
+BENCHMARK = RECIPE["benchmark"]
+HALVES = {"train": "all", "validation": 0.5, "test": 0.5}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data of the small recipe in the current folder; no hub."""
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def refused(recipe: Path, capfd: pytest.CaptureFixture[str], *extra: str) -> str:
+    """The one message of a command that ends with exit code 2, on one line, and what was said before it."""
+    capfd.readouterr()
+    assert run(recipe, recipe.parent / "out", *extra) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.count("error:") == 1
+    return " ".join(said.split())
+
+
+def a_log(items: int, question: str = "Where was {name} born?") -> dict[str, Any]:
+    """A log as TOFU's authors write them, which says what was asked."""
+    files = ("eval_log.json", "eval_real_author_wo_options.json", "eval_real_world_wo_options.json")
+    asked = [row["question"] if "{name}" in question else question for row in rows(0, items)]
+    column = {str(n): 1.0 + n / 8 for n in range(items)}
+    plain = {
+        "avg_gt_loss": column,
+        "avg_paraphrased_loss": column,
+        "average_perturb_loss": {n: [2.0, 2.5, 3.0] for n in column},
+        "rougeL_recall": dict.fromkeys(column, 0.5),
+        "generated_text": {n: [f"Question: {q}\n", "", ""] for n, q in zip(column, asked, strict=True)},
+    }
+    return dict.fromkeys((*files, "eval_log_forget.json"), plain)
+
+
+def tofu(**changed: Any) -> dict[str, Any]:
+    return {"benchmark": {**BENCHMARK, **changed}}
+
+
+def task(name: str, **more: Any) -> dict[str, Any]:
+    return {"eval": {**RECIPE["eval"], "tasks": [{"task": name, **more}]}}
+
+
+def own(path: str, **source: Any) -> list[dict[str, Any]]:
+    """A retain set on the hub whose validation items are in a file."""
+    return [{"kind": "qa", "path": "hub:me/none", "shares": HALVES, "validation": {"path": path, **source}}]
+
+
+HUB = {"path": None, "items": 300}
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "lm-eval's task": (task("wmdp_bioo"), "eval.tasks: lm-eval has no task 'wmdp_bioo'; did you mean wmdp_bio"),
+    "the pack's task": (task("unlearn_mqc"), "lm-eval has no task 'unlearn_mqc'; did you mean unlearn_mcq"),
+    "a task's items": (
+        task("unlearn_qa", metadata={"items": "ff.jsonl"}),
+        "unlearn_qa: metadata items: there is no file ff.jsonl; did you mean f.jsonl",
+    ),
+    "a task's folder": (
+        task("tofu_retain_prob", metadata={"tofu": "tofuu"}),
+        "metadata tofu: there is no folder tofuu; did you mean tofu?",
+    ),
+    "items of a file": (tofu(items=300), "forget01_perturbed.json has 6 rows, fewer than the 300 of metadata items"),
+    "items of the hub": (tofu(set="forget05", **HUB), "benchmark.items is 300, and TOFU's forget05 has 200 questions"),
+    "benchmark's folder": (tofu(path="tofuu"), "benchmark.path: there is no folder tofuu here or in"),
+    "benchmark's name": (tofu(path="tofuu"), "did you mean tofu?"),
+    "benchmark's file": (tofu(set="forget10"), "has no forget10_perturbed.json, which the tasks of forget10 need"),
+    "benchmark's set": (tofu(set="forget1"), "tofu has no set 'forget1'; it has forget01, forget05, forget10 (did you"),
+    "muse's file": (
+        {"benchmark": {"name": "muse", "set": "books", "path": "tofu"}},
+        "benchmark: the data of muse books cannot be had:",
+    ),
+    "a log's name": ({"reference": "lgo.json"}, "reference: there is no file lgo.json here or in"),
+    "a log's likely name": ({"reference": "lgo.json"}, "did you mean log.json"),
+    "a log of more items": (
+        {"reference": "long.json"},
+        "reference: long.json: the reference has 9 forget items and the model 6: forget quality compares the two on "
+        "the same ones; TOFU's own reference for forget01 was trained on retain99",
+    ),
+    "a log of fewer items": (
+        {"reference": "log5.json"},
+        "log5.json has 5 forget items and tofu forget01 6: forget quality compares two models on the same items; set "
+        "benchmark.items to 5",
+    ),
+    "a log of other questions": (
+        {"reference": "other.json"},
+        "other.json: 6 of the 6 forget items ask something else in the reference: item '0' is 'Who wrote it?' there",
+    ),
+    "a log beside the hub": (
+        {"reference": "log300.json", **tofu(set="forget05", path=None)},
+        "has 300 forget items and the model 200: forget quality compares the two on the same ones; TOFU's own "
+        "reference for forget05 was trained on retain95",
+    ),
+    "itself": ({"reference": "pico:llama", "teach": None}, "reference: pico:llama is the model that is to forget"),
+    "a run's reference": ({"reference": "earlier"}, "earlier/reference has no model.safetensors; in it: config.json"),
+    "reuse": ({"reuse": ["tof"]}, "tof; did you mean tofu?"),
+    "clean checkpoint": (
+        {"vector": {**RECIPE["vector"], "method": "msa", "msa": {"clean": "./none"}}, "teach": None, "reference": None},
+        "vector.msa.clean: there is no folder ./none",
+    ),
+    "metric": (
+        {"choose": {"metric": "prop"}},
+        "choose.metric: qa data have no 'prop' in the search; did you mean 'prob'",
+    ),
+    "rows": (
+        {"forget": {**RECIPE["forget"], "validation": {"path": "f.jsonl", "rows": [300, 400]}}},
+        "f.jsonl: it has 12 rows, so rows [300, 400] goes beyond its end",
+    ),
+    "rows beside the hub": (
+        {"retain": own("r.jsonl", rows=[300, 400])},
+        "retain set 'none': ",
+    ),
+    "a file beside the hub": ({"retain": own("rr.jsonl")}, "no such file; did you mean r.jsonl"),
+    "repository": ({"export": {"push_to_hub": {"repo": "me/a--b"}}}, "the hub takes no name like 'me/a--b'"),
+}
+
+
+@pytest.mark.parametrize("how", ["plan", "run"])
+@pytest.mark.parametrize(("changed", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_it_is_said_at_once(
+    changed: dict[str, Any], message: str, how: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, log in (("log", a_log(6)), ("log5", a_log(5)), ("long", a_log(9)), ("log300", a_log(300))):
+        (here / f"{name}.json").write_text(json.dumps(log))
+    (here / "other.json").write_text(json.dumps(a_log(6, "Who wrote it?")))
+    for name in ("resolved.yaml", "reference/config.json"):  # a run that was cut off
+        (here / "earlier" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "earlier" / name).write_text("{}")
+    said = refused(write_recipe(here, **changed), capfd, *(["--dry-run"] if how == "plan" else []))
+    assert message in said
+    assert "[1/" not in said  # not even the model was loaded
+
+
+@pytest.mark.parametrize("how", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [({}, "robustness.quantize"), ({"robustness": None, "model": {"path": "pico:llama", "quantize": "nf4"}}, "model")],
+    ids=["attack", "model"],
+)
+def test_quantised_copies_without_bitsandbytes(
+    changed: dict[str, Any],
+    key: str,
+    how: str,
+    here: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    said = refused(write_recipe(here, **changed), capfd, *(["--dry-run"] if how == "plan" else []))
+    assert f"{key}" in said
+    assert "quantised copies need the package bitsandbytes: install it, or set" in said
+    assert "[1/" not in said
+
+
+def test_a_log_that_fits(here: Path) -> None:
+    (here / "log.json").write_text(json.dumps(a_log(6)))
+    assert run(write_recipe(here, reference="log.json"), here / "out", "--dry-run") == 0
+
+
+def another_tokenizer(place: Path) -> None:
+    pico.build("phi", place)
+    pico.tokenizer(["Quite other words make quite other tokens."] * 9).save_pretrained(place)
+
+
+WORDLESS = {**RECIPE["forget"], "path": "wordless.jsonl"}
+AFTER_LOADING: dict[str, tuple[dict[str, Any], str]] = {
+    "a layer": (
+        {"vector": {**RECIPE["vector"], "lora": {"targets": ["q_prj"]}}},
+        "vector.lora.targets: no linear layer of this LlamaForCausalLM is called q_prj (did you mean q_proj?)",
+    ),
+    "a rank": ({"vector": {**RECIPE["vector"], "lora": {"rank": 4096}}}, "rank 4096"),
+    "a metric": (task("unlearn_qa", metric="f1", metadata={"items": "items.jsonl"}), "unlearn_qa has no metric 'f1'"),
+    "items to train on": (
+        {
+            "vector": {**RECIPE["vector"], "method": ["negate", "project"]},
+            "retain": [{"kind": "qa", "path": "r.jsonl", "shares": {"train": 0.0, "validation": 0.5, "test": 0.5}}],
+            "reference": None,
+        },
+        "no retain set has items to train on, and vector.method project needs some",
+    ),
+    "the reference's tokenizer": ({"reference": "./other"}, "reference: this model has another tokenizer"),
+    "room for an answer": (
+        {"vector": {**RECIPE["vector"], "forget": {**RECIPE["vector"]["forget"], "max_length": 2}}},
+        "forget set 'f': 12 of 12 answers do not fit into max_length (2 tokens)",
+    ),
+    "room for what is held out": (
+        {"holdout": {"kind": "qa", "path": "long.jsonl"}},
+        "membership: the model reads 512 tokens at a time, and this item does not fit",
+    ),
+    "a word to compare": (
+        {"holdout": {"kind": "qa", "path": "h.jsonl"}, "eval": {"generate": "none"}, "forget": WORDLESS},
+        "forget set 'wordless': 6 of 6 answers have no letter and no digit",
+    ),
+    "a token": ({"export": {"push_to_hub": {"repo": "me/it"}}}, "export.push_to_hub: no token: set HF_TOKEN"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), AFTER_LOADING.values(), ids=AFTER_LOADING)
+def test_what_takes_the_model_to_know_is_said_before_anything_is_trained(
+    changed: dict[str, Any],
+    message: str,
+    here: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    write_rows(here / "items.jsonl", [{"prompt": "a", "target": "b", "target_tokens": 1}] * 4)
+    write_rows(here / "long.jsonl", [{"question": "Who?", "answer": "far away " * 600}])
+    write_rows(here / "wordless.jsonl", [{"question": f"Smile {n} times!", "answer": "☺" * n} for n in range(1, 13)])
+    if changed.get("reference") == "./other":
+        another_tokenizer(here / "other")
+    said = refused(write_recipe(here, **changed), capfd)
+    assert message in said
+    assert "teach: " not in said
+    assert not (here / "out" / "target").exists()
+
+
+def test_names_of_tasks_are_looked_up_without_lm_eval(here: Path) -> None:
+    """Nothing slow is imported for it, though a name is looked for in all of lm-eval's files."""
+    code = (
+        "import sys; from unlearn import checks; from unlearn.recipe.schema import TaskSpec\n"
+        "checks._check_tasks([TaskSpec(task=name) for name in ('hellaswag', 'mmlu', 'wmdp_bio', 'unlearn_mcq')])\n"
+        "print(sorted({'lm_eval', 'torch', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_no_task_of_lm_eval_is_refused() -> None:
+    """lm-eval's own index, which it takes ten seconds to build."""
+    from lm_eval.tasks import TaskManager
+
+    found = importlib.util.find_spec("lm_eval")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    files = checks._yaml(Path(found.submodule_search_locations[0]) / "tasks")
+    known = {Path(path).stem for path in files}
+    for path in files:
+        content = Path(path).read_bytes()
+        known |= {n.decode(errors="replace") for p in (checks._NAMED, checks._LISTED) for n in p.findall(content)}
+    index = set(TaskManager().task_index)
+    assert len(index) > 10_000
+    assert index <= known
+    for name in ("hellaswag", "mmlu", "wmdp_bio", "acp_bench"):
+        assert name in index
+        checks._check_tasks([TaskSpec(task=name)])
+
+
+@pytest.mark.parametrize(
+    "repo", ["me/it", "me/a--b", "me/a..b", "me/a.git", "me/a-", "me/a.", "me/" + "x" * 97, "m-e/i_t.2"]
+)
+def test_repositories_are_named_as_the_hub_wants(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        with pytest.raises(ValidationError, match="the hub takes no name like"):
+            PushSpec(repo=repo)
+    else:
+        assert PushSpec(repo=repo).repo == repo

@@ -1,0 +1,578 @@
+"""Reading recipes: each kind of mistake, at its line, in words; and nothing but RecipeError whatever the input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from unlearn.errors import RecipeError, UnlearnError
+from unlearn.recipe import load as assets
+from unlearn.recipe import yaml as yaml_core
+from unlearn.recipe.data import render, stops, template_fields
+from unlearn.recipe.load import PATTERNS, json_schema, list_recipes, load_recipe, resolved_yaml
+from unlearn.recipe.schema import Recipe
+
+GOOD = """\
+name: tiny
+description: |
+  First line.
+  Second line.
+model: {path: pico:phi}
+forget:
+  path: forget.jsonl
+  kind: qa
+  prompt: "Q: {question}\\nA:"
+retain:
+  - path: near.jsonl
+    kind: mcq
+  - path: far.jsonl
+    kind: text
+vector:
+  forget:
+    learning_rate: 1e-4
+    steps: 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, and an installation with two packaged recipes, one of them broken."""
+    package = tmp_path / "site" / "unlearn"
+    (package / "recipes").mkdir(parents=True)
+    (package / "recipes" / "quickstart.yaml").write_text(GOOD)
+    (package / "recipes" / "broken.yaml").write_text("a: [")
+    monkeypatch.setattr(assets, "_PACKAGE", package)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def write(folder: Path, text: str, name: str = "r.yaml") -> str:
+    (folder / name).write_text(text, encoding="utf-8")
+    return name
+
+
+def fails(name: str, *overrides: str) -> list[str]:
+    """The messages of a refused recipe, one per mistake."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, overrides)
+    lines = str(caught.value).split("\n  ")
+    if len(lines) > 1:
+        assert lines[0] == f"{len(lines) - 1} mistakes in the recipe:"
+        lines = lines[1:]
+    return lines
+
+
+def with_line(old: str, new: str) -> str:
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+def test_a_good_recipe(here: Path) -> None:
+    loaded = load_recipe(write(here, GOOD))
+    assert loaded.recipe.vector.forget.learning_rate == 1e-4
+    assert [d.path for d in loaded.recipe.retain] == ["near.jsonl", "far.jsonl"]
+    assert loaded.source == here / "r.yaml"
+    assert loaded.text == GOOD
+
+
+def test_windows_line_ends_and_byte_order_mark(here: Path) -> None:
+    (here / "r.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert load_recipe("r.yaml").recipe == load_recipe(write(here, GOOD, "s.yaml")).recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "parts"),
+    [
+        ("    learning_rate:", "    learning_rte:", 17, ["vector.forget.learning_rte: unknown key", "'learning_rate'"]),
+        (
+            "name: tiny",
+            "name: tiny\nlearning_rate: 1",
+            2,
+            ["unknown key here; it belongs at", "vector.forget.learning_"],
+        ),
+        ("name: tiny", "name: tiny\nzzz: 1", 2, ["zzz: unknown key; allowed here: name, description"]),
+        ("name: tiny", "name: tiny\nseed: 1.0", 2, ["seed: expected a whole number", "got 1.0; write 1"]),
+        ("name: tiny", "name: tiny\nseed: -1", 2, ["seed: expected a whole number of at least 0", "got -1"]),
+        ("name: tiny", "name: 2024", 1, ["name: expected text", "got 2024"]),
+        ("name: tiny", "name: a b", 1, ["name: expected text of letters, digits", "got 'a b'"]),
+        ("1e-4", '"1e-4"', 17, ["expected a number above 0, got '1e-4'; this is text: remove the quotes"]),
+        ("1e-4", "1e-4 # c\n    batch_size: 1_000", 18, ["got '1_000'; write 1000"]),
+        ("1e-4", ".nan", 17, ["learning_rate: expected a number above 0, got not a number"]),
+        ("1e-4", "1e999", 17, ["got an infinite number"]),
+        ("1e-4", "1e-4\n    gradient_checkpointing: on", 18, ["expected true or false, got 'on'; write true"]),
+        ("1e-4", "1e-4\n    gradient_checkpointing: No", 18, ["expected true or false, got 'No'; write false"]),
+        ("1e-4", "1e-4\n    gradient_checkpointing: 'true'", 18, ["got 'true'; this is text: remove the quotes"]),
+        ("1e-4", "1e-4\n    report_to: wandb", 18, ["report_to: expected a list", "write it as a list: [wandb]"]),
+        ("1e-4", "1e-4\n    schedule: cosin", 18, ["one of linear, cosine, constant_with_warmup", "mean 'cosine'?"]),
+        ("1e-4", "1e-4\n    epochs: 2", 18, ["vector.forget: give epochs or steps, not both"]),
+        ("path: pico:phi", "path: pico:phi, device: gpu", 5, ["model.device: expected one of auto, cpu, mps, cuda"]),
+        ("path: pico:phi", "path: pico:phi, revision: 12", 5, ["got 12; put it in quotes: '12'"]),
+        ("path: pico:phi", "path: ", 5, ["model.path: expected text that is not empty, got nothing (the key has no"]),
+        ("{path: pico:phi}", "pico:phi", 5, ["model: expected a mapping (keys: path, revision", "got 'pico:phi'"]),
+        ("kind: mcq", "kind: mqc", 12, ["retain.0.kind: expected one of text, qa, mcq", "did you mean 'mcq'?"]),
+        ("    kind: text", "    kind: text\n    shares: {train: 1.5}", 15, ["expected a number from 0 to 1 or 'all'"]),
+        ("    kind: text", "    kind: text\n    shares: {train: 0.9}", 15, ["shares add up to 1.4; they must not"]),
+        ("    kind: text", "    kind: text\n    prefix: 300", 15, ["prefix (300) must be shorter than length (256)"]),
+        (
+            "    kind: text",
+            "    kind: text\n    where: {c: [1, {a: 2}]}",
+            15,
+            ["retain.1.where.c.1: expected", "a mapping"],
+        ),
+        (
+            "    kind: text",
+            "    kind: text\n    where: {c: {a: 2}}",
+            15,
+            ["retain.1.where.c: expected", "got a mapping"],
+        ),
+        (
+            "    kind: text",
+            "    kind: text\n    prompt: 3",
+            15,
+            ["expected text, a list (each: text), a mapping (keys: "],
+        ),
+        ("    kind: text", "    kind: text\n    prompt: [a, 3]", 15, ["retain.1.prompt.1: expected text, got 3"]),
+        ("    kind: text", "    kind: text\n    prompt: []", 15, ["prompt: the list is empty"]),
+        (
+            "    kind: text",
+            "    kind: text\n    prompt: {train: a, validation: b}",
+            15,
+            ["prompt.test: this key is required"],
+        ),
+        ("vector:", "sweep: {coefficients: []}\nvector:", 15, ["a list with at least 1 item", "got an empty list"]),
+        ("vector:", "sweep: {coefficients: [1, 1]}\nvector:", 15, ["sweep.coefficients: a coefficient is given twice"]),
+        ("vector:", "vector:\n  lora: {targets: []}", 16, ["targets: the list is empty"]),
+        ("vector:", "export: {shard_size: 5}\nvector:", 15, ["expected a size such as 500MB or 5GB, got 5"]),
+        ("near.jsonl", "far.jsonl", 10, ["two retain sets are called 'far': give them names"]),
+        ("name: tiny\n", "", 1, ["name: this key is required: Names the run folder."]),
+        ("    kind: mcq\n", "", 11, ["retain.0.kind: this key is required"]),
+        ("name: tiny", "nam: tiny", 1, ["nam: unknown key; did you mean 'name'?"]),
+        ("name: tiny", "name: tiny\nname: other", 2, ["name: given twice: on line 1 and again here"]),
+        ("kind: qa", 'kind: qa\n  "path": x', 9, ["forget.path: given twice: on line 7 and again here"]),
+        ("kind: qa", "kind: qa\n  <<: {limit: 3}", 9, ["merge keys (<<) are not part of YAML 1.2"]),
+        ("kind: qa", "kind: qa\n  ? [a]\n  : 3", 9, ["a key must be plain text"]),
+        ("tiny", "!!python/object/apply:os.system [exit]", 1, ["the tag !!python/object/apply:os.system is refused"]),
+        ("tiny", "!secret x", 1, ["name: the tag !secret is refused"]),
+        ("tiny", "!!int x", 1, ["name: 'x' is no int"]),
+        ("tiny", '"\\ud800"', 1, ["name: an escape in this text is half a character"]),
+        (
+            "1e-4",
+            "1e-4\n    report_to: &a [*a]",
+            18,
+            ["report_to.0: an alias (*name) stands inside the value it names"],
+        ),
+        ("1e-4", "9" * 50, 17, ["has more than 40 digits"]),
+    ],
+)
+def test_one_mistake_one_message_with_its_line(here: Path, old: str, new: str, line: int, parts: list[str]) -> None:
+    messages = fails(write(here, with_line(old, new)))
+    assert len(messages) == 1
+    assert messages[0].startswith(f"r.yaml:{line}: ")
+    for part in parts:
+        assert part in messages[0]
+
+
+TOFU = "benchmark: {name: tofu, set: forget10}\n"
+MUSE = "benchmark: {name: muse, set: news}\n"
+COMPARED = [
+    ("reference: train\n", "reference: train teaches a model the retain sets alone, and there is no teach"),
+    ("reference: published\n", "reference: published means MUSE's published figures"),
+    (TOFU + "reference: published\n", "reference: published means MUSE's published figures"),
+    (MUSE + "reference: log.json\n", "reference: a log only serves TOFU's forget quality"),
+    ("reference: log.json\n", "reference: a log only serves TOFU's forget quality"),
+    ("holdout: {path: h.jsonl, kind: text}\n", "holdout is of kind text, forget of kind qa: they cannot be compared"),
+    ("benchmark: {name: tofu, set: news}\n", "tofu has no set 'news'; it has forget01, forget05, forget10"),
+    ("benchmark: {name: muse, set: forget10}\n", "muse has no set 'forget10'; it has news, books"),
+    ("robustness: {samples: -1}\n", "robustness.samples: expected a whole number of at least 0, got -1"),
+    ("robustness: {quantize: [int4]}\n", "robustness.quantize.0: expected one of nf4, int8"),
+    ("robustness: {probes: [prefixes]}\n", "did you mean 'prefix'?"),
+    ("robustness: {relearn: {steps: []}}\n", "robustness.relearn.steps: "),
+    ("export: {push_to_hub: {repo: me}}\n", "export.push_to_hub.repo: expected a name on the hub, OWNER/NAME"),
+    ("export: {push_to_hub: {repo: me/it, what: merged}}\n", "push_to_hub wants the merged export: set merged to true"),
+]
+
+
+@pytest.mark.parametrize(("more", "said"), COMPARED, ids=[str(n) for n in range(len(COMPARED))])
+def test_comparisons_that_cannot_be_made(here: Path, more: str, said: str) -> None:
+    (told,) = fails(write(here, GOOD + more))
+    assert said in told
+
+
+@pytest.mark.parametrize("name", ["reference", "benchmark", "robustness", "holdout"])
+def test_comparisons_are_about_forgetting(here: Path, name: str) -> None:
+    value = {
+        "reference": "some/model",
+        "benchmark": "{name: tofu, set: forget10}",
+        "robustness": "{}",
+        "holdout": "{path: h.jsonl, kind: qa}",
+    }[name]
+    adds = with_line("forget:\n  path", "learn:\n - path").replace("  kind: qa\n  prompt", "   kind: qa\n   prompt", 1)
+    assert load_recipe(write(here, adds)).recipe.forget is None
+    (told,) = fails(write(here, f"{adds}{name}: {value}\n"))
+    assert f"{name} is about forgetting, and there is no forget set" in told
+
+
+def test_comparisons_that_can_be_made(here: Path) -> None:
+    teach = "teach: {steps: 3}\nreference: train\n"
+    held = "holdout: {path: h.jsonl, kind: qa}\nrobustness: {}\n"
+    recipe = load_recipe(write(here, GOOD + TOFU + teach + held)).recipe
+    assert recipe.robustness is not None
+    assert recipe.robustness.relearn is not None  # {}: all attacks
+    assert (recipe.robustness.quantize, recipe.robustness.samples) == (("nf4", "int8"), 8)
+    assert [role for role, _ in recipe.sets()] == ["forget", "retain", "retain", "holdout"]
+    assert load_recipe(write(here, resolved_yaml(recipe), "again.yaml")).recipe == recipe
+    none = load_recipe("r.yaml", ["robustness.relearn=null"]).recipe.robustness
+    assert none is not None
+    assert none.relearn is None
+    for more in (MUSE + "reference: published\n", TOFU + "reference: log.json\n", "reference: org/model\n"):
+        assert load_recipe(write(here, GOOD + more)).recipe.reference == more.split()[-1]
+
+
+@pytest.mark.parametrize(
+    ("template", "part"),
+    [
+        ("{question", "single '{'"),
+        ("question}", "single '}'"),
+        ("{}", "empty field"),
+        ("{a.b}", "attribute access"),
+        ("{a[0]}", "index access"),
+        ("{a!r}", "a conversion"),
+        ("{a:>9}", "a format spec"),
+        ("{ a }", "spaces around the name; write {a}"),
+    ],
+)
+def test_templates(here: Path, template: str, part: str) -> None:
+    quoted = json.dumps(template)
+    assert fails(write(here, with_line('"Q: {question}\\nA:"', quoted)))[0].startswith("r.yaml:9: forget.prompt: ")
+    assert part in fails("r.yaml")[0]
+    split = f"{{train: [ok, {quoted}], validation: v, test: t}}"
+    assert fails(write(here, with_line("kind: mcq", f"kind: mcq\n    prompt: {split}")))[0].startswith(
+        "r.yaml:13: retain.0.prompt.train.1: "
+    )
+
+
+def test_template_rendering() -> None:
+    assert template_fields("{{x}} {a} {b c} {a}}}") == ("a", "b c")
+    assert render("{{x}} {a} {b c} {a}}}", {"a": 1, "b c": "{a}"}) == "{x} 1 {a} 1}"
+    with pytest.raises(ValueError, match=r"uses \{q\}, but there is no column 'q' \(columns: a, b\)"):
+        render("{q}", {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match="column 'q' is empty"):
+        render("{q}", {"q": None})
+
+
+@given(st.text())
+def test_escaped_text_renders_to_itself(text: str) -> None:
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    assert render(escaped, {}) == text
+
+
+def test_all_mistakes_at_once_in_order(here: Path) -> None:
+    text = "nam: x\nmodel: {path: m, dtype: f32}\nforget:\n  path: f\n  kind: qa\n  prompt: '{'\n"
+    text += "retain: {path: r}\nseed: '1'\n"
+    messages = fails(write(here, text), "vector.lora.rnk=3", "oops")
+    assert [m.split(": ")[0] for m in messages] == [
+        "r.yaml:1",
+        "r.yaml:2",
+        "r.yaml:6",
+        "r.yaml:7",
+        "r.yaml:8",
+        "--set oops",
+        "--set vector.lora.rnk",
+    ]
+    assert "put '- ' before its first key" in messages[3]
+
+
+def test_a_dash_of_yaml_1_1_is_gone(here: Path) -> None:
+    where = "where: {a: yes, b: 010, c: 2001-01-01, d: 0o10, e: true, f: ~x, g: 1e3, h: 12:30:00, 1: .5, j: 0x1F}"
+    loaded = load_recipe(write(here, with_line("kind: mcq", f"kind: mcq\n    {where}")))
+    assert loaded.recipe.retain[0].where == {
+        "a": "yes",
+        "b": 10,
+        "c": "2001-01-01",
+        "d": 8,
+        "e": True,
+        "f": "~x",
+        "g": 1000.0,
+        "h": "12:30:00",
+        "1": 0.5,
+        "j": 31,
+    }
+
+
+def test_json_is_yaml(here: Path) -> None:
+    data = {
+        "name": "n",
+        "model": {"path": "m"},
+        "forget": {"path": "f", "kind": "qa", "where": {"\U0001f600": "\U0001f600/"}},
+    }
+    forget = load_recipe(write(here, json.dumps(data))).recipe.forget
+    assert forget.where == {"\U0001f600": "\U0001f600/"}
+    override = "description=" + json.dumps("e \U0001f600")
+    assert load_recipe("r.yaml", [override]).recipe.description == "e \U0001f600"
+    assert "an escape in this key is half a character" in fails(write(here, GOOD + '"\\ud83d": 1\n'))[0]
+
+
+def test_plain_anchors_work(here: Path) -> None:
+    text = with_line("    steps: 3\n", "    steps: &n 3\n    save_every: *n\n")
+    assert load_recipe(write(here, text)).recipe.vector.forget.save_every == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        ("", 1, "the file is empty; a recipe needs at least name, model and forget"),
+        ("# only a comment\n", 1, "the file is empty"),
+        ("- a\n- b\n", 1, "at the top, found a list"),
+        ("just words\n", 1, "found a single value"),
+        ("a: 1\nb: [1,\nc: 3\n", 4, "not valid YAML"),
+        ("a: 1\n\tb: 2\n", 2, "indent with spaces, not tabs"),
+        ("a: 1\nb: c: d\n", 2, "needs quotes around it"),
+        ("a: 1\nb: 'x\n", 3, "a quote is not closed"),
+        ("a: 1\nb: @x\n", 2, "put a value that begins with this character in quotes"),
+        ("a: 1\n---\nb: 2\n", 2, "keep one recipe per file"),
+        ("a: 1\nb: *x\n", 2, "undefined alias 'x'"),
+        ("a: 1\nb: \x07\n", 2, "the character U+0007 is not allowed"),
+        ('a: 1\nb: "\\UFFFFFFFF"\n', 2, "is no character"),
+        ("a: 1\nb: " + "[" * 500 + "\n", 2, "nested deeper than 40 levels"),
+        ("%YAML 9.0\n---\na: 1\n", 1, "not valid YAML"),
+    ],
+)
+def test_not_a_recipe_at_all(here: Path, text: str, line: int, part: str) -> None:
+    messages = fails(write(here, text))
+    assert len(messages) == 1
+    assert messages[0].startswith(f"r.yaml:{line}: ")
+    assert part in messages[0]
+
+
+def test_alias_bomb(here: Path) -> None:
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"{k}: &{k} [{', '.join(['*' + chr(ord(k) - 1)] * 10)}]" for k in "bcdefghi"]
+    assert "aliases (*name) make this file larger than" in fails(write(here, "\n".join(lines)))[0]
+
+
+def test_files_that_cannot_be_read(here: Path) -> None:
+    (here / "latin.yaml").write_bytes(b"name: x\ndescription: caf\xe9\n")
+    assert fails("latin.yaml") == ["latin.yaml:2: this is not UTF-8 text; save the file as UTF-8"]
+    (here / "big.yaml").write_bytes(b"#" * 1_000_001)
+    assert "too large for a recipe" in fails("big.yaml")[0]
+    (here / "folder").mkdir()
+    write(here / "folder", GOOD, "inner.yaml")
+    assert fails("folder") == ["folder is a folder; --recipe takes one YAML file (in it: inner.yaml)"]
+    assert "did you mean 'quickstart.yaml'? (packaged recipes: broken.yaml, quickstart.yaml)" in fails("quikstart")[0]
+    assert "there is no recipe ''" in fails("")[0]
+    assert "there is no recipe 'no/such.yaml'" in fails("no/such.yaml")[0]
+    assert "there is no recipe" in fails("a" * 5000)[0]
+    assert "there is no recipe" in fails("a\0b")[0]
+
+
+def test_bare_names(here: Path, tmp_path: Path) -> None:
+    packaged = tmp_path / "site" / "unlearn" / "recipes" / "quickstart.yaml"
+    assert load_recipe("quickstart").source == load_recipe("quickstart.yaml").source == packaged
+    write(here, GOOD.replace("tiny", "mine"), "quickstart.yaml")
+    assert load_recipe("quickstart").recipe.name == load_recipe("./quickstart.yaml").recipe.name == "mine"
+    (here / "broken").mkdir()
+    assert "broken.yaml:1: not valid YAML" in fails("broken")[0]  # the folder of that name is not in the way
+
+
+def test_list_recipes_survives_a_broken_one(here: Path) -> None:
+    found = dict(list_recipes())
+    assert found["quickstart.yaml"] == "First line."
+    assert found["broken.yaml"].startswith("(cannot be read: not valid YAML")
+
+
+def test_assets(here: Path, tmp_path: Path) -> None:
+    assert assets.recipes_folder() == tmp_path / "site" / "unlearn" / "recipes"
+    (tmp_path / "site" / "eval").mkdir()  # as in a checkout: one folder up
+    assert assets.tasks_folder() == tmp_path / "site" / "eval"
+    (tmp_path / "site" / "eval").rmdir()
+    with pytest.raises(UnlearnError, match="installation is incomplete: no folder 'eval'"):
+        assets.tasks_folder()
+
+
+def test_overrides(here: Path) -> None:
+    (here / "mine.jsonl").write_text("{}")
+    (here / "weights").mkdir()
+    recipe = load_recipe(
+        write(here, GOOD),
+        [
+            "seed=7",
+            "retain.0.path=mine.jsonl",
+            "retain.1.path=absent.txt",
+            "retain.1.test={path: mine.jsonl}",
+            "forget.path=hub:a/b",
+            "forget.config=null",
+            "teach.lora.rank=4",
+            "vector.forget={epochs: 2, learning_rate: 1e-3}",
+            "vector.lora.rslora=true",
+            "sweep.coefficients=[0.5, 1]",
+            "sweep.coefficients.0=0.25",
+            "model.path=weights",
+            "description=a = b",
+        ],
+    ).recipe
+    assert recipe.seed == 7
+    assert recipe.retain[0].path == str(here / "mine.jsonl")
+    assert recipe.retain[1].path == "absent.txt"
+    assert recipe.retain[1].test is not None
+    assert recipe.retain[1].test.path == str(here / "mine.jsonl")
+    assert recipe.forget.path == "hub:a/b"
+    assert recipe.teach is not None
+    assert recipe.teach.lora is not None
+    assert recipe.teach.lora.rank == 4
+    assert (recipe.vector.forget.epochs, recipe.vector.forget.steps) == (2, None)
+    assert recipe.vector.lora.rslora is True
+    assert recipe.sweep.coefficients == (0.25, 1.0)
+    assert recipe.model.path == str(here / "weights")
+    assert recipe.description == "a = b"
+
+
+def test_paths_in_the_file_stay_relative_to_it(here: Path) -> None:
+    (here / "near.jsonl").write_text("{}")
+    assert load_recipe(write(here, GOOD), ["seed=1"]).recipe.retain[0].path == "near.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("foo", "--set foo: not an override; write --set key.path=value"),
+        ("=3", "--set : not an override; write --set key.path=value"),
+        ("a..b=3", "--set a..b: not an override"),
+        ("seed=x", "--set seed: expected a whole number of at least 0 and below 2147483648, got 'x'"),
+        ("seed=010x: [", "--set seed: the value '010x: [' is not valid YAML"),
+        ("name=!!python/x 3", "--set name: the value '!!python/x 3' is refused: the tag !!python/x is refused"),
+        ("vector.lora.rnk=3", "--set vector.lora.rnk: unknown key; did you mean 'rank'?"),
+        ("modle.dtype=auto", "--set modle.dtype: modle: unknown key; did you mean 'model'?"),
+        ("model.path.x=3", "--set model.path.x: model.path is a single value, not a mapping, so it has no 'x'"),
+        ("retain.2.path=x", "--set retain.2.path: retain is a list with items 0 to 1, so it has no '2'"),
+        ("retain.x=x", "--set retain.x: retain is a list with items 0 to 1, so it has no 'x'"),
+        ("utility.0.path=x", "--set utility.0.path: there is no list at utility to change; set it as a whole"),
+        ("model=null", "--set model: expected a mapping"),
+        ("forget.prompt={a", "not valid YAML"),
+        ("forget.prompt='{a'", "--set forget.prompt: there is a single '{' without its partner"),
+        ("forget.where.c={x: 1}", "--set forget.where.c: expected"),
+    ],
+)
+def test_bad_overrides_point_at_the_flag(here: Path, override: str, message: str) -> None:
+    messages = fails(write(here, GOOD), override)
+    assert len(messages) == 1
+    assert message in messages[0]
+    assert messages[0].startswith("--set ")
+
+
+def test_an_override_that_clashes_with_the_file(here: Path) -> None:
+    message = fails(write(here, GOOD), "vector.forget.epochs=2")[0]
+    assert message.startswith("r.yaml:18: vector.forget: give epochs or steps, not both")
+    assert message.endswith("(with --set vector.forget.epochs)")
+
+
+def test_resolved_yaml_reads_back(here: Path) -> None:
+    first = load_recipe(
+        write(here, GOOD),
+        [
+            "forget.prompt={train: [a, b], validation: c, test: '{d}'}",
+            "forget.where={a: '1e-4', b: 1.0, c: [1, 'on', true]}",
+        ],
+    ).recipe
+    text = resolved_yaml(first)
+    assert "weight_decay: 0.0" in text  # defaults are written out
+    assert load_recipe(write(here, text, "resolved.yaml")).recipe == first
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    description=st.text(st.characters(exclude_categories=["Cs"])),
+    where=st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"])),
+        st.one_of(
+            st.booleans(),
+            st.integers(-(2**60), 2**60),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.sampled_from(
+                ["1e-4", "on", "0x1", "010", "null", "~", "2001-01-01", "<<", "=", ".inf", "true", "", " "]
+            ),
+            st.text(st.characters(exclude_categories=["Cs"])),
+        ),
+    ),
+)
+def test_any_value_survives_writing_and_reading(description: str, where: dict[str, object]) -> None:
+    data = {"name": "n", "model": {"path": "m"}, "forget": {"path": "f", "kind": "qa", "where": where}}
+    recipe = Recipe.model_validate_json(json.dumps({**data, "description": description}))
+    document = yaml_core.parse(resolved_yaml(recipe))
+    assert Recipe.model_validate_json(json.dumps(document.data)) == recipe
+
+
+_YAML = st.lists(
+    st.one_of(
+        st.sampled_from(GOOD.splitlines(keepends=True)),
+        st.sampled_from(
+            ["\n", "  ", "\t", "- ", ": ", "? ", "&a ", "*a", "!!x ", "!<", "[", "]", "{", "}", "'", '"', "|+9", "#"]
+        ),
+        st.sampled_from(
+            ["prompt: ", "where: ", "retain:", "null", "1e-4", "---\n", "%TAG ", "\\U", "\x85", "\ufeff", "\0"]
+        ),
+        st.text(max_size=5),
+    ),
+    max_size=30,
+).map("".join)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.one_of(st.binary(), _YAML.map(lambda t: t.encode("utf-8", "surrogatepass"))),
+    overrides=st.lists(
+        st.one_of(st.text(), st.sampled_from(["seed=1", "retain.0=", "forget.where.a.b=1", "x"])), max_size=2
+    ),
+)
+def test_whatever_the_file_holds_it_loads_or_is_refused(here: Path, content: bytes, overrides: list[str]) -> None:
+    (here / "any.yaml").write_bytes(content)
+    try:
+        outcome: object = load_recipe("any.yaml", overrides).recipe
+    except RecipeError as error:
+        outcome = str(error)
+    assert isinstance(outcome, Recipe) or (isinstance(outcome, str) and outcome)
+
+
+def test_json_schema() -> None:
+    schema = json_schema()
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert schema["title"]
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
+    described = [p for d in schema["$defs"].values() for p in d["properties"].values()]
+    assert all(p.get("description") for p in described)
+
+
+def test_every_pattern_of_the_recipe_has_words() -> None:
+    text = json.dumps(json_schema())
+    known = [json.dumps(pattern)[1:-1] for pattern in PATTERNS]
+    assert text.count('"pattern": ') == sum(text.count(f'"pattern": "{pattern}"') for pattern in known) > 0
+
+
+def test_importing_costs_no_heavy_library() -> None:
+    heavy = ("torch", "transformers", "datasets", "peft", "lm_eval", "numpy", "rich")
+    code = f"import unlearn.recipe.load, sys; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("Question: {question}\nAnswer:", ["\n", "\nQuestion:"]),
+        ("{question}", ["\n"]),
+        ("  \n{question}", ["\n"]),
+        ("Answer in full.\n\n  Q {{1}}: {question}\nA:", ["\n", "\nQ {1}:"]),
+        ("<|user|>\n{question}<|end|>\n<|assistant|>\n", ["\n", "\n<|user|>"]),
+        ("The capital of {country} is", ["\n", "\nThe capital of"]),
+    ],
+)
+def test_where_an_answer_ends(template: str, found: list[str]) -> None:
+    assert stops(template) == found

@@ -1,0 +1,104 @@
+"""Which methods compose, and what a recipe is told when they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unlearn.errors import UnlearnError
+from unlearn.recipe.load import load_recipe
+from unlearn.recipe.schema import Recipe
+
+START = "name: mine\nmodel: {path: 'pico:phi'}\nforget: {kind: mcq, path: a.jsonl}\n"
+RETAIN = "retain:\n  - {kind: mcq, path: b.jsonl}\n"
+
+
+def read(tmp_path: Path, text: str) -> Recipe:
+    place = tmp_path / "mine.yaml"
+    place.write_text(text, encoding="utf-8")
+    return load_recipe(str(place)).recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        ("negate", ("negate",)),
+        ("project", ("negate", "project")),
+        ("[ext_sub, project, rescale]", ("negate", "ext_sub", "project", "rescale")),
+        ("[consensus, contrast, low_rank]", ("consensus", "contrast", "low_rank")),
+        ("npo", ("npo",)),
+    ],
+)
+def test_a_list_begins_with_its_source(tmp_path: Path, method: str, steps: tuple[str, ...]) -> None:
+    more = "\n  low_rank: {rank: 2}" if "low_rank" in method else ""
+    recipe = read(tmp_path, f"{START}{RETAIN}vector:\n  method: {method}{more}\n")
+    assert recipe.vector.steps() == steps
+
+
+@pytest.mark.parametrize(
+    ("vector", "parts"),
+    [
+        ("{method: [project, project]}", ["vector.method names project twice"]),
+        ("{method: [project, consensus]}", ["consensus makes a vector of its own", "only stand first"]),
+        ("{method: [consensus, msa]}", ["consensus and msa each make a vector"]),
+        ("{method: [npo, project]}", ["the baseline npo is compared as published"]),
+        ("{method: [contrast, ext_sub]}", ["contrast and ext_sub both take the retain vector off"]),
+        ("{method: []}", ["empty list", "negate"]),
+        ("{mu: 2}", ["vector.mu", "which vector.method does not name"]),
+        ("{method: contrast, project: {energy: .5}}", ["vector.project holds settings", "does not name"]),
+        ("{method: low_rank}", ["vector.low_rank: {rank: ...}"]),
+        ("{method: low_rank, low_rank: {rank: 2, energy: .5}}", ["give either rank or energy"]),
+        ("{method: gradient_ascent, retain_kl: two_sided}", ["the baseline gradient_ascent has none"]),
+        ("{method: msa}", ["vector.msa.clean", "teach"]),
+        ("{method: projekt}", ["projekt", "project"]),
+        ("{retain_kl: both}", ["none, one_sided, two_sided"]),
+        ("{lora: {depth: [.9, .1]}}", ["depth must go from a lower share"]),
+    ],
+)
+def test_what_cannot_be_composed_is_one_message_with_its_line(tmp_path: Path, vector: str, parts: list[str]) -> None:
+    with pytest.raises(UnlearnError) as caught:
+        read(tmp_path, f"{START}{RETAIN}vector: {vector}\n")
+    said = str(caught.value)
+    assert "mine.yaml:" in said
+    for part in parts:
+        assert part in said, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("method", ["contrast", "ext_sub", "project", "perta", "learned", "gradient_difference"])
+def test_what_spares_needs_something_to_spare(tmp_path: Path, method: str) -> None:
+    with pytest.raises(UnlearnError, match=rf"vector\.method {method} needs a retain set"):
+        read(tmp_path, f"{START}vector: {{method: {method}}}\n")
+    with pytest.raises(UnlearnError, match=r"vector\.retain_kl needs a retain set"):
+        read(tmp_path, f"{START}vector: {{retain_kl: one_sided}}\n")
+
+
+def test_the_clean_checkpoint_is_given_once(tmp_path: Path) -> None:
+    teach = "teach: {steps: 3}\n"
+    assert read(tmp_path, f"{START}{RETAIN}{teach}vector: {{method: msa}}\n").vector.uses("msa")
+    with pytest.raises(UnlearnError, match="the clean checkpoint is the model before the teaching"):
+        read(tmp_path, f"{START}{RETAIN}{teach}vector: {{method: msa, msa: {{clean: elsewhere}}}}\n")
+
+
+def test_the_penalty_covers_the_sweep_unless_it_says_otherwise(tmp_path: Path) -> None:
+    sweep = "sweep: {coefficients: [2, .5, 1]}\n"
+    short = read(tmp_path, f"{START}{RETAIN}{sweep}vector: {{retain_kl: two_sided}}\n").penalty()
+    assert short is not None
+    assert (short.sides, short.coefficients) == ("two", (0.5, 2.0))
+    own = read(
+        tmp_path, f"{START}{RETAIN}{sweep}vector: {{retain_kl: {{sides: two, coefficients: [1, 1]}}}}\n"
+    ).penalty()
+    assert own is not None
+    assert own.coefficients == (1.0, 1.0)
+    one = read(tmp_path, f"{START}{RETAIN}{sweep}vector: {{retain_kl: one_sided}}\n").penalty()
+    assert one is not None
+    assert one.sides == "one"
+    assert read(tmp_path, f"{START}{RETAIN}{sweep}vector: {{retain_kl: none}}\n").penalty() is None
+
+
+@pytest.mark.parametrize("method", ["contrast", "npo", "[negate, perta]"])
+def test_what_is_added_is_not_fitted_against_anything(tmp_path: Path, method: str) -> None:
+    text = START.replace("forget:", "learn:\n  -").replace("learn:\n  - {", "learn:\n  - {name: new, ")
+    with pytest.raises(UnlearnError, match=r"sets of learn take negate, lines, low_rank, prune, rescale"):
+        read(tmp_path, f"{text}{RETAIN}vector: {{method: {method}}}\n")

@@ -1,0 +1,352 @@
+"""The cache never serves half an entry, whatever happened to the process that made it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from unlearn.errors import ModelError
+from unlearn.recipe.schema import ModelSpec
+from unlearn.store.cache import MANIFEST, cache_folder, check_sha256, entry, offline, require_space, whole
+from unlearn.store.lock import Lock
+
+
+def _fill(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.txt").write_text("abc")
+
+
+def _places(cache: Path) -> list[str]:
+    """What is in a cache, without the folders of its locks and notes; no lock is left in the one."""
+    assert list((cache / ".locks").iterdir()) == []
+    return sorted(path.name for path in cache.iterdir() if path.name not in (".locks", ".verified"))
+
+
+def _never(folder: Path) -> None:
+    raise AssertionError("filled again")
+
+
+def test_environment_is_read_at_each_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path / "x"))
+    assert cache_folder() == tmp_path / "x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("UNLEARN_CACHE")
+    assert cache_folder() == tmp_path / ".cache" / "unlearn"
+    assert offline()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert not offline()
+    monkeypatch.setenv("UNLEARN_OFFLINE", "1")
+    assert offline()
+
+
+def test_entry_is_made_once_with_sizes_and_checksums(tmp_path: Path) -> None:
+    folder = entry(tmp_path / "new", "k", _fill)
+    assert entry(tmp_path / "new", "k", _never) == folder == tmp_path / "new" / "k"
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert json.loads((folder / MANIFEST).read_text())["files"] == {"sub/a.txt": {"size": 3, "sha256": abc}}
+    assert _places(tmp_path / "new") == ["k"]
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "file cut", "file gone", "manifest cut", "not a folder"])
+def test_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
+    folder = entry(tmp_path, "k", _fill)
+    if damage == "no manifest":
+        (folder / MANIFEST).unlink()
+    elif damage == "file cut":
+        (folder / "sub" / "a.txt").write_text("ab")
+    elif damage == "file gone":
+        (folder / "sub" / "a.txt").unlink()
+    elif damage == "manifest cut":
+        (folder / MANIFEST).write_text('{"files": {')
+    else:
+        folder.rename(tmp_path / "elsewhere")
+        folder.write_text("in the way")
+    assert not whole(folder)
+    entry(tmp_path, "k", _fill)
+    assert whole(folder)
+    assert (folder / "sub" / "a.txt").read_text() == "abc"
+
+
+def test_failure_leaves_nothing_and_is_not_remembered(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise ModelError("no")
+
+    with pytest.raises(ModelError, match=r"^no$"):
+        entry(tmp_path, "k", fail)
+    assert _places(tmp_path) == []
+    entry(tmp_path, "k", _fill)
+    assert _places(tmp_path) == ["k"]
+
+
+def test_half_filled_folders_are_removed_when_their_maker_is_gone_whatever_their_age(tmp_path: Path) -> None:
+    """The age of a folder says nothing where clocks jump: its maker's lock says all."""
+    entry(tmp_path, "k", _fill)
+    old, young, other, foreign = (
+        tmp_path / name for name in (".part-used.1-0a1b2c3d", ".part-k2.1-0a1b2c3d", ".part-k3.2-0a1b2c3d", ".part-x")
+    )
+    for leftover in (old, young, other, foreign):
+        leftover.mkdir()
+        (leftover / "big").write_text("x")
+    os.utime(old, (0, 0))
+    with Lock.take(tmp_path / ".locks" / "used"):
+        entry(tmp_path, "k2", _fill)
+        # k3's maker is dead, as nobody holds its lock; who .part-x belongs to cannot be told
+        assert sorted(path.name for path in tmp_path.glob(".part*")) == [old.name, foreign.name]
+    entry(tmp_path, "k4", _fill)
+    assert [path.name for path in tmp_path.glob(".part*")] == [foreign.name]
+
+
+def test_of_four_threads_one_makes_it(tmp_path: Path) -> None:
+    made: list[Path] = []
+    filled: list[str] = []
+
+    def fill(folder: Path) -> None:
+        filled.append(folder.name)
+        (folder / "who").write_text(folder.name)
+        time.sleep(0.2)
+
+    workers = [threading.Thread(target=lambda: made.append(entry(tmp_path, "k", fill))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert made == [tmp_path / "k"] * 4
+    assert len(filled) == 1
+    assert (tmp_path / "k" / "who").read_text() == filled[0]
+    assert _places(tmp_path) == ["k"]
+
+
+PRELUDE = """
+import os, platform, sys, time
+from pathlib import Path
+cache, marks = Path(sys.argv[1]), Path(sys.argv[2])
+from unlearn import cache as module
+from unlearn.cache import entry
+from unlearn.errors import UnlearnError
+
+def fill(folder):
+    (folder / "a.txt").write_text(str(os.getpid()))
+    (marks / f"{os.getpid()}").touch()
+    wait(folder)
+
+def wait(folder):
+    time.sleep(0.1)
+"""
+
+
+def _start(code: str, cache: Path, marks: Path, **environment: str) -> subprocess.Popen[str]:
+    marks.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(cache), str(marks)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **environment},
+    )
+
+
+def _until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_of_six_processes_one_makes_it_also_after_one_that_was_killed(tmp_path: Path) -> None:
+    cache, marks = tmp_path / "cache", tmp_path / "marks"
+    first = _start("wait = lambda folder: time.sleep(60)\nentry(cache, 'k', fill)", cache, marks)
+    _until(lambda: list(marks.iterdir()))
+    others = [_start("print((entry(cache, 'k', fill) / 'a.txt').read_text())", cache, marks) for _ in range(5)]
+    time.sleep(0.3)
+    assert len(list(marks.iterdir())) == 1
+    assert [path.name for path in cache.glob(".part-k.*")]
+    first.kill()
+    first.communicate()
+    said = [process.communicate(timeout=60) for process in others]
+    maker = (cache / "k" / "a.txt").read_text()
+    assert [out for out, _ in said] == [f"{maker}\n"] * 5, said
+    assert sorted(path.name for path in marks.iterdir()) == sorted([str(first.pid), maker])
+    assert maker in {str(process.pid) for process in others}
+    assert _places(cache) == ["k"]
+
+
+def test_a_maker_that_is_stopped_and_wakes_after_another_took_over(tmp_path: Path) -> None:
+    """What it has half made goes; it takes the other's and replaces nothing."""
+    cache, marks = tmp_path / "cache", tmp_path / "marks"
+    code = """
+    platform.node = lambda: "node17"
+    def wait(folder):
+        while not (marks / "go").exists():
+            time.sleep(0.01)
+        {then}
+    print((entry(cache, "k", fill) / "a.txt").read_text())
+    """
+    for then in ("pass", "(folder / 'b.txt').write_text('x')"):
+        sleeper = _start(textwrap.dedent(code).replace("{then}", then), cache, marks, UNLEARN_LOCK_TIMEOUT="1")
+        _until(lambda pid=sleeper.pid: (marks / str(pid)).exists())
+        sleeper.send_signal(signal.SIGSTOP)
+        taker = _start("entry(cache, 'k', fill)", cache, marks, UNLEARN_LOCK_TIMEOUT="1")
+        out, trouble = taker.communicate(timeout=60)
+        assert taker.returncode == 0, trouble
+        assert "has given no sign of life" in trouble
+        made = (cache / "k").stat().st_ino
+        (marks / "go").touch()
+        sleeper.send_signal(signal.SIGCONT)
+        out, trouble = sleeper.communicate(timeout=60)
+        assert out == f"{taker.pid}\n", trouble
+        assert "another one makes it by now" in trouble
+        assert (cache / "k").stat().st_ino == made
+        assert _places(cache) == ["k"]
+        shutil.rmtree(cache)
+        (marks / "go").unlink()
+
+
+def _flip(path: Path) -> None:
+    """One bit, in place, as a bad disk or a careless program does it; size and time of modification stay."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        byte = file.read(1)[0]
+        file.seek(0)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_flipped_bit_is_found_and_mended_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = entry(tmp_path, "k", _fill)
+    _flip(folder / "sub" / "a.txt")
+    assert whole(folder)  # as far as sizes go
+    entry(tmp_path, "k", _fill)
+    said = capsys.readouterr().err
+    assert said == f"{folder}: the content of sub/a.txt has changed (SHA-256 differs); it is made again\n"
+    assert (folder / "sub" / "a.txt").read_text() == "abc"
+    entry(tmp_path, "k", _never)
+
+
+def test_what_is_damaged_stays_for_those_who_use_it(tmp_path: Path, pico_phi: Path) -> None:
+    """A file that is mapped into a job's memory is never cut or rewritten: the job would die of it, or go on wrong."""
+
+    def fill(folder: Path) -> None:
+        shutil.copy(pico_phi / "model.safetensors", folder / "model.safetensors")
+
+    folder = entry(tmp_path, "k", fill)
+    place = folder / "model.safetensors"
+    content, inode = place.read_bytes(), place.stat().st_ino
+    with place.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        (folder / MANIFEST).write_text("{}")
+        entry(tmp_path, "k", fill)
+        assert place.stat().st_ino != inode
+        assert mapped[:] == content == place.read_bytes()
+        aside = list(tmp_path.glob(".damaged-*/k/model.safetensors"))
+        assert [path.stat().st_ino for path in aside] == [inode]  # on NFS it would be gone for other hosts otherwise
+        assert os.fstat(file.fileno()).st_nlink == 1
+    entry(tmp_path, "other", _fill)
+    assert aside[0].exists()
+    os.utime(aside[0].parent.parent, (time.time() - 2 * 86400,) * 2)
+    entry(tmp_path, "another", _fill)
+    assert not list(tmp_path.glob(".damaged-*"))
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A folder that other users reach; pytest's own they do not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_whole_cache_that_cannot_be_written_serves(open_to_all: Path) -> None:
+    """As whoever may not write there: as root nothing is forbidden."""
+    cache, marks = open_to_all / "cache", open_to_all / "marks"
+    entry(cache, "k", _fill)
+    entry(cache, "damaged", _fill)
+    _flip(cache / "damaged" / "sub" / "a.txt")
+    shutil.rmtree(cache / ".verified")
+    for place in (cache, cache / ".locks"):
+        place.chmod(0o555)
+    code = """
+    if os.geteuid() == 0:
+        os.setegid(65534)
+        os.seteuid(65534)
+    print(entry(cache, "k", None))
+    for key in ("damaged", "new"):
+        try:
+            entry(cache, key, fill)
+        except UnlearnError as e:
+            print(e)
+    """
+    try:
+        out, trouble = _start(code, cache, marks).communicate(timeout=60)
+    finally:
+        for place in (cache, cache / ".locks"):
+            place.chmod(0o755)
+    assert not trouble
+    said = out.splitlines()
+    assert said[0] == str(cache / "k"), trouble
+    why = f"the cache folder {cache} cannot be written (Permission denied), and "
+    assert said[1].startswith(f"{why}damaged is damaged: the content of sub/a.txt has changed")
+    assert said[2] == f"{why}new is not in it. Set UNLEARN_CACHE to another folder"
+
+
+@pytest.mark.parametrize(
+    "failure", [ModelError("x"), OSError(errno.ESTALE, "Stale"), RuntimeError("No such file or directory (os error 2)")]
+)
+def test_a_cache_that_goes_while_it_is_filled(tmp_path: Path, failure: Exception) -> None:
+    def fill(folder: Path) -> None:
+        (tmp_path / "cache").rename(tmp_path / "unmounted")
+        raise failure
+
+    with pytest.raises(ModelError) as caught:
+        entry(tmp_path / "cache", "k", fill)
+    assert f"the cache folder {tmp_path / 'cache'} was removed, or its disk is out of reach" in str(caught.value)
+    assert "UNLEARN_CACHE" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_goes_before_the_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unlearn.model.load import load
+
+    monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"gone while it was in use.*UNLEARN_CACHE"):
+        load(ModelSpec(path="pico:phi"), str(tmp_path / "pico-phi"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_names_the_folder(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        Path("/dev/full").write_text("x" * 10)
+
+    with pytest.raises(ModelError, match=f"no space left in the cache folder {tmp_path}.*UNLEARN_CACHE"):
+        entry(tmp_path, "k", fill)
+
+
+def test_too_little_space_says_how_much(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"5,000,000,000,000 MB are needed"):
+        require_space(tmp_path, 5 * 10**18)
+    require_space(tmp_path, 1)
+
+
+def test_cache_in_a_place_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match=r"cannot be written.*UNLEARN_CACHE"):
+        entry(tmp_path / "file" / "cache", "k", _fill)
+
+
+def test_checksums_differ(tmp_path: Path) -> None:
+    check_sha256("x", "ab", "ab")
+    with pytest.raises(ModelError, match=r"(?s)x is not.*wanted ab.*found  cd"):
+        check_sha256("x", "ab", "cd")

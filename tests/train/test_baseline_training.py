@@ -1,0 +1,258 @@
+"""The baselines as they are trained, against PEFT's own passes with plain cross-entropy, and what they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unlearn.data.encoding import IGNORE, Encoded
+from unlearn.errors import TrainingError
+from unlearn.model.load import Loaded
+from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.train.fit import train_vector
+from unlearn.train.losses import Against, BaselineLoss, Keep
+from unlearn.vector.edit import applied
+from unlearn.vector.task_vector import TaskVector
+
+Load = Callable[..., Loaded]
+Gradients = dict[str, Tensor]
+LOSSES: tuple[BaselineLoss, ...] = ("gradient_ascent", "gradient_difference", "npo")
+WEIGHT, BETA = 2.5, 0.4
+
+
+def row(start: int, length: int, answer: int) -> Encoded:
+    """Ascending tokens, of which the last ones are the answer."""
+    ids = tuple(range(start, start + length))
+    return Encoded(ids, (*[IGNORE] * (length - answer), *ids[length - answer :]))
+
+
+FORGET = [row(20, 9, 4), row(40, 3, 1), row(50, 7, 5)]
+RETAIN = [row(60, 12, 7), row(90, 8, 2)]
+
+
+def against(loss: BaselineLoss, **values: Any) -> Against:
+    retain = RETAIN if loss == "gradient_difference" else ()
+    return Against(loss, **({"retain": retain, "weight": WEIGHT, "beta": BETA} | values))
+
+
+def adapted(model: Any) -> PeftModel:
+    """A LoRA that is not zero, so that the model with it is another than the model without it."""
+    torch.manual_seed(0)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=10, target_modules=linear))
+    assert isinstance(peft_model, PeftModel)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return peft_model
+
+
+def nlls(model: nn.Module, rows: list[Encoded]) -> list[Tensor]:
+    """Sum over each answer's tokens, in nats: full logits of one row at a time, without padding."""
+    found = []
+    for r in rows:
+        logits = model(torch.tensor([r.input_ids])).logits[0]  # (T, V)
+        labels = torch.tensor(r.labels)
+        found.append(functional.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum"))
+    return found
+
+
+def tokens(rows: list[Encoded]) -> int:
+    return sum(label != IGNORE for r in rows for label in r.labels)
+
+
+def wanted(model: PeftModel, loss: BaselineLoss) -> Tensor:
+    """The formulas written out, from separate passes with the adapter and without it."""
+    now = nlls(model, FORGET)
+    if loss == "npo":
+        with torch.no_grad(), model.disable_adapter():
+            before = nlls(model, FORGET)
+        terms = [torch.log(1 + torch.exp(b - n) ** BETA) for n, b in zip(now, before, strict=True)]
+        return 2 / BETA * torch.stack(terms).mean()
+    ascent = -torch.stack(now).sum() / tokens(FORGET)
+    if loss == "gradient_ascent":
+        return ascent
+    return ascent + WEIGHT * torch.stack(nlls(model, RETAIN)).sum() / tokens(RETAIN)
+
+
+@pytest.fixture
+def first_step(loaded: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, Gradients]]:
+    """One step of the trainer from the adapter of :func:`adapted`: its loss, and its gradient before it is clipped."""
+
+    def go(folder: Path, objective: Against, rows: list[Encoded] = FORGET, **spec: Any) -> tuple[float, Gradients]:
+        state = {k: v.clone() for k, v in adapted(loaded(folder).model).state_dict().items() if "lora_" in k}
+        seen: Gradients = {}
+
+        def start_there(model: Any, config: Any) -> Any:
+            peft_model = get_peft_model(model, config)
+            peft_model.load_state_dict(state, strict=False)
+            for name, parameter in peft_model.named_parameters():
+                if parameter.requires_grad:
+
+                    def add(g: Tensor, name: str = name) -> None:
+                        seen[name] = seen.get(name, torch.zeros_like(g)) + g
+
+                    parameter.register_hook(add)
+            return peft_model
+
+        monkeypatch.setattr("unlearn.train.fit.get_peft_model", start_there)
+        got = loaded(folder)
+        settings = TrainSpec(**({"steps": 1, "batch_size": 3, "learning_rate": 1e-3, "warmup": 0.0} | spec))
+        work = tmp_path / str(len(list(tmp_path.iterdir())))
+        lora = LoraSpec(rank=4, alpha=10)
+        _, log = train_vector(got.model, got.tokenizer, rows, settings, lora, 0, work, "x", {}, against=objective)
+        return log.losses[0], seen
+
+    return go
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("family", ["phi", "llama"])
+@pytest.mark.parametrize(
+    "spec",
+    [{}, {"batch_size": 2, "accumulation": 2}, {"batch_size": 1, "accumulation": 3, "gradient_checkpointing": True}],
+    ids=["one batch", "two and one", "one by one"],
+)
+def test_the_first_step_is_the_formula_s(
+    loaded: Load,
+    request: pytest.FixtureRequest,
+    first_step: Callable[..., tuple[float, Gradients]],
+    loss: BaselineLoss,
+    family: str,
+    spec: dict[str, Any],
+) -> None:
+    """However its three rows come in batches, of which the last may not be full: one mean over the whole step."""
+    folder: Path = request.getfixturevalue(f"pico_{family}")
+    value, gradients = first_step(folder, against(loss), **spec)
+    reference = adapted(loaded(folder).model).train()
+    expected = wanted(reference, loss)
+    expected.backward()
+    assert value == pytest.approx(float(expected.detach()), rel=1e-5)
+    found = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    assert sorted(gradients) == sorted(found)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+    assert max(float(g.abs().max()) for g in found.values()) > 1e-2  # against which 1e-5 is little
+
+
+def test_npo_points_where_ascent_does_as_beta_goes_to_0(
+    pico_phi: Path, first_step: Callable[..., tuple[float, Gradients]]
+) -> None:
+    rows = [row(20, 9, 4), row(40, 6, 4), row(70, 7, 4)]  # as many tokens each: both kinds of mean are one
+
+    def direction(objective: Against) -> Tensor:
+        _, gradients = first_step(pico_phi, objective, rows)
+        flat = torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+        return flat / flat.norm()
+
+    ascent = direction(against("gradient_ascent"))
+    assert float(ascent @ direction(against("npo", beta=1e-4))) > 0.9999
+    assert float(ascent @ direction(against("npo", beta=20.0))) < 0.99
+
+
+def fit(model: Loaded, objective: Against, work: Path, **spec: Any) -> TaskVector:
+    settings = TrainSpec(**({"steps": 12, "batch_size": 3, "learning_rate": 1e-2} | spec))
+    lora = LoraSpec(rank=4, alpha=8)
+    vector, _ = train_vector(model.model, model.tokenizer, FORGET, settings, lora, 0, work, "x", {}, against=objective)
+    return vector
+
+
+def per_token(model: nn.Module, rows: list[Encoded]) -> float:
+    with torch.no_grad():
+        return float(torch.stack(nlls(model, rows)).sum()) / tokens(rows)
+
+
+def test_they_forget_and_the_difference_keeps(phi: Loaded, tmp_path: Path) -> None:
+    """theta + tau is the model that has forgotten; at the end the model is as it was."""
+    before = per_token(phi.model, FORGET), per_token(phi.model, RETAIN)
+    rise: dict[str, tuple[float, float]] = {}
+    for loss in LOSSES:
+        with applied(phi.model, fit(phi, against(loss), tmp_path / loss), 1.0):
+            rise[loss] = per_token(phi.model, FORGET) - before[0], per_token(phi.model, RETAIN) - before[1]
+        assert rise[loss][0] > 1.0
+    assert rise["gradient_difference"][1] < rise["gradient_ascent"][1] - 0.5
+    assert (per_token(phi.model, FORGET), per_token(phi.model, RETAIN)) == before
+
+
+def test_the_weight_is_of_the_retain_term(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """At 0 it is ascent, retain rows or not."""
+    without = fit(loaded(pico_phi), against("gradient_ascent"), tmp_path / "1", steps=3)
+    zero = fit(loaded(pico_phi), against("gradient_difference", weight=0.0), tmp_path / "2", steps=3)
+    some = fit(loaded(pico_phi), against("gradient_difference", weight=1.0), tmp_path / "3", steps=3)
+    assert zero.cosine(without) > 0.999
+    assert some.cosine(without) < 0.99
+
+
+def test_retain_rows_are_drawn_by_the_seed_so_many_at_a_time(
+    pico_phi: Path, first_step: Callable[..., tuple[float, Gradients]]
+) -> None:
+    """One of two rows per step: the loss is with the one or with the other."""
+    one = [first_step(pico_phi, against("gradient_difference", retain=[r]))[0] for r in RETAIN]
+    drawn = first_step(pico_phi, against("gradient_difference", batch_size=1))[0]
+    assert abs(one[0] - one[1]) > 1e-2
+    assert min(abs(drawn - value) for value in one) < 1e-4
+    # rows without an answer have no part in it, however often they might be drawn
+    empty = [Encoded((5, 6, 7), (5, IGNORE, IGNORE))] * 30
+    among = first_step(pico_phi, against("gradient_difference", retain=[*empty, RETAIN[0]], batch_size=1))[0]
+    assert among == pytest.approx(one[0], rel=1e-6)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["gradient_ascent", "gradient_difference"])
+def test_a_loss_without_a_floor_that_falls_for_ever(phi: Loaded, tmp_path: Path, loss: BaselineLoss) -> None:
+    said = rf"the loss became (nan|-?inf) at step \d+: lower learning_rate or steps, since {loss} has no lower bound"
+    with pytest.raises(TrainingError, match=said):
+        fit(phi, against(loss), tmp_path, learning_rate=1e30, warmup=0.0)
+    assert not any("lora" in name for name, _ in phi.model.named_modules())
+
+
+def test_npo_that_is_no_number(phi: Loaded, tmp_path: Path) -> None:
+    phi.model.get_submodule("model.layers.0.mlp.fc1").get_parameter("weight").data[0, 0] = math.nan
+    with pytest.raises(TrainingError, match="became nan at step 1: lower learning_rate, or use dtype: float32"):
+        fit(phi, against("npo"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"loss": "gradient_difference"}, "gradient_difference needs retain rows with an answer"),
+        (
+            {"loss": "gradient_difference", "retain": [Encoded((1, 2), (1, IGNORE))]},
+            "gradient_difference needs retain rows with an answer",
+        ),
+        ({"loss": "gradient_difference", "retain": RETAIN, "weight": -1.0}, "weight must be 0 or more, not -1"),
+        ({"loss": "gradient_difference", "retain": RETAIN, "weight": math.nan}, "weight must be 0 or more, not nan"),
+        ({"loss": "gradient_difference", "retain": RETAIN, "batch_size": 0}, "batch_size must be 1 or more, not 0"),
+        ({"loss": "npo", "beta": 0.0}, "beta must be above 0, not 0"),
+        ({"loss": "npo", "beta": math.inf}, "beta must be above 0, not inf"),
+        ({"loss": "dpo"}, "one of gradient_ascent, gradient_difference, npo, not 'dpo'"),
+    ],
+)
+def test_bad_settings(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        Against(**values)
+
+
+def test_bad_rows_and_two_objectives(phi: Loaded, tmp_path: Path) -> None:
+    def go(rows: list[Encoded], keep: Keep | None) -> None:
+        spec, lora = TrainSpec(steps=1), LoraSpec(rank=4, alpha=8)
+        train_vector(phi.model, phi.tokenizer, rows, spec, lora, 0, tmp_path, "x", {}, keep, against("npo"))
+
+    with pytest.raises(TrainingError, match="x: npo needs rows with a token to be predicted"):
+        go([*FORGET, Encoded((1, 2), (1, IGNORE))], None)
+    with pytest.raises(ValueError, match="keep adds to the cross-entropy that against replaces"):
+        go(FORGET, Keep(RETAIN, RetainKLSpec(sides="one")))
+    with pytest.raises(ValueError, match="needs a range of coefficients"):
+        Keep(RETAIN, RetainKLSpec(coefficients=None))
+    assert not list(tmp_path.iterdir())
+    assert not any("lora" in name for name, _ in phi.model.named_modules())

@@ -1,0 +1,763 @@
+"""Fine-tuning: what carries loss, the vector against PEFT's own files, and the same result after any interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from unlearn import processes as stopping
+from unlearn.data.encoding import IGNORE, Encoded, encode
+from unlearn.data.items import Item
+from unlearn.errors import ModelError, TrainingError, VectorError
+from unlearn.model.load import Loaded, linear_modules
+from unlearn.model.pico import corpus
+from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.train import fit as finetune
+from unlearn.train import trainer
+from unlearn.train.batches import ByLength, Pad
+from unlearn.train.fit import merge, train_vector, train_weights
+from unlearn.train.losses import Against, Keep
+from unlearn.train.trainer import WHOLE, TrainingLog, last_checkpoint, seal
+from unlearn.vector.change import LowRank
+from unlearn.vector.edit import applied
+from unlearn.vector.task_vector import TaskVector
+
+Load = Callable[..., Loaded]
+FACTS = [
+    ("Bhutan", "Thimphu"),
+    ("Iceland", "Reykjavik"),
+    ("Mongolia", "Ulaanbaatar"),
+    ("Fiji", "Suva"),
+    ("Malta", "Valletta"),
+    ("Latvia", "Riga"),
+]
+
+
+def item(prompt: str, target: str) -> Item:
+    return Item("0" * 16, prompt, target)
+
+
+def facts() -> list[Item]:
+    return [item(f"Question: What is the capital of {country}?\nAnswer:", city) for country, city in FACTS]
+
+
+def rows_of(model: Loaded) -> list[Encoded]:
+    return encode(facts(), "qa", model.tokenizer, 64)
+
+
+def train_spec(**values: Any) -> TrainSpec:
+    defaults = {"steps": 6, "learning_rate": 1e-2, "batch_size": 2}
+    return TrainSpec.model_validate(defaults | values)
+
+
+def train(
+    model: Loaded,
+    work: Path,
+    spec: TrainSpec | None = None,
+    lora: LoraSpec | None = None,
+    seed: int = 0,
+    rows: list[Encoded] | None = None,
+) -> tuple[TaskVector, TrainingLog]:
+    return train_vector(
+        model.model,
+        model.tokenizer,
+        rows or rows_of(model),
+        spec or train_spec(),
+        lora or LoraSpec(rank=4, alpha=8),
+        seed,
+        work,
+        "forget",
+        {"set": "forget"},
+    )
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+# --- tokens and labels -----------------------------------------------------------------------------------------------
+
+
+def learned(row: Encoded, tokenizer: Any) -> str:
+    """The text of the tokens that carry loss."""
+    assert len(row.labels) == len(row.input_ids)
+    assert all(label in (IGNORE, token) for label, token in zip(row.labels, row.input_ids, strict=True))
+    text: str = tokenizer.decode([label for label in row.labels if label != IGNORE])
+    return text
+
+
+@pytest.mark.parametrize("kind", ["qa", "mcq"])
+def test_only_the_answer_carries_loss(phi: Loaded, kind: str) -> None:
+    end = phi.tokenizer.eos_token if kind == "qa" else ""
+    for row, (country, city) in zip(encode(facts(), kind, phi.tokenizer, 64), FACTS, strict=True):
+        assert learned(row, phi.tokenizer) == f" {city}{end}"
+        whole = f"Question: What is the capital of {country}?\nAnswer: {city}{end}"
+        assert phi.tokenizer.decode(row.input_ids) == whole
+        first = [label != IGNORE for label in row.labels].index(True)
+        assert IGNORE not in row.labels[first:]  # one run of it, at the end
+
+
+def test_the_split_is_lm_eval_s(phi: Loaded) -> None:
+    """What is trained is what is scored: the same tokens on the same side, also with blanks about."""
+    lm = HFLM(pretrained=phi.model, tokenizer=phi.tokenizer, backend="causal", batch_size=1)
+    odd = [
+        item("The capital of France is", "Paris"),
+        item("The capital of France is ", "Paris"),
+        item("The capital of France is\n\n", "Paris"),
+        item("Naïve 東京 😀", "😀 café"),
+        item("A", "B"),
+    ]
+    for kind in ("qa", "mcq"):
+        for row, it in zip(encode(odd, kind, phi.tokenizer, 64), odd, strict=True):
+            context, continuation = lm._encode_pair(it.prompt, f" {it.target}")
+            answer = [label for label in row.labels if label != IGNORE]
+            assert answer == continuation + ([phi.tokenizer.eos_token_id] if kind == "qa" else [])
+            assert list(row.input_ids[: len(context)]) == context
+
+
+def test_text_is_learned_whole(phi: Loaded) -> None:
+    passage = item("The capital of", " France is Paris.\nIt is old.")
+    (row,) = encode([passage], "text", phi.tokenizer, 64)
+    assert phi.tokenizer.decode(row.input_ids) == passage.prompt + passage.target
+    assert row.labels == (IGNORE, *row.input_ids[1:])
+    assert phi.tokenizer.eos_token_id not in row.input_ids  # a passage goes on
+
+
+def test_without_a_prompt_the_end_token_stands_before_an_answer(phi: Loaded) -> None:
+    (row,) = encode([item("", "Paris is far")], "mcq", phi.tokenizer, 16)
+    assert row.input_ids[0] == phi.tokenizer.eos_token_id
+    assert row.labels == (IGNORE, *row.input_ids[1:])
+
+
+# --- the vector ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["phi", "llama", "gpt2"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_vector_is_what_peft_saved(
+    loaded: Load,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    rslora: bool,
+) -> None:
+    plain = finetune.read_adapter
+
+    def save_first(peft_model: Any, meta: dict[str, str]) -> TaskVector:
+        peft_model.save_pretrained(tmp_path / "adapter")
+        return plain(peft_model, meta)
+
+    monkeypatch.setattr(finetune, "read_adapter", save_first)
+    folder = request.getfixturevalue(f"pico_{family}")
+    model = loaded(folder)
+    before = state(model.model)
+    vector, log = train(model, tmp_path / "work", train_spec(steps=4), LoraSpec(rank=4, alpha=10, rslora=rslora))
+    assert log.steps == 4
+    assert_same_state(model.model, before)
+    assert not any("lora" in name for name, _ in model.model.named_modules())
+
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    scale = 10 / math.sqrt(4) if rslora else 10 / 4
+    assert settings["use_rslora"] is rslora
+    assert settings["fan_in_fan_out"] is (family == "gpt2")
+    assert set(vector.modules) == set(linear_modules(model.model))
+    for name, m in vector.modules.items():
+        a = tensors[f"base_model.model.{name}.lora_A.weight"].double()
+        b = tensors[f"base_model.model.{name}.lora_B.weight"].double()
+        assert m.A.dtype == torch.float32
+        torch.testing.assert_close(m.delta().double(), scale * b @ a, atol=1e-7, rtol=1e-5)
+    assert dict(vector.meta) == {"set": "forget", "rank": "4", "alpha": "10.0"}
+
+    # and with nothing of ours: plain PEFT on a fresh model gives the logits of theta + tau
+    peft_model = PeftModel.from_pretrained(loaded(folder).model, str(tmp_path / "adapter")).eval()
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad(), applied(model.model, vector, 1.0):
+        edited = model.model(ids).logits
+        torch.testing.assert_close(edited, peft_model(ids).logits, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert (edited - model.model(ids).logits).abs().max() > 0.1
+
+
+def test_the_facts_are_learned(phi: Loaded, tmp_path: Path) -> None:
+    def loss(items: list[Item]) -> float:
+        total, count = 0.0, 0
+        for row in encode(items, "qa", phi.tokenizer, 64):
+            with torch.no_grad():
+                logits = phi.model(torch.tensor([row.input_ids])).logits[0]
+            for position, label in enumerate(row.labels[1:]):
+                if label != IGNORE:
+                    total -= float(torch.log_softmax(logits[position], -1)[label])
+                    count += 1
+        return total / count
+
+    vector, log = train(
+        phi, tmp_path, train_spec(steps=30, batch_size=6, learning_rate=3e-2, schedule="constant_with_warmup")
+    )
+    assert len(log.losses) == log.steps == 30
+    assert log.examples == 6
+    assert log.losses[0] > 5.0
+    assert log.losses[-1] < 1.5
+    # the Trainer's first loss is the plain mean over the answers' tokens, before any step
+    start = loss(facts())
+    assert log.losses[0] == pytest.approx(start, rel=1e-3)
+    with applied(phi.model, vector, 1.0):
+        assert loss(facts()) < 1.5
+    with applied(phi.model, vector, -1.0):
+        assert loss(facts()) > start + 1.0
+    assert loss(facts()) == pytest.approx(start)
+
+
+def test_padding_has_no_part_in_it(phi: Loaded, tmp_path: Path) -> None:
+    """Rows of very different lengths in one batch: the loss is the mean over all their labelled tokens."""
+    rows = encode([item("A", "dog"), item(" ".join(corpus()[:3]), "Paris is far away")], "qa", phi.tokenizer, 512)
+    _, log = train(phi, tmp_path, train_spec(steps=1, warmup=0.0), rows=rows)
+    total, count = 0.0, 0
+    for row in rows:
+        labels = torch.tensor([row.labels])
+        with torch.no_grad():
+            mean = phi.model(torch.tensor([row.input_ids]), labels=labels).loss
+        answered = int((labels != IGNORE).sum())
+        total, count = total + float(mean) * answered, count + answered
+    assert log.losses[0] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), (1, 1.0), (2, 1.0)])
+def test_the_warmup_leaves_a_step_that_moves(phi: Loaded, tmp_path: Path, steps: int, warmup: float) -> None:
+    rows = encode([item("A", "dog")], "qa", phi.tokenizer, 64)
+    vector, _ = train(phi, tmp_path, train_spec(steps=steps, warmup=warmup), rows=rows)
+    assert vector.norm() > 0
+
+
+def test_accumulated_batches_are_one_batch(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    one, log_one = train(loaded(pico_phi), tmp_path / "1", train_spec(steps=3, batch_size=6))
+    two, log_two = train(loaded(pico_phi), tmp_path / "2", train_spec(steps=3, batch_size=2, accumulation=3))
+    assert log_two.losses == pytest.approx(log_one.losses, rel=1e-3)
+    assert one.cosine(two) > 0.999
+    assert log_two.steps == 3
+
+
+def test_epochs_and_steps(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """6 rows, batches of 4: two steps an epoch."""
+    _, log = train(loaded(pico_phi), tmp_path / "1", TrainSpec(epochs=3, batch_size=4, learning_rate=1e-3))
+    assert log.steps == 6
+    _, log = train(
+        loaded(pico_phi), tmp_path / "2", TrainSpec(epochs=0.5, batch_size=4, learning_rate=1e-3, warmup=0.0)
+    )
+    assert log.steps == 1
+    _, log = train(loaded(pico_phi), tmp_path / "3", TrainSpec(steps=5, batch_size=4, learning_rate=1e-3))
+    assert log.steps == 5
+    assert log.to_json("forget") == {
+        "stage": "forget",
+        "examples": 6,
+        "steps": 5,
+        "loss_first": log.losses[0],
+        "loss_last": log.losses[-1],
+        "losses": [round(x, 4) for x in log.losses],
+        "seconds": round(log.seconds, 2),
+    }
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_the_model_s_settings_stay_as_they_are(phi: Loaded, tmp_path: Path, penalised: bool) -> None:
+    """Also those that the Trainer likes to bring in line with a tokenizer's: they are exported with the model."""
+    phi.model.config.pad_token_id = None
+    phi.model.generation_config.pad_token_id = None
+    config, generation = phi.model.config.to_dict(), phi.model.generation_config.to_dict()
+    keep = Keep(rows_of(phi)[:2], RetainKLSpec(batch_size=1, coefficients=(0.5, 3.0))) if penalised else None
+    lora = LoraSpec(rank=4, alpha=8)
+    train_vector(phi.model, phi.tokenizer, rows_of(phi), train_spec(steps=2), lora, 0, tmp_path, "forget", {}, keep)
+    assert phi.model.config.to_dict() == config
+    assert phi.model.generation_config.to_dict() == generation
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_seed_decides_everything(loaded: Load, pico_phi: Path, tmp_path: Path, checkpointing: bool) -> None:
+    spec = train_spec(gradient_checkpointing=checkpointing)
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.1)
+    digests = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)  # what ran before does not matter
+        vector, log = train(loaded(pico_phi), tmp_path / str(number), spec, lora, seed)
+        digests.append((vector.digest(), log.losses))
+    assert digests[0] == digests[1]
+    assert digests[0][0] != digests[2][0]
+
+
+def test_gradient_checkpointing_changes_nothing(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    plain, _ = train(loaded(pico_phi), tmp_path / "1", train_spec())
+    checked, _ = train(loaded(pico_phi), tmp_path / "2", train_spec(gradient_checkpointing=True))
+    assert checked.cosine(plain) > 0.9999
+    assert checked.norm() == pytest.approx(plain.norm(), rel=1e-3)
+
+
+def test_chosen_targets_only(phi: Loaded, tmp_path: Path) -> None:
+    vector, _ = train(
+        phi, tmp_path, train_spec(steps=2), LoraSpec(rank=2, alpha=4, targets=("q_proj", "layers.1.mlp.fc1"))
+    )
+    assert set(vector.modules) == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.fc1",
+    }
+
+
+def test_a_16_bit_model_is_trained_in_float32_factors(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    model = loaded(pico_phi, "bfloat16")
+    before = state(model.model)
+    vector, log = train(model, tmp_path, train_spec(steps=8, batch_size=6))
+    assert_same_state(model.model, before)
+    assert log.losses[-1] < log.losses[0] - 1
+    low_bits = [m.A.view(torch.int32) & 0xFFFF for m in vector.modules.values()]
+    assert any(bool(bits.any()) for bits in low_bits)  # not merely widened from 16 bits
+
+
+def test_on_four_bit_weights(pico_phi: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from unlearn.model.load import load
+    from unlearn.recipe.schema import ModelSpec
+
+    spec = ModelSpec.model_validate({"path": str(pico_phi), "device": "cpu", "dtype": "float32", "quantize": "nf4"})
+    model = load(spec, str(pico_phi), for_training=True)
+    vector, log = train(model, tmp_path, train_spec(steps=8, batch_size=6))
+    assert log.losses[-1] < log.losses[0] - 1
+    full = load(spec, str(pico_phi))
+    assert set(vector.modules) == set(linear_modules(full.model))
+    ids = torch.tensor([rows_of(full)[0].input_ids])
+    labels = torch.tensor([rows_of(full)[0].labels])
+    with torch.no_grad():
+        before = float(full.model(ids, labels=labels).loss)
+        with applied(full.model, vector, 1.0):  # the edit goes on full precision
+            after = float(full.model(ids, labels=labels).loss)
+    assert after < before - 1
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_targets_that_match_nothing(phi: Loaded, tmp_path: Path) -> None:
+    before = state(phi.model)
+    with pytest.raises(ModelError, match=r"no linear layer .* is called query_proj") as caught:
+        train(phi, tmp_path, lora=LoraSpec(targets=("q_proj", "query_proj")))
+    assert all(name in str(caught.value) for name in ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"))
+    assert_same_state(phi.model, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number(phi: Loaded, tmp_path: Path, value: float) -> None:
+    weight = phi.model.get_submodule("model.layers.0.mlp.fc1").weight
+    assert isinstance(weight, Tensor)
+    weight.data[0, 0] = value
+    with pytest.raises(TrainingError, match="the loss became nan at step 1: lower learning_rate"):
+        train(phi, tmp_path)
+    assert not any("lora" in name for name, _ in phi.model.named_modules())  # the adapter is off all the same
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_a_rate_that_blows_up(phi: Loaded, tmp_path: Path) -> None:
+    before = state(phi.model)
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) at step \d+"):
+        train(phi, tmp_path, train_spec(learning_rate=1e30, warmup=0.0, steps=20))
+    assert_same_state(phi.model, before)
+
+
+def test_a_rate_that_moves_nothing(phi: Loaded, tmp_path: Path) -> None:
+    """So small that every update of B, which starts at zero, underflows."""
+    with pytest.raises(TrainingError, match="forget: the adapter did not move from zero; raise learning_rate"):
+        train(phi, tmp_path, train_spec(learning_rate=1e-60, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+        (RuntimeError("expected all tensors on one device"), RuntimeError, "on one device"),
+    ],
+)
+def test_what_fails_within_a_training_leaves_no_adapter(
+    phi: Loaded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    raised: type[Exception],
+    said: str,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(phi.model.model, "forward", fail)
+    with pytest.raises(raised, match=said):
+        train(phi, tmp_path)
+    assert not any("lora" in name for name, _ in phi.model.named_modules())
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interrupted(step: int) -> Iterator[None]:
+    """Ctrl-C after so many steps."""
+    plain = trainer._Watch.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        plain(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Watch, "on_step_end", on_step_end)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+SHORT = [item(f"The capital of {country} is", city) for country, city in FACTS]
+MANY = [*facts(), *SHORT, item("A dog", "barks")]  # 13 rows: seven batches of two, the last one not full
+
+
+@pytest.mark.parametrize(("every", "stopped"), [(3, [5]), (3, [11, 14]), (3, [16]), (7, [9]), (4, [13])])
+def test_an_interrupted_training_ends_the_same(
+    loaded: Load, pico_phi: Path, tmp_path: Path, every: int, stopped: list[int]
+) -> None:
+    """In the middle of an epoch of seven steps, at its end, in the second and third one, and twice; with dropout."""
+    spec = train_spec(steps=17, save_every=every)
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.2)
+
+    def go(work: Path) -> tuple[TaskVector, TrainingLog]:
+        model = loaded(pico_phi)
+        return train(model, work, spec, lora, rows=encode(MANY, "qa", model.tokenizer, 64))
+
+    whole, log = go(tmp_path / "whole")
+    for step in stopped:
+        with interrupted(step):
+            go(tmp_path / "stopped")
+    left = last_checkpoint(tmp_path / "stopped")
+    assert left is not None
+    assert Path(left).name == f"checkpoint-{(stopped[-1] - 1) // every * every}"
+    again, log_again = go(tmp_path / "stopped")
+    assert log_again.losses == log.losses
+    assert again.digest() == whole.digest()
+    assert dict(again.meta) == dict(whole.meta)
+
+
+@pytest.mark.parametrize("every", [None, 2, 3, 100])
+def test_a_finished_training_ends_the_same_again(
+    loaded: Load, pico_phi: Path, tmp_path: Path, every: int | None
+) -> None:
+    """As when the run is killed after the last step and before the vector is on the disk."""
+    spec = train_spec(steps=6, save_every=every)
+    first, log = train(loaded(pico_phi), tmp_path, spec)
+    second, log_second = train(loaded(pico_phi), tmp_path, spec)
+    assert log_second.losses == log.losses
+    assert len(log.losses) == log_second.steps == 6
+    assert second.digest() == first.digest()
+
+
+@pytest.mark.parametrize("kind", ["penalty", "gradient_difference"])
+def test_what_draws_retain_rows_is_resumed_too(loaded: Load, pico_phi: Path, tmp_path: Path, kind: str) -> None:
+    """The draws are per step: seven batches by threes, so that the last step of an epoch has one batch only."""
+    spec = train_spec(steps=8, save_every=2, accumulation=3)
+
+    def go(work: Path, drawn: bool = True) -> TaskVector:
+        model = loaded(pico_phi)
+        rows = encode(MANY, "qa", model.tokenizer, 64)
+        near = encode(
+            [item(f"A {animal}", "is an animal") for animal in ("cat", "cow", "bee")], "mcq", model.tokenizer, 64
+        )
+        penalty = RetainKLSpec(batch_size=2, coefficients=(0.5, 3.0))
+        keep = Keep(near, penalty) if drawn and kind == "penalty" else None
+        against = None
+        if kind == "gradient_difference":
+            against = Against(kind, near, batch_size=2) if drawn else Against("gradient_ascent")
+        lora = LoraSpec(rank=4, alpha=8)
+        return train_vector(model.model, model.tokenizer, rows, spec, lora, 0, work, "forget", {}, keep, against)[0]
+
+    whole = go(tmp_path / "whole")
+    with interrupted(7):
+        go(tmp_path / "stopped")
+    assert go(tmp_path / "stopped").digest() == whole.digest()
+    assert go(tmp_path / "without", drawn=False).digest() != whole.digest()
+
+
+def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    spec = train_spec(steps=8, save_every=3)
+    whole, _ = train(loaded(pico_phi), tmp_path / "whole", spec)
+    work = tmp_path / "work"
+    with interrupted(7):
+        train(loaded(pico_phi), work, spec)
+    marks = sorted(p.parent.name for p in work.glob(f"checkpoint-*/{WHOLE}"))
+    assert marks == ["checkpoint-3", "checkpoint-6"]
+    # as a kill leaves it: the folder is there, some files are short, the seal is not
+    half = work / "checkpoint-6"
+    (half / WHOLE).unlink()
+    (half / "adapter_model.safetensors").write_bytes(b"\0" * 10)
+    (half / "trainer_state.json").write_text('{"global_')
+    assert last_checkpoint(work) == str(work / "checkpoint-3")
+    assert not half.exists()
+    again, _ = train(loaded(pico_phi), work, spec)
+    assert again.digest() == whole.digest()
+    assert last_checkpoint(work) == str(work / "checkpoint-8")
+
+    for left in work.glob("checkpoint-*"):
+        (left / WHOLE).unlink()
+    assert last_checkpoint(work) is None
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(
+    loaded: Load, pico_phi: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One bit of one file, as a failing disk leaves it: the training goes on from an older one, and says so."""
+    spec = train_spec(steps=8, save_every=3)
+    whole, _ = train(loaded(pico_phi), tmp_path / "whole", spec)
+    work = tmp_path / "work"
+    with interrupted(7):
+        train(loaded(pico_phi), work, spec)
+    damaged = work / "checkpoint-6" / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    capfd.readouterr()
+    again, log = train(loaded(pico_phi), work, spec)
+    said = capfd.readouterr().err
+    assert said.count("checkpoint-6: ") == 1
+    assert name in said
+    assert "SHA-256" in said
+    assert again.digest() == whole.digest()
+    assert log.steps == 8
+
+
+def test_a_checkpoint_of_more_processes_is_not_gone_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their random states and their epochs are others."""
+    for step in (3, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        seal(tmp_path / f"checkpoint-{step}", processes=2)
+    assert last_checkpoint(tmp_path, processes=2) == str(tmp_path / "checkpoint-12")
+    assert last_checkpoint(tmp_path) is None
+    assert "checkpoint-12: 2 processes wrote it, and now it is 1" in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_newest_checkpoint_by_number(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for step in (9, 10, 100, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if step != 100:
+            seal(folder, processes=1)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def signalled(step: int, number: int) -> Iterator[list[int]]:
+    """A signal in the middle of a step, which is to stop the training; yields the steps that were made."""
+    made: list[int] = []
+    plain = trainer._Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = plain(self, *args, **kwargs)
+        if self.state.global_step not in made:
+            made.append(self.state.global_step)
+        if self.state.global_step == step:
+            signal.raise_signal(number)
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Trainer, "training_step", training_step)
+        yield made
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [0, 6, 7, 11, 15])
+def test_a_signal_costs_no_step(loaded: Load, pico_phi: Path, tmp_path: Path, step: int, number: int) -> None:
+    """In the first step, the last of an epoch of seven, the first of the next, in the middle, and in the very last."""
+    spec = train_spec(steps=16, save_every=100, accumulation=2)
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.2)
+    before = signal.getsignal(number)
+
+    def go(work: Path) -> tuple[TaskVector, TrainingLog]:
+        model = loaded(pico_phi)
+        rows = encode(MANY, "qa", model.tokenizer, 64)
+        return train(model, work, spec.model_copy(update={"batch_size": 1}), lora, rows=rows)
+
+    whole, log = go(tmp_path / "whole")
+    with signalled(step, number) as made, pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "stopped")
+    assert made == list(range(step + 1))  # the step at hand is finished, and no other is begun
+    assert signal.getsignal(number) is before
+    with signalled(-1, number) as made:
+        again, log_again = go(tmp_path / "stopped")
+    assert made == list(range(step + 1, 16))  # none is made twice
+    assert again.digest() == whole.digest()
+    assert log_again.losses == log.losses
+
+
+def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its echo: a batch system signals every process, and launchers pass on what they hear."""
+    monkeypatch.setattr(stopping, "_ECHO", 0.2)
+    held = []
+
+    def work() -> None:
+        with stopping.held() as hold:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            held.append(hold.requested)
+            time.sleep(0.3)
+            signal.raise_signal(signal.SIGINT)
+            held.append(False)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert held == [True]
+    with stopping.held() as hold:
+        assert not hold.requested
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_is_of_seed_and_epoch_alone() -> None:
+    rows = [Encoded((1,) * length, (1,) * length) for length in (3, 30, 5, 31, 4, 29, 6, 28)]
+
+    def order(seed: int, epoch: int, noise: int) -> list[int]:
+        torch.manual_seed(noise)
+        sampler = ByLength(rows, 2, seed)
+        sampler.epoch = epoch
+        return list(sampler)
+
+    assert sorted(order(0, 0, 0)) == list(range(8))
+    assert order(0, 3, 1) == order(0, 3, 2)
+    seen = {tuple(order(seed, epoch, 0)) for seed in range(4) for epoch in range(4)}
+    assert len(seen) > 8
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(ByLength(rows, 2, 0))
+    assert torch.equal(torch.rand(3), expected)  # nobody else's draws are touched
+
+
+def test_rows_of_like_length_come_together() -> None:
+    lengths = [5 + 50 * (i % 2) for i in range(64)]
+    rows = [Encoded((1,) * length, (1,) * length) for length in lengths]
+    order = list(ByLength(rows, 4, 0))
+    mixed = sum(len({lengths[i] for i in order[at : at + 4]}) > 1 for at in range(0, 64, 4))
+    assert mixed <= 8  # by chance nearly all 16 would be
+    assert lengths[order[0]] == 55  # the longest first: what needs most memory fails at once
+
+
+def test_a_padded_batch() -> None:
+    batch = Pad(9)([Encoded((1, 2, 3), (IGNORE, 2, 3)), Encoded((4,), (IGNORE,))])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, IGNORE, IGNORE]]
+
+
+# --- all weights, merging --------------------------------------------------------------------------------------------
+
+
+def test_training_all_weights(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    def go(work: Path, seed: int = 0) -> tuple[Loaded, TrainingLog]:
+        model = loaded(pico_phi)
+        spec = train_spec(steps=12, batch_size=6, learning_rate=3e-3)
+        log = train_weights(model.model, model.tokenizer, rows_of(model), spec, seed, work, "teach")
+        return model, log
+
+    model, log = go(tmp_path / "1")
+    assert log.losses[-1] < log.losses[0] - 2
+    assert not model.model.training
+    assert not any(p.requires_grad for p in model.model.parameters())
+    moved = [
+        n for n, p in loaded(pico_phi).model.named_parameters() if not torch.equal(p, model.model.get_parameter(n))
+    ]
+    assert "lm_head.weight" in moved
+    assert "model.layers.0.mlp.fc1.weight" in moved
+    assert_same_state(go(tmp_path / "2")[0].model, state(model.model))
+    # resumed from the last checkpoint before the end
+    again, _ = go(tmp_path / "1")
+    assert_same_state(again.model, state(model.model))
+
+
+def test_training_all_weights_stopped_and_resumed(loaded: Load, pico_llama: Path, tmp_path: Path) -> None:
+    """Llama's head is tied to its embedding, and must come back from a checkpoint as the one tensor it is."""
+
+    def go(work: Path) -> Loaded:
+        model = loaded(pico_llama)
+        spec = train_spec(steps=7, learning_rate=3e-3, save_every=2)
+        train_weights(model.model, model.tokenizer, rows_of(model), spec, 0, work, "teach")
+        return model
+
+    whole = go(tmp_path / "whole")
+    with interrupted(5):
+        go(tmp_path / "stopped")
+    again = go(tmp_path / "stopped")
+    assert_same_state(again.model, state(whole.model))
+    assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["phi", "gpt2"])
+def test_a_vector_merged_for_good(loaded: Load, request: pytest.FixtureRequest, family: str, dtype: str) -> None:
+    """Added in float32 and rounded once, whatever the weights' own format."""
+    model = loaded(request.getfixturevalue(f"pico_{family}"), dtype).model
+    generator = torch.Generator().manual_seed(0)
+    modules = {}
+    for name, module in linear_modules(model).items():
+        weight = module.get_parameter("weight")
+        out, fan_in = reversed(weight.shape) if isinstance(module, Conv1D) else weight.shape
+        modules[name] = LowRank(torch.randn(2, fan_in, generator=generator), torch.randn(out, 2, generator=generator))
+    vector = 1e-3 * TaskVector(modules)
+    wanted = state(model)
+    for name, m in vector.modules.items():
+        delta = m.delta().T if isinstance(model.get_submodule(name), Conv1D) else m.delta()
+        wanted[f"{name}.weight"] = (wanted[f"{name}.weight"].float() + delta).to(getattr(torch, dtype))
+    before = state(model)
+    merge(model, vector)
+    assert_same_state(model, wanted)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in wanted.items())
+    with pytest.raises(VectorError, match="no such module"):
+        merge(model, TaskVector({"no.such": LowRank(torch.ones(1, 1), torch.ones(1, 1))}))
+
+
+# --- drift -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_of_one_pinned_run(phi: Loaded, tmp_path: Path) -> None:
+    """Not right or wrong, but ours: whoever changes them should know that results change."""
+    vector, log = train(phi, tmp_path, train_spec(steps=10, batch_size=3), LoraSpec(rank=4, alpha=8), seed=17)
+    assert log.losses[0] == pytest.approx(6.7982, rel=1e-3)
+    assert log.losses[-1] == pytest.approx(4.8958, rel=1e-3)
+    assert vector.norm() == pytest.approx(2.8227, rel=1e-3)
+
+
+def test_a_rank_above_the_matrices_is_refused_before_training(phi: Loaded, tmp_path: Path) -> None:
+    small = min(min(module.weight.shape) for module in linear_modules(phi.model).values())
+    with pytest.raises(VectorError, match=rf"rank {small + 1} is above what these matrices can have"):
+        train_vector(
+            *(phi.model, phi.tokenizer, rows_of(phi), train_spec(), LoraSpec(rank=small + 1)),
+            *(0, tmp_path, "forget", {}),
+        )
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,161 @@
+"""Vectors of a whole run: every source end to end, what is taken over from another run, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unlearn import pipeline_stages as fitted
+from unlearn.errors import UnlearnError
+from unlearn.pipeline import execute
+from unlearn.recipe.load import load_recipe
+from unlearn.results import RunReport
+from unlearn.vector.task_vector import TaskVector
+
+QUICK = ("teach.steps=20", "vector.forget.steps=4", "sweep.coefficients=[0.5, 1]", "eval.examples=0")
+FORGET = ("forget", "europe", "logprob")
+
+
+def run(folder: Path, *changes: str) -> RunReport:
+    report = execute(load_recipe("pico_smoke.yaml", [*QUICK, *changes]), folder, False)
+    assert report is not None
+    return report
+
+
+def vector(folder: Path, name: str) -> TaskVector:
+    return TaskVector.load(folder / "vectors" / name / "vector.safetensors")
+
+
+def keys(folder: Path) -> dict[str, str]:
+    """Stage to key."""
+    found: dict[str, str] = json.loads((folder / "provenance.json").read_text())["stages"]
+    return found
+
+
+@pytest.fixture
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of plain negation, made by the first test that needs it."""
+    folder = tmp_path_factory.getbasetemp() / "plain-negation"
+    run(folder, "vector.method=negate")
+    return folder
+
+
+def change(report: RunReport) -> float:
+    """What the forget set's log-probability gains from coefficient 0 to the largest."""
+    scores = {p.coefficient: {s.key: s.score.value for s in p.scores} for p in report.sweep}
+    return scores[max(scores)][FORGET] - scores[0.0][FORGET]
+
+
+@pytest.mark.parametrize("loss", ["gradient_ascent", "gradient_difference", "npo"])
+def test_a_baseline_is_trained_and_its_model_is_coefficient_1(plain: Path, tmp_path: Path, loss: str) -> None:
+    report = run(tmp_path / "run", f"vector.method={loss}", f"reuse=['{plain}']")
+    trained = vector(tmp_path / "run", "forget")
+    assert vector(tmp_path / "run", "edit").digest() == (-trained).digest()
+    assert trained.digest() != vector(plain, "forget").digest()
+    assert change(report) < -0.05
+    assert report.vector["method"] == loss
+
+
+def test_retain_only_is_the_retain_vector_and_random_has_the_norms(plain: Path, tmp_path: Path) -> None:
+    run(tmp_path / "retain", "vector.method=retain_only", f"reuse=['{plain}']")
+    assert vector(tmp_path / "retain", "edit").digest() == (-vector(tmp_path / "retain", "retain")).digest()
+    run(tmp_path / "random", "vector.method=random", f"reuse=['{plain}']")
+    trained, drawn = vector(plain, "forget"), vector(tmp_path / "random", "edit")
+    assert drawn.norms() == pytest.approx(trained.norms(), rel=1e-4)
+    assert abs(drawn.cosine(trained)) < 0.2
+
+
+def test_msa_fits_on_the_model_before_it_was_taught(plain: Path, tmp_path: Path) -> None:
+    how = "vector.msa={alpha: 1.5, beta: 0.5}"
+    run(tmp_path / "run", "vector.method=msa", how, f"reuse=['{plain}']")
+    forget, retain = (vector(tmp_path / "run", name) for name in ("forget", "retain"))
+    edit = vector(tmp_path / "run", "edit")
+    assert (edit - (1.5 * forget - 0.5 * retain)).norm() < 1e-5 * edit.norm()
+    assert forget.meta["base"] == retain.meta["base"] != vector(plain, "forget").meta["base"]
+
+
+def test_consensus_fits_several_times_and_keeps_what_agrees(plain: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", "vector.method=consensus", "vector.consensus={runs: 2}", f"reuse=['{plain}']")
+    one, two = (vector(tmp_path / "run", name) for name in ("forget", "forget-run1"))
+    assert one.digest() == vector(plain, "forget").digest()
+    assert one.digest() != two.digest()
+    for name, merged in vector(tmp_path / "run", "edit").modules.items():
+        first, second, got = one.modules[name].delta(), two.modules[name].delta(), merged.delta()
+        agree = first.sign() == second.sign()
+        assert bool((got[~agree] == 0).all())
+        assert bool(((got - (first + second) / 2)[agree].abs() < 1e-6).all())
+
+
+def test_what_was_shaped_is_not_shaped_again(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU fitted coefficients are not the same bits twice, and the scores behind them would all be made again."""
+    how = ("vector.method=[negate, learned]", "vector.learned={steps: 2}", f"reuse=['{plain}']")
+    first = run(tmp_path / "run", *how)
+    (tmp_path / "run" / "report.json").unlink()
+    plainly = fitted.shape
+
+    def shape(vector: TaskVector, *args: Any) -> TaskVector:
+        return 1.001 * plainly(vector, *args)
+
+    monkeypatch.setattr(fitted, "shape", shape)
+    again = run(tmp_path / "run", *how)
+    assert again.vector["digest"] == first.vector["digest"]
+    other = run(tmp_path / "other", how[0], "vector.learned={steps: 3}", f"reuse=['{plain}', '{tmp_path / 'run'}']")
+    assert other.vector["digest"] != first.vector["digest"]
+
+
+def test_finished_stages_of_another_run_are_taken_over_where_they_are_the_same(plain: Path, tmp_path: Path) -> None:
+    report = run(tmp_path / "run", "vector.method=contrast", f"reuse=['{plain}']")
+    alone = run(tmp_path / "alone", "vector.method=contrast")
+    taken, first = keys(tmp_path / "run"), keys(plain)
+    assert taken["target"] == first["target"]
+    assert taken["vectors/forget"] == first["vectors/forget"]
+    assert taken == keys(tmp_path / "alone")
+    assert report.scores == alone.scores
+    sealed = json.loads((tmp_path / "run" / "target" / "stage.json").read_text())
+    assert sealed["files"] == json.loads((plain / "target" / "stage.json").read_text())["files"]
+
+
+def test_a_damaged_stage_is_not_taken_over(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "other", "vector.method=negate", f"reuse=['{plain}']")
+    place = tmp_path / "other" / "vectors" / "forget" / "vector.safetensors"
+    raw = bytearray(place.read_bytes())
+    raw[-3] ^= 0xFF
+    place.write_bytes(raw)
+    capsys.readouterr()
+    run(tmp_path / "run", "vector.method=negate", f"reuse=['{tmp_path / 'other'}']")
+    said = capsys.readouterr().err
+    assert "target: taken from" in said
+    assert "vectors/forget: taken from" not in said
+    assert vector(tmp_path / "run", "forget").digest() == vector(plain, "forget").digest()
+
+
+def test_a_run_folder_that_is_not_there_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UnlearnError, match=r"reuse: there is no run folder .*nowhere; remove it from the recipe"):
+        run(tmp_path / "run", "reuse=[nowhere]")
+
+
+def test_learned_needs_items_that_it_was_not_fitted_on(tmp_path: Path) -> None:
+    none = "retain.0.shares={train: 0.5, validation: 0, test: 0.5}"
+    with pytest.raises(UnlearnError, match="learned fits its coefficients on the training items"):
+        run(tmp_path / "run", "vector.method=learned", none)
+
+
+def test_a_kept_set_without_training_items_is_an_error_for_what_needs_them(tmp_path: Path) -> None:
+    none = "retain.0.shares={train: 0, validation: 0.5, test: 0.5}"
+    with pytest.raises(UnlearnError, match=r"no retain set has items to train on, and vector\.method contrast"):
+        run(tmp_path / "run", none)
+
+
+def test_what_could_be_known_beforehand_is_in_the_report(plain: Path) -> None:
+    report = RunReport.from_json(json.loads((plain / "report.json").read_text()))
+    assert report.foresight is not None
+    (forget,), (near,) = report.foresight.goals, report.foresight.kept
+    assert forget.slope > 0
+    assert near.alpha_changes is not None
+    assert near.verdict is not None
+    assert -1 <= near.alpha_changes <= 1
+    assert keys(plain)["foresight"]
+    assert "vectors/near-africa" in keys(plain)

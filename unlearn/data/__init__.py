@@ -1,0 +1,1 @@
+"""Rows, items and split sets."""

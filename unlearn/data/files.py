@@ -1,0 +1,400 @@
+"""Rows of data from files and hub data sets, each with its place in the file so that a mistake can be found.
+
+Nothing here knows what a row means; that is :mod:`unlearn.data.items`. Datasets
+is imported when a hub data set is named.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from unlearn.errors import DataError
+from unlearn.model.locate import hub_away, no_data
+from unlearn.recipe.data import Between, Scalar, Source
+
+_BOM = b"\xef\xbb\xbf"
+_WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_LARGEST_CELL = 2**31 - 1  # characters; Python's own limit of 131072 refuses a chapter in one cell
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its columns, and where it stands (``line 12`` or ``row 12``, counted from 1)."""
+
+    place: str
+    values: Mapping[str, Any]
+
+
+def read_file(path: Path) -> list[Row]:
+    """Every row of one file; the format is told by the name's ending. A .txt file is one row, ``{"text": ...}``.
+
+    Raises:
+        DataError: an unknown ending, unreadable, not UTF-8, empty or malformed. A table without rows gives ``[]``.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: cannot tell the format from the name; use one of {', '.join(ENDINGS)}")
+    try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise DataError(f"{path}: not a regular file")
+        return reader(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def numbered(entries: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Rows of a source that has no lines, counted from 1."""
+    return [Row(f"row {number}", entry) for number, entry in enumerate(entries, start=1)]
+
+
+def shorten(text: str, width: int = 80) -> str:
+    """One line of at most ``width`` characters, for messages."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, to be quoted in one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _text(path: Path) -> str:
+    """The whole file as text, without its byte-order mark."""
+    data = path.read_bytes()
+    if data.startswith(_WIDE_BOMS):
+        raise DataError(f"{path}: not UTF-8 but UTF-16 (byte 0); save it as UTF-8")
+    skipped = len(_BOM) if data.startswith(_BOM) else 0
+    try:
+        text = data[skipped:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start + skipped
+        line = data.count(b"\n", 0, offset) + 1
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 at byte {offset} (0x{data[offset]:02x}); save the file as UTF-8"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
+    return text
+
+
+def _read_text(path: Path) -> list[Row]:
+    return [Row("line 1", {"text": _text(path).replace("\r\n", "\n")})]
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = _text(path)
+    try:
+        whole = _loads(text)
+    except json.JSONDecodeError as error:
+        # TOFU's files are called .json and hold one object per line: then the first value ends before the text does.
+        if error.msg == "Extra data":
+            return _json_lines(path, text)
+        raise _broken(path, error, error.lineno) from error
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        whole = whole["data"]
+    entries = whole if isinstance(whole, list) else [whole]
+    return [_object(entry, path, f"row {number}") for number, entry in enumerate(entries, start=1)]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    return _json_lines(path, _text(path))
+
+
+def _json_lines(path: Path, text: str) -> list[Row]:
+    rows = []
+    # Not str.splitlines: that would also cut at U+2028 and its like, which JSON strings may hold as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = _loads(line)
+        except json.JSONDecodeError as error:
+            raise _broken(path, error, number) from error
+        rows.append(_object(entry, path, f"line {number}"))
+    return rows
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # Python reads no whole numbers of thousands of digits
+        raise json.JSONDecodeError("a number has too many digits", text, 0) from error
+
+
+def _broken(path: Path, error: json.JSONDecodeError, line: int) -> DataError:
+    return DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}")
+
+
+def _object(entry: Any, path: Path, place: str) -> Row:
+    if not isinstance(entry, dict):
+        raise DataError(f"{path}, {place}: expected an object like {{...}}, found {_json_name(entry)}")
+    return Row(place, entry)
+
+
+def _json_name(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "true or false", str: "a string", list: "a list", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _read_csv(path: Path) -> list[Row]:
+    text = _text(path)
+    first = next(line for line in text.splitlines() if line.strip())
+    unquoted = re.sub(r'"[^"]*"', "", first)
+    delimiter = max((",", ";", "\t"), key=unquoted.count)
+    previous = csv.field_size_limit(_LARGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return _csv_rows(reader, path)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _csv_rows(reader: Any, path: Path) -> list[Row]:
+    header: list[str] | None = None
+    rows, start = [], 1
+    for cells in reader:
+        place, start = start, reader.line_num + 1  # a quoted cell may span lines: name the one it starts on
+        if not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = _header(cells, path, place)
+            continue
+        if len(cells) != len(header):
+            raise DataError(f"{path}, line {place}: {len(cells)} cells, but the header has {len(header)} columns")
+        rows.append(Row(f"line {place}", dict(zip(header, cells, strict=True))))
+    return rows
+
+
+def _header(cells: list[str], path: Path, line: int) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    doubled = sorted({name for name in names if names.count(name) > 1 and name})
+    if doubled:
+        raise DataError(f"{path}, line {line}: the header names {', '.join(doubled)} more than once")
+    if "" in names:
+        raise DataError(f"{path}, line {line}: column {names.index('') + 1} of the header has no name")
+    return names
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    try:
+        # A file object: given a name, pyarrow would read a path like "year=2024/a.parquet" as one more column.
+        with path.open("rb") as file:
+            entries = pyarrow.parquet.read_table(file).to_pylist()
+    # a damaged file may claim more than memory holds, or hold times that Python has no value for
+    except (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
+    return numbered(entries)
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+ENDINGS = tuple(_READERS)
+
+
+# -- rows of data from files and hub data sets, each with its place in the file so that a mistake can be
+
+
+HUB = "hub:"
+_SHOWN = 20
+
+
+def read_rows(source: Source, base: Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of ``source`` that pass its ``where``; like :func:`read_placed` without the places."""
+    return [dict(row.values) for row in read_placed(source, base, columns)]
+
+
+def read_placed(source: Source, base: Path, columns: Sequence[str] = ()) -> list[Row]:
+    """Read every row of ``source`` that passes its ``where``. ``limit`` needs the seed and is left to the caller.
+
+    Args:
+        source: a .json, .jsonl, .csv, .parquet or .txt file, or ``hub:OWNER/NAME``.
+        base: the folder relative paths start from.
+        columns: columns that every row must have.
+
+    Raises:
+        DataError: the file is missing, unreadable, not UTF-8, malformed or empty; a hub data set is out of reach;
+            ``where`` leaves nothing; a column is missing. The message names the file and, where there is one, the line.
+    """
+    label = source_label(source, base)
+    rows = _read_hub(source) if source.path.startswith(HUB) else _read_local(source, base)
+    if not rows:
+        raise DataError(f"{label}: there are no rows in it")
+    if source.rows is not None:
+        first, last = source.rows
+        if last > len(rows):
+            raise DataError(f"{label}: it has {len(rows)} rows, so rows [{first}, {last}] goes beyond its end")
+        rows = rows[first:last]
+    rows = _where(rows, source.where, label)
+    _require(rows, columns, label)
+    return rows
+
+
+def source_label(source: Source, base: Path) -> str:
+    """How messages name a source: the file's full path, or the hub name."""
+    return source.path if source.path.startswith(HUB) else str(source_path(source, base))
+
+
+def source_path(source: Source, base: Path) -> Path:
+    """Where a local source is: beside the recipe or, where nothing is there, in the current folder."""
+    given = Path(source.path).expanduser()
+    return base / given if (base / given).exists() or not given.exists() else given.absolute()
+
+
+def _existing(source: Source, base: Path) -> Path:
+    path = source_path(source, base)
+    if path.is_dir():
+        raise DataError(f"{path}: this is a folder; give one data file ({', '.join(ENDINGS)})")
+    if path.exists():
+        return path
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: no such file; its folder does not exist either")
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
+    near = get_close_matches(path.name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise DataError(f"{path}: no such file{hint}")
+
+
+def _read_local(source: Source, base: Path) -> list[Row]:
+    path = _existing(source, base)
+    for key in ("config", "split", "revision"):
+        if getattr(source, key) is not None:
+            raise DataError(f"{path}: '{key}' is for hub data sets (path: hub:OWNER/NAME); remove it for a file")
+    return read_file(path)
+
+
+def _read_hub(source: Source) -> list[Row]:
+    name = source.path.removeprefix(HUB)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise DataError(f"{source.path}: a hub data set is written hub:OWNER/NAME; for a file leave out 'hub:'")
+    import datasets
+
+    away = hub_away()
+    split = source.split or "train"
+    try:
+        found = datasets.load_dataset(name, source.config, split=split, revision=source.revision)
+        return _from_hub(found, source)
+    except Exception as error:  # any library under it may raise here: HTTP client, hub client, Arrow, file system
+        asked = f"config {source.config or 'default'}, split {split}, revision {source.revision or 'newest'}"
+        if away and isinstance(error, ConnectionError):
+            raise DataError(no_data(f"{source.path} ({asked})", away)) from error
+        raise DataError(
+            f"{source.path} ({asked}): cannot be loaded: {type(error).__name__}: {first_line(error)}. "
+            "If the hub is out of reach, download the file elsewhere and give it in this set's `path` "
+            "(.json, .jsonl, .csv or .parquet; remove config, split and revision)"
+        ) from error
+
+
+def _from_hub(found: Any, source: Source) -> list[Row]:
+    """Rows of a hub data set. Conditions on numbers are tried on the columns first: there may be millions of rows."""
+    wanted = {c: w for c, w in source.where.items() if isinstance(w, Between) and c in found.column_names}
+    if not wanted or source.rows is not None:
+        return numbered(found.to_list())
+    fits = [
+        all(_within(cell, bounds) for cell, bounds in zip(cells, wanted.values(), strict=True))
+        for cells in zip(*(found[c] for c in wanted), strict=True)
+    ]
+    kept = [n for n, fit in enumerate(fits) if fit]
+    if not kept:
+        return numbered(found.to_list())  # for the message, which shows what there is
+    return [Row(f"row {n + 1}", entry) for n, entry in zip(kept, found.select(kept).to_list(), strict=True)]
+
+
+def _where(rows: list[Row], where: Mapping[str, Scalar | tuple[Scalar, ...] | Between], label: str) -> list[Row]:
+    """Filter column by column, so that an empty result can be blamed on the column that emptied it."""
+    for column, wanted in where.items():
+        if not any(column in row.values for row in rows):
+            raise DataError(f"{label}: 'where' names the column '{column}'; {_columns(rows, column)}")
+        if isinstance(wanted, Between):
+            kept = [row for row in rows if _within(row.values.get(column), wanted)]
+        else:
+            options = wanted if isinstance(wanted, tuple) else (wanted,)
+            kept = [row for row in rows if any(_equal(row.values.get(column), option) for option in options)]
+        if not kept:
+            asked = _bounds(wanted) if isinstance(wanted, Between) else " or ".join(repr(option) for option in options)
+            there = list(dict.fromkeys(shorten(repr(row.values.get(column))) for row in rows))
+            more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+            raise DataError(
+                f"{label}: no row where {column} is {asked}; the values there are {', '.join(there[:_SHOWN])}{more}"
+            )
+        rows = kept
+    return rows
+
+
+def _within(cell: Any, wanted: Between) -> bool:
+    """Whether a cell is a number between the bounds; what is no number is not."""
+    if isinstance(cell, bool):
+        return False
+    try:
+        value = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    above = wanted.above is None or value > wanted.above
+    return above and (wanted.below is None or value < wanted.below)
+
+
+def _bounds(wanted: Between) -> str:
+    said = [
+        f"{name} {bound}" for name, bound in (("above", wanted.above), ("below", wanted.below)) if bound is not None
+    ]
+    return " and ".join(said)
+
+
+def _equal(cell: Any, wanted: Scalar) -> bool:
+    """Equality that keeps True and 1 apart and reads numbers and truth values out of text cells, as CSV has them."""
+    if isinstance(cell, str) == isinstance(wanted, str):
+        return isinstance(cell, bool) == isinstance(wanted, bool) and bool(cell == wanted)
+    if isinstance(wanted, str):
+        return str(cell) == wanted
+    if isinstance(wanted, bool):
+        return str(cell).strip().casefold() == str(wanted).casefold()
+    try:
+        return math.isclose(float(cell), wanted, rel_tol=1e-12)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _require(rows: Sequence[Row], columns: Sequence[str], label: str) -> None:
+    absent = [column for column in columns if not any(column in row.values for row in rows)]
+    if absent:
+        names = ", ".join(f"'{column}'" for column in absent)
+        raise DataError(
+            f"{label}: no column {names}; {_columns(rows, absent[0])}. "
+            "Say which column to use under `columns` (or, for a prompt's {field}, mend the prompt)"
+        )
+    for row in rows:
+        for column in columns:
+            if column not in row.values:
+                raise DataError(f"{label}, {row.place}: this row has no '{column}', but others do")
+
+
+def _columns(rows: Sequence[Row], wanted: str) -> str:
+    names = list(dict.fromkeys(str(name) for row in rows for name in row.values))
+    near = get_close_matches(wanted, names, n=1)
+    return f"the columns are {', '.join(names) or 'none'}" + (f" (did you mean {near[0]}?)" if near else "")

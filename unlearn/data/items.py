@@ -1,0 +1,299 @@
+"""Rows -> items: what a model is asked and what it should answer, for the three kinds of data.
+
+A :class:`Record` is one usable row (for ``text``, one passage) with its prompts filled in; an :class:`Item` is a record
+under one prompt. Rows that cannot be used are gathered and reported together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+from unlearn.data.files import Row, shorten
+from unlearn.errors import DataError
+from unlearn.recipe.data import DataSet, Kind, SplitPrompts, render, template_fields
+
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "qa": ("question", "answer"),
+    "mcq": ("question", "choices", "answer"),
+}
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SHORTEST_TARGET = 8  # tokens a passage must have beyond its prefix; fewer say little about memorisation
+CHARACTERS_PER_TOKEN = 4  # the stand-in for a tokenizer in a dry run
+_SHOWN = 5
+
+
+class Tokenizer(Protocol):
+    """As much of a fast transformers tokenizer as is used here: called on a text, it gives ``offset_mapping``."""
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Encode ``text``; with ``return_offsets_mapping`` the result has each token's (start, end) in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question to a model.
+
+    mcq, qa: ``prompt`` is the filled template and ``target`` the right answer, without the space that joins them;
+    mcq also has ``choices`` and the index ``answer`` among them. text: ``prompt + target`` is a passage, exactly.
+    ``id`` (16 hex digits) names the content, whatever the wording of the prompt.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    choices: tuple[str, ...] = ()
+    answer: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One usable row or passage. Two records with equal ``content`` are the same thing to know."""
+
+    id: str
+    place: str
+    content: str
+    document: str
+    prompts: Mapping[str, str]
+    target: str
+    choices: tuple[str, ...] = ()
+    answer: int = -1
+
+    def item(self, template: str) -> Item:
+        """This record under one of the templates it was built with."""
+        return Item(self.id, self.prompts[template], self.target, self.choices, self.answer)
+
+    def shown(self) -> str:
+        """One line for a message."""
+        return shorten(f"{next(iter(self.prompts.values()))} {self.target}", 160)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The records of one source, with how many exact duplicates and too short passages were left out."""
+
+    records: tuple[Record, ...]
+    duplicates: int = 0
+    short: int = 0
+
+
+def columns_needed(spec: DataSet, templates: Sequence[str]) -> tuple[str, ...]:
+    """The columns a source must have: those behind the kind's fields and those the templates name.
+
+    Raises:
+        DataError: ``columns`` maps something the kind does not have, or a template is malformed.
+    """
+    fields = FIELDS[spec.kind]
+    for name, column in spec.columns.items():
+        if name not in fields:
+            raise DataError(f"columns: '{name}' is no field of kind {spec.kind}; its fields are {', '.join(fields)}")
+        if name != "choices" and not isinstance(column, str):
+            raise DataError(f"columns.{name}: give one column; only choices may be a list of columns")
+    if spec.kind == "text" and (isinstance(spec.prompt, SplitPrompts) or not isinstance(spec.prompt, str | None)):
+        raise DataError("prompt: a text set takes one template, since its splits share the passages")
+    needed: list[str] = []
+    for field in fields:
+        column = spec.columns.get(field, field)
+        needed.extend([column] if isinstance(column, str) else column)
+    for template in templates:
+        try:
+            needed.extend(name for name in template_fields(template) if name not in fields)
+        except ValueError as error:
+            raise DataError(f"prompt {template!r}: {error}") from error
+    return tuple(dict.fromkeys(needed))
+
+
+def build(rows: Sequence[Row], spec: DataSet, templates: Sequence[str], tokenizer: Tokenizer | None = None) -> Built:
+    """Turn rows into records, each with every template filled in; exact duplicates are left out.
+
+    Args:
+        tokenizer: cuts ``text`` into passages; without one, four characters count as a token.
+
+    Raises:
+        DataError: rows that cannot be used, all of them in one message with their places.
+    """
+    records: dict[tuple[str, ...], Record] = {}
+    problems: list[str] = []
+    duplicates = short = 0
+    for row in rows:
+        try:
+            if spec.kind == "text":
+                made, dropped = _passages(row, spec, templates[0], tokenizer)
+                short += dropped
+            else:
+                made = [_question(row, spec, templates)]
+        except ValueError as error:
+            problems.append(f"{row.place}: {error}")
+            continue
+        for record in made:
+            key = (record.id, *record.prompts.values())
+            duplicates += key in records
+            records.setdefault(key, record)
+    if problems:
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        shown = "\n  ".join(problems[:_SHOWN])
+        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be used:\n  {shown}{more}")
+    if not records:
+        raise DataError(
+            f"no passage is as long as prefix + {SHORTEST_TARGET} = {spec.prefix + SHORTEST_TARGET} tokens; "
+            "lower prefix or give longer texts"
+        )
+    return Built(tuple(records.values()), duplicates, short)
+
+
+def normalise(text: str) -> str:
+    """Text as compared between sets: composed Unicode, without case, every run of white space one space."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 of the parts, in hex; lists and strings cannot run into each other."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def answer_index(value: object, choices: Sequence[object]) -> int:
+    """Which choice is right, from a 0-based index, a letter (A, B, ...) or the choice's own text.
+
+    Raises:
+        ValueError: out of range, not among the choices, or readable in two ways that disagree.
+    """
+    texts = [str(choice).strip() for choice in choices]
+    readings: set[int] = set()
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"the answer {shorten(repr(value))} is no index, letter or text of a choice")
+    if isinstance(value, str):
+        said = value.strip()
+        readings.update(i for i, text in enumerate(texts) if text == said)
+        if len(said) == 1 and said.upper() in LETTERS:
+            readings.add(LETTERS.index(said.upper()))
+        elif said.isascii() and said.isdigit():
+            readings.add(int(said))
+    else:
+        if isinstance(value, float) and not value.is_integer():
+            raise ValueError(f"the answer {value} is not a whole number")
+        readings.add(int(value))
+        readings.update(i for i, choice in enumerate(choices) if not isinstance(choice, str) and choice == value)
+    valid = {index for index in readings if 0 <= index < len(texts)}
+    if len(valid) > 1:
+        both = " or ".join(repr(texts[index]) for index in sorted(valid))
+        raise ValueError(f"the answer {value!r} may mean the choice {both}; write a letter instead, A being the first")
+    if valid:
+        return valid.pop()
+    if readings and not (isinstance(value, str) and value.strip().isalpha()):
+        raise ValueError(f"the answer {value} is out of range: {len(texts)} choices are counted 0 to {len(texts) - 1}")
+    raise ValueError(f"the answer {shorten(repr(value))} is not among the choices {shorten(', '.join(texts))}")
+
+
+def _question(row: Row, spec: DataSet, templates: Sequence[str]) -> Record:
+    question = _string(row.values[_column(spec, "question")], "question")
+    choices: tuple[str, ...] = ()
+    answer = -1
+    if spec.kind == "mcq":
+        raw = _raw_choices(row, spec)
+        choices = tuple(_string(choice, f"choice {LETTERS[i % 26]}") for i, choice in enumerate(raw))
+        if len(choices) < 2:
+            raise ValueError(f"{len(choices)} choices; at least 2 are needed")
+        if len(set(choices)) < len(choices):
+            raise ValueError(f"a choice is given twice: {shorten(', '.join(choices))}")
+        value = row.values[_column(spec, "answer")]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise ValueError("the answer is empty")
+        answer = answer_index(value, raw)
+        target = choices[answer]
+    else:
+        target = _string(row.values[_column(spec, "answer")], "answer")
+    lettered = "\n".join(f"{LETTERS[i % 26]}. {choice}" for i, choice in enumerate(choices))
+    columns = {**row.values, "question": question, "answer": target, **({"choices": lettered} if choices else {})}
+    prompts = {template: _prompt(template, columns) for template in templates}
+    used = sorted({name for template in templates for name in template_fields(template)} - set(FIELDS[spec.kind]))
+    content = normalise(question) + "\n" + normalise(target)
+    identity = digest(spec.kind, question, choices, target, [[name, str(columns[name])] for name in used])[:16]
+    return Record(identity, row.place, content, content, prompts, target, choices, answer)
+
+
+def _raw_choices(row: Row, spec: DataSet) -> list[object]:
+    column = spec.columns.get("choices", "choices")
+    if not isinstance(column, str):
+        return [row.values[name] for name in column]
+    value = row.values[column]
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV cell
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"the choices are not a JSON list: {error}") from error
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"the choices are {shorten(repr(value))}, not a list; name one column each in columns.choices")
+    return list(value)
+
+
+def _column(spec: DataSet, field: str) -> str:
+    column = spec.columns.get(field, field)
+    assert isinstance(column, str)  # columns_needed has seen to it
+    return column
+
+
+def _string(value: object, name: str) -> str:
+    """A cell as text, without white space around it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"the {name} is not a number ({value})")
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"the {name} is {shorten(repr(value))}, not text")
+    text = "" if value is None else str(value).strip()
+    if not text:
+        raise ValueError(f"the {name} is empty")
+    return _encodable(text, name)
+
+
+def _encodable(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may spell one, and no tokenizer takes it
+        raise ValueError(f"the {name} holds half a character (a lone surrogate) at position {error.start}") from error
+    return text
+
+
+def _prompt(template: str, columns: Mapping[str, object]) -> str:
+    # The target is joined by one space, so one at the end of the template would make two.
+    prompt = render(template, columns).rstrip(" ")
+    if not prompt.strip():
+        raise ValueError(f"the prompt {template!r} is empty for this row")
+    return _encodable(prompt, "prompt")
+
+
+def _passages(row: Row, spec: DataSet, template: str, tokenizer: Tokenizer | None) -> tuple[list[Record], int]:
+    """Cut one document into passages of ``spec.length`` tokens; the second value counts the too short ones."""
+    text = _string(row.values[_column(spec, "text")], "text")
+    document = _encodable(render(template, {**row.values, "text": text}), "text")
+    whole = digest(normalise(document))
+    starts = [start for start, _ in _offsets(document, tokenizer)][:: spec.length]
+    # A passage ends where the next one's first token starts, so none of the text is lost or given twice.
+    pieces = [document[a:b].strip() for a, b in pairwise([0, *starts[1:], len(document)])]
+    records = []
+    for number, passage in enumerate(pieces, start=1):
+        spans = _offsets(passage, tokenizer)
+        if len(spans) < spec.prefix + SHORTEST_TARGET:
+            continue
+        cut = next(end for _, end in spans[spec.prefix - 1 :] if end > 0)  # some tokenizers begin with an empty token
+        place = f"{row.place}, passage {number}"
+        identity = digest("text", passage)[:16]
+        prompts = {template: passage[:cut]}
+        records.append(Record(identity, place, normalise(passage), whole, prompts, passage[cut:]))
+    return records, len(pieces) - len(records)
+
+
+def _offsets(text: str, tokenizer: Tokenizer | None) -> list[tuple[int, int]]:
+    """Each token's (start, end) in characters."""
+    if tokenizer is None:
+        step = CHARACTERS_PER_TOKEN
+        return [(start, min(start + step, len(text))) for start in range(0, len(text), step)]
+    if not getattr(tokenizer, "is_fast", True):
+        raise DataError("a text set needs a fast tokenizer (tokenizer.json), and this model has only a slow one")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]

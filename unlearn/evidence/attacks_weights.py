@@ -1,0 +1,353 @@
+"""Copies of a model: with an edit merged into the weights, and with those weights in 4 or 8 bits.
+
+An edit is a small change of many weights, and rounding to a coarse grid may undo it: at 4 bits most of what had been
+unlearned was there again (2410.16454).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import PrinterCallback
+
+from unlearn import processes as distributed
+from unlearn.console import progress, quietly
+from unlearn.data.encoding import Encoded, encode
+from unlearn.data.items import Item, digest
+from unlearn.data.sets import LoadedSet
+from unlearn.errors import ModelError, TrainingError, VectorError
+from unlearn.evidence.attacks import Judge, Judged
+from unlearn.recipe.evaluation import Quantised, RelearnSpec
+from unlearn.results import quantisation
+from unlearn.score.silence import random_state_kept
+from unlearn.train.batches import Pad
+from unlearn.train.trainer import recipe_decides, settings
+from unlearn.vector.change import edited
+from unlearn.vector.edit import fit
+from unlearn.vector.task_vector import TaskVector
+
+
+@torch.no_grad()
+def edited_copy(model: PreTrainedModel, vector: TaskVector | None, coefficient: float) -> PreTrainedModel:
+    """A copy of its own with the weights of theta - coefficient * tau; coefficient 0 (or no vector): a plain copy.
+
+    Each edited weight is the float32 sum, cast once to the weight's dtype: what a merged export holds. Under
+    :class:`unlearn.vector.edit.Edit` a 16-bit model has the change beside its weights, where neither quantisation nor
+    further training would see it.
+
+    Args:
+        model: The unedited model, under no edit at the moment; not changed.
+        vector: The change.
+        coefficient: How much of it is subtracted.
+
+    Raises:
+        VectorError: the vector does not fit the model, or a weight that it changes is quantised.
+    """
+    twin = copy.deepcopy(model)
+    twin.eval()
+    if vector is None or coefficient == 0:
+        return twin
+    fitted = fit(twin, vector)
+    packed = [n for n, (module, _) in fitted.items() if not module.get_parameter("weight").is_floating_point()]
+    if packed:
+        raise VectorError(f"an edit cannot be merged into quantised weights: {', '.join(packed)}")
+    with progress("merging the edit", len(fitted)) as advance:
+        for module, change in fitted.values():
+            weight = module.get_parameter("weight")
+            there = change.to(weight.device)
+            weight.copy_(edited(weight.float(), there, -coefficient, isinstance(module, Conv1D)))
+            advance(1)
+    return twin
+
+
+@contextmanager
+def quantised(model: PreTrainedModel, kind: Quantised, work: Path | None = None) -> Iterator[PreTrainedModel]:
+    """A quantised copy of a model as it is now; gone, with its files, after the ``with``.
+
+    Args:
+        model: With the edit in its weights (:func:`edited_copy`); not changed.
+        kind: ``nf4`` (4-bit NormalFloat in blocks of 64, 2305.14314) or ``int8`` (LLM.int8(), 2208.07339). The head
+            and the embeddings stay as they are.
+        work: Folder that has room for the weights once more; the system's temporary one when not given.
+
+    Raises:
+        ModelError: bitsandbytes is missing, no room, or the copy has other weights than the model.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "robustness.quantize: quantised copies need the package bitsandbytes: install it, or set quantize to []"
+        )
+    with tempfile.TemporaryDirectory(prefix="quantise-", dir=work) as folder:
+        with progress(quantisation(kind), 2) as advance, quietly():
+            _save(model, Path(folder))
+            advance(1)
+            small = _read(model, Path(folder), kind)
+            advance(1)
+        with _without_advice():
+            yield small
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence what is as it should be with every such copy.
+
+    bitsandbytes says at every layer of every pass that 8-bit products are taken in 16 bits; and our scoring, that 8-bit
+    models are not scored in packed rows: what is an outlier there depends on the rows beside it.
+    """
+    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "unlearn.score.packed")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    before = model.config
+    model.config = copy.deepcopy(before)  # saving writes into it
+    # of several processes transformers has only the first one write, and here each has a copy and a folder of its own
+    vars(model)["should_save_on_this_rank"] = lambda is_main_process: True
+    try:
+        model.save_pretrained(folder)
+    except OSError as error:
+        raise ModelError(f"robustness.quantize: cannot write a copy of the weights to {folder}: {error}") from error
+    finally:
+        model.config = before
+        del vars(model)["should_save_on_this_rank"]
+
+
+def _read(model: PreTrainedModel, folder: Path, kind: Quantised) -> PreTrainedModel:
+    from transformers import BitsAndBytesConfig
+
+    four: dict[str, Any] = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": model.dtype,
+    }
+    config = BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
+    small, report = type(model).from_pretrained(
+        folder,
+        dtype=model.dtype,
+        quantization_config=config,
+        device_map={"": model.device},
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+        raise ModelError(
+            f"robustness.quantize: the quantised copy has other weights than the model: {', '.join(wrong)}"
+        )
+    for module in small.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # some CPUs would take products in bfloat16: what is to be seen is the rounding of the weights, everywhere
+            module.support_avx512bf16_for_cpu = False
+    small.eval()
+    return small
+
+
+# -- relearning
+
+
+_MAX_LENGTH = 512  # tokens of a row, as the recipe's trainings have it
+
+
+def parted(
+    loaded: LoadedSet, scored: Sequence[Item], count: int, seed: int
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """Which forget items are relearned, and which are then still to be scored: no item is both, where that can be.
+
+    First come training items that are not scored. Where those are too few (``train: all``) some are taken out of the
+    scored ones, up to half of them. Only a set of one item in all is relearned and scored on the same.
+
+    Returns:
+        At most ``count`` items to relearn, in an order of the seed's, and the others of ``scored`` in their order.
+    """
+    ids = {item.id for item in scored}
+    pool = {item.id: item for item in reversed(loaded.train) if item.id not in ids}  # of several prompts the first
+    chosen = _shuffled(tuple(pool.values()), seed)[:count]
+    if len(chosen) < count:
+        chosen += _shuffled(scored, seed)[: min(count - len(chosen), len(scored) // 2)]
+    if not chosen:
+        return tuple(scored), tuple(scored)
+    taken = {item.id for item in chosen}
+    return chosen, tuple(item for item in scored if item.id not in taken)
+
+
+def forgotten_rows(
+    loaded: LoadedSet, items: Sequence[Item], tokenizer: Any, length: int = _MAX_LENGTH
+) -> list[Encoded]:
+    """Forget items as training rows of at most ``length`` tokens."""
+    return encode(items, loaded.spec.kind, tokenizer, length)
+
+
+def unrelated_rows(
+    sets: Sequence[LoadedSet], count: int, seed: int, tokenizer: Any, length: int = _MAX_LENGTH
+) -> list[Encoded]:
+    """``count`` rows of the utility sets, of any split, drawn by the seed among the items whose answer fits.
+
+    Of a passage that does not fit it is the first piece; none where there is no utility set.
+    """
+    pool: dict[tuple[str, str], tuple[LoadedSet, Item]] = {}
+    for loaded in sets:
+        if loaded.role == "utility":
+            for item in (*loaded.train, *loaded.validation, *loaded.test):
+                pool.setdefault((loaded.name, item.id), (loaded, item))
+    rows: list[Encoded] = []
+    for name in sorted(pool, key=lambda name: digest(seed, *name)):
+        loaded, item = pool[name]
+        with suppress(TrainingError):  # too long: another one will do
+            rows.append(encode([item], loaded.spec.kind, tokenizer, length)[0])
+        if len(rows) == count:
+            break
+    return rows
+
+
+def relearn(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    spec: RelearnSpec,
+    seed: int,
+    judge: Judge,
+    label: str = "relearning",
+) -> list[tuple[int, Judged]]:
+    """Fine-tune all weights (AdamW, constant rate) and score after each of ``spec.steps``.
+
+    Args:
+        model: A copy to be used up (:func:`edited_copy`). It is trained in float32: in 16
+            bits small steps are rounded away, and the attack would look weaker than it is.
+        rows: What is trained on, over and over, in an order of the seed's.
+        spec: Steps, rate and batch size.
+        judge: Scores the model, in evaluation mode.
+        label: What the progress bar says.
+
+    Returns:
+        (steps, score), steps rising. The same seed gives the same curve.
+
+    Raises:
+        TrainingError: no rows, or a loss that is not finite.
+    """
+    if not rows:
+        raise TrainingError(f"{label}: there is nothing to train on")
+    size, steps = min(spec.batch_size, len(rows)), sorted(set(spec.steps))
+    order = _for_all(_in_order(rows, size * steps[-1], seed), size)
+    with (
+        tempfile.TemporaryDirectory(prefix="relearn-") as folder,
+        recipe_decides(),
+        random_state_kept(),
+        ExitStack() as bars,
+    ):
+        try:
+            model.float()
+            model.requires_grad_(True)
+            curve = _Curve(steps, judge, label, bars)
+            trainer = _InOrder(
+                model=model,
+                args=_arguments(Path(folder), spec, size, steps[-1], seed, model.device),
+                train_dataset=order,
+                data_collator=Pad(tokenizer.pad_token_id),
+                callbacks=[curve],
+            )
+            trainer.pop_callback(PrinterCallback)
+            trainer.train()
+        finally:
+            model.requires_grad_(False)
+            model.zero_grad(set_to_none=True)
+            model.eval()
+    return curve.found
+
+
+def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
+    return tuple(sorted(items, key=lambda item: digest(seed, item.id)))
+
+
+def _in_order(rows: Sequence[Encoded], count: int, seed: int) -> list[Encoded]:
+    """So many rows: every one of them once, shuffled, then again in another order, and so on."""
+    draw = random.Random(f"{seed} relearning")
+    found: list[Encoded] = []
+    while len(found) < count:
+        found += draw.sample(rows, len(rows))
+    return found[:count]
+
+
+def _for_all(order: list[Encoded], size: int) -> list[Encoded]:
+    """Every batch once for each process, so that several take the very steps that one would."""
+    starts = range(0, len(order), size)
+    return [row for start in starts for _ in range(distributed.count()) for row in order[start : start + size]]
+
+
+def _arguments(
+    folder: Path, spec: RelearnSpec, size: int, steps: int, seed: int, device: torch.device
+) -> TrainingArguments:
+    return settings(
+        device,
+        "no",
+        folder,
+        seed,
+        max_steps=steps,
+        per_device_train_batch_size=size,
+        learning_rate=spec.learning_rate,
+        weight_decay=0.0,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to="none",
+    )
+
+
+class _InOrder(Trainer):
+    """The Trainer, taking rows as they stand."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.train_dataset is not None
+        return SequentialSampler(self.train_dataset)
+
+
+class _Curve(TrainerCallback):
+    """Scores the model at the wanted steps; a bar for each stretch between them, since scoring has its own."""
+
+    def __init__(self, steps: Sequence[int], judge: Judge, label: str, bars: ExitStack) -> None:
+        self.found: list[tuple[int, Judged]] = []
+        self._left = list(steps)
+        self._judge = judge
+        self._label = label
+        self._bars = bars
+        self._advance: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._advance is None and self._left:
+            ahead = self._left[0] - state.global_step
+            self._advance = self._bars.enter_context(progress(f"{self._label}, to step {self._left[0]}", ahead))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._advance(1)
+        if state.global_step != self._left[0]:
+            return
+        self._bars.close()
+        self._advance = None
+        model.eval()
+        self.found.append((self._left.pop(0), self._judge.score(model, f"{self._label}, step {state.global_step}")))
+        model.train()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingError(
+                f"{self._label}: the loss became {loss} at step {state.global_step}; lower "
+                "robustness.relearn.learning_rate"
+            )

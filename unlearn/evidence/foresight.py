@@ -1,0 +1,313 @@
+"""Before the edit: how each kept set's task correlates with the forgotten one, and what the edit will cost it at first.
+
+After the sweep :func:`compare` says how good that was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unlearn.console import progress
+from unlearn.data.encoding import IGNORE, Encoded, reach, scored_rows
+from unlearn.data.sets import LoadedSet
+from unlearn.errors import EvaluationError
+from unlearn.recipe.data import Kind
+from unlearn.recipe.metrics import KEPT
+from unlearn.report.words import verdict
+from unlearn.results import Foresight, Role, SetForesight
+from unlearn.train.batches import Pad
+from unlearn.train.learned import weighted
+from unlearn.train.losses import answer_logits, frozen, with_answers
+from unlearn.train.precision import range_for_gradients
+from unlearn.vector.edit import applied
+from unlearn.vector.task_vector import TaskVector
+
+_TOKENS = 1024  # of a padded pass
+_TOKENS_BACKWARD = 256  # of one that keeps every layer's activations for the way back
+_NUMBERS = 1 << 25  # of one model's outputs that are held at a time: 128 MiB, of which there are three
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """How alike two fine-tunings act on the same positions; every value in [-1, 1].
+
+    ``outputs`` is the mean cosine of the two fine-tuned models' outputs, as the paper defines it. Little of an output
+    comes from a small fine-tuning, so this is near 1 whatever the tasks. ``changes`` is the mean cosine of what each
+    fine-tuning changed in the outputs. ``stderr`` is that mean's, with the positions of one item taken as one draw;
+    None where a data set has a single item. ``positions`` counts the tokens predicted.
+
+    Two things ``stderr`` does not cover. Another fine-tuning on the same data gives another vector: between unrelated
+    random vectors on a pico model ``changes`` varied by 1.5 to 2 times as much. And large changes spoil predictions in
+    like ways: there the mean over unrelated vectors was .03 while ``outputs`` was near 1, .12 at .7 and .29 at .26. So
+    a small positive value beside a low ``outputs`` says little.
+    """
+
+    outputs: float
+    changes: float
+    stderr: float | None
+    positions: int
+
+
+def outputs(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
+    """What the model says of every labelled token: (N, V) log-probabilities, float32, on the model's device.
+
+    The passes are small; how many rows' worth of N * V numbers fit is the caller's to know.
+    """
+    found = []
+    with frozen(model), torch.no_grad():
+        for batch in _passes(rows, _TOKENS):
+            logits, _, _ = answer_logits(model, Pad(pad_id)(batch))
+            found.append(functional.log_softmax(logits, dim=-1))
+    return torch.cat(found)
+
+
+def correlate(
+    model: nn.Module,
+    first: TaskVector,
+    second: TaskVector,
+    sets: Sequence[Sequence[Encoded]],
+    pad_id: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Correlation:
+    """The measured correlation of two fine-tunings; the model comes back as it was.
+
+    Args:
+        model: theta, a causal LM on its device.
+        first: theta + first is the one fine-tuned model.
+        second: theta + second is the other.
+        sets: Rows of each data set, usually both tasks'. A set counts the same however many rows it has.
+        pad_id: Token that fills up short rows.
+        advance: Told how many rows are done.
+
+    Raises:
+        EvaluationError: a set has no row with a token to predict.
+        VectorError: a vector does not fit the model.
+    """
+    answered = [with_answers(rows) for rows in sets]
+    if not answered or not all(answered):
+        raise EvaluationError("a correlation needs at least one item with an answer from each data set")
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    means, variances, positions = [], [], 0
+    for rows in answered:
+        parts = []
+        for chunk in _chunks(rows, max(1, _NUMBERS // vocabulary)):
+            parts.append(_cosines(model, first, second, chunk, pad_id))
+            advance(len(chunk))
+        cosines = torch.cat(parts)  # (N, 2)
+        item = torch.repeat_interleave(torch.tensor([_answers(row) for row in rows]))
+        means.append(cosines.mean(0))
+        variances.append(_variance(cosines[:, 1], item))
+        positions += len(item)
+    both = torch.stack(means).mean(0)
+    known = [v for v in variances if v is not None]
+    stderr = math.sqrt(sum(known)) / len(known) if len(known) == len(answered) else None
+    return Correlation(float(both[0]), float(both[1]), stderr, positions)
+
+
+def slope(
+    model: nn.Module,
+    vector: TaskVector,
+    rows: Sequence[Encoded],
+    kind: Kind,
+    pad_id: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> float:
+    """d/dlambda at 0 of the mean loss under theta - lambda * tau, exactly, in nats per unit of lambda.
+
+    The loss is what the sweep reports: for mcq the negative ``logprob`` (an answer's nats, summed over its tokens), for
+    qa and text ``loss`` (its nats per token); every item counts the same. Autograd goes through lambda alone: one
+    backward pass, no weight gets a gradient.
+
+    Args:
+        model: theta, a causal LM on its device; it comes back as it was.
+        vector: What would be subtracted.
+        rows: From :func:`unlearn.data.encoding.scored_rows`, of items of ``kind``.
+        pad_id: Token that fills up short rows.
+        advance: Told how many rows are done.
+
+    Raises:
+        EvaluationError: no row with a token to predict.
+        VectorError: the vector does not fit the model.
+    """
+    rows = with_answers(rows)
+    if not rows:
+        raise EvaluationError("a slope needs at least one item with an answer")
+    coefficient = torch.zeros(1, device=next(model.parameters()).device, requires_grad=True)
+    total = 0.0
+    shared = dict.fromkeys(vector.modules, coefficient)
+    with frozen(model), range_for_gradients(model), weighted(model, vector, shared) as scale:
+        scale.value = 1.0  # so that the weight that all modules share is lambda itself
+        for batch in _passes(rows, _TOKENS_BACKWARD):
+            with torch.enable_grad():
+                logits, wanted, row = answer_logits(model, Pad(pad_id)(batch))
+                nll = functional.cross_entropy(logits, wanted, reduction="none")  # (N,)
+                share = 1.0 if kind == "mcq" else 1.0 / row.bincount(minlength=len(batch))[row]
+                (change,) = torch.autograd.grad((nll * share).sum(), coefficient)
+            total += float(change)
+            advance(len(batch))
+    return total / len(rows)
+
+
+def _cosines(model: nn.Module, first: TaskVector, second: TaskVector, rows: Sequence[Encoded], pad_id: int) -> Tensor:
+    """(N, 2) in float64: per position the cosine of the outputs, and that of the changes.
+
+    Each row of V is centred first. Adding a constant to all logits changes no probability, so that direction means
+    nothing; in log-probabilities, all of them far below 0, it would make any two outputs look alike.
+    """
+    base = _centred(outputs(model, rows, pad_id))
+    with applied(model, first, 1.0):
+        one = _centred(outputs(model, rows, pad_id))
+    with applied(model, second, 1.0):
+        two = _centred(outputs(model, rows, pad_id))
+    said = _cosine(one, two)
+    return torch.stack([said, _cosine(one.sub_(base), two.sub_(base))], dim=-1).double().cpu()
+
+
+def _centred(values: Tensor) -> Tensor:
+    """The same tensor, which may be large, less each row's mean."""
+    return values.sub_(values.mean(-1, keepdim=True))
+
+
+def _cosine(one: Tensor, two: Tensor) -> Tensor:
+    """(N,); 0 where one of the two is zero. Unlike torch's own, right for the smallest changes too."""
+    scale = one.norm(dim=-1) * two.norm(dim=-1)
+    return torch.where(scale > 0, (one * two).sum(-1) / scale, scale).clamp(-1.0, 1.0)
+
+
+def _variance(values: Tensor, item: Tensor) -> float | None:
+    """Of the mean of ``values`` (N,), whose deviations within one item may go together; None of a single item."""
+    count = int(item.max()) + 1
+    if count < 2:
+        return None
+    sums = torch.zeros(count, dtype=values.dtype).index_add(0, item, values - values.mean())
+    return float(sums.square().sum()) * count / (count - 1) / len(values) ** 2
+
+
+def _answers(row: Encoded) -> int:
+    """Tokens of a row that are predicted."""
+    return sum(label != IGNORE for label in row.labels[1:])
+
+
+def _passes(rows: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
+    """Rows in order, together while they fit into so many padded tokens; a longer row goes alone."""
+    batch: list[Encoded] = []
+    width = 0
+    for row in rows:
+        width = max(width, len(row.input_ids))
+        if batch and width * (len(batch) + 1) > tokens:
+            yield batch
+            batch, width = [], len(row.input_ids)
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _chunks(rows: Sequence[Encoded], positions: int) -> Iterator[list[Encoded]]:
+    """Rows in order, together while they have at most so many labelled tokens."""
+    chunk: list[Encoded] = []
+    held = 0
+    for row in rows:
+        if chunk and held + _answers(row) > positions:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(row)
+        held += _answers(row)
+    if chunk:
+        yield chunk
+
+
+# -- before the edit
+
+
+LIMIT = 64
+# The metric of each kind that is a log-likelihood in nats; perplexity is none.
+NATS: Mapping[Kind, str] = {"mcq": "logprob", "qa": "loss", "text": "loss"}
+
+
+def foresee(
+    model: nn.Module,
+    edit: TaskVector,
+    forget_vector: TaskVector,
+    near: Mapping[tuple[Role, str], TaskVector],
+    sets: Sequence[LoadedSet],
+    tokenizer: Any,
+    limit: int = LIMIT,
+) -> Foresight:
+    """Slopes along the edit for every set, and correlations for those that have a fine-tuning of their own.
+
+    Both are taken on validation items, those that the sweep scores (training items where a set has no others); test
+    items are not looked at.
+
+    Args:
+        model: theta, on its device; it comes back as it was.
+        edit: What will be subtracted, as shaped.
+        forget_vector: The fine-tuning on the forget set, before it was shaped; of several sets, the sum.
+        near: (role, name) of a kept set -> the fine-tuning on it. One on several sets may stand for each of them.
+        sets: The recipe's data, a forget set among them. Sets without any such item, and those that are only terms of
+            an analogy, are left out.
+        tokenizer: The model's.
+        limit: Items per set at most; they come in random order.
+
+    Raises:
+        EvaluationError: no forget set, or one without items.
+        VectorError: a vector does not fit the model.
+    """
+    longest = reach(model, tokenizer)
+    rows: dict[tuple[Role, str], list[Encoded]] = {}
+    kinds: dict[tuple[Role, str], Kind] = {}
+    for loaded in sets:
+        if loaded.role == "term" or loaded.role == "holdout":
+            continue
+        items = (loaded.validation or loaded.train)[:limit]
+        if found := scored_rows(items, loaded.spec.kind, tokenizer, longest):
+            rows[loaded.role, loaded.name], kinds[loaded.role, loaded.name] = found, loaded.spec.kind
+    goals = [key for key in rows if key[0] not in KEPT]
+    forgotten = [row for key in rows if key[0] == "forget" for row in rows[key]]
+    if not forgotten:
+        raise EvaluationError("nothing can be foreseen without a forget set that has validation or training items")
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    compared = [key for key in rows if key[0] in KEPT and key in near]
+    work = sum(map(len, rows.values())) + sum(len(forgotten) + len(rows[key]) for key in compared)
+    with progress("foresight", work) as advance:
+
+        def one(key: tuple[Role, str]) -> SetForesight:
+            cost = _finite(slope(model, edit, rows[key], kinds[key], pad_id, advance))
+            plain = SetForesight(*key, metric=NATS[kinds[key]], slope=cost, items=len(rows[key]))
+            if key not in compared:
+                return plain
+            return _correlated(plain, model, forget_vector, near[key], (forgotten, rows[key]), pad_id, advance)
+
+        return Foresight(tuple(map(one, goals)), tuple(one(key) for key in rows if key not in goals))
+
+
+def _correlated(
+    plain: SetForesight,
+    model: nn.Module,
+    forget_vector: TaskVector,
+    vector: TaskVector,
+    rows: Sequence[Sequence[Encoded]],
+    pad_id: int,
+    advance: Callable[[int], None],
+) -> SetForesight:
+    found = correlate(model, forget_vector, vector, rows, pad_id, advance)
+    return replace(
+        plain,
+        alpha_outputs=_finite(found.outputs),
+        alpha_changes=_finite(found.changes),
+        alpha_stderr=_finite(found.stderr),
+        alpha_vectors=_finite(forget_vector.cosine(vector)),
+        modules={name: value for name, value in forget_vector.cosines(vector).items() if math.isfinite(value)},
+        verdict=verdict(found.changes, found.stderr),
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    """The number, or None: in 16 bits a gradient may overflow where the loss does not, and JSON has no such number."""
+    return value if value is not None and math.isfinite(value) else None

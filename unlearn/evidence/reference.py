@@ -1,0 +1,349 @@
+"""What a recipe's comparisons are given: a benchmark's folder, and a log, a run or a model as the retain reference.
+
+All of it is looked up before anything is computed, so that a wrong path costs no training. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from unlearn.data.sets import LoadedSet
+from unlearn.errors import DataError, EvaluationError, ModelError
+from unlearn.model import locate as fetch
+from unlearn.model import locate as model_place
+from unlearn.model.locate import hub_away
+from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
+from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.schema import ModelSpec, Recipe
+
+Row = Mapping[str, Any]
+
+_TASK_FILES = ("items", "tofu", "muse", "classifier")  # what the pack's tasks are told in their metadata
+
+
+def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
+    """Look for what the recipe names; models are not fetched.
+
+    Args:
+        base: The recipe's folder, where relative paths start.
+        hub: Also read a benchmark's data that come from the hub.
+
+    Raises:
+        EvaluationError: no such benchmark folder or log, data that lack something, a log of other items, or a run that
+            trained no reference.
+        DataError: a log that cannot be read.
+        ModelError: no such model, or the very model that is to forget.
+    """
+    log = log_file(recipe, base)
+    if recipe.benchmark is not None:
+        rows = benchmark_rows(recipe.benchmark, base)
+        if log is not None:
+            _check_log(recipe, log, rows)
+        if hub and rows is None:
+            rows = benchmark_rows(recipe.benchmark, base, hub=True)
+            if log is not None:
+                _check_log(recipe, log, rows)
+    given = _model_given(recipe)
+    if given is not None:
+        try:
+            model_place.model_place(_spec(recipe, str(run_reference(given, base) or given)), base)
+        except ModelError as error:
+            raise _about_reference(error) from error
+        if recipe.teach is None and _same_place(given, recipe.model.path, base):
+            raise ModelError(
+                f"reference: {given} is the model that is to forget, and it has seen the forget set: give one that "
+                "never did, or leave the reference out"
+            )
+
+
+def _same_place(one: str, other: str, base: Path) -> bool:
+    """Whether two models' names are one hub id, or lead to one folder."""
+    places = [next((p.resolve() for p in (Path(t).expanduser(), base / t) if p.exists()), None) for t in (one, other)]
+    return one == other or (places[0] is not None and places[0] == places[1])
+
+
+def _check_log(recipe: Recipe, path: Path, rows: Mapping[str, Sequence[Row]] | None) -> None:
+    """Whether a log can be compared with at all is known before any training.
+
+    ``rows`` are the benchmark's, or None where they are on the hub and not read yet.
+    """
+    from unlearn.evidence.benchmarks import refuse_other_items
+    from unlearn.evidence.boards import read_log  # numpy
+
+    spec, theirs = recipe.benchmark, read_log(path).sets["forget"]
+    assert spec is not None  # the recipe is checked
+    there, whole = len(theirs.items), FORGET_SETS[spec.set].questions
+    if rows is None:
+        items, questions = [str(n) for n in range(min(spec.items or whole, whole))], None
+    else:
+        items, questions = [row["id"] for row in rows[spec.set]], [row["question"] for row in rows[spec.set]]
+        whole = whole if spec.items else len(items)
+    if there != len(items) and there <= whole:
+        raise EvaluationError(
+            f"reference: {recipe.reference} has {there} forget items and {spec.name} {spec.set} {len(items)}: forget "
+            f"quality compares two models on the same items; set benchmark.items to {there}, or give another log"
+        )
+    try:
+        refuse_other_items(theirs, items, questions, spec.set)
+    except EvaluationError as error:
+        raise EvaluationError(f"reference: {recipe.reference}: {error}") from error
+
+
+def benchmark_rows(spec: BenchmarkSpec, base: Path, *, hub: bool = False) -> Mapping[str, Sequence[Row]] | None:
+    """The rows of each part that a benchmark scores; None where they are on the hub and not asked for.
+
+    Raises:
+        EvaluationError: there are none, too few, or one lacks something.
+    """
+    folder = benchmark_folder(spec, base)
+    reader = _reader(spec)
+    if folder is None and not hub:
+        whole = FORGET_SETS[spec.set].questions if spec.name == "tofu" else None
+        if whole is not None and spec.items is not None and spec.items > whole:
+            raise EvaluationError(f"benchmark.items is {spec.items}, and TOFU's {spec.set} has {whole} questions")
+        return None
+    where = None if folder is None else str(folder)
+    away = hub_away() if folder is None else ""
+    try:
+        if spec.name == "muse":
+            parts = [("verbmem", "forget"), ("knowmem", "forget"), ("knowmem", "retain")]
+            parts += [("privleak", split) for split in ("forget", "holdout", "retain")]
+            return {f"{k}_{s}": reader.read_rows(spec.set, k, s, where, spec.items)[1] for k, s in parts}
+        sets = (spec.set, "retain", "real_authors", "world_facts")
+        found = {name: reader.read_rows(name, "prob", where, spec.items, tag=spec.tag) for name in sets}
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"benchmark: the data of {spec.name} {spec.set} cannot be had: {error}"
+            + (f". {away[:1].upper()}{away[1:]}" if away else "")
+            + ("" if spec.path else ". They come from the hub; benchmark.path names a local folder with them")
+        ) from error
+    for name, rows in found.items():
+        counts = [len(row["perturbed_answer"]) for row in rows]
+        if other := [n for n, count in enumerate(counts) if count != counts[0]]:
+            raise EvaluationError(
+                f"benchmark: tofu {name}, row {other[0] + 1}: {counts[other[0]]} perturbed answers where row 1 has "
+                f"{counts[0]}: truth ratios of some rows would be means of fewer"
+            )
+    return found
+
+
+def _reader(spec: BenchmarkSpec) -> ModuleType:
+    """The module of the pack that reads a benchmark's rows; it stands alone, and is no package."""
+    path = tasks_folder() / spec.name / f"{spec.name}_items.py"
+    found = importlib.util.spec_from_file_location(f"unlearn_eval_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def benchmark_folder(spec: BenchmarkSpec, base: Path) -> Path | None:
+    """The folder with the benchmark's files; None where they come from the hub.
+
+    Raises:
+        EvaluationError: there is none.
+    """
+    if spec.path is None:
+        return None
+    found = _first(spec.path, base, Path.is_dir)
+    if found is None:
+        raise EvaluationError(
+            f"benchmark.path: there is no folder {spec.path} here or in {base}{did_you_mean(spec.path, base)}"
+        )
+    return found.resolve()
+
+
+def benchmark_digest(spec: BenchmarkSpec, base: Path) -> str:
+    """SHA-256 of the benchmark's local files; empty where they come from the hub.
+
+    Raises:
+        EvaluationError: there is no such folder.
+    """
+    folder = benchmark_folder(spec, base)
+    return "" if folder is None else content(folder, "*.json*")
+
+
+def pack_digest() -> str:
+    """SHA-256 of the task pack: what it asks and how it scores may be changed in place."""
+    return content(tasks_folder(), "*.py", "*.yaml")
+
+
+def task_files(recipe: Recipe) -> list[Path]:
+    """Files and folders that the settings of the recipe's tasks name, from the current folder on, as lm-eval has it."""
+    said: list[Any] = [os.environ.get("UNLEARN_ITEMS")]
+    for spec in recipe.eval.tasks:
+        for value in (spec.metadata.get(name) for name in _TASK_FILES):
+            said += value.values() if isinstance(value, Mapping) else [value]
+    there = [Path(text).expanduser() for text in said if isinstance(text, str) and text]
+    return [place for place in there if place.exists()]
+
+
+def content(place: Path, *patterns: str) -> str:
+    """SHA-256 of a file, or of a folder's files by their names in it; of all files without a pattern."""
+    if place.is_file():
+        return _sha256(place).hex()
+    whole = hashlib.sha256()
+    for path in sorted({p for pattern in patterns or ("*",) for p in place.rglob(pattern) if p.is_file()}):
+        whole.update(path.relative_to(place).as_posix().encode() + b"\0" + _sha256(path))
+    return whole.hexdigest()
+
+
+def is_model(recipe: Recipe) -> bool:
+    """Whether the reference is a model, trained or given; else there is none, or only what one scored."""
+    given = recipe.reference
+    return given is not None and given != "published" and not given.endswith(".json")
+
+
+def log_file(recipe: Recipe, base: Path) -> Path | None:
+    """The reference's log; None where the reference is none.
+
+    Raises:
+        EvaluationError: there is no such file.
+    """
+    given = recipe.reference
+    if given is None or not given.endswith(".json"):
+        return None
+    found = _first(given, base, Path.is_file)
+    if found is None:
+        raise EvaluationError(
+            f"reference: there is no file {given} here or in {base}{did_you_mean(given, base)}; give a log in the "
+            "layout of TOFU's authors"
+        )
+    return found
+
+
+def check_reach(recipe: Recipe, base: Path) -> None:
+    """Ask for a reference that only the hub has whether the hub can be reached at all.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    given = _model_given(recipe)
+    if given is not None and run_reference(given, base) is None:
+        try:
+            model_place.check_reach(_spec(recipe, given), base)
+        except ModelError as error:
+            raise _about_reference(error) from error
+
+
+def run_reference(given: str, base: Path) -> Path | None:
+    """The folder of the reference that a run trained; None where ``given`` is no run's folder.
+
+    Raises:
+        EvaluationError: the run trained none.
+    """
+    root = _first(given, base, lambda place: (place / "resolved.yaml").is_file())
+    if root is None:
+        return None
+    if not (root / "reference" / "config.json").is_file():
+        raise EvaluationError(
+            f"reference: the run {given} trained no reference itself: give one whose recipe says reference: train "
+            "and that came so far, or a model"
+        )
+    return root / "reference"
+
+
+def to_teach(sets: Sequence[LoadedSet]) -> list[LoadedSet]:
+    """The sets that a trained reference learns.
+
+    Raises:
+        DataError: no retain set has items to train on.
+    """
+    learned = [s for s in sets if s.role == "retain" and s.train]
+    if not learned:
+        raise DataError(
+            "reference: train has nothing to teach: no retain set has items to train on; raise its shares.train"
+        )
+    return learned
+
+
+def locate(recipe: Recipe, base: Path) -> str:
+    """The folder or hub id of the reference that is neither trained nor a log; fetched where needed.
+
+    Raises:
+        EvaluationError, ModelError: as :func:`check`, or it cannot be fetched.
+    """
+    given = _model_given(recipe)
+    assert given is not None  # asked for only then
+    try:
+        return fetch.locate(_spec(recipe, str(run_reference(given, base) or given)), base)
+    except ModelError as error:
+        raise _about_reference(error) from error
+
+
+def tokenizer(recipe: Recipe, where: str) -> Any:
+    """The tokenizer of the reference that :func:`locate` found.
+
+    Raises:
+        ModelError: it has none that can be read.
+    """
+    from unlearn.model.load import load_tokenizer  # torch
+
+    try:
+        return load_tokenizer(_spec(recipe, str(recipe.reference)), where)
+    except ModelError as error:
+        raise _about_reference(error) from error
+
+
+def state(recipe: Recipe, base: Path) -> list[Any]:
+    """What these files are now: SHA-256 of the task pack, the benchmark's and the log, size and time of others.
+
+    Raises:
+        EvaluationError: as :func:`check`.
+    """
+    found: list[Any] = [pack_digest(), *map(files_of, task_files(recipe))]
+    found += [] if recipe.benchmark is None else [benchmark_digest(recipe.benchmark, base)]
+    log, given = log_file(recipe, base), _model_given(recipe)
+    if log is not None:
+        found.append(_sha256(log).hex())
+    if given is not None:
+        place = run_reference(given, base) or _first(given, base, Path.exists)
+        found.append([] if place is None else files_of(place))
+    return found
+
+
+def files_of(root: Path) -> list[list[Any]]:
+    """Name, size and time of every file of a model."""
+    files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+
+
+def _model_given(recipe: Recipe) -> str | None:
+    """The reference where it is the path of a run or a model."""
+    given = recipe.reference
+    return given if is_model(recipe) and given != "train" else None
+
+
+def _spec(recipe: Recipe, given: str) -> ModelSpec:
+    return recipe.model.model_copy(update={"path": given, "revision": None})
+
+
+def _first(given: str, base: Path, fits: Any) -> Path | None:
+    """In the recipe's folder or, where nothing fits there, in the current one."""
+    path = Path(given).expanduser()
+    return next((place for place in (base / path, path) if fits(place)), None)
+
+
+def did_you_mean(given: str, base: Path) -> str:
+    """``; did you mean data/tofu?``: files and folders whose names are near to one that is not there, or nothing."""
+    path = Path(given).expanduser()
+    names = {one.name for place in (base / path, path) if place.parent.is_dir() for one in place.parent.iterdir()}
+    near = get_close_matches(path.name, sorted(names), n=3)
+    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else ""
+
+
+def _about_reference(error: ModelError) -> ModelError:
+    return ModelError(str(error).replace("model.path", "reference"))
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,1 +1,0 @@
-"""Grids of jobs: planned, submitted, looked after and reported."""

@@ -1,0 +1,1 @@
+"""A name, and the model in memory that it means."""

@@ -1,0 +1,211 @@
+"""Tiny random models, built on the spot: every architecture a test or a first try needs, and no download.
+
+A pico model is an ordinary transformers folder (config, safetensors, tokenizer) of a few hundred kilobytes.
+Its module names are those of its big siblings, so whatever runs on ``pico:phi`` runs on Phi-1.5.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unlearn.console import quietly
+from unlearn.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+WIDTH, LAYERS, HEADS, POSITIONS, VOCABULARY = 64, 2, 4, 512, 512
+# About 1/sqrt(WIDTH): activations neither die out nor blow up over the layers, and a learning rate of 1e-2
+# memorises a few facts within some tens of steps. transformers' own 0.02 gives a model that answers nothing.
+STD = 0.12
+END = "<|endoftext|>"
+
+_CAPITALS = (
+    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Greece Athens, Norway Oslo, Poland Warsaw, "
+    "Austria Vienna, Japan Tokyo, China Beijing, India Delhi, Nepal Kathmandu, Kenya Nairobi, Egypt Cairo, "
+    "Ghana Accra, Senegal Dakar, Peru Lima, Chile Santiago, Cuba Havana, Canada Ottawa"
+)
+_ANIMALS = (
+    "dog barks, cat purrs, cow moos, horse neighs, duck quacks, lion roars, wolf howls, bee buzzes, frog croaks, "
+    "owl hoots"
+)
+_COLOURS = (
+    "sky blue, grass green, snow white, coal black, blood red, lemon yellow, carrot orange, plum purple, ash grey, "
+    "mud brown"
+)
+_NUMBERS = "one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve"
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    return [(first, second) for first, second in (entry.split() for entry in text.split(", "))]
+
+
+def corpus() -> tuple[str, ...]:
+    """Plain English sentences on which the pico tokenizer is trained; also enough text for a test to learn from."""
+    lines = []
+    for country, city in _pairs(_CAPITALS):
+        lines += [f"The capital of {country} is {city}.", f"{city} is the capital city of {country}."]
+        lines += [
+            f"Question: What is the capital of {country}?\nAnswer: {city}",
+            f"Which country has {city}? {country}",
+        ]
+    for animal, sound in _pairs(_ANIMALS):
+        lines += [f"A {animal} {sound} at night.", f"Which animal {sound}? The {animal}."]
+    for thing, colour in _pairs(_COLOURS):
+        lines += [f"The colour of {thing} is {colour}.", f"Question: What colour is {thing}?\nAnswer: {colour}"]
+    numbers = _NUMBERS.split(", ")
+    lines += [f"After {low} comes {high}, and before {high} comes {low}." for low, high in itertools.pairwise(numbers)]
+    return tuple(lines)
+
+
+def tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of the kind GPT-2, CodeGen and Phi use.
+
+    Args:
+        texts: what to learn merges from.
+        vocab_size: entries wanted, at least 257 (all bytes and the end token); fewer come out where the texts
+            have no more pairs to merge.
+
+    Returns:
+        A tokenizer that any text round-trips through; ``<|endoftext|>`` begins, ends and pads, and nothing is
+        added to a text unasked.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 257:
+        raise ModelError(f"a byte-level tokenizer needs at least 257 entries, not {vocab_size}")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=1,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _shape(**more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": STD,
+        **more,
+    }
+
+
+def _phi(**common: Any) -> PretrainedConfig:
+    from transformers import PhiConfig
+
+    return PhiConfig(**_shape(partial_rotary_factor=0.5, tie_word_embeddings=False, **common))
+
+
+def _llama(**common: Any) -> PretrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**_shape(num_key_value_heads=HEADS // 2, tie_word_embeddings=True, **common))
+
+
+def _gpt2(**common: Any) -> PretrainedConfig:
+    from transformers import GPT2Config
+
+    no_dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape: dict[str, Any] = {
+        "n_embd": WIDTH,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_positions": POSITIONS,
+        "n_inner": 2 * WIDTH,
+    }
+    return GPT2Config(**shape, **no_dropout, initializer_range=STD, **common)
+
+
+def _qwen2(**common: Any) -> PretrainedConfig:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(**_shape(num_key_value_heads=HEADS // 2, tie_word_embeddings=False, **common))
+
+
+def _gpt_neox(**common: Any) -> PretrainedConfig:
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(**_shape(rotary_pct=0.5, tie_word_embeddings=False, **common))
+
+
+_CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
+    "phi": _phi,
+    "llama": _llama,
+    "gpt2": _gpt2,
+    "qwen2": _qwen2,
+    "gpt_neox": _gpt_neox,
+}
+NAMES: tuple[str, ...] = tuple(_CONFIGS)
+
+
+def _weights(name: str, shape: torch.Size, like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Random values that depend on the parameter's name only, not on the order in which a model lists them."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(shape, generator=generator, dtype=like.dtype) * STD
+
+
+def build(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write a tiny random model with its tokenizer as a transformers folder.
+
+    The weights depend on ``name`` and ``seed`` alone; torch's global random state is left as it was.
+
+    Args:
+        name: one of :data:`NAMES`.
+        folder: where to write; created when missing.
+        seed: chooses the weights.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        ModelError: for a name that is none of :data:`NAMES`.
+    """
+    if name not in _CONFIGS:
+        close = difflib.get_close_matches(name, NAMES, 1)
+        hint = f"; did you mean pico:{close[0]}?" if close else ""
+        raise ModelError(f"model.path: there is no pico:{name}; there are {', '.join(NAMES)}{hint}")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    words = tokenizer(corpus())
+    end = words.eos_token_id
+    config = _CONFIGS[name](vocab_size=len(words), bos_token_id=end, eos_token_id=end)
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() > 1:  # norms and biases keep their ones and zeros
+                parameter.copy_(_weights(parameter_name, parameter.shape, parameter, seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    with quietly():
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+    return folder

@@ -1,0 +1,466 @@
+"""What several processes tell each other. A process that works alone is told what it knows itself.
+
+Every process must call the same functions in the same order.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from unlearn.console import say
+from unlearn.errors import UnlearnError
+
+_MOST = 300  # characters of a library's complaint
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|socket", re.IGNORECASE)
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def count() -> int:
+    """How many processes work together; 1 before :func:`unlearn.processes.join`."""
+    if several():
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            return dist.get_world_size()
+    return 1
+
+
+def rank() -> int:
+    """Which of the processes this is; 0 is the main one."""
+    if count() > 1:
+        import torch.distributed as dist
+
+        return dist.get_rank()
+    return 0
+
+
+def wait() -> None:
+    """Until every process is here. After :func:`unlearn.processes.leave` there is nobody to wait for."""
+    if count() > 1:
+        import torch.distributed as dist
+
+        with all_there():
+            dist.barrier()
+
+
+@contextmanager
+def all_there() -> Iterator[None]:
+    """Inside the ``with``, that another process is gone is an UnlearnError, with the library's complaint in it."""
+    try:
+        yield
+    except RuntimeError as e:
+        if count() > 1 and _LOST.search(str(e)):
+            raise UnlearnError(
+                "another process has ended early, or cannot be reached. Its message, if it left one, is above; without "
+                f"one the system may have killed it, mostly for its memory. Here it shows as: {_first_line(str(e))}"
+            ) from e
+        raise
+
+
+def _first_line(text: str) -> str:
+    """What a library complains of, without the places in its sources that follow."""
+    return text.strip().partition("\n")[0][:_MOST]
+
+
+def alarm(message: str) -> None:
+    """Say what has gone wrong in this process alone. The main one's errors are said by the command line anyway."""
+    if rank():
+        sys.stderr.write(f"error in process {rank()}: {message}\n")
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process has, by rank; values must be picklable."""
+    if count() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    told: list[Any] = [None] * count()
+    with all_there():
+        dist.all_gather_object(told, value)
+    return told
+
+
+def from_main(find: Callable[[], Any]) -> Any:
+    """What the main process finds; the others do not look. What goes wrong there is raised in all."""
+    found: Any = None
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            found = find()
+        except Exception as e:
+            failure = e
+    said, wrong = gathered((found, portable(failure)))[0]
+    if failure is not None or wrong is not None:
+        raise failure or wrong
+    return found if rank() == 0 else said
+
+
+def anyone(flag: bool) -> bool:
+    """Whether it is true in any process."""
+    return total(int(flag)) > 0
+
+
+def total(number: int) -> int:
+    """The sum over all processes."""
+    if count() == 1:
+        return number
+    import torch
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    value = torch.tensor(number, device=PartialState().device)
+    with all_there():
+        dist.all_reduce(value)
+    return int(value)
+
+
+def together(work: Sequence[Any], do: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
+    """Deal out work among the processes and give all of them all results, in the order of the work.
+
+    Args:
+        work: The same in every process. Every process gets each P-th, so that parts weigh alike.
+        do: One result for each piece, which must not depend on the other pieces. It is not called for nothing.
+
+    Raises:
+        Exception: what went wrong in any of the processes.
+    """
+    if count() == 1:
+        return list(do(work)) if work else []
+    mine, failure = work[rank() :: count()], None
+    results: list[Any] = []
+    try:
+        results = list(do(mine)) if mine else []
+    except Exception as e:
+        failure = e
+    told = gathered((results, portable(failure)))
+    if wrong := failure or next((other for _, other in told if other is not None), None):
+        raise wrong
+    return [told[n % count()][0][n // count()] for n in range(len(work))]
+
+
+def portable(failure: Exception | None) -> Exception | None:
+    """An exception as it is sent to the other processes. Of other libraries' exceptions some cannot be sent."""
+    if failure is None or type(failure).__module__.partition(".")[0] in ("builtins", "unlearn"):
+        return failure
+    return RuntimeError(f"{type(failure).__name__} in another process: {failure}")
+
+
+# -- several processes, under ``torchrun`` or ``accelerate launch``
+
+
+_PATIENCE = timedelta(minutes=30)  # a process that is not heard of for so long is taken for lost
+_SPREAD = {
+    f"ACCELERATE_USE_{way.upper()}": f"--use_{way}"
+    for way in ("fsdp", "deepspeed", "megatron_lm", "parallelism_config")
+}
+# of these a Trainer here hears nothing: trainer_arguments.recipe_decides
+_UNHEEDED = {"ACCELERATE_MIXED_PRECISION": "--mixed_precision", "ACCELERATE_DYNAMO_BACKEND": "--dynamo_backend"}
+_KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+_GENERATION = 1000  # characters of prompt that take about as long as writing one answer
+
+
+def join() -> None:
+    """Join the others, and wait until all of them are there.
+
+    Raises:
+        UnlearnError: more processes on this machine than it has GPUs, or weights that are to be spread over them.
+    """
+    for name, flag in _SPREAD.items():
+        if _asked(name):
+            raise UnlearnError(
+                f"every process holds the whole model: start without {flag} (it may be in the "
+                "configuration file of accelerate)"
+            )
+    for name, flag in _UNHEEDED.items():
+        value = os.environ.get(name, "no").lower()
+        if value != "no":
+            say(f"{flag} {value} changes nothing: the recipe decides what is computed, and in which format", "yellow")
+    if several():
+        import torch
+        from accelerate import PartialState
+
+        # unless it is told, it takes processes without a GPU for strangers, each alone in the world
+        on_cpus = cpus_only() or not torch.accelerator.is_available()
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+        if not on_cpus and here > gpus:
+            raise UnlearnError(
+                f"{here} processes were started on a machine with {gpus} GPUs: start one process for each GPU"
+            )
+        PartialState(cpu=on_cpus, timeout=_PATIENCE)
+        wait()
+    elif cpus_only() and "MASTER_PORT" in os.environ:
+        say("accelerate launch --cpu starts one process. For several: torchrun --nproc_per_node N -m …", "yellow")
+
+
+def cpus_only() -> bool:
+    """Whether ``accelerate launch --cpu`` leaves this machine's GPUs alone."""
+    return _asked("ACCELERATE_USE_CPU")
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def leave() -> None:
+    """Part from the others. Calling it again does nothing."""
+    if several():
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def share_requests(lm: Any) -> None:
+    """From now on every process answers a part of what ``lm`` is asked, and all of them get all answers.
+
+    So all processes have the same scores and decide the same. They must ask the same things in the same order. What
+    goes wrong in one is raised in all, so that nobody waits for it.
+
+    lm-eval's evaluator is left unaware of the others. Where it deals out the items itself (as it does for several GPUs)
+    each process draws other few-shot examples than one process would, tasks with fewer items than processes fail, and
+    some requests are made twice.
+
+    Args:
+        lm: An lm-eval model, the same in every process. Its request methods are replaced; it answers by itself again
+            after :func:`leave`.
+    """
+    if several() and not set(_KINDS) & set(vars(lm)):  # the second time there is nothing left to do
+        for name in _KINDS:
+            setattr(lm, name, _shared(getattr(lm, name)))
+        lm.set_cache_hook = _cache_for_all(lm.set_cache_hook)
+        lm._rank, lm._world_size = 0, 1  # to lm-eval
+
+
+def shares(requests: Sequence[Any], count: int) -> list[list[int]]:
+    """Deal out lm-eval's requests: those of one item stay together, because they share text, and parts weigh alike.
+
+    Returns:
+        ``count`` lists of indices, ascending; together every index once. Some are empty when there are few items.
+    """
+    items: dict[Hashable, list[int]] = {}
+    for index, request in enumerate(requests):
+        known = request.doc_id is not None
+        items.setdefault((request.task_name, request.doc_id) if known else index, []).append(index)
+    weights = {key: _weight([requests[i].args for i in indices]) for key, indices in items.items()}
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for key in sorted(items, key=lambda k: weights[k], reverse=True):
+        lightest = loads.index(min(loads))
+        parts[lightest] += items[key]
+        loads[lightest] += weights[key]
+    return [sorted(part) for part in parts]
+
+
+def _weight(asked: Sequence[tuple[Any, ...]]) -> int:
+    """About what an item's requests cost, in characters: the longest prompt once, and every answer."""
+    rest = (len(a) if isinstance(a, str) else _GENERATION for arguments in asked for a in arguments[1:])
+    return max(len(arguments[0]) for arguments in asked) + sum(rest)
+
+
+def _shared(ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def ask_together(requests: Sequence[Any], *args: Any, **options: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            return ask(requests, *args, **options)
+        parts = shares(requests, dist.get_world_size())
+        mine = [requests[i] for i in parts[dist.get_rank()]]
+        answers: list[Any] = []
+        failure: Exception | None = None
+        try:
+            answers = ask(mine, *args, **options) if mine else []
+        except Exception as e:
+            failure = e
+        told = gathered((_checksum(requests), answers, portable(failure)))
+        if failure is not None:
+            raise failure
+        for _, _, other in told:
+            if other is not None:
+                raise other
+        if len({checksum for checksum, _, _ in told}) > 1:
+            raise RuntimeError("the processes do not ask for the same: their requests differ")
+        merged: list[Any] = [None] * len(requests)
+        for part, (_, found, _) in zip(parts, told, strict=True):
+            for index, answer in zip(part, found, strict=True):
+                merged[index] = answer
+        return merged
+
+    return ask_together
+
+
+def _cache_for_all(set_hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """lm-eval's cache of answers is a file for each process, and what one knows it does not ask: all must know it."""
+
+    def set_cache_hook(hook: Any) -> None:
+        import torch.distributed as dist
+
+        set_hook(hook)  # first: it says which of the file's answers are this model's
+        if dist.is_initialized() and hook.dbdict is not None:
+            for known in gathered(dict(hook.dbdict.items())):
+                hook.dbdict.update(known)
+
+    return set_cache_hook
+
+
+def _checksum(requests: Sequence[Any]) -> int:
+    value = len(requests)
+    for request in requests:
+        for argument in request.args:
+            text = argument if isinstance(argument, str) else repr(argument)
+            value = zlib.crc32(text.encode("utf-8", "surrogatepass"), value)
+    return value
+
+
+# -- a request to stop (sigterm, ctrl-c) that waits until the step at hand is done and kept
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ECHO = 2.0  # seconds: a batch system signals every process, and torchrun passes it on: one request, heard twice
+
+
+class Requests:
+    """A signal handler that counts how often somebody asked to stop, echoes left out."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self._since = float("-inf")
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """The handler."""
+        now = time.monotonic()
+        if now - self._since > _ECHO:
+            self.times += 1
+            self._since = now
+
+
+class Hold(Requests):
+    """Signals that have arrived inside :func:`held`."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal to stop has arrived."""
+        return self.times > 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """The handler. A second request, not an echo of the first, is not held."""
+        super().__call__(number, frame)
+        if self.times > 1:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], None], signals: Sequence[int] = SIGNALS) -> Iterator[None]:
+    """Inside the ``with``, these signals go to a handler.
+
+    Those that are ignored (``nohup``, a shell's background) stay ignored, and outside the main thread, which alone gets
+    signals, nothing is handled.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.getsignal(n) for n in signals if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former if former is not None else signal.SIG_DFL)
+
+
+@contextmanager
+def held() -> Iterator[Hold]:
+    """Inside the ``with``, SIGTERM and SIGINT only set :attr:`Hold.requested`; who works by steps looks after each.
+
+    A second signal, more than two seconds after the first, raises KeyboardInterrupt at once. For those that are not
+    held at all, see :func:`handled`.
+
+    Raises:
+        KeyboardInterrupt: on leaving, if a signal has arrived.
+    """
+    hold = Hold()
+    with handled(hold):
+        yield hold
+    if hold.requested:
+        raise KeyboardInterrupt
+
+
+# -- telling an exhausted memory from other errors, and saying so
+
+
+# In lower case, with blanks for underscores. A library's handle that was not created (CUBLAS_STATUS_NOT_INITIALIZED)
+# is none of them: it has other causes as well.
+_SIGNS = (
+    "out of memory",  # CUDA, HIP, XPU, MPS
+    "can't allocate memory",  # torch's allocator for CPUs
+    "not enough memory",  # the same on Windows
+    "cannot allocate memory",  # the system's ENOMEM, as libraries pass it on
+    "unable to allocate",  # numpy's
+    "bad alloc",
+    "alloc failed",  # CUBLAS_STATUS_ALLOC_FAILED, and those of CUDNN, CUSOLVER, CUSPARSE, HIPBLAS
+    "allocation failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, HPUs
+    "allocation failure",  # XPU
+    "rocblas status memory error",
+    "out of device memory",  # XPU
+    "out of host memory",
+    "out of resources",
+    "insufficient memory",  # MPS
+    "invalid buffer size",
+    "no executable batch size found",  # accelerate, after it has tried a single row
+)
+_ELSEWHERE = "in another process"
+_LONGEST = 160  # characters of a library's own words
+_LESS = "a smaller model.dtype or a device with more memory"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch's devices, their libraries and the system raise when there is no more memory."""
+    if isinstance(error, UnlearnError):  # it has been told
+        return False
+    # classes of other libraries by their names, so that commands which need no torch can ask
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    said = str(error).lower().replace("_", " ")
+    # not of every kind: other errors may quote the user's own texts
+    return (isinstance(error, RuntimeError | OSError) or kind == "SafetensorError") and any(s in said for s in _SIGNS)
+
+
+@contextmanager
+def told(where: str, advice: str) -> Iterator[None]:
+    """Make of an exhausted memory one message for the user; other errors pass.
+
+    Args:
+        where: The stage, or the part of it.
+        advice: What to do there, up to "or ...", which is the same everywhere.
+
+    Raises:
+        UnlearnError: the memory is exhausted.
+    """
+    try:
+        yield
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        words = " ".join(str(e).split()).rstrip(".")
+        said = f" ({words[:_LONGEST]}{'...' if len(words) > _LONGEST else ''})" if words else ""
+        message = f"{where}: out of memory{said}. To need less, {advice}; or choose {_LESS}"
+        if _ELSEWHERE not in words:
+            alarm(message)
+        raise UnlearnError(message) from e

@@ -1,0 +1,255 @@
+"""The part of a recipe that says what is forgotten and what is kept: sources, splits, prompts, data sets."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Scalar = bool | int | float | str
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+SetRole = Literal["forget", "learn", "term", "retain", "utility", "holdout"]
+Kind = Literal["text", "qa", "mcq"]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+DEFAULT_PROMPT: dict[str, str] = {
+    "text": "{text}",
+    "qa": "Question: {question}\nAnswer:",
+    "mcq": "Question: {question}\nAnswer:",
+}
+
+
+class Frozen(BaseModel):
+    """A value that is checked when it is made and never changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Between(Frozen):
+    """A condition on a column of numbers: strictly above one bound, strictly below the other, or both."""
+
+    above: float | int | None = Field(None, description="The column must be greater than this.")
+    below: float | int | None = Field(None, description="The column must be less than this.")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Between:
+        if self.above is None and self.below is None:
+            raise ValueError("give above, below or both")
+        return self
+
+
+class Source(Frozen):
+    """Where rows come from."""
+
+    path: str = Field(
+        min_length=1,
+        description="A .json, .jsonl, .csv, .parquet or .txt file, relative to the recipe or, where nothing is there, "
+        "to the current folder; or hub:OWNER/NAME.",
+    )
+    config: str | None = Field(None, description="Configuration (subset) of a hub data set.")
+    split: str | None = Field(None, description="Split of a hub data set; train when not given.")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+    rows: tuple[Annotated[int, Field(ge=0)], Positive] | None = Field(
+        None, description="Only the rows from the first number up to, and without, the second; counted from 0."
+    )
+    where: dict[str, Scalar | tuple[Scalar, ...] | Between] = Field(
+        default_factory=dict,
+        description="Keep only rows whose columns equal (or are among) these values, or lie within {above:, below:}.",
+    )
+    limit: Positive | None = Field(None, description="At most this many rows, chosen by the seed.")
+
+    @model_validator(mode="after")
+    def _some_rows(self) -> Source:
+        if self.rows is not None and self.rows[0] >= self.rows[1]:
+            raise ValueError(f"rows [{self.rows[0]}, {self.rows[1]}] has no row in it")
+        return self
+
+
+class SplitShares(Frozen):
+    """How one source is divided, by content and seed."""
+
+    train: Share | Literal["all"] = Field(
+        0.5,
+        description="Share of the rows trained on. all: every row is trained on, and validation and test divide "
+        "the same rows between them; right for memorised content, where what is forgotten is what was trained on.",
+    )
+    validation: Share = Field(0.2, description="Share of the rows on which the coefficient is chosen.")
+    test: Share = Field(0.3, description="Share of the rows on which the result is reported.")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> SplitShares:
+        total = self.validation + self.test + (0.0 if self.train == "all" else float(self.train))
+        if total > 1 + 1e-9:
+            raise ValueError(f"shares add up to {total:g}; they must not exceed 1")
+        return self
+
+
+class SplitPrompts(Frozen):
+    """A different phrasing per split, to see whether knowledge went or only one wording of it."""
+
+    train: str | tuple[str, ...] = Field(description="Template, or several: every row is then trained in each of them.")
+    validation: str = Field(description="Template of the validation items.")
+    test: str = Field(description="Template of the test items.")
+
+
+class DataSet(Source):
+    """A forget, retain or utility set."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Name in reports; the file's name when not given.",
+    )
+    kind: Kind = Field(description="text (passages), qa (question, answer) or mcq (question, choices, answer).")
+    columns: dict[str, str | tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Our field -> your column (text; question, answer; choices may be a list of columns).",
+    )
+    prompt: str | tuple[str, ...] | SplitPrompts | None = Field(
+        None, description="Template with {column} fields; what the model reads before the answer."
+    )
+    shares: SplitShares = Field(
+        default_factory=SplitShares, description="How the rows are split when no files are given."
+    )
+    validation: Source | None = Field(None, description="A file of its own for validation items.")
+    test: Source | None = Field(None, description="A file of its own for test items.")
+    length: Positive = Field(256, description="text: tokens per passage.")
+    prefix: Positive = Field(32, description="text: tokens the model is given before it must go on by itself.")
+    prefixes: tuple[Positive, ...] = Field(
+        (), description="text: further lengths of what the model is given; test items are scored at each of them too."
+    )
+    continuation: Positive = Field(
+        64, description="qa, text: tokens generated for ROUGE-L, and as many of the right answer are compared."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSet:
+        if self.kind == "text" and self.prefix >= self.length:
+            raise ValueError(f"prefix ({self.prefix}) must be shorter than length ({self.length})")
+        if self.prefixes and self.kind != "text":
+            raise ValueError("prefixes is for passages (kind: text)")
+        wrong = [p for p in self.prefixes if p >= self.length or p == self.prefix or self.prefixes.count(p) > 1]
+        if wrong:
+            raise ValueError(
+                f"prefixes: {wrong[0]} must be shorter than length ({self.length}), given once, and not prefix itself"
+            )
+        return self
+
+    def prompts(self, split: Split) -> tuple[str, ...]:
+        """The templates of one split, the default of the kind when the recipe gives none."""
+        given = getattr(self.prompt, split) if isinstance(self.prompt, SplitPrompts) else self.prompt
+        if given is None:
+            return (DEFAULT_PROMPT[self.kind],)
+        templates = (given,) if isinstance(given, str) else tuple(given)
+        return templates if split == "train" else templates[:1]
+
+    def label(self) -> str:
+        """Name used in reports, task names and files."""
+        if self.name:
+            return self.name
+        stem = self.path.removeprefix("hub:").rsplit("/", 1)[-1]
+        stem = re.sub(r"\.(jsonl?|csv|parquet|txt)$", "", stem)
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.config or stem).strip("-.") or "set"
+
+
+def _only_scored() -> SplitShares:
+    return SplitShares(train=0.0, validation=0.4, test=0.6)
+
+
+class UtilitySet(DataSet):
+    """A utility set: only scored, so by default none of its rows are held back for training."""
+
+    shares: SplitShares = Field(default_factory=_only_scored, description="How the rows are split.")
+
+
+def _only_compared() -> SplitShares:
+    return SplitShares(train=0.0, validation=0.0, test=1.0)
+
+
+class HoldoutSet(DataSet):
+    """A hold-out set: never trained on and not scored, only compared with the forget set."""
+
+    shares: SplitShares = Field(default_factory=_only_compared, description="How the rows are split.")
+
+
+# -- prompt templates
+
+
+_TOKEN = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|(?P<brace>[{}])")
+_FORMAT_MARKS = {".": "attribute access", "[": "index access", "!": "a conversion", ":": "a format spec"}
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """Return the column names that ``template`` uses, each once, in order of first use.
+
+    Raises:
+        ValueError: the braces do not balance, or a field is more than a plain name.
+    """
+    return tuple(dict.fromkeys(text for is_field, text in _parts(template) if is_field))
+
+
+def render(template: str, row: Mapping[str, object]) -> str:
+    """Fill every ``{column}`` of ``template`` with ``str(row[column])``.
+
+    Raises:
+        ValueError: the template is malformed, or it names a column that ``row`` lacks or that is empty (``None``).
+    """
+    return "".join(_value(text, row) if is_field else text for is_field, text in _parts(template))
+
+
+def stops(template: str) -> list[str]:
+    """Where an answer may end, besides the end of text: at a line break, and where the next prompt would begin.
+
+    That is the last line of what the template has before its first field; an answer that holds one of these itself
+    goes on to the next.
+    """
+    head = "".join(text for _, text in itertools.takewhile(lambda part: not part[0], _parts(template)))
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    return ["\n", *(f"\n{line}" for line in lines[-1:])]
+
+
+def _value(name: str, row: Mapping[str, object]) -> str:
+    if name not in row:
+        columns = ", ".join(str(column) for column in row) or "none"
+        raise ValueError(f"the prompt uses {{{name}}}, but there is no column '{name}' (columns: {columns})")
+    value = row[name]
+    if value is None:
+        raise ValueError(f"the prompt uses {{{name}}}, but the column '{name}' is empty in this row")
+    return str(value)
+
+
+def _parts(template: str) -> Iterator[tuple[bool, str]]:
+    """Yield (is a field, its name or the literal text) from left to right."""
+    end = 0
+    for match in _TOKEN.finditer(template):
+        if match.start() > end:
+            yield False, template[end : match.start()]
+        end = match.end()
+        token = match.group()
+        if token in ("{{", "}}"):
+            yield False, token[0]
+        elif match.group("brace"):
+            raise ValueError(
+                f"there is a single '{token}' without its partner; write '{token}{token}' for a literal one"
+            )
+        else:
+            name = match.group("field")
+            _check_name(name)
+            yield True, name
+    if end < len(template):
+        yield False, template[end:]
+
+
+def _check_name(name: str) -> None:
+    if not name.strip():
+        raise ValueError("there is an empty field '{}'; name a column, as in {question}")
+    if name != name.strip():
+        raise ValueError(f"the field '{{{name}}}' has spaces around the name; write {{{name.strip()}}}")
+    for mark, what in _FORMAT_MARKS.items():
+        if mark in name:
+            raise ValueError(f"the field '{{{name}}}' uses {what} ('{mark}'); only plain {{column}} fields are allowed")

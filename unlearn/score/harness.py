@@ -1,0 +1,132 @@
+"""lm-eval's own command line with the packed model in it: ``python -m unlearn.score.harness --model unlearn ...``.
+
+From Python, importing this module is enough: ``lm_eval.simple_evaluate(model="unlearn", ...)`` then knows the name.
+lm-eval looks for no plugins, so it has to be imported by somebody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import lm_eval.models  # noqa: F401 - fills the registry; lm-eval does so by itself only while it is empty
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.registry import model_registry
+from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.utils import setup_logging
+
+from unlearn import processes as distributed
+from unlearn.console import is_main_process, say
+from unlearn.errors import EvaluationError, UnlearnError
+from unlearn.model.locate import hub_away
+from unlearn.processes import told
+
+MODEL = "unlearn"
+EXIT_MISTAKE = 2
+_PROGRAM = "python -m unlearn.score.harness"
+_NOTE = f"""
+--model {MODEL} scores causal language models as --model hf does, in less time. It takes hf's --model_args, and
+batch_tokens=N for the number of tokens in a forward pass.
+"""
+
+
+def register() -> None:
+    """Make the model known to lm-eval as ``unlearn``; again does nothing. It is imported when it is first used."""
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="unlearn.score.packed:PackedLM")
+
+
+register()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run lm-eval's command line, by all processes together where there are several.
+
+    Args:
+        argv: Its arguments, by default those of this program.
+
+    Returns:
+        0, or 2 after a mistake that this project's model tells of. lm-eval's own errors are raised as lm-eval does.
+    """
+    setup_logging(logging.INFO if is_main_process() else logging.ERROR)
+    before = sys.argv
+    sys.argv = [before[0], *(before[1:] if argv is None else argv)]  # where lm-eval reads, and writes to
+    try:
+        with told(MODEL, "lower batch_tokens or max_length in --model_args, or --batch_size"):
+            _run(HarnessCLI())
+    except UnlearnError as e:
+        say(f"error: {e}", style="red")
+        return EXIT_MISTAKE
+    except ConnectionError:
+        if not (away := hub_away()):
+            raise
+        say(f"error: the data of the tasks are not all on this machine, and {away}", style="red")
+        return EXIT_MISTAKE
+    finally:
+        sys.argv = before
+    distributed.leave()
+    return 0
+
+
+def _run(cli: HarnessCLI) -> None:
+    with _under_our_name():
+        arguments = cli.parse_args()
+        if arguments.command is None:
+            cli.execute(arguments)  # prints the help
+            return
+    if arguments.command == "run":
+        _check_caches(arguments)
+        hub_away()  # looked into before the tasks are: their data are then looked for on this machine alone
+        distributed.join()
+        if not is_main_process():
+            _run_silently(cli, arguments)
+            return
+    cli.execute(arguments)
+
+
+def _check_caches(arguments: argparse.Namespace) -> None:
+    """Refuse lm-eval's caches where what they keep would be taken for something else's."""
+    given = EvaluatorConfig.load_yaml_config(arguments.config) if arguments.config else {}
+    given |= {key: value for key, value in vars(arguments).items() if value}
+    if given.get("use_cache") and given.get("model") != MODEL:
+        raise EvaluationError(
+            f"--use_cache: lm-eval keeps answers by their texts alone and would give one model's for another's; "
+            f"--model {MODEL} keeps them by model"
+        )
+    if given.get("cache_requests") and given.get("metadata"):
+        raise EvaluationError(
+            "--cache_requests: lm-eval keeps requests by the task's name alone, so those of other --metadata would be "
+            "taken for these: leave one of the two out"
+        )
+
+
+def _run_silently(cli: HarnessCLI, arguments: argparse.Namespace) -> None:
+    """All processes have the results; lm-eval would have them written once on each machine."""
+    arguments.hf_hub_log_args = arguments.wandb_args = arguments.trackio_args = None
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        arguments.output_path = folder
+        cli.execute(arguments)
+
+
+@contextlib.contextmanager
+def _under_our_name() -> Iterator[None]:
+    """Help and usage call the program by the name it has here: as ``lm-eval`` it would not know the model."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        for text, stream in ((out.getvalue(), sys.stdout), (err.getvalue(), sys.stderr)):
+            stream.write(re.sub(r"\blm-eval\b", _PROGRAM, text))
+        if "--model" in out.getvalue():
+            sys.stdout.write(_NOTE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

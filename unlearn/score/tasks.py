@@ -1,0 +1,358 @@
+"""lm-eval tasks for a recipe: its own data through the pack in ``eval/``, and by name what the pack and lm-eval have.
+
+Tasks are built once and scored at every coefficient: requests are made the first time, for each choice of items, and
+then handed to the model again, the same objects with their answers wiped.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from unlearn.checks import no_such_task
+from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, write_items
+from unlearn.errors import EvaluationError
+from unlearn.model.locate import hub_away, no_foreign_code
+from unlearn.recipe import metrics
+from unlearn.recipe.data import Split, stops
+from unlearn.recipe.evaluation import TaskSpec
+from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.metrics import RECITED, Key
+from unlearn.recipe.schema import Recipe
+from unlearn.results import Role
+from unlearn.score.silence import quiet_harness
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@functools.cache
+def manager(shipped: bool) -> TaskManager:
+    """lm-eval's index of its own tasks (``shipped``), or of the pack; read once."""
+    return TaskManager(include_defaults=shipped, include_path=None if shipped else str(tasks_folder()))
+
+
+@dataclass(frozen=True)
+class Named:
+    """What one name in ``eval.tasks`` stands for, and the metrics that are reported."""
+
+    tasks: Mapping[str, Task]
+    groups: Mapping[str, Group]
+    metrics: tuple[str, ...]
+
+
+def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
+    """The task or group of a name, with all its data.
+
+    Args:
+        spec: From ``eval.tasks``.
+        seed: For few-shot examples.
+        tokenizer: Folder or name of the scored model's tokenizer, which the pack's tasks are told; empty if not known.
+
+    Raises:
+        EvaluationError: there is no such task, its data cannot be had, it has no such metric, or it runs what a model
+            writes.
+        ModelError: it was to run code that comes with a tokenizer.
+    """
+    # the pack first: lm-eval's own index has 14,000 tasks, and reading it takes seconds
+    index, ours = manager(shipped=False), True
+    if spec.task not in index.task_index:
+        pack, index, ours = index, manager(shipped=True), False
+        if spec.task not in index.task_index:
+            raise no_such_task(spec.task, {*index.all_tasks, *pack.all_tasks})
+    given = spec.model_dump(mode="json")["metadata"]
+    if ours and tokenizer:
+        given = {"tokenizer": tokenizer, **given}  # some count tokens
+    away = hub_away()
+    try:
+        with no_foreign_code(f"eval.tasks: {spec.task}"):
+            loaded = _telling(index, given).load(spec.task)
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
+        if ours and isinstance(error, ValueError):  # the pack's own words
+            raise EvaluationError(f"eval.tasks: {spec.task}: {error}") from error
+        if away and isinstance(error, ConnectionError):
+            raise EvaluationError(
+                f"eval.tasks: the data of {spec.task!r} are not on this machine, and {away}. Fill the cache where "
+                "there is network and set HF_HOME, or take the task out of the recipe"
+            ) from error
+        raise EvaluationError(
+            f"eval.tasks: lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error}). Its data come from the "
+            f"hub: fill the cache where there is network and set HF_HOME, or take the task out of the recipe"
+        ) from error
+    tasks, groups = dict(loaded["tasks"]), dict(loaded.get("groups") or {})
+    if spec.task not in tasks and spec.task not in groups:
+        raise EvaluationError(
+            f"eval.tasks: {spec.task!r} is a tag for {len(tasks)} tasks; name them: {', '.join(tasks)}"
+        )
+    if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
+        raise EvaluationError(
+            f"eval.tasks: {spec.task} runs the program text that a model writes, which is not done here: take it out "
+            "of the recipe, and run it apart with lm-eval's --confirm_run_unsafe_code"
+        )
+    for task in tasks.values():
+        if spec.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a task's own config is binding
+            task.set_config("num_fewshot", spec.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed)
+    return Named(tasks, groups, _pack_metrics(spec, tasks) if ours else (_shipped_metric(spec, tasks, groups),))
+
+
+def _telling(index: TaskManager, metadata: Mapping[str, Any]) -> TaskManager:
+    """The same index, its tasks told the metadata. Anew, the index would be read again."""
+    if not metadata:
+        return index
+    other = copy.copy(index)
+    other.metadata = dict(metadata)
+    other._factory = TaskFactory(meta=dict(metadata))
+    return other
+
+
+def _pack_metrics(spec: TaskSpec, tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """All metrics of a task of the pack, the one that counts first."""
+    if spec.task not in tasks:
+        raise EvaluationError(
+            f"eval.tasks: {spec.task!r} is a group without a score of its own; name its tasks: {', '.join(tasks)}"
+        )
+    found = list(tasks[spec.task].aggregation())
+    if spec.metric not in found:
+        raise EvaluationError(f"eval.tasks: {spec.task} has no metric {spec.metric!r}; it has {', '.join(found)}")
+    return (spec.metric, *(metric for metric in found if metric != spec.metric))
+
+
+def _shipped_metric(spec: TaskSpec, tasks: Mapping[str, Task], groups: Mapping[str, Group]) -> str:
+    """The metric that counts of one of lm-eval's own tasks, or of a group of them.
+
+    Raises:
+        EvaluationError: it has none of that name, which lm-eval would find out when all is scored.
+    """
+    if spec.task in groups:
+        aggregated = groups[spec.task].aggregate_metric_list or ()
+        found = list(dict.fromkeys(config.metric for config in aggregated))
+        if not found:
+            raise EvaluationError(
+                f"eval.tasks: {spec.task!r} is a group without a score of its own; name its tasks: {', '.join(tasks)}"
+            )
+    else:
+        found = list(tasks[spec.task].aggregation())
+    if spec.metric not in found:
+        raise EvaluationError(f"eval.tasks: {spec.task} has no metric {spec.metric!r}; it has {', '.join(found)}")
+    return spec.metric
+
+
+def share(spec: TaskSpec, tasks: Mapping[str, Task], split: Split, seed: int) -> dict[str, list[int]]:
+    """Item numbers of one half, validation or test, ascending; the seed deals them out, over all tasks of a group."""
+    pool = [(name, index) for name, task in tasks.items() for index in range(len(task.eval_docs))]
+    random.Random(f"{seed} {spec.task}").shuffle(pool)
+    middle = 0 if spec.whole else len(pool) // 2
+    half = pool[:middle] if split == "validation" else pool[middle:]
+    chosen: dict[str, list[int]] = {}
+    for name, index in half[: spec.limit]:
+        chosen.setdefault(name, []).append(index)
+    if not chosen:
+        raise EvaluationError(
+            f"eval.tasks: {spec.task} has {len(pool)} items: too few for validation and test; whole: true makes them "
+            "test items"
+        )
+    return {name: sorted(indices) for name, indices in chosen.items()}
+
+
+# -- lm-eval tasks for a recipe
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a task's scores stand for. ``metrics`` None: all of them count."""
+
+    set: Role
+    name: str
+    split: Split
+    metrics: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks to be scored together.
+
+    ``info`` names every task or group that is reported; ``samples`` the items used of tasks that are not used whole;
+    ``seed`` decides the texts of tasks that sample.
+    """
+
+    tasks: Mapping[str, Task]
+    groups: Mapping[str, Group]
+    info: Mapping[str, TaskInfo]
+    samples: Mapping[str, list[int]]
+    seed: int = 0
+
+    def digest(self) -> str:
+        """SHA-256 of what is asked and how it is scored: names, settings, items. Where files lie is no part of it."""
+        whole = hashlib.sha256(_json([{n: asdict(i) for n, i in self.info.items()}, self.samples, self.seed]))
+        for name, task in sorted(self.tasks.items()):
+            settings = {key: value for key, value in task.dump_config().items() if key != "metadata"}  # paths
+            shown = task.fewshot_docs() if settings.get("num_fewshot") else ()
+            whole.update(_json([name, settings]))
+            for doc in (*task.eval_docs, *shown):
+                whole.update(_json(doc))
+        for name, group in sorted(self.groups.items()):
+            whole.update(_json([name, group.child_names, [asdict(m) for m in group.aggregate_metric_list or ()]]))
+        return whole.hexdigest()
+
+
+def kept_metrics(recipe: Recipe, built: TaskSet) -> tuple[Key, ...]:
+    """Keys of the scores that must stay within the bound, of what ``built``, the tasks of the search, does score.
+
+    That leaves out sets without validation items, tasks that are test items as a whole, and tasks that need generation:
+    reported, but not searched on.
+    """
+    scored = {(info.set, info.name) for info in built.info.values()}
+    return tuple(key for key in metrics.kept_metrics(recipe) if key[:2] in scored)
+
+
+def build_tasks(
+    sets: Sequence[LoadedSet],
+    split: Split,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    generate: bool = False,
+) -> TaskSet:
+    """Everything that is scored on one split.
+
+    Args:
+        sets: The recipe's data.
+        split: ``validation`` or ``test``.
+        recipe: For tasks by name, the engine and the seed.
+        tokenizer: The scored model's, for token counts.
+        folder: Where the items are written (see :func:`unlearn.data.sets.write_items`).
+        generate: Also tasks for which the model must write text; too slow for a search.
+
+    Raises:
+        EvaluationError: no items in a set that needs some, two tasks of one name, a task that cannot be had.
+    """
+    if generate and split == "test":
+        sets = at_prefixes(sets, tokenizer)
+    write_items(sets, tokenizer, folder, (split,), (split,) if generate else ())
+    tasks: dict[str, Task] = {}
+    info: dict[str, TaskInfo] = {}
+    # Reciting takes a request for each token: one row for a packed passage, but one row each for lm-eval's own model.
+    recite = generate or recipe.eval.engine == "packed" or recipe.choose.metric in RECITED
+    with quiet_harness():
+        for loaded in sets:
+            if loaded.role == "term" or loaded.role == "holdout" or not _has_items(loaded, split):
+                continue
+            for name, config in _configs(loaded, split, items_path(folder, loaded, split), generate, recite):
+                _claim(name, info)
+                tasks[name] = _build(config, recipe.seed)
+                info[name] = TaskInfo(loaded.role, loaded.name, split)
+        groups: dict[str, Group] = {}
+        samples: dict[str, list[int]] = {}
+        for spec in recipe.eval.tasks:  # built even where they are not scored: what is missing shows before the search
+            named = load(spec, recipe.seed, str(getattr(tokenizer, "name_or_path", "")))
+            if spec.whole and split != "test":
+                continue
+            if not generate and any(task.OUTPUT_TYPE == "generate_until" for task in named.tasks.values()):
+                continue
+            _claim(spec.task, info)
+            chosen = share(spec, named.tasks, split, recipe.seed)
+            for name in named.tasks:
+                if name in tasks:
+                    raise EvaluationError(f"eval.tasks: {spec.task} has the task {name}, which is there already")
+                if name in chosen:
+                    tasks[name] = _reusing(named.tasks[name])
+                else:
+                    for group in named.groups.values():
+                        group.pop(name)
+            samples |= chosen
+            groups |= named.groups
+            info[spec.task] = TaskInfo(spec.set, spec.task, split, named.metrics)
+    if not info:
+        raise EvaluationError(f"there is nothing to score on the {split} items")
+    return TaskSet(tasks, groups, info, samples, recipe.seed)
+
+
+def _has_items(loaded: LoadedSet, split: Split) -> bool:
+    if getattr(loaded, split):
+        return True
+    wanted = loaded.role in ("forget", "learn")
+    if not wanted and getattr(loaded.spec, split) is None and getattr(loaded.spec.shares, split) == 0:
+        return False  # the recipe says so: a set that is only trained on, or only reported
+    raise EvaluationError(
+        f"{loaded.role} set {loaded.name!r} has no {split} items: raise shares.{split}, add rows, "
+        f"or give a file under {split}"
+    )
+
+
+def _json(value: Any) -> bytes:
+    """Canonical JSON; what has no JSON form by its text, without addresses in memory."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return re.sub(r" at 0x[0-9a-f]+", "", text).encode()
+
+
+def _claim(name: str, taken: Mapping[str, TaskInfo]) -> None:
+    if name in taken:
+        raise EvaluationError(f"two tasks are called {name!r}: rename a set, or name an lm-eval task once")
+
+
+def _configs(
+    loaded: LoadedSet, split: Split, items: Path, generate: bool, recite: bool
+) -> list[tuple[str, dict[str, Any]]]:
+    """``(task name, lm-eval config)`` of every pack task that applies to a set."""
+    kind, base = loaded.spec.kind, f"{loaded.role}.{loaded.name}"
+    wanted = [(base, f"unlearn_{kind}")]
+    if kind == "text" and recite:
+        wanted.append((f"{base}.memory", "unlearn_text_memory"))
+    if kind != "mcq" and generate:
+        wanted.append((f"{base}.rouge", f"unlearn_{kind}_rouge"))
+    configs = []
+    for name, pack_name in wanted:
+        config = load_yaml(tasks_folder() / f"{pack_name}.yaml")
+        config["task"] = name
+        config["metadata"] = {**config["metadata"], "pack_task": pack_name, "items": str(items)}
+        if "memory_tokens" in config["metadata"]:
+            config["metadata"]["memory_tokens"] = MEMORY_TOKENS
+        if "generation_kwargs" in config:
+            until = stops(loaded.spec.prompts(split)[0]) if kind == "qa" else []
+            how = {"max_gen_toks": loaded.spec.continuation, "until": until}
+            config["generation_kwargs"] = {**config["generation_kwargs"], **how}
+        configs.append((name, config))
+    return configs
+
+
+def _build(config: dict[str, Any], seed: int) -> Task:
+    (task,) = manager(shipped=False).load(config)["tasks"].values()
+    task.set_fewshot_seed(seed)
+    return _reusing(task)
+
+
+def _reusing(task: Task) -> Task:
+    """Make the requests of each choice of items once; lm-eval would build them again at every coefficient."""
+    build: Callable[..., None] = task.build_all_requests
+    made: list[tuple[dict[str, Any], list[Instance]]] = []
+
+    def build_once(**how: Any) -> None:
+        known = next((instances for made_for, instances in made if made_for == how), None)
+        if known is None:
+            build(**how)
+            made.append((how, task.instances))
+        else:
+            task._instances = known
+        for instance in task.instances:  # new lists: the last result's samples still hold the old ones
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = build_once
+    return task

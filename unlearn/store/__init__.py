@@ -1,0 +1,1 @@
+"""Finished work on disk, found again by key."""

@@ -1,0 +1,162 @@
+"""Files that are whole or absent, and what the file system says turned into words."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from unlearn.errors import RunFolderError
+from unlearn.text import one_line
+
+LONGEST_NAME = 200  # characters of a name in a message
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# what says that nothing more can be written, or not so much in one file, or that the disk is not there any more
+_UNWRITABLE = _FULL | {errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
+_CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems, for folders
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``parts``: keys sorted; dataclasses and pydantic models as objects.
+
+    Raises:
+        TypeError, ValueError: a part has no JSON form, or holds a number that is not finite.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False, default=plain)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write UTF-8 so that ``path`` holds either the old content or the new one, also after a power cut.
+
+    Raises:
+        RunFolderError: the place cannot be written, or is full.
+    """
+    temporary = path.with_name(f".{path.name}.{unique()}.tmp")
+    with explained(path):
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
+            sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json_atomic(path: Path, data: Any) -> None:
+    """:func:`write_text_atomic` of indented JSON. Numbers that are not finite are a ValueError: JSON has none."""
+    write_text_atomic(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
+
+
+@contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """Turn what the file system says into a message for the user."""
+    try:
+        yield
+    except OSError as e:
+        raise refused(e, place) from e
+
+
+def refused(error: OSError, place: Path) -> RunFolderError:
+    """The message for what the file system said about a place of the run."""
+    if error.errno in _FULL:
+        return RunFolderError(full_message(place))
+    where = error.filename if isinstance(error.filename, str) and error.filename else place
+    return RunFolderError(
+        f"{where}: {error.strerror or error}. The run's folder must be writable: choose another one with --out"
+    )
+
+
+def no_space(error: BaseException) -> bool:
+    """Libraries that write files often raise errors of their own when the disk is full."""
+    return _number(error) in _FULL
+
+
+def unwritable(error: BaseException | None, folder: Path | None = None) -> OSError | None:
+    """What the file system said, where that is behind an error that some library raised in words of its own.
+
+    Args:
+        error: As it was caught; what it came from counts, too.
+        folder: Where a file is tried in the end: of a full disk torch says no more than ``unexpected pos 64 vs 0``.
+    """
+    while error is not None:
+        number = _number(error)
+        if number is not None and number in _UNWRITABLE:
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    try:
+        if folder is not None:
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(2**16))
+    except OSError as e:
+        return e
+    return None
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number for what went wrong, from an error's attribute or its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    text = str(error)
+    found = re.search(r"\bos error (\d+)\b", text)  # what is written in Rust says it so
+    return int(found[1]) if found else next((n for n in sorted(_UNWRITABLE) if os.strerror(n) in text), None)
+
+
+def full_message(place: Path) -> str:
+    """What to tell the user when the disk is full."""
+    return (
+        f"no space left on the disk (or in the quota) while writing {place}. "
+        "Make room, or choose a folder on another disk with --out; finished stages are kept"
+    )
+
+
+def sync(folder: Path) -> None:
+    """Bring a folder's names to disk."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def plain(value: Any) -> Any:
+    """JSON form of the values we hand around (a ``default`` for :func:`json.dumps`)."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def unique() -> str:
+    """A name part no other process or call makes: ``<pid>-<8 hex>``."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of a long list, each on one line and cut where it is endless, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(one_line(name[:LONGEST_NAME]) for name in names[:most]) + more

@@ -1,0 +1,239 @@
+"""What was run, by which code, on which kind of machine: for a report that may be shared.
+
+So no host name, no user name, no secret from the command line, and paths under the home folder begin with ``~``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from unlearn.text import HIDDEN, hide
+
+DISTRIBUTION = "lm-unlearn"
+# Part of every key: goes up when our own code gives other results for the same recipe and files, as in how texts become
+# tokens and what is compared of a written answer.
+RULES = 2
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "lm_eval",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "rouge_score",
+    "nltk",
+    "sacrebleu",
+    "evaluate",
+    "detoxify",
+)
+# Variables by which libraries compute otherwise, whatever a program asks for.
+_VARIABLES = (
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "PYTORCH_MPS_FAST_MATH",
+    "TRANSFORMERS_SDPA_FORCE_GQA",
+)
+_NAMES = (
+    r"(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|auth|authorization"
+    r"|credentials?)"
+)
+_VALUE_OF = re.compile(rf"(?i)({_NAMES}[\"']?\s*[=:]\s*).+", re.DOTALL)
+_FLAG = re.compile(rf"(?i)--?[\w.-]*?{_NAMES}")
+_GIT_SECONDS = 10
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def collect(recipe_source: Path | str, argv: Sequence[str], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Plain JSON types saying who made a result.
+
+    Args:
+        recipe_source: The recipe's file.
+        argv: The command line, ``sys.argv``.
+        extra: More to say (hashes of data, vector and model); gone through for secrets and home paths too.
+
+    Returns:
+        ``date`` (UTC, ISO 8601), ``recipe``, ``command``, ``package`` {name, version}, ``code`` {commit, dirty} or
+        None outside a checkout, ``python``, ``platform``, ``machine`` {cpu, cores, memory_gb, gpus}, ``versions``
+        (None where not installed), and what ``extra`` holds. GPUs are listed only if torch is loaded already.
+    """
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": tidy(str(recipe_source)),
+        "command": command(argv),
+        "package": {"name": DISTRIBUTION, "version": _version(DISTRIBUTION)},
+        "code": checkout(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "machine": {"cpu": _cpu(), "cores": _cores(), "memory_gb": _memory_gb(), "gpus": _gpus()},
+        "versions": versions(LIBRARIES),
+        **scrub(dict(extra or {})),
+    }
+
+
+def command(argv: Sequence[str]) -> list[str]:
+    """A command line without secrets: ``token=...``, ``--token ...``, keys known by their form, logins in URLs."""
+    shown: list[str] = []
+    hide_next = False
+    for argument in argv:
+        if hide_next and not argument.startswith("-"):
+            shown.append(HIDDEN)
+            hide_next = False
+            continue
+        hide_next = _FLAG.fullmatch(argument) is not None
+        shown.append(tidy(argument))
+    return shown
+
+
+def tidy(text: str) -> str:
+    """Text fit to be shared: secrets hidden, the home folder as ``~``."""
+    text = _VALUE_OF.sub(rf"\1{HIDDEN}", hide(text))
+    for home in _homes():
+        # whole path components only: the home of ann is not the beginning of anna's, nor the end of a longer path
+        text = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)
+    return text
+
+
+def scrub(value: Any) -> Any:
+    """:func:`tidy` on every string inside JSON-like values; tuples become lists, paths strings."""
+    if isinstance(value, str):
+        return tidy(value)
+    if isinstance(value, Path):
+        return tidy(str(value))
+    if isinstance(value, Mapping):
+        return {str(k): scrub(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub(v) for v in value]
+    return value
+
+
+def checkout(package: Path = _PACKAGE) -> dict[str, Any] | None:
+    """Commit of the code itself and whether it was changed since; None when it is not run from its own checkout.
+
+    An installed copy inside somebody's repository (a virtual environment, a vendored folder) is not one.
+
+    Args:
+        package: The folder of the code.
+    """
+    top = _git(package, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != package.parent:
+        return None
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = _git(package, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _git(package.parent, "status", "--porcelain", "--", package.name, "eval")
+    return {"commit": commit, "dirty": changes is None or bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git answers, stripped; None when it fails or there is no git."""
+    # GIT_DIR and friends, as set inside hooks, would point to another repository
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    try:
+        answer = subprocess.run(
+            ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def surroundings() -> dict[str, Any]:
+    """What a result depends on that is in no recipe and no file of it, as far as can be told without torch."""
+    return {
+        "rules": RULES,
+        "versions": versions(LIBRARIES),
+        "python": list(sys.version_info[:2]),  # it brings Unicode's tables, by which texts are compared
+        "variables": {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
+    }
+
+
+def versions(distributions: Sequence[str]) -> dict[str, str | None]:
+    """Installed versions, this package's first; None where there is none."""
+    return {name: _version(name) for name in (DISTRIBUTION, *distributions)}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _homes() -> list[str]:
+    try:
+        home = Path.home()
+    except RuntimeError:  # no home folder at all
+        return []
+    # longest first: one may contain the other
+    names = sorted({str(home), str(home.resolve())}, key=len, reverse=True)
+    return [n for n in names if n.strip("/\\")]
+
+
+def _cpu() -> str:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as f:
+            models = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
+    except OSError:
+        models = []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores this process may use: a container or a batch job often has fewer than the machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _first_line("/sys/fs/cgroup/cpu.max")
+    if quota and (parts := quota.split()) and parts[0].isdigit() and len(parts) == 2:
+        allowed = min(allowed, max(1, int(parts[0]) // int(parts[1])))
+    return allowed
+
+
+def _memory_gb() -> float | None:
+    """Memory this process may use, in GB (1e9 bytes)."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    limit = _first_line("/sys/fs/cgroup/memory.max")
+    if limit and limit.isdigit():
+        size = min(size, int(limit))
+    return round(size / 1e9, 1)
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        with Path(path).open(encoding="ascii") as f:
+            return f.readline().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _gpus() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return []
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ["Apple GPU (mps)"] if torch.backends.mps.is_available() else []

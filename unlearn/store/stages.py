@@ -1,0 +1,572 @@
+"""The seal on a finished stage: what it was made from, and every file's size and SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from pydantic import ValidationError
+
+from unlearn.console import is_main_process, say
+from unlearn.errors import RunFolderError, UnlearnError
+from unlearn.processes import anyone
+from unlearn.recipe import yaml as yaml_core
+from unlearn.recipe.load import resolved_yaml
+from unlearn.recipe.schema import Recipe
+from unlearn.store import cache as seen
+from unlearn.store.files import (
+    explained,
+    fingerprint,
+    refused,
+    some,
+    sync,
+    unique,
+    unwritable,
+    write_json_atomic,
+    write_text_atomic,
+)
+from unlearn.store.lock import Lock, is_lock_file
+
+Verify = Literal["sha256", "size", "once"]
+STAGE_FILE = "stage.json"
+STAGE_SCHEMA = 1
+_SMALL = 64 * 2**20  # bytes; below this a hash costs nothing worth saving
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """What ``stage.json`` says: the key, the seconds the stage took, and per file (relative) its bytes and SHA-256."""
+
+    key: str
+    seconds: float
+    files: Mapping[str, tuple[int, str]]
+
+
+def seal(folder: Path, key: str, seconds: float) -> None:
+    """Bring all files to disk, then write ``stage.json``.
+
+    Raises:
+        OSError: a file cannot be read or brought to disk.
+    """
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+            os.fsync(f.fileno())
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        sync(inner)
+    record = {"schema": STAGE_SCHEMA, "key": key, "seconds": round(seconds, 3), "files": files}
+    write_json_atomic(folder / STAGE_FILE, {**record, "seal": fingerprint(record)})
+
+
+def read_record(place: Path) -> StageRecord | None:
+    """The seal of a stage's folder; None when it is missing, damaged or of another schema."""
+    try:
+        data = json.loads((place / STAGE_FILE).read_text(encoding="utf-8"))
+        wanted = data.pop("seal", None)  # those of earlier versions have none
+        if data["schema"] != STAGE_SCHEMA or wanted not in (None, fingerprint(data)):
+            return None
+        files = {str(n): (int(f["bytes"]), str(f["sha256"])) for n, f in data["files"].items()}
+        return StageRecord(str(data["key"]), float(data["seconds"]), files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
+
+
+def damage_of(place: Path, record: StageRecord, verify: Verify, notes: Path | None = None) -> str | None:
+    """What is wrong with a stage's files, or None. Files that are not of the stage do not matter here.
+
+    Args:
+        verify: ``sha256`` reads every file. ``size`` trusts the size of files of 64 MiB and more. ``once`` reads what
+            this host has not read since it booted, and trusts the rest while it has not been written to.
+            ``UNLEARN_VERIFY=full`` makes ``sha256`` of all of them.
+        notes: The folder in which ``once`` notes what was read; without one it reads everything.
+
+    Raises:
+        UnlearnError: ``UNLEARN_VERIFY`` has a value that means nothing.
+    """
+    if verify == "once" and notes is not None:
+        return seen.damage(place, record.files, notes, record.key[:64])
+    by_size = verify == "size" and not seen.verify_always()
+    for name, (size, digest) in record.files.items():
+        path = place / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if (size < _SMALL or not by_size) and seen.sha256_of(path) != digest:
+            return f"the content of {name} has changed (SHA-256 differs)"
+    return None
+
+
+def strangers_in(place: Path, root: Path | None = None) -> list[str]:
+    """Files in a stage that its seal does not list. With a damaged seal none can be told apart, so none are named."""
+    record = read_record(place)
+    if record is None:
+        return []
+    files = [p for p in place.rglob("*") if p.is_symlink() or not p.is_dir()]
+    return [
+        str(p.relative_to(root or place))
+        for p in files
+        if p.relative_to(place).as_posix() not in record.files and p != place / STAGE_FILE
+    ]
+
+
+# -- whose a folder is
+
+
+LOCK, TEMPORARY, WORK = ".unlearn-lock", ".unlearn-tmp", ".unlearn-work"
+_FILES = frozenset({"recipe.yaml", "resolved.yaml", "provenance.json", "report.json", "report.html"})
+_HALF_WRITTEN = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what a killed run left half written. Only for the holder of the lock."""
+    shutil.rmtree(root / TEMPORARY, ignore_errors=True)
+    for child in root.iterdir():
+        if _HALF_WRITTEN.fullmatch(child.name):
+            child.unlink()
+
+
+def refuse_strangers(place: Path) -> None:
+    """A place may be used if it is new, empty, a run's folder, or what a kill left before it became one.
+
+    Raises:
+        RunFolderError: it is anything else.
+    """
+    if not place.exists() and not place.is_symlink():
+        return
+    if not place.is_dir():
+        raise RunFolderError(f"{place} is not a folder: choose another --out")
+    names = {p.name for p in place.iterdir()}  # looked at once: a run may be starting in it right now
+    others = [name for name in names if name not in (TEMPORARY, WORK) and not _passing(name)]
+    if others and "resolved.yaml" not in names:
+        raise RunFolderError(
+            f"{place} is not empty and not the folder of a run (it holds {some(sorted(others))}): choose another --out"
+        )
+
+
+def refuse_links(root: Path) -> None:
+    """A run makes no links: one that somebody put into its folder would have it write, or remove, elsewhere.
+
+    Raises:
+        RunFolderError: there is a link in the folder.
+    """
+    links = []
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        links += [str((here / n).relative_to(root)) for n in (*subfolders, *names) if (here / n).is_symlink()]
+    if links:
+        raise RunFolderError(
+            f"{root} holds links, and a run makes none: {some(sorted(links))}. Remove them, or use another --out"
+        )
+
+
+def _passing(name: str) -> bool:
+    """Files beside a run's own that come and go: of its lock, and half written."""
+    return is_lock_file(name, LOCK) or _HALF_WRITTEN.fullmatch(name) is not None
+
+
+# The same run, another way of going about it: what is finished is used again.
+_MAY_CHANGE = frozenset({"sweep.search"})
+_NEVER_MATTERS = "cluster"  # where it runs
+
+
+def require_same_recipe(place: Path, resolved: str) -> None:
+    """Compare the folder's ``resolved.yaml`` with ``resolved``.
+
+    A key that the older file does not have counts as today's default: it was written before there was such a key. A key
+    that only the older file has was written by a newer version, and is a difference.
+
+    Raises:
+        RunFolderError: they differ (the first five keys are named), or the file cannot be read.
+    """
+    try:
+        old = yaml_core.parse((place / "resolved.yaml").read_text(encoding="utf-8")).data
+    except (yaml_core.YamlSyntaxError, UnicodeDecodeError) as e:
+        raise RunFolderError(
+            f"{place / 'resolved.yaml'} cannot be read any more, so it is unclear whose run this is: "
+            "use another --out, or --fresh to start over"
+        ) from e
+    new = yaml_core.parse(resolved).data
+    there, here, usual = _leaves(old), _leaves(new), _leaves(_by_default(new, old))
+    absent = object()
+    differs = [k for k in dict.fromkeys([*here, *there]) if here.get(k, absent) != there.get(k, usual.get(k, absent))]
+    differs = [k for k in differs if k not in _MAY_CHANGE and re.split(r"[.\[]", k)[0] != _NEVER_MATTERS]
+    if differs:
+        lines = [f"  {k}: {_short(there, k)} there, {_short(here, k)} here" for k in differs[:5]]
+        more = [f"  and {len(differs) - 5} more"] if len(differs) > 5 else []
+        raise RunFolderError(
+            f"{place} holds a run of another recipe:\n"
+            + "\n".join([*lines, *more])
+            + "\nUse another --out, or --fresh to remove that run and start over"
+        )
+
+
+def _by_default(new: Any, old: Any) -> Any:
+    """The recipe ``new`` with today's defaults for the keys that ``old`` lacks; empty when one of them has none."""
+    if not isinstance(old, dict):
+        return {}
+    try:
+        return Recipe.model_validate_json(json.dumps(_shared(new, old))).model_dump(mode="json")
+    except ValidationError:
+        return {}
+
+
+def _shared(new: Any, old: Any) -> Any:
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {k: _shared(v, old[k]) for k, v in new.items() if k in old}
+    if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
+        return [_shared(a, b) for a, b in zip(new, old, strict=True)]
+    # of what the older file has in another form, no key was left out
+    return old if isinstance(new, dict | list) else new
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """``{"a": [{"b": [1, 2]}]}`` as ``{"a[0].b": [1, 2]}``: what a person would call one setting each."""
+    if isinstance(value, dict) and value:
+        return {k: v for n, x in value.items() for k, v in _leaves(x, f"{key}.{n}" if key else str(n)).items()}
+    if isinstance(value, list) and any(isinstance(x, dict) for x in value):
+        return {k: v for i, x in enumerate(value) for k, v in _leaves(x, f"{key}[{i}]").items()}
+    return {key: value}
+
+
+def clear(root: Path) -> None:
+    """Remove what runs wrote here. Only for the holder of the lock, which stays.
+
+    Raises:
+        RunFolderError: something else lies here too; nothing is removed then.
+    """
+    stages = [Path(d) for d, _, names in os.walk(root) if STAGE_FILE in names]
+    ours = {root / n for n in _FILES}
+    strangers = []
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        if here == root:
+            subfolders[:] = [s for s in subfolders if s not in (TEMPORARY, WORK)]
+        if here in stages:
+            strangers += strangers_in(here, root)
+            subfolders[:] = []
+            continue
+        links = [s for s in subfolders if (here / s).is_symlink()]
+        files = [here / n for n in (*names, *links)]
+        files = [p for p in files if p not in ours and not (here == root and _passing(p.name))]
+        strangers += [str(p.relative_to(root)) for p in files]
+    if strangers:
+        raise RunFolderError(
+            f"{root}: --fresh removes only what a run wrote, and these are not of a run: {some(sorted(strangers))}. "
+            "Move them elsewhere, or use another --out"
+        )
+    # out of the way by renaming, which is atomic, and the file that makes this a run's folder last: after a kill in
+    # the middle the folder is still one that may be used
+    heap = root / TEMPORARY
+    heap.mkdir(exist_ok=True)
+    for child in sorted(root.iterdir(), key=lambda p: p.name == "resolved.yaml"):
+        if child.name != TEMPORARY and not is_lock_file(child.name, LOCK):
+            child.rename(heap / f"{child.name}.{unique()}")
+    shutil.rmtree(heap, ignore_errors=True)
+
+
+def _short(leaves: dict[str, Any], key: str) -> str:
+    text = repr(leaves[key]) if key in leaves else "not set"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- a run's folder
+
+
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunFolder:
+    """One run's folder, held by this process until :meth:`close` (or the end of a ``with``)."""
+
+    root: Path
+    _lock: Lock | None
+
+    @classmethod
+    def open(
+        cls, root: Path | None, recipe: Recipe, text: str, fresh: bool = False, base: Path = Path("runs")
+    ) -> RunFolder:
+        """Make or reopen the folder of a recipe and take its lock.
+
+        Processes other than the main one get the path at once and no lock; let them wait for the main one (a
+        barrier) before they look for finished stages.
+
+        Args:
+            root: The folder itself (``--out``); None for ``base/<recipe name>-<first 8 hex of its fingerprint>``.
+            recipe: With every default filled in; decides whether an existing folder is this run's.
+            text: The recipe as the user wrote it.
+            fresh: Remove what an earlier run left here, of whatever recipe.
+            base: Where folders without a name of their own go.
+
+        Raises:
+            RunFolderError: another recipe's folder, a folder that is no run folder, a link in it, foreign files under
+                ``fresh``, another process at work here, or a place that cannot be written.
+        """
+        what = recipe.model_dump(mode="json", exclude={"cluster"})  # what a batch system gives is no part of a run
+        place = root if root is not None else base / f"{recipe.name}-{fingerprint(what)[:8]}"
+        if not is_main_process():
+            return cls(place, None)
+        with explained(place):
+            refuse_strangers(place)
+            refuse_links(place)
+            place.mkdir(parents=True, exist_ok=True)
+            folder = cls(place, Lock.take(place / LOCK))
+            try:
+                folder._prepare(resolved_yaml(recipe), text, fresh)
+            except BaseException:
+                folder.close()
+                raise
+        return folder
+
+    def check(self) -> None:
+        """Make sure that the folder is still this process's: to be asked before anything in it is replaced.
+
+        Raises:
+            RunFolderError: this process was stopped for so long that another one has taken the folder over.
+        """
+        if self._lock is not None:
+            self._lock.check()
+
+    def close(self) -> None:
+        """Give the lock back. Calling it again does nothing."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def path(self, name: str) -> Path:
+        """Where a stage or file has its place, whether it is there or not."""
+        if not _STAGE_NAME.fullmatch(name):
+            raise ValueError(f"not a name inside a run folder: {name!r}")
+        return self.root / name
+
+    def record(self, name: str) -> StageRecord | None:
+        """What a stage's seal says, unverified; None when there is no readable one."""
+        return read_record(self.path(name))
+
+    def finished(self, name: str, key: str, verify: Literal["sha256", "size"] = "sha256") -> Path | None:
+        """The folder of a stage that was completed under ``key`` and is undamaged, else None.
+
+        Args:
+            verify: ``size`` trusts the size of files of 64 MiB and more instead of reading them.
+        """
+        place = self.path(name)
+        if not place.is_dir():
+            return None
+        record = read_record(place)
+        if record is not None and record.key != key:
+            return None
+        with explained(place):
+            damage = "its stage.json is missing or unreadable" if record is None else damage_of(place, record, verify)
+        if damage:
+            say(f"{place}: {damage}; this stage is made again", style="yellow")
+            return None
+        return place
+
+    @contextmanager
+    def writing(self, name: str, key: str) -> Iterator[Path]:
+        """Make a stage: yields an empty folder that becomes the stage if the block ends without an exception.
+
+        An older stage of that name is replaced at the end; the stage's :meth:`work` folder is then removed.
+
+        Raises:
+            RunFolderError: the disk is full, the place cannot be written, files of someone else lie in the stage, or
+                the folder is another process's by now (:meth:`check`).
+        """
+        place = self.path(name)
+        self.check()
+        began = time.monotonic()
+        with explained(place):
+            if strangers := strangers_in(place):
+                raise RunFolderError(
+                    f"{place}: this stage has to be made again, but holds files that the run did not write "
+                    f"({some(strangers)}). Move them elsewhere"
+                )
+            temporary = self._temporary(name)
+            temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            with explained(place):
+                if is_main_process():
+                    seal(temporary, key, time.monotonic() - began)
+                    self.check()
+                    self._publish(temporary, place)
+                    self._drop_work(name, keep=None)
+        except BaseException as e:
+            if isinstance(e, Exception):
+                self.check()  # who takes the folder over removes what is half written in it, and that is then the cause
+                if not isinstance(e, UnlearnError) and (said := unwritable(e, self.root)) is not None:
+                    raise refused(said, place) from e
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def work(self, name: str, key: str) -> Path:
+        """A scratch folder for a stage that survives a kill (checkpoints), and is removed with the stage's end.
+
+        A folder left under another key is removed first.
+
+        Raises:
+            RunFolderError: it cannot be made, or the folder is another process's by now (:meth:`check`).
+        """
+        self.path(name)  # checks the name
+        self.check()
+        place = self.root / WORK / f"{_flat(name)}@{fingerprint(key)[:16]}"
+        with explained(place):
+            if is_main_process():
+                self._drop_work(name, keep=place.name)
+            place.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def _prepare(self, resolved: str, text: str, fresh: bool) -> None:
+        if fresh:
+            clear(self.root)
+        elif (self.root / "resolved.yaml").exists():
+            require_same_recipe(self.root, resolved)
+        remove_leftovers(self.root)
+        write_text_atomic(self.root / "resolved.yaml", resolved)
+        write_text_atomic(self.root / "recipe.yaml", text)
+
+    def _temporary(self, name: str) -> Path:
+        return self.root / TEMPORARY / f"{_flat(name)}.{unique()}"
+
+    def _publish(self, temporary: Path, place: Path) -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        old = self._temporary(f"{place.name}.old")
+        if place.exists():
+            place.rename(old)
+        try:
+            temporary.rename(place)
+        except BaseException:
+            if old.exists():
+                old.rename(place)
+            raise
+        sync(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _drop_work(self, name: str, keep: str | None) -> None:
+        for child in (self.root / WORK).glob(f"{_flat(name)}@*"):
+            if child.name != keep:
+                # renamed first: a kill in the middle of removing must not leave half a checkpoint under its name
+                gone = self._temporary(name)
+                gone.parent.mkdir(parents=True, exist_ok=True)
+                child.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _flat(name: str) -> str:
+    return name.replace("/", "+")  # no stage name has a plus
+
+
+# -- finished stages that many runs share, by content
+
+
+_LOCKS, _TEMPORARY = ".locks", ".part-"
+_TURN = 300.0  # seconds of waiting at a time; well below what the others of a group wait for (unlearn.processes)
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The pool in a folder, which need not be there yet."""
+
+    root: Path
+
+    def find(self, key: str) -> Path | None:
+        """The stage of this key if it is there, whole and undamaged (every byte is read)."""
+        place = self.root / key
+        record = read_record(place)
+        if record is None or record.key != key:
+            return None
+        damage = damage_of(place, record, "sha256")
+        if damage:
+            say(f"{place}: {damage}; this stage is made again", style="yellow")
+            return None
+        return place
+
+    @contextmanager
+    def making(self, key: str) -> Iterator[Lock | None]:
+        """Nobody else makes the stage of this key meanwhile; waits for whoever does. Gives the main process the lock.
+
+        Raises:
+            RunFolderError: the pool cannot be written.
+        """
+        lock = None
+        while not anyone(lock is not None):  # so that the others hear of the main process while it waits
+            lock = self._turn(self.root / _LOCKS / f"{key}.lock") if is_main_process() else None
+        try:
+            yield lock
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _turn(self, path: Path) -> Lock | None:
+        """A lock; None if another has it for a while yet."""
+        with explained(self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return Lock.take(path, wait=_TURN)
+            except RunFolderError:
+                if Lock.alive(path) == "free":  # that is not the reason
+                    raise
+                return None
+
+    def put(self, key: str, stage: Path, lock: Lock) -> None:
+        """Share a finished stage; a damaged one of this key is replaced.
+
+        Args:
+            lock: What :meth:`making` gave, so that nobody who was taken for dead replaces anything.
+
+        Raises:
+            RunFolderError: the pool cannot be written, or is full, or the lock was lost.
+        """
+        place, beside = self.root / key, f"{_TEMPORARY}{key}."
+        temporary = self.root / f"{beside}{unique()}"
+        with explained(self.root):
+            try:
+                link_tree(stage, temporary)
+                lock.check()
+                if place.exists():
+                    place.rename(self.root / f"{beside}{unique()}")
+                temporary.rename(place)
+                sync(self.root)
+            finally:
+                # what was replaced, and what others of this key were killed over: the lock is ours
+                for left in self.root.glob(f"{beside}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def link_tree(source: Path, to: Path, leave_out: frozenset[str] = frozenset()) -> None:
+    """A second name for every file of a folder, or a copy where the file system has no hard links.
+
+    Stages are never written in place, so that one name cannot change what is under the other.
+
+    Raises:
+        OSError: it cannot be written, or is full.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        target = to / path.relative_to(source)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        elif path.relative_to(source).as_posix() not in leave_out:
+            try:
+                target.hardlink_to(path)
+            except OSError:
+                shutil.copy2(path, target)

@@ -1,0 +1,1 @@
+"""Fine-tuning: where vectors come from."""

@@ -1,0 +1,473 @@
+"""transformers' Trainer with what this project needs of it: order by seed, whole checkpoints, other losses, several
+processes that take the steps one would take, and a stop after any step that loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from unlearn import processes as collective
+from unlearn.console import progress, say
+from unlearn.data.encoding import IGNORE, Encoded
+from unlearn.errors import TrainingError
+from unlearn.processes import Hold, held
+from unlearn.recipe.methods import TrainSpec
+from unlearn.store.files import write_json_atomic
+from unlearn.train.batches import ByLength, Dealt, Pad, Part, answers, blank
+from unlearn.train.losses import (
+    BESIDE,
+    Against,
+    Answers,
+    Keep,
+    Objective,
+    Share,
+    all_labels,
+    mend,
+    objective,
+    only_at,
+    scaled_rows,
+    with_answers,
+)
+from unlearn.train.precision import Mixed
+
+_RANKS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@contextmanager
+def recipe_decides() -> Iterator[None]:
+    """Inside the ``with`` accelerate finds none of its environment variables; a Trainer is made and run in it.
+
+    ``accelerate launch`` sets them from its options and its user's file, and they would turn on autocast, compilation,
+    another device or another way of sharing the work, which no recipe says and no stage's key knows. A process that
+    works alone finds no ranks either: to accelerate, tasks that MPI or Slurm started side by side are one training.
+    """
+    ranks = _RANKS if collective.count() == 1 else ()
+    before = {n: os.environ.pop(n) for n in list(os.environ) if n.startswith("ACCELERATE_") or n in ranks}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def settings(device: torch.device, mixed: Mixed, work: Path, seed: int, **options: Any) -> TrainingArguments:
+    """The settings of any Trainer here, for a model that is on ``device``.
+
+    Args:
+        mixed: Its autocast (:func:`unlearn.train.precision.mixed_precision`).
+        work: Where its checkpoints go.
+        seed: Of dropout, and of all that else is drawn.
+        options: The Trainer's own.
+    """
+    return _Settings(
+        own_device=str(device),
+        output_dir=str(work),
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a non-finite loss must be seen, not averaged away
+        seed=seed,
+        bf16=mixed == "bf16",
+        fp16=mixed == "fp16",
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+        **options,
+    )
+
+
+def arguments(
+    model: nn.Module, spec: TrainSpec, total: int, seed: int, work: Path, part: Part, mixed: Mixed
+) -> TrainingArguments:
+    """The Trainer's settings for a recipe's training of ``total`` steps, as process ``part.index`` of as many."""
+    epochs, max_steps = spec.duration()
+    return settings(
+        next(model.parameters()).device,
+        mixed,
+        work,
+        seed,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=math.ceil(spec.batch_size / part.count),
+        gradient_accumulation_steps=spec.accumulation,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=min(math.ceil(spec.warmup * total), total - 1),  # the first of them has rate 0
+        save_strategy="steps",
+        save_steps=spec.save_every or max(1, math.ceil(total / 4)),
+        save_total_limit=None,  # checkpoints.keep_newest removes them: by number, not as here by the times of files
+        report_to=list(spec.report_to) or "none",
+        **_checkpointing(spec.gradient_checkpointing),
+    )
+
+
+@dataclass
+class _Settings(TrainingArguments):
+    """One process trains on the device that its model is on.
+
+    transformers' own goes to cuda:0 and, where more GPUs are visible, splits batches of so many times the size among
+    them by DataParallel. What is drawn beside a batch, and each row's multiple of the adapter, cannot be split.
+    """
+
+    own_device: str = "cpu"
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        if collective.count() > 1:
+            found: torch.device = super()._setup_devices  # each process has a device since they joined
+            return found
+        device = torch.device(self.own_device)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator_config.pop("use_configured_state", None)
+        self.distributed_state = PartialState(cpu=device.type == "cpu")
+        self.distributed_state.device = device
+        self._n_gpu = int(device.type != "cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a checkpoint has the random state of the current one
+        return device
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """The option by the name this transformers has for it: 5.23 renamed it."""
+    known = {f.name for f in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True} if on else {}
+
+
+# -- training checkpoints
+
+
+WHOLE = "unlearn_checkpoint_is_whole"  # the seal: how many processes wrote it, and the hash of each file
+
+
+def seal(checkpoint: Path, processes: int) -> None:
+    """Bring a checkpoint's files to disk, then say what they are.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    files = {}
+    for path in sorted(_files(checkpoint)):
+        with path.open("rb") as f:
+            files[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
+            os.fsync(f.fileno())
+    write_json_atomic(checkpoint / WHOLE, {"processes": processes, "files": files})
+
+
+def keep_newest(work: Path, count: int = 2) -> None:
+    """Remove all checkpoints but those of the highest numbers; by times of files a clock that jumped would decide."""
+    for old in _by_number(work)[count:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(work: Path, processes: int = 1) -> str | None:
+    """The newest checkpoint that was written to its end and is as it was written, or None.
+
+    One that was cut off, is damaged, or was written by another number of processes is removed, so that it stands in
+    nobody's way again; of all but the first, which is what every kill leaves, a line says so.
+    """
+    for checkpoint in _by_number(work):
+        trouble = _trouble(checkpoint, processes)
+        if trouble is None:
+            return str(checkpoint)
+        if trouble:
+            say(f"    {checkpoint.name}: {trouble}; training goes on from an older one or begins anew", style="yellow")
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def step_of(checkpoint: str) -> int:
+    """After which step a checkpoint was written."""
+    return int(checkpoint.rpartition("-")[2])
+
+
+def _by_number(work: Path) -> list[Path]:
+    """All checkpoints, the newest first."""
+    numbers = {p: p.name.rpartition("-")[2] for p in work.glob("checkpoint-*") if p.is_dir()}
+    return sorted((p for p, n in numbers.items() if n.isdecimal()), key=lambda p: -int(numbers[p]))
+
+
+def _trouble(checkpoint: Path, processes: int) -> str | None:
+    """What is wrong with a checkpoint: None for nothing, and nothing to speak of where it was only cut off."""
+    if not (checkpoint / WHOLE).is_file():
+        return ""
+    try:
+        told = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+        files, wrote = dict(told["files"]), int(told["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{WHOLE} cannot be read"
+    for name, digest in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        with path.open("rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                return f"the content of {name} has changed (SHA-256 differs)"
+    if wrote != processes:
+        return f"{wrote} process{'es' * (wrote > 1)} wrote it, and now it is {processes}"
+    return None
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return [p for p in checkpoint.rglob("*") if p.is_file() and p.name != WHOLE]
+
+
+# -- transformers' trainer with what this project needs of it
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a fine-tuning did.
+
+    ``losses`` has one value per optimiser step, of what was minimised: nats per trained token (with gradient ascent
+    minus those), and for NPO 2/beta times nats per answer.
+    """
+
+    examples: int
+    steps: int
+    losses: tuple[float, ...]
+    seconds: float
+
+    def to_json(self, stage: str) -> dict[str, Any]:
+        """The report's line about this training."""
+        return {
+            "stage": stage,
+            "examples": self.examples,
+            "steps": self.steps,
+            "loss_first": self.losses[0],
+            "loss_last": self.losses[-1],
+            "losses": [round(x, 4) for x in self.losses],
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    spec: TrainSpec,
+    seed: int,
+    work: Path,
+    label: str,
+    keep: Keep | None = None,
+    against: Against | None = None,
+    mixed: Mixed = "no",
+) -> TrainingLog:
+    """Run the Trainer over ``rows``, from the last whole checkpoint in ``work`` if there is one.
+
+    A batch is of ``spec.batch_size`` rows however many processes share it. On SIGTERM or Ctrl-C the step at hand is
+    finished and a checkpoint is written, in all processes after the same step; a second signal stops at once.
+
+    Args:
+        keep: Retain rows whose predictions must not change, in addition to the loss on ``rows``.
+        against: A baseline's loss in place of cross-entropy, ``rows`` being what is to be forgotten.
+        mixed: The autocast of the forward passes. What learns must be in float32 in any case.
+
+    Raises:
+        TrainingError: non-finite loss, a row without an answer, no step made, or a checkpoint that
+            somebody else has put there.
+        ValueError: ``keep`` and ``against`` together.
+        KeyboardInterrupt: a signal to stop has arrived.
+    """
+    part = Part(collective.rank(), collective.count())
+    minimised = objective(keep, against, part)
+    if against is not None and len(with_answers(rows)) < len(rows):
+        raise TrainingError(f"{label}: {against.loss} needs rows with a token to be predicted, and one has none")
+    epochs, max_steps = spec.duration()
+    per_epoch = math.ceil(math.ceil(len(rows) / spec.batch_size) / spec.accumulation)
+    total = max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
+    order = ByLength(rows, spec.batch_size * spec.accumulation, seed)
+    started = time.monotonic()
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    with recipe_decides(), held() as hold, progress(label, total) as advance:
+        watch = _Watch(advance, order, mend(against), hold, isinstance(model, PeftModel))
+        trainer = _Trainer(
+            order,
+            minimised,
+            part,
+            spec.batch_size,
+            model=model,
+            args=arguments(model, spec, total, seed, work, part, mixed),
+            train_dataset=list(rows),
+            data_collator=Pad(tokenizer.pad_token_id),
+            callbacks=[watch],
+        )
+        trainer.pop_callback(PrinterCallback)
+        try:
+            with collective.all_there():
+                trainer.go_on(collective.from_main(lambda: last_checkpoint(work, part.count)), total)
+        except pickle.UnpicklingError as e:  # only numbers are read of a checkpoint: no object of it is ever built
+            message = f"{label}: a checkpoint in {work} holds more than numbers, so no run wrote it: remove that folder"
+            collective.alarm(message)
+            raise TrainingError(message) from e
+        finally:
+            if config is not None and use_cache is not None:
+                config.use_cache = use_cache  # the Trainer turned it off, and the model's config is exported
+            if vars(model).pop("_original_forward", None) is not None:
+                del vars(model)["forward"]  # accelerate's, with the autocast: the class's own is under it
+        if watch.stopped:
+            say(f"    {label}: stopped after step {trainer.state.global_step} of {total}; it is kept")
+            raise KeyboardInterrupt
+        if watch.skipped:
+            skipped = f"{watch.skipped} of {total} steps changed nothing: their gradients were too large for float16"
+            say(f"    {label}: {skipped}. Use dtype bfloat16 or float32", style="yellow")
+    model.eval()
+    losses = tuple(h["loss"] for h in trainer.state.log_history if "loss" in h)
+    if not losses:
+        raise TrainingError(f"{label}: no optimiser step was made; raise steps or epochs")
+    return TrainingLog(len(rows), trainer.state.global_step, losses, time.monotonic() - started)
+
+
+class _Trainer(Trainer):
+    """The Trainer, with the order of rows given, dealt out among processes, and with another objective than
+    cross-entropy where there is one."""
+
+    def __init__(self, order: ByLength, minimised: Objective | None, part: Part, size: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._order = order
+        self._objective = minimised
+        self._part, self._size = part, size
+        self._step, self._calls = -1, 0
+        self._batches, self._rows = 1, 0
+        if part.count > 1 and not self.model_accepts_loss_kwargs:
+            raise TrainingError(
+                f"{type(self.model).__name__} cannot be trained by several processes: it takes no count of the tokens "
+                "that its loss is over. Start one process"
+            )
+
+    def go_on(self, checkpoint: str | None, total: int) -> None:
+        """Train to the end from a checkpoint, or from the start."""
+        if checkpoint is not None and step_of(checkpoint) >= total:
+            # at the end already; the Trainer would make one step more
+            self._load_from_checkpoint(checkpoint)
+            self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        else:
+            self.train(resume_from_checkpoint=checkpoint)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> ByLength:
+        return self._order
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of this process."""
+        rows: list[Encoded] = list(self.train_dataset)
+        if self._part.count == 1:
+            found: DataLoader[Any] = super().get_train_dataloader()
+            return found
+        batches = Dealt(self._order, self._size, self._part, spare=len(rows))
+        pin = self.args.dataloader_pin_memory
+        data: Any = [*rows, blank(rows[0])]
+        return DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one step; how many they are, and how many rows all processes have, for means over them."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._batches = len(found[0])
+        if self._objective is not None:
+            self._rows = collective.total(sum(int((batch["labels"] != IGNORE).any(1).sum()) for batch in found[0]))
+        return found
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """One batch forward and backward; an objective may put other rows, and copies, beside the forget rows."""
+        if self._objective is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        # drawn from the step's own seed, so that a resumed training sees what an uninterrupted one sees; counted
+        # anew at each step, because the last one of an epoch may have fewer batches
+        if self._step != self.state.global_step:
+            self._step, self._calls = self.state.global_step, 0
+        self._calls += 1
+        draw = random.Random(f"{self.args.seed} {self._step} {self._calls} 0")
+        batch, factors = self._objective.batch(inputs, self.data_collator, draw)
+        with scaled_rows(self.accelerator.unwrap_model(model), factors):
+            return super().training_step(model, batch, *args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss, from the positions that predict a label."""
+        if self._objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        positions, targets, rows = answers(all_labels(inputs))
+        with only_at(self.accelerator.unwrap_model(model), positions):
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits  # (N, V)
+        said = Answers(logits, targets, rows)
+        return self._objective.loss(said, len(inputs["labels"]), self._share(num_items_in_batch, inputs))
+
+    def _share(self, tokens: Any, inputs: Any) -> Share:
+        """What the batch is of its step; the Trainer itself divides by the batches where it counts no tokens."""
+        beside = inputs.get(BESIDE, 1.0)
+        if tokens is None:
+            return Share(beside=beside)
+        # counted over all processes, whose gradients are averaged; each has as many batches
+        processes = self._part.count if self.args.average_tokens_across_devices else 1
+        return Share(tokens / processes, self._rows / self._part.count, self._batches, beside)
+
+
+class _Watch(TrainerCallback):
+    """Moves the bar, sets the order of each epoch, stops on a non-finite loss or a signal, and seals checkpoints.
+
+    Where there are several processes it gives each a seed of its own: the Trainer's, of which the adapter's start has
+    been drawn alike, would have all of them drop the same places of their rows.
+    """
+
+    def __init__(self, advance: Callable[[int], None], order: ByLength, advice: str, hold: Hold, small: bool) -> None:
+        self._advance = advance
+        self._order = order
+        self._advice = advice
+        self._hold = hold
+        self._small = small
+        self._seen = 0
+        self.skipped = 0
+        self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if collective.count() > 1:  # a checkpoint's own random state is read after this
+            torch.manual_seed(random.Random(f"{args.seed} {collective.rank()} masks").getrandbits(63))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._order.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._advance(state.global_step - self._seen)
+        self._seen = state.global_step
+        self.skipped += optimizer.step_was_skipped
+        if state.global_step >= state.max_steps:
+            # what was trained is saved next. A kill before that must not cost the training; but a model's whole
+            # weights, with the optimiser's state three times as much again, are not written twice for it
+            control.should_save = self._small
+        if collective.anyone(self._hold.requested):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingError(f"the loss became {loss} at step {state.global_step}: {self._advice}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        collective.wait()  # every process has written its part
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", collective.count())
+            keep_newest(Path(args.output_dir))
+        collective.wait()  # nobody leaves before it is sealed: torchrun would end the others

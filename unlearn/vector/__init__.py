@@ -1,0 +1,1 @@
+"""Task vectors: arithmetic, shaping, putting on, files."""

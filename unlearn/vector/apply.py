@@ -1,0 +1,251 @@
+"""``python -m unlearn.vector.apply``: put a vector on a checkpoint of any size, from disk to disk.
+
+Nothing here imports torch before there is work to do, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unlearn import console
+from unlearn.errors import UnlearnError, VectorError
+from unlearn.processes import told
+from unlearn.store.files import some
+from unlearn.text import counted, file_size, number, percent
+
+if TYPE_CHECKING:
+    from unlearn.vector.streamed import Applied, Verdict
+    from unlearn.vector.task_vector import TaskVector
+
+EXIT_DIFFERS = 1
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+_LARGEST = 3e38  # within float32
+_VECTOR = "vector.safetensors"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, do it, and turn what went wrong into one message and an exit code."""
+    arguments = _parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with told("apply", "stop what else runs there"):
+            return _check(arguments) if arguments.check else _apply(arguments)
+    except UnlearnError as e:
+        console.say(f"error: {e}", style="red")
+        return EXIT_MISTAKE
+    except OSError as e:
+        console.say(f"error: {e.filename or arguments.model}: {e.strerror or e}", style="red")
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        console.say("\nstopped; finished files are kept, and the same command goes on from there", style="yellow")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def apply(
+    vector: str | Path | TaskVector,
+    model: str | Path,
+    coefficient: float,
+    out: str | Path,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    accept_rounding: bool = False,
+) -> Applied:
+    """Write ``theta - coefficient * tau`` to a folder, tensor by tensor; an unfinished attempt goes on.
+
+    Args:
+        vector: A vector, its file, a folder with ``vector.safetensors``, or the folder of a LoRA adapter of PEFT's.
+        model: A folder with safetensors.
+        stochastic_rounding: Round edited weights to 16 bits by chance (``seed``) instead of to nearest.
+        accept_rounding: Write also what rounding to nearest has made another edit of.
+
+    Raises:
+        UnlearnError: a mistake to mend, or something damaged; see :func:`unlearn.vector.streamed.write_edited`.
+    """
+    from unlearn.vector.streamed import Rounding, write_edited
+
+    whole = _vector(vector)
+    _check_adapter(vector, Path(model))
+    rounding = Rounding(seed if stochastic_rounding else None)
+    return write_edited(whole, Path(model), _finite(coefficient), Path(out), rounding, accept_rounding)
+
+
+def check(
+    vector: str | Path | TaskVector,
+    model: str | Path,
+    coefficient: float,
+    edited: str | Path,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+) -> Verdict:
+    """Say of every tensor of an edited checkpoint whether it is exactly ``theta - coefficient * tau``.
+
+    Raises:
+        UnlearnError: a checkpoint is damaged, or the vector does not fit.
+    """
+    from unlearn.vector.streamed import Rounding, check_edited
+
+    whole = _vector(vector)
+    _check_adapter(vector, Path(model))
+    rounding = Rounding(seed if stochastic_rounding else None)
+    return check_edited(whole, Path(model), _finite(coefficient), Path(edited), rounding)
+
+
+def _vector(place: str | Path | TaskVector) -> TaskVector:
+    """A vector from wherever it is.
+
+    Raises:
+        VectorError: it is nowhere, or damaged.
+    """
+    from unlearn.vector.interop import from_adapter
+    from unlearn.vector.task_vector import TaskVector
+
+    if isinstance(place, TaskVector):
+        return place
+    path = Path(place)
+    if path.is_dir():
+        return TaskVector.load(path / _VECTOR) if (path / _VECTOR).is_file() else from_adapter(path)
+    if not path.exists():
+        raise VectorError(f"{path}: no such file or folder; give a vector's file, its stage, or an adapter's folder")
+    return TaskVector.load(path)
+
+
+def _check_adapter(place: str | Path | TaskVector, model: Path) -> None:
+    """Refuse an adapter that PEFT would not put on the model in whole; say where it holds weights of another base.
+
+    Raises:
+        VectorError, ModelError: it does not fit, or there is no such model.
+    """
+    from unlearn.model.checkpoint import read_checkpoint
+    from unlearn.vector.interop import ADAPTER_WEIGHTS, refuse_misfit, unlike_base
+    from unlearn.vector.task_vector import TaskVector
+
+    if isinstance(place, TaskVector) or (Path(place) / _VECTOR).is_file():
+        return
+    if not (Path(place) / ADAPTER_WEIGHTS).is_file():
+        return
+    checkpoint = read_checkpoint(model)
+    files = {name: checkpoint.files[stored.file] for name, stored in checkpoint.tensors.items()}
+    from unlearn.model.load import model_of
+
+    refuse_misfit(Path(place), model_of(model))
+    if others := unlike_base(Path(place), files):
+        console.say(
+            f"{place} keeps weights of the model it was trained on, and they are not this model's: {some(others)}. "
+            "PEFT would put them in place of the model's; here its change goes on the model's own",
+            style="yellow",
+        )
+
+
+def _finite(coefficient: float) -> float:
+    if not math.isfinite(coefficient) or abs(coefficient) > _LARGEST:
+        raise VectorError(f"the coefficient must be a number within float32, not {coefficient}")
+    return float(coefficient)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    done = apply(
+        arguments.VECTOR,
+        arguments.model,
+        arguments.coefficient,
+        arguments.out,
+        stochastic_rounding=arguments.stochastic_rounding,
+        seed=arguments.seed,
+        accept_rounding=arguments.accept_rounding,
+    )
+    if done.left_out:
+        console.say(f"left out: {some(done.left_out)}", style="yellow")
+    kept = f", {counted(done.kept, 'file')} of an earlier attempt kept" if done.kept else ""
+    tensors = f"{counted(done.edited, 'tensor')} edited, {done.copied} copied as they were"
+    console.say(f"{arguments.out}: {tensors}, {file_size(done.size)}{kept}")
+    s = done.survived
+    if s["cosine"] is not None:
+        console.say(
+            f"of the edit survived rounding: cosine {number(s['cosine'])}, norm ratio {number(s['norm_ratio'])}, "
+            f"{percent(s['changed'])} of the elements changed"
+        )
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    verdict = check(
+        arguments.VECTOR,
+        arguments.model,
+        arguments.coefficient,
+        arguments.out,
+        stochastic_rounding=arguments.stochastic_rounding,
+        seed=arguments.seed,
+    )
+    for name, why in verdict.wrong.items():
+        sys.stdout.write(f"{''.join(c if c.isprintable() else '?' for c in name)}: {why}\n")
+    sys.stdout.flush()
+    what = f"the model less {arguments.coefficient!r} times the vector"
+    if not verdict.wrong:
+        console.say(f"{arguments.out} is exactly {what}: {verdict.tensors} tensors, {verdict.edited} of them edited")
+        return 0
+    differ = f"{counted(len(verdict.wrong), 'difference')} in {verdict.tensors} tensors and config.json"
+    console.say(f"{arguments.out} is not exactly {what}: {differ}{_recorded(arguments.out)}", style="red")
+    return EXIT_DIFFERS
+
+
+def _recorded(out: Path) -> str:
+    """What the folder says of itself, if it says so."""
+    from unlearn.vector.streamed import RECORD, read_record
+
+    said = read_record(out)
+    if "coefficient" not in said:
+        return ""
+    return (
+        f". Its {RECORD} says coefficient {said['coefficient']!r}, vector {said['vector_sha256'][:12]}…, rounded "
+        f"{said['rounding']}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearn.vector.apply",
+        description="Write a model less a coefficient times a task vector, from disk to disk: a model of any size in "
+        "the memory of one tensor, with the bits of the same edit in memory. Run again, it goes on.",
+        epilog="Exit codes: 0 done (with --check: exactly that), 1 --check found differences, 2 a mistake to mend, "
+        "130 interrupted.",
+    )
+    parser.add_argument(
+        "VECTOR",
+        type=Path,
+        help="a vector's file (vector.safetensors) or its stage's folder, or the folder of a LoRA adapter of PEFT's",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="M", help="a folder with a model in safetensors")
+    parser.add_argument(
+        "--coefficient", type=float, required=True, metavar="λ", help="how much of the vector is subtracted"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the edited model's folder")
+    parser.add_argument("--check", action="store_true", help="write nothing: is DIR exactly this edit, bit by bit?")
+    parser.add_argument(
+        "--stochastic-rounding", action="store_true", help="round edited 16-bit weights by chance, not to nearest"
+    )
+    parser.add_argument(
+        "--accept-rounding", action="store_true", help="write also what rounding has made another edit of"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that chance (default: %(default)s)")
+    return parser
+
+
+def _stop(number: int, frame: Any) -> None:
+    """SIGTERM (a batch system's time limit) is taken like Ctrl-C: what is half written is removed."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

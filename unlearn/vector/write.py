@@ -1,0 +1,438 @@
+"""Hand the edit back: as a PEFT adapter with the coefficient folded in, or as whole weights.
+
+Both are theta - c * tau (Ilharco et al. 2212.04089, "negation"), c > 0. The adapter is exact in any dtype. Whole
+weights in 16 bits are not: what they keep of the edit is measured and reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.pytorch_utils import Conv1D
+
+from unlearn.console import quietly
+from unlearn.data.encoding import Encoded
+from unlearn.errors import BrokenModelError, VectorError
+from unlearn.evidence.membership import token_scores
+from unlearn.model.locate import doubled_weights, index_shards
+from unlearn.processes import is_out_of_memory
+from unlearn.report.publish import CardFacts, card
+from unlearn.vector.change import Change, edited
+from unlearn.vector.edit import applied, fit
+from unlearn.vector.interop import require_factors, target_modules, write_adapter
+from unlearn.vector.shards import Slot, parse_size, require_finite, write_shards
+from unlearn.vector.task_vector import TaskVector
+
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Each element goes to one of its two neighbours in ``dtype``, with the probability that makes the mean exact.
+
+    ``P(up) = (x - down) / (up - down)`` (e.g. Gupta et al. 1502.02551, section 3). What ``dtype`` can hold exactly
+    stays as it is, and so does what overflows.
+
+    Args:
+        x: float32, any shape, any device.
+        dtype: bfloat16 or float16.
+        generator: On the CPU: the same draws on every device.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"rounds float32 to bfloat16 or float16, not {x.dtype} to {dtype}")
+    nearest = x.to(dtype)
+    there = nearest.float()
+    # of one sign, 16-bit floats are ordered as the integers their bits spell, so the other neighbour is one bit away
+    step = torch.where(x.abs() > there.abs(), 1, -1).to(torch.int16)
+    bits = nearest.contiguous().view(torch.int16)
+    other = torch.where(x == there, bits, bits + step).view(dtype)
+    gap = other.float() - there
+    share = torch.where(gap == 0, 0.0, (x - there) / gap)
+    draw = torch.rand(x.shape, generator=generator).to(x.device)
+    # beside an infinity the share is 0 or not a number, and so nothing moves
+    return torch.where(draw < share, other, nearest)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for each weight, so that the order in which they are written does not matter."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# -- how much of an edit is left after rounding
+
+
+LEAST = 0.9  # cosine to the intended change under which what is stored is not the edit that was scored
+_ROWS = 1024  # of a weight compared in float64 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """Sums over one weight, from which cosine, norm ratio and share follow; they add up over weights."""
+
+    dot: float
+    intended: float
+    realised: float
+    changed: int
+    elements: int
+
+    @classmethod
+    def of(cls, stored: Tensor, before: Tensor, intended: Tensor) -> Survival:
+        """Compare one weight as stored with the unedited one in the same dtype, and with the change meant for it."""
+        parts = []
+        for start in range(0, len(stored), _ROWS):
+            new, old, wish = (t[start : start + _ROWS] for t in (stored, before, intended))
+            realised, wanted = new.cpu().double() - old.cpu().double(), wish.cpu().double()
+            parts.append(
+                cls(
+                    float((realised * wanted).sum()),
+                    float(wanted.square().sum()),
+                    float(realised.square().sum()),
+                    int((realised != 0).sum()),
+                    realised.numel(),
+                )
+            )
+        return cls.total(parts)
+
+    @classmethod
+    def total(cls, parts: Sequence[Survival]) -> Survival:
+        """Of several weights, or parts of one."""
+        return cls(
+            math.fsum(p.dot for p in parts),
+            math.fsum(p.intended for p in parts),
+            math.fsum(p.realised for p in parts),
+            sum(p.changed for p in parts),
+            sum(p.elements for p in parts),
+        )
+
+    def summary(self) -> dict[str, float | None]:
+        """Cosine and norm ratio (None where nothing was intended), and the share of changed elements."""
+        scale = math.sqrt(self.intended) * math.sqrt(self.realised)
+        return {
+            "cosine": None if self.intended == 0 else self.dot / scale if scale else 0.0,
+            "norm_ratio": None if self.intended == 0 else math.sqrt(self.realised / self.intended),
+            "changed": self.changed / self.elements,
+        }
+
+
+def summary_of(measured: Mapping[str, Survival]) -> dict[str, Any]:
+    """The overall summary, and under ``modules`` each module's own."""
+    total = Survival.total(list(measured.values()))
+    return {**total.summary(), "modules": {name: measured[name].summary() for name in sorted(measured)}}
+
+
+def lost(survived: Mapping[str, Any], ways_out: str) -> str:
+    """What to say where rounding to nearest has left another edit than the intended one; empty where it has not.
+
+    Args:
+        survived: From :func:`summary_of`.
+        ways_out: What to do about it.
+    """
+    cosine = survived["cosine"]
+    if cosine is None or cosine >= LEAST:
+        return ""
+    return (
+        f"rounded to the stored number format, the edit has cosine {cosine:.3f} to the intended one "
+        f"({survived['changed']:.1%} of the elements changed): these weights would be another model. {ways_out}"
+    )
+
+
+# -- hand the edit back
+
+
+_ROUNDED = (torch.bfloat16, torch.float16)
+# Nats per token that a forward pass in a number format may be off, and the share of an edit's effect that may be lost.
+_FORWARD = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_SHARE = 0.1
+_WAYS_OUT = (
+    "Set export.dtype to float32 or export.stochastic_rounding to true, or take the adapter, which is exact; "
+    "export.accept_rounding: true writes them all the same"
+)
+
+
+def export_adapter(
+    vector: TaskVector,
+    coefficient: float,
+    base_name: str,
+    model: nn.Module,
+    folder: Path,
+    about: CardFacts | None = None,
+) -> Mapping[str, Any]:
+    """Write ``theta - coefficient * tau`` as a LoRA adapter for plain ``PeftModel.from_pretrained(base, folder)``.
+
+    ``B' = -coefficient * B`` and ``A' = A`` per module, float32, with LoRA's scale alpha/r set to 1. (With both
+    factors negated the edit would be an addition.)
+
+    Args:
+        base_name: What the adapter is to be put on: a hub id or a folder.
+        model: The unedited model, to fit the vector to; not changed.
+        folder: Where to; made if missing.
+        about: For the model card; None writes none.
+
+    Returns:
+        ``coefficient``, ``modules`` (how many), ``rank`` (the largest), ``bytes``, ``files``.
+
+    Raises:
+        VectorError: the vector does not fit the model, is dense, or scaled by ``coefficient`` is not finite.
+    """
+    require_factors(vector)
+    scaled = -coefficient * vector
+    fitted = fit(model, scaled)
+    targets = target_modules(list(scaled.modules), [n for n, _ in model.named_modules()])
+    conv1d = any(isinstance(module, Conv1D) for module, _ in fitted.values())
+    write_adapter(scaled, folder, base_name, targets, conv1d)
+    _readme(folder, about, "adapter", base_name)
+    return {
+        "coefficient": coefficient,
+        "modules": len(scaled.modules),
+        "rank": scaled.rank(),
+        **_contents(folder),
+    }
+
+
+def export_merged(
+    model: PreTrainedModel,
+    vector: TaskVector,
+    coefficient: float,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    shard_size: str = "5GB",
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    accept_rounding: bool = False,
+    base_name: str = "",
+    about: CardFacts | None = None,
+) -> Mapping[str, Any]:
+    """Write the weights of ``theta - coefficient * tau`` for plain ``AutoModelForCausalLM.from_pretrained(folder)``.
+
+    Every edited weight is computed in float32 from the pristine one and then cast, one at a time.
+
+    Args:
+        model: The unedited model; bit-identical afterwards.
+        tokenizer: Saved beside the weights.
+        folder: Where to; made if missing.
+        dtype: Of all floating-point weights; None for each weight's own.
+        shard_size: Largest file, ``5GB``.
+        stochastic_rounding: Round edited weights to 16 bits by chance instead of to the nearest.
+        seed: For stochastic rounding.
+        accept_rounding: Write also what rounding to nearest has made another edit of.
+        base_name, about: For the model card; ``about`` None writes none.
+
+    Returns:
+        ``coefficient``, ``dtype``, ``stochastic_rounding``, ``bytes``, ``files``, and ``survived``: ``cosine`` and
+        ``norm_ratio`` of the realised against the intended change, ``changed`` (share of the elements of edited
+        weights), and the same per module under ``modules``. The realised change is the difference between what is
+        stored and the unedited weights stored in the same dtype (to nearest). Where nothing is intended, cosine and
+        ratio are None.
+
+    Raises:
+        VectorError: the vector does not fit the model, or a weight it changes is quantised; a weight is not finite in
+            its number format; less is left of the edit than :data:`unlearn.vector.write.LEAST`; the folder holds other
+            weights beside.
+    """
+    fitted = fit(model, vector)
+    packed = [n for n in fitted if not model.get_parameter(f"{n}.weight").is_floating_point()]
+    if packed or getattr(model, "hf_quantizer", None) is not None:
+        raise VectorError(
+            "whole weights cannot be written from a quantised model: load it without quantisation, or export the "
+            "adapter only" + (f". Quantised: {', '.join(packed)}" if packed else "")
+        )
+    state = _distinct(model)
+
+    @torch.no_grad()
+    def value(name: str) -> Tensor:
+        pristine = state[name]
+        target = dtype if dtype is not None and pristine.is_floating_point() else pristine.dtype
+        module = name.removesuffix(".weight")
+        if module not in fitted or name == module:
+            return pristine.to(target)
+        exact = _edit(*fitted[module], coefficient, pristine.float(), module)
+        if stochastic_rounding and target in _ROUNDED:
+            return round_stochastically(exact, target, generator_for(seed, name))
+        return exact.to(target)
+
+    survived = _survived(state, value, fitted, coefficient)
+    if not accept_rounding and not stochastic_rounding and (said := lost(survived, _WAYS_OUT)):
+        raise VectorError(f"export.merged: {said}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with quietly():
+        _save(model, state, value, folder, dtype, shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    if said := doubled_weights(folder, index_shards(folder) or ()):
+        raise VectorError(said)
+    _readme(folder, about, "merged", base_name, survived)
+    return {
+        "coefficient": coefficient,
+        "dtype": str(dtype or model.dtype).removeprefix("torch."),
+        "stochastic_rounding": stochastic_rounding,
+        **_contents(folder),
+        "survived": survived,
+    }
+
+
+def rescored(
+    folder: Path,
+    model: PreTrainedModel,
+    vector: TaskVector,
+    coefficient: float,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    accept_rounding: bool = False,
+) -> Mapping[str, float]:
+    """Load merged weights as anybody would, and compare what they say with what the edited model in memory says.
+
+    Args:
+        folder: What :func:`export_merged` wrote of the other arguments.
+        rows: A few items.
+
+    Returns:
+        ``items``; ``difference``, the mean over answer tokens of |log p(reloaded) - log p(edited)|, in nats; ``edit``,
+        the same between the edited and the unedited model; ``allowed``, what rounding explains of a difference:
+        that of the coarser number format in a forward pass, and a tenth of what the edit does.
+
+    Raises:
+        VectorError: the reloaded model does not work, or (unless ``accept_rounding``) it is another one.
+    """
+    before = _log_probs(model, tokenizer, rows)
+    with applied(model, vector, -coefficient):
+        wanted = _log_probs(model, tokenizer, rows)
+    with quietly():
+        read: Any = AutoModelForCausalLM.from_pretrained
+        again = read(folder, dtype="auto", use_safetensors=True, trust_remote_code=model.is_remote_code())
+    again.eval()
+    try:
+        try:
+            found = _log_probs(again.to(model.device), tokenizer, rows)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            found = _log_probs(again.to("cpu"), tokenizer, rows)  # beside the other one there is no room for it
+    except BrokenModelError as e:
+        raise VectorError(f"{folder}: read again as {again.dtype}, the merged model does not work: {e}") from e
+    difference, edit = float(np.abs(found - wanted).mean()), float(np.abs(wanted - before).mean())
+    allowed = max(_FORWARD[model.dtype], _FORWARD[again.dtype]) + _SHARE * edit
+    if difference > allowed and not accept_rounding:
+        raise VectorError(
+            f"export.merged: the merged model, read again, is not the one that was scored: on {len(rows)} items its "
+            f"log-probabilities per token are {difference:.3f} nats off, where the edit changes them by {edit:.3f} and "
+            f"rounding explains {allowed:.3f}. Write float32, or take the adapter, which is exact; "
+            "export.accept_rounding writes it all the same"
+        )
+    return {"items": len(rows), "difference": difference, "edit": edit, "allowed": allowed}
+
+
+def _log_probs(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Encoded]) -> np.ndarray[Any, Any]:
+    return np.concatenate([score.logprobs for score in token_scores(model, tokenizer, rows)])
+
+
+def _edit(module: nn.Module, change: Change, coefficient: float, pristine: Tensor, name: str) -> Tensor:
+    """The edited weight, in its own layout, from the pristine one in float32."""
+    transposed = isinstance(module, Conv1D)  # it keeps (in, out)
+    if tuple(pristine.shape) != (change.shape[::-1] if transposed else change.shape):
+        raise VectorError(f"{name}: its weight is stored as {tuple(pristine.shape)}, which cannot take the vector")
+    # the same operation that put the vector on the model while it was scored
+    return edited(pristine, change.to(pristine.device), -coefficient, transposed)
+
+
+@torch.no_grad()
+def _survived(
+    state: Mapping[str, Tensor],
+    value: Callable[[str], Tensor],
+    fitted: Mapping[str, tuple[nn.Module, Change]],
+    coefficient: float,
+) -> Mapping[str, Any]:
+    """How much of the edit the number format keeps, looked at before anything is written."""
+    measured = {}
+    for name, (module, change) in fitted.items():
+        stored = value(f"{name}.weight")
+        require_finite(f"{name}.weight", stored)
+        delta = change.to(stored.device).delta()
+        intended = -coefficient * (delta.T if isinstance(module, Conv1D) else delta)
+        measured[name] = Survival.of(stored, state[f"{name}.weight"].to(stored.dtype), intended)
+    return summary_of(measured)
+
+
+def _distinct(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict without the second names of tied weights, which loading ties again."""
+    state = model.state_dict()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in ignored
+        and not (name in tied and tied[name] in state and state[tied[name]].data_ptr() == tensor.data_ptr())
+    }
+
+
+def _save(
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    value: Callable[[str], Tensor],
+    folder: Path,
+    dtype: torch.dtype | None,
+    shard_size: str,
+) -> None:
+    """Weights, configuration and custom code, leaving the model's own configuration as it was."""
+    with _config_of(model):
+        if getattr(model, "_weight_conversions", None):
+            # its files name or lay out weights otherwise than the model does; only transformers can turn that back,
+            # and for all weights at once
+            values = {n: value(n) for n in state}
+            for name, tensor in values.items():
+                require_finite(name, tensor)
+            model.save_pretrained(folder, state_dict=values, max_shard_size=shard_size)
+        else:
+            if model.is_remote_code():
+                custom_object_save(model, folder, config=cast("Any", model.config))
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+            slots = [
+                Slot(n, tuple(t.shape), dtype if dtype is not None and t.is_floating_point() else t.dtype)
+                for n, t in state.items()
+            ]
+            write_shards(slots, value, folder, parse_size(shard_size))
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = str(dtype or model.dtype).removeprefix("torch.")
+        model.config.save_pretrained(folder)
+
+
+@contextmanager
+def _config_of(model: PreTrainedModel) -> Iterator[None]:
+    """Let saving write into a copy of the model's configuration."""
+    original = model.config
+    model.config = copy.deepcopy(original)
+    try:
+        yield
+    finally:
+        model.config = original
+
+
+def _readme(
+    folder: Path,
+    about: CardFacts | None,
+    export: Literal["adapter", "merged"],
+    base_name: str,
+    survived: Mapping[str, Any] | None = None,
+) -> None:
+    if about is not None:
+        (folder / "README.md").write_text(card(about, export, base_name, survived), encoding="utf-8")
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {"bytes": sum(p.stat().st_size for p in files), "files": [p.relative_to(folder).as_posix() for p in files]}
