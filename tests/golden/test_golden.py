@@ -38,6 +38,7 @@ def test_a_run_finds_what_it_found(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_the_quickstart_finds_what_it_found(name: str, tmp_path: Path) -> None:
     old = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
