@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -112,3 +113,17 @@ def test_the_recipe_in_readme_is_complete(tmp_path: Path, monkeypatch: pytest.Mo
     text = plan(load_recipe(str(tmp_path / "mine.yaml")))
     assert "20           6    14" in text
     assert "retain" in text
+
+
+def test_the_reference_of_every_key_is_current() -> None:
+    root = Path(__file__).parents[2]
+    made = runpy.run_path(str(root / ".ci" / "recipe_reference.py"))["reference"]()
+    assert (root / "docs" / "recipe.md").read_text() == made, "write it anew: python .ci/recipe_reference.py"
+
+
+def test_what_readme_points_to_is_there() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (root / link).exists(), link
