@@ -30,7 +30,6 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Arrows that still point upwards.
 UPWARDS = {
     ("data", "model"),
-    ("evidence", "report"),
     ("score", "checks"),
     ("store", "recipe"),
     ("vector", "evidence"),
@@ -49,6 +48,8 @@ HEAVY = {
     "pyarrow",
     "numpy",
     "safetensors",
+    "matplotlib",
+    "jinja2",
 }
 
 

@@ -241,6 +241,8 @@ def _metric(name: str) -> str:
 SCHEMA = 1
 Role = Literal["forget", "learn", "retain", "utility"]
 Verdict = Literal["irrelevant", "aligned", "contradictory"]
+_IRRELEVANT = 0.1  # a smaller correlation counts as none
+_SURE = 2.0  # standard errors beyond which a correlation counts as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +356,7 @@ class SetForesight:
 
     The rest compares the forget sets' fine-tuning with one on this set, and is empty where there is none: the
     correlations of outputs, of changes of outputs (with its standard error) and of the two vectors, all in [-1, 1]; the
-    vectors' cosine per module; and what the theory makes of it (see :mod:`unlearn.report.words`).
+    vectors' cosine per module; and the :func:`verdict` on it.
     """
 
     set: Role
@@ -368,6 +370,18 @@ class SetForesight:
     alpha_vectors: float | None = None
     modules: Mapping[str, float] = field(default_factory=dict)
     verdict: Verdict | None = None
+
+
+def verdict(alpha: float | None, stderr: float | None) -> Verdict | None:
+    """What a correlation of changes makes of two tasks; None where there is no number.
+
+    Irrelevant: below .1 in size, or below two standard errors. Otherwise aligned above 0 and contradictory below.
+    """
+    if alpha is None or not math.isfinite(alpha):
+        return None
+    if abs(alpha) < _IRRELEVANT or (stderr is not None and abs(alpha) < _SURE * stderr):
+        return "irrelevant"
+    return "aligned" if alpha > 0 else "contradictory"
 
 
 @dataclass(frozen=True, slots=True)

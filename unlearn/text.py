@@ -139,6 +139,8 @@ _INVISIBLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
 )
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
 
 def hide(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text without secrets: logins in addresses, keys known by their form, and what the environment calls secret.
@@ -160,6 +162,11 @@ def is_secret(text: str, environment: Mapping[str, str] | None = None) -> bool:
     known = any(value in text for value in _secrets(os.environ if environment is None else environment))
     forms = [_URL_PASSWORD, _CERTAIN, *([_PARAMETER] if "://" in text else [])]
     return known or any(form.search(text) is not None for form in forms)
+
+
+def clean(text: str) -> str:
+    """The text with what no HTML file may hold (control characters, lone surrogates) shown as U+FFFD."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 def visible(text: str) -> str:

@@ -19,8 +19,8 @@ from unlearn.evidence.foresight import foresee
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
 from unlearn.recipe.schema import Recipe
-from unlearn.report.words import MeanError, compare, how_good, reading, spearman, verdict
-from unlearn.results import Foresight, Role, Score, SetForesight, SweepPoint, TaskScore, foresight_from_json
+from unlearn.report.words import MeanError, compare, how_good, reading, spearman
+from unlearn.results import Foresight, Role, Score, SetForesight, SweepPoint, TaskScore, foresight_from_json, verdict
 from unlearn.score.evaluate import evaluate
 from unlearn.score.tasks import build_tasks
 from unlearn.vector.change import LowRank

@@ -38,10 +38,10 @@ from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.data import Source
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.schema import Recipe
-from unlearn.report.markup import clean
 from unlearn.report.page import render_html
 from unlearn.results import RunReport
 from unlearn.store.stages import damage_of, read_record, strangers_in
+from unlearn.text import clean
 from unlearn.vector import interop as checkpoint_vector
 from unlearn.vector.interop import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
 from unlearn.vector.task_vector import TaskVector

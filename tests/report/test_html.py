@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn.recipe.evaluation import ChooseSpec
-from unlearn.report.charts import (
+from unlearn.report.drawing import (
     Scale,
     along,
     frontier_chart,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from unlearn.cluster.groups import Family, Group, Pair, Split, Step
 from unlearn.cluster.numbers import Spread
 from unlearn.cluster.words import group_label, share_with_half, with_half
-from unlearn.report.charts import (
+from unlearn.report.drawing import (
     CROSS,
     SERIES,
     TOP,

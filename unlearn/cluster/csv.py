@@ -16,8 +16,8 @@ from unlearn.cluster.compare import Compared
 from unlearn.cluster.grid import Grid, Job
 from unlearn.cluster.runs import Missing, Run
 from unlearn.recipe.metrics import Key
-from unlearn.report.markup import clean
 from unlearn.results import Score
+from unlearn.text import clean
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%", "＝", "＋", "－", "＠")
 _PLAIN_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

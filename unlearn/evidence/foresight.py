@@ -20,8 +20,7 @@ from unlearn.data.sets import LoadedSet
 from unlearn.errors import EvaluationError
 from unlearn.recipe.data import Kind
 from unlearn.recipe.metrics import KEPT
-from unlearn.report.words import verdict
-from unlearn.results import Foresight, Role, SetForesight
+from unlearn.results import Foresight, Role, SetForesight, verdict
 from unlearn.train.batches import Pad
 from unlearn.train.learned import weighted
 from unlearn.train.losses import answer_logits, frozen, with_answers

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from html import escape
 
+from unlearn.text import clean
+
 VOID = frozenset({"br", "col", "hr", "link", "meta"})
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 class Raw(str):
@@ -17,11 +17,6 @@ class Raw(str):
 
 
 Child = str | int | None | Iterable["Child"]
-
-
-def clean(value: str) -> str:
-    """Text with what no HTML file may hold (control characters, lone surrogates) shown as U+FFFD."""
-    return _CONTROL.sub("\ufffd", value)
 
 
 def text(value: object) -> Raw:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.recipe.metrics import Key, is_perplexity
-from unlearn.report.charts import (
+from unlearn.report.drawing import (
     TOP,
     Scale,
     axis_title,
@@ -73,6 +73,7 @@ from unlearn.results import (
 from unlearn.score.search import bound_of
 from unlearn.text import (
     MISSING,
+    clean,
     coefficient,
     counted,
     duration,
@@ -88,6 +89,17 @@ _DIFF_WORDS = 1500  # beyond this a word-by-word comparison is slow and nobody r
 _HASH = re.compile(r"(sha256:)?[0-9a-f]{24,}")
 _LIST_SHOWN = 12
 _PROMPT_SHOWN = 480  # characters
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of ``templates/``, whose texts are escaped and may be anybody's; styles are in it."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    place = Environment(loader=PackageLoader("unlearn.report"), autoescape=True, undefined=StrictUndefined,
+                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    words = (coefficient, counted, duration, listing, number, percent, signed, with_margin, chance_of)
+    place.globals.update({word.__name__: word for word in words}, caveat=CAVEAT, missing=MISSING)
+    return clean(place.get_template(template).render(values))
 
 
 def section(title: str, split: str | None, intro: str | None, *children: Child) -> Raw:

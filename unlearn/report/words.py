@@ -17,7 +17,6 @@ from unlearn.results import (
     ScoreRow,
     SetForesight,
     SweepPoint,
-    Verdict,
     Who,
 )
 from unlearn.text import coefficient, counted, listing, number, percent, short, signed
@@ -252,8 +251,6 @@ def membership_line(found: tuple[Membership, ...]) -> str:
 # -- what the theory says of a measured correlation, and how well the first-order prediction held. costs
 
 
-IRRELEVANT = 0.1  # a smaller correlation counts as none
-SURE = 2.0  # standard errors beyond which a correlation counts as one
 FEWEST = 3  # sets of which ranks can be compared
 UNITS = {"logprob": "nats per answer", "loss": "nats per token"}
 FORESIGHT_CAVEAT = (
@@ -312,18 +309,6 @@ class Comparison:
     ranks: float | None
     compared: int
     alpha_ranks: float | None
-
-
-def verdict(alpha: float | None, stderr: float | None) -> Verdict | None:
-    """What a correlation of changes makes of two tasks; None where there is no number.
-
-    Irrelevant: below .1 in size, or below two standard errors. Otherwise aligned above 0 and contradictory below.
-    """
-    if alpha is None or not math.isfinite(alpha):
-        return None
-    if abs(alpha) < IRRELEVANT or (stderr is not None and abs(alpha) < SURE * stderr):
-        return "irrelevant"
-    return "aligned" if alpha > 0 else "contradictory"
 
 
 def reading(entry: SetForesight) -> str:
