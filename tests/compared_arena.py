@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from unlearn.cli import main
 from unlearn.results import RunReport
-from unlearn.run import main
 
 NAMES = ("ada", "bob", "cyd", "dot", "eli", "fay", "gus", "hal", "ivy", "jon", "kit", "lou")
 TOWNS = "miaville yanville nedville sueville gusville quyville wesville zoeville tomville danville louville ianville"

@@ -24,7 +24,7 @@ ORDER = (
     ("evidence",),
     ("report",),
     ("checks", "plan", "memory", "pipeline", "pipeline_stages"),
-    ("run", "cluster", "unlearn"),
+    ("run", "cluster", "cli", "__main__", "unlearn"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Arrows that still point upwards.
@@ -115,7 +115,7 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("errors", "results", "console", "plan", "run", "pipeline"),
+        *("errors", "results", "console", "plan", "cli", "pipeline"),
         *("recipe.schema", "recipe.load", "store.stages", "report.page"),
         *("vector.command", "vector.apply", "evidence.leaderboard", "cluster.command"),
     ],

@@ -15,17 +15,16 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from unlearn import cli
 from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import UnlearnError
 from unlearn.evidence import attacks_ask as sampling
 from unlearn.model.load import linear_modules
 from unlearn.processes import is_out_of_memory, told
 from unlearn.recipe.methods import VectorSpec
-from unlearn.score import harness
 from unlearn.score.packed import PackedLM
 from unlearn.train.learned import gradients
 from unlearn.train.trainer import _Trainer
-from unlearn.vector import command as vectors
 from unlearn.vector.change import LowRank
 from unlearn.vector.edit import Edit
 from unlearn.vector.shaping import SHAPERS, Materials, weights_of
@@ -186,7 +185,7 @@ def test_commands_say_so_too(
 ) -> None:
     one = vector(tmp_path)
     monkeypatch.setattr(TaskVector, "sum", fail)
-    assert vectors.main(["sum", one, one, "-o", str(tmp_path / "sum")]) == 2
+    assert cli.main(["vector", "sum", one, one, "-o", str(tmp_path / "sum")]) == 2
     assert "error: vectors: out of memory (CUDA out of memory. Tried" in capfd.readouterr().err
     monkeypatch.setattr(nn.Linear, "forward", fail)
     line = ["--model", "unlearn", "--model_args", f"pretrained={pico_phi},dtype=float32", "--tasks", "unlearn_mcq"]
@@ -200,7 +199,7 @@ def test_commands_say_so_too(
         "--device",
         "cpu",
     ]
-    assert harness.main([*line, *more]) == 2
+    assert cli.main(["harness", *line, *more]) == 2
     said = capfd.readouterr().err
     assert "error: unlearn: out of memory (CUDA" in said
     assert "lower batch_tokens" in said

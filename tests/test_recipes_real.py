@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from unlearn import run
 from unlearn.recipe.load import LoadedRecipe, load_recipe
 from unlearn.results import RunReport
-from unlearn.run import run
 from unlearn.store.cache import cache_folder
 from unlearn.store.stages import RunFolder
 from unlearn.vector.task_vector import TaskVector

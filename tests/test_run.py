@@ -19,10 +19,10 @@ from peft import PeftModel
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from unlearn.cli import main
 from unlearn.pipeline_stages import STAGES
 from unlearn.recipe.load import tasks_folder
 from unlearn.results import RunReport
-from unlearn.run import main
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
 
@@ -398,7 +398,7 @@ def test_another_recipes_folder_is_refused(whole: Path, capfd: pytest.CaptureFix
 @pytest.mark.parametrize("flag", ["--help", "--list", "--schema", "--dry-run"])
 def test_quick_answers_do_not_import_torch(flag: str, tmp_path: Path) -> None:
     code = (
-        "import sys; from unlearn.run import main\n"
+        "import sys; from unlearn.cli import main\n"
         f"try: main({[*COMMAND[3:], flag]!r})\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'lm_eval'} & set(sys.modules)), file=sys.stderr)"

@@ -44,6 +44,7 @@ class _Console(Console):
 
 
 _console = _Console(stderr=True, highlight=False, soft_wrap=True)
+_LEVELS = {"red": logging.ERROR, "yellow": logging.WARNING}
 _QUIET_SECONDS = 10.0  # between progress lines when stderr is a file (batch jobs)
 
 
@@ -52,10 +53,24 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+class _ToConsole(logging.Handler):
+    """Prints records as they are: no markup. Secrets and control characters in them are shown as such."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _console.print(shown(record.getMessage()), style=getattr(record, "style", None), markup=False, emoji=False)
+
+
+log = logging.getLogger("unlearn")
+log.propagate = False  # what lm-eval sets up for the root would print everything twice
+log.addHandler(_ToConsole())
+if log.level == logging.NOTSET:
+    log.setLevel(logging.INFO)
+
+
 def say(message: str, style: str | None = None) -> None:
-    """One line for the user, printed as it is: no markup. Secrets and control characters in it are shown as such."""
+    """One line for the user, by the logger ``unlearn``: an error in red, a warning in yellow, else information."""
     if is_main_process():
-        _console.print(shown(message), style=style, markup=False, emoji=False)
+        log.log(_LEVELS.get(style or "", logging.INFO), "%s", message, extra={"style": style})
 
 
 @contextmanager
@@ -65,7 +80,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         ``advance(n)``, to be called as ``n`` more of ``total`` are done.
     """
-    if not is_main_process():
+    if not is_main_process() or not log.isEnabledFor(logging.INFO):
         yield lambda n: None
         return
     label = shown(label)
@@ -100,7 +115,7 @@ def live_line() -> Iterator[Callable[[str], None]]:
     Yields:
         ``show(text)``, to be called as often as one likes.
     """
-    if not is_main_process() or not _console.is_terminal:
+    if not is_main_process() or not _console.is_terminal or not log.isEnabledFor(logging.INFO):
         yield lambda text: None
         return
     with _console.status("") as status:
@@ -159,6 +174,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # transformers warns about arguments that transformers and peft pass to each other
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    if log.isEnabledFor(logging.DEBUG):
+        return
     from transformers.utils import logging as chatter
 
     chatter.set_verbosity_error()

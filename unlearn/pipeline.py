@@ -48,13 +48,13 @@ def execute(
     """Run what is left to run of a recipe, print the result and return it.
 
     Args:
-        loaded, out, fresh: see :func:`unlearn.run.run`.
+        loaded, out, fresh: see :func:`unlearn.run`.
         pool: A folder of stages that many runs share (:mod:`unlearn.store.stages`).
         prepare: Make only what other runs can share (the model, what it is taught, a trained reference) and return
             None.
 
     Raises:
-        UnlearnError: see :func:`unlearn.run.run`.
+        UnlearnError: see :func:`unlearn.run`.
     """
     # what a batch system gives a run is no part of what is run
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"cluster": None}))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from scipy.stats import hmean, ks_2samp
 
-from unlearn.evidence.leaderboard import main
+from unlearn import cli
 
 LOGS = os.environ.get("UNLEARN_TOFU_LOGS")
 TOFU = tuple(f"tofu_{s}_{p}" for s in ("forget01", "retain", "real_authors", "world_facts") for p in ("prob", "rouge"))
@@ -40,6 +40,10 @@ def records(task: str, who: str, count: int) -> list[dict[str, Any]]:
             scores = {"min_40": -item - (0.5 + 4 * LOSSES[who] if "forget" in task else 3)}
         found.append({"doc_id": item, "doc": {"id": str(item)}, "filter": "none", **scores})
     return found
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(["leaderboard", *arguments])
 
 
 @pytest.fixture
@@ -150,7 +154,12 @@ def test_files_of_one_run_and_of_several(made: Made, said: Said, tmp_path: Path)
     log = tmp_path / "b" / "two" / "reference" / "eval_log_aggregated.json"
     said()
     # a log of ours is a reference as well as one of the authors'
-    assert main(["--tofu-log", str(tmp_path / "b" / "one" / "edited" / log.name), "--reference", str(log)]) == 0
+    assert (
+        cli.main(
+            ["leaderboard", "--tofu-log", str(tmp_path / "b" / "one" / "edited" / log.name), "--reference", str(log)]
+        )
+        == 0
+    )
     assert json.loads(said()[0])["Forget Quality"] == pytest.approx(quality("edited", "reference"), rel=1e-12)
 
 

@@ -17,8 +17,8 @@ from compared_arena import read
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from unlearn import cli
 from unlearn.errors import EvaluationError
-from unlearn.evidence import leaderboard
 from unlearn.evidence.membership import ATTACKS, SAMPLES, judge, members_of, save, tell
 from unlearn.model.load import Loaded
 from unlearn.results import Membership, Who
@@ -53,7 +53,7 @@ def test_areas_are_scikit_learns_on_the_samples(compared: Path, found: Mapping[t
 def test_the_leaderboard_command_gives_the_same_areas(
     compared: Path, found: Mapping[tuple[str, str], Membership], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert leaderboard.main([str(compared / "run")]) == 0
+    assert cli.main(["leaderboard", str(compared / "run")]) == 0
     shown = capsys.readouterr().out
     assert "membership, AUC" in shown
     for one in found.values():

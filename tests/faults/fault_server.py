@@ -123,7 +123,7 @@ def _warm_up(job: Job) -> None:
     import torch
     from tqdm import tqdm
 
-    from unlearn.run import main
+    from unlearn.cli import main
 
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread that looks after bars
@@ -217,7 +217,7 @@ def _child(job: Job, place: Path) -> int:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest, job.largest))
-    from unlearn.run import main
+    from unlearn.cli import main
 
     if job.trace:
         _traced(job.trace)

@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="+", help="what unlearn is to do (after --)")
     given = parser.parse_args(argv)
     plan = Plan(tuple(given.root), given.log, given.at, given.match, given.action, given.torn)
-    from unlearn.run import main as unlearn
+    from unlearn.cli import main as unlearn
 
     sys.argv = ["unlearn", *given.command]
     Injector(plan).install()

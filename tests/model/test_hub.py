@@ -158,7 +158,7 @@ def test_a_run_says_so_before_it_begins(tmp_path: Path, given: tuple[str, ...], 
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     code = (
-        "import sys; from unlearn.run import main\n"
+        "import sys; from unlearn.cli import main\n"
         "code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]

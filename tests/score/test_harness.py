@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import capital_rows
+from unlearn import cli
 from unlearn.data.encoding import count_tokens
 from unlearn.errors import EvaluationError
 from unlearn.model.load import Loaded
@@ -293,7 +294,7 @@ def test_caches_that_know_too_little_are_refused(
 ) -> None:
     (tmp_path / "config.yaml").write_text(f"model: hf\nuse_cache: {tmp_path / 'answers'}\n", "utf-8")
     places = {"CACHE": str(tmp_path / "answers"), "CONFIG": str(tmp_path / "config.yaml")}
-    assert harness.main(["--tasks", "unlearn_qa", *(places.get(word, word) for word in more)]) == 2
+    assert cli.main(["harness", "--tasks", "unlearn_qa", *(places.get(word, word) for word in more)]) == 2
     told = capfd.readouterr().err
     assert told.count("error:") == 1
     assert said in told
@@ -396,9 +397,9 @@ def python(code: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]
 
 
 def test_help_is_lm_evals_under_our_name() -> None:
-    done = python(["-m", "unlearn.score.harness", "--help"])
+    done = python(["-m", "unlearn", "harness", "--help"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: python -m unlearn.score.harness")
+    assert done.stdout.startswith("usage: unlearn harness")
     assert "validate" in done.stdout
     assert "--model unlearn" in done.stdout
     assert "lm-eval " not in done.stdout
@@ -406,13 +407,11 @@ def test_help_is_lm_evals_under_our_name() -> None:
 
 def test_no_arguments_and_wrong_ones(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.argv
-    assert harness.main([]) == 0
+    assert cli.main(["harness"]) == 0
     assert "COMMAND" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        harness.main(["ls", "everything"])
-    assert stopped.value.code == 2
+    assert cli.main(["harness", "ls", "everything"]) == 2
     said = capsys.readouterr().err
-    assert "python -m unlearn.score.harness" in said
+    assert "unlearn harness" in said
     assert "everything" in said
     assert sys.argv is before
 
@@ -440,7 +439,7 @@ def test_lm_evals_options(
 ) -> None:
     more = ["--limit", "2", "--apply_chat_template", "--batch_size", "auto", "--seed", "7", "--gen_kwargs"]
     out = tmp_path / "out"
-    assert harness.main([*command(model, pack, items, out, ",batch_tokens=300"), *more, "max_gen_toks=5"]) == 0
+    assert cli.main(["harness", *command(model, pack, items, out, ",batch_tokens=300"), *more, "max_gen_toks=5"]) == 0
     printed = capsys.readouterr().out
     assert "|unlearn_mcq" in printed
     assert "batch_tokens" in printed
@@ -453,7 +452,7 @@ def test_lm_evals_options(
 def test_a_mistake_is_one_message_and_exit_code_2(
     model: Path, pack: Path, items: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert harness.main(command(model, pack, items, tmp_path / "out", ",backend=seq2seq")) == 2
+    assert cli.main(["harness", *command(model, pack, items, tmp_path / "out", ",backend=seq2seq")]) == 2
     said = capfd.readouterr().err
     assert said.count("error:") == 1
     assert "backend=seq2seq" in said
@@ -472,7 +471,8 @@ def test_two_processes_give_what_one_gives(
     assert [path.name for path in tmp_path.iterdir()] == ["answers_rank0.db"]
     done = python(
         [
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "unlearn.score.harness"),
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "unlearn"),
+            "harness",
             *command(model, pack, items, tmp_path / "out"),
             *("--use_cache", str(tmp_path / "answers")),
         ],

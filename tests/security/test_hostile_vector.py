@@ -12,9 +12,9 @@ import torch
 from hostile import ESCAPES, pickled, safetensors, torch_file
 from safetensors.torch import save_file
 
+from unlearn import cli
 from unlearn.errors import VectorError
 from unlearn.vector.change import LowRank
-from unlearn.vector.command import main
 from unlearn.vector.interop import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
 from unlearn.vector.task_vector import TaskVector
 
@@ -127,13 +127,13 @@ def test_thin_factors_are_not_multiplied_out_whatever_they_claim(tmp_path: Path)
 )
 def test_names_of_modules_are_only_names(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     place = vector_file(tmp_path / "v", (name,))
-    assert main(["info", str(place)]) == 0
+    assert cli.main(["vector", "info", str(place)]) == 0
     wrong = tmp_path / "w"
     save_file({f"{name}.A": torch.ones(1, 1)}, wrong, META)
-    assert main(["info", str(wrong)]) == 2
+    assert cli.main(["vector", "info", str(wrong)]) == 2
     folder = adapter(tmp_path / "a")
     save_file({name: torch.ones(1, 1)}, folder / ADAPTER_WEIGHTS)
-    assert main(["info", str(folder)]) == 2
+    assert cli.main(["vector", "info", str(folder)]) == 2
     printed = capsys.readouterr()
     for said in (printed.out, printed.err):
         assert all(c.isprintable() or c == "\n" for c in said)

@@ -10,12 +10,12 @@ from urllib.parse import quote, quote_plus
 import pytest
 
 from unlearn import console
+from unlearn.cli import main
 from unlearn.cluster.job_state import JobState, state_file
 from unlearn.errors import ModelError, RecipeError
 from unlearn.model import wheel
 from unlearn.model.wheel import WheelFile, find_in_wheel
 from unlearn.recipe.load import load_recipe
-from unlearn.run import main
 from unlearn.store import provenance
 from unlearn.text import HIDDEN, hide, is_secret
 

@@ -65,7 +65,7 @@ def install(log: Any) -> None:
 if __name__ == "__main__":
     with open(sys.argv[1], "w", encoding="utf-8") as file:  # noqa: PTH123 - nothing is imported before the hook
         install(file)
-        from unlearn.run import main
+        from unlearn.cli import main
 
         code = main(sys.argv[2:])
         file.flush()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from unlearn import errors
+from unlearn import errors, run
 from unlearn.recipe.schema import Recipe
-from unlearn.run import run
 from unlearn.store.stages import Pool, link_tree, read_record, seal
 
 KEY = "5" * 64

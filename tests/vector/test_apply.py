@@ -26,13 +26,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from unlearn import cli
 from unlearn.errors import ModelError, RunFolderError, VectorError
 from unlearn.model.checkpoint import read_checkpoint
 from unlearn.model.load import Loaded, linear_modules
 from unlearn.model.locate import INDEX, SINGLE
 from unlearn.store.files import explained
 from unlearn.store.lock import Lock
-from unlearn.vector.apply import apply, check, main
+from unlearn.vector.apply import apply, check
 from unlearn.vector.change import Change, Dense, LowRank, edited, row_blocks
 from unlearn.vector.edit import shape_of
 from unlearn.vector.shards import Slot, write_shards
@@ -222,7 +223,7 @@ def main_of(vector: TaskVector, tmp_path: Path, coefficient: float, *more: str) 
     """The command on ``base`` and ``out`` in a folder."""
     vector.save(tmp_path / "v.safetensors")
     names = ["--model", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
-    return main([str(tmp_path / "v.safetensors"), *names, "--coefficient", str(coefficient), *more])
+    return cli.main(["apply", str(tmp_path / "v.safetensors"), *names, "--coefficient", str(coefficient), *more])
 
 
 @settings(max_examples=60, deadline=None)
@@ -410,7 +411,7 @@ def test_an_adapters_folder_and_a_stages_folder_are_vectors_too(
     for name in ("adapter", "stage", "stage/vector.safetensors"):
         outs.append(tmp_path / f"out-{name.replace('/', '-')}")
         command = [str(tmp_path / name), "--model", str(llama_base), "--coefficient", "0.75", "--out", str(outs[-1])]
-        assert main(command) == 0
+        assert cli.main(["apply", *command]) == 0
     assert contents(outs[0]) == contents(outs[1]) == contents(outs[2])
     assert f"{len(vector.modules)} tensors edited" in capsys.readouterr().err
     record = json.loads((outs[1] / RECORD).read_text())
@@ -443,7 +444,7 @@ def test_mistakes_are_one_message_and_exit_code_2(
     ):
         values = {**good, **change}
         command = [str(values.pop("VECTOR")), *(str(x) for pair in values.items() for x in pair)]
-        assert main(command) == 2, change
+        assert cli.main(["apply", *command]) == 2, change
         text = capsys.readouterr().err
         assert said in text, change
         assert "Traceback" not in text
@@ -964,7 +965,7 @@ def test_phi15_at_its_full_size(tmp_path: Path) -> None:
     largest = max(p.stat().st_size for p in folder.glob("*.safetensors"))
     names = ["--model", str(folder), "--out", str(tmp_path / "out"), "--coefficient", str(LAMBDA)]
     for more in ((), ("--check",)):
-        command = [sys.executable, "-m", "unlearn.vector.apply", str(tmp_path / "v.safetensors"), *names, *more]
+        command = [sys.executable, "-m", "unlearn", "apply", str(tmp_path / "v.safetensors"), *names, *more]
         done = subprocess.run([sys.executable, "-c", CHILD, *command], capture_output=True, text=True, check=True)
         assert int(done.stdout.splitlines()[-1]) <= largest + factors + 300 * 10**6
     with torch.no_grad():

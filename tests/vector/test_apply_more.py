@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from unlearn import cli
 from unlearn.errors import ModelError, VectorError
 from unlearn.model import pico
 from unlearn.model.checkpoint import read_checkpoint
 from unlearn.model.locate import SINGLE
-from unlearn.vector.apply import apply, check, main
+from unlearn.vector.apply import apply, check
 from unlearn.vector.change import Change, LowRank
 from unlearn.vector.stored_names import asked, plain, targets_of
 from unlearn.vector.task_vector import TaskVector
@@ -149,9 +150,9 @@ def test_a_plain_checkpoint_is_edited_without_transformers(tmp_path: Path) -> No
     names = [str(tmp_path / "v.safetensors"), "--model", str(folder), "--out", str(tmp_path / "out")]
     code = f"""
 import sys
-from unlearn.apply import main
+from unlearn.cli import main
 for more in ([], ["--check"]):
-    assert main([*{names!r}, "--coefficient", "1", *more]) == 0
+    assert main(["apply", *{names!r}, "--coefficient", "1", *more]) == 0
 print(sorted({{"transformers", "peft", "scipy"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -212,7 +213,7 @@ def test_another_configuration_is_a_difference(tmp_path: Path, capsys: pytest.Ca
     folder, out = pico.build("llama", tmp_path / "base", 0), tmp_path / "out"
     a_vector(folder).save(tmp_path / "v.safetensors")
     command = [str(tmp_path / "v.safetensors"), "--model", str(folder), "--out", str(out), "--coefficient", "1"]
-    assert main(command) == 0
+    assert cli.main(["apply", *command]) == 0
     config = json.loads((out / "config.json").read_text())
     for change, code, said in (
         ({"num_attention_heads": 2, "rms_norm_eps": 5.0}, 1, "the base's in num_attention_heads, rms_norm_eps"),
@@ -222,10 +223,10 @@ def test_another_configuration_is_a_difference(tmp_path: Path, capsys: pytest.Ca
         ({"model_type": "no such"}, 1, "not the base's"),
     ):
         (out / "config.json").write_text(json.dumps({**config, **change}))
-        assert main([*command, "--check"]) == code, change
+        assert cli.main(["apply", *command, "--check"]) == code, change
         output = capsys.readouterr()
         assert said in output.out, change
         assert ("is not exactly" in output.err) == bool(code), change
     (out / "config.json").unlink()
-    assert main([*command, "--check"]) == 1
+    assert cli.main(["apply", *command, "--check"]) == 1
     assert "config.json: missing" in capsys.readouterr().out

@@ -5,13 +5,14 @@ Nothing here imports numpy before a file is read, so that ``--help`` answers at 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,55 +24,70 @@ from unlearn.results import Who
 if TYPE_CHECKING:
     from unlearn.evidence.boards import BenchRun, Log, Row
 
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
 _WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it
 _TESTS = ("Forget Quality", "KS Test PVal Forget")  # p-values, which may be anything down to 1e-300
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, do it, and turn what went wrong into one message and an exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        _do(arguments)
-    except UnlearnError as e:
-        console.say(f"error: {e}", style="red")
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return 0
-    return 0
+@dataclass(frozen=True)
+class _Options:
+    """What the command line says beside the runs or the log."""
+
+    reference: str | None
+    out: Path | None
+    method: str | None
+    submitted_by: str
 
 
-def _do(arguments: argparse.Namespace) -> None:
-    if bool(arguments.RUN) == (arguments.tofu_log is not None):
+def leaderboard(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="the folder of a run whose recipe has a benchmark")
+    ] = None,
+    tofu_log: Annotated[
+        Path | None, typer.Option(metavar="LOG.json", help="a log of TOFU: prints its row as JSON")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|LOG.json",
+            help="the retain reference: a run that has one, a log of TOFU, or published (MUSE's authors' value); "
+            "the run's own when not given",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the files of leaderboards there")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the method's name in them (default: the run's name)")
+    ] = None,
+    submitted_by: Annotated[str, typer.Option(metavar="NAME", help="who submits (TOFU's column)")] = "",
+) -> None:
+    """Print rows of TOFU and MUSE, from the per-item files of runs or from a log of TOFU's authors."""
+    options = _Options(reference, out, method, submitted_by)
+    if bool(runs) == (tofu_log is not None):
         raise UnlearnError("give either the folders of runs, or one log with --tofu-log LOG.json")
-    if arguments.tofu_log is not None:
-        _tofu_log(arguments)
+    if tofu_log is not None:
+        _tofu_log(tofu_log, options)
     else:
-        _runs(arguments)
+        _runs(runs or [], options)
 
 
-def _tofu_log(arguments: argparse.Namespace) -> None:
+def _tofu_log(place: Path, arguments: _Options) -> None:
     """TOFU's row of a log, as JSON on stdout and nothing else there."""
     from unlearn.evidence.boards import PUBLISHED, read_log, read_reference, rows
 
-    log = read_log(arguments.tofu_log)
+    log = read_log(place)
     given: str | None = arguments.reference
     if given == PUBLISHED:
         raise UnlearnError("--reference published is MUSE's; for TOFU give the log (.json) of a retain model, or a run")
     reference = None if given is None else read_reference(Path(given), "tofu")
-    method = arguments.method or arguments.tofu_log.stem
+    method = arguments.method or place.stem
     try:
         row = rows({"edited": log}, reference, method)["edited"]
     except EvaluationError as error:
-        raise EvaluationError(f"{arguments.tofu_log} beside {given}: {error}") from error
+        raise EvaluationError(f"{place} beside {given}: {error}") from error
     whole = {**row, "Method": method, "Submitted By": arguments.submitted_by}
     try:
         text = json.dumps(whole, indent=2, allow_nan=False)
     except ValueError as error:
-        raise EvaluationError(f"{arguments.tofu_log}: its row has numbers that are not finite: {row}") from error
+        raise EvaluationError(f"{place}: its row has numbers that are not finite: {row}") from error
     if reference is None:
         console.say(
             "Forget Quality is null: it compares with a model that never saw the forget set; give its log with "
@@ -83,23 +99,23 @@ def _tofu_log(arguments: argparse.Namespace) -> None:
         _write(arguments.out, {"edited": log}, {"edited": row}, method, arguments.submitted_by)
 
 
-def _runs(arguments: argparse.Namespace) -> None:
+def _runs(places: Sequence[Path], arguments: _Options) -> None:
     """A table for every run, and its files."""
     from unlearn.evidence.boards import read_run
 
     # all are read before anything is printed or written: a mistake in the last one is said at once
-    found = [(run, *_compared(run, arguments)) for run in map(read_run, arguments.RUN)]
+    found = [(run, *_compared(run, arguments)) for run in map(read_run, places)]
     out = Console(highlight=False)
     out = out if out.is_terminal else Console(highlight=False, width=_WIDE)
-    places = _places(arguments.out, [run.folder for run, _, _ in found])
-    for (run, logs, rows), place in zip(found, places, strict=True):
+    folders = _places(arguments.out, [run.folder for run, _, _ in found])
+    for (run, logs, rows), place in zip(found, folders, strict=True):
         _show(run, rows, out)
         _show_membership(run, out)
         if place is not None:
             _write(place, logs, rows, _method(run, arguments), arguments.submitted_by)
 
 
-def _compared(run: BenchRun, arguments: argparse.Namespace) -> tuple[Mapping[Who, Log], Mapping[Who, Row]]:
+def _compared(run: BenchRun, arguments: _Options) -> tuple[Mapping[Who, Log], Mapping[Who, Row]]:
     """The run's logs, the reference's among them, and their rows."""
     from unlearn.evidence.boards import PUBLISHED, absent, read_reference, rows
 
@@ -132,7 +148,7 @@ def _compared(run: BenchRun, arguments: argparse.Namespace) -> tuple[Mapping[Who
     return logs, found
 
 
-def _method(run: BenchRun, arguments: argparse.Namespace) -> str:
+def _method(run: BenchRun, arguments: _Options) -> str:
     return str(arguments.method or run.name)
 
 
@@ -206,27 +222,3 @@ def _safe(value: str, out: Console) -> Text:
     """A name is no markup, moves no cursor, and must fit the terminal's encoding."""
     known = value.encode(out.encoding, "replace").decode(out.encoding)
     return Text("".join(c if c.isprintable() else "?" for c in known))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn.evidence.leaderboard",
-        description="Rows of TOFU and MUSE, computed from the per-item files of runs or from a log of TOFU's authors.",
-        epilog="Exit codes: 0 done, 2 a mistake to mend, 130 interrupted.",
-    )
-    parser.add_argument("RUN", type=Path, nargs="*", help="the folder of a run whose recipe has a benchmark")
-    parser.add_argument("--tofu-log", type=Path, metavar="LOG.json", help="a log of TOFU: prints its row as JSON")
-    parser.add_argument(
-        "--reference",
-        metavar="RUN|LOG.json",
-        help="the retain reference: a run that has one, a log of TOFU, or published (MUSE's authors' value); "
-        "the run's own when not given",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the files of leaderboards there")
-    parser.add_argument("--method", metavar="NAME", help="the method's name in them (default: the run's name)")
-    parser.add_argument("--submitted-by", default="", metavar="NAME", help="who submits (TOFU's column)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

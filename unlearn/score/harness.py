@@ -1,4 +1,4 @@
-"""lm-eval's own command line with the packed model in it: ``python -m unlearn.score.harness --model unlearn ...``.
+"""lm-eval's own command line with the packed model in it: ``unlearn harness --model unlearn ...``.
 
 From Python, importing this module is enough: ``lm_eval.simple_evaluate(model="unlearn", ...)`` then knows the name.
 lm-eval looks for no plugins, so it has to be imported by somebody.
@@ -22,14 +22,13 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
 from unlearn import processes as distributed
-from unlearn.console import is_main_process, say
-from unlearn.errors import EvaluationError, UnlearnError
+from unlearn.console import is_main_process
+from unlearn.errors import EvaluationError
 from unlearn.model.locate import hub_away
 from unlearn.processes import told
 
 MODEL = "unlearn"
-EXIT_MISTAKE = 2
-_PROGRAM = "python -m unlearn.score.harness"
+_PROGRAM = "unlearn harness"
 _NOTE = f"""
 --model {MODEL} scores causal language models as --model hf does, in less time. It takes hf's --model_args, and
 batch_tokens=N for the number of tokens in a forward pass.
@@ -45,33 +44,24 @@ def register() -> None:
 register()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
     """Run lm-eval's command line, by all processes together where there are several.
 
-    Args:
-        argv: Its arguments, by default those of this program.
-
-    Returns:
-        0, or 2 after a mistake that this project's model tells of. lm-eval's own errors are raised as lm-eval does.
+    lm-eval's own errors are raised as lm-eval does.
     """
     setup_logging(logging.INFO if is_main_process() else logging.ERROR)
     before = sys.argv
-    sys.argv = [before[0], *(before[1:] if argv is None else argv)]  # where lm-eval reads, and writes to
+    sys.argv = [before[0], *argv]  # where lm-eval reads, and writes to
     try:
         with told(MODEL, "lower batch_tokens or max_length in --model_args, or --batch_size"):
             _run(HarnessCLI())
-    except UnlearnError as e:
-        say(f"error: {e}", style="red")
-        return EXIT_MISTAKE
-    except ConnectionError:
+    except ConnectionError as e:
         if not (away := hub_away()):
             raise
-        say(f"error: the data of the tasks are not all on this machine, and {away}", style="red")
-        return EXIT_MISTAKE
+        raise EvaluationError(f"the data of the tasks are not all on this machine, and {away}") from e
     finally:
         sys.argv = before
     distributed.leave()
-    return 0
 
 
 def _run(cli: HarnessCLI) -> None:
@@ -126,7 +116,3 @@ def _under_our_name() -> Iterator[None]:
             stream.write(re.sub(r"\blm-eval\b", _PROGRAM, text))
         if "--model" in out.getvalue():
             sys.stdout.write(_NOTE)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

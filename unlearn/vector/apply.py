@@ -1,20 +1,19 @@
-"""``python -m unlearn.vector.apply``: put a vector on a checkpoint of any size, from disk to disk.
+"""``unlearn apply``: put a vector on a checkpoint of any size, from disk to disk.
 
 Nothing here imports torch before there is work to do, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from unlearn import console
-from unlearn.errors import UnlearnError, VectorError
+from unlearn.errors import VectorError
 from unlearn.processes import told
 from unlearn.store.files import some
 from unlearn.text import counted, file_size, number, percent
@@ -24,32 +23,8 @@ if TYPE_CHECKING:
     from unlearn.vector.task_vector import TaskVector
 
 EXIT_DIFFERS = 1
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
 _LARGEST = 3e38  # within float32
 _VECTOR = "vector.safetensors"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, do it, and turn what went wrong into one message and an exit code."""
-    arguments = _parser().parse_args(argv)
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-        with told("apply", "stop what else runs there"):
-            return _check(arguments) if arguments.check else _apply(arguments)
-    except UnlearnError as e:
-        console.say(f"error: {e}", style="red")
-        return EXIT_MISTAKE
-    except OSError as e:
-        console.say(f"error: {e.filename or arguments.model}: {e.strerror or e}", style="red")
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        console.say("\nstopped; finished files are kept, and the same command goes on from there", style="yellow")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def apply(
@@ -155,49 +130,84 @@ def _finite(coefficient: float) -> float:
     return float(coefficient)
 
 
-def _apply(arguments: argparse.Namespace) -> int:
-    done = apply(
-        arguments.VECTOR,
-        arguments.model,
-        arguments.coefficient,
-        arguments.out,
-        stochastic_rounding=arguments.stochastic_rounding,
-        seed=arguments.seed,
-        accept_rounding=arguments.accept_rounding,
-    )
+def apply_command(
+    vector: Annotated[
+        Path,
+        typer.Argument(
+            metavar="VECTOR",
+            help="a vector's file (vector.safetensors), its stage's folder, or the folder of a LoRA adapter of PEFT's",
+        ),
+    ],
+    model: Annotated[Path, typer.Option(metavar="M", help="a folder with a model in safetensors", show_default=False)],
+    coefficient: Annotated[float, typer.Option(metavar="λ", help="how much is subtracted", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the edited model's folder", show_default=False)],
+    check_only: Annotated[
+        bool, typer.Option("--check", help="write nothing: is DIR exactly this edit, bit by bit?")
+    ] = False,
+    stochastic_rounding: Annotated[
+        bool, typer.Option("--stochastic-rounding", help="round edited 16-bit weights by chance, not to nearest")
+    ] = False,
+    accept_rounding: Annotated[
+        bool, typer.Option("--accept-rounding", help="write also what rounding has made another edit of")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of that chance")] = 0,
+) -> None:
+    """Write a model less a coefficient times a task vector, from disk to disk.
+
+    A model of any size in the memory of one tensor, with the bits of the same edit in memory. Run again, it goes on.
+    """
+    try:
+        with told("apply", "stop what else runs there"):
+            if check_only:
+                _check(
+                    out,
+                    coefficient,
+                    check(vector, model, coefficient, out, stochastic_rounding=stochastic_rounding, seed=seed),
+                )
+            else:
+                _say(
+                    out,
+                    apply(
+                        vector,
+                        model,
+                        coefficient,
+                        out,
+                        stochastic_rounding=stochastic_rounding,
+                        seed=seed,
+                        accept_rounding=accept_rounding,
+                    ),
+                )
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise VectorError(f"{e.filename or model}: {e.strerror or e}") from e
+
+
+def _say(out: Path, done: Applied) -> None:
     if done.left_out:
         console.say(f"left out: {some(done.left_out)}", style="yellow")
     kept = f", {counted(done.kept, 'file')} of an earlier attempt kept" if done.kept else ""
     tensors = f"{counted(done.edited, 'tensor')} edited, {done.copied} copied as they were"
-    console.say(f"{arguments.out}: {tensors}, {file_size(done.size)}{kept}")
+    console.say(f"{out}: {tensors}, {file_size(done.size)}{kept}")
     s = done.survived
     if s["cosine"] is not None:
         console.say(
             f"of the edit survived rounding: cosine {number(s['cosine'])}, norm ratio {number(s['norm_ratio'])}, "
             f"{percent(s['changed'])} of the elements changed"
         )
-    return 0
 
 
-def _check(arguments: argparse.Namespace) -> int:
-    verdict = check(
-        arguments.VECTOR,
-        arguments.model,
-        arguments.coefficient,
-        arguments.out,
-        stochastic_rounding=arguments.stochastic_rounding,
-        seed=arguments.seed,
-    )
+def _check(out: Path, coefficient: float, verdict: Verdict) -> None:
     for name, why in verdict.wrong.items():
         sys.stdout.write(f"{''.join(c if c.isprintable() else '?' for c in name)}: {why}\n")
     sys.stdout.flush()
-    what = f"the model less {arguments.coefficient!r} times the vector"
+    what = f"the model less {coefficient!r} times the vector"
     if not verdict.wrong:
-        console.say(f"{arguments.out} is exactly {what}: {verdict.tensors} tensors, {verdict.edited} of them edited")
-        return 0
+        console.say(f"{out} is exactly {what}: {verdict.tensors} tensors, {verdict.edited} of them edited")
+        return
     differ = f"{counted(len(verdict.wrong), 'difference')} in {verdict.tensors} tensors and config.json"
-    console.say(f"{arguments.out} is not exactly {what}: {differ}{_recorded(arguments.out)}", style="red")
-    return EXIT_DIFFERS
+    console.say(f"{out} is not exactly {what}: {differ}{_recorded(out)}", style="red")
+    raise typer.Exit(EXIT_DIFFERS)
 
 
 def _recorded(out: Path) -> str:
@@ -211,41 +221,3 @@ def _recorded(out: Path) -> str:
         f". Its {RECORD} says coefficient {said['coefficient']!r}, vector {said['vector_sha256'][:12]}…, rounded "
         f"{said['rounding']}"
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn.vector.apply",
-        description="Write a model less a coefficient times a task vector, from disk to disk: a model of any size in "
-        "the memory of one tensor, with the bits of the same edit in memory. Run again, it goes on.",
-        epilog="Exit codes: 0 done (with --check: exactly that), 1 --check found differences, 2 a mistake to mend, "
-        "130 interrupted.",
-    )
-    parser.add_argument(
-        "VECTOR",
-        type=Path,
-        help="a vector's file (vector.safetensors) or its stage's folder, or the folder of a LoRA adapter of PEFT's",
-    )
-    parser.add_argument("--model", type=Path, required=True, metavar="M", help="a folder with a model in safetensors")
-    parser.add_argument(
-        "--coefficient", type=float, required=True, metavar="λ", help="how much of the vector is subtracted"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the edited model's folder")
-    parser.add_argument("--check", action="store_true", help="write nothing: is DIR exactly this edit, bit by bit?")
-    parser.add_argument(
-        "--stochastic-rounding", action="store_true", help="round edited 16-bit weights by chance, not to nearest"
-    )
-    parser.add_argument(
-        "--accept-rounding", action="store_true", help="write also what rounding has made another edit of"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of that chance (default: %(default)s)")
-    return parser
-
-
-def _stop(number: int, frame: Any) -> None:
-    """SIGTERM (a batch system's time limit) is taken like Ctrl-C: what is half written is removed."""
-    raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())

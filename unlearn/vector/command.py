@@ -1,23 +1,24 @@
-"""``python -m unlearn.vector.command``: arithmetic on task vectors from the command line.
+"""``unlearn vector``: arithmetic on task vectors from the command line.
 
 Nothing here imports torch before a vector is read, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from unlearn import console
 from unlearn.errors import UnlearnError, VectorError
@@ -30,45 +31,165 @@ if TYPE_CHECKING:
     from unlearn.vector.task_vector import TaskVector
 
 
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
 _SHOWN = 10  # modules in a table
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _A_VECTOR = "a vector's file (vector.safetensors), or the folder of a LoRA adapter of PEFT's"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, do it, and turn what went wrong into one message and an exit code."""
-    arguments = _parser().parse_args(_with_negatives(sys.argv[1:] if argv is None else argv))
-    try:
+class _Commands(TyperGroup):
+    """The commands on vectors, which may need more memory than there is."""
+
+    def invoke(self, ctx: Any) -> Any:
         with told("vectors", "truncate the vectors first (low-rank --rank)"):
-            arguments.do(arguments)
-    except UnlearnError as e:
-        console.say(f"error: {e}", style="red")
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+            return super().invoke(ctx)
 
 
-def _info(arguments: argparse.Namespace) -> None:
-    pass
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    help=f"Arithmetic on task vectors. V, W, A, B and C are each {_A_VECTOR}.",
+)
+V = Annotated[Path, typer.Argument(metavar="V", help=_A_VECTOR, show_default=False)]
+Vectors = Annotated[list[Path], typer.Argument(metavar="V...", help=_A_VECTOR, show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the vector to write", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help=f"all modules, not the {_SHOWN} largest")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="also where the vectors name different models")]
+Rank = Annotated[int | None, typer.Option(metavar="R", help="how many singular values to keep per module")]
+Energy = Annotated[float | None, typer.Option(metavar="E", help="or the share of their squares, above 0, at most 1")]
 
-    show_info(read_vector(arguments.V), stdout(), None if arguments.all else _SHOWN)
+
+class By(StrEnum):
+    """What is pruned by its size."""
+
+    magnitude = "magnitude"
+    rows = "rows"
 
 
-def _cosine(arguments: argparse.Namespace) -> None:
-    pass
+@app.command()
+def info(vector: V, all_: All = False) -> None:
+    """Show what a vector is and where it is largest."""
+    show_info(read_vector(vector), stdout(), None if all_ else _SHOWN)
 
-    one, two = read_vector(arguments.V), read_vector(arguments.W)
-    show_cosine(one, two, stdout(), None if arguments.all else _SHOWN)
+
+@app.command()
+def cosine(vector: V, other: Annotated[Path, typer.Argument(metavar="W", help="another")], all_: All = False) -> None:
+    """Compare two vectors."""
+    show_cosine(read_vector(vector), read_vector(other), stdout(), None if all_ else _SHOWN)
 
 
-def _sum(arguments: argparse.Namespace) -> None:
+@app.command("sum")
+def add(vectors: Vectors, out: Out, any_base: AnyBase = False) -> None:
+    """Add vectors."""
     from unlearn.vector.task_vector import TaskVector
 
-    whole = TaskVector.sum(_of_one_model(arguments.V, arguments.any_base))
-    _keep(whole, arguments, f"sum of {', '.join(place.name for place in arguments.V)}")
+    whole = TaskVector.sum(_of_one_model(vectors, any_base))
+    _keep(whole, out, f"sum of {', '.join(place.name for place in vectors)}")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # -1 is a number
+def scale(
+    factor: Annotated[float, typer.Argument(metavar="C", help="the number", show_default=False)], vector: V, out: Out
+) -> None:
+    """Multiply a vector by a number; -1 negates it."""
+    _keep(factor * read_vector(vector), out, f"{factor:g} times {vector.name}")
+
+
+@app.command()
+def analogy(
+    a: Annotated[Path, typer.Argument(metavar="A", help="a is to")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="b")],
+    c: Annotated[Path, typer.Argument(metavar="C", help="as c is to the result")],
+    out: Out,
+    any_base: AnyBase = False,
+) -> None:
+    """C + (B - A), as Ilharco et al. (2212.04089) have it."""
+    from unlearn.vector.task_vector import analogy as related
+
+    _keep(related(*_of_one_model((a, b, c), any_base)), out, f"{c.name} + ({b.name} - {a.name})")
+
+
+@app.command()
+def low_rank(vector: V, out: Out, rank: Rank = None, energy: Energy = None) -> None:
+    """Truncate every module by its singular values."""
+    _check_size(rank, energy, required=True)
+    before = read_vector(vector)
+    how = f"rank {rank}" if rank is not None else f"energy {energy:g}"
+    _keep(before.to_low_rank(rank, energy), out, f"{vector.name} truncated to {how}", before)
+
+
+@app.command()
+def prune(
+    vector: V,
+    out: Out,
+    keep: Annotated[float, typer.Option(metavar="F", help="the share to keep, above 0, at most 1", show_default=False)],
+    by: Annotated[By, typer.Option(help="entries (the result is dense) or rows (factors stay factors)")] = By.magnitude,
+) -> None:
+    """Keep the largest part of every matrix, the rest zero."""
+    before = read_vector(vector)
+    _keep(before.prune(keep, by.value), out, f"{vector.name} pruned to {keep:g} by {by.value}", before)
+
+
+@app.command()
+def from_adapter(folder: Annotated[Path, typer.Argument(metavar="DIR", help="its folder")], out: Out) -> None:
+    """Read a LoRA adapter of PEFT's."""
+    from unlearn.vector.interop import from_adapter as read
+
+    _keep(read(folder), out, f"adapter {folder.resolve().name}")
+
+
+@app.command()
+def from_checkpoints(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="the model's folder before fine-tuning")],
+    finetuned: Annotated[Path, typer.Argument(metavar="FT", help="and after it")],
+    out: Out,
+    skip_unequal: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unequal",
+            help="leave out changed tensors that a vector cannot hold (norms, embeddings, ...) and name them; else an "
+            "error",
+        ),
+    ] = False,
+    rank: Rank = None,
+    energy: Energy = None,
+) -> None:
+    """Subtract two folders of safetensors."""
+    from unlearn.vector.interop import from_checkpoints as subtract
+
+    _check_size(rank, energy, required=False)
+    vector, report = subtract(base, finetuned, on_unequal="skip" if skip_unequal else "error", rank=rank, energy=energy)
+    _keep(vector, out, f"{vector.meta['finetuned']} - {vector.meta['base']}")
+    _tell(report)
+
+
+@app.command()
+def to_adapter(
+    vector: V,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="to make")],
+    base: Annotated[
+        str, typer.Option(metavar="NAME", help="the model it goes on: a hub id or a folder", show_default=False)
+    ],
+) -> None:
+    """Write a LoRA adapter for PEFT."""
+    from unlearn.vector.interop import require_factors
+    from unlearn.vector.interop import to_adapter as write
+
+    found = read_vector(vector)
+    require_factors(found)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise VectorError(f"{folder} exists and is not an empty folder: choose another one")
+    with _whole(folder) as temporary:
+        write(found, temporary, base)
+        if folder.exists():
+            folder.rmdir()
+    console.say(f"{folder}: an adapter of {len(found.modules)} modules for {base}")
+
+
+def _check_size(rank: int | None, energy: float | None, *, required: bool) -> None:
+    if rank is not None and energy is not None:
+        raise VectorError("--rank and --energy are two ways to say one thing: give one of them")
+    if required and rank is None and energy is None:
+        raise VectorError("give --rank R or --energy E")
 
 
 def _of_one_model(places: Sequence[Path], any_base: bool) -> list[TaskVector]:
@@ -93,66 +214,6 @@ def _short(base: str) -> str:
     return f"the model with fingerprint {base[:12]}" if _FINGERPRINT.fullmatch(base) else repr(base)
 
 
-def _scale(arguments: argparse.Namespace) -> None:
-    _keep(arguments.C * read_vector(arguments.V), arguments, f"{arguments.C:g} times {arguments.V.name}")
-
-
-def _analogy(arguments: argparse.Namespace) -> None:
-    from unlearn.vector.task_vector import analogy
-
-    a, b, c = _of_one_model((arguments.A, arguments.B, arguments.C), arguments.any_base)
-    names = f"{arguments.C.name} + ({arguments.B.name} - {arguments.A.name})"
-    _keep(analogy(a, b, c), arguments, names)
-
-
-def _low_rank(arguments: argparse.Namespace) -> None:
-    before = read_vector(arguments.V)
-    after = before.to_low_rank(arguments.rank, arguments.energy)
-    how = f"rank {arguments.rank}" if arguments.rank is not None else f"energy {arguments.energy:g}"
-    _keep(after, arguments, f"{arguments.V.name} truncated to {how}", before)
-
-
-def _prune(arguments: argparse.Namespace) -> None:
-    before = read_vector(arguments.V)
-    after = before.prune(arguments.keep, arguments.by)
-    _keep(after, arguments, f"{arguments.V.name} pruned to {arguments.keep:g} by {arguments.by}", before)
-
-
-def _from_adapter(arguments: argparse.Namespace) -> None:
-    from unlearn.vector.interop import from_adapter
-
-    _keep(from_adapter(arguments.DIR), arguments, f"adapter {arguments.DIR.resolve().name}")
-
-
-def _from_checkpoints(arguments: argparse.Namespace) -> None:
-    from unlearn.vector.interop import from_checkpoints
-
-    vector, report = from_checkpoints(
-        arguments.BASE,
-        arguments.FT,
-        on_unequal="skip" if arguments.skip_unequal else "error",
-        rank=arguments.rank,
-        energy=arguments.energy,
-    )
-    _keep(vector, arguments, f"{vector.meta['finetuned']} - {vector.meta['base']}")
-    _tell(report)
-
-
-def _to_adapter(arguments: argparse.Namespace) -> None:
-    from unlearn.vector.interop import require_factors, to_adapter
-
-    vector = read_vector(arguments.V)
-    require_factors(vector)
-    place: Path = arguments.DIR
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise VectorError(f"{place} exists and is not an empty folder: choose another one")
-    with _whole(place) as temporary:
-        to_adapter(vector, temporary, arguments.base)
-        if place.exists():
-            place.rmdir()
-    console.say(f"{place}: an adapter of {len(vector.modules)} modules for {arguments.base}")
-
-
 def read_vector(place: Path) -> TaskVector:
     """A vector from its file, or from an adapter's folder.
 
@@ -165,11 +226,10 @@ def read_vector(place: Path) -> TaskVector:
     return from_adapter(place) if place.is_dir() else TaskVector.load(place)
 
 
-def _keep(vector: TaskVector, arguments: argparse.Namespace, made: str, before: TaskVector | None = None) -> None:
+def _keep(vector: TaskVector, out: Path, made: str, before: TaskVector | None = None) -> None:
     """Write a result with a note of how it was made, and say what it is."""
     from unlearn.vector.task_vector import TaskVector
 
-    out: Path = arguments.out
     if out.is_dir():
         raise VectorError(f"{out} is a folder: give -o the name of a file")
     with _whole(out) as temporary:
@@ -226,78 +286,7 @@ def _tell(report: CheckpointReport) -> None:
         console.say(f"! {warning}", style="yellow")
 
 
-def _with_negatives(argv: Sequence[str]) -> list[str]:
-    """``-1e-3`` is a number; argparse takes it for an option, unless a blank stands before it."""
-
-    def number(text: str) -> bool:
-        try:
-            float(text)
-        except ValueError:
-            return False
-        return text.startswith("-")
-
-    return [f" {argument}" if number(argument) else argument for argument in argv]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn.vector.command",
-        description=f"Arithmetic on task vectors. V, W, A, B and C are each {_A_VECTOR}.",
-    )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def command(
-        name: str, do: Callable[[argparse.Namespace], None], about: str, places: Mapping[str, str], out: bool = True
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        for place, meaning in places.items():
-            sub.add_argument(place, type=Path, help=meaning)
-        if out:
-            sub.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the vector to write")
-        sub.set_defaults(do=do)
-        return sub
-
-    info = command("info", _info, "show what a vector is and where it is largest", {"V": _A_VECTOR}, out=False)
-    cosine = command("cosine", _cosine, "compare two vectors", {"V": _A_VECTOR, "W": "another"}, out=False)
-    for table in (info, cosine):
-        table.add_argument("--all", action="store_true", help=f"all modules, not the {_SHOWN} largest")
-    adding = command("sum", _sum, "add vectors", {})
-    adding.add_argument("V", type=Path, nargs="+", help=_A_VECTOR)
-    scale = command("scale", _scale, "multiply a vector by a number; -1 negates it", {})
-    scale.add_argument("C", type=float, help="the number")
-    scale.add_argument("V", type=Path, help=_A_VECTOR)
-    roles = {"A": "a is to", "B": "b", "C": "as c is to the result"}
-    relating = command("analogy", _analogy, "C + (B - A), as Ilharco et al. (2212.04089) have it", roles)
-    for table in (adding, relating):
-        table.add_argument("--any-base", action="store_true", help="also where the vectors name different models")
-    low = command("low-rank", _low_rank, "truncate every module by its singular values", {"V": _A_VECTOR})
-    _size(low, required=True)
-    prune = command("prune", _prune, "keep the largest part of every matrix, the rest zero", {"V": _A_VECTOR})
-    prune.add_argument("--keep", type=float, required=True, metavar="F", help="the share to keep, above 0, at most 1")
-    ways = "entries (the result is dense) or rows (factors stay factors); default: %(default)s"
-    prune.add_argument("--by", choices=("magnitude", "rows"), default="magnitude", help=ways)
-    command("from-adapter", _from_adapter, "read a LoRA adapter of PEFT's", {"DIR": "its folder"})
-    folders = {"BASE": "the model's folder before fine-tuning", "FT": "and after it"}
-    difference = command("from-checkpoints", _from_checkpoints, "subtract two folders of safetensors", folders)
-    skip = "leave out changed tensors that a vector cannot hold (norms, embeddings, ...) and name them; else an error"
-    difference.add_argument("--skip-unequal", action="store_true", help=skip)
-    _size(difference, required=False)
-    to = command("to-adapter", _to_adapter, "write a LoRA adapter for PEFT", {"V": _A_VECTOR, "DIR": "to make"}, False)
-    to.add_argument("--base", required=True, metavar="NAME", help="the model it goes on: a hub id or a folder")
-    return parser
-
-
-def _size(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument("--rank", type=int, metavar="R", help="how many singular values to keep per module")
-    group.add_argument("--energy", type=float, metavar="E", help="or the share of their squares, above 0, at most 1")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-
-# -- what ``python -m unlearn.vector.command info`` and ``cosine`` print
+# -- what ``unlearn vector info`` and ``cosine`` print
 
 
 _WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it

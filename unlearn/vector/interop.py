@@ -408,7 +408,7 @@ def require_factors(vector: TaskVector) -> None:
     if dense:
         raise VectorError(
             f"an adapter holds low-rank factors, but the change is dense in {len(dense)} modules: {listed(dense)}. "
-            "Compress it with to_low_rank(rank) (unlearn.vector.command low-rank) first, or export merged weights"
+            "Compress it with to_low_rank(rank) (unlearn vector low-rank) first, or export merged weights"
         )
 
 

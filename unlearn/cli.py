@@ -1,0 +1,248 @@
+"""The command ``unlearn``: its subcommands, and the one place where what went wrong becomes a message and an exit code.
+
+Nothing here imports torch before there is work to do, so that ``--help``, ``plan`` and ``schema`` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+import unlearn
+from unlearn import console
+from unlearn.errors import UnlearnError
+from unlearn.evidence.leaderboard import leaderboard
+from unlearn.store.files import unwritable
+from unlearn.vector.apply import apply_command
+from unlearn.vector.command import app as vector_app
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """All commands; what they raise and the user can mend is one message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UnlearnError as e:
+            console.say(f"error: {e}", style="red")
+        except KeyboardInterrupt:
+            console.say("\nstopped; what is finished is kept, and the same command goes on from there", style="yellow")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            raise typer.Exit(0) from None
+        except Exception as e:
+            found = unwritable(e)
+            if found is None:
+                raise
+            console.say(f"error: {found.strerror} ({e}): make room, or choose a disk that can be written", style="red")
+        raise typer.Exit(EXIT_MISTAKE)
+
+
+app = typer.Typer(
+    name="unlearn",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a language model forget: LoRA on a forget set, task vector, theta - coefficient * vector, scored "
+    "through lm-eval.",
+    epilog="Exit codes: 0 done, 1 the answer is no (run --strict: nothing passed the rule; apply --check: "
+    "differences), 2 a mistake to mend, 130 interrupted.",
+)
+_PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE [KEY=VALUE]...",
+        help="a recipe, or the name of one that comes with the program; then keys to change (seed=1)",
+        show_default=False,
+    ),
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="the recipe, by a flag")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key (sweep.coefficients=[1,2])")
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; without a subcommand, flags are those of ``run``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = next((word for word in arguments if word not in ("-v", "-q", "--verbose", "--quiet")), "")
+    if first.startswith("--") and first.split("=")[0] not in _ROOT_FLAGS:
+        arguments.insert(arguments.index(first), "run")
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        return app(arguments, prog_name="unlearn", standalone_mode=True) or 0
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_ROOT_FLAGS = {"--help", "--version", "--install-completion", "--show-completion"}
+
+
+def _stop(number: int, frame: Any) -> None:
+    """SIGTERM is taken like Ctrl-C, once: locks and temporary folders are cleaned up.
+
+    A batch system sends it to every process, and torchrun to all as soon as the first of them has ended.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"unlearn {version('lm-unlearn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="also what the libraries say (before the command's name)")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="warnings and errors only")] = False,
+) -> None:
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("unlearn").setLevel(level)
+
+
+@app.command()
+def run(
+    words: Words = None,
+    recipe: RecipeOption = None,
+    changes: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="the run's folder (default: runs/<name>-<fingerprint>)")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on")] = False,
+    pool: Annotated[
+        Path | None,
+        typer.Option("--pool", metavar="DIR", help="share taught models and fitted vectors with the runs that name it"),
+    ] = None,
+    prepare: Annotated[bool, typer.Option("--prepare", help="make only what other runs can share from --pool")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with 1 when no coefficient passes the rule")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="the same as unlearn plan")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="with --dry-run: bytes of every stage")] = False,
+    schema: Annotated[bool, typer.Option("--schema", hidden=True)] = False,
+    list_: Annotated[bool, typer.Option("--list", hidden=True)] = False,
+) -> None:
+    """Run a recipe, or go on where an earlier run of it was cut off: unlearn run quickstart seed=1"""
+    if schema:
+        return print_schema()
+    if list_:
+        return recipes()
+    if memory and not dry_run:
+        raise UnlearnError("--memory is a part of the plan: give --dry-run as well")
+    if dry_run:
+        return plan(words, recipe, changes, memory)
+    name, settings = _recipe(words, recipe, changes)
+    report = unlearn.run(name, set=settings, out=out, fresh=fresh, pool=pool, prepare=prepare)
+    if strict and report is not None and not report.chosen.bound_met:
+        raise typer.Exit(1)
+    return None
+
+
+@app.command()
+def plan(
+    words: Words = None,
+    recipe: RecipeOption = None,
+    changes: SetOption = None,
+    memory: Annotated[bool, typer.Option("--memory", help="also the bytes that every stage holds, at most")] = False,
+) -> None:
+    """Check everything about a recipe, print what a run would do, and run nothing."""
+    from unlearn.plan import plan as text_of
+    from unlearn.recipe.load import load_recipe
+
+    loaded = load_recipe(*_recipe(words, recipe, changes))
+    typer.echo(text_of(loaded))
+    if memory:
+        console.quiet_libraries()  # before they are imported
+        from unlearn.memory import memory as bytes_of
+
+        typer.echo(bytes_of(loaded))
+
+
+def _recipe(words: list[str] | None, recipe: str | None, changes: list[str] | None) -> tuple[str, list[str]]:
+    """The recipe and its changed keys, from the words and the flags of a command line."""
+    given = list(words or ())
+    name = recipe if recipe is not None else given.pop(0) if given else None
+    if not name:
+        raise UnlearnError("which recipe? Give a FILE, or see unlearn recipes for those that come with the program")
+    for word in given:
+        if "=" not in word:
+            raise UnlearnError(f"{word!r} is no KEY=VALUE: a run has one recipe, here {name}, and changes of its keys")
+    return name, [*(changes or ()), *given]
+
+
+@app.command("schema")
+def print_schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from unlearn.recipe.load import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the program."""
+    from unlearn.recipe.load import list_recipes
+
+    for name, description in list_recipes():
+        typer.echo(f"{name:24}{description}")
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def harness(words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+    """Run lm-eval's own command line with the fast engine in it: unlearn harness --model unlearn --tasks ..."""
+    from unlearn.score.harness import main as lm_eval
+
+    lm_eval(words or [])
+
+
+@app.command()
+def push(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="the repository, made if there is none")],
+    merged: Annotated[bool, typer.Option("--merged", help="the merged weights instead of the adapter")] = False,
+    public: Annotated[bool, typer.Option("--public", help="a new repository is public")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and push nothing")] = False,
+) -> None:
+    """Upload what a run exported to the model hub, with the token in HF_TOKEN."""
+    from pydantic import ValidationError
+
+    from unlearn.recipe.evaluation import PushSpec
+    from unlearn.report.publish import push as upload
+
+    what: Literal["adapter", "merged"] = "merged" if merged else "adapter"
+    try:
+        spec = PushSpec(repo=repo, what=what, private=not public, dry_run=dry_run)
+    except ValidationError as e:
+        raise UnlearnError(f"{repo!r} is no OWNER/NAME on the hub: {e.errors()[0]['msg']}") from e
+    upload(run_folder / "export" / what, spec)
+
+
+app.add_typer(vector_app, name="vector")
+app.command("apply")(apply_command)
+app.command()(leaderboard)
+
+if __name__ == "__main__":
+    sys.exit(main())
