@@ -23,13 +23,13 @@ from unlearn.data.encoding import Encoded, encode
 from unlearn.data.items import Item
 from unlearn.errors import UnlearnError
 from unlearn.model.load import Loaded, fingerprint, load
-from unlearn.pipeline_stages import less_training
 from unlearn.processes import told
 from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
 from unlearn.recipe.schema import ModelSpec
 from unlearn.train import trainer
 from unlearn.train.fit import train_vector, train_weights
 from unlearn.train.losses import Against, Keep
+from unlearn.train.vectors import less_training
 from unlearn.vector.task_vector import TaskVector
 
 FACTS = {

@@ -23,7 +23,7 @@ ORDER = (
     ("score",),
     ("evidence",),
     ("report",),
-    ("checks", "plan", "memory", "pipeline", "pipeline_stages"),
+    ("checks", "plan", "memory", "pipeline", "execute"),
     ("run", "cluster", "cli", "__main__", "unlearn"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -14,9 +14,9 @@ import pytest
 
 from unlearn import run
 from unlearn.recipe.load import LoadedRecipe, load_recipe
+from unlearn.recipe.run_folder import open_run
 from unlearn.results import RunReport
 from unlearn.store.cache import cache_folder
-from unlearn.store.stages import RunFolder
 from unlearn.vector.task_vector import TaskVector
 
 pytestmark = pytest.mark.real
@@ -90,14 +90,17 @@ def test_an_analogy_gives_what_none_of_its_terms_gives(tmp_path: Path) -> None:
 
 def only_c(loaded: LoadedRecipe, done: Path, out: Path, coefficient: float) -> Mapping[tuple[str, str], float]:
     """What c alone, added as much as the analogy is, gains on every test score."""
-    from unlearn.pipeline_stages import Pipeline
+    from unlearn import pipeline
+    from unlearn.score.scorer import Scorer
 
     assert loaded.recipe.analogy is not None
     c = TaskVector.load(done / f"vectors/term-{loaded.recipe.analogy.c.label()}" / "vector.safetensors")
-    with RunFolder.open(out, loaded.recipe, loaded.text) as folder:
-        pipe = Pipeline(loaded.recipe, loaded.source.parent, folder)
-        target = pipe.load()
-        before, after, _ = pipe.test(target, pipe.data(target), -c, coefficient)
+    with open_run(out, loaded.recipe, loaded.text) as folder:
+        store = pipeline.open_store(loaded.recipe, loaded.source.parent, folder)
+        target = pipeline.load_base(loaded.recipe, store)
+        sets = pipeline.load_data(loaded.recipe, target, store)
+        scorer = Scorer(target, pipeline.prepare_questions(loaded.recipe, target, sets, store), store)
+        before, after, _ = scorer.test(-c, coefficient)
     was = {s.key: s.score.value for s in before}
     return {(s.name, s.metric): s.score.value - was[s.key] for s in after}
 

@@ -12,9 +12,9 @@ import pytest
 
 from unlearn import run
 from unlearn.errors import EvaluationError
-from unlearn.pipeline_stages import VECTOR_FILE
 from unlearn.report.words import headline
 from unlearn.results import RunReport
+from unlearn.train.vectors import VECTOR_FILE
 from unlearn.vector.task_vector import TaskVector
 
 SHARES = {"train": "all", "validation": 0.5, "test": 0.5}

@@ -53,7 +53,7 @@ def run(
         UnlearnError: a mistake in the recipe, its data or its surroundings.
     """
     from unlearn.errors import RecipeError
-    from unlearn.pipeline import execute
+    from unlearn.execute import execute
     from unlearn.recipe.load import from_recipe, load_recipe
 
     overrides = [f"{k}={json.dumps(v)}" for k, v in set.items()] if isinstance(set, Mapping) else list(set)

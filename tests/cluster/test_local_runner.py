@@ -43,7 +43,7 @@ time.sleep(20)
 RUNNER = """
 import os, sys
 from pathlib import Path
-from unlearn import job, submit
+from unlearn.cluster import job, command as submit
 what, root, prefix = sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or [sys.executable, "-m"]
 os.environ["PYTHONPATH"] = str(root)
 job.command = lambda *a, **k: [*prefix, "stands_in", what, str(root)]

@@ -333,7 +333,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_two_submits_at_the_same_moment_hand_each_job_over_once(tmp_path: Path) -> None:
     root = tmp_path / "grid"
     code = (
-        "from pathlib import Path; from unlearn.grids import submit as grid_submit; "
+        "from pathlib import Path; from unlearn.cluster import submit as grid_submit; "
         "from unlearn.cluster.plan import plan_grid;"
         f"grid = plan_grid([{PICO!r}], ['seed=0,1,2']); print('ready', flush=True); input();"
         f"runner = grid_submit.submit(Path({str(root)!r}), grid, True);"
@@ -364,7 +364,7 @@ def test_who_holds_the_grid_for_long_is_named(tmp_path: Path) -> None:
     make(tmp_path, 1)
     with alone(tmp_path):
         code = (
-            "from pathlib import Path; from unlearn.grids import submissions; submissions._WAIT = 0.1;"
+            "from pathlib import Path; from unlearn.cluster import submissions; submissions._WAIT = 0.1;"
             f"submissions.alone(Path({str(tmp_path)!r})).__enter__()"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -393,10 +393,10 @@ def test_cancelling_stops_the_local_runner(tmp_path: Path, capsys: pytest.Captur
 JOB = """
 import time
 from pathlib import Path
-from unlearn.grids.job_state import JobState
-from unlearn.holder import Holder
-from unlearn.job import claim_file
-from unlearn.lock import Lock
+from unlearn.cluster.job_state import JobState
+from unlearn.store.lock import Holder
+from unlearn.cluster.job import claim_file
+from unlearn.store.lock import Lock
 root, name, me = Path({root!r}), {name!r}, Holder.me()
 claim_file(root, name).parent.mkdir(exist_ok=True)
 lock = Lock.take(claim_file(root, name))
@@ -656,7 +656,7 @@ def test_without_slurm_there_is_one_message(tmp_path: Path, monkeypatch: pytest.
 
 TASK = """
 import os, sys
-from unlearn.grids.slurm_jobs import JobCommand
+from unlearn.cluster.slurm_jobs import JobCommand
 os.environ.update(SUBMITIT_EXECUTOR="slurm", SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NODEID="0")
 JobCommand(sys.argv[1], sys.argv[2], 1, 1, 1, 20.0)()
 """
@@ -677,7 +677,7 @@ def test_a_task_of_the_array_runs_its_job_and_says_how_it_ended(tmp_path: Path) 
 SLEEPER = """
 import signal
 from pathlib import Path
-from unlearn import job
+from unlearn.cluster import job
 sleeper = (
     "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: (print('down'), sys.exit(130)));"
     "print('up', flush=True); time.sleep(600)"

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.evidence import reference as references
 from unlearn.evidence.benchmarks import TofuLog, read_samples, tofu_row
+from unlearn.evidence.subjects import Subjects
 from unlearn.model import load as models
 from unlearn.model import pico
 from unlearn.model.load import Loaded
-from unlearn.pipeline_stages import Subjects
 from unlearn.recipe.load import load_recipe, tasks_folder
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.results import RunReport, Who

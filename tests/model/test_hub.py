@@ -24,17 +24,17 @@ CODE = """
 import sys
 from pathlib import Path
 from unlearn.errors import UnlearnError
-from unlearn.fetch import locate
+from unlearn.model.locate import locate
 from unlearn.recipe import ModelSpec
 spec = ModelSpec.model_validate({"path": "owner/name", "device": "cpu"})
 try:
     if "harness" in sys.argv:
-        from unlearn.scoring import PackedLM
+        from unlearn.score.packed import PackedLM
         PackedLM("owner/name")
     where = locate(spec, Path())
     print("found", where)
     if "load" in sys.argv:
-        from unlearn.models import load
+        from unlearn.model.load import load
         print(type(load(spec, where).model).__name__)
 except UnlearnError as error:
     print("error", error)
@@ -194,7 +194,7 @@ def test_data_of_lm_evals_tasks_out_of_reach(tmp_path: Path) -> None:
     )
     code = (
         "import sys; from pathlib import Path; from lm_eval.tasks import TaskManager\n"
-        "from unlearn import harness, named_tasks; from unlearn.errors import EvaluationError\n"
+        "from unlearn.score import harness, tasks as named_tasks; from unlearn.errors import EvaluationError\n"
         "from unlearn.recipe.schema import TaskSpec\n"
         "folder = sys.argv[1]\n"
         "named_tasks.manager = lambda shipped: TaskManager(include_defaults=False, include_path=folder)\n"

@@ -16,9 +16,9 @@ from compared_arena import read
 from rich.console import Console
 from test_html import HOSTILE, Page, make, poisoned, row
 
-from unlearn.pipeline import left_out
 from unlearn.plan import evidence_steps
 from unlearn.recipe.schema import Recipe
+from unlearn.report.assemble import left_out
 from unlearn.report.page import evidence_sections, relearning_chart, render_html, robustness_section
 from unlearn.report.terminal import render_table
 from unlearn.report.words import benchmark_line, evidence_facts, membership_line

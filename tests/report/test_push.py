@@ -227,8 +227,8 @@ def hub() -> Iterator[str]:
 CODE = """
 import sys
 from pathlib import Path
-from unlearn.push import PushError, push
-from unlearn.recipe_bench import PushSpec
+from unlearn.report.publish import PushError, push
+from unlearn.recipe.evaluation import PushSpec
 try:
     print("pushed", push(Path(sys.argv[1]), PushSpec(repo="owner/name"), endpoint=sys.argv[2]).url)
 except PushError as error:

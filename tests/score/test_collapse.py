@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unlearn.pipeline import execute
+from unlearn.execute import execute
 from unlearn.recipe.evaluation import ChooseSpec
 from unlearn.recipe.load import load_recipe
 from unlearn.results import Role, Score, SweepPoint, TaskScore

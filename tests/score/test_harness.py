@@ -510,9 +510,9 @@ def test_shares_are_fair_and_keep_items_whole() -> None:
 TOGETHER = """
 import json, os, sys
 from lm_eval.api.instance import Instance
-from unlearn import distributed
+from unlearn import processes as distributed
 from unlearn.errors import EvaluationError
-from unlearn.scoring import PackedLM
+from unlearn.score.packed import PackedLM
 
 class Counting(PackedLM):
     asked = 0

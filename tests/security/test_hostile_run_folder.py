@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from unlearn.data.encoding import Encoded
 from unlearn.errors import RunFolderError, TrainingError
 from unlearn.model.load import Loaded
-from unlearn.pipeline_stages import Stages
 from unlearn.recipe.methods import TrainSpec
+from unlearn.recipe.run_folder import open_run
 from unlearn.recipe.schema import Recipe
 from unlearn.store.files import write_text_atomic
-from unlearn.store.stages import RunFolder, seal
+from unlearn.store.stages import RunFolder, Store, seal
 from unlearn.train import trainer as checkpoints
 from unlearn.train.trainer import train
 
@@ -52,14 +52,14 @@ def outside(tmp_path: Path) -> Path:
 def run(tmp_path: Path) -> Path:
     """The folder of a run that was begun, with a finished stage."""
     root = tmp_path / "run"
-    with RunFolder.open(root, recipe(), "text") as folder, folder.writing("vectors/forget", "key") as place:
+    with open_run(root, recipe(), "text") as folder, folder.writing("vectors/forget", "key") as place:
         (place / "vector.safetensors").write_bytes(b"v")
     return root
 
 
 def use(root: Path, fresh: bool) -> None:
     """What a run does with its folder: open it, make a stage, keep work, write its files."""
-    with RunFolder.open(root, recipe(), "text", fresh) as folder:
+    with open_run(root, recipe(), "text", fresh) as folder:
         folder.work("vectors/forget", "other")
         with folder.writing("vectors/forget", "other") as place:
             (place / "vector.safetensors").write_bytes(b"w")
@@ -141,7 +141,7 @@ def test_links_are_named_without_their_escapes(run: Path, outside: Path) -> None
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", ".", "a//b", "a\n", ".hidden/x"])
 def test_no_stage_has_its_place_elsewhere(run: Path, name: str) -> None:
-    with RunFolder.open(run, recipe(), "text") as folder, pytest.raises(ValueError):
+    with open_run(run, recipe(), "text") as folder, pytest.raises(ValueError):
         folder.path(name)
 
 
@@ -157,20 +157,20 @@ def stranger(tmp_path: Path, key: str) -> Path:
     return stage
 
 
-def stages(tmp_path: Path, folder: RunFolder) -> Stages:
-    return Stages(recipe(reuse=["theirs"]), tmp_path, folder)
+def stages(tmp_path: Path, folder: RunFolder) -> Store:
+    return Store(folder, base=tmp_path, reuse=["theirs"])
 
 
 def test_only_what_a_seal_lists_is_taken_over(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("private key")
-    with RunFolder.open(tmp_path / "run", recipe(reuse=["theirs"]), "text") as folder:
+    with open_run(tmp_path / "run", recipe(reuse=["theirs"]), "text") as folder:
         mine = stages(tmp_path, folder)
         theirs = stranger(tmp_path, mine.key("export/adapter", []))
         (theirs / "id_rsa").symlink_to(secret)
         (theirs / "deeper").symlink_to(tmp_path)
         (theirs / "notes.txt").write_text("not of the stage")
-        mine.make("export/adapter", [], lambda tmp: pytest.fail("it was there to be taken"))
+        mine.stage("export/adapter", [], lambda tmp: pytest.fail("it was there to be taken"))
         taken = folder.path("export/adapter")
         assert sorted(p.name for p in taken.iterdir()) == ["adapter_config.json", "stage.json"]
 
@@ -179,7 +179,7 @@ def test_only_what_a_seal_lists_is_taken_over(tmp_path: Path) -> None:
 def test_files_elsewhere_that_a_seal_lists_are_not_taken_over(tmp_path: Path, how: str) -> None:
     secret = tmp_path / "secret"
     secret.write_text("private key")
-    with RunFolder.open(tmp_path / "run", recipe(reuse=["theirs"]), "text") as folder:
+    with open_run(tmp_path / "run", recipe(reuse=["theirs"]), "text") as folder:
         mine = stages(tmp_path, folder)
         key = mine.key("export/adapter", [])
         theirs = stranger(tmp_path, key)
@@ -198,7 +198,7 @@ def test_files_elsewhere_that_a_seal_lists_are_not_taken_over(tmp_path: Path, ho
             (theirs / "stage.json").write_text(json.dumps(record))
         # refused, or passed over as no whole stage; what is made then is this run's own
         with contextlib.suppress(RunFolderError):
-            mine.make("export/adapter", [], lambda tmp: (tmp / "mine").write_text("mine"))
+            mine.stage("export/adapter", [], lambda tmp: (tmp / "mine").write_text("mine"))
         taken = [p for p in folder.root.rglob("*") if p.is_file() and "private key" in p.read_text(errors="replace")]
         assert taken == []
     assert secret.read_text() == "private key"

@@ -135,8 +135,8 @@ PRELUDE = """
 import os, platform, sys, time
 from pathlib import Path
 cache, marks = Path(sys.argv[1]), Path(sys.argv[2])
-from unlearn import cache as module
-from unlearn.cache import entry
+from unlearn.store import cache as module
+from unlearn.store.cache import entry
 from unlearn.errors import UnlearnError
 
 def fill(folder):

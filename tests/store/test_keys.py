@@ -16,12 +16,13 @@ from compared_arena import RECIPE, read, run, write_data, write_recipe, write_ro
 from unlearn.data.sets import load_sets
 from unlearn.evidence import reference as references
 from unlearn.model.load import Loaded, numbers
-from unlearn.pipeline_stages import Stages, masks
 from unlearn.recipe.load import load_recipe, resolved_yaml, tasks_folder
 from unlearn.recipe.methods import LoraSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.score.tasks import build_tasks
 from unlearn.store import provenance
+from unlearn.store.stages import Store
+from unlearn.train.vectors import masks
 from unlearn.vector.task_vector import TaskVector
 
 VECTORS = ("vectors/forget", "vectors/near-r")
@@ -41,12 +42,13 @@ class Bench:
     def keys(self, *changed: str) -> dict[str, str]:
         """What a run would now look for, by stage. It makes none: a stage is given what the finished run left it."""
 
-        def note(stages: Stages, name: str, parts: Sequence[Any], make: object, kind: str = "", **_: object) -> None:
-            stages.stages[name] = stages.key(kind or name, parts)
-            assert stages.folder.path(name).is_dir(), f"the finished run has no {name}"
+        def note(store: Store, name: str, inputs: Sequence[Any], make: object, *, kind: str = "", **_: object) -> Path:
+            store.keys[name] = store.key(kind or name, inputs)
+            assert store.path(name).is_dir(), f"the finished run has no {name}"
+            return store.path(name)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Stages, "make", note)
+            patch.setattr(Store, "stage", note)
             patch.chdir(self.place)
             folder = Path(self.out)
             wanted = resolved_yaml(load_recipe("recipe.yaml", list(changed)).recipe)
@@ -269,7 +271,7 @@ def test_processes_are_an_input_where_each_draws_masks_of_its_own(
     phi.model.config.resid_pdrop = states
     lora = LoraSpec(dropout=dropout)
     assert masks(phi.model, lora) == []
-    monkeypatch.setattr("unlearn.pipeline_stages.count", lambda: 3)
+    monkeypatch.setattr("unlearn.train.vectors.count", lambda: 3)
     assert masks(phi.model, lora) == several
 
 

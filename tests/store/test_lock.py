@@ -38,9 +38,9 @@ PRELUDE = """
 import os, platform, sys, time
 from pathlib import Path
 path = Path(sys.argv[1])
-from unlearn import holder
+from unlearn.store import lock as holder
 from unlearn.errors import RunFolderError
-from unlearn.lock import Lock
+from unlearn.store.lock import Lock
 """
 FAR = "platform.node = lambda: 'node17'\n"
 HOLD = "lock = Lock.take(path)\nprint('ready', flush=True)\ntime.sleep(60)\n"
@@ -250,9 +250,9 @@ def test_a_process_that_is_only_stopped_is_never_dead_on_its_own_host(path: Path
     "system",
     [
         "",
-        "from unlearn import lock_file; lock_file._fcntl = None",
+        "from unlearn.store import lock as lock_file; lock_file._fcntl = None",
         "os.link = lambda *a: (_ for _ in ()).throw(PermissionError(1, 'no links'))",
-        "from unlearn import lock_file; lock_file._fcntl = None\n"
+        "from unlearn.store import lock as lock_file; lock_file._fcntl = None\n"
         "os.link = lambda *a: (_ for _ in ()).throw(PermissionError(1, 'no links'))",
     ],
     ids=["flock and links", "no flock", "no links", "neither"],
@@ -305,7 +305,7 @@ def test_of_eight_at_once_one_holds_it(path: Path, system: str) -> None:
 
 def test_killed_while_letting_go(path: Path) -> None:
     code = """
-    from unlearn import lock
+    from unlearn.store import lock
     held = Lock.take(path)
     lock.remove = lambda places: os.kill(os.getpid(), 9)
     print("ready", flush=True)
@@ -501,7 +501,7 @@ def test_the_longer_timeout_counts(path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_time_in_which_nothing_could_be_seen_is_no_silence(path: Path) -> None:
     """A file system that hangs for longer than the timeout stops both; when it comes back, nobody is dead."""
     wait = """
-    from unlearn.lock_watch import Watch
+    from unlearn.store.lock import Watch
     over, looks = Watch.over, []
     def look(self, link):
         looks.append(link)

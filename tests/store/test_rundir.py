@@ -22,6 +22,7 @@ import pytest
 from unlearn.errors import RunFolderError
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.load import resolved_yaml
+from unlearn.recipe.run_folder import open_run
 from unlearn.recipe.schema import Recipe
 from unlearn.store.files import fingerprint, write_json_atomic, write_text_atomic
 from unlearn.store.stages import LOCK, TEMPORARY, WORK, RunFolder
@@ -31,7 +32,7 @@ PRELUDE = """
 import os, sys, time
 from pathlib import Path
 from unlearn.recipe import Recipe
-from unlearn.rundir import RunFolder
+from unlearn.recipe.run_folder import open_run
 
 def recipe(**more):
     forget = {"path": "f.txt", "kind": "text"}
@@ -75,7 +76,7 @@ def running(code: str, root: Path, **environment: str) -> Iterator[subprocess.Po
 
 
 HOLD = """
-with RunFolder.open(root, recipe(), "text") as folder:
+with open_run(root, recipe(), "text") as folder:
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -100,7 +101,7 @@ def files_under(root: Path) -> set[str]:
 
 def test_default_place_and_what_is_written(tmp_path: Path) -> None:
     r = recipe()
-    with RunFolder.open(None, r, TEXT, base=tmp_path / "runs") as folder:
+    with open_run(None, r, TEXT, base=tmp_path / "runs") as folder:
         what = r.model_dump(mode="json", exclude={"cluster"})
         assert folder.root == tmp_path / "runs" / f"demo-{fingerprint(what)[:8]}"
         assert (folder.root / "recipe.yaml").read_text() == TEXT
@@ -111,26 +112,26 @@ def test_default_place_and_what_is_written(tmp_path: Path) -> None:
 
 def test_the_default_place_depends_on_the_recipe(tmp_path: Path) -> None:
     with (
-        RunFolder.open(None, recipe(), TEXT, base=tmp_path) as one,
-        RunFolder.open(None, recipe(seed=1), TEXT, base=tmp_path) as two,
+        open_run(None, recipe(), TEXT, base=tmp_path) as one,
+        open_run(None, recipe(seed=1), TEXT, base=tmp_path) as two,
     ):
         assert one.root != two.root
 
 
 def test_reopening_keeps_stages_and_takes_the_new_text(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path / "out", recipe(), TEXT) as folder:
+    with open_run(tmp_path / "out", recipe(), TEXT) as folder:
         place = make(folder)
-    with RunFolder.open(tmp_path / "out", recipe(), "name: demo # same recipe, other comment\n") as folder:
+    with open_run(tmp_path / "out", recipe(), "name: demo # same recipe, other comment\n") as folder:
         assert folder.finished("vectors/forget", "k") == place
         assert "other comment" in (folder.root / "recipe.yaml").read_text()
 
 
 def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
     retain = {"path": "r.txt", "kind": "text"}
     other = recipe(seed=7, sweep={"coefficients": (0.5,)}, eval={"examples": 2}, description="x", retain=(retain,))
     with pytest.raises(RunFolderError) as caught:
-        RunFolder.open(tmp_path, other, TEXT)
+        open_run(tmp_path, other, TEXT)
     message = str(caught.value)
     assert "seed: 0 there, 7 here" in message
     assert "retain[0].path: not set there, 'r.txt' here" in message
@@ -143,17 +144,17 @@ def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
 
 
 def test_a_list_of_values_counts_as_one_setting(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
     with pytest.raises(RunFolderError) as caught:
-        RunFolder.open(tmp_path, recipe(sweep={"coefficients": (0.5,)}), TEXT)
+        open_run(tmp_path, recipe(sweep={"coefficients": (0.5,)}), TEXT)
     assert "\n  sweep.coefficients: [0.25, 0.5, 0.75, 1.0] there, [0.5] here\nUse another" in str(caught.value)
 
 
 def test_an_unreadable_resolved_file_is_said(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
     (tmp_path / "resolved.yaml").write_text("a: [1\n")
     with pytest.raises(RunFolderError, match="cannot be read any more"):
-        RunFolder.open(tmp_path, recipe(), TEXT)
+        open_run(tmp_path, recipe(), TEXT)
 
 
 def _rewrite(place: Path, **changes: Callable[[dict[str, Any]], object]) -> None:
@@ -167,7 +168,7 @@ def _rewrite(place: Path, **changes: Callable[[dict[str, Any]], object]) -> None
 def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
     retain = {"path": "r.txt", "kind": "text"}
     mine = recipe(retain=(retain,), eval={"examples": 2})
-    RunFolder.open(tmp_path, mine, TEXT).close()
+    open_run(tmp_path, mine, TEXT).close()
     older = {
         "a block": lambda d: d.pop("holdout"),
         "a block with keys of its own": lambda d: d.pop("export"),
@@ -176,54 +177,54 @@ def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
     }
     for change in older.values():
         _rewrite(tmp_path, change=change)
-        RunFolder.open(tmp_path, mine, TEXT).close()
+        open_run(tmp_path, mine, TEXT).close()
         assert (tmp_path / "resolved.yaml").read_text() == resolved_yaml(mine)
     _rewrite(tmp_path, **older)
-    RunFolder.open(tmp_path, mine, TEXT).close()
+    open_run(tmp_path, mine, TEXT).close()
 
 
 def test_a_key_that_came_later_and_is_not_its_default_is_a_difference(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
     _rewrite(tmp_path, holdout=lambda d: d.pop("holdout"), seed=lambda d: d.pop("seed"))
     with pytest.raises(RunFolderError) as caught:
-        RunFolder.open(tmp_path, recipe(seed=3), TEXT)
+        open_run(tmp_path, recipe(seed=3), TEXT)
     assert ":\n  seed: not set there, 3 here\nUse another" in str(caught.value)
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
     _rewrite(tmp_path, model=lambda d: d["model"].pop("path"))  # has no default
     with pytest.raises(RunFolderError, match=r"model\.path: not set there, 'm' here"):
-        RunFolder.open(tmp_path, recipe(), TEXT)
+        open_run(tmp_path, recipe(), TEXT)
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "name: demo\n"])
 def test_a_file_without_a_recipe_is_no_older_one(tmp_path: Path, text: str) -> None:
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
     (tmp_path / "resolved.yaml").write_text(text)
     with pytest.raises(RunFolderError, match=r"another recipe|cannot be read"):
-        RunFolder.open(tmp_path, recipe(), TEXT)
+        open_run(tmp_path, recipe(), TEXT)
 
 
 def test_a_key_of_a_newer_version_is_a_difference(tmp_path: Path) -> None:
     for new in (lambda d: d.update(quantum=True), lambda d: d["model"].update(quantum=None)):
-        with RunFolder.open(tmp_path, recipe(), TEXT, fresh=True):
+        with open_run(tmp_path, recipe(), TEXT, fresh=True):
             pass
         _rewrite(tmp_path, new=new)
         with pytest.raises(RunFolderError, match=r":\n  (model\.)?quantum: (True|None) there, not set here\nUse"):
-            RunFolder.open(tmp_path, recipe(), TEXT)
+            open_run(tmp_path, recipe(), TEXT)
 
 
 def test_where_a_run_takes_place_never_matters(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path, recipe(cluster={"gpus": 8}), TEXT).close()
+    open_run(tmp_path, recipe(cluster={"gpus": 8}), TEXT).close()
     for other in (recipe(), recipe(cluster={"gpus": 1, "setup": ("module load x",)})):
-        RunFolder.open(tmp_path, other, TEXT).close()
+        open_run(tmp_path, other, TEXT).close()
     _rewrite(tmp_path, cluster=lambda d: d["cluster"].update(unheard="of"))
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for fresh in (False, True):
         with pytest.raises(RunFolderError, match=r"not the folder of a run \(it holds thesis.tex\)"):
-            RunFolder.open(tmp_path, recipe(), TEXT, fresh=fresh)
+            open_run(tmp_path, recipe(), TEXT, fresh=fresh)
     assert files_under(tmp_path) == {"thesis.tex"}
 
 
@@ -233,31 +234,31 @@ def test_what_a_kill_leaves_before_the_first_file_is_no_foreign_folder(
     monkeypatch.setattr("unlearn.store.lock._PATIENCE", 0.1)
     (tmp_path / LOCK).write_text("")
     (tmp_path / ".resolved.yaml.123-0a1b2c3d.tmp").write_text("half")
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
     assert files_under(tmp_path) == {"recipe.yaml", "resolved.yaml"}
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="is not a folder"):
-        RunFolder.open(tmp_path / "file", recipe(), TEXT)
+        open_run(tmp_path / "file", recipe(), TEXT)
     with pytest.raises(RunFolderError, match=r"Not a directory.*--out"):
-        RunFolder.open(tmp_path / "file" / "below", recipe(), TEXT)
+        open_run(tmp_path / "file" / "below", recipe(), TEXT)
     if os.name == "posix" and os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(RunFolderError, match=r"Permission denied.*--out"):
-            RunFolder.open(tmp_path / "locked" / "run", recipe(), TEXT)
+            open_run(tmp_path / "locked" / "run", recipe(), TEXT)
 
 
 # fresh
 
 
 def test_fresh_removes_another_run_whole(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         make(folder)
         (folder.work("target", "k") / "checkpoint").write_text("x")
         write_json_atomic(folder.path("report.json"), {})
-    with RunFolder.open(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
+    with open_run(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
         assert folder.finished("vectors/forget", "k") is None
         assert files_under(tmp_path) == {"recipe.yaml", "resolved.yaml", LOCK}
         assert not (tmp_path / WORK).exists()
@@ -267,12 +268,12 @@ def test_fresh_removes_another_run_whole(tmp_path: Path) -> None:
     "where", ["notes.txt", "vectors/notes.txt", "vectors/forget/notes.txt", "vectors/forget/sub/n.txt"]
 )
 def test_fresh_never_removes_a_foreign_file(tmp_path: Path, where: str) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         make(folder)
     (tmp_path / where).write_text("mine")
     before = files_under(tmp_path)
     with pytest.raises(RunFolderError, match=where):
-        RunFolder.open(tmp_path, recipe(), TEXT, fresh=True)
+        open_run(tmp_path, recipe(), TEXT, fresh=True)
     assert files_under(tmp_path) == before
 
 
@@ -280,17 +281,17 @@ def test_fresh_does_not_follow_links_out(tmp_path: Path) -> None:
     treasure = tmp_path / "treasure"
     treasure.mkdir()
     (treasure / "gold").write_text("x")
-    RunFolder.open(tmp_path / "run", recipe(), TEXT).close()
+    open_run(tmp_path / "run", recipe(), TEXT).close()
     (tmp_path / "run" / "link").symlink_to(treasure)
     with pytest.raises(RunFolderError, match="link"):
-        RunFolder.open(tmp_path / "run", recipe(), TEXT, fresh=True)
+        open_run(tmp_path / "run", recipe(), TEXT, fresh=True)
     assert (treasure / "gold").exists()
 
 
 def test_fresh_gets_past_a_damaged_seal(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         (make(folder) / "stage.json").write_text("{")
-    with RunFolder.open(tmp_path, recipe(), TEXT, fresh=True):
+    with open_run(tmp_path, recipe(), TEXT, fresh=True):
         assert not (tmp_path / "vectors").exists()
 
 
@@ -298,7 +299,7 @@ def test_fresh_gets_past_a_damaged_seal(tmp_path: Path) -> None:
 
 
 def test_a_stage_is_found_under_its_key_only(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         assert folder.finished("eval/0.5", "k") is None
         place = make(folder, "eval/0.5", "k")
         assert place == tmp_path / "eval" / "0.5"
@@ -312,7 +313,7 @@ def test_a_stage_is_found_under_its_key_only(tmp_path: Path) -> None:
 
 
 def test_a_new_key_replaces_the_stage_whole(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         make(folder, key="old")
         with folder.writing("vectors/forget", "new") as tmp:
             (tmp / "c.bin").write_text("new")
@@ -327,7 +328,7 @@ def interrupted_while_writing(place: Path) -> None:
 
 
 def test_an_exception_leaves_the_older_stage_and_nothing_else(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         make(folder, key="old")
         with pytest.raises(KeyboardInterrupt), folder.writing("vectors/forget", "new") as tmp:
             interrupted_while_writing(tmp)
@@ -354,7 +355,7 @@ def flip(path: Path) -> None:
 def test_damage_is_found_said_and_mended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: object, said: str
 ) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         harm(make(folder))  # type: ignore[operator]
         assert folder.finished("vectors/forget", "k") is None
         assert said in capsys.readouterr().err
@@ -362,7 +363,7 @@ def test_damage_is_found_said_and_mended(
 
 
 def test_size_only_still_reads_small_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         flip(make(folder) / "a.bin")
         assert folder.finished("vectors/forget", "k", verify="size") is None
         monkeypatch.setattr("unlearn.store.stages._SMALL", 1)
@@ -371,7 +372,7 @@ def test_size_only_still_reads_small_files(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_users_file_in_a_stage_is_not_thrown_away(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         place = make(folder, key="old")
         (place / "notes.txt").write_text("mine")
         assert folder.finished("vectors/forget", "old") == place
@@ -382,15 +383,15 @@ def test_a_users_file_in_a_stage_is_not_thrown_away(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a//b", ".hidden", "a/../b", "", "a b"])
 def test_names_stay_inside_the_folder(tmp_path: Path, name: str) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder, pytest.raises(ValueError, match="not a name"):
+    with open_run(tmp_path, recipe(), TEXT) as folder, pytest.raises(ValueError, match="not a name"):
         folder.path(name)
 
 
 def test_work_survives_and_goes_with_the_stage(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         (folder.work("target", "k") / "checkpoint").write_text("x")
         (folder.work("vectors/forget", "k") / "checkpoint").write_text("x")
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         assert (folder.work("target", "k") / "checkpoint").read_text() == "x"
         assert list(folder.work("target", "other").iterdir()) == []
         assert list(folder.work("target", "k").iterdir()) == []  # cleared when the key was another
@@ -406,7 +407,7 @@ def write_on_a_full_disk(path: Path) -> None:
 def test_no_space_left_is_explained(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs a device that is always full")
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         with (
             pytest.raises(RunFolderError, match=r"no space left .*vectors/forget"),
             folder.writing("vectors/forget", "k") as tmp,
@@ -422,9 +423,9 @@ def test_no_space_left_is_explained(tmp_path: Path) -> None:
 
 
 def test_other_processes_of_a_launch_publish_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT) as main:
+    with open_run(tmp_path, recipe(), TEXT) as main:
         monkeypatch.setenv("RANK", "1")
-        with RunFolder.open(tmp_path, recipe(), TEXT) as second, second.writing("target", "k") as tmp:
+        with open_run(tmp_path, recipe(), TEXT) as second, second.writing("target", "k") as tmp:
             (tmp / "x").write_text("from rank 1")
         monkeypatch.setenv("RANK", "0")
         assert main.finished("target", "k") is None
@@ -436,7 +437,7 @@ def test_other_processes_of_a_launch_publish_nothing(tmp_path: Path, monkeypatch
 
 def test_kill_while_writing_leaves_no_finished_stage(tmp_path: Path) -> None:
     writing = """
-    with RunFolder.open(root, recipe(), "text") as folder:
+    with open_run(root, recipe(), "text") as folder:
         with folder.writing("vectors/forget", "k") as tmp:
             (tmp / "a.bin").write_text("half")
             (folder.work("vectors/forget", "k") / "checkpoint").write_text("step 10")
@@ -448,7 +449,7 @@ def test_kill_while_writing_leaves_no_finished_stage(tmp_path: Path) -> None:
         process.wait()
     assert (tmp_path / LOCK).exists()
     assert len(list((tmp_path / TEMPORARY).iterdir())) == 1
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         assert folder.finished("vectors/forget", "k") is None
         assert not (tmp_path / TEMPORARY).exists()
         assert (folder.work("vectors/forget", "k") / "checkpoint").read_text() == "step 10"
@@ -458,7 +459,7 @@ def test_kill_while_writing_leaves_no_finished_stage(tmp_path: Path) -> None:
 def test_killed_at_random_moments_the_stage_is_whole_or_absent(tmp_path: Path) -> None:
     """A process that replaces a stage over and over: whatever is there after a kill is one consistent version."""
     code = """
-    with RunFolder.open(root, recipe(), "text") as folder:
+    with open_run(root, recipe(), "text") as folder:
         print("ready", flush=True)
         for i in range(100000):
             with folder.writing("s", str(i)) as tmp:
@@ -471,7 +472,7 @@ def test_killed_at_random_moments_the_stage_is_whole_or_absent(tmp_path: Path) -
             time.sleep(delay)
             process.kill()
             process.wait()
-        with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+        with open_run(tmp_path, recipe(), TEXT) as folder:
             record = folder.record("s")
             if record is not None:
                 found += 1
@@ -489,22 +490,22 @@ def test_killed_at_random_moments_the_stage_is_whole_or_absent(tmp_path: Path) -
 def test_a_living_rival_is_named(tmp_path: Path) -> None:
     with running(HOLD, tmp_path) as process:
         with pytest.raises(RunFolderError, match=rf"in use by process {process.pid} since 20.*--out"):
-            RunFolder.open(tmp_path, recipe(), TEXT)
+            open_run(tmp_path, recipe(), TEXT)
         with pytest.raises(RunFolderError, match="in use"):
-            RunFolder.open(tmp_path, recipe(), TEXT, fresh=True)
+            open_run(tmp_path, recipe(), TEXT, fresh=True)
         assert (tmp_path / LOCK).exists()
         # killed, and (as in many containers) reaped by nobody yet
         process.send_signal(signal.SIGKILL)
         time.sleep(0.3)
-        RunFolder.open(tmp_path, recipe(), TEXT).close()
+        open_run(tmp_path, recipe(), TEXT).close()
 
 
 def test_twice_in_one_process(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, recipe(), TEXT):
+    with open_run(tmp_path, recipe(), TEXT):
         with pytest.raises(RunFolderError, match="this very process"):
-            RunFolder.open(tmp_path, recipe(), TEXT)
+            open_run(tmp_path, recipe(), TEXT)
         assert (tmp_path / LOCK).exists()
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
 
 
 @dataclass(frozen=True)
@@ -523,14 +524,14 @@ def test_a_process_id_given_to_another_program_is_not_the_holder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_lock(tmp_path, _Old(os.getppid(), platform.node(), "long ago"))
-    RunFolder.open(tmp_path, recipe(), TEXT).close()
+    open_run(tmp_path, recipe(), TEXT).close()
     assert f"going on after process {os.getppid()}" in capsys.readouterr().err
 
 
 def test_an_older_versions_lock_of_another_host_is_never_taken_over(tmp_path: Path) -> None:
     put_lock(tmp_path, _Old(4_000_000, "node17", "x"))
     with pytest.raises(RunFolderError, match=r"host node17 .* delete .*lock"):
-        RunFolder.open(tmp_path, recipe(), TEXT)
+        open_run(tmp_path, recipe(), TEXT)
 
 
 FAR = "import platform; platform.node = lambda: 'node17'\n"
@@ -550,7 +551,7 @@ def test_a_process_that_wakes_after_its_folder_was_taken_over_replaces_nothing(
             while not folder._lock._pulse.lost.is_set():
                 time.sleep(0.01)
 
-    with RunFolder.open(root, recipe(), "the sleeper's") as folder:
+    with open_run(root, recipe(), "the sleeper's") as folder:
         try:
             with folder.writing("s", "k") as tmp:
                 nap("in the middle of writing")
@@ -567,7 +568,7 @@ def test_a_process_that_wakes_after_its_folder_was_taken_over_replaces_nothing(
     """
     with running(FAR + textwrap.dedent(code), tmp_path, MOMENT=moment) as sleeper:
         sleeper.send_signal(signal.SIGSTOP)
-        with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+        with open_run(tmp_path, recipe(), TEXT) as folder:
             for name in ("s", "t"):
                 make(folder, name, content="the taker's")
             folder.work("u", "k")
@@ -589,20 +590,20 @@ def test_fresh_over_a_dead_holder_leaves_the_lock_and_takes_nothing_for_a_strang
     with running(HOLD, tmp_path) as process:
         process.kill()
         process.wait()
-    with RunFolder.open(tmp_path, recipe(), TEXT) as folder:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
         make(folder)
         os.link(tmp_path / LOCK, tmp_path / f"{LOCK}.{'a' * 32}.new")  # of one who was killed while asking for it
     (tmp_path / LOCK).write_text("")
     (tmp_path / f"{LOCK}.{'a' * 32}").write_text("")
     os.utime(tmp_path / LOCK, (0, 0))
-    with RunFolder.open(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
+    with open_run(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
         folder.check()
         assert not (tmp_path / "vectors").exists()
     assert files_under(tmp_path) == {"recipe.yaml", "resolved.yaml"}
 
 
 def test_closing_leaves_a_lock_that_is_no_longer_ours(tmp_path: Path) -> None:
-    folder = RunFolder.open(tmp_path, recipe(), TEXT)
+    folder = open_run(tmp_path, recipe(), TEXT)
     put_lock(tmp_path, _Old(4_000_000, "node17", "x"))
     folder.close()
     assert (tmp_path / LOCK).exists()
@@ -625,7 +626,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
     (marks / f"here-{os.getpid()}").touch()
     wait_for("here-*", 4)
     try:
-        with RunFolder.open(root, recipe(), "text"):
+        with open_run(root, recipe(), "text"):
             print("won", flush=True)
             wait_for("lost-*", 3)
     except RunFolderError as e:
@@ -652,7 +653,7 @@ def test_fingerprint_is_canonical() -> None:
 
 def test_fingerprint_is_stable_over_processes(tmp_path: Path) -> None:
     process = start(
-        "from unlearn.store.stages import fingerprint; print(fingerprint(recipe()))", tmp_path, PYTHONHASHSEED="7"
+        "from unlearn.store.files import fingerprint; print(fingerprint(recipe()))", tmp_path, PYTHONHASHSEED="7"
     )
     assert process.communicate()[0].strip() == fingerprint(recipe())
 

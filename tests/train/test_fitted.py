@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from unlearn import pipeline_stages as fitted
 from unlearn.errors import UnlearnError
-from unlearn.pipeline import execute
+from unlearn.execute import execute
 from unlearn.recipe.load import load_recipe
 from unlearn.results import RunReport
+from unlearn.train import vectors as fitted
 from unlearn.vector.task_vector import TaskVector
 
 QUICK = ("teach.steps=20", "vector.forget.steps=4", "sweep.coefficients=[0.5, 1]", "eval.examples=0")

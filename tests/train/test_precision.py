@@ -21,20 +21,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
-from unlearn import pipeline_stages as compared
-from unlearn import pipeline_stages as fitted
 from unlearn import processes as distributed
 from unlearn.errors import UnlearnError
 from unlearn.evidence import attacks_weights as relearn
 from unlearn.evidence.attacks_weights import edited_copy
 from unlearn.evidence.foresight import slope
+from unlearn.execute import execute
 from unlearn.model import load as models
 from unlearn.model.load import Loaded
-from unlearn.pipeline import execute
 from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.methods import TrainSpec
 from unlearn.train import fit as finetune
+from unlearn.train import vectors as fitted
 from unlearn.train.batches import Part
 from unlearn.train.fit import train_weights
 from unlearn.train.learned import LearnSpec, gradients, learn
@@ -311,7 +310,7 @@ def test_what_cannot_be_overruled_is_in_every_key(
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
     assert stages("again") == plain
     # the format of products is not in the weights' fingerprint, since it is of their device as well
-    for module in (fitted, compared):
+    for module in (fitted,):
         monkeypatch.setattr(module, "mixed_precision", lambda model: "bf16")
     cast = stages("cast")
     assert {n for n in plain if cast[n] != plain[n]} >= {"target", "vectors/forget"}

@@ -76,7 +76,7 @@ def test_alone_there_is_nothing_to_agree_on() -> None:
 
 LOSES = """
 import os, sys
-from unlearn import collective, distributed
+from unlearn import processes as collective, processes as distributed
 from unlearn.errors import UnlearnError
 distributed.join()
 if sys.argv[1] == "dies" and collective.rank() == 1:
@@ -108,7 +108,7 @@ PATIENT = """
 import sys
 from datetime import timedelta
 from pathlib import Path
-from unlearn import collective, distributed, pool
+from unlearn import processes as collective, processes as distributed; from unlearn.store import stages as pool
 distributed._PATIENCE, pool._TURN = timedelta(seconds=8), 1.0
 distributed.join()
 Path(f"joined{collective.rank()}").touch()
@@ -139,7 +139,7 @@ def test_a_group_waits_for_another_run_longer_than_for_a_process(tmp_path: Path)
 IMPATIENT = """
 import sys
 from datetime import timedelta
-from unlearn import distributed, run
+from unlearn import processes as distributed, run
 distributed._PATIENCE = timedelta(seconds=10)
 sys.exit(run.main())
 """
@@ -354,7 +354,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
 
 FAILS = """
 import os, sys, time
-from unlearn import job
+from unlearn.cluster import job
 def execute(root, grid, one):
     if os.environ["RANK"] == "1":
         raise ValueError("enough of this")

@@ -205,7 +205,7 @@ def _run(root: Path, grid: Grid, one: Job | Preparation) -> tuple[int, str | Non
 
 
 def _execute(root: Path, grid: Grid, one: Job | Preparation) -> None:
-    from unlearn.pipeline import execute
+    from unlearn.execute import execute
     from unlearn.recipe.load import load_recipe
 
     try:

@@ -78,6 +78,7 @@ class Loaded:
     dtype: torch.dtype
     device: torch.device
     words: str = ""
+    path: str = ""  # the folder or hub id it was loaded from
 
 
 def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
@@ -116,7 +117,7 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     model.eval()
     words = _words(tokenizer)
     whole = atomic.fingerprint(fingerprint(model), _settings(model), _code(model, tokenizer), words)
-    return Loaded(model, tokenizer, whole, dtype, device, words)
+    return Loaded(model, tokenizer, whole, dtype, device, words, where)
 
 
 def load_tokenizer(spec: ModelSpec, where: str) -> PreTrainedTokenizerFast:

@@ -8,21 +8,16 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError
-
 from unlearn.console import is_main_process, say
 from unlearn.errors import RunFolderError, UnlearnError
-from unlearn.processes import anyone
-from unlearn.recipe import yaml as yaml_core
-from unlearn.recipe.load import resolved_yaml
-from unlearn.recipe.schema import Recipe
+from unlearn.processes import anyone, told, wait
 from unlearn.store import cache as seen
 from unlearn.store.files import (
     explained,
@@ -36,6 +31,7 @@ from unlearn.store.files import (
     write_text_atomic,
 )
 from unlearn.store.lock import Lock, is_lock_file
+from unlearn.store.provenance import tidy
 
 Verify = Literal["sha256", "size", "once"]
 STAGE_FILE = "stage.json"
@@ -177,70 +173,6 @@ def _passing(name: str) -> bool:
     return is_lock_file(name, LOCK) or _HALF_WRITTEN.fullmatch(name) is not None
 
 
-# The same run, another way of going about it: what is finished is used again.
-_MAY_CHANGE = frozenset({"sweep.search"})
-_NEVER_MATTERS = "cluster"  # where it runs
-
-
-def require_same_recipe(place: Path, resolved: str) -> None:
-    """Compare the folder's ``resolved.yaml`` with ``resolved``.
-
-    A key that the older file does not have counts as today's default: it was written before there was such a key. A key
-    that only the older file has was written by a newer version, and is a difference.
-
-    Raises:
-        RunFolderError: they differ (the first five keys are named), or the file cannot be read.
-    """
-    try:
-        old = yaml_core.parse((place / "resolved.yaml").read_text(encoding="utf-8")).data
-    except (yaml_core.YamlSyntaxError, UnicodeDecodeError) as e:
-        raise RunFolderError(
-            f"{place / 'resolved.yaml'} cannot be read any more, so it is unclear whose run this is: "
-            "use another --out, or --fresh to start over"
-        ) from e
-    new = yaml_core.parse(resolved).data
-    there, here, usual = _leaves(old), _leaves(new), _leaves(_by_default(new, old))
-    absent = object()
-    differs = [k for k in dict.fromkeys([*here, *there]) if here.get(k, absent) != there.get(k, usual.get(k, absent))]
-    differs = [k for k in differs if k not in _MAY_CHANGE and re.split(r"[.\[]", k)[0] != _NEVER_MATTERS]
-    if differs:
-        lines = [f"  {k}: {_short(there, k)} there, {_short(here, k)} here" for k in differs[:5]]
-        more = [f"  and {len(differs) - 5} more"] if len(differs) > 5 else []
-        raise RunFolderError(
-            f"{place} holds a run of another recipe:\n"
-            + "\n".join([*lines, *more])
-            + "\nUse another --out, or --fresh to remove that run and start over"
-        )
-
-
-def _by_default(new: Any, old: Any) -> Any:
-    """The recipe ``new`` with today's defaults for the keys that ``old`` lacks; empty when one of them has none."""
-    if not isinstance(old, dict):
-        return {}
-    try:
-        return Recipe.model_validate_json(json.dumps(_shared(new, old))).model_dump(mode="json")
-    except ValidationError:
-        return {}
-
-
-def _shared(new: Any, old: Any) -> Any:
-    if isinstance(new, dict) and isinstance(old, dict):
-        return {k: _shared(v, old[k]) for k, v in new.items() if k in old}
-    if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
-        return [_shared(a, b) for a, b in zip(new, old, strict=True)]
-    # of what the older file has in another form, no key was left out
-    return old if isinstance(new, dict | list) else new
-
-
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """``{"a": [{"b": [1, 2]}]}`` as ``{"a[0].b": [1, 2]}``: what a person would call one setting each."""
-    if isinstance(value, dict) and value:
-        return {k: v for n, x in value.items() for k, v in _leaves(x, f"{key}.{n}" if key else str(n)).items()}
-    if isinstance(value, list) and any(isinstance(x, dict) for x in value):
-        return {k: v for i, x in enumerate(value) for k, v in _leaves(x, f"{key}[{i}]").items()}
-    return {key: value}
-
-
 def clear(root: Path) -> None:
     """Remove what runs wrote here. Only for the holder of the lock, which stays.
 
@@ -277,11 +209,6 @@ def clear(root: Path) -> None:
     shutil.rmtree(heap, ignore_errors=True)
 
 
-def _short(leaves: dict[str, Any], key: str) -> str:
-    text = repr(leaves[key]) if key in leaves else "not set"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 # -- a run's folder
 
 
@@ -297,26 +224,23 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, root: Path | None, recipe: Recipe, text: str, fresh: bool = False, base: Path = Path("runs")
+        cls, place: Path, resolved: str, text: str, require_same: Callable[[Path, str], None], fresh: bool = False
     ) -> RunFolder:
-        """Make or reopen the folder of a recipe and take its lock.
+        """Make or reopen a run's folder and take its lock.
 
         Processes other than the main one get the path at once and no lock; let them wait for the main one (a
         barrier) before they look for finished stages.
 
         Args:
-            root: The folder itself (``--out``); None for ``base/<recipe name>-<first 8 hex of its fingerprint>``.
-            recipe: With every default filled in; decides whether an existing folder is this run's.
+            resolved: The recipe with every default filled in, kept as ``resolved.yaml``.
             text: The recipe as the user wrote it.
+            require_same: Raises where the ``resolved.yaml`` of a folder is of another recipe than the given one.
             fresh: Remove what an earlier run left here, of whatever recipe.
-            base: Where folders without a name of their own go.
 
         Raises:
             RunFolderError: another recipe's folder, a folder that is no run folder, a link in it, foreign files under
                 ``fresh``, another process at work here, or a place that cannot be written.
         """
-        what = recipe.model_dump(mode="json", exclude={"cluster"})  # what a batch system gives is no part of a run
-        place = root if root is not None else base / f"{recipe.name}-{fingerprint(what)[:8]}"
         if not is_main_process():
             return cls(place, None)
         with explained(place):
@@ -325,7 +249,13 @@ class RunFolder:
             place.mkdir(parents=True, exist_ok=True)
             folder = cls(place, Lock.take(place / LOCK))
             try:
-                folder._prepare(resolved_yaml(recipe), text, fresh)
+                if fresh:
+                    clear(place)
+                elif (place / "resolved.yaml").exists():
+                    require_same(place, resolved)
+                remove_leftovers(place)
+                write_text_atomic(place / "resolved.yaml", resolved)
+                write_text_atomic(place / "recipe.yaml", text)
             except BaseException:
                 folder.close()
                 raise
@@ -434,15 +364,6 @@ class RunFolder:
                 self._drop_work(name, keep=place.name)
             place.mkdir(parents=True, exist_ok=True)
         return place
-
-    def _prepare(self, resolved: str, text: str, fresh: bool) -> None:
-        if fresh:
-            clear(self.root)
-        elif (self.root / "resolved.yaml").exists():
-            require_same_recipe(self.root, resolved)
-        remove_leftovers(self.root)
-        write_text_atomic(self.root / "resolved.yaml", resolved)
-        write_text_atomic(self.root / "recipe.yaml", text)
 
     def _temporary(self, name: str) -> Path:
         return self.root / TEMPORARY / f"{_flat(name)}.{unique()}"
@@ -570,3 +491,129 @@ def link_tree(source: Path, to: Path, leave_out: frozenset[str] = frozenset()) -
                 target.hardlink_to(path)
             except OSError:
                 shutil.copy2(path, target)
+
+
+# -- the stages of one run, found by key
+
+
+class Store:
+    """The stages of one run. Each is found by its key, in the run's own folder, in the pool, or in runs that the recipe
+    names under ``reuse``; if nowhere, it is made.
+
+    ``keys`` has the key of every stage that was asked for, ``seconds`` what each step took, also in an earlier run;
+    ``base`` is the recipe's folder, where its relative paths begin.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        versions: Sequence[Any] = (),
+        base: Path = Path(),
+        pool: Pool | None = None,
+        reuse: Sequence[str] = (),
+        steps: Sequence[str] = (),
+    ) -> None:
+        self.base = base
+        self.keys: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self._folder, self._versions, self._pool, self._reuse, self._steps = folder, list(versions), pool, reuse, steps
+
+    def stage(
+        self, name: str, inputs: Sequence[Any], make: Callable[[Path], object], *, kind: str = "", share: bool = False
+    ) -> Path:
+        """The folder of a finished stage, found by key, or made by ``make`` in an empty folder and sealed.
+
+        Args:
+            inputs: All that the stage depends on, beside the versions of libraries.
+            make: Is called on every process, since training is collective; only the main one's files are kept.
+            kind: Stands for the name in the key, where stages of several names may hold one thing.
+            share: Put it into the pool, for other runs that would make the same.
+        """
+        key = self.keys[name] = self.key(kind or name, inputs)
+        done = self._folder.finished(name, key)
+        wait()  # nobody may look for a stage that another process is writing
+        if done is not None:
+            say(f"    {name}: as before", style="dim")
+            return done
+        pool = self._pool if share else None
+        with pool.making(key) if pool is not None else nullcontext() as lock:
+            wait()  # the main process has its turn: from here on the pool does not change under this key
+            pooled = pool.find(key) if pool is not None else None
+            found = pooled or self._twin(name, key) or self._elsewhere(key)
+            with self._folder.writing(name, key) as tmp:
+                if found is None:
+                    make(tmp)
+                elif is_main_process() and found == pooled:
+                    link_tree(found, tmp, frozenset({STAGE_FILE}))
+                elif is_main_process():  # another run's folder is its owner's: nothing is shared with it
+                    _copy_stage(found, tmp)
+            wait()
+            if pool is not None and pooled is None and lock is not None:
+                pool.put(key, self._folder.path(name), lock)
+        if found is not None:
+            say(f"    {name}: taken from {tidy(str(found))}", style="dim")
+        return self._folder.path(name)
+
+    def key(self, name: str, inputs: Sequence[Any]) -> str:
+        """The key of a stage that depends on ``inputs``."""
+        return fingerprint(self._versions, name, *inputs)
+
+    def work(self, name: str) -> Path:
+        """A scratch folder of a stage in the making: it survives a kill (checkpoints), and goes in the end."""
+        return self._folder.work(name, self.keys[name])
+
+    def path(self, name: str) -> Path:
+        """Where a stage has its place."""
+        return self._folder.path(name)
+
+    def read(self, name: str, file: str) -> Any:
+        """A JSON file of a finished stage."""
+        return json.loads((self._folder.path(name) / file).read_text(encoding="utf-8"))
+
+    @contextmanager
+    def step(self, name: str, what: str, to_need_less: str) -> Iterator[None]:
+        """Announce a step, and afterwards what it took, in this run or in the one that made its stages.
+
+        Args:
+            to_need_less: What to do should the memory not do.
+        """
+        say(f"[{self._steps.index(name) + 1}/{len(self._steps)}] {name}: {what}", style="bold")
+        before, started = set(self.keys), time.monotonic()
+        with told(name, to_need_less):
+            yield
+        took = time.monotonic() - started
+        say(f"    {took:.1f} s", style="dim")
+        made = [r.seconds for n in set(self.keys) - before if (r := self._folder.record(n)) is not None]
+        self.seconds[name] = round(max(took, sum(made)), 2)
+
+    def _twin(self, name: str, key: str) -> Path | None:
+        """The same stage under another name in this run."""
+        other = next((n for n, k in self.keys.items() if k == key and n != name), None)
+        return self._folder.path(other) if other is not None and self._folder.record(other) is not None else None
+
+    def _elsewhere(self, key: str) -> Path | None:
+        """A whole and undamaged stage of this key in one of the run folders that the recipe lets us take from."""
+        for given in self._reuse:
+            root = self.base / given
+            if not root.is_dir():
+                raise RunFolderError(f"reuse: there is no run folder {root}; remove it from the recipe")
+            for seal in sorted(root.rglob(STAGE_FILE)):
+                record = read_record(seal.parent)
+                if record is not None and record.key == key and not damage_of(seal.parent, record, "sha256"):
+                    return seal.parent
+        return None
+
+
+def _copy_stage(found: Path, to: Path) -> None:
+    """Copy what a stage's seal lists. Whatever else lies there, links above all, is not of the stage.
+
+    Raises:
+        RunFolderError: a file of the stage is a link, or its name leads out of the stage's folder.
+    """
+    record = read_record(found)
+    for name in record.files if record is not None else ():
+        source = found / name
+        if not source.resolve().is_relative_to(found.resolve()) or source.is_symlink() or ".." in Path(name).parts:
+            raise RunFolderError(f"reuse: {found} is no stage that a run made: {some([name])} leads out of it")
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, to / name)

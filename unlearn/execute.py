@@ -1,0 +1,140 @@
+"""One run as a user starts it: its folder, the shortcut when nothing changed, the processes that share it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from unlearn import checks, processes
+from unlearn.console import is_main_process, quiet_libraries, say
+from unlearn.data.files import source_path
+from unlearn.evidence import reference as references
+from unlearn.model import locate
+from unlearn.recipe.data import Source
+from unlearn.recipe.load import LoadedRecipe
+from unlearn.recipe.run_folder import open_run
+from unlearn.recipe.schema import Recipe
+from unlearn.report.terminal import render_table
+from unlearn.results import RunReport
+from unlearn.store import provenance
+from unlearn.store.files import fingerprint
+from unlearn.store.stages import Pool, RunFolder
+
+if TYPE_CHECKING:
+    from unlearn.store.stages import Store
+
+
+def execute(
+    loaded: LoadedRecipe, out: Path | None, fresh: bool = False, *, pool: Path | None = None, prepare: bool = False
+) -> RunReport | None:
+    """Run what is left to run of a recipe, print the result and return it.
+
+    Args:
+        loaded, out, fresh: see :func:`unlearn.run`.
+        pool: A folder of stages that many runs share (:mod:`unlearn.store.stages`).
+        prepare: Make only what other runs can share (the model, what it is taught, a trained reference) and return
+            None.
+
+    Raises:
+        UnlearnError: see :func:`unlearn.run`.
+    """
+    # what a batch system gives a run is no part of what is run
+    recipe, base = loaded.recipe.model_copy(update={"cluster": None}), loaded.source.parent
+    shared = Pool(pool.absolute()) if pool is not None else None
+    with processes.told(recipe.name, "stop what else runs there"), open_run(out, recipe, loaded.text, fresh) as folder:
+        say(f"{recipe.name}: {folder.root}")
+        asked = recipe.model_dump(mode="json", exclude={"cluster"})
+        key = fingerprint(asked, _inputs(recipe, base), provenance.surroundings())
+        if processes.several():
+            _fetch(recipe, base)  # before they join: whoever waits for a download there is taken for lost
+        processes.join()
+        if processes.count() > 1:
+            say(f"{processes.count()} processes share training and scoring")
+        try:
+            report = None if prepare else _unchanged(folder, key)
+            if report is not None:
+                say("nothing has changed since this run was finished; --fresh runs it again")
+            else:
+                report = _run(replace(loaded, recipe=recipe), folder, shared, key, prepare)
+        finally:
+            processes.leave()
+        if report is not None and is_main_process():
+            render_table(report, Console())
+            say(f"report: {folder.root / 'report.html'}")
+    return report
+
+
+def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str, prepare: bool) -> RunReport | None:
+    recipe, base, began = loaded.recipe, loaded.source.parent, time.monotonic()
+    checks.read_local(recipe.sets(), base)
+    checks.check_reach(recipe, base)
+    quiet_libraries()  # before they are imported
+    from unlearn import pipeline
+
+    checks.check(recipe, base, hub=not prepare)
+    store: Store = pipeline.open_store(recipe, base, folder, pool)
+    if prepare:
+        pipeline.prepare(recipe, store)
+        return None
+    report = pipeline.run(recipe, store)
+    if report is not None:
+        report = pipeline.finish(report, key, loaded.source, folder, store)
+        say(f"finished in {time.monotonic() - began:.0f} s", style="bold")
+    return report
+
+
+def _fetch(recipe: Recipe, base: Path) -> None:
+    """Have every model that the run reads on this machine, converted."""
+    checks.check_reach(recipe, base)
+    quiet_libraries()  # before they are imported
+    from unlearn.train.vectors import clean_checkpoint
+
+    locate.locate(recipe.model, base)
+    if references.is_model(recipe) and recipe.reference != "train":
+        references.locate(recipe, base)
+    clean_checkpoint(recipe, base)
+
+
+def _unchanged(folder: RunFolder, key: str) -> RunReport | None:
+    """The report of a run that was finished under ``key`` and whose every file is still whole, else None."""
+    try:
+        sealed = json.loads(folder.path("provenance.json").read_text(encoding="utf-8"))
+        text, page = (folder.path(name).read_bytes() for name in ("report.json", "report.html"))
+        if sealed["key"] != key or hashlib.sha256(text).hexdigest() != sealed["report_sha256"]:
+            return None
+        if hashlib.sha256(page).hexdigest() != sealed["page_sha256"]:
+            return None
+        report = RunReport.from_json(json.loads(text))
+        if not report.provenance.items() <= sealed.items():
+            return None
+        stages = dict(sealed["stages"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    whole = all(folder.finished(name, stage_key, verify="size") for name, stage_key in stages.items())
+    return report if whole else None
+
+
+def _inputs(recipe: Recipe, base: Path) -> list[Any]:
+    """What the recipe's files are now: SHA-256 of data files, size and time of model files. What the hub has counts by
+    its revision, and the device not at all: a finished report can be read on a machine without a GPU.
+    """
+    sources: list[Source] = []
+    for _, data in recipe.sets():
+        sources += [data, *(s for s in (data.validation, data.test) if s is not None)]
+    found: list[Any] = []
+    for source in sources:
+        path = source_path(source, base)
+        if not source.path.startswith("hub:") and path.is_file():
+            with path.open("rb") as f:
+                found.append([source.path, hashlib.file_digest(f, "sha256").hexdigest()])
+    clean = recipe.vector.msa.clean if recipe.vector.msa else None
+    for model in (recipe.model.path, clean):
+        place = locate.find(model.partition("#")[0], base) if model else None
+        found.append([] if place is None else references.files_of(place))
+    return [*found, *references.state(recipe, base)]

@@ -1,0 +1,429 @@
+"""Every fine-tuning of a run: what the model is taught, and the vectors of the sets to forget or to learn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unlearn.console import is_main_process, say
+from unlearn.data.encoding import Encoded, cuts, encode
+from unlearn.data.sets import LoadedSet
+from unlearn.errors import DataError, ModelError, TrainingError
+from unlearn.model import load as models
+from unlearn.model import locate
+from unlearn.model.load import Loaded, drops_out
+from unlearn.processes import count, told, wait
+from unlearn.recipe.data import SetRole
+from unlearn.recipe.methods import (
+    BASELINES,
+    NEED_RETAIN,
+    NEED_RETAIN_VECTOR,
+    ConsensusSpec,
+    GradientDifferenceSpec,
+    LoraSpec,
+    MsaSpec,
+    NpoSpec,
+    TrainSpec,
+    VectorSpec,
+)
+from unlearn.recipe.schema import ModelSpec, Recipe
+from unlearn.store.files import write_json_atomic
+from unlearn.store.stages import Store
+from unlearn.text import counted
+from unlearn.train.fit import lora_modules, merge, train_vector, train_weights
+from unlearn.train.losses import Against, Keep
+from unlearn.train.precision import mixed_precision
+from unlearn.vector.methods import consensus, msa, random_like
+from unlearn.vector.shaping import SHAPERS, Materials, shape
+from unlearn.vector.task_vector import TaskVector
+
+VECTOR_FILE = "vector.safetensors"
+Goal = tuple[SetRole, str]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What was fitted, and what is made of it.
+
+    ``parts`` has, per set to forget or to learn, what is subtracted for it (for a set to learn: minus its vector), and
+    for an analogy one part. ``fitted`` are the vectors as they were trained, ``retain`` the one of the retain sets
+    where a method needs it; ``stages`` are the names of their stages.
+    """
+
+    parts: Mapping[Goal, TaskVector]
+    fitted: Mapping[Goal, TaskVector]
+    retain: TaskVector | None
+    stages: tuple[str, ...]
+
+    def combined(self, weights: Mapping[Goal, float]) -> TaskVector:
+        """The sum of the parts by weight: the same bits in whatever order the requests were made."""
+        parts = [self.parts[goal] * weights[goal] for goal in sorted(self.parts)]
+        return next(iter(self.parts.values())) if len(parts) == 1 else TaskVector.sum(parts)
+
+
+# -- what is known to fail before anything is trained
+
+
+def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet]) -> None:
+    """Refuse what a training would refuse later: no such layer, no items where some are needed, answers too long.
+
+    Raises:
+        DataError, TrainingError, ModelError: one of these.
+    """
+    spec = recipe.vector
+    for lora in (spec.lora, recipe.teach.lora if recipe.teach is not None else None):
+        if lora is not None:
+            lora_modules(base.model, lora)
+    near = [s for s in sets if s.role == "retain" and s.train]
+    needy = next((f"vector.method {m}" for m in spec.steps() if m in NEED_RETAIN), None)
+    needy = needy or ("vector.retain_kl" if spec.penalty() is not None else None)
+    if needy and not near:
+        raise DataError(
+            f"no retain set has items to train on, and {needy} needs some: raise shares.train of a retain set"
+        )
+    if spec.uses("learned") and not any(s.validation for s in sets if s.role == "retain"):
+        raise DataError(
+            "vector.method learned fits its coefficients on the training items of the retain sets, and without "
+            "validation items nothing would show that it overfits: raise shares.validation of a retain set"
+        )
+    for one in sets:
+        for training in _trainings(recipe, one):
+            encoded([one], base.tokenizer, training)
+
+
+def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
+    """The fine-tunings that a set gives rows to."""
+    spec, found = recipe.vector, list[TrainSpec]()
+    if recipe.teach is not None and one.role in ("forget", "retain"):
+        found.append(recipe.teach)
+    if one.role in ("forget", "learn", "term") and not spec.uses("retain_only"):
+        found.append(spec.forget)
+    if one.role == "retain" and spec.uses(*NEED_RETAIN):
+        found.append(spec.retain or spec.forget)
+    if one.role == "retain" and (recipe.penalty() is not None or spec.uses("gradient_difference")):
+        found.append(spec.forget)
+    return found if one.train else []
+
+
+def clean_checkpoint(recipe: Recipe, base: Path) -> tuple[ModelSpec, str] | None:
+    """The clean checkpoint that ``msa`` was given, and where it is, fetched where needed; None without one."""
+    given = recipe.vector.msa
+    if not recipe.vector.uses("msa") or given is None or given.clean is None:
+        return None
+    spec = recipe.model.model_copy(update={"path": given.clean, "revision": None})
+    try:
+        return spec, locate.locate(spec, base)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", "vector.msa.clean")) from error
+
+
+# -- rows
+
+
+def encoded(sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
+    """Training rows of some sets.
+
+    Raises:
+        TrainingError: answers that do not fit into ``max_length``, or have no token to learn; names the set.
+    """
+    found: list[Encoded] = []
+    for s in sets:
+        try:
+            found += encode(s.train, s.spec.kind, tokenizer, spec.max_length)
+        except TrainingError as error:
+            raise TrainingError(f"{s.role} set {s.name!r}: {error}") from error
+    return found
+
+
+def training_rows(sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
+    """The same, saying what does not fit into ``max_length``."""
+    found = encoded(sets, tokenizer, spec)
+    limit, lost = f"max_length ({spec.max_length} tokens)", cuts(found)
+    if n := lost.get("prompts_cut"):
+        most = max(row.cut for row in found)
+        say(
+            f"    {counted(n, 'prompt')} of {len(found)} had to lose up to {counted(most, 'token')} of the "
+            f"beginning to fit into {limit} beside the answer; answers are whole",
+            style="yellow",
+        )
+    if n := lost.get("passages_split"):
+        say(f"    {counted(n, 'passage')} above {limit} became several rows: {len(found)} in all")
+    return found
+
+
+# -- teaching
+
+
+def teach(name: str, base: Loaded, learned: Sequence[LoadedSet], recipe: Recipe, store: Store) -> Path:
+    """The folder of the base model fine-tuned on some sets (``recipe.teach``). The base in memory is used up."""
+    spec = recipe.teach
+    assert spec is not None  # asked for by who saw that it is there
+    label = "teaching" if name == "target" else f"teaching the {name}"
+
+    def make(tmp: Path) -> None:
+        rows = training_rows(learned, base.tokenizer, spec)
+        work = store.work(name)
+        wait()
+        args = (base.model, base.tokenizer, rows, spec)
+        if spec.lora is None:
+            log = train_weights(*args, recipe.seed, work, label)
+        else:
+            vector, log = train_vector(*args, spec.lora, recipe.seed, work, label, {})
+            merge(base.model, vector)
+        wait()
+        if is_main_process():
+            base.model.save_pretrained(tmp)
+            base.tokenizer.save_pretrained(tmp)
+            line = log.to_json("teach" if name == "target" else name)
+            write_json_atomic(tmp / "training.json", {**line, **cuts(rows)})
+
+    inputs = [base.fingerprint, [s.digest for s in learned], plain(spec), recipe.seed]
+    inputs += [["learned in float32", mixed_precision(base.model)], *masks(base.model, spec.lora)]
+    with told(name, less_training("teach") + ("" if spec.lora else ", or give teach.lora")):
+        return store.stage(name, inputs, make, kind="target", share=True)
+
+
+# -- fitting
+
+
+def fit_vectors(target: Loaded, sets: Sequence[LoadedSet], recipe: Recipe, store: Store) -> Vectors:
+    """Fine-tune on every set that the methods need, and shape what is subtracted.
+
+    Raises:
+        TrainingError, VectorError: see :mod:`unlearn.train.fit` and the methods.
+    """
+    spec = recipe.vector
+    near = [s for s in sets if s.role == "retain" and s.train]
+    clean, trainee = _trainee(target, recipe, store)
+    before = set(store.keys)
+    retain = None
+    if spec.uses(*NEED_RETAIN_VECTOR):
+        retain = fit_vector("retain", clean, trainee, near, spec.retain or spec.forget, recipe, store)
+    fitted, parts = dict[Goal, TaskVector](), dict[Goal, TaskVector]()
+    for one in sets:
+        if one.role in ("forget", "learn", "term") and one.train:
+            goal = (one.role, one.name)
+            fitted[goal] = _source(one, clean, trainee, near, retain, recipe, store)
+            parts[goal] = _shaped(one, target, fitted[goal], retain, near, recipe, store)
+    stages = tuple(n for n in store.keys if n.startswith("vectors/") and n not in before)
+    return Vectors(_signed(parts, recipe), fitted, retain, stages)
+
+
+def what_is_fitted(recipe: Recipe) -> str:
+    """The fitting in words, for its announcement."""
+    spec = recipe.vector
+    source = spec.steps()[0]
+    if source in BASELINES and source not in ("random", "retain_only"):
+        return f"the baseline {source.replace('_', ' ')}"
+    alone = recipe.forget is not None and len(recipe.goals()) == 1
+    more = " and on the retain sets" if spec.uses(*NEED_RETAIN_VECTOR) else ""
+    return ("LoRA on the forget set" if alone else "a LoRA for each set") + more
+
+
+def fit_vector(
+    name: str,
+    target: str,
+    trainee: Loaded,
+    sets: Sequence[LoadedSet],
+    spec: TrainSpec,
+    recipe: Recipe,
+    store: Store,
+    near: Sequence[LoadedSet] = (),
+    *,
+    run: int = 0,
+    against: str = "",
+    kind: str = "",
+) -> TaskVector:
+    """One fine-tuning, made or found again.
+
+    Args:
+        name: Of its stage, below ``vectors/``.
+        target: Fingerprint of the model that is fine-tuned.
+        trainee: That model, perhaps quantised.
+        sets: Whose training items are learned.
+        near: Retain sets that take part in the loss: of the penalty, or of a baseline.
+        run: Added to the recipe's seed.
+        against: A baseline's loss in place of cross-entropy.
+        kind: What the stage's key calls it, where several names stand for one sort of vector.
+    """
+    digests, lora, seed = [s.digest for s in sets], recipe.vector.lora, recipe.seed + run
+    penalty = recipe.penalty() if near and not against else None
+    stage = f"vectors/{name}"
+
+    def make(tmp: Path) -> None:
+        rows = training_rows(sets, trainee.tokenizer, spec)
+        beside = training_rows(near, trainee.tokenizer, spec) if penalty is not None or (against and near) else []
+        work = store.work(stage)
+        wait()
+        vector, log = train_vector(
+            trainee.model,
+            trainee.tokenizer,
+            rows,
+            spec,
+            lora,
+            seed,
+            work,
+            f"{name} set",
+            {"base": target, "data": json.dumps(digests), "lora": json.dumps(plain(lora))},
+            Keep(beside, penalty) if penalty is not None else None,
+            _against(recipe.vector, against, beside) if against else None,
+        )
+        wait()
+        vector.save(tmp / VECTOR_FILE)
+        write_json_atomic(tmp / "training.json", {**log.to_json(name), **cuts([*rows, *beside])})
+        say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
+
+    inputs: list[Any] = [target, digests, plain(lora), plain(spec), seed, recipe.model.quantize]
+    inputs.append(mixed_precision(trainee.model))
+    if penalty is not None:
+        inputs += [plain(penalty), [s.digest for s in near]]
+    if against:
+        settings = getattr(recipe.vector, against, None)
+        inputs += [against, plain(settings) if settings else None, [s.digest for s in near]]
+    inputs += masks(trainee.model, lora)
+    own = recipe.vector.retain is not None and (name == "retain" or name.startswith("near-"))
+    with told(stage, less_training("vector.retain" if own else "vector.forget")):
+        place = store.stage(stage, inputs, make, kind=f"vectors/{kind}" if kind else "", share=True)
+    return TaskVector.load(place / VECTOR_FILE)
+
+
+def save_edit(vector: TaskVector, store: Store) -> TaskVector:
+    """Keep what is subtracted as a stage of its own."""
+    store.stage("vectors/edit", [vector.digest(), dict(vector.meta)], lambda tmp: vector.save(tmp / VECTOR_FILE))
+    return vector
+
+
+def training_logs(vectors: Vectors, recipe: Recipe, store: Store) -> tuple[Mapping[str, Any], ...]:
+    """What every fine-tuning of the run did, in order."""
+    names = {"teach": "target"} if recipe.teach is not None else {}
+    names |= {name.removeprefix("vectors/"): name for name in vectors.stages}
+    # another run, from which a stage was taken, may have called it otherwise
+    return tuple({**store.read(stage, "training.json"), "stage": name} for name, stage in names.items())
+
+
+def _trainee(target: Loaded, recipe: Recipe, store: Store) -> tuple[str, Loaded]:
+    """The model that adapters are fitted on, by fingerprint, and as it is held for training."""
+    spec = recipe.model
+    if not recipe.vector.uses("msa"):
+        if spec.quantize == "none":
+            return target.fingerprint, target
+        return target.fingerprint, models.load(spec, target.path, for_training=True)
+    spec, where = clean_checkpoint(recipe, store.base) or (spec, locate.locate(spec, store.base))
+    clean = models.load(spec, where)
+    trainee = clean if spec.quantize == "none" else models.load(spec, where, for_training=True)
+    return clean.fingerprint, trainee
+
+
+def _source(
+    one: LoadedSet,
+    clean: str,
+    trainee: Loaded,
+    near: Sequence[LoadedSet],
+    retain: TaskVector | None,
+    recipe: Recipe,
+    store: Store,
+) -> TaskVector:
+    """The vector that shaping begins with, of one set."""
+    spec = recipe.vector
+    source, name = spec.steps()[0], _stage_name(one, recipe)
+
+    def fit(run: int = 0, against: str = "") -> TaskVector:
+        beside = near if one.role == "forget" and against in ("", "gradient_difference") else ()
+        label = f"{name}-run{run}" if run else name
+        asked = (label, clean, trainee, [one], spec.forget, recipe, store, beside)
+        return fit_vector(*asked, run=run, against=against, kind=one.role)
+
+    if source == "retain_only":
+        assert retain is not None  # the recipe is checked
+        return -retain
+    if source in ("gradient_ascent", "gradient_difference", "npo"):
+        return -fit(against=source)  # theta + its vector is the method's model; what we subtract is minus that
+    if source == "consensus":
+        return consensus([fit(run) for run in range((spec.consensus or ConsensusSpec()).runs)])
+    vector = fit()
+    if source == "random":
+        return random_like(vector, recipe.seed)
+    if source == "msa":
+        assert retain is not None  # the recipe is checked
+        how = spec.msa or MsaSpec()
+        return msa(vector, retain, how.alpha, how.beta)
+    return vector
+
+
+def _against(spec: VectorSpec, loss: str, retain: Sequence[Encoded]) -> Against:
+    size = spec.forget.batch_size
+    if loss == "gradient_difference":
+        weight = (spec.gradient_difference or GradientDifferenceSpec()).weight
+        return Against("gradient_difference", retain, weight=weight, batch_size=size)
+    if loss == "npo":
+        return Against("npo", beta=(spec.npo or NpoSpec()).beta, batch_size=size)
+    return Against("gradient_ascent", batch_size=size)
+
+
+def _shaped(
+    one: LoadedSet,
+    target: Loaded,
+    fitted: TaskVector,
+    retain: TaskVector | None,
+    near: Sequence[LoadedSet],
+    recipe: Recipe,
+    store: Store,
+) -> TaskVector:
+    """What the recipe's shapers make of a vector, kept.
+
+    On a GPU ``learned`` and ``perta`` do not give the same bits again, and a run that goes on would find no scores.
+    """
+    spec = recipe.vector
+    if not SHAPERS.keys() & set(spec.steps()):
+        return fitted
+
+    def make(tmp: Path) -> None:
+        forget_rows: Sequence[Encoded] = ()
+        retain_rows: Sequence[Encoded] = ()
+        if spec.uses("perta", "learned"):
+            forget_rows = encoded([one], target.tokenizer, spec.forget)
+            retain_rows = encoded(near, target.tokenizer, spec.retain or spec.forget)
+        pad = target.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        have = Materials(target.model, pad, recipe.seed, fitted, retain, forget_rows, retain_rows)
+        shape(fitted, spec.steps(), spec, have).save(tmp / VECTOR_FILE)
+
+    digests = [fitted.digest(), None if retain is None else retain.digest()]
+    inputs = [target.fingerprint, digests, [one.digest, [s.digest for s in near]], plain(spec), recipe.seed]
+    return TaskVector.load(store.stage(f"shaped/{_stage_name(one, recipe)}", inputs, make) / VECTOR_FILE)
+
+
+def _signed(parts: Mapping[Goal, TaskVector], recipe: Recipe) -> dict[Goal, TaskVector]:
+    """What is subtracted: vectors of sets to learn with a minus, the terms of an analogy as one."""
+    analogy = recipe.analogy
+    if analogy is None:
+        return {goal: -part if goal[0] == "learn" else part for goal, part in parts.items()}
+    a, b, c = (parts["term", data.label()] for data in (analogy.a, analogy.b, analogy.c))
+    return {("learn", recipe.learn[0].label()): a - b - c}
+
+
+def _stage_name(one: LoadedSet, recipe: Recipe) -> str:
+    first = recipe.forget is not None and one.name == recipe.forget.label()
+    return "forget" if one.role == "forget" and first else f"{one.role}-{one.name}"
+
+
+def masks(model: Any, lora: LoraSpec | None) -> list[int]:
+    """What a training depends on where several processes make it: each draws masks of its own, if any are drawn."""
+    drawn = drops_out(model) or (lora is not None and lora.dropout > 0)
+    return [count()] if count() > 1 and drawn else []
+
+
+def less_training(key: str) -> str:
+    """What makes a training need less memory, by the recipe's key."""
+    return (
+        f"lower {key}.batch_size (and raise {key}.accumulation by as much) or {key}.max_length, or set "
+        f"{key}.gradient_checkpointing to true"
+    )
+
+
+def plain(spec: Any) -> Any:
+    """A part of the recipe as it enters keys."""
+    return spec.model_dump(mode="json")
