@@ -115,7 +115,7 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("errors", "results", "console", "plan", "cli", "pipeline"),
+        *("errors", "results", "console", "plan", "cli", "execute"),
         *("recipe.schema", "recipe.load", "store.stages", "report.page"),
         *("vector.command", "vector.apply", "evidence.leaderboard", "cluster.command"),
     ],

@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from unlearn.errors import UnlearnError
 from unlearn.model.locate import locate
-from unlearn.recipe import ModelSpec
+from unlearn.recipe.schema import ModelSpec
 spec = ModelSpec.model_validate({"path": "owner/name", "device": "cpu"})
 try:
     if "harness" in sys.argv:

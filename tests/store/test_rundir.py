@@ -31,7 +31,7 @@ TEXT = "name: demo  # as written\n"
 PRELUDE = """
 import os, sys, time
 from pathlib import Path
-from unlearn.recipe import Recipe
+from unlearn.recipe.schema import Recipe
 from unlearn.recipe.run_folder import open_run
 
 def recipe(**more):
