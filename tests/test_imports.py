@@ -30,7 +30,6 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Arrows that still point upwards.
 UPWARDS = {
     ("data", "model"),
-    ("score", "checks"),
     ("store", "recipe"),
     ("vector", "evidence"),
     ("vector", "report"),

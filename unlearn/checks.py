@@ -5,11 +5,8 @@ A plan and a run make the same checks, so that a recipe whose plan is printed do
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from unlearn.data.files import HUB, read_placed
@@ -23,12 +20,7 @@ from unlearn.recipe.evaluation import TaskSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.metrics import goal_metrics
 from unlearn.recipe.schema import Recipe
-
-# A line of lm-eval's YAML that gives a task, group or tag its name, alone or as an item of a list.
-_NAMED = re.compile(
-    rb"""^[ \t]*(?:-[ \t]*)?["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s#"'\[\]{}|>]+)""", re.MULTILINE
-)
-_LISTED = re.compile(rb"""(?:^[ \t]*-[ \t]*|[\[,][ \t]*)["']?([^\s#"'\[\]{},:]+)["']?[ \t]*(?:#.*)?(?=$|[\],])""", re.M)
+from unlearn.recipe.task_names import has_task, no_such_task, shipped_tasks, task_files, task_names
 
 
 def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
@@ -79,14 +71,6 @@ def read_local(sets: Iterable[tuple[SetRole, DataSet]], base: Path) -> None:
                 raise DataError(f"{role} set '{spec.label()}': {error}") from error
 
 
-def no_such_task(name: str, known: Iterable[str]) -> EvaluationError:
-    """The message about a name in ``eval.tasks`` that is none of those known."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:8])}, ..."
-    return EvaluationError(f"eval.tasks: lm-eval has no task {name!r}; {hint}")
-
-
 def _check_reuse(recipe: Recipe, base: Path) -> None:
     for given in recipe.reuse:
         if not (base / given).is_dir():
@@ -122,14 +106,13 @@ def _check_tasks(specs: Sequence[TaskSpec]) -> None:
     """
     if not specs:
         return
-    pack = set(_names(_yaml(tasks_folder())))
+    pack = set(task_names(task_files(tasks_folder())))
     others = [spec.task for spec in specs if spec.task not in pack]
     if others:
-        found = importlib.util.find_spec("lm_eval")  # without importing it
-        shipped = _yaml(Path((found.submodule_search_locations or [""])[0]) / "tasks") if found is not None else []
+        shipped = task_files(shipped_tasks())
         for name in others:
-            if not _has(shipped, name):
-                raise no_such_task(name, {*pack, *_names(shipped)})
+            if not has_task(shipped, name):
+                raise no_such_task(name, {*pack, *task_names(shipped)})
     for spec in specs:
         if spec.task in pack:
             _check_files(spec)
@@ -144,26 +127,3 @@ def _check_files(spec: TaskSpec) -> None:
                 near = references.did_you_mean(path, Path())
                 kind = "file" if key == "items" else "folder"
                 raise EvaluationError(f"eval.tasks: {spec.task}: metadata {key}: there is no {kind} {path}{near}")
-
-
-def _yaml(folder: Path) -> list[str]:
-    """YAML files, and what they include, which has no ending there."""
-    walked = ((at, name) for at, _, names in os.walk(folder) for name in names)
-    return [f"{at}/{name}" for at, name in walked if name.endswith(".yaml") or "." not in name]
-
-
-def _has(files: Sequence[str], name: str) -> bool:
-    """Whether one of lm-eval's files is called so or names such a task; those of its family are looked at first."""
-    if any(path.endswith(f"/{name}.yaml") for path in files):
-        return True
-    family, wanted = name.partition("_")[0], name.encode()
-    for path in sorted(files, key=lambda path: (family not in path, len(path))):
-        content = Path(path).read_bytes()
-        if wanted in content and any(wanted in pattern.findall(content) for pattern in (_NAMED, _LISTED)):
-            return True
-    return False
-
-
-def _names(files: Iterable[str]) -> Iterator[str]:
-    for path in files:
-        yield from (name.decode(errors="replace") for name in _NAMED.findall(Path(path).read_bytes()))

@@ -354,13 +354,7 @@ def test_of_several_processes_each_draws_all(lm: HFLM, gpt2: Loaded, spec: dict[
 @pytest.fixture
 def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own 14,000 tasks are not looked at."""
-    real = named_tasks.manager
-
-    def manager(shipped: bool) -> TaskManager:
-        assert not shipped, "the index of lm-eval's own tasks was read"
-        return real(False)
-
-    monkeypatch.setattr(named_tasks, "manager", manager)
+    monkeypatch.setattr(named_tasks, "SHIPPED", Path("/nowhere"))
 
 
 @pytest.mark.usefixtures("no_index")
@@ -446,19 +440,17 @@ def test_a_group_of_the_pack_has_no_score(gpt2: Loaded, spec: dict[str, Any], tm
     (folder / "items.py").write_text(
         "import datasets\ndef load(**_):\n    return {'test': datasets.Dataset.from_list([{'q': 'x', 'a': 'y'}])}\n"
     )
-    small = TaskManager(include_defaults=False, include_path=str(folder))
-    monkeypatch.setattr(named_tasks, "manager", lambda shipped: small)
+    monkeypatch.setattr(named_tasks, "tasks_folder", lambda: folder)
+    named_tasks._pack.cache_clear()
     with pytest.raises(
         EvaluationError, match=r"'both' is a group without a score of its own; name its tasks: one, two"
     ):
         named({**spec, "task": "both", "metadata": {}}, gpt2, tmp_path)
+    named_tasks._pack.cache_clear()
 
 
-def test_a_name_that_is_nearly_one_of_the_pack(
-    gpt2: Loaded, spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, empty = named_tasks.manager, TaskManager(include_defaults=False)
-    monkeypatch.setattr(named_tasks, "manager", lambda shipped: empty if shipped else real(False))
+@pytest.mark.usefixtures("no_index")
+def test_a_name_that_is_nearly_one_of_the_pack(gpt2: Loaded, spec: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no task 'unlearn_toxicty'; did you mean unlearn_toxicity"):
         named({**spec, "task": "unlearn_toxicty"}, gpt2, tmp_path)
 

@@ -193,15 +193,13 @@ def test_data_of_lm_evals_tasks_out_of_reach(tmp_path: Path) -> None:
         "task: far\ndataset_path: owner/data\noutput_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n"
     )
     code = (
-        "import sys; from pathlib import Path; from lm_eval.tasks import TaskManager\n"
-        "from unlearn.score import harness, tasks as named_tasks; from unlearn.errors import EvaluationError\n"
+        "import sys; from pathlib import Path; from unlearn.errors import EvaluationError\n"
+        "from unlearn.score import harness, tasks\n"
         "from unlearn.recipe.schema import TaskSpec\n"
         "folder = sys.argv[1]\n"
-        "named_tasks.manager = lambda shipped: TaskManager(include_defaults=False, include_path=folder)\n"
-        "try: named_tasks.load(TaskSpec.model_validate({'task': 'far', 'set': 'utility', 'metric': 'acc'}), 0, '')\n"
+        "tasks.SHIPPED = Path(folder).parent\n"
+        "try: tasks.load(TaskSpec.model_validate({'task': 'far', 'set': 'utility', 'metric': 'acc'}), 0, '')\n"
         "except EvaluationError as e: print(e)\n"
-        "init = TaskManager.__init__\n"
-        "init.__defaults__ = tuple(False if d is True else d for d in init.__defaults__)\n"
         "sys.exit(harness.main(['--model', 'unlearn', '--model_args', 'pretrained=' + sys.argv[2], *sys.argv[3:]]))"
     )
     env = _away(tmp_path, NOBODY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 
 from unlearn import checks
 from unlearn.model import pico
+from unlearn.recipe import task_names
 from unlearn.recipe.evaluation import PushSpec, TaskSpec
 
 BENCHMARK = RECIPE["benchmark"]
@@ -256,14 +256,12 @@ def test_no_task_of_lm_eval_is_refused() -> None:
     """lm-eval's own index, which it takes ten seconds to build."""
     from lm_eval.tasks import TaskManager
 
-    found = importlib.util.find_spec("lm_eval")
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    files = checks._yaml(Path(found.submodule_search_locations[0]) / "tasks")
+    files = task_names.task_files(task_names.shipped_tasks())
     known = {Path(path).stem for path in files}
     for path in files:
         content = Path(path).read_bytes()
-        known |= {n.decode(errors="replace") for p in (checks._NAMED, checks._LISTED) for n in p.findall(content)}
+        patterns = (task_names._NAMED, task_names._LISTED)
+        known |= {n.decode(errors="replace") for p in patterns for n in p.findall(content)}
     index = set(TaskManager().task_index)
     assert len(index) > 10_000
     assert index <= known

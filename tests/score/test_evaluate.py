@@ -474,7 +474,7 @@ def letters(count, **_):
 @pytest.fixture
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small stand-in for lm-eval's index of 14,000 tasks, in the same format: reading the real one takes seconds."""
-    folder = tmp_path / "shelf"
+    folder = tmp_path / "shelf"  # in it as in lm-eval's own folder, where each family of tasks has one
     folder.mkdir()
     (folder / "shipped.py").write_text(CODE)
     for name, count in (("letters", 11), ("part_one", 30), ("part_two", 1), ("single", 1), ("unreachable", -1)):
@@ -483,9 +483,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "parts.yaml").write_text(
         "group: parts\ntask: [part_one, part_two]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
-    real = named_tasks.manager
-    small = TaskManager(include_defaults=False, include_path=str(folder))
-    monkeypatch.setattr(named_tasks, "manager", lambda shipped: small if shipped else real(False))
+    monkeypatch.setattr(named_tasks, "SHIPPED", tmp_path)
 
 
 def change(recipe: Recipe, **evaluation: Any) -> Recipe:

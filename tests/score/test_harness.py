@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from unlearn.processes import shares
 from unlearn.recipe.load import tasks_folder
 from unlearn.score import harness
 from unlearn.score.packed import PackedLM
+from unlearn.score.tasks import _with_children, task_manager
 from unlearn.vector.change import LowRank
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
@@ -73,14 +73,7 @@ WINDOW = 128  # lm-eval cuts prompts to it; what is generated takes up 64 of it
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command line sets up logging and the environment once for a process; here it is run more than once.
-
-    And it reads the 14,000 tasks that come with lm-eval first, for seconds; these tests name none of them.
-    """
-    defaults = inspect.signature(TaskManager.__init__).parameters
-    assert defaults["include_defaults"].default is True
-    without = [False if p.name == "include_defaults" else p.default for p in list(defaults.values())[1:]]
-    monkeypatch.setattr(TaskManager.__init__, "__defaults__", tuple(without))
+    """The command line sets up logging and the environment once for a process; here it is run more than once."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
     logger = logging.getLogger("lm_eval")
@@ -458,6 +451,25 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert "backend=seq2seq" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["hellaswag"], ["mmlu", "arc_easy"], ["mmlu_*"], ["leaderboard"], ["pythia"]])
+def test_a_small_index_is_part_of_the_whole_one(names: list[str], whole_index: TaskManager) -> None:
+    """The same tasks, groups and tags, of the same files, and all that groups among them name."""
+    small = task_manager(names)
+    wanted = _with_children(whole_index, names)
+    assert wanted == _with_children(small, names)
+    assert small.match_tasks(names) == whole_index.match_tasks(names)
+    for name in wanted & whole_index.task_index.keys():
+        here, there = small.task_index[name], whole_index.task_index[name]
+        assert (here.yaml_path, here.tags, here.kind) == (there.yaml_path, there.tags, there.kind)
+    assert len(small.all_tasks) < len(whole_index.all_tasks) / 4
+
+
+@pytest.fixture(scope="module")
+def whole_index() -> TaskManager:
+    return TaskManager()
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import lm_eval.models  # noqa: F401 - fills the registry; lm-eval does so by itself only while it is empty
+import lm_eval.models
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import model_registry
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -74,16 +75,44 @@ def _run(cli: HarnessCLI) -> None:
         _check_caches(arguments)
         hub_away()  # looked into before the tasks are: their data are then looked for on this machine alone
         distributed.join()
-        if not is_main_process():
-            _run_silently(cli, arguments)
-            return
+        with _small_index(arguments):
+            _run_silently(cli, arguments) if not is_main_process() else cli.execute(arguments)
+        return
     cli.execute(arguments)
+
+
+@contextlib.contextmanager
+def _small_index(arguments: argparse.Namespace) -> Iterator[None]:
+    """lm-eval's command line reads the index of all its tasks; here it gets that of the tasks that are named."""
+    import lm_eval.evaluator
+    import lm_eval.tasks
+
+    from unlearn.score.tasks import task_manager
+
+    given = _settings(arguments).get("tasks") or ()
+    names = [name for text in ([given] if isinstance(given, str) else given) for name in str(text).split(",")]
+    original = lm_eval.tasks.TaskManager
+
+    def index(include_path: Any = None, metadata: Any = None) -> lm_eval.tasks.TaskManager:
+        paths = include_path if isinstance(include_path, list | tuple) else [include_path] if include_path else []
+        return task_manager(names, paths, metadata)
+
+    lm_eval.tasks.TaskManager = index
+    try:
+        yield
+    finally:
+        lm_eval.tasks.TaskManager = original
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says, over what its ``--config`` file says."""
+    given = EvaluatorConfig.load_yaml_config(arguments.config) if arguments.config else {}
+    return {**given, **{key: value for key, value in vars(arguments).items() if value}}
 
 
 def _check_caches(arguments: argparse.Namespace) -> None:
     """Refuse lm-eval's caches where what they keep would be taken for something else's."""
-    given = EvaluatorConfig.load_yaml_config(arguments.config) if arguments.config else {}
-    given |= {key: value for key, value in vars(arguments).items() if value}
+    given = _settings(arguments)
     if given.get("use_cache") and given.get("model") != MODEL:
         raise EvaluationError(
             f"--use_cache: lm-eval keeps answers by their texts alone and would give one model's for another's; "

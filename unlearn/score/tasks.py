@@ -6,13 +6,12 @@ then handed to the model again, the same objects with their answers wiped.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,8 @@ from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from unlearn.checks import no_such_task
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, write_items
 from unlearn.errors import EvaluationError
 from unlearn.model.locate import hub_away, no_foreign_code
@@ -34,6 +31,7 @@ from unlearn.recipe.evaluation import TaskSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.metrics import RECITED, Key
 from unlearn.recipe.schema import Recipe
+from unlearn.recipe.task_names import families, no_such_task, shipped_tasks, task_files, task_names
 from unlearn.results import Role
 from unlearn.score.silence import quiet_harness
 
@@ -41,15 +39,63 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+SHIPPED = shipped_tasks() or Path()
+
+
+def task_manager(
+    names: Iterable[str] = (), paths: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
+) -> TaskManager:
+    """lm-eval's index of what lies below ``paths`` and, for names that do not, of those of its own families they need.
+
+    Its own index of all its tasks takes ten seconds to read.
+
+    Args:
+        names: Tasks, groups or tags, perhaps with wildcards; YAML files and folders of them.
+        metadata: What every task is told.
+    """
+
+    def index(folders: Iterable[Path]) -> TaskManager:  # of two roots the later one counts, as the first of one does
+        where: list[str | Path] = [*sorted(folders, reverse=True), *paths]
+        return TaskManager(include_defaults=False, include_path=where, metadata=dict(metadata or {}))
+
+    found, wanted, folders = index(()), set(names), set[Path]()
+    files = {path for name in wanted for path in (Path(name), *Path(name).glob("*.yaml")) if path.is_file()}
+    wanted |= {child for path in files for child in _children(load_yaml(path, resolve_func=False))}
+    looked_for: set[str] = set()
+    while missing := {name for name in _with_children(found, wanted) if not found.match_tasks([name])} - looked_for:
+        looked_for |= missing
+        folders |= families(SHIPPED, missing)
+        found = index(folders)
+    return found
+
+
+def _with_children(index: TaskManager, names: Iterable[str]) -> set[str]:
+    """The names, and what the groups among them have in them."""
+    found: set[str] = set()
+    todo = [*names]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            entries = [index.task_index[match] for match in index.match_tasks([name])]
+            todo += [child for entry in entries for child in _children(entry.cfg or {})]
+    return found
+
+
+def _children(config: Mapping[str, Any]) -> list[str]:
+    listed = config["task"] if isinstance(config.get("task"), list) else []
+    named = [child if isinstance(child, str) else child.get("task", child.get("group")) for child in listed]
+    return [child for child in named if isinstance(child, str)]
+
+
 @functools.cache
-def manager(shipped: bool) -> TaskManager:
-    """lm-eval's index of its own tasks (``shipped``), or of the pack; read once."""
-    return TaskManager(include_defaults=shipped, include_path=None if shipped else str(tasks_folder()))
+def _pack() -> TaskManager:
+    return task_manager(paths=[tasks_folder()])
 
 
 @dataclass(frozen=True)
 class Named:
-    """What one name in ``eval.tasks`` stands for, and the metrics that are reported."""
+    """What one name in ``eval.tasks`` stands for, and the metrics that are reported, the one that counts first."""
 
     tasks: Mapping[str, Task]
     groups: Mapping[str, Group]
@@ -69,30 +115,28 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
             writes.
         ModelError: it was to run code that comes with a tokenizer.
     """
-    # the pack first: lm-eval's own index has 14,000 tasks, and reading it takes seconds
-    index, ours = manager(shipped=False), True
-    if spec.task not in index.task_index:
-        pack, index, ours = index, manager(shipped=True), False
-        if spec.task not in index.task_index:
-            raise no_such_task(spec.task, {*index.all_tasks, *pack.all_tasks})
     given = spec.model_dump(mode="json")["metadata"]
-    if ours and tokenizer:
-        given = {"tokenizer": tokenizer, **given}  # some count tokens
+    ours = spec.task in _pack().task_index
+    if ours:
+        index = task_manager(paths=[tasks_folder()], metadata={"tokenizer": tokenizer} | given if tokenizer else given)
+    else:
+        index = task_manager([spec.task], metadata=given)
+        if spec.task not in index.task_index:
+            raise no_such_task(spec.task, {*_pack().all_tasks, *task_names(task_files(SHIPPED))})
     away = hub_away()
     try:
         with no_foreign_code(f"eval.tasks: {spec.task}"):
-            loaded = _telling(index, given).load(spec.task)
+            loaded = index.load(spec.task)
     except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
         if ours and isinstance(error, ValueError):  # the pack's own words
             raise EvaluationError(f"eval.tasks: {spec.task}: {error}") from error
+        cure = "Fill the cache where there is network and set HF_HOME, or take the task out of the recipe"
         if away and isinstance(error, ConnectionError):
             raise EvaluationError(
-                f"eval.tasks: the data of {spec.task!r} are not on this machine, and {away}. Fill the cache where "
-                "there is network and set HF_HOME, or take the task out of the recipe"
+                f"eval.tasks: the data of {spec.task!r} are not on this machine, and {away}. {cure}"
             ) from error
         raise EvaluationError(
-            f"eval.tasks: lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error}). Its data come from the "
-            f"hub: fill the cache where there is network and set HF_HOME, or take the task out of the recipe"
+            f"eval.tasks: lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error}). {cure}"
         ) from error
     tasks, groups = dict(loaded["tasks"]), dict(loaded.get("groups") or {})
     if spec.task not in tasks and spec.task not in groups:
@@ -110,49 +154,27 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed)
-    return Named(tasks, groups, _pack_metrics(spec, tasks) if ours else (_shipped_metric(spec, tasks, groups),))
+    return Named(tasks, groups, _metrics(spec, tasks, groups, ours))
 
 
-def _telling(index: TaskManager, metadata: Mapping[str, Any]) -> TaskManager:
-    """The same index, its tasks told the metadata. Anew, the index would be read again."""
-    if not metadata:
-        return index
-    other = copy.copy(index)
-    other.metadata = dict(metadata)
-    other._factory = TaskFactory(meta=dict(metadata))
-    return other
-
-
-def _pack_metrics(spec: TaskSpec, tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """All metrics of a task of the pack, the one that counts first."""
-    if spec.task not in tasks:
-        raise EvaluationError(
-            f"eval.tasks: {spec.task!r} is a group without a score of its own; name its tasks: {', '.join(tasks)}"
-        )
-    found = list(tasks[spec.task].aggregation())
-    if spec.metric not in found:
-        raise EvaluationError(f"eval.tasks: {spec.task} has no metric {spec.metric!r}; it has {', '.join(found)}")
-    return (spec.metric, *(metric for metric in found if metric != spec.metric))
-
-
-def _shipped_metric(spec: TaskSpec, tasks: Mapping[str, Task], groups: Mapping[str, Group]) -> str:
-    """The metric that counts of one of lm-eval's own tasks, or of a group of them.
+def _metrics(spec: TaskSpec, tasks: Mapping[str, Task], groups: Mapping[str, Group], ours: bool) -> tuple[str, ...]:
+    """The metrics to report: of a task of the pack all, of one of lm-eval's or a group the one that counts.
 
     Raises:
         EvaluationError: it has none of that name, which lm-eval would find out when all is scored.
     """
-    if spec.task in groups:
-        aggregated = groups[spec.task].aggregate_metric_list or ()
-        found = list(dict.fromkeys(config.metric for config in aggregated))
+    if spec.task in tasks:
+        found = list(tasks[spec.task].aggregation())
+    else:
+        found = [] if ours else [config.metric for config in groups[spec.task].aggregate_metric_list or ()]
         if not found:
             raise EvaluationError(
                 f"eval.tasks: {spec.task!r} is a group without a score of its own; name its tasks: {', '.join(tasks)}"
             )
-    else:
-        found = list(tasks[spec.task].aggregation())
     if spec.metric not in found:
-        raise EvaluationError(f"eval.tasks: {spec.task} has no metric {spec.metric!r}; it has {', '.join(found)}")
-    return spec.metric
+        known = ", ".join(dict.fromkeys(found))
+        raise EvaluationError(f"eval.tasks: {spec.task} has no metric {spec.metric!r}; it has {known}")
+    return (spec.metric, *(metric for metric in found if metric != spec.metric and ours))
 
 
 def share(spec: TaskSpec, tasks: Mapping[str, Task], split: Split, seed: int) -> dict[str, list[int]]:
@@ -170,9 +192,6 @@ def share(spec: TaskSpec, tasks: Mapping[str, Task], split: Split, seed: int) ->
             "test items"
         )
     return {name: sorted(indices) for name, indices in chosen.items()}
-
-
-# -- lm-eval tasks for a recipe
 
 
 @dataclass(frozen=True)
@@ -235,14 +254,10 @@ def build_tasks(
 
     Args:
         sets: The recipe's data.
-        split: ``validation`` or ``test``.
         recipe: For tasks by name, the engine and the seed.
         tokenizer: The scored model's, for token counts.
-        folder: Where the items are written (see :func:`unlearn.data.sets.write_items`).
+        folder: Where the items are written for lm-eval.
         generate: Also tasks for which the model must write text; too slow for a search.
-
-    Raises:
-        EvaluationError: no items in a set that needs some, two tasks of one name, a task that cannot be had.
     """
     if generate and split == "test":
         sets = at_prefixes(sets, tokenizer)
@@ -334,7 +349,7 @@ def _configs(
 
 
 def _build(config: dict[str, Any], seed: int) -> Task:
-    (task,) = manager(shipped=False).load(config)["tasks"].values()
+    (task,) = _pack().load(config)["tasks"].values()
     task.set_fewshot_seed(seed)
     return _reusing(task)
 
