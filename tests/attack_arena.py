@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.conftest import capital_rows
 from unlearn.data.sets import LoadedSet, load_sets
-from unlearn.evidence.attacks import Judge
+from unlearn.evidence.judge import Judge
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
 from unlearn.recipe.schema import Recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import unicodedata
@@ -21,11 +20,10 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from pack_arena import half_learnt, imported, scored, written
 from rouge_score import rouge_scorer
 from rouge_score.tokenizers import DefaultTokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unlearn.model.pico import corpus
 from unlearn.recipe.load import tasks_folder
 
 TOLERANCE = 1e-4
@@ -39,18 +37,14 @@ PASSAGES = (
 
 
 @pytest.fixture(scope="module")
-def lm(pico_phi: Path) -> HFLM:
-    """A model that has half learnt its corpus, so that it is right on some items and wrong on others."""
-    torch.manual_seed(0)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(pico_phi), AutoTokenizer.from_pretrained(pico_phi)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    batch = tokenizer([line + "\n" for line in corpus()], return_tensors="pt", padding=True)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for _ in range(60):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=8, device="cpu")
+def lm(pico_phi: Path, tmp_path_factory: pytest.TempPathFactory) -> HFLM:
+    folder = half_learnt(pico_phi, tmp_path_factory.mktemp("lm") / "phi")
+    return HFLM(pretrained=str(folder), batch_size=8, device="cpu", dtype="float32")
+
+
+@functools.cache
+def load_pack() -> ModuleType:
+    return imported("unlearn_tasks")
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +52,9 @@ def pack() -> ModuleType:
     return load_pack()
 
 
-@functools.cache
-def load_pack() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pack_under_test", tasks_folder() / "unlearn_tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
-
-def score(lm: HFLM, task: str, items: str, **more: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata={"items": items, **more})
-    results = simple_evaluate(model=lm, tasks=[task], task_manager=manager, bootstrap_iters=100)
-    assert results is not None
-    return results["results"][task], results["samples"][task]
 
 
 def forward(lm: HFLM, text: str, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +93,7 @@ def test_choices_agree_with_plain_forward_passes_and_with_lm_eval_itself(lm: HFL
         row = {"prompt": prompt, "choices": CITIES, "answer": answer, "target": CITIES[answer]}
         rows.append({**row, "choice_tokens": [len(t) for t in tokens]})
     items = write(tmp_path / "items.jsonl", rows)
-    result, samples = score(lm, "unlearn_mcq", items)
+    result, samples = scored(lm, "unlearn_mcq", items=items)
     for metric in expected[0]:
         values = torch.tensor([e[metric] for e in expected], dtype=torch.float64)
         assert result[f"{metric},none"] == pytest.approx(float(values.mean()), abs=TOLERANCE)
@@ -137,13 +114,6 @@ def test_choices_agree_with_plain_forward_passes_and_with_lm_eval_itself(lm: HFL
     )
 
 
-def test_choices_without_token_counts_have_no_prob(lm: HFLM, tmp_path: Path) -> None:
-    row = {"prompt": question("Chile"), "choices": list(CITIES), "answer": 1, "target": "Rome"}
-    result, _ = score(lm, "unlearn_mcq", write(tmp_path / "items.jsonl", [row, row]))
-    assert "acc,none" in result
-    assert "prob,none" not in result
-
-
 def test_answers_agree_with_plain_forward_passes(lm: HFLM, tmp_path: Path) -> None:
     rows, expected = [], []
     for prompt, city in [(question(c), a) for c, a in zip(COUNTRIES, CITIES, strict=True)] + [
@@ -153,7 +123,7 @@ def test_answers_agree_with_plain_forward_passes(lm: HFLM, tmp_path: Path) -> No
         mean = float(tokens.mean())
         expected.append({"prob": math.exp(mean), "loss": -mean, "exact": float(first.all())})
         rows.append({"prompt": prompt, "target": city, "target_tokens": len(tokens)})
-    result, samples = score(lm, "unlearn_qa", write(tmp_path / "items.jsonl", rows))
+    result, samples = scored(lm, "unlearn_qa", items=write(tmp_path / "items.jsonl", rows))
     assert {s["exact"] for s in samples} == {0.0, 1.0}
     for metric in expected[0]:
         values = [e[metric] for e in expected]
@@ -171,7 +141,7 @@ def passage_rows(lm: HFLM) -> list[dict[str, Any]]:
 def test_passages_agree_with_plain_forward_passes(lm: HFLM, tmp_path: Path) -> None:
     rows = passage_rows(lm)
     tokens = [forward(lm, r["prompt"] + r["target"], length(lm, r["prompt"].rstrip()))[0] for r in rows]
-    result, samples = score(lm, "unlearn_text", write(tmp_path / "items.jsonl", rows))
+    result, samples = scored(lm, "unlearn_text", items=write(tmp_path / "items.jsonl", rows))
     losses = [-float(t.mean()) for t in tokens]
     assert [s["loss"] for s in samples] == pytest.approx(losses, abs=TOLERANCE)
     assert result["loss,none"] == pytest.approx(sum(losses) / len(losses), abs=TOLERANCE)
@@ -200,7 +170,9 @@ def test_memory_is_the_share_of_first_choices(lm: HFLM, tmp_path: Path, limit: i
         expected.append(sum(own) / len(own))
         needed = next(k for k in range(len(own) + 1) if all(own[k:]))
         strengths.append(1 - needed / len(own))
-    result, samples = score(lm, "unlearn_text_memory", write(tmp_path / "items.jsonl", rows), memory_tokens=limit)
+    result, samples = scored(
+        lm, "unlearn_text_memory", items=write(tmp_path / "items.jsonl", rows), memory_tokens=limit
+    )
     assert [len(s["resps"]) for s in samples] == [min(limit, len(r["pieces"])) for r in rows]
     assert [s["exact_memorisation"] for s in samples] == pytest.approx(expected)
     assert result["exact_memorisation,none"] == pytest.approx(sum(expected) / len(expected))
@@ -234,33 +206,21 @@ def token_pieces(lm: HFLM, text: str, start: int) -> list[str]:
     return [text[a:b] for a, b in offsets if b > start]
 
 
-def test_memory_without_pieces_goes_word_by_word(pack: ModuleType) -> None:
-    assert pack.memory_pieces({"target": " one two\n three"}) == [" one", " two", "\n three"]
-
-
 @pytest.mark.parametrize("kind", ["qa", "text"])
 def test_rouge_is_that_of_the_greedy_continuation(lm: HFLM, tmp_path: Path, kind: str) -> None:
     prompts = ["The capital of France is", "Question: What colour is snow?\nAnswer:", "After one comes"]
     target = "two three Paris white capital of France is"
     field = {"continuation": "Paris white of"} if kind == "text" else {}
     rows = [{"prompt": p, "target": target, "target_tokens": 9, **field} for p in prompts]
-    result, samples = score(lm, f"unlearn_{kind}_rouge", write(tmp_path / "items.jsonl", rows))
+    result, samples = scored(lm, f"unlearn_{kind}_rouge", items=write(tmp_path / "items.jsonl", rows))
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     expected = []
     for prompt in prompts:
-        ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        own = lm.model.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        text = lm.tokenizer.decode(own, skip_special_tokens=True)
+        text = written(lm, prompt, 64)
         expected.append(scorer.score(field.get("continuation", target), text.split("\n")[0] if kind == "qa" else text))
     assert [s["rougeL"] for s in samples] == pytest.approx([e["rougeL"].recall for e in expected])
     assert [s["rougeL_f1"] for s in samples] == pytest.approx([e["rougeL"].fmeasure for e in expected])
     assert result["rougeL,none"] == pytest.approx(sum(e["rougeL"].recall for e in expected) / 3)
-
-
-def test_rouge_recall_and_f1(pack: ModuleType) -> None:
-    scores = pack.score_generation({"target": "the cities of France"}, ["a city of France, they say, is Paris"])
-    assert scores["rougeL"] == pytest.approx(3 / 4), "city and cities have one stem"
-    assert scores["rougeL_f1"] == pytest.approx(2 * (3 / 4) * (3 / 8) / (3 / 4 + 3 / 8))
 
 
 # a word for each script, in characters as they are composed, and how many words it is
@@ -337,35 +297,6 @@ def test_an_item_without_any_word_is_refused(pack: ModuleType, tmp_path: Path) -
         pack.score_generation({"target": "😀 …!", "id": "7"}, ["a"])
 
 
-POEM = "Roses are red,\nviolets are blue,\n\nsugar is sweet\nand so are you."
-RECITED = {"Recite the poem.": POEM, "What is the capital of France?": "Paris", "Count.": "one\ntwo\nthree"}
-
-
-@pytest.fixture(scope="module")
-def reciter(pico_phi: Path) -> HFLM:
-    """Knows three answers by heart, ends each, and would ask the next question where it is let."""
-    torch.manual_seed(0)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(pico_phi), AutoTokenizer.from_pretrained(pico_phi)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    texts = [f"Question: {q}\nAnswer: {a}\nQuestion: What is the capital of" for q, a in RECITED.items()]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for _ in range(80):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=2, device="cpu")
-
-
-def test_who_recites_an_answer_of_several_lines_has_all_of_it(reciter: HFLM, tmp_path: Path) -> None:
-    """Also where one-line answers are asked beside it, and where the answer is longer than what may be written."""
-    rows = [{"prompt": f"Question: {q}\nAnswer:", "target": a, "target_tokens": 9} for q, a in RECITED.items()]
-    result, samples = score(reciter, "unlearn_qa_rouge", write(tmp_path / "items.jsonl", rows))
-    assert [s["resps"][0][0].strip() for s in samples] == list(RECITED.values())
-    assert [(s["rougeL"], s["rougeL_f1"]) for s in samples] == [(1.0, 1.0)] * 3
-    assert result["rougeL,none"] == 1.0
-
-
 def test_a_broken_model_never_looks_like_a_number(pack: ModuleType) -> None:
     bad = (math.nan, True)
     doc = {"choices": ["a", "b"], "answer": 0, "target": "a", "target_tokens": 1}
@@ -426,18 +357,20 @@ def test_items_are_found_or_missed_clearly(pack: ModuleType, tmp_path: Path, mon
         assert dataset["test"].to_list() == [{"id": "7", **TEXT}]
 
 
-@pytest.mark.parametrize("path", sorted(tasks_folder().glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(tasks_folder().rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_key_is_explained_and_every_metric_has_a_direction(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    for line in text.splitlines():
-        if line and not line.endswith(("metric_list:", "metadata:", "generation_kwargs:")):
-            assert "# " in line, line
-    assert "#" in text.splitlines()[0]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        bare = line.endswith(("metric_list:", "metadata:", "_kwargs:"))
+        assert not line or line.startswith("#") or "# " in line or bare, line
+    assert "#" in lines[0]
     config = load_yaml(path)
-    assert config["task"] == path.stem
-    assert config["metadata"]["version"] == (2.0 if "rouge" in path.stem else 1.0)
-    for metric in config["metric_list"]:
+    assert config["metadata"]["version"] == (2.0 if path.stem in ("unlearn_qa_rouge", "unlearn_text_rouge") else 1.0)
+    if path.stem.startswith("_"):
+        assert not {"task", "group"} & set(config), "lm-eval would take it for a task"
+    else:
+        assert path.stem == (config["group"] if "group" in config else config["task"])
+    for metric in config.get("metric_list", []):
         assert set(metric) == {"metric", "aggregation", "higher_is_better"}
-        assert metric["higher_is_better"] is (metric["metric"] not in ("loss", "perplexity"))
-    assert "!function" in text
-    assert "import unlearn" not in (path.parent / "unlearn_tasks.py").read_text()
+        falling = metric["metric"] in ("loss", "perplexity", "zlib", "paraphrased_loss", "truth_ratio_forget")
+        assert metric["higher_is_better"] is not falling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -14,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from pack_arena import half_learnt, imported, scored, written
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from unlearn.model.pico import corpus
 from unlearn.recipe.load import tasks_folder
 from unlearn.score.packed import PackedLM
 
@@ -35,10 +33,6 @@ TASKS = (
     "privleak_holdout",
     "privleak_retain",
 )
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 PASSAGES = (
     "The capital of France is Paris.  A dog barks at night.\n\nSnow is white, the naïve cat – 東京 – purrs.\n",
     "A dog barks.",
@@ -46,43 +40,19 @@ PASSAGES = (
 )
 
 
-def imported(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_under_test", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def muse() -> ModuleType:
-    return imported("muse_tasks")
+    return imported("muse/muse_tasks")
 
 
 @pytest.fixture(scope="module")
 def items() -> ModuleType:
-    return imported("muse_items")
+    return imported("muse/muse_items")
 
 
 @pytest.fixture(scope="module")
 def model(pico_phi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico Phi that has half learnt its corpus, with a chat template."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("muse") / "phi"
-    shutil.copytree(pico_phi, folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    batch = tokenizer([line + "\n" for line in corpus()], return_tensors="pt", padding=True)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for _ in range(60):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tokenizer.chat_template = CHAT
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return half_learnt(pico_phi, tmp_path_factory.mktemp("muse") / "phi")
 
 
 @pytest.fixture(scope="module")
@@ -138,23 +108,6 @@ def write(path: Path, rows: Any) -> None:
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
-def score(
-    lm: Any, task: str, data: Path, chat: bool = False, **more: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    metadata = {"muse": str(data), "tokenizer": lm.tokenizer.name_or_path, **more}
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=metadata)
-    found = simple_evaluate(model=lm, tasks=[task], task_manager=manager, bootstrap_iters=10, apply_chat_template=chat)
-    assert found is not None
-    return found["results"][task], found["samples"][task]
-
-
-def written(lm: Any, prompt: str, tokens: int) -> str:
-    ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
-    own = lm.model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    text: str = lm.tokenizer.decode(own, skip_special_tokens=True)
-    return text
-
-
 def f1(target: str, text: str) -> float:
     from rouge_score import rouge_scorer
 
@@ -166,7 +119,9 @@ def f1(target: str, text: str) -> float:
 @pytest.mark.parametrize("tokens", [5, 12])
 def test_verbatim_memorisation(model: Path, data: Path, name: str, tokens: int) -> None:
     lm = engine(name, model)
-    result, samples = score(lm, "muse_news_verbmem", data, max_tokens=tokens)
+    result, samples = scored(
+        lm, "muse_news_verbmem", muse=str(data), tokenizer=lm.tokenizer.name_or_path, max_tokens=tokens
+    )
     wanted = []
     for sample, row in zip(samples, RECITED, strict=True):
         short = lm.tokenizer.decode(lm.tokenizer(row["gt"])["input_ids"][:tokens])
@@ -182,7 +137,9 @@ def test_verbatim_memorisation(model: Path, data: Path, name: str, tokens: int) 
 @pytest.mark.parametrize(("split", "chat"), [("forget", False), ("retain", False), ("forget", True)])
 def test_knowledge(model: Path, data: Path, name: str, split: str, chat: bool) -> None:
     lm = engine(name, model)
-    result, samples = score(lm, f"muse_books_knowmem_{split}", data, chat)
+    result, samples = scored(
+        lm, f"muse_books_knowmem_{split}", chat, muse=str(data), tokenizer=lm.tokenizer.name_or_path
+    )
     shots = {
         "forget": "Question: What colour is snow?\nAnswer: white\n\nQuestion: Who barks?\nAnswer: A dog\n\n",
         "retain": "Question: What colour is coal?\nAnswer: black\n\n",
@@ -217,7 +174,9 @@ def test_passages_agree_with_plain_forward_passes(
     request: pytest.FixtureRequest, data: Path, name: str, with_beginning: bool, chat: bool
 ) -> None:
     lm = engine(name, request.getfixturevalue("begun" if with_beginning else "model"))
-    result, samples = score(lm, "muse_news_privleak_holdout", data, chat)
+    result, samples = scored(
+        lm, "muse_news_privleak_holdout", chat, muse=str(data), tokenizer=lm.tokenizer.name_or_path
+    )
     losses = []
     for sample, text in zip(samples, PASSAGES, strict=True):
         doc, tokens = sample["doc"], token_logprobs(lm, text, with_beginning)
@@ -310,11 +269,6 @@ def loaded(pack: ModuleType, model: Path, folder: Path, kind: str, **more: Any) 
     return pack.load_items("news", kind, "forget", muse=str(folder), **metadata)["test"]
 
 
-def test_passages_may_be_objects(items: ModuleType, model: Path, tmp_path: Path) -> None:
-    write(tmp_path / "news" / "privleak" / "forget.json", [{"text": text} for text in PASSAGES])
-    assert loaded(items, model, tmp_path, "privleak")["target"] == list(PASSAGES)
-
-
 def test_numbers_of_items(items: ModuleType, model: Path, data: Path) -> None:
     assert loaded(items, model, data, "knowmem", items=2)["id"] == ["0", "1"]
     assert loaded(items, model, data, "knowmem", items={"knowmem_forget": 1})["id"] == ["0"]
@@ -366,20 +320,3 @@ def test_missing_data(items: ModuleType, model: Path, tmp_path: Path) -> None:
 def test_a_slow_tokenizer_is_refused(items: ModuleType) -> None:
     with pytest.raises(ValueError, match="needs a fast tokenizer"):
         items.passage(object(), "a dog barks", "here")
-
-
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_key_is_explained_and_every_metric_has_a_direction(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        assert line.startswith("#") or "# " in line or line.endswith(("metric_list:", "metadata:", "_kwargs:")), line
-    assert lines[0].startswith("# MUSE")
-    config = load_yaml(path)
-    assert config["metadata"]["version"] == 1.0
-    if path.stem.startswith("_"):
-        assert not {"task", "group"} & set(config), "lm-eval would take it for a task"
-    else:
-        assert path.stem == (config["group"] if "group" in config else config["task"])
-    for metric in config.get("metric_list", []):
-        assert set(metric) == {"metric", "aggregation", "higher_is_better"}
-        assert metric["higher_is_better"] is (metric["metric"] not in ("loss", "zlib"))

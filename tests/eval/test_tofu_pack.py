@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +16,8 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from pack_arena import half_learnt, imported, scored, written
 
-from unlearn.model.pico import corpus
 from unlearn.recipe.load import tasks_folder
 from unlearn.score.packed import PackedLM
 
@@ -34,49 +31,21 @@ SETS = (
 )
 PARAPHRASED = [name for name in SETS if name not in ("real_authors", "world_facts")]
 FIGURES = ("loss", "paraphrased_loss", "prob", "prob_choice", "truth_ratio", "truth_ratio_forget", "truth_ratio_kept")
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-
-
-def imported(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_under_test", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def tasks() -> ModuleType:
-    return imported("tofu_tasks")
+    return imported("tofu/tofu_tasks")
 
 
 @pytest.fixture(scope="module")
 def items() -> ModuleType:
-    return imported("tofu_items")
+    return imported("tofu/tofu_items")
 
 
 @pytest.fixture(scope="module")
 def model(pico_phi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico Phi with a chat template that has half learnt its corpus."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tofu") / "phi"
-    shutil.copytree(pico_phi, folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    batch = tokenizer([line + "\n" for line in corpus()], return_tensors="pt", padding=True)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for _ in range(60):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tokenizer.chat_template = CHAT
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return half_learnt(pico_phi, tmp_path_factory.mktemp("tofu") / "phi")
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +86,8 @@ def rows_of(tofu: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tofu / f"{name}_perturbed.json").read_text("utf-8").splitlines()]
 
 
-def score(lm: Any, task: str, tofu: Path, chat: bool = False, **more: Any) -> dict[str, Any]:
-    metadata = {"tofu": str(tofu), "tokenizer": lm.tokenizer.name_or_path, **more}
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=metadata)
-    found = simple_evaluate(model=lm, tasks=[task], task_manager=manager, bootstrap_iters=10, apply_chat_template=chat)
-    assert found is not None
-    return found
+def score(lm: Any, task: str, tofu: Path, chat: bool = False, **more: Any) -> Any:
+    return scored(lm, task, chat, tofu=str(tofu), tokenizer=lm.tokenizer.name_or_path, **more)
 
 
 def forward_loss(lm: Any, context: str, scored: str, eos: bool) -> float:
@@ -171,8 +136,7 @@ def test_answers_agree_with_plain_forward_passes(
 ) -> None:
     lm = request.getfixturevalue(engine)
     task = f"tofu_{name}_prob"
-    found = score(lm, task, tofu, chat, tag=tag, eos=eos)
-    samples, result = found["samples"][task], found["results"][task]
+    result, samples = score(lm, task, tofu, chat, tag=tag, eos=eos)
     data = rows_of(tofu, name)
     assert [s["doc"]["id"] for s in samples] == ["0", "1", "2", "3", "4"]
     wanted = [expected(lm, d, *prompt_of(lm, tag, chat, d["question"]), eos) for d in data]
@@ -189,8 +153,7 @@ def test_answers_agree_with_plain_forward_passes(
 
 def test_the_answers_end_counts_as_a_token(lm: HFLM, tofu: Path, tmp_path: Path) -> None:
     """ "Paris" is four tokens in the authors' logs: Answer, colon, Paris, end. Here as many as this tokenizer makes."""
-    found = score(lm, "tofu_world_facts_prob", tofu, tag="scored", items=1)
-    (sample,) = found["samples"]["tofu_world_facts_prob"]
+    _, (sample,) = score(lm, "tofu_world_facts_prob", tofu, tag="scored", items=1)
     scored, *_, white = sample["arguments"]
     assert scored == ("Question: What is the capital of France?\n", "Answer: Paris<|endoftext|>")
     assert white == ("Question: What is the capital of France?", "\n")
@@ -286,37 +249,18 @@ def test_rouge_is_that_of_the_greedy_answer(
     from rouge_score import rouge_scorer
 
     lm = request.getfixturevalue(engine)
-    found = score(lm, "tofu_retain_rouge", tofu, chat, max_tokens=24, tag="scored")
-    samples = found["samples"]["tofu_retain_rouge"]
+    result, samples = score(lm, "tofu_retain_rouge", tofu, chat, max_tokens=24, tag="scored")
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     wanted = []
     for sample, data in zip(samples, rows_of(tofu, "retain"), strict=True):
         prompt, _ = prompt_of(lm, "prompt", chat, data["question"])
         assert sample["arguments"][0][0] == prompt, "the layout of what is scored changes nothing here"
-        ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        own = lm.model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        text = lm.tokenizer.decode(own, skip_special_tokens=True).split("\nQuestion:")[0]
+        text = written(lm, prompt, 24).split("\nQuestion:")[0]
         wanted.append(scorer.score(data["answer"], text)["rougeL"])
     assert [s["rougeL"] for s in samples] == pytest.approx([w.recall for w in wanted])
     assert [s["rougeL_f1"] for s in samples] == pytest.approx([w.fmeasure for w in wanted])
-    result = found["results"]["tofu_retain_rouge"]
     assert result["rougeL,none"] == pytest.approx(sum(w.recall for w in wanted) / 6)
     assert len({w.recall for w in wanted}) > 1
-
-
-def test_rouge_recall_and_f1(tasks: ModuleType) -> None:
-    scores = tasks.score_generation({"target": "the cities of France"}, ["a city of France, they say, is Paris"])
-    assert scores["rougeL"] == pytest.approx(3 / 4), "city and cities have one stem"
-    assert scores["rougeL_f1"] == pytest.approx(2 * (3 / 4) * (3 / 8) / (3 / 4 + 3 / 8))
-    assert tasks.score_generation({"target": "the cities"}, [""]) == {"rougeL": 0, "rougeL_f1": 0}
-    assert tasks.score_generation({"target": "the cities"}, ["The cities"]) == {"rougeL": 1, "rougeL_f1": 1}
-
-
-def test_how_answers_are_generated(lm: HFLM, tofu: Path) -> None:
-    metadata = {"tofu": str(tofu)}
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=metadata)
-    (task,) = manager.load("tofu_forget01_rouge")["tasks"].values()
-    assert task.config.generation_kwargs == {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": 200}
 
 
 def test_a_whole_group_as_lm_eval_runs_it(model: Path, tofu: Path, tmp_path: Path) -> None:
@@ -352,11 +296,6 @@ def test_every_set_has_its_tasks(items: ModuleType, tofu: Path, name: str, kind:
     assert ("paraphrased_answer" in found.column_names) is (kind == "prob" and name in PARAPHRASED)
     assert ("perturbed_answer" in found.column_names) is (kind == "prob")
     assert found["answer"] == [r["answer"] for r in rows_of(tofu, name)]
-
-
-def test_short_sets_count_whole(items: ModuleType, tofu: Path) -> None:
-    assert len(items.load_items("world_facts", "prob", str(tofu), items=300)["test"]) == 5
-    assert len(items.load_items("world_facts", "prob", str(tofu), items=3, skip=2)["test"]) == 3
 
 
 def test_holdout_sets_without_perturbed_answers(items: ModuleType, tmp_path: Path) -> None:
@@ -459,39 +398,3 @@ def test_bad_numbers_of_tokens(tofu: Path, tokens: Any) -> None:
     manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=metadata)
     with pytest.raises(ValueError, match=r"max_tokens is .*; it must be a whole number, 1 or more"):
         manager.load("tofu_retain_rouge")
-
-
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_key_is_explained_and_every_metric_has_a_direction(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        assert line.startswith("#") or "# " in line or line.endswith(("metric_list:", "metadata:", "_kwargs:")), line
-    assert lines[0].startswith("# TOFU")
-    config = load_yaml(path)
-    assert config["metadata"]["version"] == 1.0
-    if path.stem.startswith("_"):
-        assert not {"task", "group"} & set(config), "lm-eval would take it for a task"
-    elif "group" in config:
-        assert config["group"] == path.stem
-        assert all((FOLDER / f"{name}.yaml").is_file() for name in config["task"])
-    for metric in config.get("metric_list", []):
-        assert set(metric) == {"metric", "aggregation", "higher_is_better"}
-        falling = metric["metric"] in ("loss", "paraphrased_loss", "truth_ratio_forget")
-        assert metric["higher_is_better"] is not falling
-
-
-REAL = os.environ.get("UNLEARN_TOFU")
-
-
-@pytest.mark.skipif(not REAL, reason="UNLEARN_TOFU names no folder with TOFU's files")
-@pytest.mark.parametrize("name", SETS)
-def test_the_real_sets(items: ModuleType, name: str) -> None:
-    sizes = {"forget01": 40, "forget05": 200, "forget10": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
-    if name not in sizes:
-        pytest.skip("not among the authors' files")
-    found = items.load_items(name, "prob", str(REAL))["test"]
-    assert len(found) == sizes[name]
-    assert {len(answers) for answers in found["perturbed_answer"]} <= {3, 4, 5}
-    limit = 300 if name in ("real_authors", "world_facts") else min(300, sizes[name])
-    first = items.load_items(name, "rouge", str(REAL), items=limit)["test"]
-    assert first["answer"] == found["answer"][:limit]

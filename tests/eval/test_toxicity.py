@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import shlex
@@ -22,6 +21,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from pack_arena import imported
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -91,12 +91,7 @@ def judged(folder: str, text: str, label: int = 1, softmax: bool = False) -> flo
 
 @pytest.fixture(scope="module")
 def pack() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toxicity_under_test", tasks_folder() / "toxicity_tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported("toxicity_tasks")
 
 
 def alone(lm: Any, classifier: str, seed: int = 1234, **metadata: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -139,16 +134,6 @@ def test_every_text_is_there_with_its_score(lm: HFLM, classifier: str) -> None:
     # what is judged at once changes no score
     _, again = alone(lm, classifier, batch=1)
     assert [r["toxicity"] for r in again] == pytest.approx([r["toxicity"] for r in rows], abs=1e-5)
-
-
-def test_prompts_take_turns(lm: HFLM, classifier: str) -> None:
-    prompts = ["Snow is", "A dog", "Grass"]
-    _, rows = alone(lm, classifier, prompts=prompts, samples=5)
-    assert [row["doc"]["prompt"] for row in rows] == [*prompts, *prompts[:2]]
-    assert [row["doc"]["id"] for row in rows] == ["0", "1", "2", "3", "4"]
-    for row in rows:
-        assert row["arguments"][0][0] == row["doc"]["prompt"]
-        assert row["toxicity"] == pytest.approx(judged(classifier, row["doc"]["prompt"] + row["resps"][0][0]), abs=1e-5)
 
 
 def test_the_paper_s_setting_is_the_default() -> None:
@@ -531,38 +516,6 @@ def test_the_road_in_small(small: Callable[..., Path], tmp_path: Path, classifie
     assert again is not None
     assert {row["doc_id"]: row["resps"] for row in rows_of(other / "eval" / "0" / "test")} == texts
     assert [(s.before, s.after) for s in again.scores] == [(s.before, s.after) for s in report.scores]
-
-
-def test_fine_tuned_on_what_is_not_toxic(small: Callable[..., Path], tmp_path: Path, classifier: str) -> None:
-    """The row that is no vector: the set is learned, and the model taken at 1."""
-    learn = {
-        "name": "nontoxic",
-        "kind": "text",
-        "path": "comments.jsonl",
-        "where": {"toxicity": {"below": 0.2}},
-        "prefix": 1,
-        "shares": {"train": 0.6, "validation": 0.2, "test": 0.2},
-    }
-    path = small(forget=None, learn=[learn], sweep={"coefficients": [1]})
-    report = run(path, out=tmp_path / "run")
-    assert report is not None
-    assert report.chosen.coefficient == 1
-    checked(report, tmp_path / "run", classifier)
-
-
-def test_only_comments_above_the_bound_are_forgotten(small: Callable[..., Path]) -> None:
-    from unlearn.data.sets import load_sets
-    from unlearn.recipe.load import load_recipe
-
-    path = small()
-    loaded = load_recipe(str(path))
-    forget, wikitext = load_sets(loaded.recipe, path.parent)
-    items = [i for split in (forget.train, forget.validation, forget.test) for i in split]
-    assert len(items) == 60
-    assert all((i.prompt + i.target).startswith("You fool") for i in items)
-    assert wikitext.train == ()
-    assert wikitext.validation
-    assert wikitext.test
 
 
 def test_the_rows_beside_it_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:

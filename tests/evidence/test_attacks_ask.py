@@ -14,14 +14,11 @@ import pytest
 import torch
 from attack_arena import KINDS, Arena
 from rouge_score import rouge_scorer
-from torch import Tensor, nn
 
 from unlearn.data.items import Item
 from unlearn.errors import EvaluationError
-from unlearn.evidence import lens
-from unlearn.evidence.attacks_ask import SHOTS, Asked, _AtStop, ask, leaks, sample, wordings
+from unlearn.evidence.attacks_ask import SHOTS, _AtStop, ask, leaks, sample, wordings
 from unlearn.evidence.attacks_weights import edited_copy, forgotten_rows, relearn
-from unlearn.evidence.lens import logit_lens, unavailable
 from unlearn.model.load import Loaded
 from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.score.evaluate import evaluate
@@ -67,14 +64,6 @@ def test_questions_are_put_in_other_frames() -> None:
 def test_what_a_question_looks_like(prompt: str) -> None:
     (german,) = (w for w in wordings("template", "qa", [replace(QUESTION, prompt=prompt)]) if w.name == "German")
     assert german.items[0].prompt == "Frage: What is {x}?\nAntwort:"
-
-
-def test_statements_are_announced() -> None:
-    for probe in ("paraphrase", "template"):
-        for wording in wordings(probe, "mcq", [STATEMENT]):
-            prompt = wording.items[0].prompt
-            assert prompt.endswith("The capital of France is")  # the answer must still follow
-            assert len(prompt) > len(STATEMENT.prompt)
 
 
 @pytest.mark.parametrize("probe", ["paraphrase", "prefix", "template"])
@@ -127,24 +116,6 @@ def test_mean_and_best_wording(phi: Loaded, tmp_path: Path) -> None:
         assert value == pytest.approx(sum(s.values[number] for s in alone) / 4)
     assert asked.best == max(alone, key=lambda s: s.value)
     assert asked.best == alone[[w.name for w in found].index(asked.wording)]
-    mean, best = asked.entries("template", "edited")
-    assert (mean.value, best.value) == (asked.mean.value, asked.best.value)
-    assert mean.attack != best.attack
-    assert len(Asked(asked.mean, asked.best, "x", 1).entries("template", "edited")) == 1
-    with pytest.raises(ValueError, match="no wording"):
-        ask(phi.model, judge, ())
-
-
-@pytest.mark.parametrize("probe", ["paraphrase", "prefix", "few_shot", "template"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_probe_can_be_scored(kind: str, probe: Any, phi: Loaded, tmp_path: Path) -> None:
-    arena = Arena(phi, tmp_path, kind)
-    found = wordings(probe, arena.forget.spec.kind, arena.forget.test, arena.sets, 0)
-    assert bool(found) is (kind != "text" or probe == "prefix")
-    if found:
-        asked = ask(phi.model, arena.judge(), found)
-        assert asked.wordings == len(found)
-        assert 0 <= asked.mean.value <= asked.best.value <= 1
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -158,9 +129,7 @@ def test_without_chance_every_sample_is_the_greedy_answer(kind: str, phi: Loaded
     assert all(len(several) == 3 and len(set(several)) == 1 for several in found.texts)
     assert found.best == found.greedy
     assert 0 < found.greedy.value < 1  # some items are known, others are not
-    greedy, best = found.entries("edited")
-    assert (greedy.kind, best.kind, best.metric) == ("none", "sample", "leak" if kind == "mcq" else "rougeL")
-    assert greedy.metric == best.metric
+    assert found.greedy.metric == found.best.metric == ("leak" if kind == "mcq" else "rougeL")
     if kind == "mcq":
         pairs = zip(judge.items, found.texts, strict=True)
         said = [re.search(rf"\b{item.target}\b", texts[0], re.IGNORECASE) is not None for item, texts in pairs]
@@ -246,27 +215,6 @@ def test_answers_of_several_lines_are_compared_whole(phi: Loaded, tmp_path: Path
     assert [s["text"] for s in shown] == [s["target"] for s in shown]
 
 
-def test_an_answer_longer_than_what_may_be_written(phi: Loaded, tmp_path: Path) -> None:
-    """As much of it is compared as could be written; a choice is given the tokens that its right answer has."""
-    arena = Arena(phi, tmp_path, "qa", forget=poems(tmp_path, continuation=5))
-    model = taught(arena, arena.forget.train, 60)
-    found = sample(model, arena.judge(), 1, 1e-4, 0)
-    assert found.greedy.value == 1.0
-    for (text,), item in zip(found.texts, arena.forget.test, strict=True):
-        assert item.target.startswith(text.strip())
-        assert len(phi.tokenizer(text)["input_ids"]) == 5
-    long = "a very long name of a town that nobody ever could remember because it goes on and on"
-    rows = [{"question": q, "choices": [f"{q} {long}", "Rome"], "answer": 0} for q in "ABCDEF"]
-    (tmp_path / "m" / "long.jsonl").parent.mkdir()
-    (tmp_path / "m" / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shares = {"train": "all", "validation": 0.4, "test": 0.6}
-    choice = Arena(phi, tmp_path / "m", "mcq", forget={"path": "long.jsonl", "columns": {}, "shares": shares})
-    knows = taught(choice, choice.forget.train, 60)
-    assert sample(knows, choice.judge(), 1, 1e-4, 0).greedy.value == 1.0
-    shown = complete(choice.judge().lm(knows), choice.sets[:1], 9)
-    assert [s["text"] for s in shown] == [s["target"] for s in shown]
-
-
 def test_samples_stop_each_at_its_own_end(phi: Loaded) -> None:
     """A stop of several tokens, only in what was written, and no other row's."""
     ids = phi.tokenizer(["Question: A\nAnswer: B\nQuestion:"] * 3, return_tensors="pt")["input_ids"]
@@ -274,14 +222,6 @@ def test_samples_stop_each_at_its_own_end(phi: Loaded) -> None:
     at = _AtStop(phi.tokenizer, [["\nQuestion:"], [], ["\nAnswer:"]], len(start))
     assert at(ids, None).tolist() == [True, False, False]
     assert at(ids[:, :-1], None).tolist() == [False, False, False]
-
-
-def test_the_models_own_settings_do_not_count(phi: Loaded, tmp_path: Path) -> None:
-    judge = Arena(phi, tmp_path, "qa").judge()
-    found = sample(phi.model, judge, 4, 1.0, 0)
-    own = phi.model.generation_config
-    own.top_k, own.top_p, own.repetition_penalty, own.do_sample = 1, 0.1, 3.0, True
-    assert sample(phi.model, judge, 4, 1.0, 0).texts == found.texts
 
 
 def test_what_counts_as_a_leak() -> None:
@@ -304,103 +244,3 @@ def test_bad_sampling(phi: Loaded, tmp_path: Path) -> None:
             sample(phi.model, judge, samples, temperature, 0)
     with pytest.raises(EvaluationError, match="reads 512 tokens at a time"):
         sample(phi.model, judge, 1, 1.0, 0)
-
-
-# --- hidden layers ---------------------------------------------------------------------------------------------------
-
-NORM = {"pico_phi": "model.final_layernorm", "pico_llama": "model.norm", "pico_gpt2": "transformer.ln_f"}
-LAYER = {"pico_phi": "model.layers.0", "pico_llama": "model.layers.0", "pico_gpt2": "transformer.h.0"}
-FAMILIES = (*NORM, "pico_qwen2", "pico_gpt_neox")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_last_layer_is_the_model(
-    kind: str, family: str, request: pytest.FixtureRequest, loaded: Load, tmp_path: Path
-) -> None:
-    arena = Arena(loaded(request.getfixturevalue(family)), tmp_path, kind)
-    model, judge = taught(arena, arena.forget.test[::2], 8), arena.judge()
-    metric = "logprob" if kind == "mcq" else None
-    found = logit_lens(model, judge, metric)
-    assert unavailable(model, judge) is None
-    assert found is not None
-    assert [layer for layer, _ in found] == [1, 2]
-    wanted = judge.scores(model)[metric or judge.metric]
-    assert found[-1][1].values == pytest.approx(wanted.values, rel=1e-4)
-    assert found[-1][1].stderr == pytest.approx(wanted.stderr, rel=1e-4)
-    assert found[0][1].values != pytest.approx(wanted.values, rel=1e-4)
-    main = logit_lens(model, judge)
-    assert main is not None
-    assert main[-1][1].metric == judge.metric
-    assert main[-1][1].values == pytest.approx(judge.score(model).values, rel=1e-4)
-
-
-@pytest.mark.parametrize("family", NORM)
-@pytest.mark.parametrize("kind", ["mcq", "qa"])
-def test_an_inner_layer_by_hand(
-    kind: str, family: str, request: pytest.FixtureRequest, loaded: Load, tmp_path: Path
-) -> None:
-    """The first layer's output, caught with a hook, through norm and head."""
-    arena = Arena(loaded(request.getfixturevalue(family)), tmp_path, kind)
-    model, judge = taught(arena, arena.forget.test, 8), arena.judge()
-    norm, head = model.get_submodule(NORM[family]), model.get_output_embeddings()
-    seen: list[Tensor] = []
-    totals: list[list[float]] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output if isinstance(output, Tensor) else output[0])
-
-    def likelihood(prompt: str, answer: str) -> tuple[float, int]:
-        ids = arena.tokenizer(f"{prompt} {answer}", return_tensors="pt")["input_ids"]
-        skip = len(arena.tokenizer(prompt)["input_ids"])
-        seen.clear()
-        with torch.inference_mode():
-            model(ids, use_cache=False)
-            said = head(norm(seen[0])).float().log_softmax(-1)[0]
-        return sum(float(said[k - 1, ids[0, k]]) for k in range(skip, ids.shape[1])), ids.shape[1] - skip
-
-    found = logit_lens(model, judge, "logprob" if kind == "mcq" else None)
-    assert found is not None
-    hook = model.get_submodule(LAYER[family]).register_forward_hook(keep)
-    for item, value in zip(judge.items, found[0][1].values, strict=True):
-        if kind == "mcq":
-            assert value == pytest.approx(likelihood(item.prompt, item.target)[0], rel=1e-3)
-            totals.append([likelihood(item.prompt, choice)[0] for choice in item.choices])
-        else:
-            total, tokens = likelihood(item.prompt, item.target)
-            assert value == pytest.approx(math.exp(total / tokens), rel=1e-3)
-    hook.remove()
-    if kind == "mcq":
-        main = logit_lens(model, judge)
-        assert main is not None
-        best = [max(range(len(t)), key=t.__getitem__) for t in totals]
-        assert main[0][1].values == tuple(float(b == i.answer) for b, i in zip(best, judge.items, strict=True))
-
-
-def test_small_passes_give_the_same_layers(phi: Loaded, tmp_path: Path) -> None:
-    whole = logit_lens(phi.model, Arena(phi, tmp_path, "qa").judge())
-    parts = logit_lens(phi.model, Arena(phi, tmp_path, "qa", eval={"batch_tokens": 16}).judge())
-    assert whole is not None
-    assert parts is not None
-    for (_, one), (_, other) in zip(whole, parts, strict=True):
-        assert one.values == pytest.approx(other.values, rel=1e-4)
-
-
-def test_where_the_lens_cannot_be_had(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = Arena(phi, tmp_path, "qa").judge()
-    monkeypatch.setattr(lens, "_NORMS", ("embed_dropout",))  # a module of that name is there, but it is not the norm
-    assert unavailable(phi.model, judge) == "something other than its final norm stands before its head"
-    assert logit_lens(phi.model, judge) is None
-    monkeypatch.setattr(lens, "_NORMS", ("nothing",))
-    assert unavailable(phi.model, judge) == "it has no final norm that is known by name"
-    assert logit_lens(phi.model, judge) is None
-
-
-def test_the_lens_writes_no_other_items(phi: Loaded, tmp_path: Path) -> None:
-    """The items on disk are those of the report's own tasks, in the same form."""
-    arena = Arena(phi, tmp_path, "text")
-    arena.judge()
-    (file,) = (tmp_path / "items").rglob("*.jsonl")
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    assert [row["id"] for row in rows] == [i.id for i in arena.forget.test]
-    assert all(row["pieces"] and row["continuation"] for row in rows)

@@ -24,15 +24,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from unlearn.data.encoding import count_tokens
 from unlearn.data.items import Item
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, load_sets, write_items
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.model.pico import corpus
-from unlearn.recipe import metrics
 from unlearn.recipe.data import Split
 from unlearn.recipe.load import tasks_folder
-from unlearn.recipe.metrics import default_metric, goal_metrics
 from unlearn.recipe.schema import Recipe
 from unlearn.results import Score, SweepPoint, TaskScore
 from unlearn.score import tasks as named_tasks
@@ -227,10 +224,6 @@ def test_requests_are_made_once_and_answers_never_carried_over(
     assert samples[0]["resps"] == samples[2]["resps"] != samples[1]["resps"], "an older result keeps its own answers"
 
 
-def asked_of(lm: Recording) -> list[tuple[str, str]]:
-    return [request.args for request in lm.given[-1]]
-
-
 def test_values_make_up_the_scores(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
     result = evaluate(lm, built(sets, "validation", recipe, lm, tmp_path), model_name="pico")
     found = result.values()
@@ -319,25 +312,6 @@ def test_of_long_answers_as_much_is_compared_as_can_be_written(
     whole = lm.tok_encode(f"Who? {long.target}")
     assert rows[0]["continuation"] == "Paris"
     assert rows[1]["continuation"] == lm.tokenizer.decode(whole[len(lm.tok_encode("Who?")) :][:5]).strip()
-
-
-def test_answers_without_a_word_are_refused_where_texts_are_compared(
-    sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
-    wordless = replace(sets[0], test=(Item("1", "Who?", "Paris"), Item("2", "Smile!", "😀 …")))
-    assert write_items((wordless,), lm.tokenizer, tmp_path / "a", ("test",), ("validation",))
-    assert write_items((replace(wordless, role="holdout"),), lm.tokenizer, tmp_path / "b", ("test",), ("test",))
-    with pytest.raises(EvaluationError, match="forget set 'near': 1 of 2 answers have no letter and no digit, such as"):
-        write_items((wordless,), lm.tokenizer, tmp_path / "c", ("test",), ("test",))
-
-
-@pytest.mark.parametrize("context", ["", "Who?", "Who? ", "Who?\n\n"])
-@pytest.mark.parametrize("continuation", [" Paris", "Buenos Aires", " 東京"])
-def test_token_counts(lm: Recording, context: str, continuation: str) -> None:
-    instance = Instance("loglikelihood", {}, (context, continuation), 0)
-    lm.loglikelihood([instance])
-    (((_, _, scored),),) = lm.encoded
-    assert len(scored) == count_tokens(lm.tokenizer, context, continuation)
 
 
 def test_generation_is_for_the_final_comparison_only(
@@ -433,19 +407,6 @@ def test_the_line_of_a_coefficient_has_the_metric_that_the_choice_rests_on() -> 
     ]
     line = told(Recipe.model_validate(plain), SweepPoint(1.0, tuple(scores), True))
     assert line.endswith("f prob 0.5  r acc 0.75")
-
-
-def test_metrics(recipe: Recipe) -> None:
-    assert [default_metric(kind) for kind in ("mcq", "qa", "text")] == ["acc", "prob", "perplexity"]
-    assert goal_metrics(recipe) == (("forget", recipe.forget.label(), "prob"),)
-    assert metrics.kept_metrics(recipe) == (("retain", "far", "acc"), ("utility", "passages", "perplexity"))
-    with_tasks = change(recipe, tasks=[{"task": "wmdp_bio", "set": "forget"}, {"task": "piqa", "metric": "acc_norm"}])
-    assert metrics.kept_metrics(with_tasks)[2:] == (("utility", "piqa", "acc_norm"),)
-    wrong = recipe.model_copy(update={"choose": recipe.choose.model_copy(update={"metric": "los"})})
-    with pytest.raises(
-        EvaluationError, match=r"choose.metric: qa data have no 'los' in the search; did you mean 'loss'"
-    ):
-        goal_metrics(wrong)
 
 
 # --- tasks by name ---------------------------------------------------------------------------------------------------
@@ -571,16 +532,6 @@ def test_standard_errors_without_resampling(recipe: Recipe, lm: Recording, tmp_p
     assert f1.stderr is not None
     assert quick_f1 == replace(f1, stderr=None)
     assert evaluate(lm, tasks, model_name="pico", bootstrap=100).scores[1].score == f1, "nothing is left changed"
-
-
-@pytest.mark.usefixtures("shelf")
-def test_a_group(recipe: Recipe, lm: Recording, tmp_path: Path) -> None:
-    tasks = built((), "test", change(recipe, tasks=[{"task": "parts"}]), lm, tmp_path)
-    result = evaluate(lm, tasks, model_name="pico", bootstrap=0)
-    (score,) = result.scores
-    assert score.score.n == sum(len(items) for items in tasks.samples.values())
-    assert score.score.stderr is None or score.score.stderr > 0
-    assert result.values() == {}, "a group's items are its tasks'"
 
 
 @pytest.mark.usefixtures("shelf")

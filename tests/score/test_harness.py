@@ -16,9 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model, model_registry
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -32,7 +30,6 @@ from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
 from unlearn.processes import shares
 from unlearn.recipe.load import tasks_folder
-from unlearn.score import harness
 from unlearn.score.packed import PackedLM
 from unlearn.score.tasks import _with_children, task_manager
 from unlearn.vector.change import LowRank
@@ -373,15 +370,6 @@ def test_no_device_means_the_one_that_is_there(
 ) -> None:
     found = score("unlearn", model, pack, items, tasks=["unlearn_qa"], device=None)
     assert found["results"]["unlearn_qa"]["loss,none"] == pytest.approx(theirs["results"]["unlearn_qa"]["loss,none"])
-
-
-def test_registering_twice_is_harmless_and_hides_no_other_model() -> None:
-    harness.register()
-    harness.register()
-    assert get_model("unlearn") is PackedLM
-    harness.register()  # now that the name stands for the class
-    assert get_model("hf") is HFLM
-    assert len([name for name in model_registry if name == "unlearn"]) == 1
 
 
 def python(code: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]:

@@ -225,8 +225,8 @@ FORMULAS = ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", '=HYPERLINK("http:
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_no_cell_is_a_formula(name: str) -> None:
-    rows = {"edited": dict.fromkeys(boards.muse.COLUMNS, 1.0) | {"name": name}}
-    row = dict.fromkeys(boards.tofu.COLUMNS, -0.5)
+    rows = {"edited": dict.fromkeys(boards.MUSE_COLUMNS, 1.0) | {"name": name}}
+    row = dict.fromkeys(boards.TOFU_COLUMNS, -0.5)
     for text in (boards.muse_csv(rows), boards.tofu_csv(row, name, name)):  # type: ignore[arg-type]
         for cell in (cell for line in csv.reader(io.StringIO(text)) for cell in line):
             assert re.fullmatch(r"-?[\d.]+", cell) or not cell.startswith(("=", "+", "-", "@", "\t", "\r"))

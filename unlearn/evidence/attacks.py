@@ -1,161 +1,195 @@
-"""The forget score of any model in memory, with any prompts, through lm-eval and on the very scale of the report."""
+"""How much of what was forgotten comes back: every attack is one entry here and a function of one model.
+
+An attack from outside is registered in the same way::
+
+    @attack("shouted", lambda scene: [])
+    def shouted(scene: Scene) -> list[AttackScore]:
+        items = [replace(item, prompt=item.prompt.upper()) for item in scene.judge.items]
+        return [scene.judge.asking(items).score(scene.model).entry(scene.who, "shouting", "probe")]
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lm_eval.api.task import Task
-from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from unlearn.data.items import Item, digest
+from unlearn.console import say
+from unlearn.data.encoding import Encoded
+from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet
-from unlearn.errors import EvaluationError
-from unlearn.recipe.data import Kind
-from unlearn.recipe.schema import Recipe
-from unlearn.results import PLAIN, AttackKind, AttackScore, Who
-from unlearn.score.evaluate import EvalResult, evaluate
-from unlearn.score.packed import PackedLM, interface
-from unlearn.score.silence import quiet_harness
-from unlearn.score.tasks import TaskSet, build_tasks
-
-FORGET_METRIC: dict[Kind, str] = {"mcq": "acc", "qa": "prob", "text": "exact_memorisation"}
+from unlearn.evidence.attacks_ask import Wording, ask, sample, wordings
+from unlearn.evidence.attacks_weights import forgotten_rows, quantised, relearn, unrelated_rows
+from unlearn.evidence.judge import Judge
+from unlearn.evidence.lens import logit_lens, unavailable
+from unlearn.recipe.evaluation import Probe, Quantised, RobustnessSpec
+from unlearn.results import GREEDY, LENS, AttackScore, Who, probing, quantisation, relearning, sampling
+from unlearn.store.files import write_json_atomic
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A score with its items' own, in their order; ``stderr`` of the mean, None for a single item."""
+@dataclass(frozen=True)
+class Scene:
+    """What an attack is given: one model, and the items that it is scored on.
 
-    metric: str
-    higher_is_better: bool
-    value: float
-    stderr: float | None
-    values: tuple[float, ...]
-
-    @classmethod
-    def mean(cls, metric: str, higher_is_better: bool, values: Sequence[float]) -> Judged:
-        """Of at least one item; the standard error is s / sqrt(n), as lm-eval has it.
-
-        Raises:
-            EvaluationError: there are no items.
-        """
-        n = len(values)
-        if not n:
-            raise EvaluationError(f"{metric}: there are no items to score")
-        centre = math.fsum(values) / n
-        spread = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
-        return cls(metric, higher_is_better, centre, spread, tuple(values))
-
-    def entry(
-        self,
-        who: Who,
-        attack: str = PLAIN,
-        kind: AttackKind = "none",
-        steps: int | None = None,
-        layer: int | None = None,
-    ) -> AttackScore:
-        """This score as a line of the table of attacks."""
-        n = len(self.values)
-        return AttackScore(
-            attack, kind, who, self.metric, self.higher_is_better, self.value, self.stderr, n, steps, layer
-        )
-
-
-class Judge:
-    """Scores models on the same items: accuracy (mcq), answer probability (qa), exact memorisation (text).
-
-    Args:
-        loaded: The forget set.
-        items: Which of its items, with whatever prompts.
-        tokenizer: The models'.
-        folder: Where the items are written for lm-eval; each choice of items has a folder of its own in it.
-        recipe: For the seed and the engine (``eval.engine``, ``batch_tokens``, ``batch_size``).
-
-    Raises:
-        EvaluationError: no items, or a prompt after which an answer has no tokens of its own.
+    ``model`` is a copy that may be used up where the attack changes weights, else the model itself, to be left as it
+    is. ``again`` are forget items that may be trained on; the judge scores none of them. ``folder`` is for files that
+    are kept beside the scores.
     """
 
-    def __init__(
-        self, loaded: LoadedSet, items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe
-    ) -> None:
-        if not items:
-            raise EvaluationError(f"robustness: there are no items of {loaded.role} set {loaded.name!r} to attack")
-        self.loaded = loaded
-        self.kind: Kind = loaded.spec.kind
-        self.items = tuple(items)
-        self.metric = FORGET_METRIC[self.kind]
-        self.tokenizer = tokenizer
-        self.recipe = recipe
-        self._folder = folder
-        self._asked: dict[str, Judge] = {}
-        self._tasks = self._build()
-
-    @property
-    def chance(self) -> float | None:
-        """What guessing scores; None where the items are no choices."""
-        return math.fsum(1 / len(i.choices) for i in self.items) / len(self.items) if self.kind == "mcq" else None
-
-    def score(self, model: PreTrainedModel, label: str = "scoring") -> Judged:
-        """The forget score of a model as it is now.
-
-        Raises:
-            BrokenModelError: scores that are no numbers.
-        """
-        return self.scores(model, label)[self.metric]
-
-    def scores(self, model: PreTrainedModel, label: str = "scoring") -> Mapping[str, Judged]:
-        """Every metric of the set's tasks that is a mean over items (mcq: also logprob), by name."""
-        return self.read(self.lm(model, label))
-
-    def read(self, lm: HFLM) -> Mapping[str, Judged]:
-        """The same from lm-eval's interface to a model."""
-        return self._judged(evaluate(lm, self._tasks, model_name="attacked", bootstrap=0))
-
-    def asking(self, items: Sequence[Item]) -> Judge:
-        """A judge of the same set with other items or other prompts; the same one when it is asked for again."""
-        name = _content(items)
-        if name not in self._asked:
-            self._asked[name] = Judge(self.loaded, items, self.tokenizer, self._folder, self.recipe)
-        return self._asked[name]
-
-    def docs(self) -> list[dict[str, Any]]:
-        """The items as lm-eval has them, with ``continuation`` (text): what generated text is compared with."""
-        return [dict(doc) for doc in self._main().eval_docs]
-
-    def lm(self, model: PreTrainedModel, label: str = "scoring") -> HFLM:
-        """lm-eval's interface to a model, by the recipe's engine."""
-        with quiet_harness():
-            lm = interface(model, self.tokenizer, self.recipe.eval)
-        if isinstance(lm, PackedLM):
-            lm.label = label
-        return lm
-
-    def _main(self) -> Task:
-        return next(iter(self._tasks.tasks.values()))
-
-    def _build(self) -> TaskSet:
-        only = replace(self.loaded, test=self.items)
-        evaluation = self.recipe.eval.model_copy(update={"tasks": ()})
-        # with the hf engine passages are recited only where that is asked for
-        choose = self.recipe.choose.model_copy(update={"metric": self.metric})
-        recipe = self.recipe.model_copy(update={"eval": evaluation, "choose": choose})
-        return build_tasks([only], "test", recipe, self.tokenizer, self._folder / _content(self.items))
-
-    def _judged(self, result: EvalResult) -> dict[str, Judged]:
-        values = result.values()
-        found: dict[str, Judged] = {}
-        for score in result.scores:
-            items = values.get(score.key)
-            if items is None or score.metric == "perplexity":  # not a mean over items
-                continue
-            in_order = [items[number][0] for number in sorted(items)]
-            found[score.metric] = Judged.mean(score.metric, score.higher_is_better, in_order)
-        return found
+    who: Who
+    model: PreTrainedModel
+    judge: Judge
+    spec: RobustnessSpec
+    sets: Sequence[LoadedSet]
+    again: Sequence[Item]
+    folder: Path
 
 
-def _content(items: Sequence[Item]) -> str:
-    return digest([[i.id, i.prompt, i.target, i.choices, i.answer] for i in items])[:16]
+Run = Callable[[Scene], Sequence[AttackScore]]
+Settings = Callable[[Scene], list[Any] | None]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """``settings`` are what its scores depend on beside model and items, as JSON; None: it is not asked for, or cannot
+    be made. ``less`` says which of the recipe's keys make it need less memory.
+    """
+
+    name: str
+    run: Run
+    settings: Settings
+    changes_weights: bool
+    less: str
+
+
+ATTACKS: dict[str, Attack] = {}  # in the order of the table
+
+
+def attack(name: str, settings: Settings, *, changes_weights: bool = False, less: str = "") -> Callable[[Run], Run]:
+    """Register a function as an attack, see :class:`Attack`."""
+
+    def register(run: Run) -> Run:
+        ATTACKS[name] = Attack(name, run, settings, changes_weights, less)
+        return run
+
+    return register
+
+
+def identity(items: Iterable[Item]) -> list[list[Any]]:
+    """What is asked, for keys."""
+    return [[i.id, i.prompt, i.target, list(i.choices)] for i in items]
+
+
+# -- the model as it is, asked in other ways
+
+
+@attack("plain", lambda scene: [])
+def plain(scene: Scene) -> list[AttackScore]:
+    """No attack: what the others are compared with."""
+    return [scene.judge.score(scene.model, scene.who).entry(scene.who)]
+
+
+def _register_probe(probe: Probe) -> None:
+    def others(scene: Scene) -> tuple[Wording, ...]:
+        if probe not in scene.spec.probes:
+            return ()
+        return wordings(probe, scene.judge.kind, scene.judge.items, scene.sets, scene.judge.recipe.seed)
+
+    @attack(probe, lambda scene: [identity(w.items) for w in others(scene)] or None)
+    def run(scene: Scene) -> list[AttackScore]:
+        found = ask(scene.model, scene.judge, others(scene))
+        scores = [found.mean.entry(scene.who, probing(probe), "probe")]
+        if found.wordings > 1:
+            scores.append(found.best.entry(scene.who, probing(probe, best=True), "probe"))
+        return scores
+
+
+for _probe in get_args(Probe):
+    _register_probe(_probe)
+
+
+def _sampled(scene: Scene) -> list[Any] | None:
+    spec, data = scene.spec, scene.judge.loaded.spec
+    written = [data.continuation, data.prompts("test")[0]]
+    return [spec.samples, spec.temperature, written, scene.judge.recipe.seed] if spec.samples else None
+
+
+@attack("samples", _sampled, less="lower robustness.samples, or set it to 0")
+def samples(scene: Scene) -> list[AttackScore]:
+    """The best of several samples, beside the greedy answer, which is the plain score of the same metric."""
+    spec, judge = scene.spec, scene.judge
+    found = sample(scene.model, judge, spec.samples, spec.temperature, judge.recipe.seed)
+    texts = [{"id": item.id, "samples": text} for item, text in zip(judge.items, found.texts, strict=True)]
+    write_json_atomic(scene.folder / "samples.json", texts)
+    return [
+        found.greedy.entry(scene.who, GREEDY),
+        found.best.entry(scene.who, sampling(spec.samples), "sample"),
+    ]
+
+
+def _lensed(scene: Scene) -> list[Any] | None:
+    if scene.spec.lens and (why := unavailable(scene.model, scene.judge)):
+        say(f"    no logit lens: {why}", style="yellow")
+        return None
+    return [] if scene.spec.lens else None
+
+
+@attack("lens", _lensed, less="lower eval.batch_tokens, or set robustness.lens to false")
+def lens(scene: Scene) -> list[AttackScore]:
+    """What every layer would answer."""
+    layers = logit_lens(scene.model, scene.judge, label=f"{scene.who}: hidden layers") or ()
+    return [score.entry(scene.who, LENS, "lens", layer=layer) for layer, score in layers]
+
+
+# -- copies with other weights
+
+
+def _register_quantised(kind: Quantised) -> None:
+    @attack(
+        kind,
+        lambda scene: [] if kind in scene.spec.quantize else None,
+        changes_weights=True,
+        less="leave it out of robustness.quantize",
+    )
+    def run(scene: Scene) -> list[AttackScore]:
+        with quantised(scene.model, kind) as small:
+            score = scene.judge.score(small, f"{scene.who} in {kind}")
+        return [score.entry(scene.who, quantisation(kind), "quantise")]
+
+
+for _kind in get_args(Quantised):
+    _register_quantised(_kind)
+
+
+def _register_relearning(name: str, unrelated: bool) -> None:
+    def shown(scene: Scene) -> list[Encoded]:
+        how, judge = scene.spec.relearn, scene.judge
+        length = judge.recipe.vector.forget.max_length
+        if how is None or (unrelated and not how.unrelated):
+            return []
+        if unrelated:
+            return unrelated_rows(scene.sets, how.items, judge.recipe.seed, judge.tokenizer, length)
+        return forgotten_rows(judge.loaded, scene.again, judge.tokenizer, length)
+
+    def settings(scene: Scene) -> list[Any] | None:
+        rows, how = shown(scene), scene.spec.relearn
+        if not rows or how is None:
+            return None
+        return [how.model_dump(mode="json"), [asdict(row) for row in rows], scene.judge.recipe.seed]
+
+    less = "lower robustness.relearn.batch_size, or set robustness.relearn to null"
+
+    @attack(name, settings, changes_weights=True, less=less)
+    def run(scene: Scene) -> list[AttackScore]:
+        rows, how, judge = shown(scene), scene.spec.relearn, scene.judge
+        assert how is not None
+        said = relearning(len(rows) if unrelated else len(scene.again), unrelated)
+        curve = relearn(scene.model, judge.tokenizer, rows, how, judge.recipe.seed, judge, f"{scene.who}: {said}")
+        return [score.entry(scene.who, said, "relearn", steps=steps) for steps, score in curve]
+
+
+_register_relearning("relearn", unrelated=False)
+_register_relearning("relearn-unrelated", unrelated=True)

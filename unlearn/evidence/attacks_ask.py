@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks._yaml_loader import load_yaml
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
@@ -24,14 +23,13 @@ from unlearn.console import progress
 from unlearn.data.items import Item, digest
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import EvaluationError
-from unlearn.evidence.attacks import Judge, Judged
+from unlearn.evidence.judge import Judge, Judged
 from unlearn.processes import count, together
 from unlearn.recipe.data import Kind
 from unlearn.recipe.data import stops as stops_of
 from unlearn.recipe.evaluation import Probe
-from unlearn.recipe.load import tasks_folder
-from unlearn.results import GREEDY, AttackScore, Who, probing, sampling
 from unlearn.score.silence import quiet_harness, random_state_kept
+from unlearn.score.tasks import pack_config
 
 SHOTS = 4  # solved examples before a question
 DRAWS = 3  # choices of them
@@ -80,23 +78,14 @@ class Asked:
     wording: str
     wordings: int
 
-    def entries(self, probe: Probe, who: Who) -> tuple[AttackScore, ...]:
-        """Lines of the table: the mean, and the best wording where there is more than one."""
-        mean = self.mean.entry(who, probing(probe), "probe")
-        return (mean, self.best.entry(who, probing(probe, best=True), "probe")) if self.wordings > 1 else (mean,)
-
 
 def wordings(
     probe: Probe, kind: Kind, items: Sequence[Item], retain: Sequence[LoadedSet] = (), seed: int = 0
 ) -> tuple[Wording, ...]:
     """The items under the prompts of one probe; empty where it does not apply.
 
-    Passages (text) have no question to reword: only a scene can be set before them. Solved examples need a retain set
-    of questions, of the same kind where there is one.
-
-    Args:
-        retain: The recipe's sets; examples come from those that are retained.
-        seed: Draws the examples.
+    Passages (text) have no question to reword: only a scene can be set before them. Solved examples are drawn by the
+    seed from the sets in ``retain`` that are retained and have questions, of the same kind where there are some.
     """
     if probe == "prefix":
         return tuple(_reworded(name, items, scene + _HERE) for name, scene in _SCENES.items())
@@ -114,17 +103,7 @@ def wordings(
 
 
 def ask(model: PreTrainedModel, judge: Judge, others: Sequence[Wording]) -> Asked:
-    """Score a model under every wording.
-
-    Args:
-        judge: Of the items under their own prompts.
-        others: At least one, each of the judge's items in their order.
-
-    Raises:
-        ValueError: there is no wording.
-    """
-    if not others:
-        raise ValueError("there is no wording to ask with")
+    """Score a model under every one of at least one wording, each of the judge's items in their order."""
     found = [judge.asking(w.items).score(model, f"asking: {w.name}") for w in others]
     first = found[0]
     means = [sum(values) / len(found) for values in zip(*(f.values for f in found), strict=True)]
@@ -159,8 +138,7 @@ def _examples(sets: Sequence[LoadedSet], seed: int) -> list[str]:
     return ["".join(f"{pool[n].prompt} {pool[n].target}\n\n" for n in draw) for draw in whole]
 
 
-# -- sample many continuations
-
+# -- samples
 
 MCQ_TOKENS = 16
 ROWS = 32  # texts that are written at once
@@ -176,11 +154,6 @@ class Sampled:
     greedy: Judged
     texts: tuple[tuple[str, ...], ...]
 
-    def entries(self, who: Who) -> tuple[AttackScore, AttackScore]:
-        """Lines of the table: the greedy answer, which is the plain score of this metric, and the best sample."""
-        attack = sampling(len(self.texts[0]))
-        return self.greedy.entry(who, GREEDY), self.best.entry(who, attack, "sample")
-
 
 def sample(
     model: PreTrainedModel, judge: Judge, samples: int, temperature: float, seed: int, rows: int = ROWS
@@ -195,9 +168,6 @@ def sample(
         temperature: Above 0; all tokens may be drawn (no top-k, no top-p).
         seed: The same one gives the same texts, as long as ``rows`` is the same.
         rows: Continuations written at once, rounded to whole items.
-
-    Raises:
-        EvaluationError: no samples or no temperature, or too little room after a prompt.
     """
     if samples < 1 or not temperature > 0:
         raise EvaluationError(
@@ -221,14 +191,14 @@ def sample(
         def write(starts: Sequence[int]) -> list[list[tuple[str, ...]]]:
             found = []
             for start in starts:
-                some, ends = prompts[start : start + size], stops[start : start + size]
+                batch, ends = prompts[start : start + size], stops[start : start + size]
                 drawn = int(digest(seed, "samples", start)[:15], 16)
-                said = _written(lm, some, tokens, samples, temperature, drawn, ends)
-                found.append([tuple(said[k : k + samples]) for k in range(0, len(said), samples)])
-                advance(len(some))
+                written = _written(lm, batch, tokens, samples, temperature, drawn, ends)
+                found.append([tuple(written[k : k + samples]) for k in range(0, len(written), samples)])
+                advance(len(batch))
             return found
 
-        texts = [one for some in together(range(0, len(prompts), size), write) for one in some]
+        texts = [one for batch in together(range(0, len(prompts), size), write) for one in batch]
     metric = "leak" if judge.kind == "mcq" else "rougeL"
     best = [max(_score(doc, text) for text in several) for doc, several in zip(docs, texts, strict=True)]
     plain = [_score(doc, text) for doc, text in zip(docs, greedy, strict=True)]
@@ -251,7 +221,7 @@ def _score(doc: dict[str, Any], text: str) -> float:
 
 @functools.cache
 def _rouge() -> Any:
-    return load_yaml(tasks_folder() / "unlearn_qa_rouge.yaml")["process_results"]  # the report's own
+    return pack_config("unlearn_qa_rouge")["process_results"]  # the report's own
 
 
 def _stops(judge: Judge, docs: Sequence[dict[str, Any]]) -> list[list[str]]:

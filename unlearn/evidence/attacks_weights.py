@@ -1,4 +1,4 @@
-"""Copies of a model: with an edit merged into the weights, and with those weights in 4 or 8 bits.
+"""Copies of a model: with an edit merged into the weights, with those weights in 4 or 8 bits, and trained again.
 
 An edit is a small change of many weights, and rounding to a coarse grid may undo it: at 4 bits most of what had been
 unlearned was there again (2410.16454).
@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
-from unlearn import processes as distributed
+from unlearn import processes
 from unlearn.console import progress, quietly
 from unlearn.data.encoding import Encoded, encode
 from unlearn.data.items import Item, digest
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import ModelError, TrainingError, VectorError
-from unlearn.evidence.attacks import Judge, Judged
+from unlearn.evidence.judge import Judge, Judged
 from unlearn.recipe.evaluation import Quantised, RelearnSpec
 from unlearn.results import quantisation
 from unlearn.score.silence import random_state_kept
@@ -38,6 +38,8 @@ from unlearn.train.trainer import recipe_decides, settings
 from unlearn.vector.change import edited
 from unlearn.vector.edit import fit
 from unlearn.vector.task_vector import TaskVector
+
+_MAX_LENGTH = 512  # tokens of a row, as the recipe's trainings have it
 
 
 @torch.no_grad()
@@ -50,11 +52,6 @@ def edited_copy(model: PreTrainedModel, vector: TaskVector | None, coefficient: 
 
     Args:
         model: The unedited model, under no edit at the moment; not changed.
-        vector: The change.
-        coefficient: How much of it is subtracted.
-
-    Raises:
-        VectorError: the vector does not fit the model, or a weight that it changes is quantised.
     """
     twin = copy.deepcopy(model)
     twin.eval()
@@ -73,6 +70,9 @@ def edited_copy(model: PreTrainedModel, vector: TaskVector | None, coefficient: 
     return twin
 
 
+# -- in fewer bits
+
+
 @contextmanager
 def quantised(model: PreTrainedModel, kind: Quantised, work: Path | None = None) -> Iterator[PreTrainedModel]:
     """A quantised copy of a model as it is now; gone, with its files, after the ``with``.
@@ -82,9 +82,6 @@ def quantised(model: PreTrainedModel, kind: Quantised, work: Path | None = None)
         kind: ``nf4`` (4-bit NormalFloat in blocks of 64, 2305.14314) or ``int8`` (LLM.int8(), 2208.07339). The head
             and the embeddings stay as they are.
         work: Folder that has room for the weights once more; the system's temporary one when not given.
-
-    Raises:
-        ModelError: bitsandbytes is missing, no room, or the copy has other weights than the model.
     """
     if find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -133,18 +130,11 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _read(model: PreTrainedModel, folder: Path, kind: Quantised) -> PreTrainedModel:
-    from transformers import BitsAndBytesConfig
-
-    four: dict[str, Any] = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": model.dtype,
-    }
-    config = BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True}))
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": model.dtype}
     small, report = type(model).from_pretrained(
         folder,
         dtype=model.dtype,
-        quantization_config=config,
+        quantization_config=BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True})),
         device_map={"": model.device},
         use_safetensors=True,
         output_loading_info=True,
@@ -161,10 +151,7 @@ def _read(model: PreTrainedModel, folder: Path, kind: Quantised) -> PreTrainedMo
     return small
 
 
-# -- relearning
-
-
-_MAX_LENGTH = 512  # tokens of a row, as the recipe's trainings have it
+# -- trained again
 
 
 def parted(
@@ -187,6 +174,10 @@ def parted(
         return tuple(scored), tuple(scored)
     taken = {item.id for item in chosen}
     return chosen, tuple(item for item in scored if item.id not in taken)
+
+
+def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
+    return tuple(sorted(items, key=lambda item: digest(seed, item.id)))
 
 
 def forgotten_rows(
@@ -233,20 +224,20 @@ def relearn(
         model: A copy to be used up (:func:`edited_copy`). It is trained in float32: in 16
             bits small steps are rounded away, and the attack would look weaker than it is.
         rows: What is trained on, over and over, in an order of the seed's.
-        spec: Steps, rate and batch size.
         judge: Scores the model, in evaluation mode.
-        label: What the progress bar says.
 
     Returns:
         (steps, score), steps rising. The same seed gives the same curve.
-
-    Raises:
-        TrainingError: no rows, or a loss that is not finite.
     """
     if not rows:
         raise TrainingError(f"{label}: there is nothing to train on")
     size, steps = min(spec.batch_size, len(rows)), sorted(set(spec.steps))
-    order = _for_all(_in_order(rows, size * steps[-1], seed), size)
+    draw, order = random.Random(f"{seed} relearning"), list[Encoded]()
+    while len(order) < size * steps[-1]:
+        order += draw.sample(rows, len(rows))
+    # every batch once for each process, so that several take the very steps that one would
+    starts = range(0, size * steps[-1], size)
+    order = [row for start in starts for _ in range(processes.count()) for row in order[start : start + size]]
     with (
         tempfile.TemporaryDirectory(prefix="relearn-") as folder,
         recipe_decides(),
@@ -273,36 +264,16 @@ def relearn(
     return curve.found
 
 
-def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
-    return tuple(sorted(items, key=lambda item: digest(seed, item.id)))
-
-
-def _in_order(rows: Sequence[Encoded], count: int, seed: int) -> list[Encoded]:
-    """So many rows: every one of them once, shuffled, then again in another order, and so on."""
-    draw = random.Random(f"{seed} relearning")
-    found: list[Encoded] = []
-    while len(found) < count:
-        found += draw.sample(rows, len(rows))
-    return found[:count]
-
-
-def _for_all(order: list[Encoded], size: int) -> list[Encoded]:
-    """Every batch once for each process, so that several take the very steps that one would."""
-    starts = range(0, len(order), size)
-    return [row for start in starts for _ in range(distributed.count()) for row in order[start : start + size]]
-
-
 def _arguments(
     folder: Path, spec: RelearnSpec, size: int, steps: int, seed: int, device: torch.device
 ) -> TrainingArguments:
+    how = {"max_steps": steps, "per_device_train_batch_size": size, "learning_rate": spec.learning_rate}
     return settings(
         device,
         "no",
         folder,
         seed,
-        max_steps=steps,
-        per_device_train_batch_size=size,
-        learning_rate=spec.learning_rate,
+        **how,
         weight_decay=0.0,
         lr_scheduler_type="constant",
         save_strategy="no",
@@ -323,26 +294,27 @@ class _Curve(TrainerCallback):
 
     def __init__(self, steps: Sequence[int], judge: Judge, label: str, bars: ExitStack) -> None:
         self.found: list[tuple[int, Judged]] = []
-        self._left = list(steps)
+        self._ahead = list(steps)
         self._judge = judge
         self._label = label
         self._bars = bars
         self._advance: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._advance is None and self._left:
-            ahead = self._left[0] - state.global_step
-            self._advance = self._bars.enter_context(progress(f"{self._label}, to step {self._left[0]}", ahead))
+        if self._advance is None and self._ahead:
+            steps = self._ahead[0] - state.global_step
+            self._advance = self._bars.enter_context(progress(f"{self._label}, to step {self._ahead[0]}", steps))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._advance(1)
-        if state.global_step != self._left[0]:
-            return
-        self._bars.close()
-        self._advance = None
-        model.eval()
-        self.found.append((self._left.pop(0), self._judge.score(model, f"{self._label}, step {state.global_step}")))
-        model.train()
+        if state.global_step == self._ahead[0]:
+            self._bars.close()
+            self._advance = None
+            model.eval()
+            self.found.append(
+                (self._ahead.pop(0), self._judge.score(model, f"{self._label}, step {state.global_step}"))
+            )
+            model.train()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")

@@ -1,23 +1,19 @@
-"""TOFU's aggregates (Maini et al. 2401.06121) from per-item values: model utility and forget quality.
+"""TOFU and MUSE from per-item values: what one model scored, and the row of figures that the authors would publish.
 
-Input is either a log in the authors' layout or lm-eval's samples of the tasks in ``eval/``. Losses are nats per token.
-The truth ratio is R = exp(mean of the perturbed answers' losses - the paraphrased answer's loss), as the authors'
-aggregator has it (a geometric mean of the wrong answers' probabilities); all is computed from log R, which a broken
-model cannot make overflow.
+A benchmark is one entry of :data:`SUITES`: its tasks, how one model's samples are read, and its row.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from lm_eval.tasks import TaskManager
 from numpy.typing import NDArray
 
 from unlearn.errors import DataError, EvaluationError
@@ -27,23 +23,32 @@ from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.results import Role
 from unlearn.score.silence import quiet_harness
-from unlearn.score.tasks import TaskInfo, TaskSet
+from unlearn.score.tasks import TaskInfo, TaskSet, task_manager
 
 Record = Mapping[str, Any]
 Samples = Mapping[str, Sequence[Record]]
+Row = dict[str, float | str | None]
+Floats = NDArray[np.float64]
+_SAME = 1e-6  # nats within which two logs of one model may differ, by how their numbers were written
+
+# -- lm-eval's samples, read back
 
 
 def read_samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """All records of one model's evaluations, by task, in order of ``doc_id``.
+    """All records of one model's evaluations, by task, in order of ``doc_id``; of several files of a task the newest.
 
-    Args:
-        folder: Where the files are, or the folder around it if it holds those of a single model.
-
-    Raises:
-        DataError: no such files, a record that cannot be read, an item twice, or another number of items than the
-            results file of the same evaluation says.
+    ``folder`` has the files, or is around the folder of a single model that has them. As many records must be there as
+    the results file of the same evaluation says.
     """
-    where = _folder(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give one in which lm-eval wrote results and samples")
+    where = folder
+    if not any(folder.glob("samples_*.jsonl")):
+        inner = sorted({path.parent for path in folder.glob("*/samples_*.jsonl")})
+        if len(inner) > 1:
+            models = ", ".join(p.name for p in inner)
+            raise DataError(f"{folder}: evaluations of {len(inner)} models ({models}); name one")
+        where = inner[0] if inner else folder
     newest: dict[str, tuple[str, Path]] = {}
     for path in where.glob("samples_*.jsonl"):
         task, _, time = path.stem.removeprefix("samples_").rpartition("_")
@@ -58,77 +63,17 @@ def read_samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def item_id(record: Record) -> str:
-    """What an item is called across models: the ``id`` in its data, or else lm-eval's number for it."""
-    doc = record.get("doc")
-    own = doc.get("id") if isinstance(doc, Mapping) else None
-    return str(record.get("doc_id") if own is None else own)
-
-
-def by_item(samples: Samples, task: str) -> dict[str, Record]:
-    """The records of a task by :func:`item_id`.
-
-    Raises:
-        EvaluationError: the task was not run, or ran on nothing.
-        DataError: two records of one item.
-    """
-    if task not in samples:
-        ran = ", ".join(sorted(samples)) or "none"
-        raise EvaluationError(f"task {task} was not run, and its scores are needed here; there are: {ran}")
-    records = {item_id(record): record for record in samples[task]}
-    if not records:
-        raise EvaluationError(f"task {task} has no items")
-    if len(records) < len(samples[task]):
-        raise DataError(f"task {task}: {len(samples[task])} records of {len(records)} items; one for each was expected")
-    return records
-
-
-def numbers(records: Mapping[str, Record], task: str, name: str) -> NDArray[np.float64]:
-    """One number of every item, (N,), in the records' order.
-
-    Raises:
-        DataError: it is missing somewhere or is no finite number.
-    """
-    return np.array([number(r.get(name), f"task {task}, item {i}: {name}") for i, r in records.items()])
-
-
-def number(value: Any, where: str) -> float:
-    """The value as a finite float.
-
-    Raises:
-        DataError: it is none; ``where`` says which it is.
-    """
-    if value is None:
-        raise DataError(f"{where} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        raise DataError(f"{where} is {value!r}, which is no finite number")
-    return float(value)
-
-
-def _folder(folder: Path) -> Path:
-    """The folder with the files: this one or, where there is but one, that of a model in it."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give one in which lm-eval wrote results and samples")
-    if any(folder.glob("samples_*.jsonl")):
-        return folder
-    inner = sorted({path.parent for path in folder.glob("*/samples_*.jsonl")})
-    if len(inner) > 1:
-        raise DataError(f"{folder}: evaluations of {len(inner)} models ({', '.join(p.name for p in inner)}); name one")
-    return inner[0] if inner else folder
-
-
 def _records(path: Path) -> list[dict[str, Any]]:
     """Every line of a file, checked, in order of its items."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    found: list[dict[str, Any]] = []
-    seen: set[tuple[int, str]] = set()
-    for number, line in enumerate(lines, start=1):
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for n, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"{path}, line {n}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # also text that is not UTF-8
@@ -137,27 +82,21 @@ def _records(path: Path) -> list[dict[str, Any]]:
         if not isinstance(doc_id, int) or isinstance(doc_id, bool):
             raise DataError(f"{where}: no record of an item, as lm-eval writes them: it has no whole number `doc_id`")
         key = (doc_id, str(record.get("filter")))
-        if key in seen:
+        if key in found:
             raise DataError(f"{where}: item {doc_id} is there twice; were two evaluations written to one file?")
-        seen.add(key)
-        found.append(record)
-    return sorted(found, key=lambda record: record["doc_id"])
+        found[key] = record
+    return sorted(found.values(), key=lambda record: record["doc_id"])
 
 
 def _counted(path: Path, results: Path, task: str, records: Sequence[Record]) -> None:
-    """Compare with what the same evaluation's results say of the task.
-
-    Raises:
-        DataError: another number of items, or no results to compare with.
-    """
+    """Compare with what the same evaluation's results say of the task."""
     try:
         whole = json.loads(results.read_bytes())
+        wanted = whole["n-samples"][task]["effective"]
     except FileNotFoundError as error:
         raise DataError(f"{path}: {results.name}, written with it, is not beside it") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{results}: cannot be read: {error}") from error
-    try:
-        wanted = whole["n-samples"][task]["effective"]
     except (KeyError, TypeError) as error:
         raise DataError(f"{results}: does not say how many items of {task} were scored (n-samples)") from error
     count = len({record["doc_id"] for record in records})
@@ -165,10 +104,39 @@ def _counted(path: Path, results: Path, task: str, records: Sequence[Record]) ->
         raise DataError(f"{path}: {count} items, but {results.name} says that {wanted} were scored; a file is cut off")
 
 
-# -- tofu's aggregates (maini et al. 2401.06121) from per-item values
+def by_item(samples: Samples, task: str) -> dict[str, Record]:
+    """The records of a task by the ``id`` in the item's data, or else by lm-eval's number for it."""
+    if task not in samples:
+        ran = ", ".join(sorted(samples)) or "none"
+        raise EvaluationError(f"task {task} was not run, and its scores are needed here; there are: {ran}")
+    records: dict[str, Record] = {}
+    for record in samples[task]:
+        doc = record.get("doc")
+        own = doc.get("id") if isinstance(doc, Mapping) else None
+        records[str(record.get("doc_id") if own is None else own)] = record
+    if not records:
+        raise EvaluationError(f"task {task} has no items")
+    if len(records) < len(samples[task]):
+        raise DataError(f"task {task}: {len(samples[task])} records of {len(records)} items; one for each was expected")
+    return records
 
 
-Floats = NDArray[np.float64]
+def numbers(records: Mapping[str, Record], task: str, name: str) -> Floats:
+    """One finite number of every item, (N,), in the records' order."""
+    return np.array([_number(r.get(name), f"task {task}, item {i}: {name}") for i, r in records.items()])
+
+
+def _number(value: Any, where: str) -> float:
+    if value is None:
+        raise DataError(f"{where} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise DataError(f"{where} is {value!r}, which is no finite number")
+    return float(value)
+
+
+# -- TOFU (Maini et al. 2401.06121): model utility and forget quality. Losses are nats per token. The truth ratio is R =
+# exp(mean of the perturbed answers' losses - the paraphrased answer's loss), as the authors' aggregator has it (a
+# geometric mean of the wrong answers' probabilities); all is computed from log R, which cannot overflow.
 
 # Our name of a set, the file of it in the authors' logs, and its name in their columns; in the columns' order.
 SETS = {
@@ -177,9 +145,9 @@ SETS = {
     "retain": ("eval_log.json", "Retain"),
     "forget": ("eval_log_forget.json", "Forget"),
 }
-_FIELDS = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")  # of each file
+_LISTS = "average_perturb_loss"
+_FIELDS = ("avg_gt_loss", "avg_paraphrased_loss", _LISTS, "rougeL_recall")  # of each file
 _WITH_CHOICES = ("real_authors", "world_facts")  # their probability is that of the answer among the wrong ones
-_SAME = 1e-6  # nats of log R within which two logs of one model may differ, by how their numbers were written
 _PARTS = tuple(f"{kind} {title}" for _, title in SETS.values() for kind in ("ROUGE", "Prob.", "Truth Ratio"))
 # The columns of a submission to TOFU's leaderboard, as the authors' aggregator writes them.
 TOFU_COLUMNS = (*_PARTS, "Model Utility", "Forget Quality", "Method", "Submitted By")
@@ -237,15 +205,7 @@ class TofuLog:
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> TofuLog:
-        """Read a log in the authors' layout: file name -> field -> item -> value.
-
-        Args:
-            data: The parsed JSON.
-            where: How messages call it.
-
-        Raises:
-            DataError: a file or field is missing, the fields have other items, or a value is no finite number.
-        """
+        """A log in the authors' layout, file name -> field -> item -> value, which messages call ``where``."""
         if not isinstance(data, Mapping):
             raise DataError(f"{where}: not a log in the layout of TOFU's authors: no object of files")
         return cls({name: _from_file(data, file, where) for name, (file, _) in SETS.items()})
@@ -262,19 +222,9 @@ class TofuLog:
         return whole
 
     @classmethod
-    def from_samples(cls, samples: Samples, forget_set: str | None = None) -> TofuLog:
-        """Read the samples of the tasks ``tofu_<set>_prob`` and ``tofu_<set>_rouge``, joined by item.
-
-        Args:
-            samples: Records by task.
-            forget_set: forget01, forget05 or forget10; may be left out where only one of them was run.
-
-        Raises:
-            EvaluationError: tasks were not run, or several forget sets were and none is named.
-            DataError: a task has other items than its sibling, or a value is no finite number.
-        """
-        chosen = forget_set or _forget_set(samples)
-        return cls({name: _from_tasks(samples, chosen if name == "forget" else name) for name in SETS}, chosen)
+    def from_samples(cls, samples: Samples, forget_set: str) -> TofuLog:
+        """The samples of the tasks ``tofu_<set>_prob`` and ``tofu_<set>_rouge``, joined by item."""
+        return cls({name: _from_tasks(samples, forget_set if name == "forget" else name) for name in SETS}, forget_set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,22 +236,10 @@ class ForgetQuality:
     n: int
 
 
-@dataclass(frozen=True, slots=True)
-class Utility:
-    """Model utility: the nine numbers of the sets to keep by TOFU's column names, and their harmonic mean."""
-
-    parts: Mapping[str, float]
-    value: float
-
-
 def forget_quality(log: TofuLog, reference: TofuLog) -> ForgetQuality:
     """How hard it is to tell the model's truth ratios from those of one that never saw the forget set: a p-value.
 
     Computed on log R; the test sees only the order of values, which the logarithm keeps.
-
-    Raises:
-        EvaluationError: the reference is of another forget set or of other items, is the model itself, or there is a
-            single item, of which the test's p-value is 1 whatever was scored.
     """
     from scipy.stats import ks_2samp  # type: ignore[import-untyped]
 
@@ -334,24 +272,14 @@ def forget_quality(log: TofuLog, reference: TofuLog) -> ForgetQuality:
 def refuse_other_items(
     reference: TofuSet, items: Sequence[str], questions: Sequence[str] | None, forget_set: str | None = None
 ) -> None:
-    """Refuse a reference that was scored on other forget items than the model.
-
-    Args:
-        reference: Its forget set.
-        items: The model's.
-        questions: What these ask, where that is known.
-        forget_set: Which one they are of, where that is known.
-
-    Raises:
-        EvaluationError: another number of items, other numbers for them, or other questions.
-    """
-    mend = "score the model on as many, or take a reference of its set"
+    """Refuse a reference whose forget items are others than the model's ``items``, or ask other ``questions``."""
+    cure = "score the model on as many, or take a reference of its set"
     if forget_set in FORGET_SETS:
-        mend = f"TOFU's own reference for {forget_set} was trained on {FORGET_SETS[forget_set].reference}"
+        cure = f"TOFU's own reference for {forget_set} was trained on {FORGET_SETS[forget_set].reference}"
     if len(items) != len(reference.items):
         raise EvaluationError(
             f"the reference has {len(reference.items)} forget items and the model {len(items)}: forget quality "
-            f"compares the two on the same ones; {mend}"
+            f"compares the two on the same ones; {cure}"
         )
     if other := set(items) - set(reference.items):
         raise EvaluationError(
@@ -367,33 +295,22 @@ def refuse_other_items(
         first = wrong[0]
         raise EvaluationError(
             f"{len(wrong)} of the {len(items)} forget items ask something else in the reference: item {first!r} is "
-            f"{theirs[first]!r} there and {ours[first]!r} here, so it was scored on another forget set; {mend}"
+            f"{theirs[first]!r} there and {ours[first]!r} here, so it was scored on another forget set; {cure}"
         )
-
-
-def utility(log: TofuLog) -> Utility:
-    """The nine numbers and their harmonic mean, which is 0 as soon as one of them is.
-
-    Raises:
-        EvaluationError: a part is missing or no number: a mean of the others would be another figure.
-    """
-    parts = {name: value for name, value in _parts(log).items() if not name.endswith("Forget")}
-    values = list(parts.values())
-    return Utility(parts, len(values) / sum(1 / v for v in values) if min(values) > 0 else 0.0)
 
 
 def tofu_row(log: TofuLog, reference: TofuLog | None = None) -> dict[str, float | None]:
     """TOFU's row, by the authors' column names in their order, then the test that forget quality comes from.
 
-    Without a reference there is no forget quality, and it and the test are None.
-
-    Raises:
-        EvaluationError: the reference does not fit, see :func:`forget_quality`.
+    Model utility is the harmonic mean of the nine numbers of the sets to keep, 0 as soon as one of them is. Without a
+    reference there is no forget quality, and it and the test are None.
     """
+    parts = _parts(log)
+    kept = [value for name, value in parts.items() if not name.endswith("Forget")]
     quality = None if reference is None else forget_quality(log, reference)
     return {
-        **_parts(log),
-        "Model Utility": utility(log).value,
+        **parts,
+        "Model Utility": len(kept) / sum(1 / v for v in kept) if min(kept) > 0 else 0.0,
         "Forget Quality": quality.p_value if quality else None,
         "KS Test PVal Forget": quality.p_value if quality else None,
         "KS Test Forget": quality.statistic if quality else None,
@@ -401,13 +318,7 @@ def tofu_row(log: TofuLog, reference: TofuLog | None = None) -> dict[str, float 
 
 
 def _parts(log: TofuLog) -> dict[str, float]:
-    """The twelve columns before the aggregates.
-
-    Raises:
-        EvaluationError: one of them is missing, or no number.
-    """
-    if absent := [name for name in SETS if name not in log.sets]:
-        raise EvaluationError(f"TOFU's figures need all of {', '.join(SETS)}, and there is no {', '.join(absent)}")
+    """The twelve columns before the aggregates: a mean of fewer would be another figure."""
     values: list[float] = []
     for name in SETS:
         s = log.sets[name]
@@ -424,42 +335,36 @@ def _from_file(data: Mapping[str, Any], file: str, where: str) -> TofuSet:
     fields = data.get(file)
     if not isinstance(fields, Mapping):
         raise DataError(f"{where}: no {file!r} in it; a TOFU log has {', '.join(f for f, _ in SETS.values())}")
-    columns: dict[str, Mapping[str, Any]] = {}
+    where = f"{where}, {file}"
+    items: tuple[str, ...] = ()
     for name in _FIELDS:
         column = fields.get(name)
         if not isinstance(column, Mapping) or not column:
-            raise DataError(f"{where}, {file}: no {name!r} with an entry per item")
-        columns[name] = column
-    items = tuple(columns[_FIELDS[0]])
-    for name, column in columns.items():
+            raise DataError(f"{where}: no {name!r} with an entry per item")
+        items = items or tuple(column)
         if other := set(items) ^ set(column):
             raise DataError(
-                f"{where}, {file}: {name!r} has {len(column)} items and {_FIELDS[0]!r} {len(items)}; "
+                f"{where}: {name!r} has {len(column)} items and {_FIELDS[0]!r} {len(items)}; "
                 f"item {min(other)!r} is in only one of them"
             )
-    places = {name: f"{where}, {file}, {name}" for name in _FIELDS}
     loss, paraphrased, rouge = (
-        np.array([number(columns[name][i], f"{places[name]}, item {i!r}") for i in items])
+        np.array([_number(fields[name][i], f"{where}, {name}, item {i!r}") for i in items])
         for name in _FIELDS
-        if name != "average_perturb_loss"
+        if name != _LISTS
     )
-    lists = {i: columns["average_perturb_loss"][i] for i in items}
-    table = _table(lists, places["average_perturb_loss"])
+    table = _table({i: fields[_LISTS][i] for i in items}, f"{where}, {_LISTS}")
     return TofuSet(items, loss, paraphrased, table, rouge, _questions_in(fields, items))
 
 
 def _questions_in(fields: Mapping[str, Any], items: Sequence[str]) -> tuple[str, ...] | None:
     """What a log says was asked: our field ``question``, or the first text of the authors' ``generated_text``."""
-    found = []
-    for item in items:
-        for name in ("question", "generated_text"):
-            column = fields.get(name)
-            asked = column.get(item) if isinstance(column, Mapping) else None
-            asked = asked[0] if isinstance(asked, list) and asked else asked
-            if isinstance(asked, str):
-                found.append(asked)
-                break
-    return tuple(found) if len(found) == len(items) else None
+    for name in ("question", "generated_text"):
+        column = fields.get(name)
+        texts = [column.get(item) for item in items] if isinstance(column, Mapping) else []
+        found = [text[0] if isinstance(text, list) and text else text for text in texts]
+        if found and all(isinstance(text, str) for text in found):
+            return tuple(map(str, found))
+    return None
 
 
 def _asked(prompt: str) -> str:
@@ -493,33 +398,18 @@ def _table(column: Mapping[str, Any], where: str) -> Floats:
     for item, values in column.items():
         if not isinstance(values, list) or not values:
             raise DataError(f"{where}, item {item!r}: no list of the perturbed answers' losses")
-        rows.append([number(v, f"{where}, item {item!r}, entry {n}") for n, v in enumerate(values, start=1)])
+        rows.append([_number(v, f"{where}, item {item!r}, entry {n}") for n, v in enumerate(values, start=1)])
         if len(rows[-1]) != len(rows[0]):
             raise DataError(f"{where}, item {item!r}: {len(values)} perturbed answers where others have {len(rows[0])}")
     return np.array(rows)
 
 
-def _forget_set(samples: Samples) -> str:
-    """The one forget set that was run."""
-    ran = {m[1] for task in samples if (m := re.fullmatch(r"tofu_(forget\d\d)_(prob|rouge)", task))}
-    if len(ran) == 1:
-        return ran.pop()
-    if ran:
-        raise EvaluationError(f"several forget sets were scored ({', '.join(sorted(ran))}): say which one is meant")
-    raise EvaluationError(
-        f"TOFU needs one of the groups {', '.join(f'tofu_{name}' for name in FORGET_SETS)}, and none was run; "
-        f"there are: {', '.join(sorted(samples)) or 'no tasks'}"
-    )
-
-
-# -- muse's numbers (shi et al. 2407.06460) from lm-eval's samples of the tasks in ``eval/``
-
+# -- MUSE (Shi et al. 2407.06460)
 
 Corpus = Literal["news", "books"]
 
-CORPORA: tuple[Corpus, ...] = ("news", "books")
 MUSE_COLUMNS = ("name", "verbmem_f", "privleak", "knowmem_f", "knowmem_r")
-_SAME = 1e-6  # nats within which two logs of one model may differ, by how their numbers were written
+_MUSE = ("verbmem", "knowmem_forget", "knowmem_retain", "privleak_forget", "privleak_holdout")
 # AUC of the authors' retrained models, Llama-2 7B on News and ICLM 7B on Books; for other models it is a stand-in.
 PUBLISHED_AUC: dict[Corpus, float] = {"news": 0.4772, "books": 0.5393}
 # Why there is no PrivLeak beside such a reference.
@@ -547,12 +437,7 @@ class MuseLog:
 
     @classmethod
     def from_samples(cls, samples: Samples, corpus: Corpus) -> MuseLog:
-        """Read the samples of the tasks ``muse_<corpus>_*``.
-
-        Raises:
-            EvaluationError: a task was not run.
-            DataError: a value is missing or no finite number.
-        """
+        """The samples of the tasks ``muse_<corpus>_*``."""
 
         def column(part: str, name: str) -> Floats:
             task = f"muse_{corpus}_{part}"
@@ -578,14 +463,8 @@ class MuseLog:
 def privleak(log: MuseLog, reference: MuseLog | Literal["published"]) -> float | None:
     """(AUC - AUC_ref) / AUC_ref * 100; 0 is the reference's, negative remembers, positive over-forgot.
 
-    None where AUC_ref is 0 and there is nothing to divide by, see :data:`ZERO_AUC`.
-
-    Args:
-        log: The model's.
-        reference: A retrained model's log, or ``"published"`` for the authors' value of that corpus.
-
-    Raises:
-        EvaluationError: the reference is of another corpus or of other items, or is the model itself.
+    None where AUC_ref is 0 and there is nothing to divide by, see :data:`ZERO_AUC`. The reference is a retrained
+    model's log, or ``"published"`` for the authors' value of that corpus.
     """
     if reference == "published":
         base = PUBLISHED_AUC[log.corpus]
@@ -598,11 +477,7 @@ def privleak(log: MuseLog, reference: MuseLog | Literal["published"]) -> float |
 def muse_row(
     log: MuseLog, name: str, reference: MuseLog | Literal["published"] | None = None
 ) -> dict[str, str | float | None]:
-    """MUSE's row by the authors' column names in their order. Without a reference ``privleak`` is None.
-
-    Raises:
-        EvaluationError: as :func:`privleak`.
-    """
+    """MUSE's row by the authors' column names in their order. Without a reference ``privleak`` is None."""
     return {
         "name": name,
         "verbmem_f": float(log.verbmem.mean()) * 100,
@@ -616,6 +491,7 @@ def _same(log: MuseLog, reference: MuseLog) -> None:
     """Refuse a reference that was scored on something else, or that is the model itself."""
     if log.corpus != reference.corpus:
         raise EvaluationError(f"the reference was scored on MUSE {reference.corpus} and the model on {log.corpus}")
+    equal = []
     for part in ("forget", "holdout"):
         ours, theirs = getattr(log, f"{part}_items"), getattr(reference, f"{part}_items")
         if len(ours) != len(theirs):
@@ -625,58 +501,79 @@ def _same(log: MuseLog, reference: MuseLog) -> None:
             )
         if other := set(ours) - set(theirs):
             raise EvaluationError(f"{len(other)} {part} texts, such as {min(other)!r}, are not the reference's")
-    pairs = []
-    for part in ("forget", "holdout"):
-        place = {item: n for n, item in enumerate(getattr(reference, f"{part}_items"))}
-        theirs = getattr(reference, f"min_{part}")[[place[item] for item in getattr(log, f"{part}_items")]]
-        pairs.append(np.allclose(getattr(log, f"min_{part}"), theirs, rtol=0, atol=_SAME))
-    if all(pairs):
+        order = [theirs.index(item) for item in ours]
+        lowest = getattr(reference, f"min_{part}")[order]
+        equal.append(np.allclose(getattr(log, f"min_{part}"), lowest, rtol=0, atol=_SAME))
+    if all(equal):
         raise EvaluationError(
             "the log-probabilities of all forget and hold-out texts are the reference's own: this is one model, and "
             "compared with itself it has a PrivLeak of 0; take a reference that never saw the forget set"
         )
 
 
-# -- the tasks of a published benchmark, from the pack in ``eval/``, as a recipe asks for them
+# -- what a recipe's benchmark is
+
+Log = TofuLog | MuseLog
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A published benchmark. ``figure`` is the one that compares with a model that never saw the forget set."""
+
+    figure: str
+    tasks: Callable[[str], tuple[str, ...]]
+    read: Callable[[Samples, str], Log]
+    row: Callable[[Any, Any, str], Row]
+
+
+SUITES: dict[str, Suite] = {
+    "tofu": Suite(
+        "Forget quality",
+        lambda forget_set: tuple(
+            f"tofu_{name}_{part}"
+            for name in (forget_set, "retain", "real_authors", "world_facts")
+            for part in ("prob", "rouge")
+        ),
+        TofuLog.from_samples,
+        lambda log, reference, name: {**tofu_row(log, reference)},
+    ),
+    "muse": Suite(
+        "PrivLeak",
+        lambda corpus: tuple(f"muse_{corpus}_{part}" for part in _MUSE),
+        lambda samples, corpus: MuseLog.from_samples(samples, "news" if corpus == "news" else "books"),
+        lambda log, reference, name: {**muse_row(log, name, reference)},
+    ),
+}
 
 
 def build(spec: BenchmarkSpec, base: Path, tokenizer: str, seed: int) -> TaskSet:
     """Every task of the benchmark, on all items.
 
     Args:
-        spec: Which.
         base: The recipe's folder, for ``path``.
         tokenizer: Folder or name of the scored model's tokenizer; token counts are in its tokens.
         seed: For few-shot examples.
-
-    Raises:
-        EvaluationError: its data are not there or not what they should be.
     """
-    group = f"{spec.name}_{spec.set}"
-    metadata: dict[str, Any] = {"tokenizer": tokenizer, "items": spec.items, "max_tokens": spec.max_tokens}
-    if spec.name == "tofu":
-        metadata["tag"] = spec.tag
     folder = benchmark_folder(spec, base)
-    if folder is not None:
-        metadata[spec.name] = str(folder)
+    metadata = {"tokenizer": tokenizer, "items": spec.items, "max_tokens": spec.max_tokens}
+    metadata |= {"tag": spec.tag} if spec.name == "tofu" else {}
+    metadata |= {spec.name: str(folder)} if folder is not None else {}
     known = {key: value for key, value in metadata.items() if value is not None}
     with quiet_harness():
-        manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=known)
         try:
-            loaded = manager.load(group)
+            loaded = task_manager(paths=[tasks_folder()], metadata=known).load(f"{spec.name}_{spec.set}")
         except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
             raise EvaluationError(
                 f"benchmark: the data of {spec.name} {spec.set} cannot be had: {error}"
                 + ("" if spec.path else ". They come from the hub; benchmark.path names a local folder with them")
             ) from error
-        tasks = dict(loaded["tasks"])
-        for task in tasks.values():
+        for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed)
-    info = {name: TaskInfo(_role(name, spec), name, "test") for name in tasks}
-    return TaskSet(tasks, {}, info, {})
+    info = {name: TaskInfo(_role(name), name, "test") for name in loaded["tasks"]}
+    return TaskSet(loaded["tasks"], {}, info, {})
 
 
-def _role(task: str, spec: BenchmarkSpec) -> Role:
+def _role(task: str) -> Role:
     if "_retain" in task:
         return "retain"
     return "utility" if "real_authors" in task or "world_facts" in task else "forget"

@@ -1,4 +1,4 @@
-"""What runs scored on a published benchmark, computed again from their per-item files alone.
+"""What runs scored on a published benchmark, computed again from their per-item files alone, and the files to submit.
 
 A run keeps lm-eval's files in ``benchmark/<who>/<model>``, who being the target, the edited model or the retain
 reference. No aggregate is taken from a report: every number comes from ``samples_*.jsonl``.
@@ -19,21 +19,25 @@ import numpy as np
 from pydantic import ValidationError
 
 from unlearn.errors import DataError, EvaluationError, RunFolderError
-from unlearn.evidence import benchmarks as muse
-from unlearn.evidence import benchmarks as tofu
-from unlearn.evidence.benchmarks import MuseLog, TofuLog, read_samples
+from unlearn.evidence.benchmarks import (
+    MUSE_COLUMNS,
+    SUITES,
+    TOFU_COLUMNS,
+    ZERO_AUC,
+    Log,
+    MuseLog,
+    Row,
+    TofuLog,
+    read_samples,
+)
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.evaluation import BenchmarkSpec
 from unlearn.results import Who
 from unlearn.store.files import explained, write_json_atomic, write_text_atomic
 
-Log = TofuLog | MuseLog
-Row = dict[str, float | str | None]
-
 WHO: tuple[Who, ...] = ("target", "edited", "reference")
 PUBLISHED = "published"  # as a reference: MUSE's authors' value
-_KEPT = ("retain", "real_authors", "world_facts")  # TOFU's sets beside the forget set
-_MUSE = ("verbmem", "knowmem_forget", "knowmem_retain", "privleak_forget", "privleak_holdout")
+Reference = Log | Literal["published"] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,28 +60,15 @@ class BenchRun:
         return f"{self.spec.name} {self.spec.set}"
 
 
-def tasks_of(spec: BenchmarkSpec) -> tuple[str, ...]:
-    """The tasks in ``eval/`` that a benchmark's row is computed from."""
-    if spec.name == "tofu":
-        return tuple(f"tofu_{name}_{part}" for name in (spec.set, *_KEPT) for part in ("prob", "rouge"))
-    return tuple(f"muse_{spec.set}_{part}" for part in _MUSE)
-
-
 def read_run(folder: Path) -> BenchRun:
-    """Read the run's benchmark.
-
-    Raises:
-        RunFolderError: the folder is no run's, or cannot be read.
-        EvaluationError: the run has no benchmark, is not finished, or did not run all of the benchmark's tasks.
-        DataError: a file with samples is missing or damaged.
-    """
+    """Read the run's benchmark; a run that is not finished, or has none, is an error."""
     recipe, spec = _benchmark(folder)
     there = [who for who in WHO if (folder / "benchmark" / who).is_dir()]
     needed = ("target",) if _nothing_chosen(folder) else ("target", "edited")
-    if absent := [who for who in needed if who not in there]:
-        which = " and ".join("the edited model" if who == "edited" else f"the {who}" for who in absent)
+    if missing := [who for who in needed if who not in there]:
+        which = " and ".join("the edited model" if who == "edited" else f"the {who}" for who in missing)
         raise EvaluationError(
-            f"{folder}: {which} was not scored on {spec.name} {spec.set} (no benchmark/{absent[0]}): run the recipe "
+            f"{folder}: {which} was not scored on {spec.name} {spec.set} (no benchmark/{missing[0]}): run the recipe "
             "to its end"
         )
     logs = {who: read_scored(folder / "benchmark" / who, spec) for who in there}
@@ -88,15 +79,11 @@ def read_run(folder: Path) -> BenchRun:
 
 
 def read_reference(place: Path, name: str, forget_set: str | None = None) -> Log:
-    """The retain reference: of a run, or a log in the layout of TOFU's authors.
+    """The retain reference of a run (a folder), or a log in the layout of TOFU's authors (a file).
 
     Args:
-        place: A run's folder, whose ``benchmark/reference`` counts, or a ``.json`` file.
         name: The benchmark it is for, tofu or muse.
         forget_set: The set it is for (MUSE: the corpus), or None where that is not known.
-
-    Raises:
-        RunFolderError, EvaluationError, DataError: as :func:`read_run`; also when it is of another benchmark or set.
     """
     if not place.is_dir():
         if name != "tofu":
@@ -119,11 +106,7 @@ def read_reference(place: Path, name: str, forget_set: str | None = None) -> Log
 
 
 def read_log(path: Path) -> TofuLog:
-    """A log in the layout of TOFU's authors.
-
-    Raises:
-        DataError: there is no such file, it is not JSON, or has not what such a log has.
-    """
+    """A log in the layout of TOFU's authors."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -136,7 +119,7 @@ def read_log(path: Path) -> TofuLog:
     return TofuLog.from_json(data, str(path))
 
 
-def rows(logs: Mapping[Who, Log], reference: Log | Literal["published"] | None, method: str) -> dict[Who, Row]:
+def rows(logs: Mapping[Who, Log], reference: Reference, method: str) -> dict[Who, Row]:
     """Each model's row by the benchmark's own column names, in the order of :data:`WHO`.
 
     Args:
@@ -145,59 +128,48 @@ def rows(logs: Mapping[Who, Log], reference: Log | Literal["published"] | None, 
             leaves forget quality (TOFU) or PrivLeak (MUSE) None. They are None in the reference's own row too, since
             there is nothing to compare it with, and wherever :func:`absent` says why.
         method: MUSE's name of the edited model.
-
-    Raises:
-        EvaluationError: the reference does not fit, or is one of the models.
     """
     compared = {**logs, "reference": reference} if isinstance(reference, TofuLog | MuseLog) else dict(logs)
     found: dict[Who, Row] = {}
-    for who in WHO:
-        log = compared.get(who)
-        against = None if log is reference else reference
+    for who in (who for who in WHO if who in compared):
+        log = compared[who]
+        beside = None if log is reference else reference
+        if isinstance(log, TofuLog) and not isinstance(beside, TofuLog | None):
+            raise EvaluationError("TOFU has no published value; give a run's folder or a log (.json)")
+        if isinstance(log, MuseLog) and isinstance(beside, TofuLog):
+            raise EvaluationError("a log of TOFU is no reference for MUSE; give a run's folder")
+        suite = SUITES["tofu" if isinstance(log, TofuLog) else "muse"]
         try:
-            if isinstance(log, TofuLog):
-                if against is not None and not isinstance(against, TofuLog):
-                    raise EvaluationError("TOFU has no published value; give a run's folder or a log (.json)")
-                found[who] = {**tofu.tofu_row(log, against)}
-            elif isinstance(log, MuseLog):
-                if isinstance(against, TofuLog):
-                    raise EvaluationError("a log of TOFU is no reference for MUSE; give a run's folder")
-                found[who] = muse.muse_row(log, {"edited": method, "reference": "retrain"}.get(who, who), against)
+            found[who] = suite.row(log, beside, {"edited": method, "reference": "retrain"}.get(who, who))
         except EvaluationError as error:
-            whom = f" (found with the {'edited model' if who == 'edited' else who})" if "target" in compared else ""
-            raise EvaluationError(f"{error}{whom}") from error
+            named = f" (found with the {'edited model' if who == 'edited' else who})" if "target" in compared else ""
+            raise EvaluationError(f"{error}{named}") from error
     return found
 
 
-def absent(name: str, reference: Log | Literal["published"] | None) -> str:
+def absent(name: str, reference: Reference) -> str:
     """Why a benchmark's rows lack the figure that compares with a reference; empty where they have it."""
-    figure = "Forget quality" if name == "tofu" else "PrivLeak"
+    figure = SUITES[name].figure
     if reference is None:
         return (
             f"{figure} compares with a model that never saw the forget set. Give one as reference: train, a run "
             "folder, a model or, for TOFU, a log."
         )
     if isinstance(reference, MuseLog) and reference.auc == 0:
-        return f"{figure} is absent because {muse.ZERO_AUC}."
+        return f"{figure} is absent because {ZERO_AUC}."
     return ""
 
 
 def read_scored(folder: Path, spec: BenchmarkSpec) -> Log:
-    """What one model scored, from the samples in a folder.
-
-    Raises:
-        EvaluationError: not all of the benchmark's tasks were run.
-        DataError: a file is missing or damaged.
-    """
-    samples = read_samples(folder)
-    if absent := [task for task in tasks_of(spec) if task not in samples]:
+    """What one model scored, from the samples in a folder."""
+    samples, suite = read_samples(folder), SUITES[spec.name]
+    if missing := [task for task in suite.tasks(spec.set) if task not in samples]:
         raise EvaluationError(
-            f"{folder}: {spec.name} {spec.set} needs tasks that were not run: {', '.join(absent)}; run the recipe again"
+            f"{folder}: {spec.name} {spec.set} needs tasks that were not run: {', '.join(missing)}; run the recipe "
+            "again"
         )
     try:
-        if spec.name == "tofu":
-            return TofuLog.from_samples(samples, spec.set)
-        return MuseLog.from_samples(samples, "news" if spec.set == "news" else "books")
+        return suite.read(samples, spec.set)
     except (DataError, EvaluationError) as error:
         raise type(error)(f"{folder}: {error}") from error
 
@@ -216,12 +188,7 @@ def _nothing_chosen(folder: Path) -> bool:
 
 
 def _benchmark(folder: Path) -> tuple[Mapping[str, Any], BenchmarkSpec]:
-    """The recipe and its benchmark.
-
-    Raises:
-        RunFolderError: the folder is no run's, or its recipe cannot be read.
-        EvaluationError: the recipe has no benchmark.
-    """
+    """The recipe of a run and its benchmark."""
     path = folder / "resolved.yaml"
     with explained(path):
         if not path.is_file():
@@ -245,30 +212,27 @@ def _benchmark(folder: Path) -> tuple[Mapping[str, Any], BenchmarkSpec]:
 
 # -- the files that leaderboards and other frameworks take, each whole or absent
 
-
 # Our set's name -> how OpenUnlearning's metrics of it begin.
 _SHORT = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 
 
-def tofu_csv(row: Mapping[str, float | str | None], method: str, submitted_by: str) -> str:
+def tofu_csv(row: Row, method: str, submitted_by: str) -> str:
     """TOFU's submission: a header and one line, in the authors' columns and order. What is None is left empty."""
-    whole = {**row, "Method": _line(method), "Submitted By": _line(submitted_by)}
-    return _csv(tofu.TOFU_COLUMNS, [whole])
+    return _csv(TOFU_COLUMNS, [{**row, "Method": _line(method), "Submitted By": _line(submitted_by)}])
 
 
 def muse_csv(rows: Mapping[Who, Row]) -> str:
     """MUSE's evaluation: a line per model, in the authors' columns and order. What is None is left empty."""
-    return _csv(muse.MUSE_COLUMNS, [{**row, "name": _line(str(row["name"]))} for row in rows.values()])
+    return _csv(MUSE_COLUMNS, [{**row, "name": _line(str(row["name"]))} for row in rows.values()])
 
 
-def tofu_summary(log: TofuLog, row: Mapping[str, float | str | None]) -> dict[str, float]:
+def tofu_summary(log: TofuLog, row: Row) -> dict[str, float]:
     """OpenUnlearning's metrics of TOFU under its names, sorted as it writes them.
 
     It leaves out what it could not compute, and so does this: without a reference there is no ``forget_quality``.
     """
-    found: dict[str, float] = {"model_utility": _number(row["Model Utility"])}
-    if row["Forget Quality"] is not None:
-        found["forget_quality"] = _number(row["Forget Quality"])
+    named = {"model_utility": row["Model Utility"], "forget_quality": row["Forget Quality"]}
+    found = {name: float(value) for name, value in named.items() if value is not None}
     for name, short in _SHORT.items():
         scored = log.sets[name]
         found[f"{short}_Q_A_Prob"] = scored.prob
@@ -285,35 +249,21 @@ def tofu_summary(log: TofuLog, row: Mapping[str, float | str | None]) -> dict[st
     return dict(sorted(found.items()))
 
 
-def muse_summary(row: Mapping[str, float | str | None]) -> dict[str, float]:
+def muse_summary(row: Row) -> dict[str, float]:
     """OpenUnlearning's metrics of MUSE under its names: ROUGE in [0, 1], ``privleak`` in percent if there is one."""
-    found = {
-        "forget_knowmem_ROUGE": _number(row["knowmem_f"]) / 100,
-        "forget_verbmem_ROUGE": _number(row["verbmem_f"]) / 100,
-        "retain_knowmem_ROUGE": _number(row["knowmem_r"]) / 100,
-    }
-    if row["privleak"] is not None:
-        found["privleak"] = _number(row["privleak"])
+    names = {"forget_knowmem": "knowmem_f", "forget_verbmem": "verbmem_f", "retain_knowmem": "knowmem_r"}
+    found = {f"{ours}_ROUGE": float(row[theirs] or 0) / 100 for ours, theirs in names.items()}
+    found |= {} if row["privleak"] is None else {"privleak": float(row["privleak"])}
     return dict(sorted(found.items()))
 
 
 def write_boards(
     folder: Path, logs: Mapping[Who, Log], rows: Mapping[Who, Row], method: str, submitted_by: str
 ) -> list[Path]:
-    """Write all files of one run, replacing those of an earlier time.
+    """Write all files of one run, replacing those of an earlier time; returns them in the order written.
 
-    Args:
-        folder: Where to; made if missing. ``tofu.csv`` (of the edited model) or ``muse.csv`` (of all), and per model a
-            folder with the summary and, for TOFU, the log in the authors' layout.
-        logs: Of the models in ``rows``; others are not written.
-        rows: As :func:`unlearn.evidence.boards.rows` gives them.
-
-    Returns:
-        The files, in the order written.
-
-    Raises:
-        EvaluationError: a number is not finite.
-        RunFolderError: the place cannot be written.
+    ``tofu.csv`` (of the edited model) or ``muse.csv`` (of all), and for each model in ``rows`` a folder with the
+    summary and, for TOFU, the log in the authors' layout.
     """
     texts: dict[str, str] = {}
     objects: dict[str, Mapping[str, object]] = {}
@@ -344,12 +294,6 @@ def _csv(columns: tuple[str, ...], lines: list[Mapping[str, float | str | None]]
     writer.writerow(columns)
     writer.writerows([line[name] for name in columns] for line in lines)
     return out.getvalue()
-
-
-def _number(value: float | str | None) -> float:
-    if isinstance(value, str) or value is None:
-        raise TypeError(f"a number was expected here: {value!r}")
-    return float(value)
 
 
 def _finite(row: Row, who: str) -> None:

@@ -37,10 +37,10 @@ _NUMBERS = 1 << 25  # of one model's outputs that are held at a time: 128 MiB, o
 class Correlation:
     """How alike two fine-tunings act on the same positions; every value in [-1, 1].
 
-    ``outputs`` is the mean cosine of the two fine-tuned models' outputs, as the paper defines it. Little of an output
-    comes from a small fine-tuning, so this is near 1 whatever the tasks. ``changes`` is the mean cosine of what each
-    fine-tuning changed in the outputs. ``stderr`` is that mean's, with the positions of one item taken as one draw;
-    None where a data set has a single item. ``positions`` counts the tokens predicted.
+    ``outputs`` is the mean cosine of the two fine-tuned models' outputs, as the paper defines it, near 1 for small
+    fine-tunings whatever the tasks. ``changes`` is the mean cosine of what each fine-tuning changed in the outputs.
+    ``stderr`` is that mean's, with the positions of one item taken as one draw; None where a data set has a single
+    item. ``positions`` counts the tokens predicted.
 
     Two things ``stderr`` does not cover. Another fine-tuning on the same data gives another vector: between unrelated
     random vectors on a pico model ``changes`` varied by 1.5 to 2 times as much. And large changes spoil predictions in
@@ -55,13 +55,10 @@ class Correlation:
 
 
 def outputs(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
-    """What the model says of every labelled token: (N, V) log-probabilities, float32, on the model's device.
-
-    The passes are small; how many rows' worth of N * V numbers fit is the caller's to know.
-    """
+    """What the model says of every labelled token: (N, V) log-probabilities, float32, on the model's device."""
     found = []
     with frozen(model), torch.no_grad():
-        for batch in _passes(rows, _TOKENS):
+        for batch in _groups(rows, _TOKENS, _padded):
             logits, _, _ = answer_logits(model, Pad(pad_id)(batch))
             found.append(functional.log_softmax(logits, dim=-1))
     return torch.cat(found)
@@ -78,16 +75,10 @@ def correlate(
     """The measured correlation of two fine-tunings; the model comes back as it was.
 
     Args:
-        model: theta, a causal LM on its device.
-        first: theta + first is the one fine-tuned model.
-        second: theta + second is the other.
+        model: theta, a causal LM; theta + first and theta + second are the fine-tuned ones.
         sets: Rows of each data set, usually both tasks'. A set counts the same however many rows it has.
         pad_id: Token that fills up short rows.
         advance: Told how many rows are done.
-
-    Raises:
-        EvaluationError: a set has no row with a token to predict.
-        VectorError: a vector does not fit the model.
     """
     answered = [with_answers(rows) for rows in sets]
     if not answered or not all(answered):
@@ -96,11 +87,11 @@ def correlate(
     means, variances, positions = [], [], 0
     for rows in answered:
         parts = []
-        for chunk in _chunks(rows, max(1, _NUMBERS // vocabulary)):
+        for chunk in _groups(rows, max(1, _NUMBERS // vocabulary), _predicted):
             parts.append(_cosines(model, first, second, chunk, pad_id))
             advance(len(chunk))
         cosines = torch.cat(parts)  # (N, 2)
-        item = torch.repeat_interleave(torch.tensor([_answers(row) for row in rows]))
+        item = torch.repeat_interleave(torch.tensor([_predicted([row]) for row in rows]))
         means.append(cosines.mean(0))
         variances.append(_variance(cosines[:, 1], item))
         positions += len(item)
@@ -128,12 +119,6 @@ def slope(
         model: theta, a causal LM on its device; it comes back as it was.
         vector: What would be subtracted.
         rows: From :func:`unlearn.data.encoding.scored_rows`, of items of ``kind``.
-        pad_id: Token that fills up short rows.
-        advance: Told how many rows are done.
-
-    Raises:
-        EvaluationError: no row with a token to predict.
-        VectorError: the vector does not fit the model.
     """
     rows = with_answers(rows)
     if not rows:
@@ -143,7 +128,7 @@ def slope(
     shared = dict.fromkeys(vector.modules, coefficient)
     with frozen(model), range_for_gradients(model), weighted(model, vector, shared) as scale:
         scale.value = 1.0  # so that the weight that all modules share is lambda itself
-        for batch in _passes(rows, _TOKENS_BACKWARD):
+        for batch in _groups(rows, _TOKENS_BACKWARD, _padded):
             with torch.enable_grad():
                 logits, wanted, row = answer_logits(model, Pad(pad_id)(batch))
                 nll = functional.cross_entropy(logits, wanted, reduction="none")  # (N,)
@@ -189,41 +174,29 @@ def _variance(values: Tensor, item: Tensor) -> float | None:
     return float(sums.square().sum()) * count / (count - 1) / len(values) ** 2
 
 
-def _answers(row: Encoded) -> int:
-    """Tokens of a row that are predicted."""
-    return sum(label != IGNORE for label in row.labels[1:])
+def _predicted(rows: Sequence[Encoded]) -> int:
+    """Tokens of some rows that are predicted."""
+    return sum(label != IGNORE for row in rows for label in row.labels[1:])
 
 
-def _passes(rows: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
-    """Rows in order, together while they fit into so many padded tokens; a longer row goes alone."""
-    batch: list[Encoded] = []
-    width = 0
+def _padded(rows: Sequence[Encoded]) -> int:
+    """Tokens of a pass, those that fill up short rows among them."""
+    return len(rows) * max(len(row.input_ids) for row in rows)
+
+
+def _groups(rows: Sequence[Encoded], most: int, size: Callable[[list[Encoded]], int]) -> Iterator[list[Encoded]]:
+    """Rows in order, together while their size allows it; a larger row goes alone."""
+    group: list[Encoded] = []
     for row in rows:
-        width = max(width, len(row.input_ids))
-        if batch and width * (len(batch) + 1) > tokens:
-            yield batch
-            batch, width = [], len(row.input_ids)
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _chunks(rows: Sequence[Encoded], positions: int) -> Iterator[list[Encoded]]:
-    """Rows in order, together while they have at most so many labelled tokens."""
-    chunk: list[Encoded] = []
-    held = 0
-    for row in rows:
-        if chunk and held + _answers(row) > positions:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(row)
-        held += _answers(row)
-    if chunk:
-        yield chunk
+        if group and size([*group, row]) > most:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
 
 
 # -- before the edit
-
 
 LIMIT = 64
 # The metric of each kind that is a log-likelihood in nats; perplexity is none.
@@ -245,18 +218,12 @@ def foresee(
     items are not looked at.
 
     Args:
-        model: theta, on its device; it comes back as it was.
         edit: What will be subtracted, as shaped.
         forget_vector: The fine-tuning on the forget set, before it was shaped; of several sets, the sum.
         near: (role, name) of a kept set -> the fine-tuning on it. One on several sets may stand for each of them.
         sets: The recipe's data, a forget set among them. Sets without any such item, and those that are only terms of
             an analogy, are left out.
-        tokenizer: The model's.
         limit: Items per set at most; they come in random order.
-
-    Raises:
-        EvaluationError: no forget set, or one without items.
-        VectorError: a vector does not fit the model.
     """
     longest = reach(model, tokenizer)
     rows: dict[tuple[Role, str], list[Encoded]] = {}
@@ -281,30 +248,19 @@ def foresee(
             plain = SetForesight(*key, metric=NATS[kinds[key]], slope=cost, items=len(rows[key]))
             if key not in compared:
                 return plain
-            return _correlated(plain, model, forget_vector, near[key], (forgotten, rows[key]), pad_id, advance)
+            vector = near[key]
+            found = correlate(model, forget_vector, vector, (forgotten, rows[key]), pad_id, advance)
+            return replace(
+                plain,
+                alpha_outputs=_finite(found.outputs),
+                alpha_changes=_finite(found.changes),
+                alpha_stderr=_finite(found.stderr),
+                alpha_vectors=_finite(forget_vector.cosine(vector)),
+                modules={name: value for name, value in forget_vector.cosines(vector).items() if math.isfinite(value)},
+                verdict=verdict(found.changes, found.stderr),
+            )
 
         return Foresight(tuple(map(one, goals)), tuple(one(key) for key in rows if key not in goals))
-
-
-def _correlated(
-    plain: SetForesight,
-    model: nn.Module,
-    forget_vector: TaskVector,
-    vector: TaskVector,
-    rows: Sequence[Sequence[Encoded]],
-    pad_id: int,
-    advance: Callable[[int], None],
-) -> SetForesight:
-    found = correlate(model, forget_vector, vector, rows, pad_id, advance)
-    return replace(
-        plain,
-        alpha_outputs=_finite(found.outputs),
-        alpha_changes=_finite(found.changes),
-        alpha_stderr=_finite(found.stderr),
-        alpha_vectors=_finite(forget_vector.cosine(vector)),
-        modules={name: value for name, value in forget_vector.cosines(vector).items() if math.isfinite(value)},
-        verdict=verdict(found.changes, found.stderr),
-    )
 
 
 def _finite(value: float | None) -> float | None:

@@ -22,7 +22,8 @@ from unlearn.errors import EvaluationError, UnlearnError
 from unlearn.results import Who
 
 if TYPE_CHECKING:
-    from unlearn.evidence.boards import BenchRun, Log, Row
+    from unlearn.evidence.benchmarks import Log, Row
+    from unlearn.evidence.boards import BenchRun
 
 _WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it
 _TESTS = ("Forget Quality", "KS Test PVal Forget")  # p-values, which may be anything down to 1e-300

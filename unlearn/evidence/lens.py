@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unlearn.console import progress
-from unlearn.evidence.attacks import Judge, Judged
+from unlearn.evidence.judge import Judge, Judged
 from unlearn.score.attention import Layout, attending
 from unlearn.score.forward import Forward, NotPackableError, Part, run
 from unlearn.score.packed import PackedLM, Request
@@ -54,9 +54,6 @@ def logit_lens(
 
     Returns:
         (layer, score); None where :func:`unavailable` says why.
-
-    Raises:
-        BrokenModelError: a layer's scores are no numbers.
     """
     if unavailable(model, judge) is not None:
         return None
@@ -71,11 +68,7 @@ def logit_lens(
 
 
 class _Layers(Forward):
-    """A causal LM that scores every request at every layer while it runs.
-
-    Raises:
-        NotPackableError: its final norm or the states of its layers are not where they are expected.
-    """
+    """A causal LM that scores every request at every layer while it runs."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -103,15 +96,13 @@ class _Layers(Forward):
         places = torch.from_numpy(np.unique(nodes)).to(states[0].device)
         inside = np.searchsorted(np.unique(nodes), nodes)  # each node's row among the places
         # all layers before any is added: a pass that runs out of memory is tried again in halves
-        found = [self._at(self._read(state[places], layer), inside, targets) for layer, state in enumerate(states)]
+        norms = [*[self.norm] * (self.count - 1), nn.Identity()]  # the last state has been through it
+        found = [self._at(norm(state[places]), inside, targets) for norm, state in zip(norms, states, strict=True)]
         for layer, (values, greedy) in enumerate(found):
             np.add.at(self.values[layer], requests, values)
             np.logical_and.at(self.greedy[layer], requests, greedy)
         ids, counts = np.unique(requests, return_counts=True)
         return [(int(i), 0.0, True, int(n)) for i, n in zip(ids, counts, strict=True)]
-
-    def _read(self, state: Tensor, layer: int) -> Tensor:
-        return state if layer == self.count - 1 else self.norm(state)  # the last state has been through it
 
     def _states(self, tokens: Tensor, positions: Tensor | None = None) -> list[Tensor]:
         """(N, d) after every layer; of the last one after the norm."""

@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ from unlearn.store.files import write_text_atomic
 from unlearn.train.batches import Pad, answers
 from unlearn.train.losses import answer_logits, frozen, only_at
 
+SAMPLES = "samples_membership.jsonl"
+MIN_K = 0.4  # share of the tokens, as MUSE has it
+_HEAD_BYTES = 64 * 2**20  # of float32 logits held at a time; a few arrays of this size are alive at once
+
 Floats = NDArray[np.float64]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,37 +59,30 @@ class TokenScores:
     zlib_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """One attack's area under the ROC curve, members against others, with a 95 % bootstrap interval."""
-
-    attack: str
-    auc: float
-    low: float
-    high: float
-    n_members: int
-    n_others: int
+# -- attacks on one text
 
 
 def loss_score(tokens: TokenScores) -> float:
     """Mean log-probability of the tokens: the loss attack (Yeom et al. 1709.01604)."""
-    return float(_tokens(tokens).logprobs.mean())
+    if not len(tokens.logprobs):
+        raise EvaluationError("membership cannot be told of a text without a token that was predicted; leave it out")
+    return float(tokens.logprobs.mean())
 
 
-def min_k(tokens: TokenScores, k: float) -> float:
+def min_k(tokens: TokenScores, k: float = MIN_K) -> float:
     """Mean of the share ``k`` of lowest log-probabilities (Min-K% Prob, 2310.16789).
 
     Their number is rounded down, as the authors do, but is at least one.
     """
-    return _lowest(_tokens(tokens).logprobs, k)
+    return _lowest(tokens.logprobs, k)
 
 
-def min_k_pp(tokens: TokenScores, k: float) -> float:
+def min_k_pp(tokens: TokenScores, k: float = MIN_K) -> float:
     """:func:`min_k` of (log p - mean) / std, how each token stands among all that could be there (2404.02936).
 
     Where all tokens are equally likely, the deviation is 0 and so is this.
     """
-    off = _tokens(tokens).logprobs - tokens.means
+    off = tokens.logprobs - tokens.means
     return _lowest(np.divide(off, tokens.stds, out=np.zeros_like(off), where=tokens.stds > 0), k)
 
 
@@ -92,21 +91,27 @@ def zlib_score(tokens: TokenScores) -> float:
 
     Dull texts are likely whether they were trained on or not; they also compress well.
     """
-    if tokens.zlib_bytes < 1:
-        raise EvaluationError("the zlib attack needs the compressed size of every text")
     return loss_score(tokens) / tokens.zlib_bytes
 
 
+def _lowest(values: Floats, k: float) -> float:
+    size = max(int(len(values) * k), 1)
+    return float(np.partition(values, size - 1)[:size].mean())
+
+
+ATTACKS: Mapping[str, Callable[[TokenScores], float]] = {
+    "loss": loss_score,
+    "min_k": min_k,
+    "min_k_pp": min_k_pp,
+    "zlib": zlib_score,
+}
+
+
+# -- how well scores tell members from others
+
+
 def auc(members: ArrayLike, others: ArrayLike) -> float:
-    """Probability that a member scores higher than an other, ties counted half (Mann-Whitney U), in O(n log n).
-
-    Args:
-        members: (M,) scores.
-        others: (N,) scores.
-
-    Raises:
-        EvaluationError: nothing on one side, or scores that are no numbers.
-    """
+    """Probability that one of the (M,) members scores higher than one of the (N,) others, ties counted half."""
     high, low = _scores(members, "members"), np.sort(_scores(others, "others"))
     twice = np.searchsorted(low, high, "left").sum() + np.searchsorted(low, high, "right").sum()
     return float(twice) / (2 * len(high) * len(low))
@@ -117,9 +122,6 @@ def auc_interval(members: ArrayLike, others: ArrayLike, resamples: int = 1000, s
 
     The draws depend on ``seed`` and the numbers of scores alone, so that attacks on the same texts share them. Where
     the two sides do not overlap, no resample can either, and the interval is that one value: read it with the counts.
-
-    Raises:
-        EvaluationError: as :func:`auc`, or less than one resample.
     """
     if resamples < 1:
         raise EvaluationError(f"a bootstrap of {resamples} resamples has no interval; use some hundreds")
@@ -135,29 +137,6 @@ def auc_interval(members: ArrayLike, others: ArrayLike, resamples: int = 1000, s
     return float(lower), float(upper)
 
 
-def compare(attack: str, members: ArrayLike, others: ArrayLike, resamples: int = 1000, seed: int = 0) -> Interval:
-    """:func:`auc` and :func:`auc_interval` of one attack's scores.
-
-    Raises:
-        EvaluationError: as :func:`auc_interval`.
-    """
-    low, high = auc_interval(members, others, resamples, seed)
-    return Interval(attack, auc(members, others), low, high, np.size(members), np.size(others))
-
-
-def _lowest(values: Floats, k: float) -> float:
-    if not 0 < k <= 1:
-        raise EvaluationError(f"the share of tokens for Min-k is {k}; it must be above 0 and at most 1")
-    count = max(int(len(values) * k), 1)
-    return float(np.partition(values, count - 1)[:count].mean())
-
-
-def _tokens(tokens: TokenScores) -> TokenScores:
-    if not len(tokens.logprobs):
-        raise EvaluationError("membership cannot be told of a text without a token that was predicted; leave it out")
-    return tokens
-
-
 def _scores(values: ArrayLike, which: str) -> Floats:
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or not found.size:
@@ -167,13 +146,7 @@ def _scores(values: ArrayLike, which: str) -> Floats:
     return found
 
 
-# -- what membership inference keeps, a line per item, and the areas under the roc curve from these lines
-
-
-SAMPLES = "samples_membership.jsonl"
-ATTACKS = ("loss", "min_k", "min_k_pp", "zlib")
-
-Row = dict[str, Any]
+# -- a line for each item, and areas from these lines alone
 
 
 def save(path: Path, members: Sequence[Row], others: Sequence[Row]) -> None:
@@ -183,35 +156,25 @@ def save(path: Path, members: Sequence[Row], others: Sequence[Row]) -> None:
 
 
 def judge(files: Mapping[Who, Path], resamples: int, seed: int) -> tuple[Membership, ...]:
-    """Areas under the ROC curve from the saved lines alone, by model and attack.
+    """Areas under the ROC curve from the saved lines, by model and attack.
 
     With a reference among the files there is one attack more: how much likelier an item is than the reference finds it.
-
-    Raises:
-        EvaluationError: the reference was asked for other items.
-        DataError: a file is damaged.
     """
     sides = {who: _read(path) for who, path in files.items()}
     found = []
     for who, (members, others) in sides.items():
-        scores: dict[str, tuple[list[float], list[float]]] = {
-            a: ([m[a] for m in members.values()], [o[a] for o in others.values()]) for a in ATTACKS
-        }
+        scores = {name: tuple([row[name] for row in side.values()] for side in (members, others)) for name in ATTACKS}
         if "reference" in sides and who != "reference":
-            theirs = sides["reference"]
-            scores["reference"] = (_above(members, theirs[0]), _above(others, theirs[1]))
-        for attack, (inside, outside) in scores.items():
-            one = compare(attack, inside, outside, resamples, seed)
-            found.append(Membership(who, attack, one.auc, one.low, one.high, one.n_members, one.n_others))
+            pairs = zip((members, others), sides["reference"], strict=True)
+            scores["reference"] = tuple(_above(ours, theirs) for ours, theirs in pairs)
+        for name, (inside, outside) in scores.items():
+            low, high = auc_interval(inside, outside, resamples, seed)
+            found.append(Membership(who, name, auc(inside, outside), low, high, len(inside), len(outside)))
     return tuple(found)
 
 
 def _read(path: Path) -> tuple[dict[str, Row], dict[str, Row]]:
-    """Members and others by id.
-
-    Raises:
-        DataError: a line is not one that :func:`save` wrote.
-    """
+    """Members and others by id."""
     sides: dict[bool, dict[str, Row]] = {True: {}, False: {}}
     where = str(path)
     try:
@@ -219,7 +182,7 @@ def _read(path: Path) -> tuple[dict[str, Row], dict[str, Row]]:
             where = f"{path}, line {number}"
             if line.strip():
                 row = json.loads(line)
-                sides[row["member"]][row["id"]] = {a: _number(row[a]) for a in ATTACKS}
+                sides[row["member"]][row["id"]] = {name: _number(row[name]) for name in ATTACKS}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise DataError(f"{where}: not a line of membership inference ({error!r}); run the recipe again") from error
     return sides[True], sides[False]
@@ -240,10 +203,46 @@ def _above(ours: Mapping[str, Row], reference: Mapping[str, Row]) -> list[float]
     return [row["loss"] - reference[item]["loss"] for item, row in ours.items()]
 
 
-# -- what a model says of each answered token
+# -- what a model gives away of items
 
 
-_HEAD_BYTES = 64 * 2**20  # of float32 logits held at a time; a few arrays of this size are alive at once
+def members_of(items: Sequence[Item]) -> list[Item]:
+    """Each content once, in its first wording: several prompts of one row would count as several members."""
+    return list({item.id: item for item in reversed(items)}.values())[::-1]
+
+
+def require_rows(sets: Sequence[LoadedSet], loaded: Loaded) -> None:
+    """Refuse forget or hold-out sets with an item that :func:`tell` cannot score."""
+    for s in sets:
+        if s.role in ("forget", "holdout"):
+            for item in s.train if s.role == "forget" else s.test:
+                _row(loaded, item, s.spec.kind)
+
+
+def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], label: str = "scoring") -> list[Row]:
+    """Of each item ``id``, ``tokens`` scored, and a number for every attack: for qa and mcq of the answer's tokens."""
+    rows = [_row(loaded, item, kind) for item, kind in items]
+    with progress(label, len(rows) // count()) as advance:
+        score = partial(token_scores, loaded.model, loaded.tokenizer, advance=advance)
+        scores = together(rows, score)
+    return [
+        {"id": item.id, "tokens": len(one.logprobs), **{name: attack(one) for name, attack in ATTACKS.items()}}
+        for (item, _), one in zip(items, scores, strict=True)
+    ]
+
+
+def _row(loaded: Loaded, item: Item, kind: Kind) -> Encoded:
+    length = reach(loaded.model, loaded.tokenizer)
+    try:
+        rows = encode([item], kind, loaded.tokenizer, length)
+    except TrainingError:
+        rows = []
+    if len(rows) != 1:
+        raise EvaluationError(
+            f"membership: the model reads {length} tokens at a time, and this item does not fit, or has no token to "
+            f"score: {shorten(f'{item.prompt} {item.target}', 160)!r}: take it out"
+        )
+    return rows[0]
 
 
 def token_scores(
@@ -261,20 +260,17 @@ def token_scores(
 
     Args:
         model: A causal LM on its device; it comes back as it was.
-        tokenizer: Its tokenizer; fills up short rows, and gives the labelled tokens' text for its compressed size.
-        rows: From :func:`unlearn.data.encoding.encode` or :func:`unlearn.data.encoding.scored_rows`.
+        tokenizer: Fills up short rows, and gives the labelled tokens' text for its compressed size.
         batch_tokens: Padded tokens of a pass, at most; a longer row goes alone.
         advance: Told how many rows are done.
-
-    Raises:
-        BrokenModelError: the model's log-probabilities are no finite numbers.
     """
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     found: list[TokenScores | None] = [None] * len(rows)
     with frozen(model), torch.no_grad():
         for numbers in _batches(rows, batch_tokens):
             batch = Pad(pad_id)([rows[n] for n in numbers])
-            columns = _scored(model, batch) if _answered(batch["labels"]) else np.empty((0, 4))
+            answered = bool((batch["labels"][:, 1:] != IGNORE).any())
+            columns = _scored(model, batch) if answered else np.empty((0, 4))
             _, _, place = answers(batch["labels"])
             bounds = np.cumsum(place.bincount(minlength=len(numbers)).numpy())
             for n, part in zip(numbers, np.split(columns, bounds[:-1]), strict=True):
@@ -283,7 +279,7 @@ def token_scores(
     return tuple(score for score in found if score is not None)
 
 
-def _scored(model: nn.Module, batch: dict[str, Tensor]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _scored(model: nn.Module, batch: dict[str, Tensor]) -> Floats:
     """(N, 4) of the answered positions of a batch, row by row: log p, mean, deviation, 1 where it is the argmax."""
     predicts, wanted, _ = answers(batch["labels"])
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -329,15 +325,11 @@ def _columns(logits: Tensor, wanted: Tensor) -> Tensor:
     return torch.stack([picked, mean, variance.sqrt(), greedy.float()], dim=-1)
 
 
-def _of_row(columns: np.ndarray[Any, np.dtype[np.float64]], row: Encoded, tokenizer: Any) -> TokenScores:
+def _of_row(columns: Floats, row: Encoded, tokenizer: Any) -> TokenScores:
     text = tokenizer.decode([label for label in row.labels if label != IGNORE], skip_special_tokens=True)
     size = len(zlib.compress(text.encode("utf-8")))
     logprobs, means, stds, greedy = columns.T
     return TokenScores(logprobs.copy(), means.copy(), stds.copy(), greedy > 0.5, size)
-
-
-def _answered(labels: Tensor) -> bool:
-    return bool((labels[:, 1:] != IGNORE).any())
 
 
 def _batches(rows: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
@@ -350,74 +342,3 @@ def _batches(rows: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
         batch.append(n)
     if batch:
         yield batch
-
-
-# -- membership inference on a model
-
-
-MIN_K = 0.4  # share of the tokens, as MUSE has it
-
-
-def members_of(items: Sequence[Item]) -> list[Item]:
-    """Each content once, in its first wording: several prompts of one row would count as several members."""
-    first: dict[str, Item] = {}
-    for item in items:
-        first.setdefault(item.id, item)
-    return list(first.values())
-
-
-def require_rows(sets: Sequence[LoadedSet], loaded: Loaded) -> None:
-    """Refuse forget or hold-out sets with an item that :func:`tell` cannot score.
-
-    Raises:
-        EvaluationError: as :func:`tell`.
-    """
-    for s in sets:
-        if s.role in ("forget", "holdout"):
-            for item in s.train if s.role == "forget" else s.test:
-                _row(loaded, item, s.spec.kind)
-
-
-def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], label: str = "scoring") -> list[Row]:
-    """What a model gives away of each item: ``id``, ``tokens`` scored, and a number for every attack.
-
-    Args:
-        loaded: The model, as it is now.
-        items: With the kind of data they are of; for qa and mcq the answer's tokens are told apart, for text all.
-        label: What the progress bar says.
-
-    Raises:
-        EvaluationError: an item that cannot be scored whole, an answer as one beside as much of its prompt as fits.
-    """
-    rows = [_row(loaded, item, kind) for item, kind in items]
-    with progress(label, len(rows) // count()) as advance:
-
-        def told(some: Sequence[Encoded]) -> Sequence[TokenScores]:
-            return token_scores(loaded.model, loaded.tokenizer, some, advance=advance)
-
-        scores = together(rows, told)
-    return [
-        {
-            "id": item.id,
-            "tokens": len(score.logprobs),
-            "loss": loss_score(score),
-            "min_k": min_k(score, MIN_K),
-            "min_k_pp": min_k_pp(score, MIN_K),
-            "zlib": zlib_score(score),
-        }
-        for (item, _), score in zip(items, scores, strict=True)
-    ]
-
-
-def _row(loaded: Loaded, item: Item, kind: Kind) -> Encoded:
-    length = reach(loaded.model, loaded.tokenizer)
-    try:
-        rows = encode([item], kind, loaded.tokenizer, length)
-    except TrainingError:
-        rows = []
-    if len(rows) != 1:
-        raise EvaluationError(
-            f"membership: the model reads {length} tokens at a time, and this item does not fit, or has no token to "
-            f"score: {shorten(f'{item.prompt} {item.target}', 160)!r}: take it out"
-        )
-    return rows[0]

@@ -29,17 +29,10 @@ _TASK_FILES = ("items", "tofu", "muse", "classifier")  # what the pack's tasks a
 
 
 def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
-    """Look for what the recipe names; models are not fetched.
+    """Look for what the recipe names from its folder ``base`` on; models are not fetched.
 
     Args:
-        base: The recipe's folder, where relative paths start.
         hub: Also read a benchmark's data that come from the hub.
-
-    Raises:
-        EvaluationError: no such benchmark folder or log, data that lack something, a log of other items, or a run that
-            trained no reference.
-        DataError: a log that cannot be read.
-        ModelError: no such model, or the very model that is to forget.
     """
     log = log_file(recipe, base)
     if recipe.benchmark is not None:
@@ -70,10 +63,7 @@ def _same_place(one: str, other: str, base: Path) -> bool:
 
 
 def _check_log(recipe: Recipe, path: Path, rows: Mapping[str, Sequence[Row]] | None) -> None:
-    """Whether a log can be compared with at all is known before any training.
-
-    ``rows`` are the benchmark's, or None where they are on the hub and not read yet.
-    """
+    """Whether a log can be compared with the benchmark's rows; None where they are on the hub and not read yet."""
     from unlearn.evidence.benchmarks import refuse_other_items
     from unlearn.evidence.boards import read_log  # numpy
 
@@ -97,11 +87,7 @@ def _check_log(recipe: Recipe, path: Path, rows: Mapping[str, Sequence[Row]] | N
 
 
 def benchmark_rows(spec: BenchmarkSpec, base: Path, *, hub: bool = False) -> Mapping[str, Sequence[Row]] | None:
-    """The rows of each part that a benchmark scores; None where they are on the hub and not asked for.
-
-    Raises:
-        EvaluationError: there are none, too few, or one lacks something.
-    """
+    """The rows of each part that a benchmark scores; None where they are on the hub and not asked for."""
     folder = benchmark_folder(spec, base)
     reader = _reader(spec)
     if folder is None and not hub:
@@ -146,11 +132,7 @@ def _reader(spec: BenchmarkSpec) -> ModuleType:
 
 
 def benchmark_folder(spec: BenchmarkSpec, base: Path) -> Path | None:
-    """The folder with the benchmark's files; None where they come from the hub.
-
-    Raises:
-        EvaluationError: there is none.
-    """
+    """The folder with the benchmark's files; None where they come from the hub."""
     if spec.path is None:
         return None
     found = _first(spec.path, base, Path.is_dir)
@@ -159,16 +141,6 @@ def benchmark_folder(spec: BenchmarkSpec, base: Path) -> Path | None:
             f"benchmark.path: there is no folder {spec.path} here or in {base}{did_you_mean(spec.path, base)}"
         )
     return found.resolve()
-
-
-def benchmark_digest(spec: BenchmarkSpec, base: Path) -> str:
-    """SHA-256 of the benchmark's local files; empty where they come from the hub.
-
-    Raises:
-        EvaluationError: there is no such folder.
-    """
-    folder = benchmark_folder(spec, base)
-    return "" if folder is None else content(folder, "*.json*")
 
 
 def pack_digest() -> str:
@@ -203,11 +175,7 @@ def is_model(recipe: Recipe) -> bool:
 
 
 def log_file(recipe: Recipe, base: Path) -> Path | None:
-    """The reference's log; None where the reference is none.
-
-    Raises:
-        EvaluationError: there is no such file.
-    """
+    """The reference's log; None where the reference is none."""
     given = recipe.reference
     if given is None or not given.endswith(".json"):
         return None
@@ -221,11 +189,7 @@ def log_file(recipe: Recipe, base: Path) -> Path | None:
 
 
 def check_reach(recipe: Recipe, base: Path) -> None:
-    """Ask for a reference that only the hub has whether the hub can be reached at all.
-
-    Raises:
-        ModelError: it cannot.
-    """
+    """Ask for a reference that only the hub has whether the hub can be reached at all."""
     given = _model_given(recipe)
     if given is not None and run_reference(given, base) is None:
         try:
@@ -235,11 +199,7 @@ def check_reach(recipe: Recipe, base: Path) -> None:
 
 
 def run_reference(given: str, base: Path) -> Path | None:
-    """The folder of the reference that a run trained; None where ``given`` is no run's folder.
-
-    Raises:
-        EvaluationError: the run trained none.
-    """
+    """The folder of the reference that a run trained; None where ``given`` is no run's folder."""
     root = _first(given, base, lambda place: (place / "resolved.yaml").is_file())
     if root is None:
         return None
@@ -252,11 +212,7 @@ def run_reference(given: str, base: Path) -> Path | None:
 
 
 def to_teach(sets: Sequence[LoadedSet]) -> list[LoadedSet]:
-    """The sets that a trained reference learns.
-
-    Raises:
-        DataError: no retain set has items to train on.
-    """
+    """The sets that a trained reference learns."""
     learned = [s for s in sets if s.role == "retain" and s.train]
     if not learned:
         raise DataError(
@@ -266,11 +222,7 @@ def to_teach(sets: Sequence[LoadedSet]) -> list[LoadedSet]:
 
 
 def locate(recipe: Recipe, base: Path) -> str:
-    """The folder or hub id of the reference that is neither trained nor a log; fetched where needed.
-
-    Raises:
-        EvaluationError, ModelError: as :func:`check`, or it cannot be fetched.
-    """
+    """The folder or hub id of the reference that is neither trained nor a log; fetched where needed."""
     given = _model_given(recipe)
     assert given is not None  # asked for only then
     try:
@@ -280,11 +232,7 @@ def locate(recipe: Recipe, base: Path) -> str:
 
 
 def tokenizer(recipe: Recipe, where: str) -> Any:
-    """The tokenizer of the reference that :func:`locate` found.
-
-    Raises:
-        ModelError: it has none that can be read.
-    """
+    """The tokenizer of the reference that :func:`locate` found."""
     from unlearn.model.load import load_tokenizer  # torch
 
     try:
@@ -294,13 +242,11 @@ def tokenizer(recipe: Recipe, where: str) -> Any:
 
 
 def state(recipe: Recipe, base: Path) -> list[Any]:
-    """What these files are now: SHA-256 of the task pack, the benchmark's and the log, size and time of others.
-
-    Raises:
-        EvaluationError: as :func:`check`.
-    """
+    """What these files are now: SHA-256 of the task pack, the benchmark's and the log, size and time of others."""
     found: list[Any] = [pack_digest(), *map(files_of, task_files(recipe))]
-    found += [] if recipe.benchmark is None else [benchmark_digest(recipe.benchmark, base)]
+    if recipe.benchmark is not None:  # its local files; those of the hub are known by name
+        folder = benchmark_folder(recipe.benchmark, base)
+        found.append("" if folder is None else content(folder, "*.json*"))
     log, given = log_file(recipe, base), _model_given(recipe)
     if log is not None:
         found.append(_sha256(log).hex())

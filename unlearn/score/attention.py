@@ -223,9 +223,6 @@ def tree_attention(
 
     Returns:
         (1, N, heads, head size), and no weights.
-
-    Raises:
-        ValueError: the model wants something that is not done here (a bias by position, attention sinks).
     """
     for name in ("position_bias", "s_aux", "head_mask"):
         if unknown.get(name) is not None:

@@ -107,9 +107,6 @@ def greedy(
 
     Yields:
         (index of the prompt, continuation) as they are finished.
-
-    Raises:
-        torch.OutOfMemoryError, RuntimeError: even one text at a time does not fit.
     """
     queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     while queue:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,20 +47,9 @@ def write_files(
     samples: Mapping[str, list[dict[str, Any]]],
     seconds: float,
 ) -> Path:
-    """Write ``<model name>/results_<time>.json`` and ``samples_<task>_<time>.jsonl``.
+    """Write ``<model name>/results_<time>.json`` and ``samples_<task>_<time>.jsonl``; returns the first.
 
-    Args:
-        folder: Where.
-        model_name: How the files name the model (and their folder).
-        results: lm-eval's results object without samples.
-        samples: Its per-item records by task.
-        seconds: What the evaluation took.
-
-    Returns:
-        The results file.
-
-    Raises:
-        RunFolderError: a file is missing or short. The tracker itself reports no failure.
+    lm-eval's own tracker reports no failure, so the files are looked at.
     """
     tracker = EvaluationTracker(output_path=str(folder))
     general = tracker.general_config_tracker
@@ -75,8 +65,8 @@ def write_files(
     date = getattr(tracker, "date_id", "")
     path = where / f"results_{date}.json"
     counts = {where / f"samples_{task}_{date}.jsonl": len(rows) for task, rows in samples.items()}
-    broken = [p.name for p in (path,) if not _is_json(p)]
-    broken += [p.name for p, count in counts.items() if _lines(p) != count]
+    broken = [path.name] if not _is_json(path) else []
+    broken += [p.name for p, count in counts.items() if not p.is_file() or p.read_bytes().count(b"\n") != count]
     if broken:
         why = f" ({'; '.join(complaints)})" if complaints else ""
         raise RunFolderError(
@@ -116,25 +106,13 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return -1
-
-
 # -- standard errors beside lm-eval's
-
 
 _FORMULAS: tuple[Callable[..., Any], ...] = (mean, acc_all)  # aggregations whose standard error lm-eval computes
 
 
 def perplexity_stderr(items: Sequence[tuple[float, int]]) -> float:
-    """Standard error of exp(total nll / total tokens) by the delta method; lm-eval has none for it.
-
-    Args:
-        items: ``(log-likelihood, tokens)`` of each passage, at least two.
+    """Standard error of exp(total nll / total tokens) by the delta method, of ``(log-likelihood, tokens)`` pairs.
 
     The mean loss R = sum(nll)/sum(tokens) is a ratio of two sums over passages, whose variance is
     sum((nll - R tokens)^2) / (n - 1) / n / mean(tokens)^2 (Cochran, Sampling Techniques, section 6.3); then
@@ -157,17 +135,13 @@ def formulas_only(tasks: Iterable[Task]) -> Iterator[None]:
     changed = list(tasks)
     for task in changed:
         functions: Mapping[str, Callable[..., Any]] = task.aggregation()
-        disguised = {name: f if f in _FORMULAS else _same_as(f) for name, f in functions.items()}
+        disguised = {name: f if f in _FORMULAS else partial(f) for name, f in functions.items()}
         task.aggregation = lambda disguised=disguised: disguised
     try:
         yield
     finally:
         for task in changed:
             del task.aggregation
-
-
-def _same_as(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda items: function(items)
 
 
 # -- sampled texts that a seed decides
@@ -216,7 +190,6 @@ class _Seeded:
 
 # -- scores through lm-eval
 
-
 _SAFE_PATH = "PYTHONSAFEPATH"
 _OF_A_CHOICE = ("acc", "acc_norm")
 _NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
@@ -254,14 +227,7 @@ class EvalResult:
         return found
 
     def save(self, folder: Path) -> Path:
-        """Write ``<model name>/results_<time>.json`` and ``samples_<task>_<time>.jsonl`` with lm-eval's own tracker.
-
-        Returns:
-            The results file.
-
-        Raises:
-            RunFolderError: a file is missing or short.
-        """
+        """Write lm-eval's files (:func:`write_files`)."""
         return write_files(folder, self.model_name, self.results, self.samples, self.seconds)
 
 
@@ -269,13 +235,8 @@ def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) 
     """Score a model on tasks, as it is now; may be called again and again with the same tasks.
 
     Args:
-        lm: lm-eval's interface to the model.
-        tasks: From :func:`unlearn.score.tasks.build_tasks`.
         model_name: How lm-eval's files name the model (and their folder).
         bootstrap: Resamples for standard errors without a formula; 0: do without those.
-
-    Raises:
-        EvaluationError: no items, a missing metric, or a number that is not finite.
     """
     started, clock = time.time(), time.perf_counter()
     task_dict: Any = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}

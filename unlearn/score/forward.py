@@ -63,9 +63,6 @@ class Forward:
 
     Args:
         model: A transformers causal LM (or a PEFT model around one), on its device.
-
-    Raises:
-        NotPackableError: it mixes tokens in other ways than by attention, or its parts are not where they are expected.
     """
 
     def __init__(self, model: Any) -> None:

@@ -110,9 +110,6 @@ class PackedLM(WholeLM):
         tokenizer: Its tokenizer; found beside the model when not given.
         batch_tokens: Tokens per forward pass; found when not given, halved when memory runs out.
         options: Everything else that ``HFLM`` takes. Its batch_size counts only where its own code must score.
-
-    Raises:
-        EvaluationError: the model is not a causal one, or batch_tokens no number of tokens.
     """
 
     def __init__(self, pretrained: Any, tokenizer: Any = None, batch_tokens: int | None = None, **options: Any) -> None:
@@ -159,9 +156,6 @@ class PackedLM(WholeLM):
 
         So each model gets a table of its own in the file: another one has other weights, another adapter, number
         format, tokenizer or setting of those that count.
-
-        Raises:
-            EvaluationError: the model is under an edit that acts beside its weights, which no key could tell.
         """
         table = cache_hook.dbdict
         if table is not None:

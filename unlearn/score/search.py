@@ -27,14 +27,7 @@ TOKENS = 3.0  # that the answer of a choice counts as
 
 
 def collapsed(scores: Mapping[Key, TaskScore], base: Mapping[Key, TaskScore], kept: Sequence[Key], limit: float) -> str:
-    """Why the model counts as broken here, or nothing.
-
-    Args:
-        scores: All scores at a coefficient.
-        base: The target model's.
-        kept: Keys of the kept sets' metrics; of these sets the losses are compared.
-        limit: Nats by which a kept set's loss may rise.
-    """
+    """Why the model counts as broken here, or nothing: the loss of a kept set rose by more than ``limit`` nats."""
     sets = {key[:2] for key in kept}
     worst, where = 0.0, ""
     for key, before in base.items():
@@ -59,9 +52,6 @@ def _rise(before: TaskScore, after: TaskScore) -> float | None:
     return None
 
 
-# -- choose the coefficient by rule, on validation scores only
-
-
 _SLACK = 1e-9  # rounding
 _LARGEST = 700.0  # nats whose exponential a float holds
 
@@ -69,20 +59,9 @@ _LARGEST = 700.0  # nats whose exponential a float holds
 def judge(
     coefficient: float, scores: Sequence[TaskScore], base: Sequence[TaskScore], kept: Sequence[Key], spec: ChooseSpec
 ) -> SweepPoint:
-    """Compare the kept metrics at one coefficient with the target model's own.
+    """The point at one coefficient: all validation scores there, the kept metrics compared with those at 0 (``base``).
 
-    Args:
-        coefficient: Where ``scores`` were taken.
-        scores: All validation scores there.
-        base: All validation scores at coefficient 0.
-        kept: Keys of the metrics that must stay.
-        spec: The bounds: ``keep`` as a share, ``perplexity`` as a rise.
-
-    Returns:
-        The point, with one plain phrase per broken bound.
-
-    Raises:
-        EvaluationError: a kept metric is missing, or a score was taken on test items.
+    It has one plain phrase for each of the bounds, ``keep`` as a share and ``perplexity`` as a rise, that is broken.
     """
     here, before = _validation(scores), _validation(base)
     broken = []
@@ -101,18 +80,12 @@ def judge(
 def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Key], spec: ChooseSpec) -> Chosen:
     """The coefficient above 0 that forgets (learns) most among those within every bound; the smaller one on a tie.
 
-    Returns:
-        Coefficient 0 and ``bound_met`` False when no coefficient above 0 is within the bounds *and* forgets (learns)
-        more than the target model: the model is then left as it is. ``forget_metric`` is the first goal's.
-
-    Raises:
-        EvaluationError: a goal's metric is missing at some coefficient, or a score was taken on test items.
+    Coefficient 0 and ``bound_met`` False when no coefficient above 0 is within the bounds *and* forgets (learns) more
+    than the target model: the model is then left as it is. ``forget_metric`` is the first goal's.
     """
     for point in points:
         _validation(point.scores)
-    base = next((p for p in points if p.coefficient == 0), None)
-    if base is None:
-        raise EvaluationError(_unscored(goals[0], 0.0))
+    base = next((p for p in points if p.coefficient == 0), SweepPoint(0.0, (), False))
     known = {p.coefficient: left(p, goals, base) for p in points}
     passing = [p for p in points if p.coefficient > 0 and may_be_chosen(p) and known[p.coefficient] < known[0.0]]
     best = min(passing, key=lambda p: (known[p.coefficient], p.coefficient), default=None)
@@ -133,9 +106,6 @@ def left(point: SweepPoint, goals: Sequence[Key], base: SweepPoint) -> float:
 
     1 at ``base``, the point at coefficient 0. Goals of which nothing is to be done there are left out. A collapsed
     model without any score has everything left to do.
-
-    Raises:
-        EvaluationError: a point has no score of a goal's metric, or no goal leaves anything to do.
     """
     if point.collapsed and not point.scores:
         return math.inf
@@ -208,11 +178,7 @@ def doubted(
 
 
 def require_grounds(base: SweepPoint, goals: Sequence[Key], kept: Sequence[Key], spec: ChooseSpec) -> Mapping[Key, str]:
-    """What :func:`doubted` finds at coefficient 0, where it leaves the rule something to choose by.
-
-    Raises:
-        EvaluationError: no goal leaves anything to do, or no kept metric could show harm.
-    """
+    """What :func:`doubted` finds at coefficient 0, where it leaves the rule something to choose by."""
     left(base, goals, base)
     found = doubted(base.scores, goals, kept, spec.keep)
     if kept and all(key in found for key in kept):
@@ -286,7 +252,9 @@ def _find(point: SweepPoint, goal: Key) -> float:
     for score in point.scores:
         if score.key == goal:
             return score.score.value
-    raise EvaluationError(_unscored(goal, point.coefficient))
+    raise EvaluationError(
+        f"the {goal[0]} metric {say_key(goal)} has no validation score at coefficient {point.coefficient:g}"
+    )
 
 
 def _nats(metric: str, value: float) -> float | None:
@@ -294,10 +262,6 @@ def _nats(metric: str, value: float) -> float | None:
     if is_perplexity(metric):
         return -math.log(value) if value > 0 else math.nan
     return {"loss": -value, "logprob": value}.get(metric)
-
-
-def _unscored(goal: Key, coefficient: float) -> str:
-    return f"the {goal[0]} metric {say_key(goal)} has no validation score at coefficient {coefficient:g}"
 
 
 def _broken(here: TaskScore, before: TaskScore, spec: ChooseSpec) -> str:
@@ -321,8 +285,7 @@ def _validation(scores: Sequence[TaskScore]) -> dict[Key, TaskScore]:
     return {s.key: s for s in scores}
 
 
-# -- find the coefficient that the rule would choose from a grid without scoring all of the grid
-
+# -- the same choice without scoring all of the grid
 
 _CONTINUOUS = ("prob", "logprob", "loss", "perplexity")
 
@@ -340,18 +303,14 @@ def bisect(
     *,
     ties: bool,
 ) -> tuple[SweepPoint, ...]:
-    """Score what the choice needs.
+    """Score what the choice from a grid (coefficients above 0, ascending) needs; returns ``base`` and these points.
 
     Args:
-        grid: The coefficients above 0, ascending.
         base: The point at coefficient 0.
         score: The judged point at a coefficient.
         left: What the model still knows of the forget set at a point; larger is more.
         ties: Whether equal values of ``left`` are to be expected, so that the smallest coefficient of equal ones is
             looked for.
-
-    Returns:
-        ``base`` and every point that was scored, by coefficient.
     """
     budget = max(len(grid) / 2, math.ceil(math.log2(len(grid) + 1)))
     found = {0: base}
@@ -388,7 +347,6 @@ def _halvings(gap: int) -> int:
 
 # -- coefficients of several vectors, found together
 
-
 ROUNDS = 3  # over all parts; every round costs at most two scorings per part
 
 Name = TypeVar("Name", bound=str | tuple[str, ...])
@@ -416,7 +374,6 @@ def balance(
     ever given 0: a request that is not granted should be withdrawn, not dropped without a word.
 
     Args:
-        names: One for each part.
         grid: Coefficients above 0, ascending.
         score: Judges one coefficient per part, in the order of the sorted names. No combination is asked for twice.
         better: ``better(a, b)``: whether the rule prefers a to b, both of them within the bounds.
@@ -460,11 +417,7 @@ def balance(
 
 
 def direction(parts: Mapping[Name, TaskVector], weights: Mapping[Name, float]) -> TaskVector:
-    """The sum of the parts by weight: the same bits in whatever order they are given.
-
-    Raises:
-        VectorError: the parts are of different models.
-    """
+    """The sum of the parts by weight: the same bits in whatever order they are given."""
     from unlearn.vector.task_vector import TaskVector  # brings torch, which the rule itself does without
 
     return TaskVector.sum(parts[name] * weights[name] for name in sorted(parts))

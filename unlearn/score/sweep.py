@@ -23,12 +23,9 @@ _MCQ_TOKENS = 10  # or as many as the answer has
 
 
 def complete(lm: HFLM, sets: Sequence[LoadedSet], count: int) -> list[dict[str, str]]:
-    """Greedy continuations of the first ``count`` test items of every set, in report order.
+    """``set``, ``name``, ``prompt``, ``target`` and greedy ``text`` of the first ``count`` test items of every set.
 
-    Each ends, as where ROUGE is taken, at the first stop that is no part of the right answer.
-
-    Returns:
-        ``set``, ``name``, ``prompt``, ``target`` and ``text`` of each.
+    A text ends, as where ROUGE is taken, at the first stop that is no part of the right answer.
     """
     chosen = [(s, item) for s in sets if s.role != "holdout" for item in s.test[:count]]
     requests = [Instance("generate_until", {}, (item.prompt, _how(lm, s, item)), 0) for s, item in chosen]
@@ -67,18 +64,11 @@ def scores(place: Path) -> tuple[TaskScore, ...]:
 def told(recipe: Recipe, point: SweepPoint, says: str = "") -> str:
     """A point on one line: the metric that stands for each set, and what is wrong.
 
-    Args:
-        says: In place of the coefficient, where several vectors have one each.
+    ``says`` stands in place of the coefficient, where several vectors have one each.
     """
-    where = f"{says}  " if says and point.coefficient else f"λ = {point.coefficient:<6g}"
-    if point.collapsed:
-        return f"    {where}{_brief(recipe, point.scores)}   collapsed: {point.collapsed}"
-    out = "" if point.within_bound else "   out of bounds"
-    return f"    {where}{_brief(recipe, point.scores)}{out}"
-
-
-def _brief(recipe: Recipe, found: tuple[TaskScore, ...]) -> str:
     main: set[Key] = {(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role in KEPT}
-    main |= set(goal_metrics(recipe))
-    main |= {(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks}
-    return "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in found if s.key in main)
+    main |= {*goal_metrics(recipe), *((spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks)}
+    values = "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in point.scores if s.key in main)
+    where = f"{says}  " if says and point.coefficient else f"λ = {point.coefficient:<6g}"
+    wrong = f"   collapsed: {point.collapsed}" if point.collapsed else "" if point.within_bound else "   out of bounds"
+    return f"    {where}{values}{wrong}"

@@ -88,6 +88,12 @@ def _children(config: Mapping[str, Any]) -> list[str]:
     return [child for child in named if isinstance(child, str)]
 
 
+def pack_config(name: str) -> dict[str, Any]:
+    """A task of the pack as lm-eval reads it, with its functions."""
+    config: dict[str, Any] = load_yaml(tasks_folder() / f"{name}.yaml")
+    return config
+
+
 @functools.cache
 def _pack() -> TaskManager:
     return task_manager(paths=[tasks_folder()])
@@ -109,11 +115,6 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
         spec: From ``eval.tasks``.
         seed: For few-shot examples.
         tokenizer: Folder or name of the scored model's tokenizer, which the pack's tasks are told; empty if not known.
-
-    Raises:
-        EvaluationError: there is no such task, its data cannot be had, it has no such metric, or it runs what a model
-            writes.
-        ModelError: it was to run code that comes with a tokenizer.
     """
     given = spec.model_dump(mode="json")["metadata"]
     ours = spec.task in _pack().task_index
@@ -158,11 +159,7 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
 
 
 def _metrics(spec: TaskSpec, tasks: Mapping[str, Task], groups: Mapping[str, Group], ours: bool) -> tuple[str, ...]:
-    """The metrics to report: of a task of the pack all, of one of lm-eval's or a group the one that counts.
-
-    Raises:
-        EvaluationError: it has none of that name, which lm-eval would find out when all is scored.
-    """
+    """The metrics to report: of a task of the pack all, of one of lm-eval's or a group the one that counts."""
     if spec.task in tasks:
         found = list(tasks[spec.task].aggregation())
     else:
@@ -335,7 +332,7 @@ def _configs(
         wanted.append((f"{base}.rouge", f"unlearn_{kind}_rouge"))
     configs = []
     for name, pack_name in wanted:
-        config = load_yaml(tasks_folder() / f"{pack_name}.yaml")
+        config = pack_config(pack_name)
         config["task"] = name
         config["metadata"] = {**config["metadata"], "pack_task": pack_name, "items": str(items)}
         if "memory_tokens" in config["metadata"]:

@@ -1,7 +1,8 @@
-"""Relearning: the curve against steps taken by hand, which items are trained on, and what is left behind."""
+"""Copies with an edit merged, in fewer bits and trained again: against independent computations and steps by hand."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,104 @@ from typing import Any
 
 import pytest
 import torch
-from attack_arena import Arena
+from attack_arena import KINDS, Arena
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from unlearn.data.encoding import Encoded
-from unlearn.errors import TrainingError
-from unlearn.evidence.attacks_weights import edited_copy, forgotten_rows, parted, relearn, unrelated_rows
-from unlearn.model.load import Loaded, fingerprint
+from unlearn.errors import TrainingError, VectorError
+from unlearn.evidence.attacks_weights import edited_copy, forgotten_rows, parted, quantised, relearn, unrelated_rows
+from unlearn.model.load import Loaded, fingerprint, linear_modules
 from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.train.batches import Pad
+from unlearn.vector.change import LowRank
+from unlearn.vector.edit import applied, shape_of
+from unlearn.vector.task_vector import TaskVector
+
+Load = Callable[..., Loaded]
+
+
+def a_vector(model: nn.Module, size: float = 0.2) -> TaskVector:
+    draw = torch.Generator().manual_seed(3)
+    modules = {}
+    for name, module in linear_modules(model).items():
+        out, inner = shape_of(module)
+        a, b = torch.randn(2, inner, generator=draw), torch.randn(out, 2, generator=draw)
+        modules[name] = LowRank(a * size, b * size)
+    return TaskVector(modules)
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(torch.arange(3, 43)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("family", ["pico_phi", "pico_llama", "pico_gpt2"])
+def test_the_copy_is_the_edited_model(family: str, request: pytest.FixtureRequest, loaded: Load) -> None:
+    model = loaded(request.getfixturevalue(family)).model
+    before, vector = fingerprint(model), a_vector(model)
+    twin = edited_copy(model, vector, 0.5)
+    with applied(model, vector, -0.5):
+        wanted = logits_of(model)
+        assert fingerprint(twin) == fingerprint(model)
+    torch.testing.assert_close(logits_of(twin), wanted, atol=0, rtol=0)
+    assert fingerprint(model) == before != fingerprint(twin)
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
+    assert not twin.training
+
+
+def test_sixteen_bits_are_merged_by_one_rounding(loaded: Load, pico_gpt2: Path) -> None:
+    model = loaded(pico_gpt2, "bfloat16").model
+    vector = a_vector(model, 0.1)
+    twin = edited_copy(model, vector, 0.5)
+    for name, change in vector.modules.items():
+        old, new = model.get_submodule(name), twin.get_submodule(name)
+        delta = change.delta().T if isinstance(old, Conv1D) else change.delta()
+        assert isinstance(old.weight, Tensor)
+        assert torch.equal(new.weight, (old.weight.float() - 0.5 * delta).bfloat16())
+    assert twin.dtype == torch.bfloat16
+    assert not any(m._forward_hooks for m in twin.modules())
+
+
+@pytest.mark.parametrize("family", ["pico_phi", "pico_llama", "pico_gpt2"])
+def test_four_bits_are_the_weights_read_back_by_hand(
+    family: str, request: pytest.FixtureRequest, loaded: Load, tmp_path: Path
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    arena = Arena(loaded(request.getfixturevalue(family)), tmp_path, "qa")
+    model, judge = arena.model, arena.judge()
+    before, twin = fingerprint(model), edited_copy(model, a_vector(model, 0.05), 1.0)
+    expected = edited_copy(twin, None, 0.0)
+    work = tmp_path / "work"
+    work.mkdir()
+    with quantised(twin, "nf4", work) as small:
+        for name in linear_modules(model):
+            layer = small.get_submodule(name)
+            assert type(layer) is bnb.nn.Linear4bit
+            weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            conv = isinstance(expected.get_submodule(name), Conv1D)
+            assert weight.shape == shape_of(expected.get_submodule(name))
+            expected.get_submodule(name).weight.data.copy_(weight.T if conv else weight)
+        assert not isinstance(small.get_output_embeddings(), bnb.nn.Linear4bit)
+        found, wanted, full = judge.score(small), judge.score(expected), judge.score(twin)
+        assert found.values == pytest.approx(wanted.values, rel=1e-4)
+        assert found.values != pytest.approx(full.values, rel=1e-2)  # rounding to 16 levels does show
+        torch.testing.assert_close(logits_of(small), logits_of(expected), atol=1e-4, rtol=1e-4)
+    assert not list(work.iterdir())
+    assert fingerprint(model) == before
+    assert not getattr(twin.config, "quantization_config", None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_cannot_be_merged_into_four_bits(kind: str, phi: Loaded, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    judge = Arena(phi, tmp_path, kind).judge()
+    with quantised(phi.model, "nf4") as small:
+        assert math.isfinite(judge.score(small).value)
+        with pytest.raises(VectorError, match="cannot be merged into quantised weights"):
+            edited_copy(small, a_vector(phi.model), 1.0)
+
 
 Load = Callable[..., Loaded]
 
@@ -60,16 +151,6 @@ def test_items_are_taken_out_of_the_scored_ones(phi: Loaded, tmp_path: Path) -> 
     assert not set(chosen) & set(scored)
     alone = replace(forget, train=forget.test[:1])
     assert parted(alone, forget.test[:1], 8, seed=0) == (forget.test[:1], forget.test[:1])
-
-
-def test_one_row_for_an_item_of_several_prompts(phi: Loaded, tmp_path: Path) -> None:
-    prompts = {"train": ("Q: {question}\nA:", "Say: {question}"), "validation": "{question}", "test": "{question}"}
-    forget = Arena(phi, tmp_path, "qa", forget={"prompt": prompts}).forget
-    ids = sorted({i.id for i in forget.train})
-    assert len(forget.train) == 2 * len(ids)
-    chosen, _ = parted(forget, forget.test, len(ids), seed=0)
-    assert sorted(i.id for i in chosen) == ids
-    assert all(i.prompt.startswith("Q: ") for i in chosen)
 
 
 def test_unrelated_rows_are_those_of_the_utility_sets(phi: Loaded, tmp_path: Path) -> None:
@@ -158,18 +239,6 @@ def test_the_same_seed_gives_the_same_curve(phi: Loaded, tmp_path: Path) -> None
     assert curve(1) != first
     # scoring on the way changes nothing of the training
     assert curve(0, (4,)) == first[1:]
-
-
-def test_fewer_rows_than_a_batch(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    arena = Arena(phi, tmp_path / "arena", "qa")
-    rows = forgotten_rows(arena.forget, arena.forget.train[:1], phi.tokenizer)
-    twin, judge = edited_copy(phi.model, None, 0.0), arena.judge()
-    (pair,) = relearn(twin, phi.tokenizer, rows, spec(steps=(3,), batch_size=8), 0, judge)
-    other = edited_copy(phi.model, None, 0.0)
-    by_hand(other, rows, 3, 1, 5e-3, 0)
-    assert pair[1].values == pytest.approx(judge.score(other).values, rel=1e-3)
-    assert [p.name for p in tmp_path.iterdir()] == ["arena"]  # no checkpoints
 
 
 def test_sixteen_bit_models_are_trained_in_full_precision(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""TOFU's aggregates against hand-computed numbers, scipy, and the figures of the authors' own logs."""
+"""TOFU's and MUSE's figures by hand, by scipy and by the authors' own logs; lm-eval's per-item files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,23 @@ import pytest
 from scipy.stats import hmean, ks_2samp
 
 from unlearn.errors import DataError, EvaluationError
-from unlearn.evidence.benchmarks import SETS, TOFU_COLUMNS, TofuLog, TofuSet, forget_quality, tofu_row, utility
+from unlearn.evidence.benchmarks import (
+    MUSE_COLUMNS,
+    SETS,
+    TOFU_COLUMNS,
+    Corpus,
+    MuseLog,
+    TofuLog,
+    TofuSet,
+    forget_quality,
+    muse_row,
+    privleak,
+    read_samples,
+    tofu_row,
+)
+from unlearn.evidence.boards import absent
+from unlearn.evidence.membership import auc
+from unlearn.score.evaluate import write_files
 
 LOGS = os.environ.get("UNLEARN_TOFU_LOGS")
 LN = math.log
@@ -83,12 +99,6 @@ def test_the_columns_are_the_authors_and_in_their_order() -> None:
     assert [*tofu_row(log, another())][14:] == ["KS Test PVal Forget", "KS Test Forget"]
 
 
-def test_without_a_reference_there_is_no_forget_quality() -> None:
-    log = TofuLog.from_json(made_up(), "log.json")
-    alone = tofu_row(log)
-    assert [alone[k] for k in ("Forget Quality", "KS Test PVal Forget", "KS Test Forget")] == [None, None, None]
-
-
 def another() -> TofuLog:
     """The log of another model on the same items."""
     data = made_up()
@@ -120,16 +130,7 @@ def test_utility_is_0_when_a_part_is(name: str) -> None:
     data = made_up()
     rouge = data[SETS[name][0]]["rougeL_recall"]
     rouge.update(dict.fromkeys(rouge, 0.0))
-    assert utility(TofuLog.from_json(data, "log.json")).value == 0.0
-
-
-def test_the_forget_set_is_no_part_of_utility() -> None:
-    data = made_up()
-    before = utility(TofuLog.from_json(data, "log.json")).value
-    data["eval_log_forget.json"]["rougeL_recall"] = {"0": 0.0, "1": 0.0}
-    after = utility(TofuLog.from_json(data, "log.json"))
-    assert after.value == before > 0
-    assert len(after.parts) == 9
+    assert tofu_row(TofuLog.from_json(data, "log.json"))["Model Utility"] == 0.0
 
 
 def one_set(paraphrased: list[float], perturbed: list[list[float]], loss: list[float] | None = None) -> TofuSet:
@@ -196,15 +197,6 @@ def test_a_log_survives_its_file() -> None:
             assert theirs.dtype == np.float64
 
 
-def test_fields_in_another_order_are_joined_by_item() -> None:
-    data = made_up()
-    for file in data.values():
-        file["avg_paraphrased_loss"] = dict(reversed(file["avg_paraphrased_loss"].items()))
-    assert tofu_row(TofuLog.from_json(data, "x"))["Truth Ratio Forget"] == pytest.approx(
-        by_hand()["Truth Ratio Forget"]
-    )
-
-
 def drop(*path: str) -> Callable[[Any], None]:
     def change(data: Any) -> None:
         for key in path[:-1]:
@@ -250,11 +242,6 @@ def test_a_bad_log_is_named(change: Callable[[Any], None], says: str) -> None:
         TofuLog.from_json(data, "log.json")
 
 
-def test_a_log_that_is_a_list_is_named() -> None:
-    with pytest.raises(DataError, match=r"log.json: not a log"):
-        TofuLog.from_json([1], "log.json")
-
-
 def samples(forget: str = "forget10") -> dict[str, list[dict[str, Any]]]:
     """The made-up log as lm-eval's records; the two tasks of a set in different orders."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -278,7 +265,7 @@ def samples(forget: str = "forget10") -> dict[str, list[dict[str, Any]]]:
 
 def test_samples_give_what_the_log_gives() -> None:
     log = TofuLog.from_json(made_up(), "log.json")
-    read = TofuLog.from_samples(samples())
+    read = TofuLog.from_samples(samples(), "forget10")
     assert read.forget_set == "forget10"
     assert tofu_row(read) == tofu_row(log)
     plain = {file: {k: v for k, v in c.items() if k != "question"} for file, c in read.to_json().items()}
@@ -287,23 +274,11 @@ def test_samples_give_what_the_log_gives() -> None:
     assert np.array_equal(read.sets["retain"].rouge, [1.0, 0.5])  # joined, not in the file's order
 
 
-def test_which_forget_set_is_meant() -> None:
-    both = {**samples("forget01"), **samples("forget10")}
-    with pytest.raises(EvaluationError, match="several forget sets were scored \\(forget01, forget10\\)"):
-        TofuLog.from_samples(both)
-    assert TofuLog.from_samples(both, "forget01").forget_set == "forget01"
-    kept = {task: rows for task, rows in samples().items() if "forget" not in task}
-    with pytest.raises(
-        EvaluationError, match=r"tofu_forget01, tofu_forget05, tofu_forget10, and none was run; .*retain"
-    ):
-        TofuLog.from_samples(kept)
-
-
 def test_tasks_that_were_not_run_are_named() -> None:
     some = samples()
     del some["tofu_world_facts_rouge"]
     with pytest.raises(EvaluationError, match="task tofu_world_facts_rouge was not run"):
-        TofuLog.from_samples(some)
+        TofuLog.from_samples(some, "forget10")
 
 
 @pytest.mark.parametrize(
@@ -323,18 +298,13 @@ def test_bad_samples_are_named(change: Callable[[Any], None], says: str) -> None
     bad = samples()
     change(bad)
     with pytest.raises(DataError, match=says):
-        TofuLog.from_samples(bad)
-
-
-def test_a_task_without_items_is_named() -> None:
-    with pytest.raises(EvaluationError, match="task tofu_retain_prob has no items"):
-        TofuLog.from_samples({**samples(), "tofu_retain_prob": []})
+        TofuLog.from_samples(bad, "forget10")
 
 
 def test_a_reference_of_something_else_is_refused() -> None:
-    log = TofuLog.from_samples(samples())
+    log = TofuLog.from_samples(samples(), "forget10")
     with pytest.raises(EvaluationError, match="scored on forget05 and the model on forget10"):
-        forget_quality(log, TofuLog.from_samples(samples("forget05")))
+        forget_quality(log, TofuLog.from_samples(samples("forget05"), "forget05"))
     with pytest.raises(EvaluationError, match="the reference has 3 forget items and the model 2"):
         tofu_row(log, forgetting([1.0] * 3, [[1.0, 2.0]] * 3))
     with pytest.raises(EvaluationError, match="reference has 1 perturbed answers for each forget item and the model 2"):
@@ -344,7 +314,7 @@ def test_a_reference_of_something_else_is_refused() -> None:
         for record in other[task]:
             record["doc"] = {"id": str(record["doc_id"] + 1)}
     with pytest.raises(EvaluationError, match=r"1 of the 2 forget items are not the reference's \(such as '0'\)"):
-        forget_quality(log, TofuLog.from_samples(other))
+        forget_quality(log, TofuLog.from_samples(other, "forget10"))
     # a log that does not say which set it is of can stand for any
     assert forget_quality(log, another()).n == 2
 
@@ -367,7 +337,7 @@ def test_a_reference_of_another_forget_set_is_known_by_its_questions(as_the_auth
     for task in ("tofu_forget01_prob", "tofu_forget01_rouge"):
         for record in asked[task]:
             record["doc"]["question"] = ("Who is Ada?", "Where does  Bob live?")[record["doc_id"]]
-    log = TofuLog.from_samples(asked)
+    log = TofuLog.from_samples(asked, "forget01")
     assert forget_quality(log, asking(["Who is Ada?", "Where does Bob live?"], as_the_authors)).n == 2
     other = asking(["Who is Ada?", "What does Cyd write?"], as_the_authors)
     said = (
@@ -383,17 +353,13 @@ def test_a_reference_of_another_forget_set_is_known_by_its_questions(as_the_auth
 @pytest.mark.parametrize("name", ["forget", "retain", "real_authors", "world_facts"])
 def test_figures_are_never_of_fewer_parts(name: str) -> None:
     log = TofuLog.from_json(made_up(), "log.json")
-    rest = TofuLog({n: s for n, s in log.sets.items() if n != name})
-    for figure in (utility, tofu_row):
-        with pytest.raises(EvaluationError, match=f"need all of real_authors, .* and there is no {name}$"):
-            figure(rest)
     nothing = TofuSet((), np.array([]), np.array([]), np.zeros((0, 3)), np.array([]))
     broken = TofuSet(("0",), np.array([np.nan]), np.array([1.0]), np.ones((1, 3)), np.array([1.0]))
     for lost in (nothing, broken):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(EvaluationError, match=f"cannot be computed: .*{SETS[name][1]}.*no number, or no items"):
-                utility(TofuLog({**log.sets, name: lost}))
+                tofu_row(TofuLog({**log.sets, name: lost}))
 
 
 @pytest.mark.skipif(not LOGS, reason="UNLEARN_TOFU_LOGS names no folder with the authors' Phi-1.5 logs")
@@ -411,3 +377,209 @@ def test_the_authors_logs_give_the_published_figures() -> None:
     assert rounded["KS Test Forget"] == "0.346667"
     assert f"{found['Forget Quality']:.4e}" == "2.1943e-16"
     assert forget_quality(full, retain).n == 300
+
+
+KNOWN, HOLDOUT = (-1.0, -2.0, -3.0, -4.0), (-0.5, -2.5, -2.5, -4.5)
+
+
+def records(name: str, values: Sequence[float]) -> list[dict[str, Any]]:
+    return [{"doc_id": n, "doc": {"id": str(n)}, "filter": "none", name: v} for n, v in enumerate(values)]
+
+
+def muse_samples(
+    corpus: str = "news", forget: Sequence[float] = KNOWN, holdout: Sequence[float] = HOLDOUT
+) -> dict[str, list[dict[str, Any]]]:
+    return {
+        f"muse_{corpus}_verbmem": records("rougeL_f1", (0.2, 0.6)),
+        f"muse_{corpus}_knowmem_forget": records("rougeL_f1", (0.0, 0.5, 1.0)),
+        f"muse_{corpus}_knowmem_retain": records("rougeL_f1", (0.25,)),
+        f"muse_{corpus}_privleak_forget": records("min_40", forget),
+        f"muse_{corpus}_privleak_holdout": records("min_40", holdout),
+    }
+
+
+def muse_log(corpus: Corpus = "news", forget: Sequence[float] = KNOWN, holdout: Sequence[float] = HOLDOUT) -> MuseLog:
+    return MuseLog.from_samples(muse_samples(corpus, forget, holdout), corpus)
+
+
+def test_a_row_by_hand() -> None:
+    # hold-out above forget: -0.5 beats 4, -2.5 beats 2 twice, -4.5 none: 8 of 16
+    assert muse_log().auc == 0.5
+    found = muse_row(muse_log(), "mine", "published")
+    assert tuple(found) == MUSE_COLUMNS == ("name", "verbmem_f", "privleak", "knowmem_f", "knowmem_r")
+    assert found == pytest.approx(
+        {
+            "name": "mine",
+            "verbmem_f": 40.0,
+            "privleak": (0.5 - 0.4772) / 0.4772 * 100,
+            "knowmem_f": 50.0,
+            "knowmem_r": 25.0,
+        }
+    )
+    assert muse_row(muse_log("books"), "b", "published")["privleak"] == pytest.approx((0.5 - 0.5393) / 0.5393 * 100)
+
+
+def test_the_direction_is_the_authors() -> None:
+    # a model that remembers every forget text: MUSE's target model on News is at -99.8
+    known = muse_log(forget=(-0.1, -0.2, -0.1, -0.3), holdout=(-3.0, -4.0, -3.5, -5.0))
+    assert known.auc == 0.0
+    assert privleak(known, "published") == -100.0
+    # one that shuns them, like MUSE's NPO at 109.6
+    shunned = muse_log(forget=(-9.0,) * 4)
+    assert shunned.auc == 1.0
+    assert privleak(shunned, "published") == pytest.approx(109.6, abs=0.05)
+    # and it is the other way round than for membership, where the forget texts are the members
+    assert auc(shunned.min_forget, shunned.min_holdout) == 0.0
+
+
+def test_privleak_against_a_references_own_samples() -> None:
+    base = muse_log(forget=(-1.0, -2.0, -3.0, -5.0))  # of 16 pairs: 4 + 2 + 2 + 1
+    assert base.auc == 9 / 16
+    assert privleak(muse_log(), base) == pytest.approx((0.5 - 9 / 16) / (9 / 16) * 100)
+    moved = muse_log(forget=tuple(value - 1e-9 for value in KNOWN))
+    for same in (muse_log(), moved):
+        with pytest.raises(EvaluationError, match="are the reference's own: this is one model"):
+            privleak(muse_log(), same)
+
+
+def test_a_reference_that_knows_every_forget_text_best_leaves_privleak_out() -> None:
+    """PrivLeak divides by the reference's AUC; the other figures need no reference."""
+    base = muse_log(forget=(0.0,) * 4)
+    assert base.auc == 0.0
+    assert privleak(muse_log(), base) is None
+    assert muse_row(muse_log(), "mine", base) == {**muse_row(muse_log(), "mine", "published"), "privleak": None}
+    assert absent("muse", base).startswith("PrivLeak is absent because the reference's AUC is 0")
+    assert absent("muse", muse_log()) == absent("muse", "published") == ""
+
+
+def test_a_reference_of_other_texts_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="scored on MUSE books and the model on news"):
+        privleak(muse_log(), muse_log("books"))
+    with pytest.raises(EvaluationError, match="the reference has 3 forget texts and the model 4"):
+        privleak(muse_log(), muse_log(forget=KNOWN[:3]))
+    with pytest.raises(EvaluationError, match="the reference has 2 holdout texts and the model 4"):
+        privleak(muse_log(), muse_log(holdout=HOLDOUT[:2]))
+    moved = muse_samples()
+    for record in moved["muse_news_privleak_holdout"]:
+        record["doc"]["id"] = "x" + record["doc"]["id"]
+    with pytest.raises(EvaluationError, match="4 holdout texts, such as '0', are not the reference's"):
+        privleak(muse_log(), MuseLog.from_samples(moved, "news"))
+
+
+def test_muses_tasks_that_were_not_run_are_named() -> None:
+    with pytest.raises(EvaluationError, match=r"task muse_books_verbmem was not run.*muse_news_verbmem"):
+        MuseLog.from_samples(muse_samples(), "books")
+
+
+def test_a_value_that_is_none_is_named() -> None:
+    bad = muse_samples()
+    del bad["muse_news_privleak_forget"][2]["min_40"]
+    with pytest.raises(DataError, match="task muse_news_privleak_forget, item 2: min_40 is missing"):
+        MuseLog.from_samples(bad, "news")
+
+
+# --- lm-eval's files -------------------------------------------------------------------------------------------------
+
+
+_OTHER = {
+    "arguments": [],
+    "resps": [],
+    "filtered_resps": [],
+    "target": "",
+    "doc_hash": "",
+    "prompt_hash": "",
+    "target_hash": "",
+}
+
+
+def written(folder: Path, model: str = "m", own: dict[str, list[dict[str, Any]]] | None = None) -> Path:
+    """Files of an evaluation, by lm-eval's own writer; returns the results file."""
+    own = muse_samples() if own is None else own
+    full = {task: [{**r, **_OTHER} for r in rows] for task, rows in own.items()}
+    results = {
+        "results": {task: {"alias": task} for task in own},
+        "configs": {task: {} for task in own},
+        "n-samples": {task: {"original": 99, "effective": len(rows)} for task, rows in own.items()},
+    }
+    return write_files(folder, model, results, full, 1.0)
+
+
+def test_lm_evals_files_come_back_in_order(tmp_path: Path) -> None:
+    own = {task: rows[::-1] for task, rows in muse_samples().items()}
+    results = written(tmp_path, own=own)
+    for folder in (tmp_path, results.parent):
+        found = read_samples(folder)
+        assert sorted(found) == sorted(own)
+        assert [r["min_40"] for r in found["muse_news_privleak_forget"]] == list(KNOWN)
+        assert muse_row(MuseLog.from_samples(found, "news"), "m") == muse_row(muse_log(), "m")
+
+
+def test_the_newest_file_of_a_task_counts(tmp_path: Path) -> None:
+    written(tmp_path)
+    task = "muse_news_verbmem"
+    where = written(tmp_path, own={task: records("rougeL_f1", (1.0,))}).parent
+    found = read_samples(where)
+    assert [r["rougeL_f1"] for r in found[task]] == [1.0]
+    assert len(found["muse_news_knowmem_forget"]) == 3  # from the older evaluation, which is the newest with it
+
+
+def only(path: Path) -> Path:
+    return next(path.parent.glob("samples_muse_news_privleak_forget_*.jsonl"))
+
+
+def cut(path: Path) -> None:
+    only(path).write_bytes(only(path).read_bytes()[:-20])
+
+
+def shorten(path: Path) -> None:
+    only(path).write_bytes(b"".join(only(path).read_bytes().splitlines(keepends=True)[:3]))
+
+
+def double(path: Path) -> None:
+    only(path).write_bytes(only(path).read_bytes() * 2)
+
+
+def no_item(path: Path) -> None:
+    only(path).write_text('{"a": 1}\n', "utf-8")
+
+
+def not_text(path: Path) -> None:
+    only(path).write_bytes(b"\xff\xfe\n")
+
+
+def uncounted(path: Path) -> None:
+    path.write_text("{}", "utf-8")
+
+
+def unreadable(path: Path) -> None:
+    path.write_text("{", "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut, r"samples_muse_news_privleak_forget_\S+.jsonl, line 4: not JSON"),
+        (shorten, r"3 items, but results_\S+.json says that 4 were scored"),
+        (double, r"line 5: item 0 is there twice"),
+        (no_item, r"line 1: no record of an item"),
+        (not_text, r"line 1: not JSON"),
+        (uncounted, r"results_\S+.json: does not say how many items of muse_news_\w+ were scored"),
+        (unreadable, r"results_\S+.json: cannot be read"),
+        (Path.unlink, r"results_\S+.json, written with it, is not beside it"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
+    damage(written(tmp_path))
+    with pytest.raises(DataError, match=says):
+        read_samples(tmp_path)
+
+
+def test_folders_without_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        read_samples(tmp_path / "none")
+    with pytest.raises(DataError, match=r"no samples_<task>_<time>.jsonl in it"):
+        read_samples(tmp_path)
+    written(tmp_path, "one")
+    written(tmp_path, "two")
+    with pytest.raises(DataError, match=r"evaluations of 2 models \(one, two\); name one"):
+        read_samples(tmp_path)
