@@ -194,13 +194,14 @@ def test_data_of_lm_evals_tasks_out_of_reach(tmp_path: Path) -> None:
     )
     code = (
         "import sys; from pathlib import Path; from unlearn.errors import EvaluationError\n"
-        "from unlearn.score import harness, tasks\n"
+        "from unlearn import cli; from unlearn.score import tasks\n"
         "from unlearn.recipe.schema import TaskSpec\n"
         "folder = sys.argv[1]\n"
         "tasks.SHIPPED = Path(folder).parent\n"
         "try: tasks.load(TaskSpec.model_validate({'task': 'far', 'set': 'utility', 'metric': 'acc'}), 0, '')\n"
         "except EvaluationError as e: print(e)\n"
-        "sys.exit(harness.main(['--model', 'unlearn', '--model_args', 'pretrained=' + sys.argv[2], *sys.argv[3:]]))"
+        "line = ['--model', 'unlearn', '--model_args', 'pretrained=' + sys.argv[2], *sys.argv[3:]]\n"
+        "sys.exit(cli.main(['harness', *line]))"
     )
     env = _away(tmp_path, NOBODY)
     command = [sys.executable, "-c", code, str(tmp_path)]

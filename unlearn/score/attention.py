@@ -214,16 +214,7 @@ def tree_attention(
     softcap: float | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer.
-
-    Args:
-        module: The attention layer.
-        query, key, value: (1, heads, N, head size); keys and values may have fewer heads.
-        sliding_window, softcap, scaling: As the model's own functions take them.
-
-    Returns:
-        (1, N, heads, head size), and no weights.
-    """
+    """What transformers calls in every layer: (1, N, heads, size), and no weights, from (1, heads, N, size) each."""
     for name in ("position_bias", "s_aux", "head_mask"):
         if unknown.get(name) is not None:
             raise ValueError(f"its attention takes {name}")

@@ -98,7 +98,6 @@ def greedy(
     """The most likely continuation of every prompt, one token at a time.
 
     Args:
-        forward: The model.
         prompts: Token ids, at least one each.
         limit: Most tokens of a continuation.
         done: Whether a continuation so far is the whole of it; asked after each token.

@@ -59,11 +59,7 @@ def free(device: torch.device) -> int:
 
 
 class Forward:
-    """A causal LM, called by layouts instead of padded batches.
-
-    Args:
-        model: A transformers causal LM (or a PEFT model around one), on its device.
-    """
+    """A transformers causal LM (or a PEFT model around one), called by layouts instead of padded batches."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -152,12 +148,7 @@ class Forward:
     def _at(
         self, hidden: Tensor, nodes: NDArray[np.int64], targets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Log-probability of each target at its node, and whether it is the argmax there; logits once per node.
-
-        Args:
-            hidden: (N, d).
-            nodes, targets: (M,) each.
-        """
+        """Log-probability of each of (M,) targets at its node in (N, d), and whether it is the argmax there."""
         chunk = max(1, _HEAD_BYTES // (4 * self.head.weight.shape[0]))
         order = np.argsort(nodes, kind="stable")
         wanted, inverse = np.unique(nodes[order], return_inverse=True)

@@ -107,7 +107,6 @@ class PackedLM(WholeLM):
 
     Args:
         pretrained: A loaded transformers causal LM, or what lm-eval's own model takes: a folder or a name on the hub.
-        tokenizer: Its tokenizer; found beside the model when not given.
         batch_tokens: Tokens per forward pass; found when not given, halved when memory runs out.
         options: Everything else that ``HFLM`` takes. Its batch_size counts only where its own code must score.
     """
@@ -244,14 +243,7 @@ class PackedLM(WholeLM):
             self.batch_size_per_gpu = before
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """(rows, padded prompts + texts), as ``HFLM`` returns it.
-
-        Args:
-            context: (rows, longest prompt), padded on the left.
-            max_length: Of the padded prompts with their texts.
-            stop: A text ends where one of these appears in it.
-            generation_kwargs: ``attention_mask`` and what transformers' ``generate`` takes.
-        """
+        """(rows, padded prompts + texts), as ``HFLM`` returns it; ``context`` is padded on the left."""
         forward = self._packable()
         if forward is None or self.batch_size_per_gpu != _ALL:
             full: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
@@ -316,12 +308,8 @@ def _in_order(settings: Mapping[str, Any]) -> str:
 
 def _look_at(pretrained: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
     """Say of what a model is to be loaded from what transformers would pass over in silence, or ask for in vain."""
-    names = {
-        "pretrained": pretrained,
-        "delta": options.get("delta"),
-        "peft": options.get("peft"),
-        "tokenizer": tokenizer,
-    }
+    names = {"pretrained": pretrained, "delta": options.get("delta"), "peft": options.get("peft")}
+    names["tokenizer"] = tokenizer
     folders = {key: Path(name) for key, name in names.items() if isinstance(name, str)}
     for key, folder in folders.items():
         if not folder.exists() and not model_in_cache(str(folder)) and (away := hub_away()):

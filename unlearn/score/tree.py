@@ -68,11 +68,7 @@ class Piece:
         return found
 
     def fill_mask(self, mask: NDArray[np.bool_]) -> None:
-        """Set ``mask[i, j]`` where node i may see node j: itself and its ancestors in the piece.
-
-        Args:
-            mask: (T, T) of False; filled in place.
-        """
+        """Set ``mask[i, j]``, (T, T) of False, where node i may see node j: itself and its ancestors in the piece."""
         for start, end, parent in self.segments:
             if parent >= 0:
                 mask[start:end, :start] = mask[parent, :start]
@@ -102,14 +98,12 @@ def pack(
 ) -> list[Piece]:
     """Pieces in which every (context, continuation) is a path, a trunk always before what hangs on it.
 
-    Args:
-        pairs: Context and continuation tokens; contexts and continuations are not empty.
-        max_length: The model's window; longer sequences lose tokens on the left, as in lm-eval.
-        costs: What a token, a pair and a pass cost on this machine.
-        longest: Branching pieces have at most this many tokens, and never more than ``LONGEST_ROW``.
+    Their sites together ask for every continuation token of every pair exactly once.
 
-    Returns:
-        Pieces whose sites together ask for every continuation token of every pair exactly once.
+    Args:
+        pairs: Context and continuation tokens, neither of them empty.
+        max_length: The model's window; longer sequences lose tokens on the left, as in lm-eval.
+        longest: Branching pieces have at most this many tokens, and never more than ``LONGEST_ROW``.
     """
     if not pairs:
         return []
