@@ -10,7 +10,7 @@ An attack from outside is registered in the same way::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -78,11 +78,6 @@ def attack(name: str, settings: Settings, *, changes_weights: bool = False, less
     return register
 
 
-def identity(items: Iterable[Item]) -> list[list[Any]]:
-    """What is asked, for keys."""
-    return [[i.id, i.prompt, i.target, list(i.choices)] for i in items]
-
-
 # -- the model as it is, asked in other ways
 
 
@@ -98,7 +93,7 @@ def _register_probe(probe: Probe) -> None:
             return ()
         return wordings(probe, scene.judge.kind, scene.judge.items, scene.sets, scene.judge.recipe.seed)
 
-    @attack(probe, lambda scene: [identity(w.items) for w in others(scene)] or None)
+    @attack(probe, lambda scene: [[i.id, i.prompt] for w in others(scene) for i in w.items] or None)
     def run(scene: Scene) -> list[AttackScore]:
         found = ask(scene.model, scene.judge, others(scene))
         scores = [found.mean.entry(scene.who, probing(probe), "probe")]

@@ -132,7 +132,7 @@ def run_benchmark(subjects: Subjects, questions: Questions, store: Store) -> Ben
         "benchmark", asked, store, lambda loaded, who, tmp: score_model(loaded, built, who, recipe, tmp)
     )
     logs = {who: boards.read_scored(place, spec) for who, place in places.items()}
-    reference: boards.Log | Literal["published"] | None = logs.get("reference")
+    reference: benchmarks.Log | Literal["published"] | None = logs.get("reference")
     if recipe.reference == "published":
         reference = "published"
     elif (log := references.log_file(recipe, store.base)) is not None:
