@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Scalar = bool | int | float | str
 Positive = Annotated[int, Field(ge=1)]
@@ -89,12 +89,27 @@ class SplitShares(Frozen):
         return self
 
 
+def _well_formed(template: str) -> str:
+    template_fields(template)
+    return template
+
+
+def _not_empty(templates: tuple[str, ...]) -> tuple[str, ...]:
+    if not templates:
+        raise ValueError("the list is empty; give at least one template")
+    return templates
+
+
+Template = Annotated[str, AfterValidator(_well_formed)]
+Templates = Annotated[tuple[Template, ...], AfterValidator(_not_empty)]
+
+
 class SplitPrompts(Frozen):
     """A different phrasing per split, to see whether knowledge went or only one wording of it."""
 
-    train: str | tuple[str, ...] = Field(description="Template, or several: every row is then trained in each of them.")
-    validation: str = Field(description="Template of the validation items.")
-    test: str = Field(description="Template of the test items.")
+    train: Template | Templates = Field(description="Template, or several: every row is then trained in each of them.")
+    validation: Template = Field(description="Template of the validation items.")
+    test: Template = Field(description="Template of the test items.")
 
 
 class DataSet(Source):
@@ -110,7 +125,7 @@ class DataSet(Source):
         default_factory=dict,
         description="Our field -> your column (text; question, answer; choices may be a list of columns).",
     )
-    prompt: str | tuple[str, ...] | SplitPrompts | None = Field(
+    prompt: Template | Templates | SplitPrompts | None = Field(
         None, description="Template with {column} fields; what the model reads before the answer."
     )
     shares: SplitShares = Field(

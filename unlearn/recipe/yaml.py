@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from yaml.composer import ComposerError
@@ -23,7 +22,7 @@ MAX_NODES = 100_000
 _MAX_DIGITS = 40
 _TOO_MANY = f"more than {MAX_NODES} values; is it a data file?"
 _TAG = "tag:yaml.org,2002:"
-_PLAIN_TAGS = frozenset(_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map"))
+_KINDS = frozenset({"null", "bool", "int", "float", "str", "seq", "map"})
 _HINTS = (
     (r"'\\t'", "indent with spaces, not tabs"),
     (r"mapping values are not allowed", "a value that contains ': ' needs quotes around it, or the indentation is off"),
@@ -43,22 +42,11 @@ class YamlSyntaxError(ValueError):
         self.line = line
 
 
-@dataclass(frozen=True, slots=True)
-class YamlProblem:
-    """A mistake at one node; the rest of the document is still readable."""
-
-    path: KeyPath
-    line: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """Plain data (dict, list, str, int, float, bool, None), and the line of every key and list item in it."""
 
     data: Any
     lines: Mapping[KeyPath, int]
-    problems: tuple[YamlProblem, ...]
 
 
 _FORMS: dict[str, re.Pattern[str]] = {
@@ -71,29 +59,18 @@ _FORMS: dict[str, re.Pattern[str]] = {
     ),
 }
 _FIRST = {"null": ("", *"~nN"), "bool": tuple("tTfF"), "int": tuple("-+0123456789"), "float": tuple("-+0123456789.")}
-
-
-def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """PyYAML's form of the same table: the first character -> (tag, pattern), in order of precedence."""
-    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    for name, form in _FORMS.items():
-        for char in _FIRST[name]:
-            table.setdefault(char, []).append((_TAG + name, form))
-    return table
-
-
-_RESOLVERS = _resolvers()
+# PyYAML's form of the same table: the first character -> (tag, pattern), in order of precedence
+_RESOLVERS = {
+    char: [(_TAG + name, form) for name, form in _FORMS.items() if char in _FIRST[name]]
+    for char in {char for chars in _FIRST.values() for char in chars}
+}
 
 
 class CoreLoader(yaml.SafeLoader):
     """Composes nodes only; nothing is constructed by PyYAML."""
 
     yaml_implicit_resolvers = _RESOLVERS
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-        self._count = 0
+    _depth = _count = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose one node, refusing nesting that would exhaust Python's stack."""
@@ -140,159 +117,119 @@ def dump(data: Any) -> str:
 
 
 def parse(text: str) -> Document:
-    """Read one YAML document.
-
-    Raises:
-        YamlSyntaxError: it is not YAML; the message names no file.
-    """
+    """Read one YAML document, or raise a YamlSyntaxError, whose message names no file."""
     try:
-        loader = CoreLoader(text)
-        try:
-            root = loader.get_single_node()
-        finally:
-            loader.dispose()
+        root = CoreLoader(text).get_single_node()
     except ReaderError as error:
-        message = f"not valid YAML: the character U+{error.character:04X} is not allowed"
-        raise YamlSyntaxError(text.count("\n", 0, error.position) + 1, message) from None
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlSyntaxError(line, f"not valid YAML: the character U+{error.character:04X} is not allowed") from None
     except yaml.MarkedYAMLError as error:
         raise _plain(error) from None
     except (ValueError, OverflowError, yaml.YAMLError) as error:
         raise YamlSyntaxError(1, f"not valid YAML: {error}") from None
     if root is None:
-        return Document(None, {(): 1}, ())
+        return Document(None, {(): 1})
     builder = _Builder()
-    data = builder.build(root, ())
-    return Document(data, {**builder.lines, (): 1}, tuple(builder.problems))
+    return Document(builder.build(root, ()), {**builder.lines, (): 1})
 
 
 def parse_value(text: str) -> Any:
-    """Read the value of an override, under the same rules.
-
-    Raises:
-        YamlSyntaxError: it is not YAML, or holds a mistake that a file would be refused for.
-    """
-    document = parse(text)
-    if document.problems:
-        raise YamlSyntaxError(document.problems[0].line, document.problems[0].text)
-    return document.data
+    """Read the value of an override, under the same rules."""
+    return parse(text).data
 
 
 def scalar_of(text: str) -> Any:
     """What ``text`` means when it is written without quotes."""
-    for tag, pattern in _RESOLVERS.get(text[:1], ()):
-        if pattern.match(text):
-            return _scalar(tag, text)
-    return text
+    tags = (tag for tag, pattern in _RESOLVERS.get(text[:1], ()) if pattern.match(text))
+    return _scalar(next(tags, _TAG + "str"), text)
 
 
 def _plain(error: yaml.MarkedYAMLError) -> YamlSyntaxError:
-    mark = error.problem_mark or error.context_mark
-    line = mark.line + 1 if mark else 1
+    mark, start = error.problem_mark or error.context_mark, error.context_mark
     problem = error.problem or str(error)
-    start = error.context_mark
-    since = ""
-    if error.context and start and error.context.startswith("while"):
-        since = f" {error.context} that began on line {start.line + 1},"
+    began = error.context and start and error.context.startswith("while")
+    since = f" {error.context} that began on line {start.line + 1}," if began and start else ""
     hint = next((f"; {hint}" for pattern, hint in _HINTS if re.search(pattern, problem)), "")
-    return YamlSyntaxError(line, f"not valid YAML:{since} {problem}{hint}")
+    return YamlSyntaxError(mark.line + 1 if mark else 1, f"not valid YAML:{since} {problem}{hint}")
 
 
 def _scalar(tag: str, text: str) -> Any:
-    """The value of a scalar.
-
-    Raises:
-        ValueError: the text does not have the form its tag asks for, or the number is absurdly long.
-    """
+    """The value of a scalar; a ValueError if its text does not have the form that its tag asks for."""
     kind = tag.removeprefix(_TAG)
     if kind == "str":
-        return _whole_characters(text)
-    if kind == "null" and (not text or _FORMS["null"].match(text)):
-        return None
-    fits = kind in ("bool", "int", "float") and (
-        _FORMS[kind].match(text) or (kind == "float" and _FORMS["int"].match(text))
-    )
-    if not fits:
+        # JSON writes a character beyond 16 bits as two escapes; half of one alone is a UnicodeDecodeError
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    if not (_FORMS[kind].match(text) or (kind == "float" and _FORMS["int"].match(text))):
         raise ValueError(f"{text[:40]!r} is no {kind}")
-    if kind == "bool":
-        return text.lower() == "true"
+    if kind in ("null", "bool"):
+        return text.lower() == "true" if kind == "bool" else None
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"the number {text[:12]}... has more than {_MAX_DIGITS} digits")
     if kind == "int":
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
     return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
 
 
-def _whole_characters(text: str) -> str:
-    """Join surrogate pairs, which JSON writes as two escapes; half of one alone is a ``UnicodeDecodeError``."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
-
-
 class _Builder:
-    """Nodes to plain data, with lines and problems gathered on the way."""
+    """Nodes to plain data, with the line of everything gathered on the way."""
 
     def __init__(self) -> None:
         self.lines: dict[KeyPath, int] = {}
-        self.problems: list[YamlProblem] = []
         self._open: set[int] = set()
         self._count = 0
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
-        line = node.start_mark.line + 1
         self._count += 1
-        if self._count > MAX_NODES:
-            raise YamlSyntaxError(line, f"aliases (*name) make this file larger than {MAX_NODES} values; write it out")
-        if id(node) in self._open:
-            return self._problem(path, line, "an alias (*name) stands inside the value it names, which never ends")
-        if len(path) > MAX_DEPTH:
-            return self._problem(path, line, f"nested deeper than {MAX_DEPTH} levels")
-        if node.tag not in _PLAIN_TAGS:
-            tag = "!!" + node.tag.removeprefix(_TAG) if node.tag.startswith(_TAG) else node.tag
-            return self._problem(path, line, f"the tag {tag} is refused: a recipe holds plain values only; remove it")
-        self._open.add(id(node))
-        try:
-            return self._value(node, path, line)
-        finally:
-            self._open.discard(id(node))
-
-    def _value(self, node: yaml.Node, path: KeyPath, line: int) -> Any:
         kind = node.tag.removeprefix(_TAG)
-        if isinstance(node, yaml.MappingNode) and kind == "map":
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            for i, item in enumerate(node.value):
-                self.lines[(*path, i)] = item.start_mark.line + 1
-            return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
-        if isinstance(node, yaml.ScalarNode) and kind not in ("map", "seq"):
-            try:
-                return _scalar(node.tag, node.value)
-            except UnicodeDecodeError:
-                return self._problem(path, line, "an escape in this text is half a character (a lone surrogate)")
-            except ValueError as error:
-                return self._problem(path, line, str(error))
-        return self._problem(path, line, f"the tag !!{kind} does not fit this value; remove it")
+        wanted = {"map": yaml.MappingNode, "seq": yaml.SequenceNode}.get(kind, yaml.ScalarNode)
+        if self._count > MAX_NODES:
+            raise _refused(node, (), f"aliases (*name) make this file larger than {MAX_NODES} values; write it out")
+        if id(node) in self._open:
+            raise _refused(node, path, "an alias (*name) stands inside the value it names, which never ends")
+        if len(path) > MAX_DEPTH:
+            raise _refused(node, path, f"nested deeper than {MAX_DEPTH} levels")
+        if kind not in _KINDS:
+            tag = f"!!{kind}" if node.tag.startswith(_TAG) else kind
+            raise _refused(node, path, f"the tag {tag} is refused: a recipe holds plain values only; remove it")
+        if not isinstance(node, wanted):
+            raise _refused(node, path, f"the tag !!{kind} does not fit this value; remove it")
+        if isinstance(node, yaml.ScalarNode):
+            return _value(node, node.tag, path, "text")
+        self._open.add(id(node))
+        data: Any = self._mapping(node, path) if kind == "map" else self._sequence(node, path)
+        self._open.discard(id(node))
+        return data
 
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+    def _sequence(self, node: yaml.Node, path: KeyPath) -> list[Any]:
+        self.lines |= {(*path, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
+        return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+
+    def _mapping(self, node: yaml.Node, path: KeyPath) -> dict[str, Any]:
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _PLAIN_TAGS:
-                self._problem((*path, "?"), line, "a key must be plain text")
-                continue
-            try:
-                key = _whole_characters(key_node.value)  # as written: the column 1 is the column '1'
-            except UnicodeDecodeError:
-                self._problem((*path, "?"), line, "an escape in this key is half a character (a lone surrogate)")
-                continue
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.removeprefix(_TAG) not in _KINDS:
+                raise _refused(key_node, (*path, "?"), "a key must be plain text")
+            key = _value(key_node, _TAG + "str", (*path, "?"), "key")  # as written: the column 1 is the column '1'
             here = (*path, key)
             if key in data:
-                self._problem(here, line, f"given twice: on line {self.lines[here]} and again here; keep one")
-                continue
+                raise _refused(key_node, here, f"given twice: on line {self.lines[here]} and again here; keep one")
             if key == "<<":
-                self._problem(here, line, "merge keys (<<) are not part of YAML 1.2; write the keys out")
-                continue
-            self.lines[here] = line
+                raise _refused(key_node, here, "merge keys (<<) are not part of YAML 1.2; write the keys out")
+            self.lines[here] = key_node.start_mark.line + 1
             data[key] = self.build(value_node, here)
         return data
 
-    def _problem(self, path: KeyPath, line: int, text: str) -> None:
-        self.problems.append(YamlProblem(path, line, text))
+
+def _value(node: yaml.ScalarNode, tag: str, path: KeyPath, what: str) -> Any:
+    try:
+        return _scalar(tag, node.value)
+    except UnicodeDecodeError:
+        raise _refused(node, path, f"an escape in this {what} is half a character (a lone surrogate)") from None
+    except ValueError as error:
+        raise _refused(node, path, str(error)) from None
+
+
+def _refused(node: yaml.Node, path: KeyPath, text: str) -> YamlSyntaxError:
+    """A mistake that is none of YAML's grammar, at the place of a node."""
+    place = ".".join(str(key) for key in path)
+    return YamlSyntaxError(node.start_mark.line + 1, f"{place}: {text}" if place else text)
