@@ -32,7 +32,7 @@ from unlearn.model.load import Loaded
 from unlearn.recipe.schema import Recipe
 from unlearn.report.assemble import data_line, score_rows, vector_line, warnings
 from unlearn.report.exports import export, exported
-from unlearn.report.page import render_html
+from unlearn.report.page import render_html, save_figures
 from unlearn.report.publish import CardFacts, able
 from unlearn.results import Membership, RunReport
 from unlearn.score.scorer import Questions, Scorer, build_questions
@@ -250,6 +250,7 @@ def finish(report: RunReport, key: str, source: Path, folder: RunFolder, store: 
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     folder.check()
     page = render_html(report)
+    save_figures(report, folder.path("figures"))
     write_text_atomic(folder.path("report.html"), page)
     write_text_atomic(folder.path("report.json"), text)
     digests = {f"{n}_sha256": hashlib.sha256(t.encode()).hexdigest() for n, t in (("report", text), ("page", page))}

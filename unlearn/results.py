@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from unlearn.text import counted, listing, percent, short
 
 AttackKind = Literal["none", "quantise", "relearn", "probe", "sample", "lens"]
 Who = Literal["target", "edited", "reference"]
+Read = TypeVar("Read")
 
 PLAIN = "none"  # the attack of a score that was taken without one
 GREEDY = "greedy answers"  # without an attack as well: what samples are compared with
@@ -168,18 +169,6 @@ class Robustness:
             said = f"Of what was forgotten ({fell}), {none} {back} that can be told from chance."
         return " ".join([said, *self._of_the_reference([s for s, _ in told])])
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return plain
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Robustness:
-        """Inverse of :meth:`to_json`."""
-        return cls(
-            data["set"], data["metric"], tuple(AttackScore(**score) for score in data["scores"]), data.get("chance")
-        )
-
     def _attacks(self, who: Who) -> Iterator[AttackScore]:
         return (s for s in self.scores if s.who == who and s.kind != "none")
 
@@ -252,12 +241,6 @@ class Score:
     value: float
     stderr: float | None
     n: int
-
-    def interval(self, z: float = 1.96) -> tuple[float, float] | None:
-        """Normal-approximation confidence interval (95 % by default)."""
-        if self.stderr is None:
-            return None
-        return self.value - z * self.stderr, self.value + z * self.stderr
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,62 +437,27 @@ class RunReport:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunReport:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            ValueError: the file was written under another schema, or has not what a report has.
-        """
+        """Inverse of :meth:`to_json`, also for reports of earlier versions; ValueError where it is no report."""
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             schema = data.get("schema") if isinstance(data, Mapping) else None
             raise ValueError(f"report schema {schema!r} is not {SCHEMA}")
-        try:
-            return cls._read(data)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"not a report: {error!r}") from error
-
-    @classmethod
-    def _read(cls, data: Mapping[str, Any]) -> RunReport:
-        return cls(
-            name=data["name"],
-            description=data["description"],
-            chosen=_chosen(data["chosen"]),
-            scores=tuple(
-                ScoreRow(**{**r, **{k: Score(**r[k]) for k in ("before", "after", "reference") if r.get(k)}})
-                for r in data["scores"]
-            ),
-            sweep=tuple(
-                SweepPoint(
-                    coefficient=p["coefficient"],
-                    scores=tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in p["scores"]),
-                    within_bound=p["within_bound"],
-                    broken=tuple(p["broken"]),
-                    collapsed=p.get("collapsed", ""),
-                )
-                for p in data["sweep"]
-                if p.get("share", 1) == 1  # earlier versions ruled some out on a part of the items
-            ),
-            examples=tuple(Example(**e) for e in data["examples"]),
-            data=tuple(data["data"]),
-            vector=data["vector"],
-            training=tuple(data["training"]),
-            exports=data["exports"],
-            seconds=data["seconds"],
-            provenance=data["provenance"],
-            warnings=tuple(data["warnings"]),
-            foresight=foresight_from_json(data["foresight"]) if data.get("foresight") else None,
-            benchmark=Benchmark(**data["benchmark"]) if data.get("benchmark") else None,
-            membership=tuple(Membership(**m) for m in data.get("membership", ())),
-            robustness=Robustness.from_json(data["robustness"]) if data.get("robustness") else None,
-        )
+        sweep = data.get("sweep")
+        if isinstance(sweep, list):  # earlier versions ruled some coefficients out on a part of the items
+            sweep = [p for p in sweep if not isinstance(p, Mapping) or p.get("share", 1) == 1]
+        return read(cls, {**data, "sweep": sweep})
 
 
-def _chosen(data: Mapping[str, Any]) -> Chosen:
-    """From JSON; older reports lack some of the fields that have a default."""
-    kept, goals = (tuple(tuple(key) for key in data.get(name, ())) for name in ("kept", "goals"))
-    return Chosen(**{**data, "kept": kept, "goals": goals, "grid": tuple(data.get("grid", ()))})
+def read(kind: type[Read], data: Any) -> Read:
+    """A value of this module from plain JSON; ValueError where it does not fit."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"not a report: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def foresight_from_json(data: Mapping[str, Any]) -> Foresight:
     """Inverse of ``dataclasses.asdict``."""
-    goals, kept = (tuple(SetForesight(**entry) for entry in data[key]) for key in ("goals", "kept"))
-    return Foresight(goals, kept)
+    return read(Foresight, data)

@@ -54,18 +54,18 @@ def test_points_are_where_they_belong() -> None:
     points = [Point(0, 0, tip="a"), Point(1, 0.5, 0.2, tip="b"), Point(2, 1, tip="c"), Point(1, 9, tip="d"),
               Point(math.nan, 0, tip="never"), Point(1, math.nan, tip="never")]  # fmt: skip
     source = drawn(points, at=1.0, at_label="λ = 1", bound=0.25, chance=0.75).svg("t <&>", "d", "u")
-    # frame 46..308 by 20..156, λ inset by 8 pixels; what lies outside is on the edge
+    # frame 46..308 by 20..154, λ inset by 8 pixels; what lies outside is on the edge
     wide = 262 / (1 + 16 / 262)
     at = [177 + wide * (v - 1) / 2 for v in (0, 1, 2, 1)]
     assert [x for x, _ in marks(source)] == pytest.approx(at, abs=0.02)
-    assert [y for _, y in marks(source)] == pytest.approx([156, 88, 20, 20], abs=0.02)
+    assert [y for _, y in marks(source)] == pytest.approx([154, 87, 20, 20], abs=0.02)
     assert "never" not in source
     assert '<title id="u-t">t &lt;&amp;&gt;</title>' in source
     assert ">λ = 1<" in source
     bar = re.search(r"M 177 ([\d.]+) L 177 ([\d.]+) ?\"[^>]*stroke: var\(--retain\); stroke-opacity", source)
     assert bar
-    assert sorted(float(v) for v in bar.groups()) == pytest.approx([156 - 136 * 0.7, 156 - 136 * 0.3], abs=0.02)
-    for name, y in (("bound", 156 - 34), ("muted", 156 - 102)):
+    assert sorted(float(v) for v in bar.groups()) == pytest.approx([154 - 134 * 0.7, 154 - 134 * 0.3], abs=0.02)
+    for name, y in (("bound", "120.5"), ("muted", "53.5")):
         assert re.search(rf"M 46 {y} L 308 {y} ?\"[^>]*stroke: var\(--{name}\)", source)
 
 
@@ -139,7 +139,7 @@ def test_labels_touch_neither_points_nor_each_other() -> None:
     points = [Point(1, 0.5, label="λ = 1", ring=True), Point(1.1, 0.5, label="1.1"), Point(2, 1, label="2")]
     source = drawn(points, bound=0.5, bound_label="bound").svg("t", "d", "u")
     spots = re.findall(r'<g class="halo"> <text [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)<', source)
-    assert [word for *_, word in spots] == ["λ = 1", "1.1", "2"]
+    assert [word for *_, word in spots] == ["λ = 1", "2", "1.1"]
     boxes = [(float(x) - 3.6 * len(w), float(y) - 11, float(x) + 3.6 * len(w), float(y)) for x, y, w in spots]
     for n, a in enumerate(boxes):
         assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[n + 1 :])

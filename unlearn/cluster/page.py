@@ -25,8 +25,8 @@ from unlearn.cluster.words import (
     share_with_half,
     with_half,
 )
+from unlearn.report.drawing import POLICY, section, warning_list
 from unlearn.report.markup import Child, Raw, el, join
-from unlearn.report.page import POLICY, section, warning_list
 from unlearn.report.words import CAVEAT
 from unlearn.text import counted, duration, number, percent
 

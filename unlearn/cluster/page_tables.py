@@ -10,8 +10,8 @@ from unlearn.cluster.groups import Family, Group, Pair, ScoreLine
 from unlearn.cluster.numbers import Spread
 from unlearn.cluster.runs import Run
 from unlearn.cluster.words import Merged, absent, family_label, group_label, share_with_half, with_half
+from unlearn.report.drawing import scroll, section
 from unlearn.report.markup import Child, Raw, el, join
-from unlearn.report.page import scroll, section
 from unlearn.report.words import chance_of
 from unlearn.store.files import some
 from unlearn.text import MISSING, coefficient, counted, number

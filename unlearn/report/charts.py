@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,7 @@ COLOURS = {
     **{"s0": "#0072b2", "s1": "#009e73", "s2": "#b3568a", "s3": "#b07800", "s4": "#3390c6", "s5": "#6b5bb5"},
     **{"bound": "#0b7d60"},
 }
+Mark = Literal["full", "hollow", "cross"]
 MARKERS = ("o", "s", "^", "D", "v", "P")  # with the colours s0 to s5 and the dashes below: six styles of series
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1.4, 2)), (0, (6, 2, 1.4, 2)), (0, (3, 1.4)), (0, (1, 1)))
 _LARGEST = 1e100  # values beyond are drawn on the edge of the frame
@@ -51,7 +53,7 @@ class Point:
     x_error: float | None = None
     label: str = ""
     tip: str = ""
-    mark: Literal["full", "hollow", "cross"] = "full"
+    mark: Mark = "full"
     ring: bool = False
 
 
@@ -88,7 +90,7 @@ class Key:
     colour: str = "ink"
     marker: str = ""
     dash: Any = None
-    mark: Literal["full", "hollow", "cross"] = "full"
+    mark: Mark = "full"
     ring: bool = False
     region: bool = False
 
@@ -193,7 +195,7 @@ def chart(
     from matplotlib.figure import Figure
 
     large = size[1] > 250
-    left, right, top, bottom = (50.0, 14.0, 30.0, 46.0) if large else (46.0, 12.0, 20.0, 34.0)
+    left, right, top, bottom = (50.0, 14.0, 30.0, 46.0) if large else (46.0, 12.0, 20.0, 36.0)
     width, height = size[0] - left - right, size[1] - top - bottom
     figure = Figure(figsize=(size[0] / 72, size[1] / 72))  # 72 points an inch: a point of the SVG is a pixel
     axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
@@ -205,7 +207,7 @@ def chart(
         axes.text(right / width, up / height, clean(text), transform=axes.transAxes, color=COLOURS[colour], ha=side,
                   parse_math=False, **more)  # fmt: skip
 
-    words(x.title, width / 2, 8 - bottom, "ink", "center", size=12.5)
+    words(x.title, width / 2, (8 if large else 4) - bottom, "ink", "center", size=12.5)
     words(y.title, 4 - left, height + top - 15, "ink", "left", size=12.5)
     taken: list[tuple[float, float, float, float]] = []
     if bound is not None and y.low <= bound <= y.high:
@@ -230,10 +232,15 @@ def chart(
         spots = [(p, min(max(p.x, x.low), x.high), min(max(p.y, y.low), y.high)) for p in one.points
                  if not (math.isnan(p.x) or math.isnan(p.y))]  # fmt: skip
         _draw(axes, one, spots, (x, y), 2 + order, tips)
-        for (px, py), (p, _, _) in zip(to_pixels.transform([s[1:] for s in spots] or [(0, 0)]), spots, strict=False):
-            taken.append((px * width - 5, py * height - 5, px * width + 5, py * height + 5))
-            labels += [(p, px * width, py * height)] if p.label else []
-    for p, px, py in sorted(labels, key=lambda one: not one[0].ring):
+        places = [(a * width, b * height) for a, b in to_pixels.transform([s[1:] for s in spots])] if spots else []
+        taken += [(a - 5, b - 5, a + 5, b + 5) for a, b in places]
+        if any(p.label for p in one.points):
+            for (a, b), (c, d) in pairwise(places):  # its line is to be kept free as well
+                steps = max(1, math.ceil(math.hypot(c - a, d - b) / 4))
+                line = [(a + (c - a) * n / steps, b + (d - b) * n / steps) for n in range(steps)]
+                taken += [(u - 1.5, v - 1.5, u + 1.5, v + 1.5) for u, v in line]
+        labels += [(not p.ring, 0 < n < len(spots) - 1, p, *places[n]) for n, (p, *_) in enumerate(spots) if p.label]
+    for _, _, p, px, py in sorted(labels, key=lambda one: one[:2]):
         if spot := _room(px, py, 7.2 * len(p.label) + 4, taken, (width, height)):
             words(p.label, *spot, "accent" if p.ring else "ink", "center", size=12, va="center", zorder=9, gid="halo",
                   weight="bold" if p.ring else "normal")  # fmt: skip
@@ -307,7 +314,7 @@ def _draw(
     colour, (x, y) = COLOURS[one.colour], frame
     if one.dash is not None and len(spots) > 1:
         axes.plot([s[1] for s in spots], [s[2] for s in spots], color=colour, lw=one.width, ls=one.dash, zorder=order,
-                  label=one.name, clip_on=False)  # fmt: skip
+                  label=clean(one.name), clip_on=False)  # fmt: skip
     for p, px, py in spots:
         bars: dict[str, Any] = {
             "fmt": "none",

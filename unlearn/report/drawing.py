@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from unlearn.report.figures import FrontierPoint, margin, with_margin
-from unlearn.report.markup import Raw, el, join
+from unlearn.report.markup import Child, Raw, el, join
 from unlearn.results import Score
 from unlearn.text import MISSING, coefficient, number, percent, tick_label
 
@@ -440,3 +440,27 @@ def _labels(
             named = "label chosen" if n == 0 and spots[order[0]][0].coefficient == chosen else "label"
             drawn.append(el("text", word, class_=named, x=spot[0], y=spot[1] + 4, text_anchor="middle"))
     return drawn
+
+
+# -- parts of a page
+
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def section(title: str, split: str | None, intro: str | None, *children: Child) -> Raw:
+    """One part of the page. ``split`` is shown beside the title: which items its numbers are from."""
+    chip = el("span", f"{split} items", class_="chip") if split else None
+    return el("section", el("h2", title, chip), el("p", intro, class_="intro") if intro else None, children)
+
+
+def scroll(label: str, child: Raw) -> Raw:
+    """A box that scrolls sideways by itself, so that the page never does."""
+    return el("div", child, class_="scroll", tabindex="0", role="region", aria_label=label)
+
+
+def warning_list(lines: Sequence[str]) -> Raw | None:
+    """Warnings in a box that is hard to overlook; None without any."""
+    if not lines:
+        return None
+    return el("ul", [el("li", line, dir="auto") for line in lines], class_="warnings", role="note")
