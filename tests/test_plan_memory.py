@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from unlearn import cli
 from unlearn import memory as plan_memory
-from unlearn import run
 from unlearn.model.load import linear_modules
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.methods import LoraSpec, TrainSpec
@@ -120,14 +120,14 @@ def test_an_edit_holds_its_factors_and_in_float32_the_weights_as_they_were(dtype
 
 def test_the_plan_says_it_by_stages(capsys: pytest.CaptureFixture[str], pico_phi: Path) -> None:
     line = ["--recipe", "pico_smoke.yaml", "--set", "model.dtype=float32", "--dry-run"]
-    assert run.main([*line, "--memory"]) == 0
+    assert cli.main([*line, "--memory"]) == 0
     said = capsys.readouterr().out
     rows = [line.split() for line in said[said.index("\nmemory") :].splitlines()]
     weights = file_size(held(AutoModelForCausalLM.from_pretrained(pico_phi, dtype=torch.float32)))
     assert ["load", *weights.split(), "weights", *weights.split()] in rows
     assert [row[0] for row in rows if "weights" in row] == ["load", "teach", "finetune", "finetune,", "sweep,"]
     assert "12 rows of 23 tokens" in said
-    assert run.main(line) == 0
+    assert cli.main(line) == 0
     assert "\nmemory" not in capsys.readouterr().out
 
 
@@ -161,7 +161,7 @@ def test_what_is_not_at_hand_is_said_in_one_message(
         ("no-such/model", "nothing: hf download no-such/model --include '*.json' brings both"),
         (f"wheel:x==1.0/x.gguf#sha256={'0' * 64}", "was not fetched and converted yet"),
     ):
-        assert run.main(["--recipe", "pico_smoke.yaml", "--set", f"model.path={model}", "--dry-run", "--memory"]) == 2
+        assert cli.main(["--recipe", "pico_smoke.yaml", "--set", f"model.path={model}", "--dry-run", "--memory"]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
-    assert run.main(["--recipe", "pico_smoke.yaml", "--memory"]) == 2
+    assert cli.main(["--recipe", "pico_smoke.yaml", "--memory"]) == 2
     assert "give --dry-run as well" in capsys.readouterr().err

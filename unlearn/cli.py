@@ -210,6 +210,20 @@ def recipes() -> None:
         typer.echo(f"{name:24}{description}")
 
 
+@app.command()
+def tasks(word: Annotated[str, typer.Argument(help="only names that hold this word", show_default=False)] = "") -> None:
+    """List tasks for eval.tasks: those of the pack, and of lm-eval's own those that hold a word."""
+    from unlearn.recipe.load import tasks_folder
+    from unlearn.recipe.task_names import shipped_tasks, task_files, task_names
+
+    pack = set(task_names(task_files(tasks_folder())))
+    others = set(task_names(task_files(shipped_tasks()))) if word else set()
+    for name in sorted(name for name in pack | others if word in name):
+        typer.echo(f"{name:48}{'pack' if name in pack else 'lm-eval'}")
+    if not word:
+        console.say("lm-eval's own tasks are listed with a word that their names hold: unlearn tasks mmlu", style="dim")
+
+
 @app.command(context_settings=_PASSED_ON, add_help_option=False)
 def harness(words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
     """Run lm-eval's own command line with the fast engine in it: unlearn harness --model unlearn --tasks ..."""

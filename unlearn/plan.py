@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from unlearn import checks
 from unlearn.data.files import HUB
@@ -27,8 +27,164 @@ from unlearn.score.search import rule
 from unlearn.text import counted, listing, shown
 from unlearn.vector.formula import formula, penalty, phrases
 
+_Sets = Mapping[tuple[SetRole, str], LoadedSet]
+_INDENT = 13
+_WIDTH = 110
 
-def evidence_steps(recipe: Recipe) -> Iterator[str]:
+
+def plan(loaded: LoadedRecipe) -> str:
+    """Check what can be checked without torch and the network, and describe the run."""
+    recipe, base = loaded.recipe, loaded.source.parent
+    place = model_place(recipe.model, base)
+    checks.check(recipe, base)
+    checks.read_local([(role, spec) for role, spec in recipe.sets() if on_hub(spec)], base)
+    goals = goal_metrics(recipe)
+    sets = {(s.role, s.name): s for s in load_sets(local_part(recipe), base)}
+    unscored = {key for key, one in sets.items() if not one.validation}
+    kept = [key for key in kept_metrics(recipe) if (key[0], key[1]) not in unscored]
+    chosen = rule(recipe.choose, goals, kept)
+    stages = [f"{i}. {stage}" for i, stage in enumerate(_stages(recipe, sets, chosen), 1)]
+    blocks = [
+        ("recipe", [f"{recipe.name}  ({loaded.source})", *recipe.description.strip().splitlines()[:1]]),
+        ("model", [recipe.model.path, place, _held(recipe)]),
+        ("data", _data(recipe, sets)),
+        ("stages", stages),
+    ]
+    return shown("\n".join(block(title, lines) for title, lines in blocks))
+
+
+class _LocalPart(Recipe):
+    """A recipe that shows only its sets on this machine, so that reading them asks the hub for nothing."""
+
+    def sets(self) -> tuple[tuple[SetRole, DataSet], ...]:
+        """The sets with no part on the hub."""
+        return tuple((role, spec) for role, spec in super().sets() if not on_hub(spec))
+
+
+def local_part(recipe: Recipe) -> Recipe:
+    """The recipe with only those sets that can be read without asking the hub."""
+    return _LocalPart.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
+
+
+def on_hub(spec: DataSet) -> bool:
+    """Whether any part of a set is on the hub."""
+    return any(source is not None and source.path.startswith(HUB) for source in (spec, spec.validation, spec.test))
+
+
+class _Examples(NamedTuple):
+    """The training examples of some sets."""
+
+    total: int | None  # None where some are on the hub
+    words: str
+    exact: bool  # passages are only estimated here
+    here: Sequence[LoadedSet]  # the sets that are not on the hub
+
+
+def _examples(recipe: Recipe, sets: _Sets, roles: Sequence[SetRole], name: str | None = None) -> _Examples:
+    wanted = [(role, spec) for role, spec in recipe.sets() if role in roles and name in (None, spec.label())]
+    here = [sets[role, spec.label()] for role, spec in wanted if not on_hub(spec)]
+    exact, count = all(spec.kind != "text" for _, spec in wanted), sum(len(one.train) for one in here)
+    known = f"{'' if exact else 'about '}{_several(count, 'example')}"
+    words = known if len(here) == len(wanted) else "examples not counted (on the hub)"
+    return _Examples(count if len(here) == len(wanted) else None, words, exact, here)
+
+
+def _held(recipe: Recipe) -> str:
+    model = recipe.model
+    dtype = {"auto": "bfloat16 where the hardware has it, else float32"}.get(model.dtype, model.dtype)
+    device = {"auto": "the best device found"}.get(model.device, model.device)
+    copy = "" if model.quantize == "none" else f"; the LoRA is trained on a copy quantised to {model.quantize}"
+    code = "; RUNS PYTHON CODE THAT COMES WITH IT" if model.trust_remote_code else ""
+    return f"held as {dtype}, on {device}{copy}{code}"
+
+
+def _data(recipe: Recipe, sets: _Sets) -> list[str]:
+    specs = recipe.sets()
+    width = max(len(spec.label()) for _, spec in specs)
+    lines = [f"{'':8} {'':{width}} kind  train  validation  test"]
+    for role, spec in specs:
+        head = f"{role:8} {spec.label():{width}} {spec.kind:4}"
+        if there := [s.path for s in (spec, spec.validation, spec.test) if s is not None and s.path.startswith(HUB)]:
+            lines.append(f"{head}  not checked: on the hub ({', '.join(there)})")
+            continue
+        one = sets[role, spec.label()]
+        notes, prompts = one.left_out(), len(spec.prompts("train"))
+        if prompts > 1 and one.train:
+            notes.append(f"each trained on in {prompts} phrasings")
+        if spec.shares.train == "all":
+            notes.append("scored on what is trained on")
+        row = f"{head}  {len(one.train):5}  {len(one.validation):10}  {len(one.test):4}"
+        noted = f" ({', '.join(notes)})" if notes else ""
+        lines.append(f"{row}  of {_several(one.counts['rows'], 'row')} in {spec.path}{noted}")
+    if any(spec.kind == "text" and not on_hub(spec) for _, spec in specs):
+        lines.append("(passages of text are estimated here; the model's tokenizer cuts them)")
+    return lines
+
+
+def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
+    vector = recipe.vector
+    yield "load the model and the data"
+    if recipe.teach is not None:
+        how = "all weights" if recipe.teach.lora is None else _lora(recipe.teach.lora)
+        examples = _examples(recipe, sets, ("forget", "retain"))
+        yield f"teach the model forget and retain sets first: {how}; {_training(recipe.teach, examples)}"
+    yield from _fits(recipe, sets)
+    if words := phrases(vector):
+        yield f"make of {'each vector' if len(recipe.goals()) > 1 else 'it'} what is subtracted. {'; '.join(words)}"
+    if len(recipe.goals()) > 1:
+        yield (
+            f"balance: relative weights w of the {len(recipe.goals())} vectors, on validation items: from the best "
+            "coefficient for all of them on, one at a time is moved along the grid"
+        )
+    if recipe.forget is not None and vector.correlation is not None:
+        measured = vector.correlation
+        length = "as many steps as for the forget set" if measured.steps is None else _several(measured.steps, "step")
+        short = f"; for that {length} of fine-tuning on each retain set with train items" if recipe.retain else ""
+        yield f"foresee, on at most {_several(measured.items, 'item')} of each set, what the edit will cost{short}"
+    grid = ", ".join(f"{c:g}" for c in recipe.sweep.grid())
+    searched, whole = ([t.task for t in recipe.eval.tasks if t.whole is side] for side in (False, True))
+    tasks = f", and lm-eval's {', '.join(searched)}" if searched else ""
+    writes = any(spec.kind in ("qa", "text") for _, spec in recipe.sets())
+    written = " (and ROUGE-L of written answers)" if recipe.eval.generate == "sweep" and writes else ""
+    needed = ", as many of them as the choice needs" if recipe.sweep.search == "bisect" else ""
+    edit = "add" if recipe.forget is None else "negate and add" if recipe.learn else "negate"
+    edit = "add by analogy" if recipe.analogy is not None else edit
+    where = f"scored on validation items{tasks}{written} at c = {grid}{needed}"
+    yield f"{edit}: {formula(recipe)}, {where}"
+    yield f"choose c: {chosen}"
+    rouge = ", with ROUGE-L of written answers" if recipe.eval.generate != "none" and writes else ""
+    beside = f", and {', '.join(whole)} on all items" if whole else ""
+    yield f"score test items before and after{rouge}{beside}; write report.json and report.html"
+    yield from _evidence(recipe)
+    yield f"export: {_export(recipe)}"
+
+
+def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
+    """Every fine-tuning that the methods need; the first says what is trained, the others that it is the same."""
+    vector, source, kept = recipe.vector, recipe.vector.steps()[0], recipe.penalty()
+    against = {"gradient_ascent": "gradient ascent", "gradient_difference": "gradient difference", "npo": "NPO"}
+    how = f"train by {against[source]} on" if source in against else "fine-tune on"
+    lora, clean, more = f": {_lora(vector.lora)}; ", "", ""
+    if source == "msa":
+        given = vector.msa.clean if vector.msa is not None else None
+        clean = f", from the clean checkpoint {given}" if given else ", from the model before the teaching"
+    if vector.uses("consensus"):
+        more += f"; {_several((vector.consensus or ConsensusSpec()).runs, 'time')}, with different seeds"
+    if kept is not None:
+        more += f"; with {penalty(kept)}, {_several(kept.batch_size, 'retain example')} in every step"
+    if source != "retain_only":
+        trained = [(r, d) for r, d in recipe.sets() if r in ("forget", "term") or (r == "learn" and not recipe.analogy)]
+        for role, data in trained:
+            examples = _examples(recipe, sets, (role,), data.label())
+            what = f"the {role} set" if len(trained) == 1 else f"the {role} set {data.label()}"
+            yield f"{how} {what}{clean}{lora}{_training(vector.forget, examples)}{more}"
+            lora = ", the same LoRA; "
+    if vector.uses(*NEED_RETAIN_VECTOR):
+        retain = _training(vector.retain or vector.forget, _examples(recipe, sets, ("retain",)))
+        yield f"fine-tune on the retain sets{clean}{lora}{retain}"
+
+
+def _evidence(recipe: Recipe) -> Iterator[str]:
     """What stands beside the result, in order of the stages."""
     given = recipe.reference
     models = 2 + references.is_model(recipe)
@@ -67,224 +223,19 @@ def _attacks(recipe: Recipe, spec: RobustnessSpec) -> Iterator[str]:
         yield "the logit lens"
 
 
-# -- what ``--dry-run`` prints
-
-
-_INDENT = 13
-_WIDTH = 110
-
-
-def plan(loaded: LoadedRecipe) -> str:
-    """Check what can be checked without torch and the network, and describe the run.
-
-    Raises:
-        DataError: a local data set is missing, unreadable or unfit.
-        ModelError: a local model is missing or incomplete, or a ``pico:`` or ``wheel:`` name is wrong.
-        EvaluationError: the metric of the choice does not exist for its kind of data; or what the result is compared
-            with is not there.
-    """
-    recipe, base = loaded.recipe, loaded.source.parent
-    place = model_place(recipe.model, base)
-    checks.check(recipe, base)
-    checks.read_local([(role, spec) for role, spec in recipe.sets() if on_hub(spec)], base)
-    goals = goal_metrics(recipe)
-    sets = {(s.role, s.name): s for s in load_sets(local_part(recipe), base)}
-    unscored = {key for key, one in sets.items() if not one.validation}
-    kept = [key for key in kept_metrics(recipe) if (key[0], key[1]) not in unscored]
-    chosen = rule(recipe.choose, goals, kept)
-    stages = [f"{i}. {stage}" for i, stage in enumerate(_stages(recipe, sets, chosen), 1)]
-    blocks = [
-        ("recipe", [f"{recipe.name}  ({loaded.source})", *_first_line(recipe.description)]),
-        ("model", [recipe.model.path, place, _held(recipe)]),
-        ("data", _data(recipe, sets)),
-        ("stages", stages),
-    ]
-    return shown("\n".join(block(title, lines) for title, lines in blocks))
-
-
-class _LocalPart(Recipe):
-    """A recipe that shows only its sets on this machine, so that reading them asks the hub for nothing."""
-
-    def sets(self) -> tuple[tuple[SetRole, DataSet], ...]:
-        """The sets with no part on the hub."""
-        return tuple((role, spec) for role, spec in super().sets() if not on_hub(spec))
-
-
-def local_part(recipe: Recipe) -> Recipe:
-    """The recipe with only those sets that can be read without asking the hub."""
-    return _LocalPart.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
-
-
-def on_hub(spec: DataSet) -> bool:
-    """Whether any part of a set is on the hub."""
-    return any(source is not None and source.path.startswith(HUB) for source in (spec, spec.validation, spec.test))
-
-
-@dataclass(frozen=True, slots=True)
-class _Examples:
-    """How many training examples some sets give; ``known`` is False when one of them is on the hub.
-
-    ``sets`` are those that are here.
-    """
-
-    count: int
-    known: bool
-    about: bool
-    sets: Sequence[LoadedSet] = ()
-
-    def __str__(self) -> str:
-        if not self.known:
-            return "examples not counted (on the hub)"
-        return f"{'about ' if self.about else ''}{_several(self.count, 'example')}"
-
-
-_Sets = Mapping[tuple[SetRole, str], LoadedSet]
-
-
-def _examples(recipe: Recipe, sets: _Sets, roles: Sequence[SetRole], name: str | None = None) -> _Examples:
-    wanted = [(role, spec) for role, spec in recipe.sets() if role in roles and name in (None, spec.label())]
-    here = [sets[role, spec.label()] for role, spec in wanted if not on_hub(spec)]
-    about = any(spec.kind == "text" for _, spec in wanted)
-    return _Examples(sum(len(one.train) for one in here), len(here) == len(wanted), about, here)
-
-
-def _first_line(text: str) -> list[str]:
-    return text.strip().splitlines()[:1]
-
-
-def _held(recipe: Recipe) -> str:
-    model = recipe.model
-    dtype = {"auto": "bfloat16 where the hardware has it, else float32"}.get(model.dtype, model.dtype)
-    device = {"auto": "the best device found"}.get(model.device, model.device)
-    copy = "" if model.quantize == "none" else f"; the LoRA is trained on a copy quantised to {model.quantize}"
-    code = "; RUNS PYTHON CODE THAT COMES WITH IT" if model.trust_remote_code else ""
-    return f"held as {dtype}, on {device}{copy}{code}"
-
-
-def _data(recipe: Recipe, sets: _Sets) -> list[str]:
-    specs = recipe.sets()
-    width = max(len(spec.label()) for _, spec in specs)
-    lines = [f"{'':8} {'':{width}} kind  train  validation  test"]
-    for role, spec in specs:
-        head = f"{role:8} {spec.label():{width}} {spec.kind:4}"
-        if on_hub(spec):
-            lines.append(f"{head}  not checked: on the hub ({_hub_name(spec)})")
-            continue
-        one = sets[role, spec.label()]
-        row = f"{head}  {len(one.train):5}  {len(one.validation):10}  {len(one.test):4}"
-        lines.append(f"{row}  of {_several(one.counts['rows'], 'row')} in {spec.path}{_notes(one)}")
-    if any(spec.kind == "text" and not on_hub(spec) for _, spec in specs):
-        lines.append("(passages of text are estimated here; the model's tokenizer cuts them)")
-    return lines
-
-
-def _notes(one: LoadedSet) -> str:
-    notes = one.left_out()
-    prompts = len(one.spec.prompts("train"))
-    if prompts > 1 and one.train:
-        notes.append(f"each trained on in {prompts} phrasings")
-    if one.spec.shares.train == "all":
-        notes.append("scored on what is trained on")
-    return f" ({', '.join(notes)})" if notes else ""
-
-
-def _hub_name(spec: DataSet) -> str:
-    sources = (spec, spec.validation, spec.test)
-    return ", ".join(source.path for source in sources if source is not None and source.path.startswith(HUB))
-
-
-def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
-    vector = recipe.vector
-    yield "load the model and the data"
-    if recipe.teach is not None:
-        how = "all weights" if recipe.teach.lora is None else _lora(recipe.teach.lora)
-        examples = _examples(recipe, sets, ("forget", "retain"))
-        yield f"teach the model forget and retain sets first: {how}; {_training(recipe.teach, examples)}"
-    yield from _fits(recipe, sets)
-    if words := phrases(vector):
-        yield f"make of {'each vector' if len(recipe.goals()) > 1 else 'it'} what is subtracted. {'; '.join(words)}"
-    if len(recipe.goals()) > 1:
-        yield (
-            f"balance: relative weights w of the {len(recipe.goals())} vectors, on validation items: from the best "
-            "coefficient for all of them on, one at a time is moved along the grid"
-        )
-    if recipe.forget is not None and vector.correlation is not None:
-        measured = vector.correlation
-        length = "as many steps as for the forget set" if measured.steps is None else _several(measured.steps, "step")
-        short = f"; for that {length} of fine-tuning on each retain set with train items" if recipe.retain else ""
-        yield f"foresee, on at most {_several(measured.items, 'item')} of each set, what the edit will cost{short}"
-    grid = ", ".join(f"{c:g}" for c in recipe.sweep.grid())
-    searched, whole = ([t.task for t in recipe.eval.tasks if t.whole is side] for side in (False, True))
-    tasks = f", and lm-eval's {', '.join(searched)}" if searched else ""
-    written = " (and ROUGE-L of written answers)" if recipe.eval.generate == "sweep" and _writes(recipe) else ""
-    needed = ", as many of them as the choice needs" if recipe.sweep.search == "bisect" else ""
-    edit = "add" if recipe.forget is None else "negate and add" if recipe.learn else "negate"
-    edit = "add by analogy" if recipe.analogy is not None else edit
-    where = f"scored on validation items{tasks}{written} at c = {grid}{needed}"
-    yield f"{edit}: {formula(recipe)}, {where}"
-    yield f"choose c: {chosen}"
-    rouge = ", with ROUGE-L of written answers" if recipe.eval.generate != "none" and _writes(recipe) else ""
-    beside = f", and {', '.join(whole)} on all items" if whole else ""
-    yield f"score test items before and after{rouge}{beside}; write report.json and report.html"
-    yield from evidence_steps(recipe)
-    yield f"export: {_export(recipe)}"
-
-
-def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
-    """Every fine-tuning that the methods need; the first says what is trained, the others that it is the same."""
-    vector, source = recipe.vector, recipe.vector.steps()[0]
-    lora = f": {_lora(vector.lora)}; "
-    clean = ""
-    if source == "msa":
-        given = vector.msa.clean if vector.msa is not None else None
-        clean = f", from the clean checkpoint {given}" if given else ", from the model before the teaching"
-    if source != "retain_only":
-        trained = [(r, d) for r, d in recipe.sets() if r in ("forget", "term") or (r == "learn" and not recipe.analogy)]
-        for role, data in trained:
-            examples = _examples(recipe, sets, (role,), data.label())
-            what = f"the {role} set" if len(trained) == 1 else f"the {role} set {data.label()}"
-            yield f"{_trained_how(recipe)} {what}{clean}{lora}{_training(vector.forget, examples)}{_extra(recipe)}"
-            lora = ", the same LoRA; "
-    if vector.uses(*NEED_RETAIN_VECTOR):
-        retain = _training(vector.retain or vector.forget, _examples(recipe, sets, ("retain",)))
-        yield f"fine-tune on the retain sets{clean}{lora}{retain}"
-
-
-def _trained_how(recipe: Recipe) -> str:
-    source = recipe.vector.steps()[0]
-    against = {"gradient_ascent": "gradient ascent", "gradient_difference": "gradient difference", "npo": "NPO"}
-    return f"train by {against[source]} on" if source in against else "fine-tune on"
-
-
-def _extra(recipe: Recipe) -> str:
-    """What a forget set's fine-tuning costs beyond its own steps."""
-    vector, found = recipe.vector, ""
-    if vector.uses("consensus"):
-        found += f"; {_several((vector.consensus or ConsensusSpec()).runs, 'time')}, with different seeds"
-    kept = recipe.penalty()
-    if kept is not None:
-        found += f"; with {penalty(kept)}, {_several(kept.batch_size, 'retain example')} in every step"
-    return found
-
-
-def _writes(recipe: Recipe) -> bool:
-    """Whether some set is of a kind whose answers are written out and compared."""
-    return any(spec.kind in ("qa", "text") for _, spec in recipe.sets())
-
-
 def _training(spec: TrainSpec | TeachSpec, examples: _Examples) -> str:
     """``examples``, steps and rate in words. Steps are counted as the Trainer does, on one device."""
     epochs, steps = spec.duration()
     batch = f"{spec.batch_size}" + (f" x {spec.accumulation}" if spec.accumulation > 1 else "")
     if steps > 0:
         length = f"{_several(steps, 'step')} of {batch}"
-    elif examples.known:
-        per_epoch = math.ceil(math.ceil(examples.count / spec.batch_size) / spec.accumulation)
+    elif examples.total is not None:
+        per_epoch = math.ceil(math.ceil(examples.total / spec.batch_size) / spec.accumulation)
         total = _several(math.ceil(per_epoch * epochs), "step")
-        length = f"{_several(epochs, 'epoch')} = {'about ' if examples.about else ''}{total} of {batch}"
+        length = f"{_several(epochs, 'epoch')} = {'' if examples.exact else 'about '}{total} of {batch}"
     else:
         length = f"{_several(epochs, 'epoch')} in steps of {batch}"
-    return f"{examples}, {length}, learning rate {spec.learning_rate:g}{_cut(spec.max_length, examples.sets)}"
+    return f"{examples.words}, {length}, learning rate {spec.learning_rate:g}{_cut(spec.max_length, examples.here)}"
 
 
 def _cut(limit: int, sets: Sequence[LoadedSet]) -> str:

@@ -15,7 +15,7 @@ from machines import Machines
 from submitted import Submitted, Trained, command, finished, recipe, start, training, until, without_times
 from throwaway import Throwaway
 
-from unlearn import run
+from unlearn import cli
 from unlearn.cluster.grid import Grid, job_folder, log_file
 from unlearn.cluster.job_state import JobState
 
@@ -94,5 +94,5 @@ def test_a_job_whose_node_dies_is_done_by_the_other(
     monkeypatch.setenv("UNLEARN_CACHE", str(session_cache))
     job = next(one for one in Grid.load(grid.root).jobs if one.name == name)
     line = ["--recipe", str(pair.machines.stored / "dying.yaml"), "--out", str(tmp_path / "alone")]
-    assert run.main([*line, *(part for text in job.overrides for part in ("--set", text))]) == 0
+    assert cli.main([*line, *(part for text in job.overrides for part in ("--set", text))]) == 0
     assert without_times(job_folder(grid.root, name)) == without_times(tmp_path / "alone")

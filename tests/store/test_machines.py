@@ -14,7 +14,7 @@ import pytest
 from machines import Machine, Machines, why_not
 from waiting import until
 
-from unlearn import run
+from unlearn import cli
 from unlearn.results import RunReport
 from unlearn.store.lock import is_lock_file
 from unlearn.store.stages import LOCK
@@ -68,7 +68,7 @@ def test_two_machines_share_a_run(pair: Machines, tmp_path: Path) -> None:
     (code, said), (other, told) = (ended(process) for process in both)
     assert (code, other) == (0, 0), said + told
     assert said.count("2 processes share training and scoring") == 1
-    assert run.main(["--recipe", "pico_smoke.yaml", "--out", str(tmp_path / "alone")]) == 0
+    assert cli.main(["--recipe", "pico_smoke.yaml", "--out", str(tmp_path / "alone")]) == 0
     alone, shared = report(tmp_path / "alone"), report(pair.stored / "shared")
     assert shared.chosen == alone.chosen
     assert [row.after.value for row in shared.scores] == pytest.approx(
@@ -89,7 +89,7 @@ def test_one_run_wanted_by_both_is_made_once(pair: Machines, tmp_path: Path) -> 
     code, said = ended(first)
     assert code == 0, said
     assert not [p for p in place.iterdir() if is_lock_file(p.name, LOCK)]
-    assert run.main(["--recipe", "pico_smoke.yaml", "--out", str(tmp_path / "alone"), "--set", LONG]) == 0
+    assert cli.main(["--recipe", "pico_smoke.yaml", "--out", str(tmp_path / "alone"), "--set", LONG]) == 0
     assert results(place) == results(tmp_path / "alone")
 
 
@@ -124,5 +124,5 @@ def test_when_a_machine_dies_the_other_goes_on_from_there(tmp_path: Path) -> Non
         assert "on host node1, which has given no sign of life for" in said
         assert "target: as before" in said
         assert not [p for p in place.iterdir() if is_lock_file(p.name, LOCK)]
-        assert run.main(["--recipe", "pico_smoke.yaml", "--out", str(tmp_path / "alone"), "--set", LONG]) == 0
+        assert cli.main(["--recipe", "pico_smoke.yaml", "--out", str(tmp_path / "alone"), "--set", LONG]) == 0
         assert results(place) == results(tmp_path / "alone")

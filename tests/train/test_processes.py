@@ -18,8 +18,8 @@ from processes_arena import fit
 from test_grid_status import make
 from waiting import torchrun, until
 
+from unlearn import cli
 from unlearn import processes as collective
-from unlearn import run
 from unlearn.cluster.grid import Grid, log_file
 from unlearn.cluster.job_state import JobState
 from unlearn.model import locate as fetch
@@ -139,9 +139,9 @@ def test_a_group_waits_for_another_run_longer_than_for_a_process(tmp_path: Path)
 IMPATIENT = """
 import sys
 from datetime import timedelta
-from unlearn import processes as distributed, run
+from unlearn import cli, processes as distributed
 distributed._PATIENCE = timedelta(seconds=10)
-sys.exit(run.main())
+sys.exit(cli.main())
 """
 
 
@@ -315,7 +315,7 @@ def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
     cache = os.environ["UNLEARN_CACHE"]
     done = started([*torchrun(2), "unlearn.run", *line, "two"], tmp_path, UNLEARN_CACHE=cache)
     assert done.stderr.count("2 processes share training and scoring") == 1
-    assert run.main([*line, str(tmp_path / "one")]) == 0
+    assert cli.main([*line, str(tmp_path / "one")]) == 0
     one, two = (RunReport.from_json(json.loads((tmp_path / n / "report.json").read_text())) for n in ("one", "two"))
     assert two.chosen == one.chosen
     assert values(two) == pytest.approx(values(one), rel=1e-4, abs=1e-4)
