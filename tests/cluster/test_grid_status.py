@@ -209,8 +209,8 @@ def test_a_local_runners_job_within_an_allocation_is_not_lost_elsewhere(tmp_path
     elsewhere = Holder(1, "node17", "a b c", now())
     submitted(root, (0,), "local", holder=elsewhere)
     say(root, grid.jobs[0].name, "running", elsewhere, slurm="777")
-    lock = {"pid": 1, "host": "node17", "started": "a b c", "since": now(), "nonce": "0" * 32}
-    claim_file(root, grid.jobs[0].name).write_text(json.dumps(lock))
+    lock = "filelock/2\npid=1\nhost=node17\nmode=lease\ntoken=0\nduration=90.0\n"
+    claim_file(root, grid.jobs[0].name).write_text(lock)
     found = overview(root)
     assert states(found) == ["running"]
     assert "cannot be seen from here" in found.remarks[0]
@@ -223,7 +223,7 @@ def test_nothing_is_lost_because_slurm_cannot_be_asked(tmp_path: Path, queue: Pa
     elsewhere = Holder(1, "elsewhere", "a b c", now())
     say(root, grid.jobs[0].name, "running", elsewhere, slurm="12_0")
     lock = claim_file(root, grid.jobs[0].name)
-    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "a b c", "since": now(), "nonce": "0" * 32}))
+    lock.write_text("filelock/2\npid=1\nhost=elsewhere\nmode=lease\ntoken=0\nduration=90.0\n")
     (queue.parent / "bin" / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
     found = overview(root)
     assert states(found) == ["running", "queued"]

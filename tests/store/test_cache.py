@@ -14,12 +14,13 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
-from unlearn.errors import ModelError
+from unlearn.errors import ModelError, UnlearnError
 from unlearn.recipe.schema import ModelSpec
 from unlearn.store.cache import MANIFEST, cache_folder, check_sha256, entry, offline, require_space, whole
 from unlearn.store.lock import Lock
@@ -31,9 +32,9 @@ def _fill(folder: Path) -> None:
 
 
 def _places(cache: Path) -> list[str]:
-    """What is in a cache, without the folders of its locks and notes; no lock is left in the one."""
+    """What is in a cache, without the folder of its locks; no lock is left in it."""
     assert list((cache / ".locks").iterdir()) == []
-    return sorted(path.name for path in cache.iterdir() if path.name not in (".locks", ".verified"))
+    return sorted(path.name for path in cache.iterdir() if path.name != ".locks")
 
 
 def _never(folder: Path) -> None:
@@ -57,7 +58,9 @@ def test_entry_is_made_once_with_sizes_and_checksums(tmp_path: Path) -> None:
     folder = entry(tmp_path / "new", "k", _fill)
     assert entry(tmp_path / "new", "k", _never) == folder == tmp_path / "new" / "k"
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert json.loads((folder / MANIFEST).read_text())["files"] == {"sub/a.txt": {"size": 3, "sha256": abc}}
+    mtime = (folder / "sub" / "a.txt").stat().st_mtime_ns
+    said = json.loads((folder / MANIFEST).read_text())["files"]
+    assert said == {"sub/a.txt": {"size": 3, "mtime_ns": mtime, "sha256": abc}}
     assert _places(tmp_path / "new") == ["k"]
 
 
@@ -132,10 +135,9 @@ def test_of_four_threads_one_makes_it(tmp_path: Path) -> None:
 
 
 PRELUDE = """
-import os, platform, sys, time
+import os, socket, sys, time
 from pathlib import Path
 cache, marks = Path(sys.argv[1]), Path(sys.argv[2])
-from unlearn.store import cache as module
 from unlearn.store.cache import entry
 from unlearn.errors import UnlearnError
 
@@ -160,17 +162,10 @@ def _start(code: str, cache: Path, marks: Path, **environment: str) -> subproces
     )
 
 
-def _until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_of_six_processes_one_makes_it_also_after_one_that_was_killed(tmp_path: Path) -> None:
     cache, marks = tmp_path / "cache", tmp_path / "marks"
     first = _start("wait = lambda folder: time.sleep(60)\nentry(cache, 'k', fill)", cache, marks)
-    _until(lambda: list(marks.iterdir()))
+    until(lambda: bool(list(marks.iterdir())), 30)
     others = [_start("print((entry(cache, 'k', fill) / 'a.txt').read_text())", cache, marks) for _ in range(5)]
     time.sleep(0.3)
     assert len(list(marks.iterdir())) == 1
@@ -189,7 +184,7 @@ def test_a_maker_that_is_stopped_and_wakes_after_another_took_over(tmp_path: Pat
     """What it has half made goes; it takes the other's and replaces nothing."""
     cache, marks = tmp_path / "cache", tmp_path / "marks"
     code = """
-    platform.node = lambda: "node17"
+    socket.gethostname = lambda: "node17"
     def wait(folder):
         while not (marks / "go").exists():
             time.sleep(0.01)
@@ -198,7 +193,7 @@ def test_a_maker_that_is_stopped_and_wakes_after_another_took_over(tmp_path: Pat
     """
     for then in ("pass", "(folder / 'b.txt').write_text('x')"):
         sleeper = _start(textwrap.dedent(code).replace("{then}", then), cache, marks, UNLEARN_LOCK_TIMEOUT="1")
-        _until(lambda pid=sleeper.pid: (marks / str(pid)).exists())
+        until(lambda pid=sleeper.pid: (marks / str(pid)).exists(), 30)
         sleeper.send_signal(signal.SIGSTOP)
         taker = _start("entry(cache, 'k', fill)", cache, marks, UNLEARN_LOCK_TIMEOUT="1")
         out, trouble = taker.communicate(timeout=60)
@@ -216,25 +211,33 @@ def test_a_maker_that_is_stopped_and_wakes_after_another_took_over(tmp_path: Pat
         (marks / "go").unlink()
 
 
-def _flip(path: Path) -> None:
-    """One bit, in place, as a bad disk or a careless program does it; size and time of modification stay."""
-    before = path.stat()
-    with path.open("r+b") as file:
-        byte = file.read(1)[0]
-        file.seek(0)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def test_a_flipped_bit_is_found_and_mended_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("hidden", [False, True], ids=["", "time and size stay"])
+def test_changed_content_is_found_and_mended_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, hidden: bool
+) -> None:
+    """Of a bit that flips beneath the file system nothing tells: only ``UNLEARN_VERIFY=full`` reads every byte."""
     folder = entry(tmp_path, "k", _fill)
-    _flip(folder / "sub" / "a.txt")
+    file = folder / "sub" / "a.txt"
+    before = file.stat()
+    file.write_text("abd")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + (not hidden)))
     assert whole(folder)  # as far as sizes go
+    if hidden:
+        entry(tmp_path, "k", _never)
+        monkeypatch.setenv("UNLEARN_VERIFY", "full")
     entry(tmp_path, "k", _fill)
     said = capsys.readouterr().err
     assert said == f"{folder}: the content of sub/a.txt has changed (SHA-256 differs); it is made again\n"
-    assert (folder / "sub" / "a.txt").read_text() == "abc"
-    entry(tmp_path, "k", _never)
+    assert file.read_text() == "abc"
+    os.utime(file, (0, 0))
+    entry(tmp_path, "k", _never)  # only touched
+
+
+def test_a_way_to_verify_that_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry(tmp_path, "k", _fill)
+    monkeypatch.setenv("UNLEARN_VERIFY", "ful")
+    with pytest.raises(UnlearnError, match=r"UNLEARN_VERIFY is once .* not 'ful'"):
+        entry(tmp_path, "k", _fill)
 
 
 def test_what_is_damaged_stays_for_those_who_use_it(tmp_path: Path, pico_phi: Path) -> None:
@@ -274,8 +277,7 @@ def test_a_whole_cache_that_cannot_be_written_serves(open_to_all: Path) -> None:
     cache, marks = open_to_all / "cache", open_to_all / "marks"
     entry(cache, "k", _fill)
     entry(cache, "damaged", _fill)
-    _flip(cache / "damaged" / "sub" / "a.txt")
-    shutil.rmtree(cache / ".verified")
+    (cache / "damaged" / "sub" / "a.txt").write_text("abd")
     for place in (cache, cache / ".locks"):
         place.chmod(0o555)
     code = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +13,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from unlearn.recipe.load import resolved_yaml
 from unlearn.recipe.run_folder import open_run
 from unlearn.recipe.schema import Recipe
 from unlearn.store.files import fingerprint, write_json_atomic, write_text_atomic
-from unlearn.store.stages import LOCK, TEMPORARY, WORK, RunFolder
+from unlearn.store.stages import LOCK, TEMPORARY, WORK, RunFolder, StageRecord
 
 TEXT = "name: demo  # as written\n"
 PRELUDE = """
@@ -228,10 +227,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert files_under(tmp_path) == {"thesis.tex"}
 
 
-def test_what_a_kill_leaves_before_the_first_file_is_no_foreign_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("unlearn.store.lock._PATIENCE", 0.1)
+def test_what_a_kill_leaves_before_the_first_file_is_no_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text("")
     (tmp_path / ".resolved.yaml.123-0a1b2c3d.tmp").write_text("half")
     open_run(tmp_path, recipe(), TEXT).close()
@@ -508,33 +504,7 @@ def test_twice_in_one_process(tmp_path: Path) -> None:
     open_run(tmp_path, recipe(), TEXT).close()
 
 
-@dataclass(frozen=True)
-class _Old:
-    pid: int
-    host: str
-    started: str
-    since: str = "2024-01-01T00:00:00+00:00"
-
-
-def put_lock(root: Path, old: _Old) -> None:
-    (root / LOCK).write_text(json.dumps(old.__dict__))
-
-
-def test_a_process_id_given_to_another_program_is_not_the_holder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    put_lock(tmp_path, _Old(os.getppid(), platform.node(), "long ago"))
-    open_run(tmp_path, recipe(), TEXT).close()
-    assert f"going on after process {os.getppid()}" in capsys.readouterr().err
-
-
-def test_an_older_versions_lock_of_another_host_is_never_taken_over(tmp_path: Path) -> None:
-    put_lock(tmp_path, _Old(4_000_000, "node17", "x"))
-    with pytest.raises(RunFolderError, match=r"host node17 .* delete .*lock"):
-        open_run(tmp_path, recipe(), TEXT)
-
-
-FAR = "import platform; platform.node = lambda: 'node17'\n"
+FAR = "import socket; socket.gethostname = lambda: 'node17'\n"
 
 
 @pytest.mark.parametrize("moment", ["before it seals", "in the middle of writing", "between two stages", "in its work"])
@@ -548,7 +518,7 @@ def test_a_process_that_wakes_after_its_folder_was_taken_over_replaces_nothing(
     def nap(*moments):
         if os.environ["MOMENT"] in moments:
             print("ready", flush=True)
-            while not folder._lock._pulse.lost.is_set():
+            while not folder._lock.lost():
                 time.sleep(0.01)
 
     with open_run(root, recipe(), "the sleeper's") as folder:
@@ -576,7 +546,7 @@ def test_a_process_that_wakes_after_its_folder_was_taken_over_replaces_nothing(
             sleeper.send_signal(signal.SIGCONT)
             said, trouble = sleeper.communicate(timeout=60)
             assert said.startswith(f"RunFolderError {tmp_path} is not this process's any more"), (said, trouble)
-            assert f"process {os.getpid()} on host {platform.node()} has taken over" in said
+            assert re.search(rf"process {os.getpid()} on host .* has taken over", said)
             assert not trouble
             after = {name: (tmp_path / name).stat() for name in files_under(tmp_path) if not name.startswith(LOCK)}
             assert {n: (s.st_ino, s.st_mtime_ns) for n, s in after.items()} == {
@@ -586,64 +556,13 @@ def test_a_process_that_wakes_after_its_folder_was_taken_over_replaces_nothing(
     assert not list(tmp_path.glob(f"{LOCK}*"))
 
 
-def test_fresh_over_a_dead_holder_leaves_the_lock_and_takes_nothing_for_a_stranger(tmp_path: Path) -> None:
-    with running(HOLD, tmp_path) as process:
-        process.kill()
-        process.wait()
-    with open_run(tmp_path, recipe(), TEXT) as folder:
-        make(folder)
-        os.link(tmp_path / LOCK, tmp_path / f"{LOCK}.{'a' * 32}.new")  # of one who was killed while asking for it
-    (tmp_path / LOCK).write_text("")
-    (tmp_path / f"{LOCK}.{'a' * 32}").write_text("")
-    os.utime(tmp_path / LOCK, (0, 0))
-    with open_run(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
-        folder.check()
-        assert not (tmp_path / "vectors").exists()
-    assert files_under(tmp_path) == {"recipe.yaml", "resolved.yaml"}
-
-
-def test_closing_leaves_a_lock_that_is_no_longer_ours(tmp_path: Path) -> None:
-    folder = open_run(tmp_path, recipe(), TEXT)
-    put_lock(tmp_path, _Old(4_000_000, "node17", "x"))
-    folder.close()
-    assert (tmp_path / LOCK).exists()
-
-
-def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
-    root, marks = tmp_path / "run", tmp_path / "marks"
-    root.mkdir()
-    marks.mkdir()
-    put_lock(root, _Old(4_000_000, platform.node(), "gone"))
-    code = """
-    from unlearn.errors import RunFolderError
-    marks = Path(os.environ["MARKS"])
-
-    def wait_for(pattern, count):
-        end = time.time() + 20
-        while len(list(marks.glob(pattern))) < count and time.time() < end:
-            pass
-
-    (marks / f"here-{os.getpid()}").touch()
-    wait_for("here-*", 4)
-    try:
-        with open_run(root, recipe(), "text"):
-            print("won", flush=True)
-            wait_for("lost-*", 3)
-    except RunFolderError as e:
-        (marks / f"lost-{os.getpid()}").touch()
-        print("lost" if "in use" in str(e) else e, flush=True)
-    """
-    rivals = [start(code, root, MARKS=str(marks)) for _ in range(4)]
-    assert sorted(p.communicate(timeout=60)[0].strip() for p in rivals) == ["lost", "lost", "lost", "won"]
-
-
 # small things
 
 
 def test_fingerprint_is_canonical() -> None:
     assert fingerprint({"a": 1, "b": [1.5, None]}) == fingerprint({"b": (1.5, None), "a": 1})
     assert len({fingerprint(recipe()), fingerprint(recipe(seed=1)), fingerprint("a", "b"), fingerprint("ab")}) == 4
-    assert fingerprint(_Old(1, "h", "s")) == fingerprint({"pid": 1, "host": "h", "started": "s", "since": _Old.since})
+    assert fingerprint(StageRecord("k", 1.0, {})) == fingerprint({"key": "k", "seconds": 1.0, "files": {}})
     assert fingerprint(Path("a")) == fingerprint("a")
     with pytest.raises(ValueError, match="JSON compliant"):
         fingerprint(float("nan"))

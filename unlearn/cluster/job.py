@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unlearn import processes
 from unlearn.cluster.devices import VISIBLE
 from unlearn.cluster.grid import POOL, Grid, Job, Preparation, job_folder, log_file, preparation_folder
 from unlearn.errors import GridError, UnlearnError
@@ -83,7 +84,7 @@ def claim_file(root: Path, name: str) -> Path:
 
 
 def _elsewhere(root: Path, name: str) -> Path:
-    """Where a process that is not the main one leaves why it failed."""
+    """The folder in which a process that is not the main one leaves why it failed."""
     return root / "state" / f"{name}.failed"
 
 
@@ -135,9 +136,12 @@ def _claimed(root: Path, grid: Grid, one: Job | Preparation) -> int:
     from unlearn.store.lock import Holder, Lock
 
     if not is_main_process():
+        folder = _elsewhere(root, one.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        processes.forget_failure(folder)
         code, error = _run(root, grid, one)
         if error is not None:  # torchrun ends the main process now, which could take that for a stop
-            _elsewhere(root, one.name).write_text(f"{code} {error}", encoding="utf-8")
+            processes.leave_failure(folder, code, error)
         return code
     try:
         before = _previous(root, grid, one)
@@ -169,13 +173,11 @@ def _told(root: Path, grid: Grid, one: Job | Preparation, state: JobState) -> in
     try:
         _announce(one.name, state)
         state.save(root, one.name)
-        _elsewhere(root, one.name).unlink(missing_ok=True)
         code, error = _run(root, grid, one)
     except KeyboardInterrupt:  # before or after the run itself
         code, error = EXIT_STOPPED, None
-    if code == EXIT_STOPPED and (failed := _elsewhere(root, one.name)).is_file():
-        number, _, error = failed.read_text(encoding="utf-8").partition(" ")
-        code = int(number)
+    if code == EXIT_STOPPED and (failed := processes.failure_of_another(_elsewhere(root, one.name))):
+        code, error = failed
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends in any case, and it shall be known how
     word: Any = {0: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
     seconds = round(time.monotonic() - began, 2)

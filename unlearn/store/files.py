@@ -20,29 +20,34 @@ from pydantic import BaseModel
 from unlearn.errors import RunFolderError
 from unlearn.text import one_line
 
-LONGEST_NAME = 200  # characters of a name in a message
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # what says that nothing more can be written, or not so much in one file, or that the disk is not there any more
-_UNWRITABLE = _FULL | {errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
+_UNWRITABLE = FULL | {errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems, for folders
+_LONGEST_NAME = 200  # characters of a name in a message
 
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 (hex) of the canonical JSON of ``parts``: keys sorted; dataclasses and pydantic models as objects.
-
-    Raises:
-        TypeError, ValueError: a part has no JSON form, or holds a number that is not finite.
-    """
+    """SHA-256 (hex) of the canonical JSON of ``parts``: keys sorted; dataclasses and pydantic models as objects."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False, default=plain)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 so that ``path`` holds either the old content or the new one, also after a power cut.
+def plain(value: Any) -> Any:
+    """JSON form of the values we hand around (a ``default`` for :func:`json.dumps`)."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
-    Raises:
-        RunFolderError: the place cannot be written, or is full.
-    """
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write UTF-8 so that ``path`` holds either the old content or the new one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{unique()}.tmp")
     with explained(path):
         try:
@@ -62,6 +67,25 @@ def write_json_atomic(path: Path, data: Any) -> None:
     write_text_atomic(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
 
 
+def sync(folder: Path) -> None:
+    """Bring a folder's names to disk."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def unique() -> str:
+    """A name part no other process or call makes: ``<pid>-<8 hex>``."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @contextmanager
 def explained(place: Path) -> Iterator[None]:
     """Turn what the file system says into a message for the user."""
@@ -73,8 +97,11 @@ def explained(place: Path) -> Iterator[None]:
 
 def refused(error: OSError, place: Path) -> RunFolderError:
     """The message for what the file system said about a place of the run."""
-    if error.errno in _FULL:
-        return RunFolderError(full_message(place))
+    if error.errno in FULL:
+        return RunFolderError(
+            f"no space left on the disk (or in the quota) while writing {place}. "
+            "Make room, or choose a folder on another disk with --out; finished stages are kept"
+        )
     where = error.filename if isinstance(error.filename, str) and error.filename else place
     return RunFolderError(
         f"{where}: {error.strerror or error}. The run's folder must be writable: choose another one with --out"
@@ -82,8 +109,8 @@ def refused(error: OSError, place: Path) -> RunFolderError:
 
 
 def no_space(error: BaseException) -> bool:
-    """Libraries that write files often raise errors of their own when the disk is full."""
-    return _number(error) in _FULL
+    """Whether the disk is full. Libraries that write files often raise errors of their own then."""
+    return _number(error) in FULL
 
 
 def unwritable(error: BaseException | None, folder: Path | None = None) -> OSError | None:
@@ -116,47 +143,7 @@ def _number(error: BaseException) -> int | None:
     return int(found[1]) if found else next((n for n in sorted(_UNWRITABLE) if os.strerror(n) in text), None)
 
 
-def full_message(place: Path) -> str:
-    """What to tell the user when the disk is full."""
-    return (
-        f"no space left on the disk (or in the quota) while writing {place}. "
-        "Make room, or choose a folder on another disk with --out; finished stages are kept"
-    )
-
-
-def sync(folder: Path) -> None:
-    """Bring a folder's names to disk."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in _CANNOT_SYNC:
-            raise
-    finally:
-        os.close(fd)
-
-
-def plain(value: Any) -> Any:
-    """JSON form of the values we hand around (a ``default`` for :func:`json.dumps`)."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def unique() -> str:
-    """A name part no other process or call makes: ``<pid>-<8 hex>``."""
-    return f"{os.getpid()}-{secrets.token_hex(4)}"
-
-
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first few of a long list, each on one line and cut where it is endless, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(one_line(name[:LONGEST_NAME]) for name in names[:most]) + more
+    return ", ".join(one_line(name[:_LONGEST_NAME]) for name in names[:most]) + more

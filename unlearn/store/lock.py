@@ -1,54 +1,210 @@
-"""One process at a time, on whatever hosts: a lock that names its holder and is taken over when the holder is gone.
+"""One process at a time in a folder, on whatever hosts: filelock's lease, and messages that name its holder.
 
-A holder gives a sign of life from a thread of its own. Whether it is gone is told by its process id where that means
-something (:mod:`unlearn.store.lock`), at once; elsewhere by silence: no sign of life for the timeout, measured by the
-watcher's own clock while it really looks, so that neither clocks that differ, nor clocks that jump, nor a file system
-that hangs for minutes make a living holder a dead one. ``UNLEARN_LOCK_TIMEOUT`` sets it, in seconds; a holder writes
-its own into the lock, and the longer of the two counts.
-
-A process that was stopped for longer than that finds its lock taken over when it wakes: :meth:`Lock.check` says so, and
-is asked before anything is put in place. What a taker-over cannot know is that a process sleeps right between that
-question and the rename after it; no lock of files can.
+The holder touches the lock's file from a thread of its own. Its lock is taken over at once where its process is known
+to have ended (same host, same pid namespace), and after ``UNLEARN_LOCK_TIMEOUT`` seconds without a touch elsewhere, by
+the waiting process's own clock. A process that was suspended for longer than that is told by :meth:`Lock.check`, which
+is asked before anything is put in place.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
+import functools
 import math
 import os
 import platform
 import re
-import secrets
-import threading
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from filelock import SoftFileLease, Timeout
+
 from unlearn.console import say
 from unlearn.errors import RunFolderError
+from unlearn.store.files import unique
 
-Verdict = Literal["gone", "there", "unknown"]
-_HIDDEN = "?"  # in place of a start time: the process is there, and this system tells no more about it
-_UNTOLD = "-"  # in place of a boot or a namespace that this system does not tell
+TIMEOUT = 90.0  # seconds
+psutil: Any = import_module("psutil")  # comes with accelerate, without types
+_SPEAK_AFTER, _SPEAK_EVERY, _PAUSE = 2.0, 60.0, 1.0  # seconds
+# Seconds after which filelock would have taken over from a process that has ended, could it: it leaves a file that is
+# empty, one of a zombie, and any where the file system cannot exchange two names.
+_SURELY = 3.0
+
+
+class Lock:
+    """A lock on a file, to be taken with :meth:`take` and held until :meth:`release` or the end of a ``with``."""
+
+    def __init__(self, path: Path, what: str | None = None) -> None:
+        self.path, self.what, self.pid = path, what or str(path.parent), os.getpid()
+        self.lease = _lease(path, seconds_of_silence())
+
+    @classmethod
+    def take(cls, path: Path, *, wait: float | None = 0.0, what: str | None = None) -> Lock:
+        """Take a lock, also from a process that has ended or fallen silent.
+
+        Args:
+            path: The lock's file, in a folder that exists; names that begin with the file's and a dot are the lock's.
+            wait: Seconds to wait for a holder that is alive; None: for ever. One of which nothing is known from here
+                is watched until it gives a sign of life or has been silent for the timeout.
+            what: What the lock is for, in messages; its folder when not given.
+
+        Raises:
+            RunFolderError: another process is at work.
+            OSError: the lock's file cannot be made.
+        """
+        lock = cls(path, what)
+        began = changed = time.monotonic()
+        speak_at, pause, alive = began + _SPEAK_AFTER, 0.01, False
+        sign, holder = lock._sign(), lock._holder()
+        while not lock._attempt():
+            now = time.monotonic()
+            if (seen := lock._sign()) != sign:
+                sign, changed, alive = seen, now, sign is not None and seen is not None
+            holder, owner, process = lock._holder() or holder, lock.lease.owner, lock._process()
+            alive = alive or process == "there"
+            enough = _SURELY if owner is None or process == "gone" else 1.2 * lock.lease.lease_duration
+            if now - changed > enough + pause:
+                lock._move_aside(owner)
+                continue
+            if alive and wait is not None and now - began >= wait:
+                by = f" by {holder}{lock._since()}" if holder else ""
+                raise RunFolderError(f"{lock.what} is in use{by}: wait for it, stop it, or use another --out")
+            if now >= speak_at:
+                speak_at = now + _SPEAK_EVERY
+                may = f"may be at work here; looking for a sign of life for {lock.lease.lease_duration:.3g} s"
+                waiting = f"waiting for {holder}, at work{lock._since()}"
+                say(f"{lock.what}: {waiting if alive else f'{holder} {may}'}")
+            time.sleep(pause)
+            pause = min(1.5 * pause, _PAUSE, lock.lease.lease_duration / 16)
+        if holder and (silent := time.monotonic() - changed) >= lock.lease.lease_duration:
+            say(f"{lock.what}: going on after {holder}, which has given no sign of life for {silent:.0f} s", "yellow")
+        elif holder and changed == began and pause == 0.01:
+            say(f"{lock.what}: going on after {holder}, which has ended without finishing", "yellow")
+        return lock
+
+    @classmethod
+    def attempt(cls, path: Path, what: str | None = None) -> Lock | None:
+        """Take a lock that is free or whose holder's process has ended, else None; never waits."""
+        lock = cls(path, what)
+        return lock if lock._attempt() else None
+
+    @staticmethod
+    def alive(path: Path) -> Literal["free", "held", "unknown"]:
+        """Whether a process holds a lock, as far as can be told at once; ``unknown`` of one on another host."""
+        lock = Lock(path)
+        if not os.path.lexists(path):
+            return "free"
+        known: dict[str, Literal["free", "held"]] = {"there": "held", "gone": "free"}
+        return known.get(lock._process(), "unknown")
+
+    def check(self) -> None:
+        """Make sure that the lock is still this process's.
+
+        Raises:
+            RunFolderError: it was taken over or removed, cannot be reached, or is the process's from which this one
+                was forked.
+        """
+        if os.getpid() != self.pid:
+            raise RunFolderError(f"{self.what} belongs to process {self.pid}, from which this one was forked")
+        owner = self.lease.owner
+        if self.lease.compromise is None and owner is not None and owner.token == self.lease.token:
+            return
+        try:
+            self.path.stat()
+            why = f"it gave no sign of life for too long, and {self._holder()} has taken over"
+        except FileNotFoundError:
+            why = f"its lock {self.path} was removed"
+        except OSError as e:
+            raise RunFolderError(
+                f"{self.what}: its lock {self.path} cannot be reached any more ({e.strerror}): is the disk still there?"
+            ) from e
+        raise RunFolderError(
+            f"{self.what} is not this process's any more: {why}. Nothing more is written there by this process; run "
+            "the same command again to go on from what is finished"
+        )
+
+    def lost(self) -> bool:
+        """True when :meth:`check` raises."""
+        try:
+            self.check()
+        except RunFolderError:
+            return True
+        return False
+
+    def release(self) -> None:
+        """Let go of it, if it is still this process's. Again, or from a forked child, it does nothing."""
+        if os.getpid() == self.pid:
+            with suppress(OSError):  # of a disk that is gone: the lock of a process that has ended is free
+                self.lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+    def _attempt(self) -> bool:
+        owner = self.lease.owner
+        if owner and owner.lease_duration and owner.lease_duration != self.lease.lease_duration:
+            self.lease = _lease(self.path, owner.lease_duration)  # filelock refuses to wait for less than was promised
+        try:
+            self.lease.acquire(blocking=False)
+        except Timeout:
+            return False
+        with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
+            file.write(f"since={datetime.now(UTC).isoformat(timespec='seconds')}\n")  # for messages alone
+        return True
+
+    def _sign(self) -> tuple[int, int] | None:
+        """What changes with every sign of life."""
+        try:
+            stat = os.lstat(self.path)
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
+    def _process(self) -> Literal["there", "gone", "unknown"]:
+        owner = self.lease.owner
+        if owner is None or owner.hostname != _this_host():
+            return "unknown"
+        return "there" if started(owner.pid) else "gone"
+
+    def _holder(self) -> str:
+        """The holder as messages name it; empty where the file does not tell."""
+        owner = self.lease.owner
+        if owner is None:
+            return ""
+        if owner.hostname != _this_host():
+            return f"process {owner.pid} on host {owner.hostname.partition('?')[0]}"
+        return "this very process" if owner.pid == os.getpid() else f"process {owner.pid}"
+
+    def _since(self) -> str:
+        with suppress(OSError):
+            if found := re.search(r"^since=([\w:+-]+)$", self.path.read_text("utf-8", "replace"), re.MULTILINE):
+                return f" since {found[1]}"
+        return ""
+
+    def _move_aside(self, judged: Any) -> None:
+        """Take a dead holder's file away, and put back what another process has put in its place meanwhile."""
+        aside = self.path.with_name(f"{self.path.name}.{unique()}")
+        with suppress(FileNotFoundError):
+            self.path.rename(aside)
+            moved = SoftFileLease(aside).owner
+            if moved and (judged is None or moved.token != judged.token):
+                with suppress(OSError):
+                    self.path.hardlink_to(aside)
+            aside.unlink()
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process.
-
-    ``started`` tells two processes apart that had the same id one after the other, or have it in two containers: on
-    Linux it is the boot's id, the pid namespace and the start in clock ticks since boot, with blanks between.
-    ``since`` is for people to read; hosts' clocks differ, and nothing is decided by it.
-    """
+    """A process of this host; ``started`` tells two apart that had the same id one after the other."""
 
     pid: int
     host: str
@@ -58,28 +214,14 @@ class Holder:
     @classmethod
     def me(cls) -> Holder:
         """This process, from now on."""
-        pid = os.getpid()
-        return cls(pid, platform.node(), started(pid), datetime.now(UTC).isoformat(timespec="seconds"))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(os.getpid(), platform.node(), started(os.getpid()), now)
 
-    def verdict(self) -> Verdict:
-        """Whether it still runs, as far as that can be known from here at once.
-
-        A process id means something only on its own host, since its boot, in its own pid namespace. Elsewhere, and
-        where the system hides what would tell (the boot's id, other users' processes), the answer is ``unknown``.
-        """
+    def verdict(self) -> Literal["there", "gone", "unknown"]:
+        """Whether it runs; ``unknown`` on another host."""
         if self.host != platform.node():
             return "unknown"
-        parts = self.started.split()
-        if len(parts) == 3 and (tuple(parts[:2]) != _place(os.getpid()) or _UNTOLD in parts):
-            return "unknown"
-        now = _start_of(self.pid)
-        if now is None:
-            return "gone"
-        if now == _HIDDEN:
-            return "unknown"
-        if len(parts) == 2:  # as it was written before namespaces were
-            return "there" if parts == [_place(os.getpid())[0], now] else "gone"
-        return "there" if parts and parts[-1] == now else "gone"
+        return "there" if started(self.pid) == self.started else "gone"
 
     def gone(self) -> bool:
         """True when it certainly runs no more."""
@@ -87,412 +229,32 @@ class Holder:
 
 
 def started(pid: int) -> str:
-    """:attr:`Holder.started` of a process of this host and namespace; empty when there is none."""
-    now = _start_of(pid)
-    if now is None:
-        return ""
-    return " ".join((*_place(os.getpid()), now)) if _has_proc() else now
-
-
-def this_boot() -> str:
-    """What is the same for all processes of this host until it starts anew; the host's name where that is not told."""
-    boot = _place(os.getpid())[0]
-    return platform.node() if boot == _UNTOLD else boot
-
-
-@lru_cache(maxsize=1)
-def _place(pid: int) -> tuple[str, str]:
-    """The boot's id and the pid namespace of this process (``pid``: a forked child may be in another one)."""
+    """When a process of this host started; empty when there is none."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:  # some sandboxes hide it
-        boot = ""
-    try:
-        namespace = f"{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        namespace = ""
-    return boot or _UNTOLD, namespace or _UNTOLD
-
-
-def _has_proc() -> bool:
-    return Path("/proc/self/stat").is_file()
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process started, in whatever form this system tells; None when there is no such (live) process."""
-    if not _has_proc():
-        return _start_by_psutil(pid)
-    try:
-        # the name in parentheses may hold anything; after it: state is field 3, start time field 22
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return _HIDDEN if _answers(pid) else None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _answers(pid: int) -> bool:
-    """Clusters often hide other users' processes (hidepid), which are not dead for that."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return True
-
-
-def _start_by_psutil(pid: int) -> str | None:
-    psutil = import_module("psutil")  # comes with accelerate
-    try:
-        return str(psutil.Process(pid).create_time())
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time()}"
     except psutil.Error:
-        return None
+        return ""
 
 
-# -- the files of a lock, and all that is ever done to them
+def _lease(path: Path, seconds: float) -> SoftFileLease:
+    return SoftFileLease(path, lease_duration=seconds, heartbeat_interval=seconds / 8, thread_local=False)
 
 
-_fcntl: Any = import_module("fcntl") if os.name == "posix" else None
-_NONCE = re.compile(r"[0-9a-f]{32}")
-_NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # whatever lies there, opening it does not hang
-_LONGEST, _LONGEST_TIMEOUT = 2**16, 24 * 3600.0  # bytes, seconds: what a file may claim
-_LIMIT = 1.0  # seconds to wait for others in the same few file operations, before going on without that guard
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One file of a chain.
-
-    Attributes:
-        nonce: Names it, and its successor's file; derived from the inode where the file cannot be read.
-        holder: Who made it; None where the file cannot be read (its maker was killed, or is about to fill it).
-        kind: ``old`` was written by a version of this program whose holders give no sign of life.
-        timeout: Seconds without a sign of life after which its holder is taken for dead, as the holder saw it.
-        sign: What changes with every sign of life: inode and time of modification, in whoever's clock.
-        moved: The file is a copy of the one that its holder made, so that its holder may be at work elsewhere.
-    """
-
-    nonce: str
-    holder: Holder | None
-    kind: Literal["held", "released", "old", "unreadable"]
-    timeout: float
-    sign: tuple[int, int]
-    moved: bool
-
-    def verdict(self) -> Verdict:
-        """Whether its holder runs: what can be known at once."""
-        if self.holder is None:
-            return "unknown"
-        verdict = self.holder.verdict()
-        return "unknown" if verdict == "there" and self.moved else verdict
-
-
-def chain_of(path: Path, anew: bool = True) -> list[Link]:
-    """The files of a lock, first to last; empty when it is free.
-
-    Args:
-        anew: Do not rely on what this host remembers of the folder (:func:`look_anew`).
-
-    Raises:
-        OSError: one of them is there and cannot be opened.
-        RunFolderError: they lead in a circle.
-    """
-    if anew:
-        look_anew(path.parent)
-    links: list[Link] = []
-    place = path
-    while (link := read(place)) is not None:
-        if any(link.nonce == earlier.nonce for earlier in links):
-            raise RunFolderError(f"the lock {path} is damaged: if nothing is at work here, delete it")
-        links.append(link)
-        place = after(path, link.nonce)
-    return links
-
-
-def after(path: Path, nonce: str) -> Path:
-    """The file of whoever comes after ``nonce`` in the chain of a lock."""
-    return path.with_name(f"{path.name}.{nonce}")
+@functools.cache
+def _this_host() -> str:
+    """What filelock calls this host and its pid namespace."""
+    with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "lock") as lease:
+        return lease.owner.hostname if lease.owner else ""
 
 
 def is_lock_file(name: str, lock: str) -> bool:
     """Whether a file's name is that of a lock or of something that belongs to it."""
-    head, dot, rest = name.partition(f"{lock}.")
-    return name == lock or (not head and bool(dot) and bool(_NONCE.fullmatch(rest.removesuffix(".new"))))
-
-
-def read(place: Path) -> Link | None:
-    """What a file of a chain says; None when there is none.
-
-    Raises:
-        OSError: it cannot be opened or read.
-    """
-    try:
-        fd = os.open(place, _READ)  # not by path alone: opening is what makes NFS ask the server
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        return _link(fd)
-    finally:
-        os.close(fd)
-
-
-def _link(fd: int) -> Link:
-    found = os.fstat(fd)
-    raw = os.read(fd, _LONGEST)
-    sign = (found.st_ino, found.st_mtime_ns)
-    try:
-        data = json.loads(raw)
-        holder = Holder(int(data["pid"]), str(data["host"]), str(data["started"]), str(data["since"]))
-        nonce = str(data.get("nonce", ""))
-        if not _NONCE.fullmatch(nonce):
-            return Link(_derived(raw, found.st_ino), holder, "old", 0.0, sign, False)
-        timeout = min(max(float(data["timeout"]), 0.0), _LONGEST_TIMEOUT)
-        kind: Literal["held", "released"] = "released" if data.get("released") else "held"
-        return Link(nonce, holder, kind, timeout, sign, data["inode"] != found.st_ino)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return Link(_derived(b"", found.st_ino), None, "unreadable", 0.0, sign, False)
-
-
-def _derived(raw: bytes, inode: int) -> str:
-    return hashlib.sha256(raw + f" {inode}".encode()).hexdigest()[:32]
-
-
-def create(path: Path, place: Path, content: dict[str, Any]) -> bool:
-    """Make ``place``, a file of the lock ``path``, whole and at once; False when there is one already.
-
-    Args:
-        content: What it says; has a ``nonce``. The file's inode is added.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    draft = path.with_name(f"{path.name}.{content['nonce']}.new")
-    fd = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        _fill(fd, content)
-        try:
-            os.link(draft, place)
-        except FileExistsError:
-            # the answer to a link that was made can be lost on the way, and the link asked for once more
-            there = read(place)
-            return there is not None and there.nonce == content["nonce"]
-        except FileNotFoundError:  # a draft of the past, to whoever got the lock meanwhile
-            draft.parent.stat()
-            return False
-        except OSError as e:
-            if e.errno not in _NO_LINKS:
-                raise
-            return _create_empty(path, place, content)
-        return True
-    finally:
-        with suppress(FileNotFoundError):
-            draft.unlink()
-
-
-def _create_empty(path: Path, place: Path, content: dict[str, Any]) -> bool:
-    """Where there are no hard links. Somebody may see the file before it is filled, and take it over for that."""
-    try:
-        fd = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    except FileExistsError:
-        return False
-    inode = os.fstat(fd).st_ino
-    try:
-        _fill(fd, content)
-    except BaseException:
-        place.unlink(missing_ok=True)
-        raise
-    if after(path, _derived(b"", inode)).exists():
-        place.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def _fill(fd: int, content: dict[str, Any]) -> None:
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
-        json.dump({**content, "inode": os.fstat(fd).st_ino}, file)
-
-
-def touch(place: Path, nonce: str, count: int) -> bool:
-    """Give a sign of life through a file that has this nonce; False when it is no longer there.
-
-    It goes to the very file that was read, whatever has its name by then. Only a change counts, in whoever's clock:
-    ``count`` makes one also where the clock stands still.
-
-    Raises:
-        OSError: the file cannot be reached.
-    """
-    try:
-        fd = os.open(place, _READ)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    try:
-        if _link(fd).nonce != nonce:
-            return False
-        now = time.time_ns() + count
-        os.utime(fd if os.utime in os.supports_fd else place, ns=(now, now))
-    finally:
-        os.close(fd)
-    return True
-
-
-def strays(path: Path, chain: Sequence[Link]) -> list[Path]:
-    """What kills have left of earlier chains of a lock. They may be removed once one holds it, however late."""
-    belongs = {path, *(after(path, link.nonce) for link in chain)}
-    return [p for p in path.parent.iterdir() if is_lock_file(p.name, path.name) and p not in belongs]
-
-
-def remove(places: Iterable[Path]) -> None:
-    """Remove files in this order, as far as they are there."""
-    for place in places:
-        with suppress(FileNotFoundError):
-            place.unlink()
-
-
-def look_anew(folder: Path) -> None:
-    """On NFS names may be remembered for a minute; opening their folder makes the system ask the server again."""
-    if os.name == "posix":
-        with suppress(OSError):  # whoever looks into it next meets the same
-            os.close(os.open(folder, os.O_RDONLY))
-
-
-@contextmanager
-def guarded(folder: Path) -> Iterator[None]:
-    """One process of a host at a time, where the file system has flock and nobody dozes in here.
-
-    Only an additional guard: many network file systems have none, or one that other hosts do not see.
-    """
-    if _fcntl is None:
-        yield
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        end = time.monotonic() + _LIMIT
-        while True:
-            try:
-                _fcntl.flock(fd, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    break
-                time.sleep(0.002)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(fd)
-
-
-# -- waiting for a lock
-
-
-TIMEOUT = 90.0  # seconds
-BEATS = 8  # signs of life per timeout: every 11 s
-_BEATS_OF_THE_DEAD = 3  # of a process that was silent for a whole timeout at another lock
-_PATIENCE = 2.0  # seconds for another process between two neighbouring file operations
-_SPEAK_AFTER, _SPEAK_EVERY = 2.0, 60.0  # seconds
-_PAUSE = 1.0  # seconds at most between two looks
-# Whom this process has found silent. A crashed machine leaves several locks of one process (the job's, its folder's,
-# the cache's), and who goes on in its place comes to them one after the other.
-_found_silent: set[tuple[int, str, str]] = set()
-
-
-class Watch:
-    """Decides about the holders of a lock by looking at them again and again."""
-
-    def __init__(self, path: Path, what: str, wait: float | None, timeout: float) -> None:
-        self.path, self.what, self.timeout = path, what, timeout
-        self.last = time.monotonic()
-        self.deadline = None if wait is None else self.last + wait
-        self.next_word = self.last + _SPEAK_AFTER
-        self.began = self.last
-        self.pause = 0.01
-        self.nonce = ""
-        self.sign: tuple[int, int] | None = None
-        self.silence = 0.0
-        self.seen_alive = False
-
-    def over(self, link: Link) -> bool:
-        """True when the holder is dead, so that its lock may be taken over; else False, a moment later.
-
-        Raises:
-            RunFolderError: it lives, and the time to wait for it is over.
-        """
-        now = time.monotonic()
-        if link.nonce != self.nonce:
-            self.nonce, self.sign, self.silence, self.seen_alive = link.nonce, link.sign, 0.0, False
-        elif link.sign != self.sign:
-            self.sign, self.silence, self.seen_alive = link.sign, 0.0, True
-        else:
-            # a look that took long (a hanging file system, this process stopped) is no long look
-            self.silence += min(now - self.last, 2 * self.pause)
-        self.last = now
-        verdict = link.verdict()
-        if verdict == "gone" or (verdict == "unknown" and self._silent(link)):
-            self._announce(link, verdict == "gone")
-            return True
-        if link.kind == "released":
-            lives = self.silence >= _PATIENCE  # it is letting go right now
-        else:
-            lives = verdict == "there" or self.seen_alive or link.kind == "old"
-        if lives and self.deadline is not None and now >= self.deadline:
-            raise RunFolderError(self._taken(link))
-        self._speak(link, now, lives)
-        self.pause = min(self.pause * 1.5, _PAUSE, self.timeout / 16)
-        time.sleep(self.pause)
-        return False
-
-    def _silent(self, link: Link) -> bool:
-        if link.kind == "unreadable":
-            return self.silence >= _PATIENCE  # made and never filled: its maker was killed in between
-        return link.kind != "old" and self.silence >= self._enough(link)
-
-    def _enough(self, link: Link) -> float:
-        """Seconds without a sign of life that make its holder a dead one."""
-        longest = max(self.timeout, link.timeout)
-        return longest * _BEATS_OF_THE_DEAD / BEATS if link.holder and _who(link.holder) in _found_silent else longest
-
-    def _announce(self, link: Link, certain: bool) -> None:
-        if link.holder is not None and not certain:
-            _found_silent.add(_who(link.holder))
-        if link.holder is not None and link.kind != "released":
-            why = "has ended without finishing" if certain else f"has given no sign of life for {self.silence:.0f} s"
-            say(f"{self.what}: going on after {named(link.holder)}, which {why}", style="yellow")
-
-    def _speak(self, link: Link, now: float, lives: bool) -> None:
-        if link.holder is None or now < self.next_word:
-            return
-        self.next_word = now + _SPEAK_EVERY
-        if lives:
-            so_far = f", {now - self.began:.0f} s so far" if now - self.began > _SPEAK_EVERY else ""
-            say(f"{self.what}: waiting for {named(link.holder)}, at work since {link.holder.since}{so_far}")
-        else:
-            enough = f"{self._enough(link):.3g} s"
-            say(f"{self.what}: {named(link.holder)} may be at work here; looking for a sign of life for {enough}")
-
-    def _taken(self, link: Link) -> str:
-        if link.holder is None:
-            return f"{self.what} is in use: wait, or use another --out"
-        text = f"{self.what} is in use by {named(link.holder)} since {link.holder.since}: wait for it, "
-        if link.kind == "old" and link.verdict() == "unknown":
-            return f"{text}or use another --out; if it is certain that it runs no more, delete {self.path}"
-        return f"{text}stop it, or use another --out"
-
-
-def _who(holder: Holder) -> tuple[int, str, str]:
-    return holder.pid, holder.host, holder.started
-
-
-def named(holder: Holder) -> str:
-    """A holder as messages name it."""
-    if holder.verdict() == "there":
-        return "this very process" if holder.pid == os.getpid() else f"process {holder.pid}"
-    return f"process {holder.pid} on host {holder.host}"
+    return name == lock or name.startswith(f"{lock}.")
 
 
 def seconds_of_silence() -> float:
-    """After how many seconds without a sign of life a holder is taken for dead.
+    """After how many seconds without a sign of life a holder on another host is taken for dead.
 
     Raises:
         RunFolderError: ``UNLEARN_LOCK_TIMEOUT`` is no such number.
@@ -505,197 +267,3 @@ def seconds_of_silence() -> float:
     if not 0 < seconds <= 24 * 3600:
         raise RunFolderError(f"UNLEARN_LOCK_TIMEOUT is a number of seconds up to a day ({TIMEOUT:g}), not {given!r}")
     return seconds
-
-
-# -- one process at a time, on whatever hosts
-
-
-LockState = Literal["free", "held", "unknown"]
-
-
-@dataclass(slots=True)
-class _Pulse:
-    """What the thread that gives signs of life and its lock share."""
-
-    stop: threading.Event = field(default_factory=threading.Event)
-    lost: threading.Event = field(default_factory=threading.Event)
-    at_work: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Lock:
-    """A lock held by this process, until :meth:`release` or the end of a ``with``.
-
-    ``nonces`` are those of its chain (:mod:`unlearn.store.lock`), its own last.
-    """
-
-    path: Path
-    holder: Holder
-    what: str
-    nonces: tuple[str, ...]
-    timeout: float
-    _pulse: _Pulse
-
-    @classmethod
-    def take(cls, path: Path, *, wait: float | None = 0.0, what: str | None = None) -> Lock:
-        """Take a lock, taking it over from a dead holder.
-
-        Args:
-            path: The lock's file. Its folder must exist; the file's name with more behind it is the lock's, too.
-            wait: Seconds to wait for a living holder; None: for ever. A holder that cannot be judged at once is
-                watched for up to the timeout in any case.
-            what: What the lock is for, as messages name it; its folder when not given.
-
-        Raises:
-            RunFolderError: somebody else is at work; the message names them.
-            OSError: the file cannot be made, or the lock's files cannot be read.
-        """
-        timeout = seconds_of_silence()
-        watch = Watch(path, what or str(path.parent), wait, timeout)
-        while True:
-            chain = chain_of(path)
-            if (not chain or watch.over(chain[-1])) and (lock := cls._follow(path, chain, watch.what, timeout)):
-                return lock
-
-    @classmethod
-    def attempt(cls, path: Path, what: str | None = None) -> Lock | None:
-        """Take a lock that is free or whose holder is certainly dead, else None; never waits and says nothing.
-
-        Raises:
-            OSError: as for :meth:`take`.
-        """
-        chain = chain_of(path)
-        if chain and chain[-1].verdict() != "gone":
-            return None
-        return cls._follow(path, chain, what or str(path.parent), seconds_of_silence())
-
-    @staticmethod
-    def alive(path: Path) -> LockState:
-        """Whether somebody holds a lock, without waiting and without touching it; a minute late on NFS, at worst.
-
-        ``unknown``: there is a holder of which nothing can be told from here at once (on another host), or the lock
-        cannot be read.
-        """
-        try:
-            chain = chain_of(path, anew=False)
-        except (OSError, RunFolderError):
-            return "unknown"
-        if not chain or chain[-1].kind == "released":
-            return "free"
-        states: dict[str, LockState] = {"gone": "free", "there": "held", "unknown": "unknown"}
-        return states[chain[-1].verdict()]
-
-    @classmethod
-    def _follow(cls, path: Path, chain: Sequence[Link], what: str, timeout: float) -> Lock | None:
-        """Make the file that comes after ``chain``; None when somebody was faster."""
-        me, nonce = Holder.me(), secrets.token_hex(16)
-        nonces = (*(link.nonce for link in chain), nonce)
-        place = after(path, nonces[-2]) if chain else path
-        lock = cls(path, me, what, nonces, timeout, _Pulse())
-        with guarded(path.parent):
-            left = strays(path, chain)
-            if not create(path, place, {**asdict(me), "nonce": nonce, "timeout": timeout}):
-                return None
-            held = False
-            try:
-                # unless the chain that it was to follow has been let go of meanwhile: then it belongs to nothing
-                held = tuple(link.nonce for link in chain_of(path)) == nonces
-            finally:
-                if not held and (link := read(place)) is not None and link.nonce == nonce:
-                    place.unlink(missing_ok=True)
-            remove(p for p in left if held and p != place)
-        if not held:
-            return None
-        try:
-            threading.Thread(target=lock._live, name=f"lock {path.name}", daemon=True).start()
-        except BaseException:
-            lock.release()
-            raise
-        return lock
-
-    def check(self) -> None:
-        """Make sure that the lock is still this process's.
-
-        Raises:
-            RunFolderError: it is not, because this process was stopped for so long that it was taken for dead, or
-                because the lock was removed or cannot be reached; a forked child has none.
-        """
-        if os.getpid() != self.holder.pid:
-            raise RunFolderError(f"{self.what} belongs to process {self.holder.pid}, from which this one was forked")
-        try:
-            if not self._pulse.lost.is_set() and self._mine():
-                return
-        except OSError as e:
-            raise RunFolderError(
-                f"{self.what}: its lock {self.path} cannot be reached any more ({e.strerror}): is the disk still there?"
-            ) from e
-        self._pulse.lost.set()
-        raise RunFolderError(
-            f"{self.what} is not this process's any more: {self._robber()}. Nothing more is written there by this "
-            "process; run the same command again to go on from what is finished"
-        )
-
-    def lost(self) -> bool:
-        """True when :meth:`check` raises."""
-        try:
-            self.check()
-        except RunFolderError:
-            return True
-        return False
-
-    def release(self) -> None:
-        """Let go of it, if it is still this process's; a forked child's call does nothing, nor does a second one."""
-        if os.getpid() != self.holder.pid or self._pulse.stop.is_set():
-            return
-        self._pulse.stop.set()
-        # a disk that is gone or read-only now: once this process has ended, its lock is a dead one's
-        with self._pulse.at_work, suppress(OSError), guarded(self.path.parent):
-            if not self._mine():
-                return
-            nonce = secrets.token_hex(16)
-            parting = {**asdict(self.holder), "nonce": nonce, "timeout": self.timeout, "released": True}
-            if create(self.path, after(self.path, self.nonces[-1]), parting):
-                remove((self.path, *(after(self.path, n) for n in self.nonces)))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.release()
-
-    def _own(self) -> Path:
-        return after(self.path, self.nonces[-2]) if len(self.nonces) > 1 else self.path
-
-    def _mine(self) -> bool:
-        """Whether the chain still begins as it did, still has this process's file, and goes on nowhere."""
-        look_anew(self.path.parent)
-        first = read(self.path)
-        if first is None or first.nonce != self.nonces[0]:
-            return False
-        own = first if len(self.nonces) == 1 else read(self._own())
-        return own is not None and own.nonce == self.nonces[-1] and read(after(self.path, own.nonce)) is None
-
-    def _robber(self) -> str:
-        with suppress(OSError, RunFolderError):
-            chain = chain_of(self.path)
-            if chain and chain[-1].holder is not None and chain[-1].nonce != self.nonces[-1]:
-                return (
-                    f"it gave no sign of life for too long (was it stopped, or the file system out of reach?), and "
-                    f"{named(chain[-1].holder)} has taken over since {chain[-1].holder.since}"
-                )
-        return f"its lock {self.path} has been taken over or removed"
-
-    def _live(self) -> None:
-        """Give signs of life until the lock is released or lost."""
-        count = 0
-        while not self._pulse.stop.wait(self.timeout / BEATS):
-            with self._pulse.at_work:
-                if self._pulse.stop.is_set():
-                    return
-                count += 1
-                try:
-                    if not self._mine() or not touch(self._own(), self.nonces[-1], count):
-                        self._pulse.lost.set()
-                        return
-                except OSError:
-                    continue  # out of reach for a while; whoever watches is told by silence

@@ -23,23 +23,8 @@ DISTRIBUTION = "lm-unlearn"
 # tokens and what is compared of a written answer.
 RULES = 2
 LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "lm_eval",
-    "accelerate",
-    "bitsandbytes",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "rouge_score",
-    "nltk",
-    "sacrebleu",
-    "evaluate",
-    "detoxify",
+    *("torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "bitsandbytes", "safetensors"),
+    *("tokenizers", "numpy", "scipy", "scikit-learn", "rouge_score", "nltk", "sacrebleu", "evaluate", "detoxify"),
 )
 # Variables by which libraries compute otherwise, whatever a program asks for.
 _VARIABLES = (
@@ -60,17 +45,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def collect(recipe_source: Path | str, argv: Sequence[str], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Plain JSON types saying who made a result.
+    """Who made a result, in plain JSON types. GPUs are listed only if torch is loaded already.
 
     Args:
         recipe_source: The recipe's file.
         argv: The command line, ``sys.argv``.
         extra: More to say (hashes of data, vector and model); gone through for secrets and home paths too.
-
-    Returns:
-        ``date`` (UTC, ISO 8601), ``recipe``, ``command``, ``package`` {name, version}, ``code`` {commit, dirty} or
-        None outside a checkout, ``python``, ``platform``, ``machine`` {cpu, cores, memory_gb, gpus}, ``versions``
-        (None where not installed), and what ``extra`` holds. GPUs are listed only if torch is loaded already.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,16 +68,11 @@ def collect(recipe_source: Path | str, argv: Sequence[str], extra: Mapping[str, 
 
 def command(argv: Sequence[str]) -> list[str]:
     """A command line without secrets: ``token=...``, ``--token ...``, keys known by their form, logins in URLs."""
-    shown: list[str] = []
-    hide_next = False
-    for argument in argv:
-        if hide_next and not argument.startswith("-"):
-            shown.append(HIDDEN)
-            hide_next = False
-            continue
-        hide_next = _FLAG.fullmatch(argument) is not None
-        shown.append(tidy(argument))
-    return shown
+    before = ("", *argv)
+    return [
+        HIDDEN if _FLAG.fullmatch(flag) and not argument.startswith("-") else tidy(argument)
+        for flag, argument in zip(before, argv, strict=False)
+    ]
 
 
 def tidy(text: str) -> str:
@@ -126,17 +101,10 @@ def checkout(package: Path = _PACKAGE) -> dict[str, Any] | None:
     """Commit of the code itself and whether it was changed since; None when it is not run from its own checkout.
 
     An installed copy inside somebody's repository (a virtual environment, a vendored folder) is not one.
-
-    Args:
-        package: The folder of the code.
     """
-    top = _git(package, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != package.parent:
-        return None
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    commit = _git(package, "rev-parse", "HEAD")
-    if commit is None:
+    top, commit = _git(package, "rev-parse", "--show-toplevel"), _git(package, "rev-parse", "HEAD")
+    ours = top is not None and Path(top).resolve() == package.parent
+    if not ours or commit is None or _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     changes = _git(package.parent, "status", "--porcelain", "--", package.name, "eval")
     return {"commit": commit, "dirty": changes is None or bool(changes)}
@@ -183,30 +151,28 @@ def _version(distribution: str) -> str | None:
 
 
 def _homes() -> list[str]:
+    """The home folder's names, the longest first: one may contain the other."""
     try:
         home = Path.home()
     except RuntimeError:  # no home folder at all
         return []
-    # longest first: one may contain the other
-    names = sorted({str(home), str(home.resolve())}, key=len, reverse=True)
-    return [n for n in names if n.strip("/\\")]
+    return [n for n in sorted({str(home), str(home.resolve())}, key=len, reverse=True) if n.strip("/\\")]
 
 
 def _cpu() -> str:
     try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as f:
-            models = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        models = []
-    return models[0] if models else platform.processor() or platform.machine()
+        text = ""
+    found = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _cores() -> int:
     """Cores this process may use: a container or a batch job often has fewer than the machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _first_line("/sys/fs/cgroup/cpu.max")
-    if quota and (parts := quota.split()) and parts[0].isdigit() and len(parts) == 2:
-        allowed = min(allowed, max(1, int(parts[0]) // int(parts[1])))
+    if limit := re.fullmatch(r"(\d+) (\d+)", _first_line("/sys/fs/cgroup/cpu.max")):
+        allowed = min(allowed, max(1, int(limit[1]) // int(limit[2])))
     return allowed
 
 
@@ -217,17 +183,14 @@ def _memory_gb() -> float | None:
     except (AttributeError, ValueError, OSError):
         return None
     limit = _first_line("/sys/fs/cgroup/memory.max")
-    if limit and limit.isdigit():
-        size = min(size, int(limit))
-    return round(size / 1e9, 1)
+    return round(min(size, int(limit) if limit.isdigit() else size) / 1e9, 1)
 
 
-def _first_line(path: str) -> str | None:
+def _first_line(path: str) -> str:
     try:
-        with Path(path).open(encoding="ascii") as f:
-            return f.readline().strip()
+        return Path(path).read_text(encoding="ascii").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError):
-        return None
+        return ""
 
 
 def _gpus() -> list[str]:

@@ -33,7 +33,7 @@ from unlearn.store.files import (
 from unlearn.store.lock import Lock, is_lock_file
 from unlearn.store.provenance import tidy
 
-Verify = Literal["sha256", "size", "once"]
+Verify = Literal["sha256", "size"]
 STAGE_FILE = "stage.json"
 STAGE_SCHEMA = 1
 _SMALL = 64 * 2**20  # bytes; below this a hash costs nothing worth saving
@@ -79,20 +79,16 @@ def read_record(place: Path) -> StageRecord | None:
         return None
 
 
-def damage_of(place: Path, record: StageRecord, verify: Verify, notes: Path | None = None) -> str | None:
+def damage_of(place: Path, record: StageRecord, verify: Verify) -> str | None:
     """What is wrong with a stage's files, or None. Files that are not of the stage do not matter here.
 
     Args:
-        verify: ``sha256`` reads every file. ``size`` trusts the size of files of 64 MiB and more. ``once`` reads what
-            this host has not read since it booted, and trusts the rest while it has not been written to.
-            ``UNLEARN_VERIFY=full`` makes ``sha256`` of all of them.
-        notes: The folder in which ``once`` notes what was read; without one it reads everything.
+        verify: ``sha256`` reads every file. ``size`` trusts the size of files of 64 MiB and more, unless
+            ``UNLEARN_VERIFY`` is ``full``.
 
     Raises:
         UnlearnError: ``UNLEARN_VERIFY`` has a value that means nothing.
     """
-    if verify == "once" and notes is not None:
-        return seen.damage(place, record.files, notes, record.key[:64])
     by_size = verify == "size" and not seen.verify_always()
     for name, (size, digest) in record.files.items():
         path = place / name
@@ -100,7 +96,7 @@ def damage_of(place: Path, record: StageRecord, verify: Verify, notes: Path | No
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if (size < _SMALL or not by_size) and seen.sha256_of(path) != digest:
+        if (size < _SMALL or not by_size) and seen.sha256(path) != digest:
             return f"the content of {name} has changed (SHA-256 differs)"
     return None
 
