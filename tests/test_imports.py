@@ -17,7 +17,6 @@ ORDER = (
     ("errors", "text", "console", "processes", "results"),
     ("store",),
     ("recipe",),
-    ("data", "model"),
     ("vector",),
     ("train",),
     ("score",),
@@ -29,7 +28,6 @@ ORDER = (
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Arrows that still point upwards.
 UPWARDS = {
-    ("data", "model"),
     ("store", "recipe"),
     ("vector", "evidence"),
     ("vector", "report"),

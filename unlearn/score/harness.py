@@ -25,8 +25,8 @@ from lm_eval.utils import setup_logging
 from unlearn import processes as distributed
 from unlearn.console import is_main_process
 from unlearn.errors import EvaluationError
-from unlearn.model.locate import hub_away
 from unlearn.processes import told
+from unlearn.store.hub import hub_away
 
 MODEL = "unlearn"
 _PROGRAM = "unlearn harness"

@@ -28,12 +28,13 @@ from torch import Tensor
 from unlearn.console import progress
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.model.load import fingerprint, untie
-from unlearn.model.locate import condensed, doubled_weights, hub_away, index_shards, model_in_cache
+from unlearn.model.locate import doubled_weights, index_shards
 from unlearn.processes import is_out_of_memory, share_requests
 from unlearn.recipe.evaluation import EvalSpec
 from unlearn.score.decoding import greedy
 from unlearn.score.forward import Forward, NotPackableError, Part, run
 from unlearn.score.tree import Piece, pack
+from unlearn.store.hub import condensed, hub_away, model_in_cache
 from unlearn.vector.interop import ADAPTER_CONFIG, strangers
 
 log = logging.getLogger(__name__)

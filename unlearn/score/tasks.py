@@ -24,7 +24,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, write_items
 from unlearn.errors import EvaluationError
-from unlearn.model.locate import hub_away, no_foreign_code
+from unlearn.model.locate import no_foreign_code
 from unlearn.recipe import metrics
 from unlearn.recipe.data import Split, stops
 from unlearn.recipe.evaluation import TaskSpec
@@ -34,6 +34,7 @@ from unlearn.recipe.schema import Recipe
 from unlearn.recipe.task_names import families, no_such_task, shipped_tasks, task_files, task_names
 from unlearn.results import Role
 from unlearn.score.silence import quiet_harness
+from unlearn.store.hub import hub_away
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -87,7 +87,7 @@ def whole(folder: Path) -> bool:
     return _damage(folder, read=False) is None
 
 
-def entry(cache: Path, key: str, fill: Callable[[Path], None]) -> Path:
+def entry(cache: Path, key: str, fill: Callable[[Path], object]) -> Path:
     """The folder of one cache entry, made by ``fill`` unless it is there, whole and undamaged.
 
     Of several processes that want the same entry at once, one makes it and the others wait for it.
@@ -152,7 +152,7 @@ def _locked(cache: Path, key: str, damage: str) -> Iterator[Lock]:
         yield lock
 
 
-def _fill(cache: Path, key: str, fill: Callable[[Path], None], lock: Lock) -> bool:
+def _fill(cache: Path, key: str, fill: Callable[[Path], object], lock: Lock) -> bool:
     """Make an entry; False when the lock was lost on the way, and nothing of this process's is in its place."""
     temporary = cache / f"{_TEMPORARY}{key}.{unique()}"
     try:
