@@ -75,24 +75,15 @@ def say(message: str, style: str | None = None) -> None:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line every ten seconds in a log file.
-
-    Yields:
-        ``advance(n)``, to be called as ``n`` more of ``total`` are done.
-    """
+    """A bar on a terminal, a line every ten seconds in a log file: ``advance(n)`` says that ``n`` more are done."""
     if not is_main_process() or not log.isEnabledFor(logging.INFO):
         yield lambda n: None
         return
     label = shown(label)
     if _console.is_terminal:
-        columns = (
-            TextColumn("    {task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=_console, transient=True) as bar:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        described = TextColumn("    {task.description}", markup=False)
+        with Progress(described, *columns, console=_console, transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield lambda n: bar.advance(task, n)
         return
@@ -110,11 +101,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def live_line() -> Iterator[Callable[[str], None]]:
-    """A line that is kept up to date at the foot of a terminal, below what is said meanwhile; nothing in a log file.
-
-    Yields:
-        ``show(text)``, to be called as often as one likes.
-    """
+    """A line at the foot of a terminal, below what is said meanwhile, kept up to date by ``show(text)``."""
     if not is_main_process() or not _console.is_terminal or not log.isEnabledFor(logging.INFO):
         yield lambda text: None
         return
@@ -125,13 +112,11 @@ def live_line() -> Iterator[Callable[[str], None]]:
 # -- keep other libraries' chatter off the terminal, where it hides what the user should read
 
 
-def _not_about_missing_kernels(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
-
-
 # Said whenever bitsandbytes is imported (peft does so by itself) on a machine without an optional package that
 # only makes 4-bit inference on CPUs faster. A filter may be set before the library is imported.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_about_missing_kernels)
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 
 @contextmanager
@@ -142,30 +127,26 @@ def quietly(*, downloads: bool = False) -> Iterator[None]:
         downloads: let the hub's client show its progress bars: it is moving gigabytes.
     """
     from huggingface_hub.utils import logging as hub_chatter
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as chatter
+
+    def show_bars(transformers: bool, hub: bool) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where HF_HUB_DISABLE_PROGRESS_BARS decides, the hub's client says so
+            (chatter.enable_progress_bar if transformers else chatter.disable_progress_bar)()  # the hub's as well
+            (enable_progress_bars if hub else disable_progress_bars)()
 
     verbosity, hub_verbosity = chatter.get_verbosity(), hub_chatter.get_verbosity()
     bars, hub_bars = chatter.is_progress_bar_enabled(), not are_progress_bars_disabled()
     chatter.set_verbosity_error()
     hub_chatter.set_verbosity(logging.ERROR)
-    _show_bars(False, downloads and hub_bars)
+    show_bars(False, downloads and hub_bars)
     try:
         yield
     finally:
         chatter.set_verbosity(verbosity)
         hub_chatter.set_verbosity(hub_verbosity)
-        _show_bars(bars, hub_bars)
-
-
-def _show_bars(transformers: bool, hub: bool) -> None:
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as chatter
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where HF_HUB_DISABLE_PROGRESS_BARS decides, the hub's client says so
-        (chatter.enable_progress_bar if transformers else chatter.disable_progress_bar)()  # the hub's as well
-        (enable_progress_bars if hub else disable_progress_bars)()
+        show_bars(bars, hub_bars)
 
 
 def quiet_libraries() -> None:

@@ -1,6 +1,6 @@
 """What several processes tell each other. A process that works alone is told what it knows itself.
 
-Every process must call the same functions in the same order.
+They are started by ``torchrun`` or ``accelerate launch``, and must all call the same functions in the same order.
 """
 
 from __future__ import annotations
@@ -22,8 +22,62 @@ from typing import Any
 from unlearn.console import say
 from unlearn.errors import UnlearnError
 
+_PATIENCE = timedelta(minutes=30)  # a process that is not heard of for so long is taken for lost
 _MOST = 300  # characters of a library's complaint
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|socket", re.IGNORECASE)
+_SPREAD = {f"ACCELERATE_USE_{way.upper()}": f"--use_{way}" for way in ("fsdp", "deepspeed", "megatron_lm")}
+_SPREAD["ACCELERATE_USE_PARALLELISM_CONFIG"] = "--use_parallelism_config"
+# of these a Trainer here hears nothing: trainer_arguments.recipe_decides
+_UNHEEDED = {"ACCELERATE_MIXED_PRECISION": "--mixed_precision", "ACCELERATE_DYNAMO_BACKEND": "--dynamo_backend"}
+
+
+def join() -> None:
+    """Join the others, and wait until all of them are there.
+
+    Raises:
+        UnlearnError: more processes on this machine than it has GPUs, or weights that are to be spread over them.
+    """
+    for name, flag in _SPREAD.items():
+        if _asked(name):
+            raise UnlearnError(
+                f"every process holds the whole model: start without {flag} (it may be in the "
+                "configuration file of accelerate)"
+            )
+    for name, flag in _UNHEEDED.items():
+        if (value := os.environ.get(name, "no").lower()) != "no":
+            say(f"{flag} {value} changes nothing: the recipe decides what is computed, and in which format", "yellow")
+    if several():
+        import torch
+        from accelerate import PartialState
+
+        # unless it is told, it takes processes without a GPU for strangers, each alone in the world
+        on_cpus = cpus_only() or not torch.accelerator.is_available()
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+        if not on_cpus and here > gpus:
+            raise UnlearnError(
+                f"{here} processes were started on a machine with {gpus} GPUs: start one process for each GPU"
+            )
+        PartialState(cpu=on_cpus, timeout=_PATIENCE)
+        wait()
+    elif cpus_only() and "MASTER_PORT" in os.environ:
+        say("accelerate launch --cpu starts one process. For several: torchrun --nproc_per_node N -m …", "yellow")
+
+
+def leave() -> None:
+    """Part from the others. Calling it again does nothing."""
+    if count() > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def cpus_only() -> bool:
+    """Whether ``accelerate launch --cpu`` leaves this machine's GPUs alone."""
+    return _asked("ACCELERATE_USE_CPU")
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def several() -> bool:
@@ -32,7 +86,7 @@ def several() -> bool:
 
 
 def count() -> int:
-    """How many processes work together; 1 before :func:`unlearn.processes.join`."""
+    """How many processes work together; 1 before :func:`join` and after :func:`leave`."""
     if several():
         import torch.distributed as dist
 
@@ -43,15 +97,15 @@ def count() -> int:
 
 def rank() -> int:
     """Which of the processes this is; 0 is the main one."""
-    if count() > 1:
-        import torch.distributed as dist
+    if count() == 1:
+        return 0
+    import torch.distributed as dist
 
-        return dist.get_rank()
-    return 0
+    return dist.get_rank()
 
 
 def wait() -> None:
-    """Until every process is here. After :func:`unlearn.processes.leave` there is nobody to wait for."""
+    """Until every process is here."""
     if count() > 1:
         import torch.distributed as dist
 
@@ -65,12 +119,12 @@ def all_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if count() > 1 and _LOST.search(str(e)):
-            raise UnlearnError(
-                "another process has ended early, or cannot be reached. Its message, if it left one, is above; without "
-                f"one the system may have killed it, mostly for its memory. Here it shows as: {_first_line(str(e))}"
-            ) from e
-        raise
+        if count() == 1 or not _LOST.search(str(e)):
+            raise
+        raise UnlearnError(
+            "another process has ended early, or cannot be reached. Its message, if it left one, is above; without one "
+            f"the system may have killed it, mostly for its memory. Here it shows as: {_first_line(str(e))}"
+        ) from e
 
 
 def _first_line(text: str) -> str:
@@ -111,27 +165,15 @@ def gathered(value: Any) -> list[Any]:
     """What every process has, by rank; values must be picklable."""
     if count() == 1:
         return [value]
-    import torch.distributed as dist
+    from accelerate.utils import gather_object
 
-    told: list[Any] = [None] * count()
     with all_there():
-        dist.all_gather_object(told, value)
-    return told
+        return list(gather_object([value]))
 
 
 def from_main(find: Callable[[], Any]) -> Any:
     """What the main process finds; the others do not look. What goes wrong there is raised in all."""
-    found: Any = None
-    failure: Exception | None = None
-    if rank() == 0:
-        try:
-            found = find()
-        except Exception as e:
-            failure = e
-    said, wrong = gathered((found, portable(failure)))[0]
-    if failure is not None or wrong is not None:
-        raise failure or wrong
-    return found if rank() == 0 else said
+    return _shared_out(lambda: [find()] if rank() == 0 else [])[0][0]
 
 
 def anyone(flag: bool) -> bool:
@@ -144,13 +186,11 @@ def total(number: int) -> int:
     if count() == 1:
         return number
     import torch
-    import torch.distributed as dist
     from accelerate import PartialState
+    from accelerate.utils import reduce
 
-    value = torch.tensor(number, device=PartialState().device)
     with all_there():
-        dist.all_reduce(value)
-    return int(value)
+        return int(reduce(torch.tensor(number, device=PartialState().device), "sum"))
 
 
 def together(work: Sequence[Any], do: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
@@ -159,94 +199,39 @@ def together(work: Sequence[Any], do: Callable[[Sequence[Any]], Sequence[Any]]) 
     Args:
         work: The same in every process. Every process gets each P-th, so that parts weigh alike.
         do: One result for each piece, which must not depend on the other pieces. It is not called for nothing.
-
-    Raises:
-        Exception: what went wrong in any of the processes.
     """
+    mine = work[rank() :: count()]
+    parts = _shared_out(lambda: do(mine) if mine else [])
+    return [parts[n % count()][n // count()] for n in range(len(work))]
+
+
+def _shared_out(do: Callable[[], Sequence[Any]]) -> list[Sequence[Any]]:
+    """What every process makes of it, by rank, in all of them; and so with what goes wrong in any of them."""
     if count() == 1:
-        return list(do(work)) if work else []
-    mine, failure = work[rank() :: count()], None
-    results: list[Any] = []
+        return [do()]
+    found, failure = [], None
     try:
-        results = list(do(mine)) if mine else []
+        found = list(do())
     except Exception as e:
         failure = e
-    told = gathered((results, portable(failure)))
-    if wrong := failure or next((other for _, other in told if other is not None), None):
+    parts = gathered((found, _portable(failure)))
+    if wrong := failure or next((other for _, other in parts if other is not None), None):
         raise wrong
-    return [told[n % count()][0][n // count()] for n in range(len(work))]
+    return [found if r == rank() else part for r, (part, _) in enumerate(parts)]
 
 
-def portable(failure: Exception | None) -> Exception | None:
+def _portable(failure: Exception | None) -> Exception | None:
     """An exception as it is sent to the other processes. Of other libraries' exceptions some cannot be sent."""
     if failure is None or type(failure).__module__.partition(".")[0] in ("builtins", "unlearn"):
         return failure
     return RuntimeError(f"{type(failure).__name__} in another process: {failure}")
 
 
-# -- several processes, under ``torchrun`` or ``accelerate launch``
+# -- lm-eval's requests, shared out
 
 
-_PATIENCE = timedelta(minutes=30)  # a process that is not heard of for so long is taken for lost
-_SPREAD = {
-    f"ACCELERATE_USE_{way.upper()}": f"--use_{way}"
-    for way in ("fsdp", "deepspeed", "megatron_lm", "parallelism_config")
-}
-# of these a Trainer here hears nothing: trainer_arguments.recipe_decides
-_UNHEEDED = {"ACCELERATE_MIXED_PRECISION": "--mixed_precision", "ACCELERATE_DYNAMO_BACKEND": "--dynamo_backend"}
 _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 _GENERATION = 1000  # characters of prompt that take about as long as writing one answer
-
-
-def join() -> None:
-    """Join the others, and wait until all of them are there.
-
-    Raises:
-        UnlearnError: more processes on this machine than it has GPUs, or weights that are to be spread over them.
-    """
-    for name, flag in _SPREAD.items():
-        if _asked(name):
-            raise UnlearnError(
-                f"every process holds the whole model: start without {flag} (it may be in the "
-                "configuration file of accelerate)"
-            )
-    for name, flag in _UNHEEDED.items():
-        value = os.environ.get(name, "no").lower()
-        if value != "no":
-            say(f"{flag} {value} changes nothing: the recipe decides what is computed, and in which format", "yellow")
-    if several():
-        import torch
-        from accelerate import PartialState
-
-        # unless it is told, it takes processes without a GPU for strangers, each alone in the world
-        on_cpus = cpus_only() or not torch.accelerator.is_available()
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
-        if not on_cpus and here > gpus:
-            raise UnlearnError(
-                f"{here} processes were started on a machine with {gpus} GPUs: start one process for each GPU"
-            )
-        PartialState(cpu=on_cpus, timeout=_PATIENCE)
-        wait()
-    elif cpus_only() and "MASTER_PORT" in os.environ:
-        say("accelerate launch --cpu starts one process. For several: torchrun --nproc_per_node N -m …", "yellow")
-
-
-def cpus_only() -> bool:
-    """Whether ``accelerate launch --cpu`` leaves this machine's GPUs alone."""
-    return _asked("ACCELERATE_USE_CPU")
-
-
-def _asked(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
-
-
-def leave() -> None:
-    """Part from the others. Calling it again does nothing."""
-    if several():
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def share_requests(lm: Any) -> None:
@@ -257,11 +242,7 @@ def share_requests(lm: Any) -> None:
 
     lm-eval's evaluator is left unaware of the others. Where it deals out the items itself (as it does for several GPUs)
     each process draws other few-shot examples than one process would, tasks with fewer items than processes fail, and
-    some requests are made twice.
-
-    Args:
-        lm: An lm-eval model, the same in every process. Its request methods are replaced; it answers by itself again
-            after :func:`leave`.
+    some requests are made twice. ``lm`` answers by itself again after :func:`leave`.
     """
     if several() and not set(_KINDS) & set(vars(lm)):  # the second time there is nothing left to do
         for name in _KINDS:
@@ -271,11 +252,7 @@ def share_requests(lm: Any) -> None:
 
 
 def shares(requests: Sequence[Any], count: int) -> list[list[int]]:
-    """Deal out lm-eval's requests: those of one item stay together, because they share text, and parts weigh alike.
-
-    Returns:
-        ``count`` lists of indices, ascending; together every index once. Some are empty when there are few items.
-    """
+    """Indices of lm-eval's requests for each process: those of one item stay together, and parts weigh alike."""
     items: dict[Hashable, list[int]] = {}
     for index, request in enumerate(requests):
         known = request.doc_id is not None
@@ -298,29 +275,17 @@ def _weight(asked: Sequence[tuple[Any, ...]]) -> int:
 
 def _shared(ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     def ask_together(requests: Sequence[Any], *args: Any, **options: Any) -> list[Any]:
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
+        if count() == 1:
             return ask(requests, *args, **options)
-        parts = shares(requests, dist.get_world_size())
-        mine = [requests[i] for i in parts[dist.get_rank()]]
-        answers: list[Any] = []
-        failure: Exception | None = None
-        try:
-            answers = ask(mine, *args, **options) if mine else []
-        except Exception as e:
-            failure = e
-        told = gathered((_checksum(requests), answers, portable(failure)))
-        if failure is not None:
-            raise failure
-        for _, _, other in told:
-            if other is not None:
-                raise other
-        if len({checksum for checksum, _, _ in told}) > 1:
+        parts = shares(requests, count())
+        mine = [requests[i] for i in parts[rank()]]
+        # the checksum first: of processes that ask for different things none shall be waited for
+        found = _shared_out(lambda: [_checksum(requests), *(ask(mine, *args, **options) if mine else [])])
+        if len({checksum for checksum, *_ in found}) > 1:
             raise RuntimeError("the processes do not ask for the same: their requests differ")
         merged: list[Any] = [None] * len(requests)
-        for part, (_, found, _) in zip(parts, told, strict=True):
-            for index, answer in zip(part, found, strict=True):
+        for part, (_, *answers) in zip(parts, found, strict=True):
+            for index, answer in zip(part, answers, strict=True):
                 merged[index] = answer
         return merged
 
@@ -331,10 +296,8 @@ def _cache_for_all(set_hook: Callable[[Any], None]) -> Callable[[Any], None]:
     """lm-eval's cache of answers is a file for each process, and what one knows it does not ask: all must know it."""
 
     def set_cache_hook(hook: Any) -> None:
-        import torch.distributed as dist
-
         set_hook(hook)  # first: it says which of the file's answers are this model's
-        if dist.is_initialized() and hook.dbdict is not None:
+        if count() > 1 and hook.dbdict is not None:
             for known in gathered(dict(hook.dbdict.items())):
                 hook.dbdict.update(known)
 
@@ -429,21 +392,9 @@ def held() -> Iterator[Hold]:
 # In lower case, with blanks for underscores. A library's handle that was not created (CUBLAS_STATUS_NOT_INITIALIZED)
 # is none of them: it has other causes as well.
 _SIGNS = (
-    "out of memory",  # CUDA, HIP, XPU, MPS
-    "can't allocate memory",  # torch's allocator for CPUs
-    "not enough memory",  # the same on Windows
-    "cannot allocate memory",  # the system's ENOMEM, as libraries pass it on
-    "unable to allocate",  # numpy's
-    "bad alloc",
-    "alloc failed",  # CUBLAS_STATUS_ALLOC_FAILED, and those of CUDNN, CUSOLVER, CUSPARSE, HIPBLAS
-    "allocation failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, HPUs
-    "allocation failure",  # XPU
-    "rocblas status memory error",
-    "out of device memory",  # XPU
-    "out of host memory",
-    "out of resources",
-    "insufficient memory",  # MPS
-    "invalid buffer size",
+    *("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "unable to allocate"),
+    *("bad alloc", "alloc failed", "allocation failed", "allocation failure", "rocblas status memory error"),
+    *("out of device memory", "out of host memory", "out of resources", "insufficient memory", "invalid buffer size"),
     "no executable batch size found",  # accelerate, after it has tried a single row
 )
 _ELSEWHERE = "in another process"
@@ -473,9 +424,6 @@ def told(where: str, advice: str) -> Iterator[None]:
     Args:
         where: The stage, or the part of it.
         advice: What to do there, up to "or ...", which is the same everywhere.
-
-    Raises:
-        UnlearnError: the memory is exhausted.
     """
     try:
         yield

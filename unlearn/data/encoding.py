@@ -73,9 +73,6 @@ def encode(items: Sequence[Item], kind: Kind, tokenizer: Any, max_length: int) -
     No answer is cut. A prompt that does not fit into ``max_length`` beside its answer loses its beginning, and the row
     says how many tokens of it. A longer passage becomes several rows of like length, each of which begins with the last
     token of the one before, so that every token is learned once. A beginning token stays at every row's beginning.
-
-    Raises:
-        TrainingError: answers that do not fit into ``max_length``, or items that have no token to learn.
     """
     rows: list[Encoded] = []
     long: list[tuple[int, Item]] = []
@@ -117,9 +114,6 @@ def scored_rows(items: Sequence[Item], kind: Kind, tokenizer: Any, max_length: i
 
     Args:
         max_length: Tokens that the model can read at a time.
-
-    Raises:
-        EvaluationError: an answer has no token of its own, or more than the model reads.
     """
     rows = []
     for item in items:

@@ -1,8 +1,4 @@
-"""Rows of data from files and hub data sets, each with its place in the file so that a mistake can be found.
-
-Nothing here knows what a row means; that is :mod:`unlearn.data.items`. Datasets
-is imported when a hub data set is named.
-"""
+"""Rows of data from files and hub data sets, each with its place in the file so that a mistake can be found."""
 
 from __future__ import annotations
 
@@ -35,11 +31,7 @@ class Row:
 
 
 def read_file(path: Path) -> list[Row]:
-    """Every row of one file; the format is told by the name's ending. A .txt file is one row, ``{"text": ...}``.
-
-    Raises:
-        DataError: an unknown ending, unreadable, not UTF-8, empty or malformed. A table without rows gives ``[]``.
-    """
+    """Every row of one file; the format is told by the name's ending. A .txt file is one row, ``{"text": ...}``."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: cannot tell the format from the name; use one of {', '.join(ENDINGS)}")
@@ -93,11 +85,11 @@ def _read_text(path: Path) -> list[Row]:
 def _read_json(path: Path) -> list[Row]:
     text = _text(path)
     try:
-        whole = _loads(text)
+        whole = _loads(text, path)
     except json.JSONDecodeError as error:
         # TOFU's files are called .json and hold one object per line: then the first value ends before the text does.
         if error.msg == "Extra data":
-            return _json_lines(path, text)
+            return _read_jsonl(path)
         raise _broken(path, error, error.lineno) from error
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         whole = whole["data"]
@@ -106,32 +98,25 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    return _json_lines(path, _text(path))
-
-
-def _json_lines(path: Path, text: str) -> list[Row]:
     rows = []
     # Not str.splitlines: that would also cut at U+2028 and its like, which JSON strings may hold as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = _loads(line)
-        except json.JSONDecodeError as error:
-            raise _broken(path, error, number) from error
-        rows.append(_object(entry, path, f"line {number}"))
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(_object(_loads(line, path, number), path, f"line {number}"))
+            except json.JSONDecodeError as error:
+                raise _broken(path, error, number) from error
     return rows
 
 
-def _loads(text: str) -> Any:
+def _loads(text: str, path: Path, line: int = 1) -> Any:
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise json.JSONDecodeError("nested too deeply", text, 0) from error
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # Python reads no whole numbers of thousands of digits
-        raise json.JSONDecodeError("a number has too many digits", text, 0) from error
+    except (RecursionError, ValueError) as error:  # Python reads no whole numbers of thousands of digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise DataError(f"{path}, line {line}, column 1: broken JSON: {why}") from error
 
 
 def _broken(path: Path, error: json.JSONDecodeError, line: int) -> DataError:
@@ -139,16 +124,10 @@ def _broken(path: Path, error: json.JSONDecodeError, line: int) -> DataError:
 
 
 def _object(entry: Any, path: Path, place: str) -> Row:
-    if not isinstance(entry, dict):
-        raise DataError(f"{path}, {place}: expected an object like {{...}}, found {_json_name(entry)}")
-    return Row(place, entry)
-
-
-def _json_name(value: Any) -> str:
-    if value is None:
-        return "null"
+    if isinstance(entry, dict):
+        return Row(place, entry)
     names = {bool: "true or false", str: "a string", list: "a list", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+    raise DataError(f"{path}, {place}: expected an object like {{...}}, found {names.get(type(entry), 'null')}")
 
 
 def _read_csv(path: Path) -> list[Row]:
@@ -167,29 +146,23 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _csv_rows(reader: Any, path: Path) -> list[Row]:
-    header: list[str] | None = None
+    header: list[str] = []
     rows, start = [], 1
     for cells in reader:
         place, start = start, reader.line_num + 1  # a quoted cell may span lines: name the one it starts on
         if not any(cell.strip() for cell in cells):
             continue
-        if header is None:
-            header = _header(cells, path, place)
-            continue
-        if len(cells) != len(header):
+        if not header:
+            header = [cell.strip() for cell in cells]
+            if doubled := sorted({name for name in header if header.count(name) > 1 and name}):
+                raise DataError(f"{path}, line {place}: the header names {', '.join(doubled)} more than once")
+            if "" in header:
+                raise DataError(f"{path}, line {place}: column {header.index('') + 1} of the header has no name")
+        elif len(cells) == len(header):
+            rows.append(Row(f"line {place}", dict(zip(header, cells, strict=True))))
+        else:
             raise DataError(f"{path}, line {place}: {len(cells)} cells, but the header has {len(header)} columns")
-        rows.append(Row(f"line {place}", dict(zip(header, cells, strict=True))))
     return rows
-
-
-def _header(cells: list[str], path: Path, line: int) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    doubled = sorted({name for name in names if names.count(name) > 1 and name})
-    if doubled:
-        raise DataError(f"{path}, line {line}: the header names {', '.join(doubled)} more than once")
-    if "" in names:
-        raise DataError(f"{path}, line {line}: column {names.index('') + 1} of the header has no name")
-    return names
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -218,7 +191,7 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 ENDINGS = tuple(_READERS)
 
 
-# -- rows of data from files and hub data sets, each with its place in the file so that a mistake can be
+# -- what a recipe calls a source
 
 
 HUB = "hub:"
@@ -237,10 +210,6 @@ def read_placed(source: Source, base: Path, columns: Sequence[str] = ()) -> list
         source: a .json, .jsonl, .csv, .parquet or .txt file, or ``hub:OWNER/NAME``.
         base: the folder relative paths start from.
         columns: columns that every row must have.
-
-    Raises:
-        DataError: the file is missing, unreadable, not UTF-8, malformed or empty; a hub data set is out of reach;
-            ``where`` leaves nothing; a column is missing. The message names the file and, where there is one, the line.
     """
     label = source_label(source, base)
     rows = _read_hub(source) if source.path.startswith(HUB) else _read_local(source, base)
@@ -267,22 +236,16 @@ def source_path(source: Source, base: Path) -> Path:
     return base / given if (base / given).exists() or not given.exists() else given.absolute()
 
 
-def _existing(source: Source, base: Path) -> Path:
+def _read_local(source: Source, base: Path) -> list[Row]:
     path = source_path(source, base)
     if path.is_dir():
         raise DataError(f"{path}: this is a folder; give one data file ({', '.join(ENDINGS)})")
-    if path.exists():
-        return path
     if not path.parent.is_dir():
         raise DataError(f"{path}: no such file; its folder does not exist either")
-    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
-    near = get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise DataError(f"{path}: no such file{hint}")
-
-
-def _read_local(source: Source, base: Path) -> list[Row]:
-    path = _existing(source, base)
+    if not path.exists():
+        near = get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir() if p.is_file()), cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise DataError(f"{path}: no such file{hint}")
     for key in ("config", "split", "revision"):
         if getattr(source, key) is not None:
             raise DataError(f"{path}: '{key}' is for hub data sets (path: hub:OWNER/NAME); remove it for a file")
@@ -333,11 +296,13 @@ def _where(rows: list[Row], where: Mapping[str, Scalar | tuple[Scalar, ...] | Be
             raise DataError(f"{label}: 'where' names the column '{column}'; {_columns(rows, column)}")
         if isinstance(wanted, Between):
             kept = [row for row in rows if _within(row.values.get(column), wanted)]
+            bounds = {"above": wanted.above, "below": wanted.below}
+            asked = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
         else:
             options = wanted if isinstance(wanted, tuple) else (wanted,)
             kept = [row for row in rows if any(_equal(row.values.get(column), option) for option in options)]
+            asked = " or ".join(repr(option) for option in options)
         if not kept:
-            asked = _bounds(wanted) if isinstance(wanted, Between) else " or ".join(repr(option) for option in options)
             there = list(dict.fromkeys(shorten(repr(row.values.get(column))) for row in rows))
             more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
             raise DataError(
@@ -357,13 +322,6 @@ def _within(cell: Any, wanted: Between) -> bool:
         return False
     above = wanted.above is None or value > wanted.above
     return above and (wanted.below is None or value < wanted.below)
-
-
-def _bounds(wanted: Between) -> str:
-    said = [
-        f"{name} {bound}" for name, bound in (("above", wanted.above), ("below", wanted.below)) if bound is not None
-    ]
-    return " and ".join(said)
 
 
 def _equal(cell: Any, wanted: Scalar) -> bool:

@@ -85,11 +85,7 @@ class Built:
 
 
 def columns_needed(spec: DataSet, templates: Sequence[str]) -> tuple[str, ...]:
-    """The columns a source must have: those behind the kind's fields and those the templates name.
-
-    Raises:
-        DataError: ``columns`` maps something the kind does not have, or a template is malformed.
-    """
+    """The columns a source must have: those behind the kind's fields and those the templates name."""
     fields = FIELDS[spec.kind]
     for name, column in spec.columns.items():
         if name not in fields:
@@ -115,9 +111,6 @@ def build(rows: Sequence[Row], spec: DataSet, templates: Sequence[str], tokenize
 
     Args:
         tokenizer: cuts ``text`` into passages; without one, four characters count as a token.
-
-    Raises:
-        DataError: rows that cannot be used, all of them in one message with their places.
     """
     records: dict[tuple[str, ...], Record] = {}
     problems: list[str] = []
@@ -159,11 +152,7 @@ def digest(*parts: object) -> str:
 
 
 def answer_index(value: object, choices: Sequence[object]) -> int:
-    """Which choice is right, from a 0-based index, a letter (A, B, ...) or the choice's own text.
-
-    Raises:
-        ValueError: out of range, not among the choices, or readable in two ways that disagree.
-    """
+    """Which choice is right, from a 0-based index, a letter (A, B, ...) or the choice's own text."""
     texts = [str(choice).strip() for choice in choices]
     readings: set[int] = set()
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -234,9 +223,7 @@ def _raw_choices(row: Row, spec: DataSet) -> list[object]:
 
 
 def _column(spec: DataSet, field: str) -> str:
-    column = spec.columns.get(field, field)
-    assert isinstance(column, str)  # columns_needed has seen to it
-    return column
+    return str(spec.columns.get(field, field))
 
 
 def _string(value: object, name: str) -> str:

@@ -1,4 +1,4 @@
-"""A recipe's items as files for lm-eval, with token counts as lm-eval itself will count them."""
+"""A recipe's data sets: divided into train, validation and test items, and written to files for lm-eval."""
 
 from __future__ import annotations
 
@@ -84,12 +84,6 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
     Args:
         base: the folder relative paths start from.
         tokenizer: cuts texts into passages; without one (a dry run) four characters count as a token.
-
-    Raises:
-        DataError: unreadable or unusable rows, a split without items, the same content in two splits, in a set that is
-            to be forgotten and in one of another role, in a term of an analogy and in the set that it should teach, or
-            held out and in a set to retain or to learn.
-            The message names the set, the file and the row.
     """
     loaded: list[LoadedSet] = []
     forgotten: dict[str, _Origin] = {}
@@ -111,7 +105,7 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
                 _refuse_overlap(seen, pools.values(), name, "held out and in a set that a model has seen")
             elif role in ("retain", "learn") and recipe.holdout is not None:
                 seen = {**_known(pools.values(), name), **seen}
-            loaded.append(_divide(role, spec, pools, recipe.seed, _uses(role, recipe)))
+            loaded.append(_divide(role, spec, pools, recipe))
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
     return tuple(loaded)
@@ -120,25 +114,17 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
 _FATE = {"learn": "learned", "term": "trained on", "retain": "kept", "utility": "kept", "holdout": "held out"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Uses:
-    """The splits that a set's role makes use of, and those of them that it cannot do without."""
-
-    splits: tuple[Split, ...]
-    needs: tuple[Split, ...]
-    what: str
-
-
-def _uses(role: SetRole, recipe: Recipe) -> _Uses:
+def _uses(role: SetRole, recipe: Recipe) -> tuple[tuple[Split, ...], tuple[Split, ...], str]:
+    """The splits that a set's role makes use of, those that it cannot do without, and why."""
     if role == "term":
-        return _Uses(("train",), ("train",), "a term of an analogy needs train items")
+        return ("train",), ("train",), "a term of an analogy needs train items"
     if role == "holdout":
-        return _Uses(("test",), ("test",), "a hold-out set needs test items")
+        return ("test",), ("test",), "a hold-out set needs test items"
     if role == "learn" and recipe.analogy is not None:
         scored: tuple[Split, ...] = ("validation", "test")
-        return _Uses(scored, scored, "the set that an analogy should teach needs validation and test items")
+        return scored, scored, "the set that an analogy should teach needs validation and test items"
     needs = SPLITS if role in ("forget", "learn") else ()
-    return _Uses(SPLITS, needs, f"a {role} set needs train, validation and test items")
+    return SPLITS, needs, f"a {role} set needs train, validation and test items"
 
 
 def _read(spec: DataSet, base: Path, seed: int, tokenizer: Tokenizer | None) -> dict[Split, _Pool]:
@@ -168,13 +154,11 @@ def _ordered(records: Iterable[Record], seed: int) -> tuple[Record, ...]:
     return tuple(sorted(records, key=lambda r: (digest(seed, r.content), r.id, *r.prompts.values())))
 
 
-def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], seed: int, uses: _Uses) -> LoadedSet:
-    records = _split_main(spec, pools)
-    for split in SPLITS:
-        if split in pools and split != "train":
-            records[split] = pools[split].limited
-    records = {split: records[split] if split in uses.splits else () for split in SPLITS}
-    _refuse_empty(uses, spec, pools, records)
+def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], recipe: Recipe) -> LoadedSet:
+    used_splits, needed, why = _uses(role, recipe)
+    records = _split_main(spec, pools) | {split: pool.limited for split, pool in pools.items() if split != "train"}
+    records = {split: records[split] if split in used_splits else () for split in SPLITS}
+    _refuse_empty(spec, pools, {split: records[split] for split in used_splits}, needed, why)
     _refuse_mixing(spec, pools, records)
     items: dict[Split, tuple[Item, ...]] = {
         split: tuple(record.item(template) for record in records[split] for template in spec.prompts(split))
@@ -244,12 +228,16 @@ def _allocate(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def _refuse_empty(
-    uses: _Uses, spec: DataSet, pools: Mapping[Split, _Pool], records: Mapping[Split, Sequence[Record]]
+    spec: DataSet,
+    pools: Mapping[Split, _Pool],
+    records: Mapping[Split, Sequence[Record]],
+    needed: Collection[Split],
+    why: str,
 ) -> None:
     main = pools["train"]
     different = len({record.content for record in main.limited})
-    for split in uses.splits:
-        if records[split]:
+    for split, found in records.items():
+        if found:
             continue
         share = getattr(spec.shares, split)
         if share != 0:
@@ -257,8 +245,8 @@ def _refuse_empty(
                 f"{main.label}: {different} different rows are too few for the {split} share of {share}; add rows, "
                 f"change `shares`, or give `validation` and `test` files"
             )
-        if split in uses.needs:
-            raise DataError(f"shares.{split} is 0, but {uses.what}")
+        if split in needed:
+            raise DataError(f"shares.{split} is 0, but {why}")
 
 
 def _refuse_mixing(spec: DataSet, pools: Mapping[Split, _Pool], records: Mapping[Split, Sequence[Record]]) -> None:
@@ -327,21 +315,11 @@ def write_items(
     splits: Sequence[Split] = EVALUATED,
     written: Collection[Split] = (),
 ) -> tuple[Path, ...]:
-    """Write one JSON-lines file for each set and split that has items.
+    """Write one JSON-lines file for each set and split that has items; one that is there already is not touched.
 
     Args:
-        sets: The recipe's data.
         tokenizer: The one of the model that will be scored; counts and pieces are in its tokens.
-        folder: Where to write; made when missing.
-        splits: Which splits.
-        written: Those of them for which texts are to be written and compared word by word.
-
-    Returns:
-        The files, in order. One that is there already with this content is not touched.
-
-    Raises:
-        EvaluationError: an answer has no tokens of its own, or no word that a written text could be compared with.
-        RunFolderError: a file cannot be written.
+        written: Those of the splits for which texts are to be written and compared word by word.
     """
     paths = []
     for loaded in sets:
