@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_arena import Bench, Ledger
+from fault_arena import Bench
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,9 +26,3 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     made = Bench(tmp_path_factory.mktemp("faults"))
     yield made
     made.server.close()
-
-
-@pytest.fixture(scope="session")
-def ledger() -> Ledger:
-    """Where outcomes are recorded."""
-    return Ledger()

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,31 +289,3 @@ def of_stage(stage: str) -> str:
     flat = "|".join(re.escape(kept.replace("/", "+")) for kept in STAGES[stage])
     kept = "|".join(re.escape(kept) for kept in STAGES[stage])
     return rf"[ /]run/(\.unlearn-(tmp|work)/({flat})[.@]|({kept})(/|$))"
-
-
-class Ledger:
-    """The record of all points, kept in the file that ``$UNLEARN_FAULT_LEDGER`` names, if any."""
-
-    def __init__(self) -> None:
-        path = os.environ.get("UNLEARN_FAULT_LEDGER")
-        self._path = Path(path) if path else None
-
-    def note(self, kind: str, point: str, outcome: str) -> str:
-        """Record a point; the outcome comes back."""
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "point": point, "outcome": outcome}) + "\n")
-        return outcome
-
-
-def table(lines: Sequence[str]) -> str:
-    """Markdown: per kind of fault its points and what became of them."""
-    counts: dict[str, Counter[str]] = {}
-    for entry in map(json.loads, lines):
-        counts.setdefault(entry["kind"], Counter())[entry["outcome"]] += 1
-    columns = (SAME, THEN_SAME, MESSAGE, WRONG)
-    rows = [["fault", "points", *columns], ["---", *["---:"] * (len(columns) + 1)]]
-    rows += [[kind, str(found.total()), *(str(found[c]) for c in columns)] for kind, found in counts.items()]
-    everything = sum(counts.values(), Counter[str]())
-    rows.append(["all", str(everything.total()), *(str(everything[c]) for c in columns)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

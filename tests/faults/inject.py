@@ -1,7 +1,5 @@
 """Count the file operations of a run, and let something happen at one of them.
 
-    python tests/faults/inject.py --at 120 --signal KILL --root runs -- --recipe pico_smoke.yaml --out runs/x
-
 An operation is anything that changes files below one of the roots: opening for writing, renaming, removing, making
 folders, and bringing to disk. Python's audit events come before an operation; what has no event (fsync, the writers
 of safetensors, torch and tokenizers, which are not Python) or is worth two points (before and after a rename, an
@@ -10,7 +8,6 @@ opened file without content) is wrapped.
 
 from __future__ import annotations
 
-import argparse
 import builtins
 import io
 import os
@@ -20,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,26 +201,3 @@ def _move_clock(seconds: float) -> None:
     if seconds:
         time.time = lambda: _clock() + _shift
         time.time_ns = lambda: int((_clock() + _shift) * 1e9)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: everything after ``--`` goes to ``unlearn``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--at", type=int, help="the number of the operation; without it they are only counted")
-    parser.add_argument("--match", default="", help="count only operations whose line has this regular expression")
-    parser.add_argument("--signal", default="KILL", dest="action", help="KILL, TERM, or a command for the shell")
-    parser.add_argument("--torn", action="store_true", help="cut the file that was written last to half before it")
-    parser.add_argument("--root", action="append", required=True, help="a folder whose operations count")
-    parser.add_argument("--log", default=os.devnull, help="where to list the operations")
-    parser.add_argument("command", nargs="+", help="what unlearn is to do (after --)")
-    given = parser.parse_args(argv)
-    plan = Plan(tuple(given.root), given.log, given.at, given.match, given.action, given.torn)
-    from unlearn.cli import main as unlearn
-
-    sys.argv = ["unlearn", *given.command]
-    Injector(plan).install()
-    return unlearn(given.command)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

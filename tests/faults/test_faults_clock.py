@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fault_arena import SAME, Bench, Ledger, of_stage, some
+from fault_arena import SAME, Bench, of_stage, some
 
 DECADE = 10 * 365.25 * 86400.0
 JUMPS = {"back": -DECADE, "forward": DECADE}
@@ -23,11 +23,11 @@ def dated(root: Path, seconds: int) -> None:
 
 
 @pytest.mark.parametrize("jump", JUMPS)
-def test_a_clock_that_jumps_midway(jump: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_a_clock_that_jumps_midway(jump: str, bench: Bench, tmp_path: Path) -> None:
     """In the middle of training, before everything else is done."""
     place = bench.copy(tmp_path / "place").without("teach", "test", "membership")
     plan = place.plan(1, match=r"run/\.unlearn-work/target@\*/checkpoint-2", action=f"clock:{JUMPS[jump]}")
-    outcome = ledger.note("the clock jumps", f"{jump} midway", bench.verdict(place, bench.run(place, plan=plan)))
+    outcome = bench.verdict(place, bench.run(place, plan=plan))
     assert outcome == SAME
     ended = bench.run(place)
     assert "nothing has changed" in ended.err
@@ -35,40 +35,38 @@ def test_a_clock_that_jumps_midway(jump: str, bench: Bench, ledger: Ledger, tmp_
 
 
 @pytest.mark.parametrize("jump", some("back", slow=["forward"]))
-def test_resumed_under_another_clock(jump: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_resumed_under_another_clock(jump: str, bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without("teach", "robustness")
     killed = bench.run(place, plan=place.plan(1, match=r"run/\.unlearn-work/target@\*/checkpoint-3"))
     assert killed.code == -9
     ended = bench.run(place, plan=place.plan(clock=JUMPS[jump]))
     assert "going on after process" in ended.err
-    assert ledger.note("the clock jumps", f"{jump}, then resumed", bench.verdict(place, ended)) == SAME
+    assert bench.verdict(place, ended) == SAME
 
 
 @pytest.mark.parametrize("time", TIMES)
-def test_files_of_another_time(time: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_files_of_another_time(time: str, bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place")
     dated(place.root, TIMES[time])
     ended = bench.run(place)
     assert "nothing has changed" in ended.err
-    assert ledger.note("files dated wrongly", f"{time}, finished", bench.verdict(place, ended)) == SAME
+    assert bench.verdict(place, ended) == SAME
 
 
 @pytest.mark.parametrize("time", TIMES)
-def test_remains_of_another_time(time: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_remains_of_another_time(time: str, bench: Bench, tmp_path: Path) -> None:
     """Killed in training, and while the cache was filled."""
     place = bench.copy(tmp_path / "place").without("load", "teach")
     filling = bench.run(place, plan=place.plan(8, match=of_stage("load")))
     training = bench.run(place, plan=place.plan(1, match=r"run/\.unlearn-work/target@\*/checkpoint-3"))
     assert (filling.code, training.code) == (-9, -9)
     dated(place.root, TIMES[time])
-    outcome = ledger.note("files dated wrongly", f"{time}, killed", bench.verdict(place, bench.run(place)))
+    outcome = bench.verdict(place, bench.run(place))
     assert outcome == SAME
 
 
 @pytest.mark.parametrize("jump", JUMPS)
-def test_two_machines_whose_clocks_differ_fill_one_cache(
-    jump: str, bench: Bench, ledger: Ledger, tmp_path: Path
-) -> None:
+def test_two_machines_whose_clocks_differ_fill_one_cache(jump: str, bench: Bench, tmp_path: Path) -> None:
     """Neither takes what the other is writing for something that was left years ago."""
     places = [bench.copy(tmp_path / name).without("report") for name in ("one", "other")]
     cache = str(tmp_path / "cache")
@@ -76,12 +74,12 @@ def test_two_machines_whose_clocks_differ_fill_one_cache(
     plans = [place.plan(clock=clock, **slowly) for place, clock in zip(places, (0.0, JUMPS[jump]), strict=True)]
     jobs = [place.job(cache=cache, plan=plan) for place, plan in zip(places, plans, strict=True)]
     for place, ended in zip(places, bench.server.run(*jobs), strict=True):
-        assert ledger.note("the clock jumps", f"{jump}, one cache", bench.verdict(place, ended)) == SAME
+        assert bench.verdict(place, ended) == SAME
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", ["-10y", "+10y", "@2001-01-01 00:00:00 x500"])
-def test_the_whole_process_in_another_time(shift: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_the_whole_process_in_another_time(shift: str, bench: Bench, tmp_path: Path) -> None:
     """With libfaketime every library sees the other clock, and so do the times of files."""
     if shutil.which("faketime") is None:
         pytest.skip("faketime is not installed")
@@ -95,5 +93,5 @@ def test_the_whole_process_in_another_time(shift: str, bench: Bench, ledger: Led
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    outcome = ledger.note("the clock jumps", f"libfaketime {shift}", bench.verdict(place, bench.run(place)))
+    outcome = bench.verdict(place, bench.run(place))
     assert outcome == SAME

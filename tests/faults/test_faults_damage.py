@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_arena import MESSAGE, SAME, THEN_SAME, WRONG, Bench, Ledger, Place, of_stage, some
+from fault_arena import MESSAGE, SAME, THEN_SAME, WRONG, Bench, Place, of_stage, some
 
 from unlearn.store.stages import LOCK
 
@@ -77,7 +77,7 @@ def files_of(root: Path, kind: str) -> list[Path]:
 _BY_HAND = re.compile(r"Move them elsewhere|choose another --out")  # what may be somebody's is not thrown away
 
 
-def judge(bench: Bench, ledger: Ledger, place: Place, kind: str, point: str) -> None:
+def judge(bench: Bench, place: Place, kind: str, point: str) -> None:
     """Run again in a damaged place. After a message, which must name a way out, the way out is taken."""
     ended = bench.run(place)
     outcome = bench.verdict(place, ended)
@@ -85,7 +85,7 @@ def judge(bench: Bench, ledger: Ledger, place: Place, kind: str, point: str) -> 
         assert "--fresh" in ended.err, ended.err
         again = bench.verdict(place, bench.run(place, "--fresh"))
         outcome = THEN_SAME if again == SAME else WRONG
-    assert ledger.note(kind, point, outcome) in (SAME, THEN_SAME, MESSAGE), (point, ended.err)
+    assert outcome in (SAME, THEN_SAME, MESSAGE), (point, ended.err)
 
 
 def prepared(bench: Bench, root: Path, file: str) -> Place:
@@ -95,17 +95,17 @@ def prepared(bench: Bench, root: Path, file: str) -> Place:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flipped_bit_is_found(kind: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found(kind: str, bench: Bench, tmp_path: Path) -> None:
     place = prepared(bench, tmp_path / "place", KINDS[kind][0])
     files = files_of(place.root, kind)
     assert files
     for path in files:
         flipped(path)
-    judge(bench, ledger, place, "a file flipped", kind)
+    judge(bench, place, "a file flipped", kind)
 
 
 @pytest.mark.parametrize("damage", DAMAGES[1:], ids=lambda d: d.__name__)
-def test_other_damages(damage: Callable[[Path], None], bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_other_damages(damage: Callable[[Path], None], bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place")
     for file in (
         "run/vectors/forget/vector.safetensors",
@@ -113,17 +113,17 @@ def test_other_damages(damage: Callable[[Path], None], bench: Bench, ledger: Led
         "run/export/adapter/README.md",
     ):
         damage(place.root / file)
-    judge(bench, ledger, place, f"a file {damage.__name__}", "vector, scores and card")
+    judge(bench, place, f"a file {damage.__name__}", "vector, scores and card")
 
 
-def test_two_whole_stages_change_places(bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_two_whole_stages_change_places(bench: Bench, tmp_path: Path) -> None:
     """Each with its own seal, so that no checksum is wrong."""
     place = bench.copy(tmp_path / "place")
     for one, other in (("vectors/forget", "vectors/near-r"), ("eval/0/test", "eval/0.5/test"), ("target", "reference")):
         (place.run / one).rename(place.run / "aside")
         (place.run / other).rename(place.run / one)
         (place.run / "aside").rename(place.run / other)
-    judge(bench, ledger, place, "a file swapped", "whole stages")
+    judge(bench, place, "a file swapped", "whole stages")
 
 
 _FIRST = ("adapter_model.safetensors", "optimizer.pt", "unlearn_checkpoint_is_whole")
@@ -131,7 +131,7 @@ _OTHERS = ("scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args
 
 
 @pytest.mark.parametrize("file", some(*_FIRST, slow=_OTHERS))
-def test_a_damaged_checkpoint(file: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint(file: str, bench: Bench, tmp_path: Path) -> None:
     """Training is killed after its second checkpoint, which is damaged: it goes on from the first."""
     place = bench.copy(tmp_path / "place").without("finetune")
     killed = bench.run(place, plan=place.plan(1, match=r"run/\.unlearn-work/vectors\+forget@\*/checkpoint-3"))
@@ -140,24 +140,24 @@ def test_a_damaged_checkpoint(file: str, bench: Bench, ledger: Ledger, tmp_path:
     flipped(path)
     ended = bench.run(place)
     assert "checkpoint-2: " in ended.err
-    assert ledger.note("a checkpoint flipped", file, bench.verdict(place, ended)) == SAME
+    assert bench.verdict(place, ended) == SAME
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff" * 64, b"0" * 4096], ids=range(6))
-def test_a_damaged_lock(content: bytes, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_a_damaged_lock(content: bytes, bench: Bench, tmp_path: Path) -> None:
     """What a power cut may leave of a lock file stands in nobody's way for long."""
     place = bench.copy(tmp_path / "place")
     (place.run / LOCK).write_bytes(content)
-    outcome = ledger.note("a damaged lock", repr(content[:12]), bench.verdict(place, bench.run(place)))
+    outcome = bench.verdict(place, bench.run(place))
     assert outcome == SAME
 
 
-def test_a_flipped_lock(bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_a_flipped_lock(bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without("export")
     killed = bench.run(place, plan=place.plan(1, match=of_stage("export")))
     assert killed.code == -9, killed.err
     flipped(place.run / LOCK)
-    assert ledger.note("a damaged lock", "flipped", bench.verdict(place, bench.run(place))) == SAME
+    assert bench.verdict(place, bench.run(place)) == SAME
 
 
 # --- the slow suite ----------------------------------------------------------------------------------------------
@@ -166,14 +166,14 @@ def test_a_flipped_lock(bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_file(kind: str, damage: Callable[[Path], None], bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_every_file(kind: str, damage: Callable[[Path], None], bench: Bench, tmp_path: Path) -> None:
     wrong = []
     for number, file in enumerate(files_of(bench.whole.root, kind)):
         name = file.relative_to(bench.whole.root).as_posix()
         place = prepared(bench, tmp_path / str(number), name)
         damage(place.root / name)
         try:
-            judge(bench, ledger, place, f"a file {damage.__name__}", name)
+            judge(bench, place, f"a file {damage.__name__}", name)
         except AssertionError as e:
             wrong.append(str(e))
         shutil.rmtree(place.root)

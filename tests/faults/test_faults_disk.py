@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fault_arena import MESSAGE, SAME, THEN_SAME, WRONG, Bench, Ledger, Place, facts, of_stage, some
+from fault_arena import MESSAGE, SAME, THEN_SAME, WRONG, Bench, Place, facts, of_stage, some
 
 _PAGE = 4096
 
@@ -87,85 +87,85 @@ def on_disk(bench: Bench, root: Path, disk: Disks, *without: str) -> tuple[Place
 
 
 @pytest.mark.parametrize("stage", some("data", "sweep", "report", slow=("teach", "reference", "robustness", "export")))
-def test_the_disk_fills_up_in_a_stage(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_the_disk_fills_up_in_a_stage(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
     there.leave(8)
     full = bench.run(place)
     assert "no space left" in full.err.lower(), full.err
     there.again("size=64m")
-    assert ledger.note("disk full", stage, bench.again(place, full)) == THEN_SAME
+    assert bench.again(place, full) == THEN_SAME
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [4, 16, 64, 160, 320, 480, 640, 960, 1280, 1600, 1920, 2240, 2560, 2880])
-def test_a_disk_of_a_size(kilobytes: int, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_a_disk_of_a_size(kilobytes: int, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place = bench.cold(tmp_path / "place")
     there = disk(place.run, kilobytes * 1024)
     full = bench.run(place)
     assert full.code == 0 or "no space left" in full.err.lower(), full.err
     there.again("size=64m")
-    assert ledger.note("disk full", f"{kilobytes} kB", bench.again(place, full)) in (SAME, THEN_SAME)
+    assert bench.again(place, full) in (SAME, THEN_SAME)
 
 
 @pytest.mark.parametrize("kilobytes", [8, 200])
-def test_the_cache_s_disk_is_full(kilobytes: int, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_the_cache_s_disk_is_full(kilobytes: int, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without("load")
     there = disk(place.cache, kilobytes * 1024)
     full = bench.run(place)
     assert "UNLEARN_CACHE" in full.err, full.err
     there.again("size=64m")
-    assert ledger.note("disk full", f"cache, {kilobytes} kB", bench.again(place, full)) == THEN_SAME
+    assert bench.again(place, full) == THEN_SAME
 
 
-def test_the_disk_for_temporary_files_is_full(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_the_disk_for_temporary_files_is_full(bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without("robustness")
     there = disk(place.root / "tmp", _PAGE)
     (there.place / "filling").write_bytes(b"x")
     full = bench.run(place)
     (there.place / "filling").unlink()
     there.again("size=64m")
-    outcome = ledger.note("disk full", "temporary files", bench.again(place, full))
+    outcome = bench.again(place, full)
     assert outcome in (SAME, THEN_SAME)
 
 
 @pytest.mark.parametrize("kilobytes", [2, 60])
-def test_files_may_not_grow(kilobytes: int, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_files_may_not_grow(kilobytes: int, bench: Bench, tmp_path: Path) -> None:
     """A limit on the size of files (ulimit -f), which needs no root."""
     place = bench.cold(tmp_path / "place")
     limited = bench.run(place, largest=kilobytes * 1024)
-    assert ledger.note("files limited in size", f"{kilobytes} kB", bench.again(place, limited)) == THEN_SAME
+    assert bench.again(place, limited) == THEN_SAME
 
 
 # --- read-only ---------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_on_a_read_only_disk(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_a_finished_run_on_a_read_only_disk(bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place = bench.cold(tmp_path / "place")
     there = disk(place.run)
     bench.fill(place)
     there.again("ro")
     ended = bench.run(place)
-    assert ledger.note("read-only output", "finished run", bench.verdict(place, ended)) != WRONG
+    assert bench.verdict(place, ended) != WRONG
     assert facts(place.run) == bench.expected
 
 
-def test_an_unfinished_run_on_a_read_only_disk(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_an_unfinished_run_on_a_read_only_disk(bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, "teach")
     there.again("ro")
     fault = bench.run(place)
     assert "Read-only" in fault.err
     there.again("rw")
-    assert ledger.note("read-only output", "unfinished run", bench.again(place, fault)) == THEN_SAME
+    assert bench.again(place, fault) == THEN_SAME
 
 
 @pytest.mark.parametrize("stage", some("data", "test", "report", slow=("teach", "finetune", "robustness", "export")))
-def test_read_only_midway(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_read_only_midway(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
     plan = place.plan(1, match=of_stage(stage), action=f"mount -o remount,ro {there.place}")
     fault = bench.run(place, plan=plan)
     assert fault.code == 2, fault.err
     there.again("rw")
-    assert ledger.note("read-only output", f"from {stage} on", bench.again(place, fault)) == THEN_SAME
+    assert bench.again(place, fault) == THEN_SAME
 
 
 # Writers that are not Python, or of other libraries, and have words of their own for what the file system says.
@@ -188,7 +188,7 @@ _CASES = [(how, writer) for writer in _WRITERS for how in ("full", "read-only")]
 
 # each writer once: by turns on a full disk and on one that is read-only by then; the slow suite has the others
 @pytest.mark.parametrize(("how", "writer"), some(*_CASES[0::4], *_CASES[3::4], slow=(*_CASES[1::4], *_CASES[2::4])))
-def test_what_a_writer_says(how: str, writer: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_what_a_writer_says(how: str, writer: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     stage, match = _WRITERS[writer]
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
     there.again("size=6m")
@@ -199,34 +199,33 @@ def test_what_a_writer_says(how: str, writer: str, bench: Bench, ledger: Ledger,
     fault = bench.run(place, plan=place.plan(1, match=at, action=action))
     there.again("rw")
     filling.unlink(missing_ok=True)
-    kind = "disk full" if how == "full" else "read-only output"
-    assert ledger.note(kind, writer, bench.again(place, fault)) == THEN_SAME
+    assert bench.again(place, fault) == THEN_SAME
 
 
-def test_a_read_only_cache_that_is_whole_is_enough(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_a_read_only_cache_that_is_whole_is_enough(bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place = bench.cold(tmp_path / "place")
     there = disk(place.cache)
     bench.fill(place)
     place.without("teach")
     there.again("ro")
-    assert ledger.note("read-only cache", "whole", bench.verdict(place, bench.run(place))) == SAME
+    assert bench.verdict(place, bench.run(place)) == SAME
 
 
-def test_a_read_only_cache_that_is_empty(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_a_read_only_cache_that_is_empty(bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without("load")
     there = disk(place.cache)
     there.again("ro")
     fault = bench.run(place)
     assert "UNLEARN_CACHE" in fault.err
     there.again("rw")
-    assert ledger.note("read-only cache", "empty", bench.again(place, fault)) == THEN_SAME
+    assert bench.again(place, fault) == THEN_SAME
 
 
 # --- vanished ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", some("load", "data", "reference", slow=("teach", "robustness", "export")))
-def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place = bench.cold(tmp_path / "place")
     there = disk(place.cache)
     bench.fill(place)
@@ -238,17 +237,17 @@ def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, ledger: Ledger, dis
     assert bench.verdict(place, fault) in (SAME, MESSAGE), fault.err
     assert not there.place.is_mount(), "it did not come to that"
     there.mount(2**26)
-    assert ledger.note("cache's disk vanishes", stage, bench.again(place, fault)) in (SAME, THEN_SAME)
+    assert bench.again(place, fault) in (SAME, THEN_SAME)
 
 
 @pytest.mark.parametrize("stage", some("teach", slow=("data", "reference")))
-def test_the_cache_is_removed(stage: str, bench: Bench, ledger: Ledger, tmp_path: Path) -> None:
+def test_the_cache_is_removed(stage: str, bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without(stage)
     fault = bench.run(place, plan=place.plan(1, match=of_stage(stage), action=f"gone:{place.cache}"))
-    assert ledger.note("cache is removed", stage, bench.again(place, fault)) in (SAME, THEN_SAME)
+    assert bench.again(place, fault) in (SAME, THEN_SAME)
 
 
-def test_the_run_s_disk_vanishes(bench: Bench, ledger: Ledger, disk: Disks, tmp_path: Path) -> None:
+def test_the_run_s_disk_vanishes(bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, "sweep")
     fault = bench.run(place, plan=place.plan(1, match=of_stage("sweep"), action=f"umount -l {there.place}"))
-    assert ledger.note("run's disk vanishes", "sweep", bench.again(place, fault)) in (SAME, THEN_SAME)
+    assert bench.again(place, fault) in (SAME, THEN_SAME)

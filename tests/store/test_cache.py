@@ -58,9 +58,9 @@ def test_entry_is_made_once_with_sizes_and_checksums(tmp_path: Path) -> None:
     folder = entry(tmp_path / "new", "k", _fill)
     assert entry(tmp_path / "new", "k", _never) == folder == tmp_path / "new" / "k"
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    mtime = (folder / "sub" / "a.txt").stat().st_mtime_ns
+    found = (folder / "sub" / "a.txt").stat()
     said = json.loads((folder / MANIFEST).read_text())["files"]
-    assert said == {"sub/a.txt": {"size": 3, "mtime_ns": mtime, "sha256": abc}}
+    assert said == {"sub/a.txt": {"size": 3, "times": [found.st_mtime_ns, found.st_ctime_ns], "sha256": abc}}
     assert _places(tmp_path / "new") == ["k"]
 
 
@@ -211,7 +211,7 @@ def test_a_maker_that_is_stopped_and_wakes_after_another_took_over(tmp_path: Pat
         (marks / "go").unlink()
 
 
-@pytest.mark.parametrize("hidden", [False, True], ids=["", "time and size stay"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["time and size stay", "beneath the file system"])
 def test_changed_content_is_found_and_mended_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, hidden: bool
 ) -> None:
@@ -220,17 +220,22 @@ def test_changed_content_is_found_and_mended_and_said(
     file = folder / "sub" / "a.txt"
     before = file.stat()
     file.write_text("abd")
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + (not hidden)))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert whole(folder)  # as far as sizes go
     if hidden:
+        said = json.loads((folder / MANIFEST).read_text())
+        said["files"]["sub/a.txt"]["times"] = [file.stat().st_mtime_ns, file.stat().st_ctime_ns]
+        (folder / MANIFEST).write_text(json.dumps(said))
         entry(tmp_path, "k", _never)
         monkeypatch.setenv("UNLEARN_VERIFY", "full")
     entry(tmp_path, "k", _fill)
-    said = capsys.readouterr().err
-    assert said == f"{folder}: the content of sub/a.txt has changed (SHA-256 differs); it is made again\n"
+    heard = capsys.readouterr().err
+    assert heard == f"{folder}: the content of sub/a.txt has changed (SHA-256 differs); it is made again\n"
     assert file.read_text() == "abc"
+    monkeypatch.delenv("UNLEARN_VERIFY", raising=False)
     os.utime(file, (0, 0))
-    entry(tmp_path, "k", _never)  # only touched
+    entry(tmp_path, "k", _never)  # only touched, which is noted
+    assert json.loads((folder / MANIFEST).read_text())["files"]["sub/a.txt"]["times"][0] == 0
 
 
 def test_a_way_to_verify_that_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,9 @@
 it was made from. Whoever needs one first makes it, in a temporary folder that is renamed when whole; the others wait.
 Nothing that has its place is written to again: jobs at work have it mapped into their memory.
 
-``complete.json`` in an entry has size, time of modification and SHA-256 of every file. A file with that size and time
-is trusted, any other is read, and with ``UNLEARN_VERIFY=full`` all are. What is damaged is moved aside, made again, and
-removed after a day. A cache that cannot be written serves what is whole in it.
+``complete.json`` in an entry has size, times and SHA-256 of every file. A file with that size and those times is trusted,
+any other is read, and with ``UNLEARN_VERIFY=full`` all are. What is damaged is moved aside, made again, and removed
+after a day. A cache that cannot be written serves what is whole in it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from unlearn.console import say
-from unlearn.errors import ModelError, UnlearnError
-from unlearn.store.files import FULL, unique, unwritable
+from unlearn.errors import ModelError, RunFolderError, UnlearnError
+from unlearn.store.files import FULL, unique, unwritable, write_json_atomic
 from unlearn.store.lock import Lock
 
 MANIFEST = "complete.json"
@@ -117,21 +117,27 @@ def _damage(folder: Path, read: bool = True) -> str | None:
     """What is wrong with an entry, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-        wanted = {str(n): (int(f["size"]), f.get("mtime_ns"), str(f["sha256"])) for n, f in files.items()}
+        wanted = {str(n): (int(f["size"]), f.get("times"), str(f["sha256"])) for n, f in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is missing or unreadable"
     always = read and verify_always()
-    for name, (size, mtime, digest) in wanted.items():
+    touched = False
+    for name, (size, times, digest) in wanted.items():
         try:
             found = (folder / name).stat()
             if found.st_size != size:
                 return f"{name} has {found.st_size} bytes instead of {size}"
-            if read and (always or found.st_mtime_ns != mtime) and sha256(folder / name) != digest:
+            now = [found.st_mtime_ns, found.st_ctime_ns]
+            if read and (always or now != times) and sha256(folder / name) != digest:
                 return f"the content of {name} has changed (SHA-256 differs)"
+            files[name]["times"], touched = now, touched or now != times
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as e:
             return f"{name} cannot be read ({e.strerror})"
+    if read and touched:  # it was copied, or another host sees other times
+        with suppress(OSError, RunFolderError):  # and is read each time where that cannot be noted
+            write_json_atomic(folder / MANIFEST, {"files": files})
     return None
 
 
@@ -183,7 +189,7 @@ def _write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         found = path.stat()
-        about = {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256(path)}
+        about = {"size": found.st_size, "times": [found.st_mtime_ns, found.st_ctime_ns], "sha256": sha256(path)}
         files[path.relative_to(folder).as_posix()] = about
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", "utf-8")
 
