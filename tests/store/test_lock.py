@@ -183,10 +183,7 @@ def test_a_silent_holder_far_away_is_followed_after_the_timeout(
 def test_the_holder_s_timeout_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in a hurry does not bury a holder that only promised to be heard now and then."""
     monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "0.1")
-    with (
-        running(HOLD, path, FAR="1", UNLEARN_LOCK_TIMEOUT="3"),
-        pytest.raises(RunFolderError, match="on host node17"),
-    ):
+    with running(HOLD, path, FAR="1", UNLEARN_LOCK_TIMEOUT="3"), pytest.raises(RunFolderError, match="on host node17"):
         Lock.take(path)
 
 

@@ -4,9 +4,9 @@
 it was made from. Whoever needs one first makes it, in a temporary folder that is renamed when whole; the others wait.
 Nothing that has its place is written to again: jobs at work have it mapped into their memory.
 
-``complete.json`` in an entry has size, times and SHA-256 of every file. A file with that size and those times is trusted,
-any other is read, and with ``UNLEARN_VERIFY=full`` all are. What is damaged is moved aside, made again, and removed
-after a day. A cache that cannot be written serves what is whole in it.
+``complete.json`` in an entry has size, times and SHA-256 of every file. A file with that size and those times is
+trusted, any other is read, and with ``UNLEARN_VERIFY=full`` all are. What is damaged is moved aside, made again, and
+removed after a day. A cache that cannot be written serves what is whole in it.
 """
 
 from __future__ import annotations
