@@ -17,6 +17,7 @@ ORDER = (
     ("errors", "text", "console", "processes", "results"),
     ("store",),
     ("recipe",),
+    ("data", "model"),
     ("vector",),
     ("train",),
     ("score",),
