@@ -29,7 +29,6 @@ ORDER = (
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Arrows that still point upwards.
 UPWARDS = {
-    ("store", "recipe"),
     ("vector", "evidence"),
     ("vector", "report"),
     ("vector", "train"),
