@@ -14,9 +14,9 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from attack_arena import Arena
 from safetensors import safe_open
-from test_correlation import NAMES, vector
 from test_finetune import interrupted, rows_of, train, train_spec
 from test_fitted import QUICK
+from test_foresight import NAMES, two_changes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
@@ -123,7 +123,7 @@ def test_float16_adapters_and_gradients_have_float32_s_range(loaded: Load, pico_
     """Without a scaled loss, gradients below 6e-8 would be zero: where there is none, the weights are float32."""
     full, half = widened(loaded, pico_phi, "float16"), loaded(pico_phi, "float16")
     before = weights(half.model)
-    tau, rows = vector(full.model, NAMES["phi"], 3), rows_of(full)
+    tau, rows = two_changes(full.model, NAMES["phi"], 3), rows_of(full)
 
     def found(model: Loaded) -> list[Any]:
         where = model.model
