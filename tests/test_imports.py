@@ -30,7 +30,6 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Arrows that still point upwards.
 UPWARDS = {
     ("vector", "evidence"),
-    ("vector", "report"),
     ("vector", "train"),
 }
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.

@@ -169,7 +169,7 @@ def test_nothing_of_others_becomes_markup() -> None:
     assert dirty.tags <= clean.tags | {"ins", "del", "details", "summary"}
     assert not dirty.tags & {"script", "img", "iframe", "object", "embed", "form", "base", "a"}
     assert not [name for _, name in dirty.attributes if name.startswith("on")]
-    assert dirty.links == clean.links
+    assert all(link.startswith("#") for link in dirty.links), "marks of a chart refer to their shape, and nothing else"
     assert "document.title='owned'" in dirty.seen  # it is there, as text
     assert "\x1b" not in dirty.seen
     assert "\x9b" not in dirty.seen

@@ -38,8 +38,9 @@ def export(
     spec = recipe.export
 
     def adapter(tmp: Path) -> None:
-        facts = write.export_adapter(vector, coefficient, target.path, target.model, tmp, about)
-        write_json_atomic(tmp / "export.json", facts)
+        facts = write.export_adapter(vector, coefficient, target.path, target.model, tmp)
+        (tmp / "README.md").write_text(card(about, "adapter", target.path), encoding="utf-8")
+        write_json_atomic(tmp / "export.json", {**facts, **write.contents(tmp)})
 
     def merged(tmp: Path) -> None:
         dtype = None if spec.dtype == "auto" else getattr(torch, spec.dtype)
@@ -54,9 +55,10 @@ def export(
             stochastic_rounding=spec.stochastic_rounding,
             seed=recipe.seed,
             accept_rounding=spec.accept_rounding,
-            base_name=target.path,
-            about=about,
         )
+        text = card(about, "merged", target.path, facts["survived"])
+        (tmp / "README.md").write_text(text, encoding="utf-8")
+        facts = {**facts, **write.contents(tmp)}
         rows = _a_few(sets, target)
         again = write.rescored(tmp, target.model, vector, coefficient, target.tokenizer, rows, spec.accept_rounding)
         say(f"    read again, it is {again['difference']:.2g} nats per token off the edited model")

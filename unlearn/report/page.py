@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
@@ -49,6 +49,9 @@ from unlearn.results import AttackScore, Example, Robustness, RunReport, Score, 
 from unlearn.score.search import bound_of
 from unlearn.text import MISSING, clean, coefficient, counted, duration, file_size, listing, number, percent, signed
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 Size = tuple[float, float]
 WIDE, NARROW, PAPER = (1000.0, 460.0), (360.0, 380.0), (560.0, 400.0)
 TOP = 1.5  # largest share on the frontier's axis: a tiny score at λ = 0 makes huge ones
@@ -58,15 +61,20 @@ _HASH = re.compile(r"(sha256:)?[0-9a-f]{24,}")
 _PROMPT_SHOWN = 480  # characters
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from a template of ``templates/``, which may show texts of anybody: all but charts is escaped."""
+def templates(autoescape: bool = True) -> Environment:
+    """The templates of ``templates/``, with our ways of writing numbers; a name that is not given is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    place = Environment(loader=PackageLoader("unlearn.report"), autoescape=True, undefined=StrictUndefined,
-                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    place = Environment(loader=PackageLoader("unlearn.report"), autoescape=autoescape, undefined=StrictUndefined,
+                        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
     words = (coefficient, counted, duration, file_size, number, percent, signed, with_margin, chance_of)
     place.globals.update({word.__name__: word for word in words}, caveat=CAVEAT, missing=MISSING)
-    return clean(place.get_template(template).render(values))
+    return place
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template. It may show texts of anybody: all but the charts is escaped."""
+    return clean(templates().get_template(template).render(values))
 
 
 def render_html(report: RunReport) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from unlearn.errors import BrokenModelError, VectorError
 from unlearn.evidence.membership import token_scores
 from unlearn.model.locate import doubled_weights, index_shards
 from unlearn.processes import is_out_of_memory
-from unlearn.report.publish import CardFacts, card
 from unlearn.vector.change import Change, edited
 from unlearn.vector.edit import applied, fit
 from unlearn.vector.interop import require_factors, target_modules, write_adapter
@@ -168,7 +167,6 @@ def export_adapter(
     base_name: str,
     model: nn.Module,
     folder: Path,
-    about: CardFacts | None = None,
 ) -> Mapping[str, Any]:
     """Write ``theta - coefficient * tau`` as a LoRA adapter for plain ``PeftModel.from_pretrained(base, folder)``.
 
@@ -179,7 +177,6 @@ def export_adapter(
         base_name: What the adapter is to be put on: a hub id or a folder.
         model: The unedited model, to fit the vector to; not changed.
         folder: Where to; made if missing.
-        about: For the model card; None writes none.
 
     Returns:
         ``coefficient``, ``modules`` (how many), ``rank`` (the largest), ``bytes``, ``files``.
@@ -193,12 +190,11 @@ def export_adapter(
     targets = target_modules(list(scaled.modules), [n for n, _ in model.named_modules()])
     conv1d = any(isinstance(module, Conv1D) for module, _ in fitted.values())
     write_adapter(scaled, folder, base_name, targets, conv1d)
-    _readme(folder, about, "adapter", base_name)
     return {
         "coefficient": coefficient,
         "modules": len(scaled.modules),
         "rank": scaled.rank(),
-        **_contents(folder),
+        **contents(folder),
     }
 
 
@@ -213,8 +209,6 @@ def export_merged(
     stochastic_rounding: bool = False,
     seed: int = 0,
     accept_rounding: bool = False,
-    base_name: str = "",
-    about: CardFacts | None = None,
 ) -> Mapping[str, Any]:
     """Write the weights of ``theta - coefficient * tau`` for plain ``AutoModelForCausalLM.from_pretrained(folder)``.
 
@@ -229,7 +223,6 @@ def export_merged(
         stochastic_rounding: Round edited weights to 16 bits by chance instead of to the nearest.
         seed: For stochastic rounding.
         accept_rounding: Write also what rounding to nearest has made another edit of.
-        base_name, about: For the model card; ``about`` None writes none.
 
     Returns:
         ``coefficient``, ``dtype``, ``stochastic_rounding``, ``bytes``, ``files``, and ``survived``: ``cosine`` and
@@ -274,12 +267,11 @@ def export_merged(
             tokenizer.save_pretrained(folder)
     if said := doubled_weights(folder, index_shards(folder) or ()):
         raise VectorError(said)
-    _readme(folder, about, "merged", base_name, survived)
     return {
         "coefficient": coefficient,
         "dtype": str(dtype or model.dtype).removeprefix("torch."),
         "stochastic_rounding": stochastic_rounding,
-        **_contents(folder),
+        **contents(folder),
         "survived": survived,
     }
 
@@ -422,17 +414,7 @@ def _config_of(model: PreTrainedModel) -> Iterator[None]:
         model.config = original
 
 
-def _readme(
-    folder: Path,
-    about: CardFacts | None,
-    export: Literal["adapter", "merged"],
-    base_name: str,
-    survived: Mapping[str, Any] | None = None,
-) -> None:
-    if about is not None:
-        (folder / "README.md").write_text(card(about, export, base_name, survived), encoding="utf-8")
-
-
-def _contents(folder: Path) -> dict[str, Any]:
+def contents(folder: Path) -> dict[str, Any]:
+    """Size and names of all files in a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {"bytes": sum(p.stat().st_size for p in files), "files": [p.relative_to(folder).as_posix() for p in files]}
