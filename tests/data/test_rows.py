@@ -234,7 +234,7 @@ def test_hub_out_of_reach_says_what_to_do(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         ""
         "from unlearn.errors import DataError\n"
-        "from unlearn.recipe.schema import Source\nfrom unlearn.data.files import read_rows\n"
+        "from unlearn.recipe.data import Source\nfrom unlearn.data.files import read_rows\n"
         "try: read_rows(Source(path='hub:nobody/nothing', config='forget10'), Path('.'))\n"
         "except DataError as error: print(error)"
     )
@@ -252,7 +252,7 @@ def test_hub_rows_come_through_datasets(tmp_path: Path) -> None:
     write(tmp_path / "owner" / "name", "train.jsonl", '{"q": "x", "n": 1}\n{"q": "y", "n": 2}\n')
     code = (
         "from pathlib import Path\n"
-        "from unlearn.recipe.schema import Source\nfrom unlearn.data.files import read_placed\n"
+        "from unlearn.recipe.data import Source\nfrom unlearn.data.files import read_placed\n"
         "print(read_placed(Source(path='hub:owner/name', where={'n': 2}), Path('.')))"
     )
     assert "[Row(place='row 2', values={'q': 'y', 'n': 2})]" in run_offline(tmp_path, code)
@@ -267,7 +267,7 @@ def test_reading_files_imports_nothing_heavy(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", '{"a": 1}')
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from unlearn.recipe.schema import Source\nfrom unlearn.data.files import read_rows\n"
+        "from unlearn.recipe.data import Source\nfrom unlearn.data.files import read_rows\n"
         "print(read_rows(Source(path='a.jsonl'), Path('.')))\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )

@@ -175,7 +175,7 @@ def test_a_run_says_so_before_it_begins(tmp_path: Path, given: tuple[str, ...], 
 
 def test_a_data_set_out_of_reach(tmp_path: Path) -> None:
     code = (
-        "from unlearn.recipe.schema import Source; from unlearn.data.files import read_rows; from pathlib import Path\n"
+        "from unlearn.recipe.data import Source; from unlearn.data.files import read_rows; from pathlib import Path\n"
         "from unlearn.errors import DataError\n"
         "try: read_rows(Source(path='hub:owner/data'), Path())\n"
         "except DataError as e: print(e)"
@@ -195,7 +195,7 @@ def test_data_of_lm_evals_tasks_out_of_reach(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from unlearn.errors import EvaluationError\n"
         "from unlearn import cli; from unlearn.score import tasks\n"
-        "from unlearn.recipe.schema import TaskSpec\n"
+        "from unlearn.recipe.evaluation import TaskSpec\n"
         "folder = sys.argv[1]\n"
         "tasks.SHIPPED = Path(folder).parent\n"
         "try: tasks.load(TaskSpec.model_validate({'task': 'far', 'set': 'utility', 'metric': 'acc'}), 0, '')\n"

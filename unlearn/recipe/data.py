@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -172,48 +173,35 @@ class DataSet(Source):
         return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.config or stem).strip("-.") or "set"
 
 
-def _only_scored() -> SplitShares:
-    return SplitShares(train=0.0, validation=0.4, test=0.6)
-
-
 class UtilitySet(DataSet):
     """A utility set: only scored, so by default none of its rows are held back for training."""
 
-    shares: SplitShares = Field(default_factory=_only_scored, description="How the rows are split.")
-
-
-def _only_compared() -> SplitShares:
-    return SplitShares(train=0.0, validation=0.0, test=1.0)
+    shares: SplitShares = Field(
+        default_factory=lambda: SplitShares(train=0.0, validation=0.4, test=0.6), description="How the rows are split."
+    )
 
 
 class HoldoutSet(DataSet):
     """A hold-out set: never trained on and not scored, only compared with the forget set."""
 
-    shares: SplitShares = Field(default_factory=_only_compared, description="How the rows are split.")
+    shares: SplitShares = Field(
+        default_factory=lambda: SplitShares(train=0.0, validation=0.0, test=1.0), description="How the rows are split."
+    )
 
 
 # -- prompt templates
 
 
-_TOKEN = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|(?P<brace>[{}])")
 _FORMAT_MARKS = {".": "attribute access", "[": "index access", "!": "a conversion", ":": "a format spec"}
 
 
 def template_fields(template: str) -> tuple[str, ...]:
-    """Return the column names that ``template`` uses, each once, in order of first use.
-
-    Raises:
-        ValueError: the braces do not balance, or a field is more than a plain name.
-    """
+    """Return the column names that ``template`` uses, each once, in order of first use."""
     return tuple(dict.fromkeys(text for is_field, text in _parts(template) if is_field))
 
 
 def render(template: str, row: Mapping[str, object]) -> str:
-    """Fill every ``{column}`` of ``template`` with ``str(row[column])``.
-
-    Raises:
-        ValueError: the template is malformed, or it names a column that ``row`` lacks or that is empty (``None``).
-    """
+    """Fill every ``{column}`` of ``template`` with ``str(row[column])``."""
     return "".join(_value(text, row) if is_field else text for is_field, text in _parts(template))
 
 
@@ -240,31 +228,26 @@ def _value(name: str, row: Mapping[str, object]) -> str:
 
 def _parts(template: str) -> Iterator[tuple[bool, str]]:
     """Yield (is a field, its name or the literal text) from left to right."""
-    end = 0
-    for match in _TOKEN.finditer(template):
-        if match.start() > end:
-            yield False, template[end : match.start()]
-        end = match.end()
-        token = match.group()
-        if token in ("{{", "}}"):
-            yield False, token[0]
-        elif match.group("brace"):
-            raise ValueError(
-                f"there is a single '{token}' without its partner; write '{token}{token}' for a literal one"
-            )
-        else:
-            name = match.group("field")
-            _check_name(name)
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        brace = "}" if "'}' encountered" in str(error) else "{"
+        raise ValueError(
+            f"there is a single '{brace}' without its partner; write '{brace}{brace}' for a literal one"
+        ) from None
+    for literal, name, spec, conversion in parsed:
+        if literal:
+            yield False, literal
+        if name is not None:
+            _check_name(name + ("!" if conversion else "") + (":" if spec else ""))
             yield True, name
-    if end < len(template):
-        yield False, template[end:]
 
 
 def _check_name(name: str) -> None:
+    for mark, what in _FORMAT_MARKS.items():
+        if mark in name:
+            raise ValueError(f"the field '{{{name}}}' uses {what} ('{mark}'); only plain {{column}} fields are allowed")
     if not name.strip():
         raise ValueError("there is an empty field '{}'; name a column, as in {question}")
     if name != name.strip():
         raise ValueError(f"the field '{{{name}}}' has spaces around the name; write {{{name.strip()}}}")
-    for mark, what in _FORMAT_MARKS.items():
-        if mark in name:
-            raise ValueError(f"the field '{{{name}}}' uses {what} ('{mark}'); only plain {{column}} fields are allowed")

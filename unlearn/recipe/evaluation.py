@@ -105,9 +105,6 @@ class PushSpec(Frozen):
         return repo
 
 
-# -- the part of a recipe that says which coefficients are tried, how one is chosen, what is scored and h
-
-
 class SweepSpec(Frozen):
     """Which coefficients are tried."""
 
@@ -219,11 +216,8 @@ class ExportSpec(Frozen):
         return self
 
 
-# -- the part of a recipe that says what a batch system should give a run. it changes nothing about the r
-
-
 class ClusterSpec(Frozen):
-    """What ``python -m unlearn.cluster.command`` asks Slurm for, per job.
+    """What ``unlearn submit`` asks Slurm for, per job.
 
     Without Slurm ``gpus``, ``processes`` and ``parallelism`` count.
     """

@@ -12,17 +12,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from unlearn.recipe.data import (
-    SPLITS,
     DataSet,
     Frozen,
     HoldoutSet,
-    Kind,
-    Scalar,
     SetRole,
-    Source,
-    Split,
-    SplitPrompts,
-    SplitShares,
     UtilitySet,
 )
 from unlearn.recipe.evaluation import (
@@ -31,52 +24,17 @@ from unlearn.recipe.evaluation import (
     ClusterSpec,
     EvalSpec,
     ExportSpec,
-    PushSpec,
     RobustnessSpec,
     SweepSpec,
-    TaskSpec,
 )
 from unlearn.recipe.methods import (
     ADDABLE,
     BASELINES,
     NEED_RETAIN,
-    LoraSpec,
     RetainKLSpec,
     TeachSpec,
-    TrainSpec,
     VectorSpec,
 )
-
-__all__ = [
-    "SPLITS",
-    "AnalogySpec",
-    "BenchmarkSpec",
-    "ChooseSpec",
-    "ClusterSpec",
-    "DataSet",
-    "EvalSpec",
-    "ExportSpec",
-    "HoldoutSet",
-    "Kind",
-    "LoraSpec",
-    "ModelSpec",
-    "PushSpec",
-    "Recipe",
-    "RetainKLSpec",
-    "RobustnessSpec",
-    "Scalar",
-    "SetRole",
-    "Source",
-    "Split",
-    "SplitPrompts",
-    "SplitShares",
-    "SweepSpec",
-    "TaskSpec",
-    "TeachSpec",
-    "TrainSpec",
-    "UtilitySet",
-    "VectorSpec",
-]
 
 
 class ModelSpec(Frozen):
@@ -157,7 +115,7 @@ class Recipe(Frozen):
         "this run would make: a vector fitted or a model taught before.",
     )
     cluster: ClusterSpec | None = Field(
-        None, description="What unlearn.cluster.command asks a batch system for; changes nothing about the result."
+        None, description="What unlearn submit asks a batch system for; changes nothing about the result."
     )
 
     @model_validator(mode="after")
