@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,7 @@ from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.cli import main
-from unlearn.pipeline import steps
-from unlearn.recipe.load import load_recipe, tasks_folder
+from unlearn.recipe.load import tasks_folder
 from unlearn.results import RunReport
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
@@ -118,31 +115,6 @@ def test_a_damaged_vector_is_made_again(whole: Path, tmp_path: Path) -> None:
     _, err = finish(start(copy))
     assert "made again" in err
     assert same(copy) == same(whole)
-
-
-@pytest.mark.slow  # tests/faults kills at more places, and faster
-def test_killed_in_every_stage_and_resumed_gives_the_same_report(whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    # one request needs no balance, and nothing is compared; those stages are killed in test_compared.py
-    for number, stage in enumerate(steps(load_recipe("pico_smoke.yaml").recipe), start=1):
-        # an interrupt in one stage, a kill without warning in all others
-        number_sent = signal.SIGINT if stage == "sweep" else signal.SIGKILL
-        process = start(folder)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(f"[{number}/"):
-                time.sleep(0.4 if stage in ("teach", "finetune") else 0.05)
-                process.send_signal(number_sent)
-                break
-        else:
-            pytest.fail(f"the run never came to {stage}")
-        process.communicate(timeout=SECONDS)
-        assert process.returncode in (130 if stage == "sweep" else -signal.SIGKILL, 0)
-        if process.returncode == 0:
-            # the stage and all after it were over before the signal came: let the next run go through them again
-            (folder / "report.json").unlink()
-    finish(start(folder))
-    assert same(folder) == same(whole)
 
 
 def test_plain_peft_gives_the_edited_model(whole: Path, report: RunReport) -> None:

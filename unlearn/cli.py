@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return app(arguments, prog_name="unlearn", standalone_mode=True) or 0
     except SystemExit as e:
+        if isinstance(e.__context__, BrokenPipeError):  # whoever read the output has read enough
+            return 0
         return e.code if isinstance(e.code, int) else int(e.code is not None)
     finally:
         signal.signal(signal.SIGTERM, before)
