@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 import unlearn
 from unlearn import console
+from unlearn.cluster.command import compare, status, submit
 from unlearn.errors import UnlearnError
 from unlearn.evidence.leaderboard import leaderboard
 from unlearn.store.files import unwritable
@@ -259,6 +260,8 @@ def push(
 app.add_typer(vector_app, name="vector")
 app.command("apply")(apply_command)
 app.command()(leaderboard)
+for command in (submit, status, compare):
+    app.command()(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from unlearn import text as redact
-from unlearn.cluster.grid import Grid
-from unlearn.cluster.job_state import JobState
+from unlearn.cluster.job import JobState
+from unlearn.cluster.plan import Grid
 from unlearn.data.files import read_file, read_rows
 from unlearn.data.sets import load_sets
 from unlearn.errors import DataError, GridError, ModelError, RecipeError, UnlearnError, VectorError
@@ -343,14 +343,14 @@ MEMBERS = b"\n".join(
 )
 STAGE = _json({"schema": 1, "key": "k", "seconds": 1.0, "files": {"a": {"bytes": 1, "sha256": "0" * 64}}})
 STATE = _json(
-    {"schema": 1, "state": "failed", "attempt": 1, "pid": 1, "host": "h", "started": "s", "since": "t", "error": "e"}
+    {"state": "failed", "attempt": 1, "pid": 1, "host": "h", "started": 1.5, "since": "t", "error": "e"}
 )
 GRID = _json(
     {
-        "schema": 1, "name": "g", "created": "t", "cwd": ".", "cluster": {},
-        "recipes": [{"name": "x", "source": "/x.yaml", "text": BASE}], "axes": [{"key": "seed", "values": ["0"]}],
-        "preparations": [{"index": 0, "name": "p", "recipe": 0, "overrides": [], "what": ["model"]}],
-        "jobs": [{"index": 0, "name": "j", "recipe": 0, "overrides": [], "settings": {"seed": "0"}, "preparation": 0}],
+        "schema": 2, "name": "g", "cwd": ".", "cluster": {},
+        "recipes": [{"name": "x", "source": "/x.yaml", "text": BASE}],
+        "preparations": [{"name": "p", "recipe": 0, "overrides": [], "settings": {}, "prepare": True}],
+        "jobs": [{"name": "j", "recipe": 0, "overrides": [], "settings": {"seed": "0"}, "after": "p"}],
     }
 )  # fmt: skip
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from throwaway import Throwaway
 
-from unlearn.cluster.grid import Grid, job_folder, log_file
-from unlearn.cluster.job_state import JobState
+from unlearn.cluster.job import JobState
+from unlearn.cluster.plan import Grid
 
 PICO = Path(__file__).resolve().parents[2] / "recipes" / "pico_smoke.yaml"
 CLUSTER = """
@@ -39,9 +39,9 @@ class Submitted:
 
 
 def command(node: Throwaway, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m unlearn.cluster.command``, on the machine of the cluster's controller."""
+    """The command ``unlearn``, on the machine of the cluster's controller."""
     trusted = {**node.environment, "UNLEARN_TRUST_SETUP": "1"}
-    return node.ask(sys.executable, "-m", "unlearn.cluster.command", *arguments, env=trusted, timeout=300)
+    return node.ask(sys.executable, "-m", "unlearn", *arguments, env=trusted, timeout=300)
 
 
 def until(ready: Callable[[], Any], what: str, submitted: Submitted) -> Any:
@@ -65,7 +65,7 @@ def recipe(steps: int, **cluster: int) -> str:
 def training(submitted: Submitted, name: str, stage: str) -> str | None:
     """The number in the queue of a job that is in the middle of a training, which has left ``stage`` in its work."""
     state = JobState.load(submitted.root, name)
-    at_work = list((job_folder(submitted.root, name) / ".unlearn-work").glob(stage))
+    at_work = list((Grid.load(submitted.root).job(name).folder(submitted.root) / ".unlearn-work").glob(stage))
     return state.slurm if state is not None and state.state == "running" and at_work else None
 
 
@@ -96,7 +96,7 @@ class Trained:
         return self.state is not None and (self.state.state == "stopped" or self.state.attempt == 2)
 
     def went_on_from_where_it_was(self) -> None:
-        log = log_file(self.grid.root, self.name).read_text()
+        log = Grid.load(self.grid.root).job(self.name).log(self.grid.root).read_text()
         stop = re.search(r"stopped after step (\d+) of 300; it is kept", log)
         assert stop is not None, log
         assert int(stop[1]) > 0

@@ -12,8 +12,8 @@ import pytest
 from submitted import Submitted, Trained, command, finished, recipe, start, training, until, waits, without_times
 from throwaway import Throwaway, why_not
 
-from unlearn.cluster.grid import Grid, job_folder, log_file
-from unlearn.cluster.job_state import JobState
+from unlearn.cluster.job import JobState
+from unlearn.cluster.plan import Grid
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
@@ -29,7 +29,7 @@ def submitted(node: Throwaway, tmp_path_factory: pytest.TempPathFactory) -> Subm
     folder = tmp_path_factory.mktemp("grid")
     (folder / "pico.yaml").write_text(recipe(200, cpus=1))
     done = command(
-        *(node, "--recipe", str(folder / "pico.yaml"), "--grid", "seed=0,1", "--grid", "vector.lora.rank=2,4"),
+        *(node, "submit", str(folder / "pico.yaml"), "--grid", "seed=0,1", "--grid", "vector.lora.rank=2,4"),
         *("--out", str(folder / "grid")),
     )
     assert done.returncode == 0, done.stderr
@@ -43,41 +43,31 @@ def test_a_task_is_killed_requeued_and_the_grid_is_whole(submitted: Submitted, t
     task = until(lambda: training(submitted, victim.name, "*/checkpoint-*"), "the training of the third job", submitted)
     submitted.node.run("scontrol", "requeue", task)
     until(lambda: waits(submitted.node, task), "the requeue", submitted)
-    status = command(submitted.node, "--status", str(submitted.root), "--json")
+    status = command(submitted.node, "status", str(submitted.root), "--json")
     assert status.returncode == 0, status.stderr
     until(lambda: finished(submitted) or start(submitted.node, task), "the end of all jobs", submitted)
 
     again = JobState.load(submitted.root, victim.name)
     assert again is not None
     assert again.attempt == 2
-    assert "as before" in log_file(submitted.root, victim.name).read_text()
+    assert "as before" in victim.log(submitted.root).read_text()
     # the same recipe in one go, elsewhere: the kill has left no trace in the result
+    line = [sys.executable, "-m", "unlearn.run", "--recipe", grid.recipes[0].source, "--out", str(tmp_path / "alone")]
     alone = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "unlearn.run",
-                "--recipe",
-                grid.recipes[0].source,
-                "--out",
-                str(tmp_path / "alone"),
-            ),
-            *(part for override in victim.overrides for part in ("--set", override)),
-        ],
+        [*line, *(part for override in victim.overrides for part in ("--set", override))],
         env={**submitted.node.environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert alone.returncode == 0, alone.stderr
-    assert without_times(job_folder(submitted.root, victim.name)) == without_times(tmp_path / "alone")
+    assert without_times(victim.folder(submitted.root)) == without_times(tmp_path / "alone")
 
 
 @pytest.fixture
 def trained(node: Throwaway, tmp_path: Path) -> Trained:
     (tmp_path / "pico.yaml").write_text(recipe(300, cpus=1).replace("teach: {", "choose: {keep: 0}\n# {"))
-    done = command(node, "--recipe", str(tmp_path / "pico.yaml"), "--grid", "seed=7", "--out", str(tmp_path / "grid"))
+    done = command(node, "submit", str(tmp_path / "pico.yaml"), "--grid", "seed=7", "--out", str(tmp_path / "grid"))
     assert done.returncode == 0, done.stderr
     alone = Submitted(tmp_path / "grid", node, done.stderr)
     name = Grid.load(alone.root).jobs[0].name
@@ -102,16 +92,15 @@ def test_a_job_that_is_preempted_saves_where_it_is_and_goes_on(node: Throwaway, 
     trained.went_on_from_where_it_was()
 
 
-def test_the_merged_report_has_all_of_it(submitted: Submitted) -> None:
+def test_all_of_it_is_compared(submitted: Submitted) -> None:
     until(lambda: finished(submitted), "the end of all jobs", submitted)
-    merged = command(submitted.node, "--merge", str(submitted.root))
-    assert merged.returncode == 0, merged.stderr
+    compared = command(submitted.node, "compare", str(submitted.root))
+    assert compared.returncode == 0, compared.stderr
     assert (submitted.root / "report.html").is_file()
-    rows = (submitted.root / "jobs.csv").read_text().splitlines()
-    assert len(rows) == 5  # a header and four jobs
-    status = command(submitted.node, "--status", str(submitted.root))
+    assert len((submitted.root / "compare.csv").read_text().splitlines()) == 5  # a header and four jobs
+    status = command(submitted.node, "status", str(submitted.root))
     assert status.returncode == 0, status.stderr
-    assert "4 done" in status.stdout + status.stderr
+    assert "4 done" in status.stdout
 
 
 def test_the_teaching_was_done_once_per_seed(submitted: Submitted) -> None:
@@ -119,7 +108,7 @@ def test_the_teaching_was_done_once_per_seed(submitted: Submitted) -> None:
     grid = Grid.load(submitted.root)
     assert len(grid.preparations) == 2
     for job in grid.jobs:
-        assert "target: taken from" in log_file(submitted.root, job.name).read_text()
+        assert "target: taken from" in job.log(submitted.root).read_text()
 
 
 def test_submitting_it_again_submits_nothing(submitted: Submitted) -> None:
@@ -127,7 +116,7 @@ def test_submitting_it_again_submits_nothing(submitted: Submitted) -> None:
     source = Grid.load(submitted.root).recipes[0].source
     before = set(submitted.node.run("squeue", "-h", "-r", "-o", "%i").split())  # some may still be on their way out
     again = command(
-        *(submitted.node, "--recipe", source, "--grid", "seed=0,1", "--grid", "vector.lora.rank=2,4"),
+        *(submitted.node, "submit", source, "--grid", "seed=0,1", "--grid", "vector.lora.rank=2,4"),
         *("--out", str(submitted.root)),
     )
     assert again.returncode == 0, again.stderr

@@ -16,8 +16,8 @@ from submitted import Submitted, Trained, command, finished, recipe, start, trai
 from throwaway import Throwaway
 
 from unlearn import cli
-from unlearn.cluster.grid import Grid, job_folder, log_file
-from unlearn.cluster.job_state import JobState
+from unlearn.cluster.job import JobState
+from unlearn.cluster.plan import Grid
 
 WHY_NOT = throwaway.why_not() or machines.why_not()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
@@ -33,12 +33,12 @@ class Pair:
     def submit(self, name: str, text: str, *grid: str) -> Submitted:
         disk, stored = self.machines.disk, self.machines.stored
         (stored / f"{name}.yaml").write_text(text)
-        done = command(self.slurm, "--recipe", str(disk / f"{name}.yaml"), *grid, "--out", str(disk / name))
+        done = command(self.slurm, "submit", str(disk / f"{name}.yaml"), *grid, "--out", str(disk / name))
         assert done.returncode == 0, done.stderr
         return Submitted(stored / name, self.slurm, done.stderr)
 
     def log(self, grid: Submitted, name: str) -> str:
-        return log_file(grid.root, name).read_text()
+        return Grid.load(grid.root).job(name).log(grid.root).read_text()
 
 
 @pytest.fixture
@@ -95,4 +95,4 @@ def test_a_job_whose_node_dies_is_done_by_the_other(
     job = next(one for one in Grid.load(grid.root).jobs if one.name == name)
     line = ["--recipe", str(pair.machines.stored / "dying.yaml"), "--out", str(tmp_path / "alone")]
     assert cli.main([*line, *(part for text in job.overrides for part in ("--set", text))]) == 0
-    assert without_times(job_folder(grid.root, name)) == without_times(tmp_path / "alone")
+    assert without_times(job.folder(grid.root)) == without_times(tmp_path / "alone")

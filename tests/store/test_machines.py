@@ -94,21 +94,19 @@ def test_one_run_wanted_by_both_is_made_once(pair: Machines, tmp_path: Path) -> 
 
 
 def test_a_grid_of_one_machine_is_seen_from_the_other(pair: Machines) -> None:
-    grid = ("--recipe", "pico_smoke.yaml", "--grid", "seed=0,1", "--local", "--out", str(pair.disk / "grid"))
-    runner = started(pair.all[0], pair.disk, "unlearn.cluster.command", *grid)
+    grid = ("submit", "pico_smoke.yaml", "--grid", "seed=0,1", "--local", "--out", str(pair.disk / "grid"))
+    runner = started(pair.all[0], pair.disk, "unlearn", *grid)
     until(lambda: list((pair.stored / "grid" / "state").glob("0000*.json")) or runner.poll() is not None)
-    code, said = ended(started(pair.all[1], pair.disk, "unlearn.cluster.command", *grid))
+    code, said = ended(started(pair.all[1], pair.disk, "unlearn", *grid))
     assert code == 0, said
     assert "nothing to submit; " in said
-    code, said = ended(
-        started(pair.all[1], pair.disk, "unlearn.cluster.command", "--status", str(pair.disk / "grid"), "--json")
-    )
+    code, said = ended(started(pair.all[1], pair.disk, "unlearn", "status", str(pair.disk / "grid"), "--json"))
     assert code == 0, said
     assert {row["state"] for row in json.loads(said)["jobs"]} <= {"running", "queued", "done"}
     assert ended(runner)[0] == 0
-    code, said = ended(started(pair.all[1], pair.disk, "unlearn.cluster.command", "--merge", str(pair.disk / "grid")))
+    code, said = ended(started(pair.all[1], pair.disk, "unlearn", "compare", str(pair.disk / "grid")))
     assert code == 0, said
-    assert "2 of 2 jobs finished" in said
+    assert len((pair.stored / "grid" / "compare.csv").read_text().splitlines()) == 3
 
 
 def test_when_a_machine_dies_the_other_goes_on_from_there(tmp_path: Path) -> None:

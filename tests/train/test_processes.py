@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 from processes_arena import fit
-from test_grid_status import make
 from waiting import torchrun, until
 
 from unlearn import cli
 from unlearn import processes as collective
-from unlearn.cluster.grid import Grid, log_file
-from unlearn.cluster.job_state import JobState
+from unlearn.cluster.job import JobState
+from unlearn.cluster.plan import Grid
 from unlearn.model import locate as fetch
 from unlearn.model import pico
 from unlearn.model.load import Loaded, fingerprint
@@ -352,31 +351,33 @@ def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
 
 # --- jobs of grids ---------------------------------------------------------------------------------------------------
 
+GRID_COMMAND = [sys.executable, "-m", "unlearn", "submit"]
 FAILS = """
 import os, sys, time
-from unlearn.cluster import job
-def execute(root, grid, one):
-    if os.environ["RANK"] == "1":
-        raise ValueError("enough of this")
-    time.sleep(600)
-job._execute = execute
-sys.exit(job.main())
+if "submitit.core._submit" in sys.orig_argv:
+    from unlearn.cluster import job
+    def fails(root, grid, one):
+        if os.environ["RANK"] == "1":
+            raise ValueError("enough of this")
+        time.sleep(3)
+        raise KeyboardInterrupt  # as the main process is stopped when another one has ended
+    job._execute = fails
 """
 
 
 def test_a_job_says_why_a_process_that_is_not_the_main_one_failed(tmp_path: Path) -> None:
-    """torchrun has one code for everything, and tells the main process to stop."""
-    (tmp_path / "fails.py").write_text(FAILS)
-    name = make(tmp_path / "grid", 1, prepared=False).jobs[0].name
-    started([*torchrun(2), "fails", str(tmp_path / "grid"), name], tmp_path, code=1, PYTHONPATH=within(tmp_path))
-    state = JobState.load(tmp_path / "grid", name)
+    (tmp_path / "sitecustomize.py").write_text(FAILS)
+    line = [*GRID_COMMAND, "pico_smoke", "--grid", "seed=0", "--local", "--out", "grid", "--set", "cluster.processes=2"]
+    done = started([*line, "--set", "teach=null"], tmp_path, code=1, PYTHONPATH=within(tmp_path))
+    (job,) = Grid.load(tmp_path / "grid").jobs
+    state = JobState.load(tmp_path / "grid", job.name)
     assert state is not None
-    assert (state.state, state.exit, state.error) == ("failed", 1, "ValueError: enough of this")
+    assert (state.state, state.error) == ("failed", "ValueError: enough of this"), done.stderr
 
 
 def test_a_job_of_several_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "unlearn.cluster.command", "--recipe", "pico_smoke", "--grid", "seed=0", "--local"]
-    line += ["--out", "grid", "--set", "cluster.processes=2"]
+    line = [*GRID_COMMAND, "pico_smoke", "--grid", "seed=0", "--local", "--out", "grid"]
+    line += ["--set", "cluster.processes=2"]
     line += ["--set", "vector.method=negate", "--set", "sweep.coefficients=[1]"]
     line += ["--set", "vector.forget={steps: 200, batch_size: 12, learning_rate: 0.0001, save_every: 20}"]
     more = {"UNLEARN_CACHE": os.environ["UNLEARN_CACHE"]}
@@ -384,12 +385,12 @@ def test_a_job_of_several_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
         until(lambda: any(tmp_path.glob(f"grid/jobs/*/.unlearn-work/*forget*/*/{WHOLE}")) or runner.poll() is not None)
         runner.terminate()
         assert runner.wait(SECONDS) == 130
-    (name,) = [one.name for one in Grid.load(tmp_path / "grid").jobs]
-    state = JobState.load(tmp_path / "grid", name)
+    (job,) = Grid.load(tmp_path / "grid").jobs
+    state = JobState.load(tmp_path / "grid", job.name)
     assert state is not None
-    assert (state.state, state.exit) == ("stopped", 130)
+    assert state.state == "stopped"
     done = started(line, tmp_path, **more)
-    assert f"[1/1] {name}: done" in done.stderr  # its preparation was done before
-    log = log_file(tmp_path / "grid", name).read_text()
+    assert f"[1/1] {job.name}: done" in done.stderr  # its preparation was done before
+    log = job.log(tmp_path / "grid").read_text()
     assert log.count("2 processes share training and scoring") == 2
     assert re.search(r"stopped after step \d+ of 200; it is kept", log)

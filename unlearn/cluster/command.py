@@ -1,182 +1,174 @@
-"""A grid of jobs, on a Slurm cluster or on this machine; how it stands; the rest of it.
+"""``unlearn submit``, ``unlearn status`` and ``unlearn compare``: many runs, on a Slurm cluster or on this machine.
 
 Nothing here imports torch: jobs run in processes of their own (:mod:`unlearn.cluster.job`).
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from unlearn.cluster import status as grid_status
-from unlearn.cluster.devices import Gpus
-from unlearn.cluster.grid import GRID_FILE, Grid
-from unlearn.cluster.job import EXIT_MISTAKE, EXIT_STOPPED, processes_of
-from unlearn.cluster.local_jobs import LocalRunner, at_a_time
-from unlearn.cluster.plan import cluster_of, identity, plan_grid
-from unlearn.cluster.slurm_options import require_trust, resources
-from unlearn.cluster.states import overview
-from unlearn.cluster.submit import AGAIN, cancel, resubmit, submit
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from unlearn.console import say
-from unlearn.errors import GridError, UnlearnError
+from unlearn.errors import GridError
+from unlearn.text import duration, one_line, shown
 
-EXIT_NOTHING = EXIT_LEFT = 1
-_MODES = ("status", "resubmit", "cancel", "merge")
+if TYPE_CHECKING:
+    from unlearn.cluster import plan
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, dispatch, and turn what went wrong into one message and an exit code."""
-    given = _parser().parse_args(argv)
-    try:
-        return _dispatch(given)
-    except UnlearnError as e:
-        say(f"error: {e}", style="red")
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        say("\nstopped; --status says what was submitted", style="yellow")
-        return EXIT_STOPPED
-    except BrokenPipeError:
-        return 0
+_COLOURS = {"done": "green", "running": "cyan", "queued": "blue", "stopped": "yellow", "waiting": "dim"}
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key for all jobs.")]
+Axes = Annotated[
+    list[str] | None, typer.Option("--grid", metavar="KEY=V,V", help="One axis (seed=0,1,2); several are multiplied.")
+]
 
 
-def _dispatch(given: argparse.Namespace) -> int:
-    mode = _mode(given)
-    if mode == "status":
-        found = overview(given.status.absolute())
-        (grid_status.print_json if given.json else grid_status.render)(found)
-        return 0
-    if mode == "cancel":
-        return EXIT_LEFT if cancel(given.cancel.absolute()) else 0
-    if mode == "merge":
-        return 0 if _merge(given.merge.absolute()) else EXIT_NOTHING
-    if mode == "resubmit":
-        what, folder = given.resubmit
-        if what not in AGAIN:
-            raise GridError(f"--resubmit {what}: write one of {', '.join(AGAIN)}, and then the grid's folder")
-        root = Path(folder).absolute()
-        return _run_here(resubmit(root, what, given.set, given.local))
-    grid = plan_grid(given.recipe, given.grid, given.set)
-    root = (given.out or Path("grids") / f"{grid.name}-{identity(grid)[:8]}").absolute()
-    if given.dry_run:
-        for line in _lines(grid, root, given.local):
-            sys.stdout.write(f"{line}\n")
-        return 0
-    if not given.local:
-        require_trust(cluster_of(grid), given.set)
-    return _run_here(submit(root, grid, given.local))
+def submit(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE…", help="Recipes; or the grid's folder.")],
+    grid: Axes = None,
+    sets: Sets = None,
+    out: Annotated[Path | None, typer.Option(help="The grid's folder (default: grids/<name>-<fingerprint>).")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Run on this machine, a GPU for each job if there are.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="With --local: so many jobs at a time.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list every job; write nothing.")] = False,
+    again: Annotated[
+        str | None,
+        typer.Option("--resubmit", metavar="WHAT", help="Of a grid's folder: failed (or lost), lost, or all-missing."),
+    ] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Of a grid's folder: take it out of the queue.")] = False,
+) -> None:
+    """Run every recipe with every setting, as jobs of a Slurm cluster or here; the same again submits what is missing.
 
+    unlearn submit quickstart --grid seed=0,1,2 --grid vector.lora.rank=8,16 --set cluster.time=4:00:00
 
-def _mode(given: argparse.Namespace) -> str:
-    """What is asked for, if it is one thing.
-
-    Raises:
-        GridError: it is none, or several, or has flags that do not go with it.
+    Exit codes: 0 submitted, or done (--local); 1 a job did not end well (--local), or something cannot be stopped from
+    here (--cancel); 2 a mistake; 130 stopped.
     """
-    asked = [mode for mode in _MODES if getattr(given, mode) is not None] + (["recipe"] if given.recipe else [])
-    if len(asked) != 1:
-        raise GridError(
-            "give one of --recipe (to submit a grid), --status, --resubmit, --cancel and --merge"
-            + (f", not {' and '.join(f'--{mode}' for mode in asked)}" if asked else "")
-        )
-    fitting = {"recipe": {"grid", "set", "out", "local", "dry_run"}, "resubmit": {"set", "local"}, "status": {"json"}}
-    flags = ("grid", "set", "out", "local", "dry_run", "json")
-    wrong = [flag for flag in flags if getattr(given, flag) and flag not in fitting.get(asked[0], ())]
-    if wrong:
-        raise GridError(f"--{wrong[0].replace('_', '-')} does not go with --{asked[0]}: leave it out")
-    return asked[0]
+    from unlearn.cluster import plan
+    from unlearn.cluster import submit as jobs_of
 
-
-def _run_here(runner: LocalRunner | None) -> int:
-    """Run what is to be run on this machine, and merge what has come of it."""
-    if runner is None:
-        return 0
-    code = runner.run()
-    found = overview(runner.root)
-    if found.count("done"):
-        _merge(runner.root)
-    say(f"{runner.root}: {grid_status.totals(found)}", style="bold")
-    return code
-
-
-def _merge(root: Path) -> int:
-    """Write the merged report and say what it holds; returns how many runs it compares."""
-    from unlearn.cluster.report import merge, tell, write_merged
-
-    merged = merge(root)
-    tell(merged, write_merged(root, merged))
-    return len(merged.compared.runs)
-
-
-def _lines(grid: Grid, root: Path, local: bool) -> Iterator[str]:
-    """What ``--dry-run`` prints."""
-    spec = cluster_of(grid)
-    yield f"grid      {grid.name}, in {root}" + (" (there already)" if (root / GRID_FILE).is_file() else "")
-    for recipe in grid.recipes:
-        yield f"recipe    {recipe.source}"
-    gpus = spec.gpus
-    if local:
-        here = Gpus.here(gpus)
-        gpus = here.per_job
-        yield f"here      {at_a_time(spec, here)} at a time, without Slurm"
+    sets, axes = sets or [], grid or []
+    if again is not None or cancel:
+        if len(recipes) != 1 or axes or out or dry_run or (cancel and (again or sets)):
+            raise GridError("--resubmit WHAT and --cancel each take the grid's folder, and nothing that makes a grid")
+        root = Path(recipes[0]).absolute()
+        planned = plan.Grid.load(root)
+        if cancel:
+            raise typer.Exit(1 if jobs_of.cancel(root) else 0)
+        if again not in jobs_of.AGAIN:
+            raise GridError(f"--resubmit {again}: write one of {', '.join(jobs_of.AGAIN)}, and then the grid's folder")
+        planned = plan.recluster(planned, sets)
+        local = local or jobs_of.was_local(root)
     else:
-        yield f"Slurm     {' '.join(resources(spec))}"
-        at_once = (
-            "as many at a time as there is room for" if spec.parallelism is None else f"{spec.parallelism} at a time"
+        planned = plan.plan_grid(recipes, axes, sets)
+        root = (out or Path("grids") / f"{planned.name}-{planned.identity()[:8]}").absolute()
+    if dry_run:
+        _print_plan(planned, root, local, jobs)
+        return
+    if not local:
+        jobs_of.check_slurm(planned.cluster, sets)
+    code = jobs_of.submit(root, planned, "all-missing" if again is None else again, local, jobs)
+    if local:
+        say(f"{root}: {jobs_of.overview(root).totals()}; unlearn compare {root}", style="bold")
+    raise typer.Exit(code)
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(help="The grid's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """How the jobs of a grid stand: done, running, queued, failed (with the last line), lost."""
+    from unlearn.cluster import submit as jobs_of
+
+    found = jobs_of.overview(folder.absolute())
+    if as_json:
+        rows = {what: [asdict(row) for row in getattr(found, what)] for what in ("jobs", "preparations")}
+        plain = {"schema": 2, "grid": found.grid.name, "folder": str(found.root), "unasked": found.unasked, **rows}
+        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
+        return
+    table = _table("job", "state", "try", "time", "")
+    for row in (*found.preparations, *found.jobs):
+        since = row.seconds
+        if row.state == "running" and row.since is not None:
+            since = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(row.since)).total_seconds())
+        error = (row.error or "").strip().splitlines()
+        table.add_row(
+            *(row.name, Text(row.state, _COLOURS.get(row.state, "red")), str(row.attempt or "")),
+            *("" if since is None else duration(since), Text(one_line(shown(error[-1] if error else row.where or "")))),
         )
-        yield f"          {at_once}; back in the queue after a time limit, {spec.requeues} times"
-        for line in spec.setup:
-            yield f"          before each job: {line}"
-    if (several := processes_of(spec.processes, gpus)) > 1:
-        yield f"          {several} processes on each machine work together"
-    for one in grid.preparations:
-        users = sum(job.preparation == one.index for job in grid.jobs)
-        yield f"first     {one.name}: {', '.join(one.what)}, for {users} jobs"
+    out = _console()
+    out.print(table, "", Text(found.totals(), "bold"), sep="\n")
+    if found.unasked is not None:
+        out.print(Text(shown(f"! Slurm cannot be asked ({found.unasked}): this is the last that was heard"), "yellow"))
+    for states, what in (({"failed", "lost", "blocked"}, "failed"), ({"stopped", "waiting"}, "all-missing")):
+        if any(row.state in states for row in found.jobs):
+            out.print(Text(f"again: unlearn submit --resubmit {what} {found.root}", "dim"), soft_wrap=True)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or of grids.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the files go (default: the grid's folder if it is one, else compare).")
+    ] = None,
+) -> None:
+    """Finished runs side by side: settings averaged over seeds, the Pareto set, compare.csv, report.json, report.html.
+
+    Exit codes: 0 done, 1 no run has finished yet, 2 a mistake.
+    """
+    from unlearn.cluster.compare import compare as write
+    from unlearn.cluster.plan import GRID_FILE
+
+    alone = len(runs) == 1 and (runs[0] / GRID_FILE).is_file()
+    place = (out or (runs[0] if alone else Path("compare"))).absolute()
+    found, missing = write([run.absolute() for run in runs], place)
+    console = _console()
+    for family in found:
+        table = _table("setting", "runs", "λ", f"{family.goal} before", "after", "kept", "bound met", "")
+        for n, setting in enumerate(family.settings):
+            table.add_row(*map(one_line, (setting.label, *setting.cells(), family.marks(n))))
+        console.print(*([f"\n{one_line(family.question)}"] if family.question else []), table, sep="\n")
+        for remark in family.remarks:
+            say(one_line(remark))
+    for line in missing:
+        say(f"! {line}", style="yellow")
+    say(f"report: {place / 'report.html'}" if found else "no run has finished: there is nothing to compare")
+    raise typer.Exit(0 if found else 1)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 220, highlight=False, markup=False)  # columns in a file
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _print_plan(grid: plan.Grid, root: Path, local: bool, at_once: int | None) -> None:
+    from unlearn.cluster import submit as jobs_of
+
+    lines = [f"grid      {grid.name}, in {root}", *(f"recipe    {recipe.source}" for recipe in grid.recipes)]
+    if local:
+        lines.append(f"here      {len(jobs_of.slots(grid.cluster, at_once))} at a time, without Slurm")
+    else:
+        asked = jobs_of.slurm_parameters(grid.cluster, "", grid.cwd, len(grid.jobs))
+        lines += [f"Slurm     {k.removeprefix('slurm_')}: {v}" for k, v in asked.items() if v not in (None, "")]
+    for job in grid.preparations:
+        lines.append(f"first     {job.name}, for {sum(one.after == job.name for one in grid.jobs)} jobs")
     for job in grid.jobs:
-        after = f"  after {grid.preparations[job.preparation].name}" if job.preparation is not None else ""
         settings = ", ".join(f"{key}={value}" for key, value in job.settings.items())
-        yield f"job       {job.name}  {settings}{after}"
-    yield f"{len(grid.jobs)} jobs, {len(grid.preparations)} preparations; nothing was written"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn.cluster.command",
-        description="Run a grid of recipes and settings: on a Slurm cluster, or on this machine with --local. "
-        "What jobs share is made once; submitting the same grid again submits what is missing.",
-        epilog="Example: python -m unlearn.cluster.command --recipe quickstart.yaml --grid seed=0,1,2 --grid "
-        "vector.lora.rank=8,16 --set cluster.time=4:00:00. Exit codes: 0 done (with --local) or submitted, 1 a job "
-        "did not end well (--local), nothing to merge, or something that cannot be stopped from here (--cancel), 2 a "
-        "mistake to mend, 130 interrupted.",
-    )
-    make = parser.add_argument_group("a grid")
-    make.add_argument("--recipe", action="append", metavar="FILE", help="a recipe; several are run with every setting")
-    make.add_argument(
-        *("--grid",),
-        action="append",
-        default=[],
-        metavar="KEY=V,V",
-        help="one axis (seed=0,1,2); several are multiplied",
-    )
-    make.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key for all jobs")
-    make.add_argument("--out", type=Path, metavar="DIR", help="the grid's folder (default: grids/<name>-<fingerprint>)")
-    make.add_argument("--local", action="store_true", help="run on this machine, cluster.parallelism jobs at a time")
-    make.add_argument("--dry-run", action="store_true", help="check every job, print them, submit and write nothing")
-    care = parser.add_argument_group("a grid that was submitted")
-    care.add_argument("--status", type=Path, metavar="DIR", help="how its jobs stand")
-    care.add_argument("--json", action="store_true", help="with --status: for programs")
-    care.add_argument(
-        "--resubmit",
-        nargs=2,
-        metavar=("WHAT", "DIR"),
-        help="submit again what failed (or was lost), only the lost, or all-missing; with --set cluster.KEY=VALUE "
-        "with other resources",
-    )
-    care.add_argument("--cancel", type=Path, metavar="DIR", help="take its jobs out of the queue, stop those that run")
-    care.add_argument("--merge", type=Path, metavar="DIR", help="write the report over all jobs that are done")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        lines.append(f"job       {job.name}  {settings}{f'  after {job.after}' if job.after else ''}")
+    lines.append(f"{len(grid.jobs)} jobs, {len(grid.preparations)} preparations; nothing was written")
+    sys.stdout.write("".join(f"{one_line(line)}\n" for line in lines))

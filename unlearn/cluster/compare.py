@@ -1,203 +1,449 @@
-"""Which finished jobs of a grid can be set side by side. What cannot be is set aside and said, never averaged.
+"""``unlearn compare RUN…``: finished runs side by side: settings over their seeds, the Pareto set, a table, one page.
 
-Two runs are compared only if they were measured alike. What a grid leaves alone must be the same in all its jobs; what
-an axis changes may differ along that axis and no other. So every check is: this value may depend on these settings,
-and among jobs that agree in them it must be one and the same. Where it is not, the most frequent value stands.
+A setting is all that differs between the runs but the seed. Settings are rivals within a family: runs that were
+measured alike (the same base model, data, teaching, metrics and bound). Nothing is averaged that was not.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import json
+import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from unlearn.cluster.grid import Job
-from unlearn.cluster.runs import SEED, Run
-from unlearn.recipe.metrics import Key
-from unlearn.report.figures import unseeing
-from unlearn.score.search import say_key
-from unlearn.store.files import some
-from unlearn.store.provenance import DISTRIBUTION, LIBRARIES
+from unlearn.cluster.plan import GRID_FILE, Grid, labels
+from unlearn.errors import GridError
+from unlearn.recipe.yaml import parse_value
+from unlearn.report.figures import FrontierPoint, frontier, goal_rows, kept_keys, mean_left, missed, share_kept
+from unlearn.results import Chosen, RunReport, ScoreRow
+from unlearn.store.files import explained, some, write_json_atomic, write_text_atomic
+from unlearn.text import coefficient, number, one_line, percent, visible
 
-_DATA = ("forget", "also_forget", "learn", "analogy", "retain", "utility", "holdout")
-_MODEL = ("model",)
-_SCORED = ("eval.tasks", "choose.metric")
-# Axes that make the question another one, so that settings along them are not rivals.
-QUESTION = (*_DATA, *_MODEL, *_SCORED, "teach")
-_LATER = ("vector", "sweep", "choose", "eval", "reference", "benchmark", "robustness", "export", "reuse", "cluster")
-_SHOWN = 5
+# Keys that make the question another one, so that runs which differ in them are no rivals.
+_QUESTION = re.compile(
+    r"(model|forget|also_forget|learn|analogy|retain|utility|holdout|teach|choose|eval\.tasks)(\.|$)"
+)
+_NO_SETTING = re.compile(r"(name|description|seed|cluster|export|reuse)(\.|$)")  # they change no compared figure
+_LARGEST = 256 * 1024**2  # bytes; nothing of this size is a report
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """The runs that count, those set aside with the reason, and what else a reader must know.
+class Spread:
+    """A mean over runs and half of its 95 % interval: Student's t with n - 1 degrees of freedom; None of one run.
 
-    ``mixed`` are names of jobs whose group may hold runs of several programs or libraries; they do count.
+    There is no mean where a run lacks the number: one of the rest would leave the broken runs out.
     """
 
+    mean: float | None
+    half: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread:
+        """Of one value per run."""
+        given = list(values)
+        known = [v for v in given if v is not None and math.isfinite(v)]
+        n = len(known)
+        if not n or n < len(given):
+            return cls(None, None, n)
+        mean = math.fsum(known) / n
+        if n == 1:
+            return cls(mean, None, 1)
+        from statistics import stdev
+
+        from scipy.stats import t  # type: ignore[import-untyped]
+
+        return cls(mean, float(t.ppf(0.975, n - 1)) * stdev(known) / math.sqrt(n), n)
+
+    def words(self, show: Callable[[float | None], str] = number) -> str:
+        """``0.412 ± 0.031``; without the second part of one run."""
+        return show(self.mean) if self.half is None else f"{show(self.mean)} ± {show(self.half)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run: its recipe as dotted keys with JSON values, and its figures.
+
+    ``before`` and ``after`` are the score of what is forgotten on test items, of several goals the mean of what is left
+    of each; ``sign`` is 1 where it is to fall. ``kept`` is the share of the kept metric that suffered most there.
+    ``frontier`` has every coefficient tried, on validation items. What ``measured`` says must be the same in runs that
+    are averaged; ``splits`` are the digests of the data, which depend on the seed.
+    """
+
+    name: str
+    recipe: Mapping[str, str]
+    chosen: Chosen
+    goal: str
+    sign: int
+    before: float | None
+    after: float | None
+    kept: float | None
+    met_on_test: bool
+    frontier: Mapping[float, FrontierPoint]
+    measured: Mapping[str, Any]
+    splits: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @property
+    def seed(self) -> str:
+        """As the recipe has it."""
+        return self.recipe["seed"]
+
+    @classmethod
+    def of(cls, name: str, report: RunReport, recipe: Mapping[str, Any]) -> Run:
+        """From a report and the resolved recipe."""
+        rows, kept, chosen = goal_rows(report), sorted(kept_keys(report)), report.chosen
+        shares = [_share(row, chosen) for row in report.scores if row.key in kept]
+        known = [share for share in shares if share is not None]
+        goals = [f"{row.name} {row.metric}" for row in rows]
+        told, taught = report.provenance, any(line.get("stage") == "teach" for line in report.training)
+        return cls(
+            name,
+            dict(_flat(recipe)),
+            chosen,
+            goals[0] if len(goals) == 1 else f"mean share left of {', '.join(goals)}",
+            -1 if len(rows) == 1 and (rows[0].set == "forget") != rows[0].higher_is_better else 1,
+            rows[0].before.value if len(rows) == 1 else 1.0,
+            rows[0].after.value if len(rows) == 1 else mean_left(report),
+            min(known) if known and not any(map(math.isnan, known)) else None,
+            chosen.bound_met and not missed(report),
+            {round(point.coefficient, 9): point for point in frontier(report)},
+            {
+                "base model": told.get("base") or (None if taught else told.get("target")),
+                "data": sorted([d["set"], d["name"], d.get("kind"), d.get("rows")] for d in report.data),
+                "metrics": [sorted(row.key for row in rows), kept],
+                "bound": [chosen.keep, chosen.perplexity],
+            },
+            {f"{d['set']} {d['name']}": str(d.get("digest")) for d in report.data},
+            {**(told.get("versions") or {}), "commit": str((told.get("code") or {}).get("commit"))[:12]},
+        )
+
+
+def _share(row: ScoreRow, chosen: Chosen) -> float | None:
+    """What is left of a kept score; None where that has no meaning, NaN where a score is no number."""
+    before, after = row.before.value, row.after.value
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return math.nan
+    return share_kept(row.metric, row.higher_is_better, before, after, chosen.keep, chosen.perplexity)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Runs that differ in their seed alone, and their figures over the seeds that are compared.
+
+    ``compared``: whether it has all of these; else the figures are over those that it has. ``frontier`` has, at every
+    coefficient that all its runs were scored at, score and share kept on validation items.
+    """
+
+    label: str
+    settings: Mapping[str, str]
     runs: tuple[Run, ...]
-    aside: tuple[tuple[Run, str], ...]
-    warnings: tuple[str, ...]
-    mixed: frozenset[str]
+    compared: bool
+    lambdas: tuple[float, ...]
+    before: Spread
+    after: Spread
+    kept: Spread
+    validation: Spread
+    met: int
+    met_on_test: int
+    frontier: tuple[tuple[float, Spread, Spread], ...]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, str], members: Sequence[Run], seeds: Sequence[str]) -> Setting:
+        """Of all runs of one setting."""
+        compared = {run.seed for run in members} >= set(seeds)
+        runs = [run for run in members if run.seed in seeds or not compared]
+        frontiers = [run.frontier for run in runs]
+        steps = []
+        for c in sorted(set.intersection(*map(set, frontiers))):
+            here = [points[c] for points in frontiers]
+            score = Spread.of(point.forget.value if point.forget else None for point in here)
+            steps.append((c, score, Spread.of(point.worst for point in here)))
+        chosen = [run.frontier.get(round(run.chosen.coefficient, 9)) for run in runs]
+        text = " · ".join(labels(settings)) or members[0].recipe["name"].strip('"')
+        return cls(
+            label=text if len(text) <= 90 else f"{text[:89]}…",
+            settings=settings,
+            runs=tuple(members),
+            compared=compared,
+            lambdas=tuple(run.chosen.coefficient for run in runs),
+            before=Spread.of(run.before for run in runs),
+            after=Spread.of(run.after for run in runs),
+            kept=Spread.of(run.kept for run in runs),
+            validation=Spread.of(p.forget.value if p is not None and p.forget else None for p in chosen),
+            met=sum(run.chosen.bound_met for run in runs),
+            met_on_test=sum(run.met_on_test for run in runs),
+            frontier=tuple(steps),
+        )
+
+    def cells(self) -> list[str]:
+        """Its line of the table: runs, λ, before, after, kept, bound met."""
+        lambdas = " ".join(coefficient(c) for c in sorted(set(self.lambdas)))
+        figures = self.before.words(), self.after.words(), self.kept.words(percent)
+        return [str(len(self.lambdas)), lambdas, *figures, f"{self.met} of {len(self.lambdas)}"]
 
 
-def about(axis: str, parts: Iterable[str]) -> bool:
-    """Whether an axis lies in one of these parts of a recipe; ``vector`` as a whole covers ``vector.lora.rank``."""
-    return any(axis == part or axis.startswith(f"{part}.") or part.startswith(f"{axis}.") for part in parts)
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Settings that are rivals, compared on the seeds that most of them have.
 
+    ``pareto`` and ``choice`` are indices. The Pareto set is of means on test items and describes what came out; the
+    choice is made on validation means, among the settings whose every run met its bound.
+    """
 
-def settings_of(job: Job, wanted: Callable[[str], bool]) -> tuple[Any, ...]:
-    """The recipe and the values of some axes: a key to group by."""
-    return (job.recipe, *sorted((k, v) for k, v in job.settings.items() if wanted(k)))
+    question: str
+    goal: str
+    sign: int
+    seeds: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    pareto: tuple[int, ...]
+    choice: int | None
+    remarks: tuple[str, ...]
 
-
-def compare(runs: Sequence[Run]) -> Compared:
-    """Check all runs against each other."""
-    aside: dict[str, str] = {}
-    _copies(runs, aside)
-    _odd(runs, aside, _question, lambda r: _yard(r), "its goals, kept metrics or bound are not those of the other jobs")
-    _odd(runs, aside, _of_base, _base, "another base model (fingerprint)")
-    for name in sorted({name for r in runs for name in r.data}):
-        here = [r for r in runs if name in r.data]
-        what = f"other data in {name[0]} {name[1]}"
-        _odd(here, aside, _data, lambda r, n=name: r.data[n].get("digest"), f"{what} (digest)")  # type: ignore[misc]
-        _odd(here, aside, _data_of_any_seed, lambda r, n=name: r.data[n].get("rows"), f"{what} (rows)")  # type: ignore[misc]
-    kept = tuple(r for r in runs if r.job.name not in aside)
-    warnings = [f"{_jobs(names)} set aside: {why}" for why, names in _by_reason(aside).items()]
-    mixed: set[str] = set()
-    for what, value in _VERSIONS:
-        warnings += _several(kept, what, value, mixed)
-    warnings += _unseen(kept) + _targets(kept) + _states(kept)
-    left = tuple((r, aside[r.job.name]) for r in runs if r.job.name in aside)
-    return Compared(kept, left, tuple(warnings), frozenset(mixed))
-
-
-def _question(run: Run) -> Hashable:
-    return settings_of(run.job, lambda k: about(k, (*QUESTION, "choose")))
-
-
-def _yard(run: Run) -> Hashable:
-    return run.yardstick
-
-
-def _base(run: Run) -> str | None:
-    """Fingerprint of the model before anything was taught; None for taught ones in reports that do not have it."""
-    told = run.report.provenance
-    return told.get("base") or (None if run.taught else told.get("target"))
-
-
-def _of_base(run: Run) -> Hashable:
-    return (settings_of(run.job, lambda k: about(k, _MODEL)), run.job.name if _base(run) is None else "")
-
-
-def _data(run: Run) -> Hashable:
-    return settings_of(run.job, lambda k: k == SEED or about(k, (*_DATA, *_MODEL)))
-
-
-def _data_of_any_seed(run: Run) -> Hashable:
-    return settings_of(run.job, lambda k: about(k, (*_DATA, *_MODEL)))
-
-
-def _copies(runs: Sequence[Run], aside: dict[str, str]) -> None:
-    """Reports hold dates and times, so two equal ones are one run's, copied: nobody can say whose."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for run in runs:
-        names[run.sha256].append(run.job.name)
-    for same in names.values():
-        if len(same) > 1:
-            aside |= dict.fromkeys(same, f"the same report, byte for byte, in {len(same)} jobs: a copied folder")
-
-
-def _odd(
-    runs: Sequence[Run],
-    aside: dict[str, str],
-    group: Callable[[Run], Hashable],
-    value: Callable[[Run], Hashable],
-    why: str,
-) -> None:
-    """Set the jobs aside whose value is not that of most of their group; on a tie the first job's value stands."""
-    found: dict[Hashable, list[Run]] = defaultdict(list)
-    for run in runs:
-        if run.job.name not in aside:
-            found[group(run)].append(run)
-    for members in found.values():
-        counts = Counter(value(r) for r in members)
+    @classmethod
+    def of(cls, question: Mapping[str, str], groups: Sequence[tuple[Mapping[str, str], Sequence[Run]]]) -> Family:
+        """Of the runs of every setting."""
+        counts = Counter(tuple(sorted((run.seed for run in runs), key=lambda s: (len(s), s))) for _, runs in groups)
+        seeds = max(counts, key=lambda these: (counts[these], len(these)))
+        settings = tuple(Setting.of(mine, runs, seeds) for mine, runs in groups)
+        sign, remarks = groups[0][1][0].sign, []
+        points = [(s.after.mean, s.kept.mean) if s.compared else (None, None) for s in settings]
+        best = pareto([(sign * a, b) if a is not None and b is not None else None for a, b in points])
+        able = [
+            (sign * s.validation.mean, n)
+            for n, s in enumerate(settings)
+            if s.compared and s.met == len(seeds) and s.validation.mean is not None
+        ]
+        choice = min(able)[1] if able else None
+        if len(seeds) == 1:
+            remarks.append("One run per setting, so no intervals: what differs may be the seed's doing.")
         if len(counts) > 1:
-            stands, most = counts.most_common(1)[0]  # of equal counts the first met
-            aside |= {r.job.name: f"{why}, unlike {most} others" for r in members if value(r) != stands}
+            out = [s.label for s in settings if not s.compared]
+            text = f"Compared on the seeds that most settings have: {', '.join(seeds)}"
+            remarks.append(f"{text}; not compared, for want of one of these: {some(out)}." if out else f"{text}.")
+        runs = [run for _, members in groups for run in members]
+        versions = {name: sorted({run.versions.get(name, "unknown") for run in runs}) for name in runs[0].versions}
+        several = [f"{name} {', '.join(found)}" for name, found in versions.items() if len(found) > 1]
+        remarks += [f"Averaged as if they were one: {'; '.join(several)}."] if several else []
+        if len(settings) > 1 and choice is None:
+            remarks.append("No setting met its bound in every run, so none is chosen.")
+        elif len(settings) > 1 and choice is not None:
+            outside = "" if choice in best else "; it is not in the Pareto set of test means"
+            remarks.append(f"On validation means {settings[choice].label} forgets most within the bound{outside}.")
+        goal = groups[0][1][0].goal
+        return cls(", ".join(labels(question)), goal, sign, seeds, settings, best, choice, tuple(remarks))
+
+    def marks(self, n: int) -> str:
+        """What stands out about the n-th setting."""
+        marks = {"Pareto": n in self.pareto, "chosen": n == self.choice, "other seeds": not self.settings[n].compared}
+        return ", ".join(mark for mark, holds in marks.items() if holds)
 
 
-def _by_reason(aside: Mapping[str, str]) -> Mapping[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
-    for name, why in aside.items():
-        found[why].append(name)
-    return found
+def pareto(points: Sequence[tuple[float, float] | None]) -> tuple[int, ...]:
+    """Indices of the points (score: less is better; share kept: more is better) that no other one beats.
+
+    A point is beaten by one at least as good in both and better in one: equal points stand or fall together.
+    """
+    known = {n: p for n, p in enumerate(points) if p is not None and all(map(math.isfinite, p))}
+    beaten = {
+        n
+        for n, (score, kept) in known.items()
+        if any(a <= score and b >= kept and (a, b) != (score, kept) for a, b in known.values())
+    }
+    return tuple(n for n in known if n not in beaten)
 
 
-def _jobs(names: Sequence[str]) -> str:
-    return f"{len(names)} job{'s' * (len(names) != 1)} ({some(names, _SHOWN)})"
+def families(runs: Sequence[Run]) -> tuple[Family, ...]:
+    """Runs as settings, and settings as families, in the order in which they were given.
 
-
-def _library(name: str) -> Callable[[Run], Any]:
-    return lambda run: (run.report.provenance.get("versions") or {}).get(name)
-
-
-def _commit(run: Run) -> Any:
-    code = run.report.provenance.get("code")
-    return None if not code else f"{str(code.get('commit'))[:12]}{' with changes' if code.get('dirty') else ''}"
-
-
-_VERSIONS: tuple[tuple[str, Callable[[Run], Any]], ...] = (
-    ("commits of this program", _commit),
-    *((f"versions of {name}", _library(name)) for name in (DISTRIBUTION, *LIBRARIES)),
-    ("versions of Python", lambda run: run.report.provenance.get("python")),
-)
-
-
-def _several(runs: Sequence[Run], what: str, value: Callable[[Run], Any], mixed: set[str]) -> list[str]:
-    """Runs by several versions are averaged, since a grid may take weeks, but that is said and their groups marked."""
-    found: dict[str, list[str]] = defaultdict(list)
+    Raises:
+        GridError: two runs are the same, or differ only in their seed and were not measured alike.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.recipe if not _NO_SETTING.match(key))
+    varied = [key for key in keys if len({run.recipe.get(key) for run in runs}) > 1]
+    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
-        found[str(value(run))].append(run.job.name)
-    if len(found) < 2:
-        return []
-    order = sorted(found.items(), key=lambda pair: -len(pair[1]))
-    mixed |= {name for _, names in order[1:] for name in names}
-    parts = [f"{'unknown' if v == 'None' else v}: {_jobs(names)}" for v, names in order]
-    return [f"{len(found)} {what}, averaged as if they were one: {'; '.join(parts)}"]
+        groups[tuple(run.recipe.get(key, "null") for key in varied)].append(run)
+    found: dict[str, tuple[dict[str, str], list[tuple[dict[str, str], list[Run]]]]] = {}
+    for values, members in groups.items():
+        for a, b in combinations(members, 2):
+            if a.seed == b.seed:
+                raise GridError(f"{a.name} and {b.name} are the same run, the seed included: leave one of them out")
+            for what, value in a.measured.items():
+                _refuse_other(what, a, b, value, b.measured[what])
+        settings = dict(zip(varied, values, strict=True))
+        question = {key: value for key, value in settings.items() if _QUESTION.match(key)}
+        mine = {key: value for key, value in settings.items() if key not in question}
+        family = json.dumps([question, members[0].measured])
+        found.setdefault(family, (question, []))[1].append((mine, members))
+    for _, rivals in found.values():
+        first: dict[tuple[str, str], Run] = {}
+        for run in (run for _, members in rivals for run in members):
+            for name, digest in run.splits.items():  # one seed splits the same data in one way
+                other = first.setdefault((run.seed, name), run)
+                _refuse_other("data", other, run, other.splits[name], digest)
+    return tuple(Family.of(question, rivals) for question, rivals in found.values())
 
 
-def _unseen(runs: Sequence[Run]) -> list[str]:
-    """Kept metrics that could not show harm, since their model scored nothing, or what guessing gives, before."""
-    found: dict[Key, list[str]] = defaultdict(list)
-    for run in runs:
-        for key in sorted(unseeing(run.report)):
-            found[key].append(run.job.name)
-    return [
-        f"{say_key(key)} was 0 or no more than chance before the edit in {_jobs(names)}: it could not show harm there"
-        for key, names in found.items()
-    ]
+def _refuse_other(what: str, a: Run, b: Run, one: Any, other: Any) -> None:
+    if one != other:
+        raise GridError(
+            f"{a.name} and {b.name} cannot be compared: their recipes say the same about it, and yet they have not the "
+            f"same {what}. Something they read has changed between them"
+        )
 
 
-def _targets(runs: Sequence[Run]) -> list[str]:
-    """Models taught alike that came out differently: settings are then compared on different models."""
-    found: dict[Hashable, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        if run.taught:
-            key = settings_of(run.job, lambda k: not about(k, _LATER))
-            found[key][run.report.provenance.get("target")].append(run.job.name)
-    split = [targets for targets in found.values() if len(targets) > 1]
-    if not split:
-        return []
-    names = [name for targets in split for jobs in targets.values() for name in jobs]
-    most = max(len(targets) for targets in split)
-    return [
-        f"{_jobs(names)} were taught alike, by the same seed, and yet their models differ (up to {most} of them): "
-        "differences between settings contain those between these models"
-    ]
+# -- from folders, and to files
 
 
-def _states(runs: Sequence[Run]) -> list[str]:
-    names = [r.job.name for r in runs if r.state is not None and r.state.state == "failed"]
-    return [f"{_jobs(names)} failed in a later attempt; the whole report of an earlier one is used"] if names else []
+def sealed(folder: Path) -> bool:
+    """Whether a run's folder has a report, and it is the one that the run wrote last."""
+    try:
+        return bool(_report(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _report(folder: Path) -> bytes:
+    """The report, when ``provenance.json``, which is written last, names its SHA-256."""
+    path, seal = folder / "report.json", folder / "provenance.json"
+    if not path.is_file() or not seal.is_file() or path.stat().st_size > _LARGEST:
+        raise ValueError("there is no report.json of a run that has ended")
+    text = path.read_bytes()
+    if json.loads(seal.read_bytes())["report_sha256"] != hashlib.sha256(text).hexdigest():
+        raise ValueError("its report.json is not the one that the run wrote")
+    return text
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs of run folders and of grid folders, and of the latter what is not there, with the reason.
+
+    Raises:
+        GridError: a folder is neither, or its report cannot be used.
+    """
+    runs: list[Run] = []
+    missing: list[str] = []
+    for folder in folders:
+        grid = Grid.load(folder) if (folder / GRID_FILE).is_file() else None
+        for one in [folder] if grid is None else [job.folder(folder) for job in grid.jobs]:
+            name = one.name if grid is None or len(folders) == 1 else f"{folder.name}/{one.name}"
+            try:
+                with explained(one):
+                    report = json.loads(_report(one))
+                    recipe = parse_value((one / "resolved.yaml").read_text(encoding="utf-8"))
+                for score in _scores(report):
+                    score["value"] = math.nan if score["value"] is None else float(score["value"])
+                runs.append(Run.of(name, RunReport.from_json(report), recipe))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+                said = f"{one if grid is None else name}: {one_line(str(e))[:300]}"
+                if grid is None:
+                    raise GridError(said) from e
+                missing.append(said)
+    return runs, missing
+
+
+def _scores(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every score of a report, as it is in the file."""
+    for row in report["scores"]:
+        yield from (row[side] for side in ("before", "after", "reference") if row.get(side) is not None)
+    for point in report["sweep"]:
+        yield from (line["score"] for line in point["scores"])
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """``vector.lora.rank`` and its value as JSON; a list of mappings by its numbers, any other list whole."""
+    if isinstance(value, list) and value and all(isinstance(child, Mapping) for child in value):
+        value = {str(n): child for n, child in enumerate(value)}
+    if isinstance(value, Mapping) and value:
+        for key, child in value.items():
+            yield from _flat(child, f"{path}.{key}" if path else key)
+    else:
+        yield path, json.dumps(value, ensure_ascii=False)
+
+
+def compare(folders: Sequence[Path], out: Path) -> tuple[tuple[Family, ...], list[str]]:
+    """Write ``compare.csv``, ``report.json`` and ``report.html`` over these runs into ``out``."""
+    runs, missing = read_runs(folders)
+    found = families(runs) if runs else ()
+    plain = [asdict(family) for family in found]
+    for setting in (setting for family in plain for setting in family["settings"]):
+        setting["runs"] = [run["name"] for run in setting["runs"]]
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(out / "compare.csv", _table(found))
+    write_json_atomic(out / "report.json", {"schema": 2, "families": plain, "missing": missing})
+    write_text_atomic(out / "report.html", _page(found, missing))
+    return found, missing
+
+
+def _table(found: Sequence[Family]) -> str:
+    """A row per run as CSV. What is missing is an empty cell; text that a spreadsheet would run gets an apostrophe."""
+    rows: list[dict[str, Any]] = []
+    for n, family in enumerate(found):
+        for settings, run in ((setting.settings, run) for setting in family.settings for run in setting.runs):
+            row = {"run": run.name, "family": n, **settings, "seed": run.seed, "lambda": run.chosen.coefficient}
+            row |= {"bound_met": run.chosen.bound_met, "met_on_test": run.met_on_test}
+            row |= {"forget_before": run.before, "forget_after": run.after, "kept": run.kept}
+            rows.append({key: _cell(value) for key, value in row.items()})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return "" if isinstance(value, float) and not math.isfinite(value) else value
+    text = visible(value.strip('"'))
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
+    return f"'{text}" if not is_number and text.lstrip().startswith(("=", "+", "-", "@", "|", "%")) else text
+
+
+def _page(found: Sequence[Family], missing: Sequence[str]) -> str:
+    from unlearn.report.charts import Axis, Key, Point, Series, axis_of, chart, style
+    from unlearn.report.page import render
+
+    parts = []
+    for n, family in enumerate(found):
+        spots, lines, legend = [], [], []
+        for i, setting in enumerate(family.settings):
+            look = style(i)
+            legend.append(Key(setting.label, **look))
+            named: dict[str, Any] = {"colour": look["colour"], "marker": look["marker"], "name": setting.label}
+            tip = f"{setting.label}: {setting.after.words()}, {setting.kept.words(percent)} kept"
+            if setting.after.mean is not None and setting.kept.mean is not None:
+                spot = Point(
+                    *(setting.after.mean, setting.kept.mean, setting.kept.half, setting.after.half),
+                    tip=tip,
+                    mark="full" if i in family.pareto else "hollow",
+                    ring=i == family.choice,
+                )
+                spots.append(Series([spot], dash=None, **named))
+            steps = [
+                Point(score.mean, kept.mean, tip=f"{setting.label}, λ {coefficient(c)}")
+                for c, score, kept in setting.frontier
+                if score.mean is not None and kept.mean is not None
+            ]
+            lines.append(Series(steps, dash=look["dash"], **named))
+        drawings = []
+        for series, items in ((spots, "test"), (lines, "validation")):
+            points = [point for one in series for point in one.points]
+            x = axis_of([point.x for point in points], f"score of what is forgotten: {family.goal}")
+            kept = axis_of([point.y for point in points], "kept at worst")
+            y = Axis(kept.low, kept.high, kept.title, percent=True)
+            keep = family.settings[0].runs[0].chosen.keep
+            drawing = chart(series, x, y, size=(460, 300), bound=keep, bound_label="bound", shaded=True)
+            told = "; ".join(point.tip for point in points[:20])
+            drawings.append((items, drawing.svg(f"{family.goal} against what is kept", told, f"f{n}-{items}")))
+        rows = [[s.label, *s.cells(), family.marks(i)] for i, s in enumerate(family.settings)]
+        parts.append({"family": family, "rows": rows, "drawings": drawings, "legend": legend})
+    return render("compare.html.j2", parts=parts, missing_runs=missing)

@@ -1,291 +1,226 @@
-"""``python -m unlearn.cluster.job GRID NAME``: one job of a grid, or one preparation, as a process of its own.
+"""One job of a grid as submitit runs it, on a node of a cluster or on this machine.
 
-What it prints goes to ``logs/NAME.log``, what it says about itself to ``state/NAME.json``. Of several processes that
-share a job only the main one writes there. torchrun, which starts them, ends with 1 whatever they end with: how a job
-ended is read from its state.
+How it ended stands in ``state/NAME.json``, not in an exit code; what it printed in ``logs/NAME.log``.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from unlearn import processes
-from unlearn.cluster.devices import VISIBLE
-from unlearn.cluster.grid import POOL, Grid, Job, Preparation, job_folder, log_file, preparation_folder
+from pydantic import TypeAdapter, ValidationError
+
+from unlearn.cluster.plan import Grid, Job
+from unlearn.console import say
 from unlearn.errors import GridError, UnlearnError
-from unlearn.text import shown
+from unlearn.store.files import unwritable, write_json_atomic
+from unlearn.text import hide, shown
 
-if TYPE_CHECKING:
-    from unlearn.cluster.job_state import JobState
-
-EXIT_CRASH, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 130
-# Seconds to wait for another process at the same job. After a broken node a job may start on a second one before it
-# can be known there that the first has ended.
-_WAIT = 600.0
-_PORTS = range(20_000, 32_000)  # below those that systems give to outgoing connections
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def command(
-    root: Path, name: str, processes: int = 1, nodes: int = 1, node_rank: int = 0, main_host: str = "127.0.0.1"
-) -> list[str]:
-    """The command line of a job, or of one node's share of it.
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A job's last word.
 
-    Args:
-        processes: On each node.
-        nodes: How many there are; all of them run the same command, but for ``node_rank``.
-        node_rank: Which of them this is, from 0.
-        main_host: Name or address of node 0, as the others reach it.
+    ``running`` is only what it said last: a killed job says so for ever. ``stopped``: it was told to stop (time limit,
+    pre-emption, Ctrl-C) and goes on from its last finished stage or checkpoint. ``attempt`` counts from 1; ``pid``,
+    ``host`` and ``started`` (seconds since 1970) identify the process; ``slurm`` is its number in the queue.
     """
-    line = [sys.executable, "-m"]
-    if processes * nodes > 1:
-        line += ["torch.distributed.run", f"--nproc-per-node={processes}"]
-        line += ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
-        line += [f"--master-addr={main_host}", f"--master-port={_agreed_port()}"] if nodes > 1 else []
-        line += ["-m"]
-    return [*line, "unlearn.cluster.job", str(root), name]
+
+    state: Literal["running", "done", "stopped", "failed"]
+    attempt: int
+    pid: int
+    host: str
+    started: float
+    since: str
+    slurm: str | None = None
+    error: str | None = None
+    seconds: float | None = None
+
+    def save(self, root: Path, name: str) -> None:
+        """Write it, without secrets that an error may hold."""
+        path = state_file(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, {**asdict(self), "error": None if self.error is None else hide(self.error)})
+
+    @classmethod
+    def load(cls, root: Path, name: str) -> JobState | None:
+        """What the job said last; None when it never began, or when the file is damaged."""
+        try:
+            return _STATE.validate_json(state_file(root, name).read_bytes())
+        except (OSError, ValidationError):
+            return None
 
 
-def environment(processes: int, threads: int, grace: float) -> dict[str, str]:
-    """What a job is started with: the threads of each process, and how long torchrun waits for one that saves.
-
-    Args:
-        processes: On this machine.
-        threads: Cores that they share.
-        grace: Seconds between the signal to stop and the end of patience.
-    """
-    limits = {"OMP_NUM_THREADS": str(max(1, threads // processes)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{grace:.0f}"}
-    return {**limits, **os.environ}
+_STATE = TypeAdapter(JobState)
 
 
-def _agreed_port() -> int:
-    """The port that all nodes of a job come to without asking each other, and two jobs on one node seldom share."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    return _PORTS[int(job) % len(_PORTS)] if job.isdecimal() else 29_500
+def state_file(root: Path, name: str) -> Path:
+    """Where a job's state is kept."""
+    return root / "state" / f"{name}.json"
 
 
-def processes_of(processes: int | None, gpus: int) -> int:
-    """How many processes a job has on each machine, from the cluster block: one per GPU unless it says otherwise."""
-    return processes or max(1, gpus)
+def now() -> str:
+    """The time as all files of a grid have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def claim_file(root: Path, name: str) -> Path:
-    """The lock of who runs it: beside its state, which is written under it."""
-    return root / "state" / f"{name}.lock"
-
-
-def _elsewhere(root: Path, name: str) -> Path:
-    """The folder in which a process that is not the main one leaves why it failed."""
-    return root / "state" / f"{name}.failed"
-
-
-def find(grid: Grid, name: str) -> Job | Preparation:
-    """The job or preparation of this name.
-
-    Raises:
-        GridError: there is none.
-    """
-    everything: tuple[Job | Preparation, ...] = (*grid.jobs, *grid.preparations)
-    found = next((one for one in everything if one.name == name), None)
-    if found is None:
-        raise GridError(f"the grid {grid.name} has no job or preparation {name!r}")
-    return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; turn what went wrong into a state and an exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unlearn.cluster.job",
-        description="Run one job or preparation of a grid that unlearn.cluster.command made.",
-        epilog="Exit codes: 0 done, 1 crashed, 2 a mistake to mend, 130 stopped (it goes on from there next time).",
-    )
-    parser.add_argument("grid", type=Path, metavar="GRID", help="the grid's folder")
-    parser.add_argument("name", metavar="NAME", help="of the job or preparation")
-    given = parser.parse_args(argv)
-    root: Path = given.grid.absolute()
-    signal.signal(signal.SIGTERM, _stop)
-    if hasattr(signal, "SIGUSR2"):  # the batch system's warning to the process above, which passes it on as SIGTERM
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+def began(pid: int) -> float | None:
+    """When a process of this machine began; None when there is no such process."""
+    psutil: Any = import_module("psutil")  # comes with accelerate
     try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def alive(pid: int, host: str, started: float) -> bool | None:
+    """Whether a process still runs; None where that cannot be known: it is on another machine."""
+    if host != platform.node():
+        return None
+    found = began(pid)
+    return found is not None and abs(found - started) < 5  # the clock may have been set since
+
+
+@dataclass(frozen=True)
+class Task:
+    """What submitit calls for one job. ``gpus``: those it may use, as in CUDA_VISIBLE_DEVICES; empty: as it is."""
+
+    root: str
+    name: str
+    gpus: str = ""
+
+    def checkpoint(self) -> Any:
+        """What is to be run when the job begins again: the same, which goes on from where it was."""
+        return import_module("submitit").helpers.DelayedSubmission(self)
+
+    def __call__(self) -> str:
+        """Run the job until it is done or told to stop; returns which of the two. RuntimeError where it failed."""
+        submitit = import_module("submitit")
+        environment = submitit.JobEnvironment()
+        warning = getattr(signal, f"SIG{environment.USR_SIG}")
+        requeue = signal.getsignal(warning)  # submitit's own handler: back in the queue, and end
+        asked = set()
+
+        def stop(number: int, frame: Any) -> None:
+            asked.add(number)
+            if number == warning:  # a training takes SIGTERM for itself, and saves its step before it ends
+                signal.raise_signal(signal.SIGTERM)
+                return
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise KeyboardInterrupt
+
+        root = Path(self.root)
         grid = Grid.load(root)
-        one = find(grid, given.name)
-        _print_to(log_file(root, one.name))  # before the console is made, which asks what it writes to
-        return _claimed(root, grid, one)
-    except UnlearnError as e:
-        sys.stderr.write(f"error: {shown(str(e))}\n")
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:  # before it began: another process may be at it, and its state is that one's
-        sys.stderr.write(f"\nstopped before {given.name} began\n")
-        return EXIT_STOPPED
+        job = grid.job(self.name)
+        _print_to(job.log(root))
+        if self.gpus:
+            os.environ[VISIBLE] = self.gpus
+        if environment.num_tasks > 1:
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        slurm = environment.job_id if environment.cluster == "slurm" else None
+        main = environment.global_rank == 0
+        ended: Literal["done", "stopped", "failed"] = "stopped"
+        error, state = None, None
+        start = time.monotonic()
+        try:
+            signal.signal(warning, stop)
+            signal.signal(signal.SIGTERM, stop)
+            _refuse_unprepared(root, job)
+            state = _tell(root, job, slurm) if main else None
+            ended, error = _run(root, grid, job)
+        except KeyboardInterrupt:
+            say("\nstopped; what is finished is kept, and the job goes on from there", style="yellow")
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends in any case, and it shall be known how
+            signal.signal(warning, signal.SIG_IGN)
+        said = JobState.load(root, job.name)
+        if state is not None:
+            if ended != "done" and said is not None and said.state == "failed":  # another process of it knows why
+                ended, error = "failed", said.error
+            seconds = round(time.monotonic() - start, 2)
+            replace(state, state=ended, since=now(), error=error, seconds=seconds).save(root, job.name)
+            say(f"=== {job.name}: {ended} after {seconds:.0f} s", style="bold")
+        elif not main and error is not None and said is not None:  # it ends the main process, which will not know why
+            replace(said, state="failed", since=now(), error=error).save(root, job.name)
+        if ended == "stopped" and (warning in asked or (slurm and _still_running(environment.raw_job_id))):
+            requeue(warning, None)  # type: ignore[operator,misc]
+        if error is not None:
+            raise RuntimeError(f"{job.name} failed: {error}; see {job.log(root)}")
+        return ended
 
 
-def _claimed(root: Path, grid: Grid, one: Job | Preparation) -> int:
-    """Run it if nobody else does: the state is of one process at a time."""
-    from unlearn.cluster.job_state import JobState
-    from unlearn.console import is_main_process, say
-    from unlearn.store.files import explained
-    from unlearn.store.lock import Holder, Lock
+def _refuse_unprepared(root: Path, job: Job) -> None:
+    prepared = JobState.load(root, job.after) if job.after else None
+    if prepared is not None and prepared.state == "failed":
+        message = f"{job.name} was not begun: its preparation {job.after} failed ({prepared.error})"
+        say(f"error: {message}", style="red")
+        raise GridError(message)
 
-    if not is_main_process():
-        folder = _elsewhere(root, one.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        processes.forget_failure(folder)
-        code, error = _run(root, grid, one)
-        if error is not None:  # torchrun ends the main process now, which could take that for a stop
-            processes.leave_failure(folder, code, error)
-        return code
+
+def _tell(root: Path, job: Job, slurm: str | None) -> JobState:
+    """Say that it runs, in its state and its log."""
+    before = JobState.load(root, job.name)
+    attempt = 1 if before is None else before.attempt + 1
+    pid = os.getpid()
+    state = JobState("running", attempt, pid, platform.node(), began(pid) or 0.0, now(), slurm)
+    where = f"{state.host}, process {pid}" + (f", Slurm {slurm}" if slurm else "")
+    where += f", GPUs {os.environ[VISIBLE]}" if os.environ.get(VISIBLE) else ""
+    say(f"=== {job.name}, attempt {attempt}, {state.since}, {where}", style="bold")
+    state.save(root, job.name)
+    return state
+
+
+def _run(root: Path, grid: Grid, job: Job) -> tuple[Literal["done", "failed"], str | None]:
+    """How it ended, and what went wrong."""
     try:
-        before = _previous(root, grid, one)
-        claim = claim_file(root, one.name)
-        with explained(claim):
-            claim.parent.mkdir(parents=True, exist_ok=True)
-            lock = Lock.take(claim, wait=_WAIT if _in_slurm() else 0.0, what=one.name)
-    except UnlearnError as e:
-        say(f"error: {e}", style="red")
-        return EXIT_MISTAKE
-    try:
-        me = Holder.me()
-        attempt = 1 if before is None else before.attempt + 1
-        state = JobState("running", attempt, me.pid, me.host, me.started, me.since, _in_slurm())
-        return _told(root, grid, one, state)
-    except UnlearnError as e:  # of the state itself: a full disk, or the folder was taken away
-        say(f"error: {e}", style="red")
-        return EXIT_MISTAKE
-    finally:
-        lock.release()
-
-
-def _told(root: Path, grid: Grid, one: Job | Preparation, state: JobState) -> int:
-    """Run it between its first word and its last."""
-    from unlearn.cluster.submissions import now
-    from unlearn.console import say
-
-    began = time.monotonic()
-    try:
-        _announce(one.name, state)
-        state.save(root, one.name)
-        code, error = _run(root, grid, one)
-    except KeyboardInterrupt:  # before or after the run itself
-        code, error = EXIT_STOPPED, None
-    if code == EXIT_STOPPED and (failed := processes.failure_of_another(_elsewhere(root, one.name))):
-        code, error = failed
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends in any case, and it shall be known how
-    word: Any = {0: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
-    seconds = round(time.monotonic() - began, 2)
-    replace(state, state=word, since=now(), exit=code, error=error, seconds=seconds).save(root, one.name)
-    say(f"=== {one.name}: {word} after {seconds:.0f} s", style="bold")
-    return code
-
-
-def _run(root: Path, grid: Grid, one: Job | Preparation) -> tuple[int, str | None]:
-    """The exit code, and what went wrong."""
-    from unlearn.console import say
-
-    try:
-        _execute(root, grid, one)
-        return 0, None
+        _execute(root, grid, job)
     except UnlearnError as e:
         say(f"error: {e}", style="red")
-        return EXIT_MISTAKE, shown(str(e))
-    except KeyboardInterrupt:
-        say("\nstopped; what is finished is kept, and the job goes on from there", style="yellow")
-        return EXIT_STOPPED, None
+        return "failed", shown(str(e))
     except Exception as e:
-        say(shown(traceback.format_exc()))
-        if _no_space(e):
-            return EXIT_MISTAKE, f"no space left on the disk ({shown(str(e))})"
-        return EXIT_CRASH, shown(traceback.format_exception_only(e)[-1].strip())
+        sys.stderr.write(shown(traceback.format_exc()))
+        full = unwritable(e)
+        return "failed", shown(f"{full.strerror} ({e})" if full else traceback.format_exception_only(e)[-1].strip())
+    return "done", None
 
 
-def _execute(root: Path, grid: Grid, one: Job | Preparation) -> None:
+def _execute(root: Path, grid: Grid, job: Job) -> None:
     from unlearn.execute import execute
     from unlearn.recipe.load import load_recipe
 
-    try:
-        os.chdir(grid.cwd)  # the overrides' paths are as seen from there
-    except OSError as e:
-        raise GridError(f"{grid.cwd}, where the grid was submitted, cannot be entered: {e.strerror}") from e
-    recipe = grid.recipes[one.recipe]
-    loaded = load_recipe(recipe.source, one.overrides, text=recipe.text)
-    if isinstance(one, Preparation):
-        execute(loaded, preparation_folder(root, one.name), pool=root / POOL, prepare=True)
-    else:
-        execute(loaded, job_folder(root, one.name), pool=root / POOL)
-
-
-def _previous(root: Path, grid: Grid, one: Job | Preparation) -> JobState | None:
-    """The job's last word.
-
-    Raises:
-        GridError: its preparation failed, and so would every job that needs it, one after the other.
-    """
-    from unlearn.cluster.job_state import JobState
-
-    if isinstance(one, Job) and one.preparation is not None:
-        name = grid.preparations[one.preparation].name
-        prepared = JobState.load(root, name)
-        if prepared is not None and prepared.state == "failed":
-            raise GridError(
-                f"{one.name} was not begun: its preparation {name} failed ({prepared.error}). Mend that, then: "
-                f"python -m unlearn.cluster.command --resubmit failed {root}"
-            )
-    return JobState.load(root, one.name)
-
-
-def _announce(name: str, state: JobState) -> None:
-    from unlearn.console import say
-
-    where = f"{platform.node()}, process {state.pid}" + (f", Slurm {state.slurm}" if state.slurm else "")
-    gpus = os.environ.get(VISIBLE)
-    where += f", GPUs {gpus}" if gpus else ""
-    say(f"=== {name}, attempt {state.attempt}, {state.since}, {where}", style="bold")
-    say(f"    {' '.join(sys.orig_argv)}")
+    os.chdir(grid.cwd)  # the overrides' paths are as seen from there
+    recipe = grid.recipes[job.recipe]
+    loaded = load_recipe(recipe.source, job.overrides, text=recipe.text)
+    execute(loaded, job.folder(root), pool=root / "pool", prepare=job.prepare)
 
 
 def _print_to(log: Path) -> None:
-    """All that this process prints from now on, and what libraries print past Python, goes to the end of a file."""
+    """All that this process prints from now on, libraries' own output included, goes to the end of a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    to = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    with log.open("ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+
+
+def _still_running(number: str) -> bool:
+    """Whether Slurm counts the job as running: then a stop was a warning, and ending now would be taken for the end."""
+    ask = ["squeue", "-h", "-j", number, "-o", "%T"]
     try:
-        os.dup2(to, 1)
-        os.dup2(to, 2)
-    finally:
-        os.close(to)
-
-
-def _in_slurm() -> str | None:
-    """The job's name in Slurm's queue."""
-    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
-
-
-def _no_space(error: BaseException | None) -> bool:
-    """A full disk, however deep in the chain."""
-    from unlearn.store.files import no_space
-
-    while error is not None:
-        if no_space(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _stop(number: int, frame: Any) -> None:
-    """SIGTERM is taken like Ctrl-C, once: Slurm and the process above both send it, and cleaning up takes a while."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()[:1] == ["RUNNING"]
+    except OSError:
+        return False

@@ -1,243 +1,523 @@
-"""Handing the jobs of a grid over, to Slurm or to a runner on this machine: what is missing, and nothing twice."""
+"""The jobs of a grid, handed to Slurm or run on this machine by submitit; how they stand, the rest of them, the end.
+
+submitit pickles what it is to call (:class:`unlearn.cluster.job.Task`, a few strings) into ``GRID/.submitit`` and reads
+it back as the same user. ``submissions.json`` says what was handed over; how a job ended is in its own state.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import platform
+import re
+import secrets
+import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
+from typing import Any, Literal
 
-from unlearn.cluster import slurm_jobs, slurm_queue
-from unlearn.cluster.devices import Gpus
-from unlearn.cluster.grid import GRID_FILE, Grid
-from unlearn.cluster.job_state import JobState
-from unlearn.cluster.local_jobs import LocalRunner
-from unlearn.cluster.plan import cluster_of, identity, recluster
-from unlearn.cluster.slurm_options import require_trust
-from unlearn.cluster.states import ACTIVE, Overview, overview
-from unlearn.cluster.status import totals
-from unlearn.cluster.submissions import LOCK, Submission, alone, now, put
-from unlearn.console import say
+from pydantic import TypeAdapter, ValidationError
+
+from unlearn.cluster.compare import sealed
+from unlearn.cluster.job import VISIBLE, JobState, Task, alive, began, now
+from unlearn.cluster.plan import GRID_FILE, Grid, Job
+from unlearn.console import live_line, say
 from unlearn.errors import GridError
+from unlearn.processes import handled
 from unlearn.recipe.evaluation import ClusterSpec
-from unlearn.store.lock import Holder
+from unlearn.store.files import explained, write_json_atomic
+from unlearn.store.lock import Lock
+from unlearn.text import counted, duration
 
-AGAIN: Mapping[str, frozenset[str]] = {
-    "failed": frozenset({"failed", "lost", "blocked"}),
-    "lost": frozenset({"lost"}),
-    "all-missing": frozenset({"failed", "lost", "blocked", "stopped", "waiting"}),
+Standing = Literal["done", "running", "queued", "stopped", "failed", "lost", "blocked", "waiting"]
+STANDINGS: tuple[Standing, ...] = ("done", "running", "queued", "stopped", "failed", "lost", "blocked", "waiting")
+AGAIN = {
+    "failed": {"failed", "lost", "blocked"},
+    "lost": {"lost"},
+    "all-missing": {"failed", "lost", "blocked", "stopped", "waiting"},
 }
-
-
-def submit(root: Path, grid: Grid, local: bool) -> LocalRunner | None:
-    """Submit what of a grid is not done and not on its way.
-
-    Args:
-        root: The grid's folder, absolute; made if it is not there.
-        grid: As it was planned just now.
-        local: To run it on this machine, without Slurm.
-
-    Returns:
-        What runs it here; None where there is nothing to run here.
-
-    Raises:
-        GridError: the folder is another grid's, or not a grid's; Slurm is not here, or refuses.
-        RunFolderError: the folder cannot be written, or somebody else submits there.
-    """
-    if not local:
-        slurm_jobs.check()
-    _refuse_strangers(root)
-    with alone(root):
-        if (root / GRID_FILE).exists():
-            there = Grid.load(root)
-            if identity(there) != identity(grid):
-                raise GridError(f"{root} is the folder of another grid ({_difference(there, grid)}): use another --out")
-            grid = replace(there, cluster=grid.cluster)
-        grid.save(root)
-        return _hand_over(overview(root), "all-missing", local)
-
-
-def resubmit(root: Path, what: str, sets: Sequence[str] = (), local: bool = False) -> LocalRunner | None:
-    """Submit jobs again: the failed, the lost, or all that are not done.
-
-    Args:
-        root: The grid's folder, absolute.
-        what: A key of :data:`AGAIN`.
-        sets: Changes to the cluster block (``cluster.memory=64GB``), which last.
-        local: On this machine. A grid that was last run so is run so again.
-
-    Returns, Raises: as :func:`submit`.
-    """
-    Grid.load(root)  # a folder that is no grid's gets no lock
-    with alone(root):
-        if sets:
-            recluster(Grid.load(root), sets).save(root)
-        found = overview(root)
-        local = local or (bool(found.submissions) and found.submissions[-1].kind == "local")
-        if not local:
-            require_trust(cluster_of(found.grid), sets)
-            slurm_jobs.check()
-        return _hand_over(found, what, local)
-
-
-def cancel(root: Path) -> int:
-    """Take the grid's jobs out of the queue, and stop its local runners. What is done stays, and can be gone on from.
-
-    Returns:
-        How many processes run on that cannot be stopped from here; who and where was said.
-
-    Raises:
-        GridError: Slurm refuses, or cannot be asked.
-    """
-    Grid.load(root)
-    with alone(root):
-        found = overview(root)
-        if found.unasked is not None and any(s.kind == "slurm" for s in found.submissions):
-            raise GridError(f"Slurm cannot be asked what is in its queue: {found.unasked}")
-        arrays = sorted({entry.id.partition("_")[0] for entry in found.queue.values() if not entry.ending}, key=int)
-        if arrays:
-            slurm_queue.cancel(arrays)
-            say(f"cancelled in Slurm: {', '.join(arrays)}")
-        for one in found.submissions:
-            if one.kind == "slurm" and one.ended is None:
-                put(root, replace(one, ended=now()))
-        runners = [s for s in found.submissions if s.kind == "local" and s.at_work()]
-        stopped = [_stop("the local runner", Holder(s.pid, s.host, s.started, s.when)) for s in runners]
-        if not runners:
-            stopped += [_stop(name, holder) for name, holder in _left_alone(found)]
-    if not arrays and not stopped:
-        say(f"nothing to cancel; {totals(found)}")
-    return stopped.count(False)
-
-
-def _left_alone(found: Overview) -> Iterator[tuple[str, Holder]]:
-    """Jobs that run outside the queue, and whose local runner is gone."""
-    queued = {entry.id for entry in found.queue.values()}
-    for row in (*found.preparations, *found.jobs):
-        said = JobState.load(found.root, row.name) if row.state == "running" and row.where not in queued else None
-        if said is not None and said.state == "running":
-            yield row.name, Holder(said.pid, said.host, said.started, said.since)
-
-
-def _stop(what: str, holder: Holder) -> bool:
-    """Tell a process to stop, if it is one of this machine."""
-    if holder.verdict() != "there":
-        say(f"{what} is process {holder.pid} on {holder.host}: stop it there (kill {holder.pid})", style="yellow")
-        return False
-    os.kill(holder.pid, signal.SIGTERM)
-    say(f"told {what}, process {holder.pid}, to stop; what is finished is kept")
-    return True
+EXIT_STOPPED = 130
+_SUBMISSIONS, _LOCK, _SUBMITIT = "submissions.json", ".submit-lock", ".submitit"
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_YEAR = 365 * 24 * 60  # minutes
+_PATIENCE = 60.0  # seconds for Slurm to answer, and for another command on the same grid
+_TRUST = "UNLEARN_TRUST_SETUP"
+# sbatch's options that a key of the cluster block sets, or that make arrays, restarts and logs work
+_TAKEN = re.compile(
+    "partition|account|qos|nodes|time|mem|gpus-per-node|cpus-per-task|array|begin|chdir|dependency|error|input|job-name"
+    "|kill-on-invalid-dep|no-requeue|ntasks(-per-node)?|open-mode|output|requeue|signal|test-only|wait|wrap"
+)
+_Entry = tuple[str, str, str]  # of Slurm's queue: number, state, reason
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """The jobs to be submitted, the preparations they need first, and Slurm's numbers of those that are under way."""
+class Submission:
+    """Jobs and preparations (by name) handed over together, in the order of an array's tasks.
 
-    jobs: tuple[int, ...]
-    preparations: tuple[int, ...]
-    under_way: tuple[str, ...]
+    ``name`` is what they are called in Slurm's queue, never the same twice; the process is that of a local runner.
+    """
+
+    kind: Literal["slurm", "local"]
+    name: str
+    jobs: tuple[str, ...]
+    when: str
+    pid: int
+    host: str
+    started: float
+    ended: bool = False  # nothing of it can still begin
 
     @classmethod
-    def of(cls, found: Overview, what: str) -> _Part:
-        pairs = zip(found.grid.jobs, found.jobs, strict=True)
-        jobs = tuple(job.index for job, row in pairs if row.state in AGAIN[what])
-        needed = sorted({p for i in jobs if (p := found.grid.jobs[i].preparation) is not None})
-        rows = {p: found.preparations[p] for p in needed}
-        missing = tuple(p for p, row in rows.items() if row.state not in ACTIVE and row.state != "done")
-        numbers = {entry.id for entry in found.queue.values()}
-        under_way = tuple(row.where for row in rows.values() if row.state in ACTIVE and row.where in numbers)
-        return cls(jobs, missing, tuple(number for number in under_way if number is not None))
+    def new(cls, kind: Literal["slurm", "local"], grid: Grid, jobs: Sequence[Job]) -> Submission:
+        """By this process, now."""
+        name, pid = f"{grid.name}-{secrets.token_hex(4)}", os.getpid()
+        return cls(kind, name, tuple(job.name for job in jobs), now(), pid, platform.node(), began(pid) or 0.0)
+
+    def at_work(self) -> bool:
+        """Whether a local runner may still begin jobs of it."""
+        return self.kind == "local" and not self.ended and alive(self.pid, self.host, self.started) is not False
 
 
-def _hand_over(found: Overview, what: str, local: bool) -> LocalRunner | None:
-    part, spec = _Part.of(found, what), cluster_of(found.grid)
-    if not part.jobs:
-        say(f"{found.root}: nothing to submit; {totals(found)}")
-        return None
-    if found.unasked is not None and any(s.kind == "slurm" and s.ended is None for s in found.submissions):
-        raise GridError(f"what waits in Slurm's queue would be submitted twice, as {found.unasked}: try again later")
-    say(f"{found.root}: {totals(found)}")
-    if local:
-        gpus = Gpus.here(spec.gpus)
-        one = Submission.new("local", _queue_name(found), part.jobs, part.preparations, _attempts(found))
-        put(found.root, one)
-        return LocalRunner(found.root, found.grid, spec, one, gpus)
-    for line in _to_slurm(found, part, spec):
-        say(line)
-    say(f"how they stand: python -m unlearn.cluster.command --status {found.root}", style="dim")
-    return None
+_SUBMITTED = TypeAdapter(list[Submission])
 
 
-def _to_slurm(found: Overview, part: _Part, spec: ClusterSpec) -> Iterator[str]:
-    """The preparations first, then the jobs, which wait for them; as many arrays of each as Slurm's limit asks for."""
-    pieces = _cut(part.jobs)
-    if spec.parallelism is not None and len(pieces) > 1:
-        spec = spec.model_copy(update={"parallelism": max(1, spec.parallelism // len(pieces))})
-    root, grid = found.root, found.grid
-    waits_for, count = list(part.under_way), len(part.under_way) + len(part.preparations)
-    for first in _cut(part.preparations):
-        one = Submission.new("slurm", _queue_name(found), (), first, _attempts(found))
-        put(root, one)
-        names = [grid.preparations[i].name for i in first]
-        try:
-            array = slurm_jobs.submit(root, grid, spec, names, f"{one.name}p")
-        except GridError:
-            put(root, replace(one, preparations=()))
-            raise
-        waits_for.append(array)
-        put(root, replace(one, preparation=array))
-        yield f"submitted to Slurm: {_many(len(first), 'preparation')}, array {array}"
-    # with several, one that fails must not take the jobs of the others with it: its own jobs see it and end
-    dependency = f"{'afterok' if count == 1 else 'afterany'}:{':'.join(waits_for)}" if waits_for else None
-    for jobs in pieces:
-        one = Submission.new("slurm", _queue_name(found), jobs, (), _attempts(found))
-        put(root, one)
-        try:
-            array = slurm_jobs.submit(root, grid, spec, [grid.jobs[i].name for i in jobs], one.name, dependency)
-        except GridError:
-            put(root, replace(one, jobs=()))
-            raise
-        put(root, replace(one, array=array))
-        yield f"submitted to Slurm: {_many(len(jobs), 'job')}, array {array}"
-
-
-def _cut(jobs: Sequence[int]) -> list[tuple[int, ...]]:
-    return [tuple(jobs[i : i + slurm_jobs.MOST_TASKS]) for i in range(0, len(jobs), slurm_jobs.MOST_TASKS)]
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _queue_name(found: Overview) -> str:
-    return f"{found.grid.name}-{identity(found.grid)[:8]}"
-
-
-def _attempts(found: Overview) -> dict[str, int]:
-    return {row.name: row.attempt for row in (*found.jobs, *found.preparations)}
-
-
-def _refuse_strangers(root: Path) -> None:
-    """A grid's folder is new, empty, or a grid's: nothing is written among other people's files."""
+def _read(root: Path) -> list[Submission]:
+    path = root / _SUBMISSIONS
+    with explained(path):
+        text = path.read_bytes() if path.is_file() else b"[]"
     try:
-        there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-    except OSError as e:
-        raise GridError(f"{root} cannot be read ({e.strerror}): choose another --out") from e
-    if root.exists() and not root.is_dir():
-        raise GridError(f"{root} is not a folder: choose another --out")
-    others = [name for name in there if not name.startswith((LOCK, f".{GRID_FILE}"))]
-    if others and GRID_FILE not in there:
+        return _SUBMITTED.validate_json(text)
+    except ValidationError as e:
         raise GridError(
-            f"{root} is not empty and not the folder of a grid (it holds {others[0]}): choose another --out"
+            f"{path}: damaged ({e.errors()[0]['msg']}). It says what is in the queue: see that nothing of this grid is "
+            "there, remove the file, and submit the grid again"
+        ) from e
+
+
+def _put(root: Path, *ones: Submission) -> None:
+    """Add submissions, or replace those of the same name."""
+    write_json_atomic(root / _SUBMISSIONS, list({one.name: one for one in (*_read(root), *ones)}.values()))
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Nobody else submits or cancels jobs of this grid meanwhile."""
+    with explained(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = Lock.take(root / _LOCK, wait=_PATIENCE, what=f"the grid {root}")
+    with lock:
+        yield
+
+
+# -- how they stand
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One job or preparation: how it stands, what its last attempt took (seconds), where it is, why it is not done."""
+
+    name: str
+    settings: Mapping[str, str]
+    state: Standing
+    attempt: int = 0
+    since: str | None = None
+    seconds: float | None = None
+    where: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """All of a grid at one moment; ``unasked`` is why Slurm did not answer, if it should have."""
+
+    root: Path
+    grid: Grid
+    jobs: tuple[Row, ...]
+    preparations: tuple[Row, ...]
+    submissions: Sequence[Submission]
+    queue: Mapping[str, _Entry]
+    unasked: str | None
+
+    def totals(self) -> str:
+        """``3 done, 1 failed, of 4 jobs``."""
+        counts = Counter(row.state for row in self.jobs)
+        return f"{', '.join(f'{counts[s]} {s}' for s in STANDINGS if counts[s])}, of {counted(len(self.jobs), 'job')}"
+
+
+def overview(root: Path) -> Overview:
+    """How every job stands: what was submitted, then what is in the queue, then what the jobs say themselves.
+
+    In this order a job that moves on meanwhile is not taken for lost.
+    """
+    grid = Grid.load(root)
+    submissions = _read(root)
+    in_slurm = [one for one in submissions if one.kind == "slurm" and not one.ended]
+    queue, unasked = _queue(in_slurm)
+    last = {name: one for one in submissions for name in one.jobs}
+
+    def row(job: Job, prepared: str = "") -> Row:
+        entry = queue.get(job.name)
+        said = JobState.load(root, job.name)
+        state, error = _standing(root, job, said, entry, last.get(job.name), unasked is None)
+        if state == "lost" and (later := JobState.load(root, job.name)) != said:  # it ended while we looked
+            said = later
+            state, error = _standing(root, job, said, entry, last.get(job.name), unasked is None)
+        hopeless = {"waiting": {"failed"}, "lost": {"failed", "lost", "stopped", "blocked"}}  # Slurm drops these
+        if said is None and prepared in hopeless.get(state, ()):
+            state, error = "blocked", f"its preparation {job.after} is {prepared}"
+        if said is None:
+            return Row(job.name, job.settings, state, where=entry[0] if entry else None, error=error)
+        where = entry[0] if entry else f"process {said.pid} on {said.host}" if state == "running" else None
+        return Row(job.name, job.settings, state, said.attempt, said.since, said.seconds, where, error)
+
+    preparations = {job.name: row(job) for job in grid.preparations}
+    jobs = tuple(row(job, preparations[job.after].state if job.after else "") for job in grid.jobs)
+    return Overview(root, grid, jobs, tuple(preparations.values()), submissions, queue, unasked)
+
+
+def _standing(
+    root: Path, job: Job, said: JobState | None, entry: _Entry | None, one: Submission | None, asked: bool
+) -> tuple[Standing, str | None]:
+    """How a job stands and why, from its own last word, Slurm's queue and the last submission of it."""
+    if said is not None and said.state == "done" and (job.prepare or sealed(job.folder(root))):
+        return "done", None
+    if entry is not None:
+        _, state, reason = entry
+        if reason == "DependencyNeverSatisfied":
+            return "blocked", "Slurm: what it waits for has failed"
+        if state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"):
+            return "queued", None
+        if state != "COMPLETING" or said is None or said.state == "running":
+            return "running", None
+    slurm = one is not None and one.kind == "slurm" and not one.ended
+    if one is not None and (said is None or said.since < one.when) and (one.at_work() or (slurm and not asked)):
+        return "queued", None
+    if said is None:
+        return ("lost", "never began, and is not in Slurm's queue any more") if slurm else ("waiting", None)
+    if said.state in ("failed", "stopped"):
+        return said.state, said.error
+    if said.state == "done":
+        return "lost", "said that it is done, but its report.json is gone, or not as the run wrote it"
+    lives = not asked if slurm and said.slurm else alive(said.pid, said.host, said.started) is not False
+    return ("running", None) if lives else ("lost", f"ended without a word (killed?), on {said.host}")
+
+
+def _queue(submissions: Sequence[Submission]) -> tuple[dict[str, _Entry], str | None]:
+    """What is in Slurm's queue, by job; or why Slurm cannot be asked.
+
+    Asked by names, since a submitter may be killed before it has written the number down.
+    """
+    if not submissions:
+        return {}, None
+    names = ",".join(one.name for one in submissions)
+    command = ["squeue", "-h", "-r", "--all", f"--name={names}", "-o", "%i|%T|%j|%r"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)
+    except (OSError, subprocess.SubprocessError) as e:
+        return {}, f"{e} {getattr(e, 'stderr', None) or ''}".strip()
+    jobs = {(one.name, n): job for one in submissions for n, job in enumerate(one.jobs)}
+    found = {}
+    for line in done.stdout.splitlines():
+        number, state, name, reason = line.strip().split("|", 3)
+        job = jobs.get((name, int(number.partition("_")[2] or 0)))
+        if job is not None:
+            found[job] = number, state, reason
+    return found, None
+
+
+# -- handing over
+
+
+def submit(root: Path, grid: Grid, what: str, local: bool, at_once: int | None = None) -> int:
+    """Submit those of a grid's jobs that stand so (:data:`AGAIN`), and the preparations they still need.
+
+    Args:
+        root: The grid's folder, absolute; made if it is not there.
+        local: Run them on this machine, ``at_once`` at a time, and wait for the end.
+
+    Returns:
+        Exit code: 0 submitted or done, 1 a local job did not end well, 130 stopped.
+    """
+    with explained(root):
+        others = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
+    if others and GRID_FILE not in others:
+        raise GridError(f"{root} is not empty and no grid's folder (it holds {others[0]}): choose another --out")
+    with _alone(root):
+        if others and (before := Grid.load(root)).identity() != grid.identity():
+            why = "its recipe has been changed since" if before.jobs == grid.jobs else "it has other jobs"
+            why = why if before.cwd == grid.cwd else f"submitted from {before.cwd}, where relative paths start"
+            raise GridError(f"{root} is the folder of another grid ({why}): use another --out")
+        grid.save(root)
+        run = _hand_over(overview(root), what, local, at_once)
+    return run()
+
+
+def was_local(root: Path) -> bool:
+    """Whether the grid was last run on this machine, and not by Slurm."""
+    return [one.kind for one in _read(root)][-1:] == ["local"]
+
+
+def _hand_over(found: Overview, what: str, local: bool, at_once: int | None) -> Callable[[], int]:
+    """Submit to Slurm; of a local run, return what runs it when the grid's lock is free again."""
+    root, grid = found.root, found.grid
+    jobs = [grid.job(row.name) for row in found.jobs if row.state in AGAIN[what]]
+    say(f"{root}: {'' if jobs else 'nothing to submit; '}{found.totals()}")
+    if not jobs:
+        return lambda: 0
+    if found.unasked is not None:
+        raise GridError(f"what waits in Slurm's queue would be submitted twice ({found.unasked}): try again later")
+    needed = {job.after for job in jobs}
+    missing = [row for row in found.preparations if row.name in needed and row.state != "done"]
+    first = [grid.job(row.name) for row in missing if row.state not in ("running", "queued")]
+    if local:
+        places = slots(grid.cluster, at_once)
+        one = Submission.new("local", grid, [*first, *jobs])
+        _put(root, one)
+        return lambda: _run_here(root, grid, one, places)
+    waits_for = [found.queue[row.name][0] for row in missing if row.name in found.queue]
+    # with several, one that fails must not take the jobs of the others with it: its own jobs see it and end
+    how = "afterok" if len(missing) == 1 else "afterany"
+    waits_for += [_to_slurm(root, grid, first, None)] if first else []
+    _to_slurm(root, grid, jobs, f"{how}:{':'.join(waits_for)}" if waits_for else None)
+    say(f"how they stand: unlearn status {root}", style="dim")
+    return lambda: 0
+
+
+def _to_slurm(root: Path, grid: Grid, jobs: Sequence[Job], dependency: str | None) -> str:
+    """Hand jobs over as one array; returns its number in the queue."""
+    one = Submission.new("slurm", grid, jobs)
+    _put(root, one)  # before: should we be killed on the way, they are found in the queue by this name
+    try:
+        make = import_module("submitit").AutoExecutor
+        executor = make(root / _SUBMITIT, cluster="slurm", slurm_max_num_timeout=grid.cluster.requeues)
+        executor.update_parameters(**slurm_parameters(grid.cluster, one.name, grid.cwd, len(jobs), dependency))
+        handles = executor.submit_array([Task(str(root), job.name) for job in jobs])
+    except Exception as e:
+        _put(root, replace(one, jobs=(), ended=True))
+        raise GridError(f"Slurm did not take the jobs: {str(e).strip()}") from e
+    array = str(handles[0].job_id).partition("_")[0]
+    say(f"submitted to Slurm: {counted(len(jobs), 'preparation' if jobs[0].prepare else 'job')}, array {array}")
+    return array
+
+
+def check_slurm(spec: ClusterSpec, sets: Sequence[str] = ()) -> None:
+    """Refuse what Slurm would, and shell lines of a recipe that nobody has looked at.
+
+    Args:
+        sets: ``--set`` of the command line; what is written there is the user's own.
+    """
+    own = any(text.partition("=")[0] in ("cluster", "cluster.setup") for text in sets)
+    if spec.setup and not own and os.environ.get(_TRUST, "").upper() not in {"1", "TRUE", "YES", "ON"}:
+        lines = "".join(f"\n  {line}" for line in spec.setup)
+        raise GridError(
+            f"cluster.setup has shell lines, which run as you on the cluster:{lines}\n"
+            f"If you trust whoever wrote the recipe, set {_TRUST}=1 in the environment"
+        )
+    slurm_parameters(spec, "-", "-", 1)
+    if absent := [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]:
+        raise GridError(
+            f"there is no {' and no '.join(absent)} here: submit from a machine of the cluster. Without Slurm: --local"
         )
 
 
-def _difference(there: Grid, here: Grid) -> str:
-    if there.cwd != here.cwd:
-        return f"submitted from {there.cwd}, where relative paths start"
-    if there.recipes != here.recipes:
-        if [r.source for r in there.recipes] != [r.source for r in here.recipes]:
-            return f"of {', '.join(r.source for r in there.recipes)}"
-        return "its recipe has been changed since"
-    return f"{_many(len(there.jobs), 'job')} with other settings, {there.jobs[0].name} the first"
+def slurm_parameters(
+    spec: ClusterSpec, name: str, cwd: str, tasks: int, dependency: str | None = None
+) -> dict[str, Any]:
+    """The cluster block as submitit's executor takes it, for an array of so many tasks; GridError for a bad one."""
+    if spec.time is None:
+        raise GridError("how long may a job run before it is stopped and put back? Add --set cluster.time=4:00:00")
+    limit, processes = minutes(spec.time), spec.processes or max(1, spec.gpus)
+    # submitit takes a stop for one at the limit, which it counts, only in the last fifth or the last ten minutes
+    longest = max(12 * limit, min(600, 30 * limit))
+    if spec.grace > longest:
+        raise GridError(f"cluster.grace: {spec.grace} s of {spec.time} leave too little: at most {longest} s")
+    extra = {key.replace("_", "-").removeprefix("--"): value for key, value in spec.extra.items()}
+    for key, value in (("partition", spec.partition), ("account", spec.account), ("qos", spec.qos), *extra.items()):
+        # a line break would make the rest of it a shell line of the batch file
+        if not re.fullmatch("[a-z][a-z0-9-]*", key) or not str(value).isprintable():
+            raise GridError(
+                f"cluster: {key!r}: {value!r} is no option of sbatch; write its long name: constraint: a100"
+            )
+        if key in extra and _TAKEN.fullmatch(key):
+            raise GridError(f"cluster.extra: {key} is set by a key of the cluster block, or by the grid itself")
+    cpus = max(1, spec.cpus // processes)
+    ours: dict[str, Any] = {"requeue": True, "chdir": cwd}
+    if dependency is not None:  # tasks that can never begin shall not stay in the queue for good
+        ours |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
+    return {
+        "name": name,
+        "timeout_min": limit,
+        "nodes": spec.nodes,
+        "tasks_per_node": processes,
+        "cpus_per_task": cpus,
+        "gpus_per_node": spec.gpus or None,
+        "mem_gb": gigabytes(spec.memory) if spec.memory else None,
+        "slurm_partition": spec.partition,
+        "slurm_account": spec.account,
+        "slurm_qos": spec.qos,
+        "slurm_signal_delay_s": spec.grace,
+        "slurm_setup": list(spec.setup) or None,
+        "slurm_array_parallelism": min(spec.parallelism or tasks, tasks),
+        # since Slurm 22.05 srun does not take this over from sbatch; and other nodes would wait for a lost one
+        "slurm_srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
+        "slurm_additional_parameters": ours | {k: v for k, v in extra.items() if v is not None and v is not False},
+    }
+
+
+def minutes(text: str) -> int:
+    """Slurm's own reading of a time limit, rounded up: ``M:S``, ``H:M:S``, ``D-H:M`` or ``D-H:M:S``."""
+    days, _, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if len(parts) == 2:
+        parts = [*parts, 0] if days else [0, *parts]
+    return int(days or 0) * 24 * 60 + parts[0] * 60 + parts[1] + math.ceil(parts[2] / 60)
+
+
+def gigabytes(text: str) -> float:
+    """``1.5GB`` in submitit's unit, of which it makes whole megabytes."""
+    return math.ceil(float(text[:-2]) * 1024 ** "KMGT".index(text[-2]) / 1024) / 1024
+
+
+# -- this machine
+
+
+def slots(spec: ClusterSpec, at_once: int | None) -> list[str]:
+    """As many places as jobs run here at a time: the GPUs that each has (as in CUDA_VISIBLE_DEVICES), or nothing."""
+    visible, each = _visible(), max(1, spec.gpus)
+    if visible and len(visible) < each:
+        raise GridError(f"cluster.gpus is {each}, and {len(visible)} here: add --set cluster.gpus={len(visible)}")
+    room = len(visible) // each if visible else max(1, _cores() // (spec.processes or 1))
+    asked = at_once or spec.parallelism or (room if visible else 1)
+    if asked > room:
+        say(f"{asked} jobs at a time are more than there are {'GPUs' if visible else 'cores'} for: {room}", "yellow")
+    return [",".join(visible[n * each : (n + 1) * each]) for n in range(min(asked, room))]
+
+
+def _visible() -> list[str]:
+    named = os.environ.get(VISIBLE)
+    if named is not None:  # numbers or UUIDs; none from the first that is empty or -1
+        return list(takewhile(lambda one: one not in ("", "-1"), (one.strip() for one in named.split(","))))
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_here(root: Path, grid: Grid, one: Submission, places: Sequence[str]) -> int:
+    """Run a submission to its end, preparations before who needs them, a job in each place.
+
+    Asked to stop, it has all jobs save where they are; asked again, or after ``cluster.grace`` seconds, it ends them.
+    The jobs at work of a runner that is killed go on to their end.
+    """
+    submitit, psutil = import_module("submitit"), import_module("psutil")
+    waiting = [grid.job(name) for name in one.jobs]
+    free, running, ended = list(places), dict[str, tuple[Any, str, str]](), dict[str, str]()
+    asked, told = list[float](), set[str]()
+    processes = grid.cluster.processes or (max(1, grid.cluster.gpus) if any(places) else 1)
+    executor = submitit.AutoExecutor(root / _SUBMITIT, cluster="local")
+    executor.update_parameters(timeout_min=_YEAR, tasks_per_node=processes)
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // (processes * min(len(free), len(waiting))))
+
+    def end(name: str, how: str, about: str) -> None:
+        ended[name] = how
+        style = {"done": "green", "stopped": "yellow"}.get(how, "red")
+        say(f"[{len(ended)}/{len(one.jobs)}] {name}: {how}, {about}", style=style)
+
+    on_signal = handled(lambda number, frame: asked.append(time.monotonic()), _STOP)
+    with on_signal, live_line() as show:
+        while running or (waiting and not asked):
+            for name, (handle, place, since) in list(running.items()):
+                if handle.done():
+                    del running[name]
+                    free.append(place)
+                    end(name, *_ended(root, grid.job(name), since))
+            for job in list(waiting) if not asked else ():
+                prepared = ended.get(job.after or "", "done")
+                if prepared != "done":
+                    waiting.remove(job)
+                    end(job.name, "blocked", f"its preparation {job.after} {prepared}")
+                elif free and (job.after in ended or job.after not in one.jobs):
+                    waiting.remove(job)
+                    place, since = free.pop(0), now()
+                    # its processes hear no Ctrl-C and no hang-up of the terminal: they are told when to stop
+                    deaf = handled(signal.SIG_IGN, _STOP[1:])  # type: ignore[arg-type]
+                    with deaf, submitit.helpers.environment_variables(OMP_NUM_THREADS=threads):
+                        running[job.name] = executor.submit(Task(str(root), job.name, place)), place, since
+            if asked and running and not told:
+                say(f"stopping {counted(len(running), 'job')}; once more to end them at once", style="yellow")
+            # a terminal that closes sends two signals at once
+            at_end = asked and (asked[-1] > asked[0] + 2 or time.monotonic() > asked[0] + grid.cluster.grace)
+            for name in running if asked else ():
+                with suppress(psutil.Error):
+                    process = psutil.Process(int(running[name][0].job_id))  # submitit's, which passes SIGTERM on
+                    for each in (*process.children(recursive=True), process) if at_end else ():
+                        each.kill()
+                    if name not in told:
+                        process.terminate()
+                told.add(name)
+            counts = Counter(ended.values())
+            show(f"{counts['done']} done, {len(running)} running, of {len(one.jobs)}")
+            time.sleep(0.05)
+    with _alone(root):
+        _put(root, replace(one, ended=True))
+    if asked:
+        say("stopped; what is finished is kept, and submitting the grid again goes on from there", style="yellow")
+        return EXIT_STOPPED
+    return 0 if set(ended.values()) <= {"done"} else 1
+
+
+def _ended(root: Path, job: Job, since: str) -> tuple[str, str]:
+    """How a local job ended, and what to say about it."""
+    state = JobState.load(root, job.name)
+    if state is None or state.since < since or state.state == "running":
+        return "lost", f"ended without a word (killed?); see {job.log(root)} and {root / _SUBMITIT}"
+    if state.state == "failed":
+        return "failed", (state.error or f"see {job.log(root)}").splitlines()[-1].strip()
+    return state.state, duration(state.seconds or 0.0)
+
+
+# -- the end
+
+
+def cancel(root: Path) -> int:
+    """Take the grid's jobs out of the queue, and stop what runs here. What is done stays, and can be gone on from.
+
+    Returns:
+        How many processes run on that cannot be stopped from here; who and where was said.
+    """
+    Grid.load(root)  # a folder that is no grid's gets no lock
+    with _alone(root):
+        found = overview(root)
+        if found.unasked is not None:
+            raise GridError(f"Slurm cannot be asked what is in its queue: {found.unasked}")
+        if arrays := sorted({entry[0].partition("_")[0] for entry in found.queue.values()}, key=int):
+            done = subprocess.run(["scancel", *arrays], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise GridError(f"Slurm did not cancel {', '.join(arrays)}: {done.stderr.strip()}")
+            say(f"cancelled in Slurm: {', '.join(arrays)}")
+        _put(root, *(replace(one, ended=True) for one in found.submissions if one.kind == "slurm"))
+    who = [("the local runner", one.pid, one.host) for one in found.submissions if one.at_work()]
+    for row in (*found.preparations, *found.jobs) if not who else ():
+        said = JobState.load(root, row.name)
+        if said is not None and said.state == row.state == "running" and row.name not in found.queue:
+            who.append((row.name, said.pid, said.host))
+    for name, pid, host in who:
+        if host == platform.node():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+            say(f"told {name}, process {pid}, to stop; what is finished is kept")
+        else:
+            say(f"{name} is process {pid} on {host}: stop it there (kill {pid})", style="yellow")
+    if not arrays and not who:
+        say(f"nothing to cancel; {found.totals()}")
+    return sum(host != platform.node() for _, _, host in who)
