@@ -153,8 +153,13 @@ class Task:
             seconds = round(time.monotonic() - start, 2)
             replace(state, state=ended, since=now(), error=error, seconds=seconds).save(root, job.name)
             say(f"=== {job.name}: {ended} after {seconds:.0f} s", style="bold")
-        elif not main and error is not None and said is not None:  # it ends the main process, which will not know why
-            replace(said, state="failed", since=now(), error=error).save(root, job.name)
+        elif not main and error is not None:  # this ends the main process, which will not know why
+            patience = time.monotonic() + 10
+            while (said is None or said.state != "running") and time.monotonic() < patience:  # it may not have begun
+                time.sleep(0.1)
+                said = JobState.load(root, job.name)
+            if said is not None:
+                replace(said, state="failed", since=now(), error=error).save(root, job.name)
         if ended == "stopped" and (warning in asked or (slurm and _still_running(environment.raw_job_id))):
             requeue(warning, None)  # type: ignore[operator,misc]
         if error is not None:
