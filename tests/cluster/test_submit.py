@@ -569,7 +569,7 @@ def test_a_dry_run_tells_all_writes_nothing_and_needs_no_torch(tmp_path: Path) -
         "import sys; from unlearn.cli import main; assert main(sys.argv[1:]) == 0; "
         "assert 'torch' not in sys.modules and 'submitit' not in sys.modules"
     )
-    line = ["submit", PICO, "--grid", "seed=0,1", "--grid", "vector.lora.rank=2,4", "--set", "cluster.time=1:00:00"]
+    line = ["submit", PICO, "--grid", "seed=0,1", "--grid", "vector.lora.rank=2,4", "cluster.time=1:00:00"]
     for more in (["--dry-run"], ["--dry-run", "--local"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *line, *more],

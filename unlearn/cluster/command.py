@@ -32,7 +32,12 @@ Axes = Annotated[
 
 
 def submit(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE…", help="Recipes; or the grid's folder.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE", help="Recipes, and keys to change for all jobs (seed=1); or the grid's folder."
+        ),
+    ],
     grid: Axes = None,
     sets: Sets = None,
     out: Annotated[Path | None, typer.Option(help="The grid's folder (default: grids/<name>-<fingerprint>).")] = None,
@@ -57,7 +62,7 @@ def submit(
     from unlearn.cluster import plan
     from unlearn.cluster import submit as jobs_of
 
-    sets, axes = sets or [], grid or []
+    sets, axes = list(sets or ()), list(grid or ())
     if again is not None or cancel:
         if len(recipes) != 1 or axes or out or dry_run or (cancel and (again or sets)):
             raise GridError("--resubmit WHAT and --cancel each take the grid's folder, and nothing that makes a grid")
@@ -70,7 +75,8 @@ def submit(
         planned = plan.recluster(planned, sets)
         local = local or jobs_of.was_local(root)
     else:
-        planned = plan.plan_grid(recipes, axes, sets)
+        sets += [word for word in recipes if "=" in word]
+        planned = plan.plan_grid([word for word in recipes if "=" not in word], axes, sets)
         root = (out or Path("grids") / f"{planned.name}-{planned.identity()[:8]}").absolute()
     if dry_run:
         _print_plan(planned, root, local, jobs)
@@ -116,7 +122,7 @@ def status(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or of grids.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or of grids.")],
     out: Annotated[
         Path | None, typer.Option(help="Where the files go (default: the grid's folder if it is one, else compare).")
     ] = None,
