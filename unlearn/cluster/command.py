@@ -34,9 +34,7 @@ Axes = Annotated[
 def submit(
     recipes: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RECIPE", help="Recipes, and keys to change for all jobs (seed=1); or the grid's folder."
-        ),
+        typer.Argument(metavar="RECIPE", help="Recipes, and keys to change (seed=1); or a grid's folder."),
     ],
     grid: Axes = None,
     sets: Sets = None,
