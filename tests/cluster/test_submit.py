@@ -196,7 +196,7 @@ def test_a_job_that_is_warned_goes_back_in_the_queue_and_on_from_where_it_was(tm
     """Before a time limit or a pre-emption; submitit's local queue begins it again at once."""
     long = "vector.forget={steps: 200, batch_size: 12, learning_rate: 0.0001, save_every: 10}"
     root = tmp_path / "grid"
-    sets = ("--set", long, "--set", "teach=null", "--set", "vector.correlation=null", "--set", "sweep.coefficients=[1]")
+    sets = ("--set", long, "--set", "teach=null", "--set", "choose.keep=0", "--set", "sweep.coefficients=[1]")
     runner = start("submit", PICO, "--grid", "seed=7", *sets, "--local", "--out", str(root))
     until(lambda: (root / "grid.json").is_file())
     (job,) = Grid.load(root).jobs
