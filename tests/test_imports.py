@@ -28,10 +28,7 @@ ORDER = (
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Arrows that still point upwards.
-UPWARDS = {
-    ("vector", "evidence"),
-    ("vector", "train"),
-}
+UPWARDS = {}
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.
 HEAVY = {
     "torch",

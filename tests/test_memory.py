@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from unlearn.errors import UnlearnError
 from unlearn.evidence import attacks_ask as sampling
 from unlearn.model.load import linear_modules
 from unlearn.processes import is_out_of_memory, told
-from unlearn.recipe.methods import VectorSpec
+from unlearn.recipe.methods import EthosSpec
 from unlearn.score.packed import PackedLM
 from unlearn.train.learned import gradients
 from unlearn.train.trainer import _Trainer
 from unlearn.vector.change import LowRank
-from unlearn.vector.edit import Edit
-from unlearn.vector.shaping import SHAPERS, Materials, weights_of
+from unlearn.vector.edit import Edit, weights_of
+from unlearn.vector.methods import Have, ethos
 from unlearn.vector.task_vector import TaskVector
 from unlearn.vector.write import Survival
 
@@ -237,7 +238,7 @@ MATRIX = 64 * 128 * 4  # bytes of the largest one in float32; the model has 168 
 def test_ethos_holds_few_matrices_beside_its_result(deep: PreTrainedModel) -> None:
     fitted = thin(deep)
     with Live() as live:
-        found = SHAPERS["ethos"](fitted, VectorSpec(method="ethos"), Materials(deep, 0, 0, fitted, None, (), ()))
+        found = ethos(fitted, Have(fitted, weights=partial(weights_of, deep)), EthosSpec())
     result = size(t for change in found.modules.values() for t in change.tensors().values())
     assert result > 100 * MATRIX  # it is dense
     assert live.peak < result + 16 * MATRIX

@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unlearn.recipe.methods import register_method
     from unlearn.recipe.schema import Recipe
     from unlearn.results import RunReport
     from unlearn.vector.task_vector import TaskVector
 
-__all__ = ["Recipe", "RunReport", "TaskVector", "run"]
-_PLACES = {"Recipe": "recipe.schema", "RunReport": "results", "TaskVector": "vector.task_vector"}
+__all__ = ["Recipe", "RunReport", "TaskVector", "register_method", "run"]
+_PLACES = {
+    "Recipe": "recipe.schema",
+    "RunReport": "results",
+    "TaskVector": "vector.task_vector",
+    "register_method": "recipe.methods",
+}
 
 
 def __getattr__(name: str) -> Any:

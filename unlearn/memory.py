@@ -30,7 +30,7 @@ from unlearn.model.locate import at_hand
 from unlearn.plan import block, local_part, on_hub
 from unlearn.recipe.data import SetRole
 from unlearn.recipe.load import LoadedRecipe
-from unlearn.recipe.methods import NEED_RETAIN_VECTOR, LoraSpec, Method, TrainSpec
+from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.text import file_size
 from unlearn.train.losses import penalty
@@ -39,7 +39,6 @@ from unlearn.vector.edit import shape_of
 Build = Callable[[torch.dtype], Any]
 _Parts = Mapping[str, int]  # bytes
 # what these make need not be a product of thin factors
-_DENSE: tuple[Method, ...] = ("consensus", "ethos", "ext_sub", "perta", "prune")
 _QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a weight; NF4 has a float32 for 64 of them
 _PASS, _LOGITS = 1024, 64 * 2**20  # tokens of a scoring pass, and bytes of logits at a time (unlearn.score.forward)
 
@@ -123,8 +122,8 @@ def scoring(build: Build, dtype: torch.dtype, recipe: Recipe) -> tuple[int, int]
     model = build(dtype).eval()
     sizes = [shape_of(model.get_submodule(n)) for n in resolve_targets(model, vector.lora.targets, vector.lora.depth)]
     dense, thin = 4 * sum(a * b for a, b in sizes), 4 * vector.lora.rank * sum(a + b for a, b in sizes)
-    several = max(len(recipe.goals()), 3 if recipe.analogy else 1) * (2 if vector.uses(*NEED_RETAIN_VECTOR) else 1)
-    change = dense if vector.uses(*_DENSE) else thin * several
+    several = max(len(recipe.goals()), 3 if recipe.analogy else 1) * (2 if vector.needs("retain_vector") else 1)
+    change = dense if any(METHODS[m].dense for m in vector.steps()) else thin * several
     mode = FakeTensorMode()
     tally = Tally(_faked(model, mode))
     with mode, torch.no_grad():
@@ -205,7 +204,7 @@ def memory(loaded: LoadedRecipe) -> str:
         beside = kept.batch_size * logits
     if source != "retain_only":
         stages["finetune"] = fit(vector.forget, vector.lora, "forget", "learn", "term", beside=beside, logits=logits)
-    if vector.uses(*NEED_RETAIN_VECTOR):
+    if vector.needs("retain_vector"):
         stages["finetune, retain"] = fit(vector.retain or vector.forget, vector.lora, "retain")
     change, passing = scoring(build, dtype, recipe)
     stages["sweep, test"] = {"weights": held, "the edit": change, "a pass": passing}

@@ -20,12 +20,11 @@ from unlearn.model.locate import model_place
 from unlearn.recipe.data import DataSet, SetRole
 from unlearn.recipe.evaluation import RobustnessSpec
 from unlearn.recipe.load import LoadedRecipe
-from unlearn.recipe.methods import NEED_RETAIN_VECTOR, ConsensusSpec, LoraSpec, TeachSpec, TrainSpec
+from unlearn.recipe.methods import LoraSpec, TeachSpec, TrainSpec, formula, penalty, phrases
 from unlearn.recipe.metrics import goal_metrics, kept_metrics
 from unlearn.recipe.schema import Recipe
 from unlearn.score.search import rule
 from unlearn.text import counted, listing, shown
-from unlearn.vector.formula import formula, penalty, phrases
 
 _Sets = Mapping[tuple[SetRole, str], LoadedSet]
 _INDENT = 13
@@ -169,7 +168,8 @@ def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
         given = vector.msa.clean if vector.msa is not None else None
         clean = f", from the clean checkpoint {given}" if given else ", from the model before the teaching"
     if vector.uses("consensus"):
-        more += f"; {_several((vector.consensus or ConsensusSpec()).runs, 'time')}, with different seeds"
+        runs = vector.settings("consensus").runs
+        more += f"; {_several(runs, 'time')}, with different seeds"
     if kept is not None:
         more += f"; with {penalty(kept)}, {_several(kept.batch_size, 'retain example')} in every step"
     if source != "retain_only":
@@ -179,7 +179,7 @@ def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
             what = f"the {role} set" if len(trained) == 1 else f"the {role} set {data.label()}"
             yield f"{how} {what}{clean}{lora}{_training(vector.forget, examples)}{more}"
             lora = ", the same LoRA; "
-    if vector.uses(*NEED_RETAIN_VECTOR):
+    if vector.needs("retain_vector"):
         retain = _training(vector.retain or vector.forget, _examples(recipe, sets, ("retain",)))
         yield f"fine-tune on the retain sets{clean}{lora}{retain}"
 

@@ -15,12 +15,12 @@ from unlearn.model.checkpoint import read_checkpoint
 from unlearn.model.load import architecture_of
 from unlearn.vector.change import LowRank
 from unlearn.vector.interop import to_adapter
-from unlearn.vector.shards import Slot, write_shards
 from unlearn.vector.task_vector import TaskVector
+from unlearn.vector.write import save_shards
 
 RANK = 16
 ROWS = 256  # of every edited weight that are compared
-SHARD = 5 * 10**9
+SHARD = "5GB"
 POOL = 2**24  # random numbers that a synthetic checkpoint is made of
 
 
@@ -41,15 +41,14 @@ def make(size: float, base: Path, vector: Path) -> None:
     config.save_pretrained(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    slots = [Slot(name, tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()]
-    shapes = {slot.name: slot.shape for slot in slots}
+    later = dict(model.named_parameters())
     pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
     def value(name: str) -> Tensor:
-        count = torch.Size(shapes[name]).numel()
-        return pool.roll(zlib.crc32(name.encode()) % POOL).repeat(-(-count // POOL))[:count].view(shapes[name])
+        count = later[name].numel()
+        return pool.roll(zlib.crc32(name.encode()) % POOL).repeat(-(-count // POOL))[:count].view(later[name].shape)
 
-    write_shards(slots, value, base, SHARD)
+    save_shards(later, value, base, SHARD)
     _vector(base).save(vector)
 
 

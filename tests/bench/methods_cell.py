@@ -24,7 +24,7 @@ from unlearn.model.load import Loaded
 from unlearn.model.locate import locate
 from unlearn.recipe.data import Split
 from unlearn.recipe.evaluation import ChooseSpec
-from unlearn.recipe.methods import NEED_RETAIN_VECTOR, RetainKLSpec, TrainSpec, VectorSpec
+from unlearn.recipe.methods import RetainKLSpec, TrainSpec, VectorSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.results import Score, SweepPoint, TaskScore
 from unlearn.score import tasks
@@ -32,9 +32,10 @@ from unlearn.score.evaluate import evaluate
 from unlearn.score.packed import PackedLM
 from unlearn.score.search import choose, judge
 from unlearn.train import fit as finetune
+from unlearn.train.learned import materials
 from unlearn.train.losses import Against, Keep
 from unlearn.vector.edit import Edit
-from unlearn.vector.shaping import Materials, shape
+from unlearn.vector.methods import shape
 from unlearn.vector.task_vector import TaskVector
 
 GRID = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5)
@@ -146,9 +147,9 @@ class Cell:
     def shaped(self, vector: TaskVector, retain: TaskVector | None = None, **how: Any) -> TaskVector:
         """A vector shaped by methods, with their settings as in a recipe's ``vector`` block."""
         spec = VectorSpec.model_validate(how)
-        if retain is None and spec.uses(*NEED_RETAIN_VECTOR):
+        if retain is None and spec.needs("retain_vector"):
             retain = self.retain()
-        have = Materials(
+        have = materials(
             self.target.model,
             self.target.tokenizer.pad_token_id,
             self.recipe.seed,
@@ -157,7 +158,7 @@ class Cell:
             self.rows(self.sets[:1]),
             self.rows(self.near),
         )
-        return shape(vector, spec.steps(), spec, have)
+        return shape(vector, spec, have)
 
     def keys(self, roles: Sequence[str], metrics: Mapping[str, str]) -> list[tuple[str, str, str]]:
         """Score keys of the sets of some roles, by a metric for each kind of data."""

@@ -30,7 +30,7 @@ from unlearn.errors import DataError, GridError, ModelError, RecipeError, Unlear
 from unlearn.evidence import boards as board_runs
 from unlearn.evidence import membership as member_files
 from unlearn.evidence.benchmarks import SETS, read_samples
-from unlearn.model.load import Architecture
+from unlearn.model.checkpoint import read_checkpoint
 from unlearn.model.locate import check_folder
 from unlearn.model.wheel import WheelFile, extract
 from unlearn.recipe import data as template
@@ -42,7 +42,6 @@ from unlearn.report.page import render_html
 from unlearn.results import RunReport
 from unlearn.store.stages import damage_of, read_record, strangers_in
 from unlearn.text import clean
-from unlearn.vector import interop as checkpoint_vector
 from unlearn.vector.interop import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
 from unlearn.vector.task_vector import TaskVector
 
@@ -183,15 +182,14 @@ def adapter_config(raw: bytes, folder: Path) -> None:
 
 
 ADAPTER = save_tensors({"base_model.model.m.lora_A.weight": A, "base_model.model.m.lora_B.weight": B})
-LAYOUT = Architecture("Pico", {"m.weight": False}, {"n.bias": "a bias"}, "model.", {})
 
 
 def checkpoint(raw: bytes, folder: Path) -> None:
-    """Headers of a checkpoint, or VectorError; and what they say can be read."""
+    """Headers of a checkpoint, or ModelError; and what they say lies in the file."""
     (folder / "model.safetensors").write_bytes(raw)
-    with suppress(VectorError):
-        for stored in checkpoint_vector._weights(folder, LAYOUT).values():
-            assert stored.read().numel() <= 8 * len(raw)
+    with suppress(ModelError):
+        for stored in read_checkpoint(folder).tensors.values():
+            assert 0 <= stored.begin <= stored.end <= len(raw)
 
 
 def index(raw: bytes, folder: Path) -> None:
@@ -200,9 +198,8 @@ def index(raw: bytes, folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     (folder / "one.safetensors").write_bytes(save_tensors({"m.weight": A}))
     (folder / "model.safetensors.index.json").write_bytes(raw)
-    with suppress(VectorError):
-        assert set(checkpoint_vector._files(folder)) <= {p.name for p in folder.iterdir()}
-        checkpoint_vector._weights(folder, LAYOUT)
+    with suppress(ModelError):
+        assert set(read_checkpoint(folder).files) <= {p.name for p in folder.iterdir()}
     with suppress(ModelError):
         check_folder(folder)
 
@@ -342,9 +339,7 @@ MEMBERS = b"\n".join(
     for n in range(6)
 )
 STAGE = _json({"schema": 1, "key": "k", "seconds": 1.0, "files": {"a": {"bytes": 1, "sha256": "0" * 64}}})
-STATE = _json(
-    {"state": "failed", "attempt": 1, "pid": 1, "host": "h", "started": 1.5, "since": "t", "error": "e"}
-)
+STATE = _json({"state": "failed", "attempt": 1, "pid": 1, "host": "h", "started": 1.5, "since": "t", "error": "e"})
 GRID = _json(
     {
         "schema": 2, "name": "g", "cwd": ".", "cluster": {},

@@ -31,14 +31,12 @@ from unlearn.model import load as models
 from unlearn.model.load import Loaded
 from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.recipe.load import load_recipe
-from unlearn.recipe.methods import TrainSpec
+from unlearn.recipe.methods import LearnedSpec
 from unlearn.train import fit as finetune
 from unlearn.train import vectors as fitted
-from unlearn.train.batches import Part
 from unlearn.train.fit import train_weights
-from unlearn.train.learned import LearnSpec, gradients, learn
-from unlearn.train.precision import float32_weights, mixed_precision
-from unlearn.train.trainer import arguments
+from unlearn.train.learned import gradients, learn
+from unlearn.train.trainer import float32_weights, mixed_precision, settings
 
 Load = Callable[..., Loaded]
 HALVES = ("bfloat16", "float16")
@@ -127,11 +125,11 @@ def test_float16_adapters_and_gradients_have_float32_s_range(loaded: Load, pico_
 
     def found(model: Loaded) -> list[Any]:
         where = model.model
-        scales, log = learn(where, tau, rows[:4], rows[4:], LearnSpec(steps=3), 0, 0)
+        scales, log = learn(where, tau, rows[:4], rows[4:], LearnedSpec(steps=3), 0, 0)
         return [
             *(gradients(where, rows, NAMES["phi"], kind) for kind in ("grad", "fisher")),  # type: ignore[arg-type]
             {"slope": torch.tensor(slope(where, tau, rows, "qa", 0))},
-            {**scales, "losses": torch.tensor(log.losses)},
+            {**scales, "losses": torch.tensor(log)},
             {"lora": torch.tensor(list(train(model, tmp_path / str(where.dtype))[1].losses))},
         ]
 
@@ -189,8 +187,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def of_a_training(device: str) -> TrainingArguments:
-    spec = TrainSpec.model_validate({"steps": 4, "batch_size": 6})
-    return arguments(on(device, torch.bfloat16), spec, 4, 0, Path("work"), Part(), "bf16")
+    return settings(torch.device(device), "bf16", Path("work"), 0, per_device_train_batch_size=6)
 
 
 def of_an_attack(device: str) -> TrainingArguments:
@@ -202,13 +199,13 @@ def test_one_process_trains_on_its_model_s_device_alone(
     two_gpus: list[Any], made: Callable[[str], TrainingArguments]
 ) -> None:
     """Not, as transformers would, on twice the rows, dealt out by DataParallel, with the model moved to cuda:0."""
-    settings = made("cuda:1")
-    assert (settings.n_gpu, settings.train_batch_size, settings.world_size) == (1, 6, 1)
-    assert settings.device == torch.device("cuda:1")
-    assert settings.distributed_state.device == torch.device("cuda:1")
+    found = made("cuda:1")
+    assert (found.n_gpu, found.train_batch_size, found.world_size) == (1, 6, 1)
+    assert found.device == torch.device("cuda:1")
+    assert found.distributed_state.device == torch.device("cuda:1")
     assert two_gpus == [torch.device("cuda:1")]  # nothing was even begun on the other
-    settings = made("cpu")
-    assert (settings.n_gpu, settings.train_batch_size, settings.device) == (0, 6, torch.device("cpu"))
+    found = made("cpu")
+    assert (found.n_gpu, found.train_batch_size, found.device) == (0, 6, torch.device("cpu"))
 
 
 # --- nothing of its surroundings -------------------------------------------------------------------------------------

@@ -36,10 +36,9 @@ from unlearn.store.lock import Lock
 from unlearn.vector.apply import apply, check
 from unlearn.vector.change import Change, Dense, LowRank, edited, row_blocks
 from unlearn.vector.edit import shape_of
-from unlearn.vector.shards import Slot, write_shards
 from unlearn.vector.streamed import LOCK, RECORD
 from unlearn.vector.task_vector import TaskVector
-from unlearn.vector.write import export_adapter, export_merged
+from unlearn.vector.write import export_adapter, export_merged, save_shards
 
 Load = Callable[..., Loaded]
 LAMBDA = 0.75
@@ -955,9 +954,8 @@ def test_phi15_at_its_full_size(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
     g = torch.Generator().manual_seed(0)
-    slots = [Slot(n, tuple(p.shape), torch.bfloat16) for n, p in model.named_parameters()]
-    by_name = {s.name: s for s in slots}
-    write_shards(slots, lambda n: (torch.randn(by_name[n].shape, generator=g) * 0.02).bfloat16(), folder, 1_000_000_000)
+    by_name = dict(model.named_parameters())
+    save_shards(by_name, lambda n: (torch.randn(by_name[n].shape, generator=g) * 0.02).bfloat16(), folder, "1GB")
     config.save_pretrained(folder)
     vector = a_vector(model, rank=16)
     vector.save(tmp_path / "v.safetensors")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,11 +13,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import unlearn
 from unlearn.errors import VectorError
 from unlearn.model.load import layer_of
-from unlearn.train.learned import components, sizes, weigh
+from unlearn.recipe.data import Frozen
+from unlearn.recipe.methods import (
+    METHODS,
+    SHAPERS,
+    EthosSpec,
+    LinesSpec,
+    Name,
+    PertaSpec,
+    ProjectSpec,
+    VectorSpec,
+    phrases,
+)
+from unlearn.run import main
+from unlearn.vector import methods
 from unlearn.vector.change import Change, Dense, LowRank
-from unlearn.vector.methods import consensus, ethos, ext_sub, lines, msa, perta, project, random_like
+from unlearn.vector.methods import Have, components, consensus, msa, random_like, shape, weigh
 from unlearn.vector.task_vector import TaskVector
 
 # one wide, one tall, one square, and one that only the forget vector changes
@@ -64,6 +80,26 @@ def apart(one: TaskVector, two: TaskVector) -> float:
     return float(sum((a[n] - b[n]).square().sum() for n in b).sqrt() / sum(v.square().sum() for v in b.values()).sqrt())
 
 
+def project(forget: TaskVector, retain: TaskVector, energy: float = 0.9) -> TaskVector:
+    return methods.project(forget, Have(forget, retain), ProjectSpec(energy=energy))
+
+
+def ext_sub(forget: TaskVector, retain: TaskVector) -> TaskVector:
+    return methods.ext_sub(forget, Have(forget, retain))
+
+
+def ethos(vector: TaskVector, weights: Mapping[str, Tensor], threshold: float = 0.03) -> TaskVector:
+    return methods.ethos(vector, Have(vector, weights=lambda names: weights), EthosSpec(threshold=threshold))
+
+
+def perta(vector: TaskVector, f: Mapping[str, Tensor], r: Mapping[str, Tensor], alpha: float = 1.0) -> TaskVector:
+    return methods.perta(vector, Have(vector, importances=lambda *asked: (f, r)), PertaSpec(alpha=alpha))
+
+
+def lines(vector: TaskVector, a: float, b: float, layers: int | None = None) -> TaskVector:
+    return methods.lines(vector, Have(vector, layers=layers), LinesSpec(a=a, b=b))
+
+
 def kinds(vector: TaskVector) -> set[type]:
     return {type(m) for m in vector.modules.values()}
 
@@ -78,8 +114,6 @@ def test_msa_is_a_weighted_difference() -> None:
     assert_is(got, {n: 1.5 * f[n] - 0.5 * r.get(n, torch.zeros_like(f[n])) for n in f})
     assert_is(msa(forget, retain, 1.0, 0.0), f)
     assert kinds(got) == {LowRank}
-    with pytest.raises(VectorError, match="msa: alpha must be above 0, not 0"):
-        msa(forget, retain, 0.0, 1.0)
     with pytest.raises(VectorError, match="msa: nothing is left"):
         msa(forget, forget, 1.0, 1.0)
 
@@ -131,12 +165,6 @@ def test_projection_off_itself_leaves_nothing_and_off_a_zero_module_everything()
     got = project(forget, retain, 0.5)
     assert got.modules[first] is forget.modules[first]
     assert not torch.allclose(got.modules[SHARED[1]].delta(), forget.modules[SHARED[1]].delta())
-
-
-@pytest.mark.parametrize("energy", [0.0, -0.1, 1.01, math.nan])
-def test_energy_out_of_range(energy: float) -> None:
-    with pytest.raises(VectorError, match="project: energy must be above 0 and at most 1, not"):
-        project(random_vector(1), random_vector(2), energy)
 
 
 # -- ext-sub -----------------------------------------------------------------------------------------------------
@@ -223,8 +251,6 @@ def test_ethos_needs_every_weight_in_its_shape() -> None:
         ethos(vector, {**weights, "model.layers.0.mlp.fc1": weights["model.layers.0.mlp.fc1"].T})
     with pytest.raises(VectorError, match="ethos: a weight holds values that are not finite"):
         ethos(vector, {**weights, "model.layers.0.mlp.fc1": torch.full((10, 5), math.nan)})
-    with pytest.raises(VectorError, match="ethos: threshold must be at least 0 and at most 1, not 2"):
-        ethos(vector, weights, 2.0)
 
 
 # -- perta -------------------------------------------------------------------------------------------------------
@@ -235,7 +261,7 @@ def importances(seed: int) -> dict[str, Tensor]:
 
 
 @quick
-@given(seed=SEEDS, alpha=st.sampled_from([0.0, 0.5, 1.0, 10.0]), kind=st.sampled_from(KINDS))
+@given(seed=SEEDS, alpha=st.sampled_from([0.5, 1.0, 10.0]), kind=st.sampled_from(KINDS))
 def test_perta_weighs_every_entry(seed: int, alpha: float, kind: str) -> None:
     vector, f, r = random_vector(seed, kind), importances(seed + 1), importances(seed + 2)
     got = perta(vector, f, r, alpha)
@@ -261,12 +287,8 @@ def test_perta_refuses_what_is_no_importance() -> None:
     name = SHARED[1]
     with pytest.raises(VectorError, match=r"perta: there is no retain importance for .*fc1"):
         perta(vector, f, {n: v for n, v in f.items() if n != name})
-    with pytest.raises(VectorError, match=r"perta: a forget importance must not be negative, as it is in .*fc1"):
-        perta(vector, {**f, name: -f[name]}, f)
-    with pytest.raises(VectorError, match="perta: eps must be above 0, not 0"):
-        perta(vector, f, f, eps=0.0)
     with pytest.raises(VectorError, match="perta: nothing is left"):
-        perta(vector, f, f, eps=1.0)
+        perta(vector, {n: 1e-30 * v for n, v in f.items()}, f)
 
 
 # -- consensus ---------------------------------------------------------------------------------------------------
@@ -290,8 +312,6 @@ def test_consensus_is_the_mean_where_signs_agree(seed: int, count: int, kind: st
 
 def test_consensus_refuses_what_does_not_belong_together() -> None:
     vector = random_vector(31)
-    with pytest.raises(VectorError, match="at least one vector"):
-        consensus([])
     with pytest.raises(VectorError, match=r"vectors 1 and 2 are not of the same modules: model\.layers\.3\.mlp\.fc2"):
         consensus([vector, random_vector(32, names=SHARED)])
     with pytest.raises(VectorError, match="consensus: vector 2 of 2 is zero"):
@@ -313,10 +333,6 @@ def test_lines_scales_by_depth() -> None:
     # a model with more layers than the vector changes
     longer = dict(zip(SHAPES, [0.0, 0.0, 2 / 6, 3 / 6], strict=True))
     assert_is(lines(vector, 0.0, 1.0, layers=7), {n: longer[n] * d for n, d in deltas.items()})
-    with pytest.raises(VectorError, match="layers is 3, but the vector changes layer number 3"):
-        lines(vector, 1.0, 1.0, layers=3)
-    with pytest.raises(VectorError, match="lines: a must be a finite number, not inf"):
-        lines(vector, math.inf, 0.0)
     with pytest.raises(VectorError, match="lines: nothing is left"):
         lines(vector, 0.0, 0.0)
 
@@ -327,12 +343,8 @@ def test_lines_of_one_layer_and_of_modules_outside_the_layers() -> None:
     alone = TaskVector({"transformer.h.0.attn.c_attn": change})
     assert_is(lines(alone, 0.5, 9.0), {"transformer.h.0.attn.c_attn": 0.5 * change.delta().double()})
     headed = TaskVector({"transformer.h.0.attn.c_attn": change, "lm_head": change})
-    with pytest.raises(VectorError, match="lines: no layer number in lm_head: say how these are scaled"):
+    with pytest.raises(VectorError, match="lines: no layer number in lm_head"):
         lines(headed, 1.0, 0.0)
-    got = dense(lines(headed, 1.0, 0.0, elsewhere=3.0))
-    torch.testing.assert_close(got["lm_head"], 3.0 * got["transformer.h.0.attn.c_attn"], rtol=1e-4, atol=1e-5)
-    with pytest.raises(VectorError, match="in a numbered layer"):
-        lines(TaskVector({"lm_head": change}), 1.0, 0.0, elsewhere=1.0)
 
 
 @pytest.mark.parametrize(
@@ -397,8 +409,9 @@ def test_components_are_the_singular_terms(seed: int, rank: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_scale_terms(kind: str) -> None:
     vector = components(random_vector(51, kind))
+    sizes = {n: m.rank if isinstance(m, LowRank) else 1 for n, m in vector.modules.items()}
     generator = torch.Generator().manual_seed(1)
-    weights = {n: torch.randn(size, generator=generator) for n, size in sizes(vector).items()}
+    weights = {n: torch.randn(size, generator=generator) for n, size in sizes.items()}
     wanted = {}
     for name, delta in dense(vector).items():
         if kind == "dense":
@@ -408,22 +421,10 @@ def test_weights_scale_terms(kind: str) -> None:
             terms = [float(w) * s[k] * torch.outer(u[:, k], vh[k]) for k, w in enumerate(weights[name])]
             wanted[name] = torch.stack(terms).sum(0)
     assert_is(weigh(vector, weights), wanted)
-    assert_is(weigh(vector, {n: torch.ones(size) for n, size in sizes(vector).items()}), dense(vector))
+    assert_is(weigh(vector, {n: torch.ones(size) for n, size in sizes.items()}), dense(vector))
     assert_is(weigh(vector, {n: torch.tensor([3.0]) for n in SHAPES}), {n: 3.0 * d for n, d in dense(vector).items()})
-
-
-def test_weights_must_be_the_vector_s() -> None:
-    vector = components(random_vector(52))
-    weights = {n: torch.ones(size) for n, size in sizes(vector).items()}
-    name = SHARED[0]
-    with pytest.raises(VectorError, match=r"not of this vector's modules: model\.layers\.0\.self_attn\.q_proj"):
-        weigh(vector, {n: w for n, w in weights.items() if n != name})
-    with pytest.raises(VectorError, match="not of this vector's modules: elsewhere"):
-        weigh(vector, {**weights, "elsewhere": torch.ones(1)})
-    with pytest.raises(VectorError, match=r"q_proj: \(2,\) for 3"):
-        weigh(vector, {**weights, name: torch.ones(2)})
     with pytest.raises(VectorError, match="learned: nothing is left"):
-        weigh(vector, {n: 0 * w for n, w in weights.items()})
+        weigh(vector, {n: torch.zeros(1) for n in SHAPES})
 
 
 # -- what all of them refuse -------------------------------------------------------------------------------------
@@ -468,3 +469,129 @@ def test_the_vectors_given_are_left_alone(method: str, kind: str) -> None:
     assert (forget.digest(), retain.digest()) == before
     assert {m.dtype for m in got.modules.values()} == {torch.float32}
     assert dict(got.meta) == dict(forget.meta)
+
+
+# -- the registry, and a recipe's list of methods ------------------------------------------------------------------
+
+
+def test_every_method_has_its_entry_and_every_shaper_its_function() -> None:
+    assert {name for name, method in METHODS.items() if method.role == "shaper"} == SHAPERS.keys()
+    named = get_args(get_args(Name)[0])
+    assert tuple(METHODS) == named
+    for name, method in METHODS.items():
+        if method.settings is not None:
+            assert VectorSpec.model_fields[name].annotation == method.settings | None
+    needy = VectorSpec.model_validate({"method": ("perta", "project")})
+    assert needy.needs("rows")
+    assert needy.needs("retain_vector")
+    assert not VectorSpec.model_validate({"method": "lines"}).needs("rows", "retain", "retain_vector")
+
+
+FORGET, RETAIN = random_vector(71), random_vector(72)
+HAVE = Have(
+    FORGET,
+    RETAIN,
+    9,
+    lambda names: base_weights(1),
+    lambda names, kind, samples: (importances(samples), importances(len(kind))),
+    lambda vector, how: {n: torch.tensor([how.scale]) for n in vector.modules},
+)
+CASES: dict[str, tuple[dict[str, Any], Callable[[], TaskVector]]] = {
+    "contrast": ({"mu": 0.5}, lambda: FORGET - 0.5 * RETAIN),
+    "ext_sub": ({}, lambda: ext_sub(FORGET, RETAIN)),
+    "project": ({"project": {"energy": 0.6}}, lambda: project(FORGET, RETAIN, 0.6)),
+    "ethos": ({"ethos": {"threshold": 0.2}}, lambda: ethos(FORGET, base_weights(1), 0.2)),
+    "perta": (
+        {"perta": {"importance": "fisher", "alpha": 2.0, "samples": 3}},
+        lambda: perta(FORGET, importances(3), importances(6), 2.0),
+    ),
+    "lines": ({"lines": {"a": 0.1, "b": 2.0}}, lambda: lines(FORGET, 0.1, 2.0, 9)),
+    "learned": ({"learned": {"scale": 0.5}}, lambda: 0.5 * FORGET),
+    "low_rank": ({"low_rank": {"rank": 1}}, lambda: FORGET.to_low_rank(rank=1)),
+    "prune": ({"prune": {"keep": 0.5, "by": "magnitude"}}, lambda: FORGET.prune(0.5, "magnitude")),
+    "rescale": ({}, lambda: FORGET),
+}
+
+
+def test_every_shaper_has_its_case() -> None:
+    assert CASES.keys() == SHAPERS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_its_method_with_the_recipe_s_settings(name: str) -> None:
+    settings, expected = CASES[name]
+    got = shape(FORGET, VectorSpec.model_validate({"method": name, **settings}), HAVE)
+    assert apart(got, expected()) <= 1e-6
+    if name != "rescale":
+        assert apart(got, FORGET) > 1e-2
+
+
+def test_steps_follow_each_other_and_rescale_gives_the_size_back() -> None:
+    got = shape(FORGET, VectorSpec.model_validate({"method": ("ext_sub", "project", "rescale")}), HAVE)
+    wanted = project(ext_sub(FORGET, RETAIN), RETAIN, 0.9)
+    assert got.cosine(wanted) == pytest.approx(1.0, abs=1e-6)
+    assert got.norm() == pytest.approx(FORGET.norm(), rel=1e-5)
+    assert wanted.norm() < 0.9 * FORGET.norm()
+
+
+def test_vectors_of_two_models_are_refused() -> None:
+    here, elsewhere = TaskVector(FORGET.modules, {"base": "here"}), TaskVector(RETAIN.modules, {"base": "elsewhere"})
+    spec = VectorSpec.model_validate({"method": "project"})
+    with pytest.raises(VectorError, match="fitted on different models"):
+        shape(here, spec, Have(here, elsewhere))
+    with pytest.raises(VectorError, match="needs a vector fitted on the retain sets"):
+        shape(here, spec, Have(here))
+
+
+# -- a method from outside the package -----------------------------------------------------------------------------
+
+
+class DampSpec(Frozen):
+    """Settings of a method of somebody's own."""
+
+    share: float = 0.5
+
+
+@pytest.fixture
+def damp() -> Iterator[None]:
+    """A method that scales what the vector shares with the retain vector's modules."""
+
+    @unlearn.register_method(
+        "damp", words="scale every matrix by {0.share:%}", settings=DampSpec, needs=("retain", "retain_vector")
+    )
+    def damp(vector: TaskVector, have: Have, how: DampSpec) -> TaskVector:
+        assert have.retain_vector.modules.keys() == vector.modules.keys()
+        return how.share * vector
+
+    yield
+    del METHODS["damp"], SHAPERS["damp"]
+
+
+@pytest.mark.usefixtures("damp")
+def test_a_method_of_one_s_own_stands_in_a_recipe() -> None:
+    spec = VectorSpec.model_validate({"method": ("damp", "lines"), "damp": {"share": 0.25}})
+    assert spec.needs("retain_vector")
+    assert phrases(spec)[0] == "damp: scale every matrix by 25 %"
+    assert VectorSpec.model_validate(spec.model_dump()) == spec  # so it is in every stage's key
+    assert spec != VectorSpec.model_validate({"method": ("damp", "lines"), "damp": {"share": 0.5}})
+    assert spec.model_dump(mode="json")["damp"] == {"share": 0.25}
+    assert apart(shape(FORGET, VectorSpec.model_validate({"method": "damp"}), HAVE), 0.5 * FORGET) < 1e-6
+    with pytest.raises(ValueError, match=r"damp.share\n.*valid number"):
+        VectorSpec.model_validate({"method": "damp", "damp": {"share": "much"}})
+    with pytest.raises(ValueError, match=r"vector.damp holds settings of a method that vector.method does not name"):
+        VectorSpec.model_validate({"damp": {"share": 0.5}})
+    with pytest.raises(ValueError, match="cannot be a method's name"):
+        unlearn.register_method("damp")
+    with pytest.raises(ValueError, match="cannot be a method's name"):
+        unlearn.register_method("lora")
+
+
+@pytest.mark.usefixtures("damp")
+def test_a_run_uses_a_method_of_one_s_own(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ("vector.method=damp", "vector.damp.share=0.25", "sweep.coefficients=[1]", "export.adapter=false")
+    given = [part for setting in settings for part in ("--set", setting)]
+    assert main(["--recipe", "pico_smoke.yaml", "--out", str(out), *given]) in (0, 1)
+    fitted, edit = (TaskVector.load(out / "vectors" / n / "vector.safetensors") for n in ("forget", "edit"))
+    assert apart(edit, 0.25 * fitted) < 1e-6
+    assert "  damp:\n    share: 0.25\n" in (out / "resolved.yaml").read_text()

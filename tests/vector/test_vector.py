@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unlearn.errors import VectorError
-from unlearn.vector.change import Change, Dense, LowRank
+from unlearn.vector.change import Change, Dense, LowRank, total
 from unlearn.vector.methods import contrast
 from unlearn.vector.task_vector import FORMAT, TaskVector, analogy
 
@@ -310,7 +310,7 @@ def test_changes_of_different_weights() -> None:
         with pytest.raises(VectorError, match=r"\(4, 3\) and \(3, 4\)"):
             operation(factors)
     with pytest.raises(VectorError, match=r"\(3, 4\) and \(4, 3\)"):
-        whole.plus(factors)
+        total([whole, factors])
     with pytest.raises(VectorError, match=r"\(3, 4\) and \(1, 1\)"):
         whole.dot(Dense(torch.ones(1, 1)))
 
@@ -318,12 +318,12 @@ def test_changes_of_different_weights() -> None:
 def test_a_change_on_its_own() -> None:
     factors, whole = LowRank(torch.ones(1, 3), torch.ones(4, 1)), Dense(torch.full((4, 3), 2.0))
     x = torch.arange(6.0).reshape(2, 3)
-    for change in (factors, whole, factors.plus(whole), factors.scaled(-2), whole.scaled(-2)):
+    for change in (factors, whole, total([factors, whole]), factors.scaled(-2), whole.scaled(-2)):
         torch.testing.assert_close(change.act(x), x @ change.delta().T)
-        assert (change.shape, change.dtype, change.device.type) == ((4, 3), torch.float32, "cpu")
+        assert (change.shape, change.device.type) == ((4, 3), "cpu")
         assert torch.equal(change.to("cpu").delta(), change.delta())
-    assert isinstance(factors.plus(whole), Dense)
-    assert torch.equal(factors.plus(whole).delta(), torch.full((4, 3), 3.0))
+    assert isinstance(total([factors, whole]), Dense)
+    assert torch.equal(total([factors, whole]).delta(), torch.full((4, 3), 3.0))
     assert torch.equal(factors.scaled(-2).delta(), torch.full((4, 3), -2.0))
 
 

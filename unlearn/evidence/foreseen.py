@@ -10,7 +10,7 @@ from unlearn.data.sets import LoadedSet
 from unlearn.evidence.foresight import foresee
 from unlearn.model import load as models
 from unlearn.model.load import Loaded
-from unlearn.recipe.methods import BASELINES, TrainSpec
+from unlearn.recipe.methods import METHODS, TrainSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.results import Foresight, Role, foresight_from_json
 from unlearn.score.scorer import digests
@@ -31,7 +31,7 @@ def foresee_cost(
     spec = recipe.vector.correlation
     assert spec is not None  # asked for by who saw that it is there
     forgotten = [vectors.fitted[goal] for goal in sorted(vectors.fitted) if goal[0] == "forget"]
-    near = {} if recipe.vector.steps()[0] in BASELINES else _near(target, sets, vectors, recipe, store)
+    near = {} if METHODS[recipe.vector.source()].role == "baseline" else _near(target, sets, vectors, recipe, store)
     vector = forgotten[0] if len(forgotten) == 1 else TaskVector.sum(forgotten)
 
     def make(tmp: Path) -> None:

@@ -24,7 +24,7 @@ from unlearn.results import Foresight, Role, SetForesight, verdict
 from unlearn.train.batches import Pad
 from unlearn.train.learned import weighted
 from unlearn.train.losses import answer_logits, frozen, with_answers
-from unlearn.train.precision import range_for_gradients
+from unlearn.train.trainer import range_for_gradients
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
 

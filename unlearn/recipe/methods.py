@@ -1,12 +1,34 @@
-"""The part of a recipe that says how something is fine-tuned: the adapter, the Trainer's options, the teaching."""
+"""How something is fine-tuned, and which vector is subtracted: the settings of every method, and :data:`METHODS`.
+
+Nothing here needs torch. The functions of the methods are in :mod:`unlearn.vector.methods`, under the same names.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticKnownError
 
-from unlearn.recipe.data import Frozen, Positive, Share
+from unlearn.recipe.data import DataSet, Frozen, Positive, Share
+from unlearn.text import coefficient as number
+from unlearn.text import counted, percent
+
+if TYPE_CHECKING:
+    from unlearn.recipe.schema import Recipe
 
 
 class LoraSpec(Frozen):
@@ -72,24 +94,8 @@ class TeachSpec(TrainSpec):
     lora: LoraSpec | None = Field(None, description="Teach through a LoRA that is then merged; null: all weights.")
 
 
-# -- the part of a recipe that says which vector is subtracted
+# -- which vector is subtracted
 
-
-Source = Literal["negate", "msa", "consensus", "random", "gradient_ascent", "gradient_difference", "npo", "retain_only"]
-Shaper = Literal["contrast", "ext_sub", "project", "ethos", "perta", "lines", "learned", "low_rank", "prune", "rescale"]
-Method = Literal[Source, Shaper]
-
-SOURCES: tuple[Source, ...] = get_args(Source)
-BASELINES: tuple[Method, ...] = ("random", "gradient_ascent", "gradient_difference", "npo", "retain_only")
-# what cannot be worked out without training items of a retain set
-NEED_RETAIN: tuple[Method, ...] = (
-    *("msa", "contrast", "ext_sub", "project", "perta", "learned", "gradient_difference", "retain_only"),
-)
-# those of them that need a vector fitted on the retain sets
-NEED_RETAIN_VECTOR: tuple[Method, ...] = ("msa", "contrast", "ext_sub", "project", "retain_only")
-_ONE_OF = ("msa", "contrast", "ext_sub")  # each takes the retain vector off: twice would take it off twice
-# what makes sense where a vector is added: nothing that is fitted against what must be forgotten
-ADDABLE: tuple[Method, ...] = ("negate", "lines", "low_rank", "prune", "rescale")
 
 Above = Annotated[float, Field(gt=0)]
 AtLeast0 = Annotated[float, Field(ge=0)]
@@ -168,6 +174,11 @@ class PertaSpec(Frozen):
     alpha: Above = Field(1.0, description="Weight of the importance for retaining.")
     samples: Positive = Field(64, description="Training items of either side that it is estimated from.")
 
+    @property
+    def kind(self) -> str:
+        """What the importance is, in words."""
+        return "mean |gradient|" if self.importance == "grad" else "mean squared gradient"
+
 
 class LinesSpec(Frozen):
     """LiNeS (2410.17146): scale layer l of L by a + b*l/(L-1)."""
@@ -203,12 +214,153 @@ class LowRankSpec(Frozen):
             raise ValueError("give either rank or energy")
         return self
 
+    @property
+    def kept(self) -> str:
+        """What is left of a module, in words."""
+        if self.rank is not None:
+            return f"the {counted(self.rank, 'leading singular component')} of every module"
+        assert self.energy is not None
+        return f"as many singular components as carry {percent(self.energy)} of a module's squared norm"
+
 
 class PruneSpec(Frozen):
     """Keep the largest part of the vector, per module (Li et al. 2504.10957, Corollary 2, for rows)."""
 
     keep: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Share that is kept.")
     by: Literal["magnitude", "rows"] = Field("rows", description="Entries, or whole rows.")
+
+    @property
+    def kind(self) -> str:
+        """Of what the largest are kept, in words."""
+        return "rows" if self.by == "rows" else "entries"
+
+
+# What a method can ask for beside the fitted vector: training rows of the forget and the retain sets, items to train on
+# in a retain set, or a vector fitted on them.
+Need = Literal["rows", "retain", "retain_vector"]
+_VECTOR: tuple[Need, ...] = ("retain", "retain_vector")
+_ROWS: tuple[Need, ...] = ("retain", "rows")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a recipe may name in ``vector.method``; a shaper's function is in :data:`SHAPERS` under the same name.
+
+    ``words`` say in the plan and on the card what it does, with its settings: ``{0.energy:%}`` is a share,
+    ``{0.steps:step}`` a count.
+    """
+
+    role: Literal["source", "baseline", "shaper"]
+    words: str = ""
+    paper: str = ""  # arXiv number
+    settings: type[Frozen] | None = None  # what the recipe's ``vector.NAME`` holds
+    needs: tuple[Need, ...] = ()
+    takes_retain_off: bool = False  # so that no other such method can stand beside it
+    addable: bool = False  # not fitted against what must be forgotten, so that it has a meaning where one is added
+    dense: bool = False  # and so is its vector
+    less: str = ""  # what to lower when memory runs out, if not to leave it out
+
+
+METHODS: dict[str, Method] = {
+    "negate": Method("source", paper="2212.04089", addable=True),
+    "msa": Method(
+        "source", "both vectors are fitted on a checkpoint that never saw the forget set", "2506.20941", MsaSpec,
+        _VECTOR, takes_retain_off=True,
+    ),
+    "consensus": Method(
+        "source", "the mean of {0.runs:fine-tuning} of different seeds where the signs of all agree", "2410.05583",
+        ConsensusSpec, dense=True,
+    ),
+    "random": Method("baseline", "a random vector with tau_f's norm in every module, a control"),
+    "gradient_ascent": Method(
+        "baseline", "a baseline: train to make the forget set less likely, and go as far as c says", "2210.01504"
+    ),
+    "gradient_difference": Method(
+        "baseline", "a baseline: gradient ascent on the forget set, descent on the retain sets with weight {0.weight}",
+        "2203.12817", GradientDifferenceSpec, ("retain",),
+    ),
+    "npo": Method(
+        "baseline", "a baseline: negative preference optimisation, beta {0.beta}", "2404.05868", NpoSpec
+    ),
+    "retain_only": Method("baseline", "a baseline: fine-tuning on the retain sets only", needs=_VECTOR),
+    "contrast": Method(
+        "shaper", "take off what forget and retain vectors have in common", needs=_VECTOR, takes_retain_off=True
+    ),
+    "ext_sub": Method(
+        "shaper", "take off, row by row, what lies along the common direction of forget and retain vector",
+        "2308.08090", needs=_VECTOR, takes_retain_off=True, dense=True,
+    ),
+    "project": Method(
+        "shaper", "take off what lies in the retain vector's row space ({0.energy:%} of its squared norm)",
+        settings=ProjectSpec, needs=_VECTOR,
+    ),
+    "ethos": Method(
+        "shaper", "in the singular basis of the weights drop components below {0.threshold:%} of the largest",
+        "2403.08994", EthosSpec, dense=True,
+    ),
+    "perta": Method(
+        "shaper", "scale every entry by its importance for forgetting against that for retaining ({0.kind} of "
+        "{0.samples:item} of either side)", "2601.22030", PertaSpec, _ROWS, dense=True,
+    ),
+    "lines": Method(
+        "shaper", "scale layer l of L by {0.a} + {0.b} * l / (L - 1)", "2410.17146", LinesSpec, addable=True
+    ),
+    "learned": Method(
+        "shaper", "fit one coefficient per {0.by} by gradient on train items, vector and model frozen: {0.steps:step} "
+        "of {0.batch_size} forget and {0.retain_batch_size} retain examples", "2407.02880", LearnedSpec, _ROWS,
+        less="lower vector.learned.batch_size and vector.learned.retain_batch_size",
+    ),
+    "low_rank": Method("shaper", "keep {0.kept}", settings=LowRankSpec, addable=True),
+    "prune": Method(
+        "shaper", "keep the largest {0.keep:%} of every module's {0.kind}", "2504.10957", PruneSpec, addable=True,
+        dense=True,
+    ),
+    "rescale": Method("shaper", "make it as long again as it was when it was fitted", addable=True),
+}  # fmt: skip
+
+
+# The function of a shaper, ``(vector, have, settings) -> vector``: :mod:`unlearn.vector.methods` puts its own here.
+SHAPERS: dict[str, Callable[..., Any]] = {}
+
+
+def register_method(name: str, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a shaper of a function ``(vector, have, settings) -> vector``, so that a recipe can name it.
+
+    Args:
+        name: What ``vector.method`` calls it; its settings, if it has any, are under ``vector.NAME``.
+        facts: See :class:`Method`: ``words``, ``settings`` (a subclass of ``unlearn.recipe.data.Frozen``),
+            ``needs``, ``paper``, ``addable``.
+
+    Raises:
+        ValueError: there is such a method, or ``vector`` has another setting of that name.
+    """
+    if name in METHODS or name in VectorSpec.model_fields or not name.isidentifier():
+        raise ValueError(f"{name!r} cannot be a method's name: it is taken, or no identifier")
+    METHODS[name] = Method("shaper", **facts)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        SHAPERS[name] = function
+        return function
+
+    return register
+
+
+def _known(name: str) -> str:
+    """A key of ``vector`` that has no field: settings of a method from outside, or a mistake."""
+    if name not in METHODS or METHODS[name].settings is None:
+        raise PydanticKnownError("extra_forbidden")
+    return name
+
+
+def _registered(value: Any, handler: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, str) and value in METHODS else handler(value)
+
+
+# The package's own, as they stand in the schema of recipes and in messages; what others registered is taken as well.
+_Baseline = Literal["random", "gradient_ascent", "gradient_difference", "npo", "retain_only"]
+_Source = Literal["negate", "msa", "consensus", _Baseline]
+_Form = Literal["contrast", "ext_sub", "project", "ethos", "perta", "lines", "learned", "low_rank", "prune", "rescale"]
+Name = Annotated[Literal[_Source, _Form], WrapValidator(_registered)]
 
 
 class CorrelationSpec(Frozen):
@@ -223,7 +375,9 @@ class CorrelationSpec(Frozen):
 class VectorSpec(Frozen):
     """How the task vector is made and shaped."""
 
-    method: Method | tuple[Method, ...] = Field(
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+
+    method: Annotated[Name | tuple[Name, ...], PlainSerializer(lambda given: given)] = Field(
         "negate",
         description="What is subtracted. A source (negate: the forget vector itself, which a list need not say; msa; "
         "consensus; or a baseline: random, gradient_ascent, gradient_difference, npo, retain_only), then shapers, in "
@@ -258,14 +412,31 @@ class VectorSpec(Frozen):
         None, description="Fine-tuning on the retain sets, where a method needs it; like forget when not given."
     )
 
-    def steps(self) -> tuple[Method, ...]:
-        """The methods in order, the source first."""
-        given: tuple[Method, ...] = (self.method,) if isinstance(self.method, str) else self.method
-        return given if given and given[0] in SOURCES else ("negate", *given)
+    __pydantic_extra__: dict[Annotated[str, AfterValidator(_known)], Any]  # settings of methods that others registered
 
-    def uses(self, *methods: Method) -> bool:
+    def steps(self) -> tuple[str, ...]:
+        """The methods in order, the source first."""
+        given: tuple[str, ...] = (self.method,) if isinstance(self.method, str) else self.method
+        return given if given and METHODS[given[0]].role != "shaper" else ("negate", *given)
+
+    def source(self) -> str:
+        """The method that makes the vector that the others shape."""
+        return self.steps()[0]
+
+    def uses(self, *methods: str) -> bool:
         """Whether any of these methods is in the list."""
         return any(m in methods for m in self.steps())
+
+    def needs(self, *needs: Need) -> bool:
+        """Whether any of the methods asks for any of these."""
+        return any(need in METHODS[m].needs for m in self.steps() for need in needs)
+
+    def settings(self, method: str) -> Any:
+        """A method's settings, its defaults where the recipe gives none; of contrast the weight mu."""
+        if method == "contrast":
+            return 1.0 if self.mu is None else self.mu
+        kind, given = METHODS[method].settings, getattr(self, method, None)
+        return kind() if given is None and kind is not None else given
 
     def penalty(self) -> RetainKLSpec | None:
         """The retain penalty as written, its range not yet filled in."""
@@ -280,45 +451,144 @@ class VectorSpec(Frozen):
         if isinstance(self.method, tuple) and not self.method:
             raise ValueError("vector.method is an empty list: name at least one method, negate for instance")
         steps = self.steps()
-        problem = _order(steps) or self._settings(steps) or self._penalised(steps)
-        if problem:
+        if problem := _order(steps):
             raise ValueError(problem)
-        return self
-
-    def _settings(self, steps: tuple[Method, ...]) -> str:
         if self.mu is not None and "contrast" not in steps:
-            return (
+            raise ValueError(
                 "vector.mu weighs the retain vector of contrast, which vector.method does not name: add it, or drop mu"
             )
-        for name in get_args(Method):
-            if name != "retain_only" and getattr(self, name, None) is not None and name not in steps:
-                return (
+        for name, method in METHODS.items():
+            if method.settings is not None and getattr(self, name, None) is not None and name not in steps:
+                raise ValueError(
                     f"vector.{name} holds settings of a method that vector.method does not name: add it, or drop them"
                 )
         if "low_rank" in steps and self.low_rank is None:
-            return "vector.method low_rank needs vector.low_rank: {rank: ...} or {energy: ...}"
-        return ""
+            raise ValueError("vector.method low_rank needs vector.low_rank: {rank: ...} or {energy: ...}")
+        if METHODS[steps[0]].role == "baseline" and steps[0] != "random" and self.penalty() is not None:
+            raise ValueError(
+                f"vector.retain_kl belongs to the forget vector's fitting, and the baseline {steps[0]} has none"
+            )
+        return self
 
-    def _penalised(self, steps: tuple[Method, ...]) -> str:
-        baseline = steps[0] in BASELINES and steps[0] != "random"
-        if baseline and self.penalty() is not None:
-            return f"vector.retain_kl belongs to the forget vector's fitting, and the baseline {steps[0]} has none"
-        return ""
+    @model_validator(mode="after")
+    def _outside(self) -> VectorSpec:
+        """Check the settings of methods from outside the package, which have no field here."""
+        extra = self.model_extra or {}
+        for name, given in extra.items():
+            kind = METHODS[name].settings
+            assert kind is not None
+            if not isinstance(given, kind):
+                try:
+                    extra[name] = kind.model_validate_json(json.dumps(given))
+                except ValidationError as error:
+                    details = error.errors(include_url=False)
+                    raise ValidationError.from_exception_data(
+                        "VectorSpec",
+                        [
+                            InitErrorDetails(
+                                type=e["type"], loc=(name, *e["loc"]), input=e["input"], ctx=e.get("ctx", {})
+                            )
+                            for e in details
+                        ],
+                    ) from error
+        return self
 
 
-def _order(steps: tuple[Method, ...]) -> str:
+def _order(steps: tuple[str, ...]) -> str:
     """Why the methods cannot be composed in this order, or nothing."""
     twice = next((m for m in steps if steps.count(m) > 1), None)
     if twice:
         return f"vector.method names {twice} twice"
-    late = next((m for m in steps[1:] if m in SOURCES), None)
+    late = next((m for m in steps[1:] if METHODS[m].role != "shaper"), None)
     if late and steps[0] == "negate":
         return f"vector.method: {late} makes a vector of its own and does not shape one: it can only stand first"
     if late:
         return f"vector.method: {steps[0]} and {late} each make a vector; name one of them"
-    if steps[0] in BASELINES and len(steps) > 1:
+    if METHODS[steps[0]].role == "baseline" and len(steps) > 1:
         return f"vector.method: the baseline {steps[0]} is compared as published; nothing can be composed with it"
-    rivals = [m for m in steps if m in _ONE_OF]
+    rivals = [m for m in steps if METHODS[m].takes_retain_off]
     if len(rivals) > 1:
         return f"vector.method: {rivals[0]} and {rivals[1]} both take the retain vector off; name one of them"
     return ""
+
+
+# -- the edit in words, for the plan and the model card
+
+
+class Style(NamedTuple):
+    """How a formula is written."""
+
+    theta: str
+    c: str
+    tau: str
+    minus: str
+    times: str
+
+
+ASCII = Style("theta", "c * ", "tau", "-", " * ")
+GREEK = Style("θ", "λ", "τ", "−", " ")
+
+
+def formula(recipe: Recipe, style: Style = ASCII) -> str:
+    """The edited model, ``theta - c * (tau_f - 1 * tau_r)`` for instance.
+
+    A method that is more than a sum is written as a function of what it shapes, innermost first.
+    """
+    v, s = recipe.vector, style
+
+    def named(data: DataSet) -> str:
+        return f"{s.tau}_{data.label()}"
+
+    if recipe.analogy is not None:
+        a, b, c = (_shaped(v, s, named(d)) for d in (recipe.analogy.a, recipe.analogy.b, recipe.analogy.c))
+        return f"{s.theta} + {s.c}({c} + {b} {s.minus} {a})"
+    (first, data), *others = recipe.goals()
+    sign = s.minus if first == "forget" else "+"
+    if others:
+        terms = [f"w_{d.label()}{s.times}{_shaped(v, s, named(d))}" for _, d in recipe.goals()]
+        signs = ["+" if role == first else s.minus for role, _ in others]
+        rest = "".join(f" {a} {b}" for a, b in zip(signs, terms[1:], strict=True))
+        return f"{s.theta} {sign} {s.c}({terms[0]}{rest})"
+    bare = s is GREEK and v.steps() == ("negate",)
+    part = _shaped(v, s, s.tau if bare else f"{s.tau}_f" if first == "forget" else named(data))
+    space = " " if s is GREEK and part[0].isascii() and part[0].isalpha() else ""
+    return f"{s.theta} {sign} {s.c}{space}{part}"
+
+
+def _shaped(v: VectorSpec, s: Style, tau: str) -> str:
+    """One vector as the methods leave it, a sum in parentheses."""
+    source, is_sum = v.source(), v.source() == "msa"
+    if source == "msa":
+        how = v.settings("msa")
+        text = f"{number(how.alpha)}{s.times}{tau} {s.minus} {number(how.beta)}{s.times}{s.tau}_r"
+    elif source in ("random", "consensus"):
+        text = f"{source}({tau})"
+    else:
+        text = f"({s.theta} {s.minus} {s.theta}_{source})" if METHODS[source].role == "baseline" else tau
+    for step in v.steps()[1:]:
+        is_sum = step == "contrast"
+        text = f"{text} {s.minus} {number(v.settings(step))}{s.times}{s.tau}_r" if is_sum else f"{step}({text})"
+    return f"({text})" if is_sum else text
+
+
+class _Words(Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec:
+            return percent(value) if format_spec == "%" else counted(value, format_spec)
+        return number(value) if isinstance(value, float) else str(value)
+
+
+def phrases(vector: VectorSpec) -> tuple[str, ...]:
+    """What every method does, in order; nothing of plain negation, whose formula says it all."""
+    told = ((step, _Words().format(METHODS[step].words, vector.settings(step))) for step in vector.steps())
+    return tuple(f"{step}: {words}" for step, words in told if words)
+
+
+def penalty(spec: RetainKLSpec) -> str:
+    """The retain penalty of the fitting in a clause. ``spec`` is :meth:`unlearn.recipe.schema.Recipe.penalty`'s."""
+    weight = "" if spec.weight == 1 else f", weight {number(spec.weight)}"
+    if spec.sides == "one" or spec.coefficients is None:
+        return f"KL(theta || theta + tau) on retain items held down{weight}"
+    low, high = (number(c) for c in spec.coefficients)
+    c = f"c = {low}" if low == high else f"c drawn from {low} to {high}"
+    return f"KL(theta || theta + tau) and KL(theta || theta - c * tau) on retain items held down, {c}{weight}"

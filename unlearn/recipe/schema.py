@@ -28,9 +28,7 @@ from unlearn.recipe.evaluation import (
     SweepSpec,
 )
 from unlearn.recipe.methods import (
-    ADDABLE,
-    BASELINES,
-    NEED_RETAIN,
+    METHODS,
     RetainKLSpec,
     TeachSpec,
     VectorSpec,
@@ -164,7 +162,7 @@ class Recipe(Frozen):
     def _needs(self) -> str:
         """What the methods need and the recipe does not have, or nothing."""
         vector, steps = self.vector, self.vector.steps()
-        needy = next((m for m in steps if m in NEED_RETAIN), None)
+        needy = next((m for m in steps if "retain" in METHODS[m].needs), None)
         if needy and not self.retain:
             return f"vector.method {needy} needs a retain set: add one, or leave {needy} out"
         if vector.penalty() is not None and not self.retain:
@@ -176,10 +174,15 @@ class Recipe(Frozen):
             )
         if "msa" in steps and self.teach is not None and vector.msa is not None and vector.msa.clean is not None:
             return "vector.msa.clean: with teach, the clean checkpoint is the model before the teaching; leave it out"
-        unfit = next((m for m in steps if m not in ADDABLE), None)
+        addable = [name for name, method in METHODS.items() if method.addable]
+        unfit = next((m for m in steps if m not in addable), None)
         if self.learn and unfit:
-            which = "a baseline of forgetting" if unfit in BASELINES else "fitted against what must be forgotten"
-            return f"vector.method {unfit} is {which}; sets of learn take {', '.join(ADDABLE)}"
+            which = (
+                "a baseline of forgetting"
+                if METHODS[unfit].role == "baseline"
+                else "fitted against what must be forgotten"
+            )
+            return f"vector.method {unfit} is {which}; sets of learn take {', '.join(addable)}"
         if self.learn and vector.penalty() is not None:
             return "vector.retain_kl makes the subtraction of a vector harmless; sets of learn are added: leave it out"
         return ""

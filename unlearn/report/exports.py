@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from unlearn.console import say
 from unlearn.data.encoding import Encoded, reach, scored_rows
 from unlearn.data.sets import LoadedSet
+from unlearn.evidence.membership import token_scores
 from unlearn.model.load import Loaded
 from unlearn.recipe.evaluation import PushSpec
 from unlearn.recipe.schema import Recipe
@@ -60,7 +62,11 @@ def export(
         (tmp / "README.md").write_text(text, encoding="utf-8")
         facts = {**facts, **write.contents(tmp)}
         rows = _a_few(sets, target)
-        again = write.rescored(tmp, target.model, vector, coefficient, target.tokenizer, rows, spec.accept_rounding)
+
+        def log_probs(model: PreTrainedModel) -> list[Any]:
+            return [score.logprobs for score in token_scores(model, target.tokenizer, rows)]
+
+        again = write.rescored(tmp, target.model, vector, coefficient, log_probs, spec.accept_rounding)
         say(f"    read again, it is {again['difference']:.2g} nats per token off the edited model")
         write_json_atomic(tmp / "export.json", {**facts, "rescored": again})
 

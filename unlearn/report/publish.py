@@ -17,6 +17,7 @@ from unlearn import console
 from unlearn.console import quietly
 from unlearn.errors import UnlearnError
 from unlearn.recipe.evaluation import PushSpec
+from unlearn.recipe.methods import GREEK, formula, phrases
 from unlearn.recipe.metrics import KEPT
 from unlearn.recipe.schema import Recipe
 from unlearn.report.figures import rows_of_goals, verdict_of
@@ -29,7 +30,6 @@ from unlearn.store.hub import NETWORK_LIBRARIES, condensed
 from unlearn.store.provenance import tidy
 from unlearn.store.stages import STAGE_FILE, damage_of, read_record
 from unlearn.text import counted, file_size, listing
-from unlearn.vector.formula import GREEK, formula, phrases
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

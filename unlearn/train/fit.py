@@ -23,8 +23,7 @@ from unlearn.errors import TrainingError
 from unlearn.model.load import resolve_targets
 from unlearn.recipe.methods import LoraSpec, TrainSpec
 from unlearn.train.losses import Against, Keep
-from unlearn.train.precision import float32_weights, mixed_precision, range_for_gradients
-from unlearn.train.trainer import TrainingLog, train
+from unlearn.train.trainer import TrainingLog, float32_weights, mixed_precision, range_for_gradients, train
 from unlearn.vector.change import LowRank, check_rank
 from unlearn.vector.edit import fit, shape_of
 from unlearn.vector.task_vector import TaskVector

@@ -1,5 +1,8 @@
 """transformers' Trainer with what this project needs of it: order by seed, whole checkpoints, other losses, several
 processes that take the steps one would take, and a stop after any step that loses nothing.
+
+What learns is held in float32: a bfloat16 weight has eight bits, so that a step below 1/512 of it is rounded away, as
+nearly every step of a full fine-tuning is (Micikevicius et al. 1710.03740). float16 has no gradients below 6e-8.
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -37,21 +40,25 @@ from unlearn.recipe.methods import TrainSpec
 from unlearn.store.files import write_json_atomic
 from unlearn.train.batches import ByLength, Dealt, Pad, Part, answers, blank
 from unlearn.train.losses import (
+    ADVICE,
     BESIDE,
     Against,
-    Answers,
     Keep,
     Objective,
     Share,
     all_labels,
-    mend,
-    objective,
     only_at,
     scaled_rows,
     with_answers,
 )
-from unlearn.train.precision import Mixed
 
+Mixed = Literal["no", "bf16", "fp16"]
+# transformers 5.23 renamed it
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 _RANKS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -71,15 +78,54 @@ def recipe_decides() -> Iterator[None]:
         os.environ.update(before)
 
 
-def settings(device: torch.device, mixed: Mixed, work: Path, seed: int, **options: Any) -> TrainingArguments:
-    """The settings of any Trainer here, for a model that is on ``device``.
+# -- settings
 
-    Args:
-        mixed: Its autocast (:func:`unlearn.train.precision.mixed_precision`).
-        work: Where its checkpoints go.
-        seed: Of dropout, and of all that else is drawn.
-        options: The Trainer's own.
+
+def mixed_precision(model: nn.Module) -> Mixed:
+    """The autocast under which a model is trained, from its weights as they were loaded.
+
+    Only on CUDA: elsewhere there is no scaled loss, which float16 needs, and products of 16 bits are seldom faster.
+    Quantised weights are multiplied in a format of their own, and all else beside them is in float32.
     """
+    weight = next(model.parameters())
+    if weight.device.type != "cuda" or getattr(model, "is_quantized", False):
+        return "no"
+    formats: dict[torch.dtype, Mixed] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return formats.get(weight.dtype, "no")
+
+
+@contextmanager
+def float32_weights(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` weights of 16 bits are held in float32; after it they are rounded to the format they had.
+
+    A weight that was not changed comes back with the same bits.
+    """
+    narrow = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    config = getattr(model, "config", None)
+    said = getattr(config, "dtype", None)
+    try:
+        for parameter, _ in narrow:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in narrow:
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+        if config is not None and said is not None:
+            config.dtype = said  # a checkpoint's saving has written float32 there
+
+
+def range_for_gradients(model: nn.Module) -> AbstractContextManager[None]:
+    """float16 weights in float32 inside the ``with``, where gradients are taken of a loss that is not scaled up.
+
+    Other models stay as they are: bfloat16 has float32's range, and what is summed up over gradients is float32.
+    """
+    narrow = any(p.dtype == torch.float16 for p in model.parameters())
+    return float32_weights(model) if narrow else nullcontext()
+
+
+def settings(device: torch.device, mixed: Mixed, work: Path, seed: int, **options: Any) -> TrainingArguments:
+    """The settings of any Trainer here: the model's device and autocast, the checkpoints' folder, the seed of draws."""
     return _Settings(
         own_device=str(device),
         output_dir=str(work),
@@ -94,32 +140,6 @@ def settings(device: torch.device, mixed: Mixed, work: Path, seed: int, **option
         disable_tqdm=True,
         log_level="error",
         **options,
-    )
-
-
-def arguments(
-    model: nn.Module, spec: TrainSpec, total: int, seed: int, work: Path, part: Part, mixed: Mixed
-) -> TrainingArguments:
-    """The Trainer's settings for a recipe's training of ``total`` steps, as process ``part.index`` of as many."""
-    epochs, max_steps = spec.duration()
-    return settings(
-        next(model.parameters()).device,
-        mixed,
-        work,
-        seed,
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-        per_device_train_batch_size=math.ceil(spec.batch_size / part.count),
-        gradient_accumulation_steps=spec.accumulation,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        lr_scheduler_type=spec.schedule,
-        warmup_steps=min(math.ceil(spec.warmup * total), total - 1),  # the first of them has rate 0
-        save_strategy="steps",
-        save_steps=spec.save_every or max(1, math.ceil(total / 4)),
-        save_total_limit=None,  # checkpoints.keep_newest removes them: by number, not as here by the times of files
-        report_to=list(spec.report_to) or "none",
-        **_checkpointing(spec.gradient_checkpointing),
     )
 
 
@@ -149,13 +169,6 @@ class _Settings(TrainingArguments):
         return device
 
 
-def _checkpointing(on: bool) -> dict[str, Any]:
-    """The option by the name this transformers has for it: 5.23 renamed it."""
-    known = {f.name for f in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True} if on else {}
-
-
 # -- training checkpoints
 
 
@@ -163,13 +176,9 @@ WHOLE = "unlearn_checkpoint_is_whole"  # the seal: how many processes wrote it, 
 
 
 def seal(checkpoint: Path, processes: int) -> None:
-    """Bring a checkpoint's files to disk, then say what they are.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
+    """Bring a checkpoint's files to disk, then say what they are."""
     files = {}
-    for path in sorted(_files(checkpoint)):
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != WHOLE):
         with path.open("rb") as f:
             files[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
             os.fsync(f.fileno())
@@ -198,11 +207,6 @@ def last_checkpoint(work: Path, processes: int = 1) -> str | None:
     return None
 
 
-def step_of(checkpoint: str) -> int:
-    """After which step a checkpoint was written."""
-    return int(checkpoint.rpartition("-")[2])
-
-
 def _by_number(work: Path) -> list[Path]:
     """All checkpoints, the newest first."""
     numbers = {p: p.name.rpartition("-")[2] for p in work.glob("checkpoint-*") if p.is_dir()}
@@ -228,10 +232,6 @@ def _trouble(checkpoint: Path, processes: int) -> str | None:
     if wrote != processes:
         return f"{wrote} process{'es' * (wrote > 1)} wrote it, and now it is {processes}"
     return None
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    return [p for p in checkpoint.rglob("*") if p.is_file() and p.name != WHOLE]
 
 
 # -- transformers' trainer with what this project needs of it
@@ -292,25 +292,45 @@ def train(
         KeyboardInterrupt: a signal to stop has arrived.
     """
     part = Part(collective.rank(), collective.count())
-    minimised = objective(keep, against, part)
+    minimised = Objective(keep, against, part) if keep or against else None
     if against is not None and len(with_answers(rows)) < len(rows):
         raise TrainingError(f"{label}: {against.loss} needs rows with a token to be predicted, and one has none")
     epochs, max_steps = spec.duration()
     per_epoch = math.ceil(math.ceil(len(rows) / spec.batch_size) / spec.accumulation)
     total = max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
     order = ByLength(rows, spec.batch_size * spec.accumulation, seed)
+    options = settings(
+        next(model.parameters()).device,
+        mixed,
+        work,
+        seed,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=math.ceil(spec.batch_size / part.count),
+        gradient_accumulation_steps=spec.accumulation,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=min(math.ceil(spec.warmup * total), total - 1),  # the first of them has rate 0
+        save_strategy="steps",
+        save_steps=spec.save_every or max(1, math.ceil(total / 4)),
+        save_total_limit=None,  # keep_newest removes them: by number, not as here by the times of files
+        report_to=list(spec.report_to) or "none",
+        **({_CHECKPOINTING: True} if spec.gradient_checkpointing else {}),
+    )
     started = time.monotonic()
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     with recipe_decides(), held() as hold, progress(label, total) as advance:
-        watch = _Watch(advance, order, mend(against), hold, isinstance(model, PeftModel))
+        advice = against.advice if against is not None else ADVICE
+        watch = _Watch(advance, order, advice, hold, isinstance(model, PeftModel))
         trainer = _Trainer(
             order,
             minimised,
             part,
             spec.batch_size,
             model=model,
-            args=arguments(model, spec, total, seed, work, part, mixed),
+            args=options,
             train_dataset=list(rows),
             data_collator=Pad(tokenizer.pad_token_id),
             callbacks=[watch],
@@ -360,7 +380,7 @@ class _Trainer(Trainer):
 
     def go_on(self, checkpoint: str | None, total: int) -> None:
         """Train to the end from a checkpoint, or from the start."""
-        if checkpoint is not None and step_of(checkpoint) >= total:
+        if checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= total:
             # at the end already; the Trainer would make one step more
             self._load_from_checkpoint(checkpoint)
             self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
@@ -412,17 +432,13 @@ class _Trainer(Trainer):
         positions, targets, rows = answers(all_labels(inputs))
         with only_at(self.accelerator.unwrap_model(model), positions):
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits  # (N, V)
-        said = Answers(logits, targets, rows)
-        return self._objective.loss(said, len(inputs["labels"]), self._share(num_items_in_batch, inputs))
-
-    def _share(self, tokens: Any, inputs: Any) -> Share:
-        """What the batch is of its step; the Trainer itself divides by the batches where it counts no tokens."""
-        beside = inputs.get(BESIDE, 1.0)
-        if tokens is None:
-            return Share(beside=beside)
-        # counted over all processes, whose gradients are averaged; each has as many batches
-        processes = self._part.count if self.args.average_tokens_across_devices else 1
-        return Share(tokens / processes, self._rows / self._part.count, self._batches, beside)
+        share = Share(beside=inputs.get(BESIDE, 1.0))  # the Trainer divides by the batches where it counts no tokens
+        if num_items_in_batch is not None:
+            # counted over all processes, whose gradients are averaged; each has as many batches
+            processes = self._part.count if self.args.average_tokens_across_devices else 1
+            tokens, answered = num_items_in_batch / processes, self._rows / self._part.count
+            share = Share(tokens, answered, self._batches, share.beside)
+        return self._objective.loss(logits, targets, rows, len(inputs["labels"]), share)
 
 
 class _Watch(TrainerCallback):

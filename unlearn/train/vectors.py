@@ -18,14 +18,8 @@ from unlearn.model.load import Loaded, drops_out
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
 from unlearn.recipe.methods import (
-    BASELINES,
-    NEED_RETAIN,
-    NEED_RETAIN_VECTOR,
-    ConsensusSpec,
-    GradientDifferenceSpec,
+    METHODS,
     LoraSpec,
-    MsaSpec,
-    NpoSpec,
     TrainSpec,
     VectorSpec,
 )
@@ -34,10 +28,10 @@ from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
 from unlearn.text import counted
 from unlearn.train.fit import lora_modules, merge, train_vector, train_weights
+from unlearn.train.learned import materials
 from unlearn.train.losses import Against, Keep
-from unlearn.train.precision import mixed_precision
-from unlearn.vector.methods import consensus, msa, random_like
-from unlearn.vector.shaping import SHAPERS, Materials, shape
+from unlearn.train.trainer import mixed_precision
+from unlearn.vector.methods import consensus, msa, random_like, shape
 from unlearn.vector.task_vector import TaskVector
 
 VECTOR_FILE = "vector.safetensors"
@@ -78,7 +72,7 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet]) -> 
         if lora is not None:
             lora_modules(base.model, lora)
     near = [s for s in sets if s.role == "retain" and s.train]
-    needy = next((f"vector.method {m}" for m in spec.steps() if m in NEED_RETAIN), None)
+    needy = next((f"vector.method {m}" for m in spec.steps() if "retain" in METHODS[m].needs), None)
     needy = needy or ("vector.retain_kl" if spec.penalty() is not None else None)
     if needy and not near:
         raise DataError(
@@ -101,7 +95,7 @@ def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
         found.append(recipe.teach)
     if one.role in ("forget", "learn", "term") and not spec.uses("retain_only"):
         found.append(spec.forget)
-    if one.role == "retain" and spec.uses(*NEED_RETAIN):
+    if one.role == "retain" and spec.needs("retain"):
         found.append(spec.retain or spec.forget)
     if one.role == "retain" and (recipe.penalty() is not None or spec.uses("gradient_difference")):
         found.append(spec.forget)
@@ -200,7 +194,7 @@ def fit_vectors(target: Loaded, sets: Sequence[LoadedSet], recipe: Recipe, store
     clean, trainee = _trainee(target, recipe, store)
     before = set(store.keys)
     retain = None
-    if spec.uses(*NEED_RETAIN_VECTOR):
+    if spec.needs("retain_vector"):
         retain = fit_vector("retain", clean, trainee, near, spec.retain or spec.forget, recipe, store)
     fitted, parts = dict[Goal, TaskVector](), dict[Goal, TaskVector]()
     for one in sets:
@@ -216,10 +210,10 @@ def what_is_fitted(recipe: Recipe) -> str:
     """The fitting in words, for its announcement."""
     spec = recipe.vector
     source = spec.steps()[0]
-    if source in BASELINES and source not in ("random", "retain_only"):
+    if METHODS[source].role == "baseline" and source not in ("random", "retain_only"):
         return f"the baseline {source.replace('_', ' ')}"
     alone = recipe.forget is not None and len(recipe.goals()) == 1
-    more = " and on the retain sets" if spec.uses(*NEED_RETAIN_VECTOR) else ""
+    more = " and on the retain sets" if spec.needs("retain_vector") else ""
     return ("LoRA on the forget set" if alone else "a LoRA for each set") + more
 
 
@@ -342,13 +336,13 @@ def _source(
     if source in ("gradient_ascent", "gradient_difference", "npo"):
         return -fit(against=source)  # theta + its vector is the method's model; what we subtract is minus that
     if source == "consensus":
-        return consensus([fit(run) for run in range((spec.consensus or ConsensusSpec()).runs)])
+        return consensus([fit(run) for run in range(spec.settings("consensus").runs)])
     vector = fit()
     if source == "random":
         return random_like(vector, recipe.seed)
     if source == "msa":
         assert retain is not None  # the recipe is checked
-        how = spec.msa or MsaSpec()
+        how = spec.settings("msa")
         return msa(vector, retain, how.alpha, how.beta)
     return vector
 
@@ -356,10 +350,10 @@ def _source(
 def _against(spec: VectorSpec, loss: str, retain: Sequence[Encoded]) -> Against:
     size = spec.forget.batch_size
     if loss == "gradient_difference":
-        weight = (spec.gradient_difference or GradientDifferenceSpec()).weight
+        weight = spec.settings("gradient_difference").weight
         return Against("gradient_difference", retain, weight=weight, batch_size=size)
     if loss == "npo":
-        return Against("npo", beta=(spec.npo or NpoSpec()).beta, batch_size=size)
+        return Against("npo", beta=spec.settings("npo").beta, batch_size=size)
     return Against("gradient_ascent", batch_size=size)
 
 
@@ -377,19 +371,19 @@ def _shaped(
     On a GPU ``learned`` and ``perta`` do not give the same bits again, and a run that goes on would find no scores.
     """
     spec = recipe.vector
-    if not SHAPERS.keys() & set(spec.steps()):
+    if not spec.steps()[1:]:
         return fitted
 
     def make(tmp: Path) -> None:
         forget_rows: Sequence[Encoded] = ()
         retain_rows: Sequence[Encoded] = ()
-        if spec.uses("perta", "learned"):
+        if spec.needs("rows"):
             forget_rows = encoded([one], target.tokenizer, spec.forget)
             retain_rows = encoded(near, target.tokenizer, spec.retain or spec.forget)
         pad = target.tokenizer.pad_token_id
         assert isinstance(pad, int)
-        have = Materials(target.model, pad, recipe.seed, fitted, retain, forget_rows, retain_rows)
-        shape(fitted, spec.steps(), spec, have).save(tmp / VECTOR_FILE)
+        have = materials(target.model, pad, recipe.seed, fitted, retain, forget_rows, retain_rows)
+        shape(fitted, spec, have).save(tmp / VECTOR_FILE)
 
     digests = [fitted.digest(), None if retain is None else retain.digest()]
     inputs = [target.fingerprint, digests, [one.digest, [s.digest for s in near]], plain(spec), recipe.seed]

@@ -26,11 +26,7 @@ _FEWEST = 64  # rows of a block: thin products are computed another way
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """``delta = B @ A``: ``A`` is ``(r, in)``, ``B`` is ``(out, r)``, float32.
-
-    Raises:
-        VectorError: shapes do not chain, or the dtype is not float32.
-    """
+    """``delta = B @ A``: ``A`` is ``(r, in)``, ``B`` is ``(out, r)``, float32."""
 
     A: Tensor
     B: Tensor
@@ -52,11 +48,6 @@ class LowRank:
         return self.B.shape[0], self.A.shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Always float32."""
-        return self.A.dtype
-
-    @property
     def device(self) -> torch.device:
         """Where the factors are."""
         return self.A.device
@@ -70,11 +61,7 @@ class LowRank:
         return LowRank(self.A.to(device), self.B.to(device))
 
     def delta(self) -> Tensor:
-        """The dense change, ``(out, in)``. For tests and merging one weight; sums and norms never need it.
-
-        Raises:
-            VectorError: it would be larger than any weight: thin factors in a small file can claim any shape.
-        """
+        """The dense change, ``(out, in)``; refused where thin factors in a small file claim an impossible shape."""
         rows, columns = self.shape
         if rows * columns > LARGEST:
             raise VectorError(f"a change of shape ({rows}, {columns}) is larger than any weight, so it is not built")
@@ -84,9 +71,6 @@ class LowRank:
         """Frobenius inner product with another change, in float64, without building ``B @ A``.
 
         <B A, B' A'> = tr((B^T B') (A' A^T)), and <B A, W> = <A, B^T W>.
-
-        Raises:
-            VectorError: the other one has another shape.
         """
         _same_shape(self, other)
         if isinstance(other, Dense):
@@ -101,14 +85,6 @@ class LowRank:
         """c times the change: one factor is scaled (both would make it c squared)."""
         return LowRank(self.A, c * self.B)
 
-    def plus(self, other: Change) -> Change:
-        """The exact sum: ``[B B'] @ [A; A']`` of rank r + r'; dense if the other one is.
-
-        Raises:
-            VectorError: the other one has another shape.
-        """
-        return total([self, other])
-
     def act(self, x: Tensor) -> Tensor:
         """``delta @ x`` for inputs ``(..., in)``, through the factors: ``(..., out)``."""
         return nn.functional.linear(nn.functional.linear(x, self.A), self.B)
@@ -116,11 +92,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """A change that is kept whole: ``values`` is ``(out, in)``, float32.
-
-    Raises:
-        VectorError: it is no matrix, or the dtype is not float32.
-    """
+    """A change that is kept whole: ``values`` is ``(out, in)``, float32."""
 
     values: Tensor
 
@@ -141,11 +113,6 @@ class Dense:
         return self.values.shape[0], self.values.shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Always float32."""
-        return self.values.dtype
-
-    @property
     def device(self) -> torch.device:
         """Where the values are."""
         return self.values.device
@@ -163,11 +130,7 @@ class Dense:
         return self.values
 
     def dot(self, other: Change) -> float:
-        """Frobenius inner product with another change, in float64.
-
-        Raises:
-            VectorError: the other one has another shape.
-        """
+        """Frobenius inner product with another change, in float64."""
         if isinstance(other, LowRank):
             return other.dot(self)
         _same_shape(self, other)
@@ -178,16 +141,6 @@ class Dense:
         """c times the change."""
         return Dense(c * self.values)
 
-    def plus(self, other: Change) -> Dense:
-        """The sum, dense.
-
-        Raises:
-            VectorError: the other one has another shape.
-        """
-        both = total([self, other])
-        assert isinstance(both, Dense)
-        return both
-
     def act(self, x: Tensor) -> Tensor:
         """``delta @ x`` for inputs ``(..., in)``: ``(..., out)``."""
         return nn.functional.linear(x, self.values)
@@ -197,11 +150,7 @@ Change: TypeAlias = LowRank | Dense
 
 
 def total(changes: Sequence[Change]) -> Change:
-    """The sum of one or more changes of the same weight: low-rank if all are, else dense.
-
-    Raises:
-        VectorError: they have different shapes.
-    """
+    """The exact sum of changes of one weight: ``[B B'] @ [A; A']`` of rank r + r' if all are low-rank, else dense."""
     first, *rest = changes
     for other in rest:
         _same_shape(first, other)
@@ -264,11 +213,7 @@ def _same_shape(one: Change, other: Change) -> None:
 
 
 def check_terms(rank: int | None, energy: float | None) -> None:
-    """Refuse what no truncation can mean.
-
-    Raises:
-        VectorError: ``rank`` below 1, or ``energy`` outside (0, 1].
-    """
+    """Refuse what no truncation can mean."""
     if rank is not None and rank < 1:
         raise VectorError(f"rank must be at least 1, not {rank}")
     if energy is not None:
@@ -276,21 +221,13 @@ def check_terms(rank: int | None, energy: float | None) -> None:
 
 
 def check_share(what: str, value: float) -> None:
-    """Refuse a share outside (0, 1].
-
-    Raises:
-        VectorError: it is.
-    """
+    """Refuse a share outside (0, 1]."""
     if not 0.0 < value <= 1.0:
         raise VectorError(f"{what} must be above 0 and at most 1, not {value}")
 
 
 def check_rank(rank: int | None, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse a rank that some of these matrices cannot have.
-
-    Raises:
-        VectorError: ``rank`` is above min(out, in) of some; all are named.
-    """
+    """Refuse a rank that some of these matrices cannot have."""
     small = [f"{name} {shape}" for name, shape in shapes.items() if rank is not None and rank > min(shape)]
     if small:
         raise VectorError(f"rank {rank} is above what these matrices can have: {listed(small)}")
@@ -306,29 +243,30 @@ def truncated(change: Change, rank: int | None = None, energy: float | None = No
     Args:
         rank: Terms to keep.
         energy: Instead: keep as few terms as have this share of the squared Frobenius norm, in (0, 1]; at least one.
-
-    Raises:
-        VectorError: the values have no SVD.
     """
     if isinstance(change, LowRank) and rank is not None and rank >= change.rank:
         return change
     try:
-        u, s, vh = _svd(change)
-    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]
+        if isinstance(change, Dense):
+            u, s, vh = torch.linalg.svd(change.values.double(), full_matrices=False)
+        else:
+            left, b = torch.linalg.qr(change.B.double())
+            right, a = torch.linalg.qr(change.A.double().T)
+            u, s, vh = torch.linalg.svd(b @ a.T, full_matrices=False)
+            u, vh = left @ u, vh @ right.T
+    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined] # torch's stubs do not re-export it
         raise VectorError(f"the singular value decomposition does not converge: {e}") from e
-    k = rank if rank is not None else _terms(s, 1.0 if energy is None else energy)
-    return LowRank(vh[:k].float().contiguous(), (u[:, :k] * s[:k]).float())
+    if rank is None:
+        sums = s.square().cumsum(0)
+        rank = int((sums < (1.0 if energy is None else energy) * sums[-1]).sum()) + 1 if sums[-1] else 1
+    return LowRank(vh[:rank].float().contiguous(), (u[:, :rank] * s[:rank]).float())
 
 
 def largest_entries(change: Change, keep: float) -> Dense:
-    """The ``keep`` share of the entries of ΔW with the largest magnitude; the others are zero.
-
-    Args:
-        keep: In (0, 1]; the number of entries is rounded, and at least one.
-    """
+    """The ``keep`` share (rounded, at least one) of the entries of ΔW of the largest magnitude, the others zero."""
     delta = change.delta()
     flat = delta.reshape(-1)
-    kept = _count(keep, flat.numel())
+    kept = max(1, round(keep * flat.numel()))
     if kept == flat.numel():
         return Dense(delta)
     where = flat.abs().topk(kept, sorted=False).indices
@@ -336,48 +274,22 @@ def largest_entries(change: Change, keep: float) -> Dense:
 
 
 def largest_rows(change: Change, keep: float) -> Change:
-    """The ``keep`` share of the rows of ΔW (one per output) with the largest norm; the others are zero.
+    """The ``keep`` share (rounded, at least one) of the rows of ΔW of the largest norm, the others zero.
 
     Of factors the rows of ``B`` are set to zero, so that the change stays low-rank.
-
-    Args:
-        keep: In (0, 1]; the number of rows is rounded, and at least one.
     """
-    kept = _count(keep, change.shape[0])
+    kept = max(1, round(keep * change.shape[0]))
     if kept == change.shape[0]:
         return change
     rows = change.B if isinstance(change, LowRank) else change.values
-    where = _row_norms(change).topk(kept, sorted=False).indices
+    where = row_lengths(change).topk(kept, sorted=False).indices
     left = torch.zeros_like(rows).index_copy_(0, where, rows[where])
     return LowRank(change.A, left) if isinstance(change, LowRank) else Dense(left)
 
 
-def _svd(change: Change) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), singular values (k,) and V^T (k, in) of ΔW, float64, where k = min(r, out, in)."""
+def row_lengths(change: Change) -> Tensor:
+    """Length of every row of ΔW, (out,), float64: of factors ``b (A A^T) b^T`` for each row b of ``B``."""
     if isinstance(change, Dense):
-        u, s, vh = torch.linalg.svd(change.values.double(), full_matrices=False)
-        return u, s, vh
-    left, b = torch.linalg.qr(change.B.double())
-    right, a = torch.linalg.qr(change.A.double().T)
-    u, s, vh = torch.linalg.svd(b @ a.T, full_matrices=False)
-    return left @ u, s, vh @ right.T
-
-
-def _terms(s: Tensor, energy: float) -> int:
-    """How few of the singular values (falling) have this share of the sum of squares."""
-    sums = s.square().cumsum(0)
-    if sums[-1] == 0.0:
-        return 1
-    return int((sums < energy * sums[-1]).sum()) + 1
-
-
-def _row_norms(change: Change) -> Tensor:
-    """Squared norm of every row of ΔW, float64: of factors ``b (A A^T) b^T`` for each row b of ``B``."""
-    if isinstance(change, Dense):
-        return torch.linalg.vector_norm(change.values, dim=1, dtype=torch.float64).square()
+        return torch.linalg.vector_norm(change.values, dim=1, dtype=torch.float64)
     a, b = change.A.double(), change.B.double()
-    return ((b @ (a @ a.T)) * b).sum(dim=1)
-
-
-def _count(keep: float, most: int) -> int:
-    return max(1, round(keep * most))
+    return ((b @ (a @ a.T)) * b).sum(dim=1).clamp_min(0.0).sqrt()

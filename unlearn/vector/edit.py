@@ -7,7 +7,7 @@ away where it is small, so there the change acts beside the weight, in float32, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
@@ -150,3 +150,13 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
         return module.nf, module.weight.shape[0]
     assert isinstance(module, nn.Linear)
     return module.out_features, module.in_features
+
+
+def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The weights of some linear modules as (out, in): views of what the model holds, in its number format."""
+    found = {}
+    for name in names:
+        module: Any = model.get_submodule(name)
+        weight = module.weight.detach()
+        found[name] = weight.T if isinstance(module, Conv1D) else weight
+    return found

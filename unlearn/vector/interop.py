@@ -1,8 +1,8 @@
-"""Task vectors from PEFT's LoRA folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Task vectors from and to PEFT's LoRA folders, and from two checkpoints.
 
-Such an adapter is the change ``s * B @ A`` per module with s = alpha/r (Hu et al. 2106.09685), or alpha/sqrt(r) with
-rsLoRA (Kalajdzievski 2312.03732). Only files are read: no model is loaded. What an adapter may hold beside that is
-refused, because leaving it out would make another change than the one that was trained.
+A LoRA is the change ``s * B @ A`` per module with s = alpha/r (Hu et al. 2106.09685), or alpha/sqrt(r) with rsLoRA
+(Kalajdzievski 2312.03732). What an adapter may hold beside that is refused, because leaving it out would make another
+change than the one that was trained. Only files are read: no model is loaded.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -26,21 +24,19 @@ from torch import Tensor, nn
 
 from unlearn.console import progress
 from unlearn.errors import VectorError
+from unlearn.model.checkpoint import Checkpoint, Stored, read_checkpoint
 from unlearn.model.load import Architecture, architecture_of
-from unlearn.model.locate import INDEX as _INDEX
-from unlearn.model.locate import SINGLE as _SINGLE
-from unlearn.model.locate import doubled_weights
 from unlearn.vector.change import Change, Dense, LowRank, check_rank, check_terms, listed, truncated
 from unlearn.vector.task_vector import UNREADABLE, TaskVector
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRANSPOSED = "fan_in_fan_out"  # metadata key: "true" where the base keeps its weights as (in, out), as GPT-2 does
+PREFIX = "base_model.model."
 _PICKLE = "adapter_model.bin"
 _TOO_MUCH = 2**31  # for a rank or an alpha
 _LONGEST_PATTERN, _MOST_REPEATS, _MOST_GROUPS, _LONGEST_NAME = 500, 3, 4, 200
 _REACH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # what PEFT finds modules by
 _ROWS = 1024  # of a tensor that are compared at once
-PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Keys of a LoRA's configuration that are read here, or only matter while it is trained or found its modules.
@@ -57,13 +53,14 @@ _KNOWN = frozenset(
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
+# -- from an adapter
+
+
 def from_adapter(folder: Path) -> TaskVector:
     """The task vector of a LoRA adapter as PEFT saves it, in float32, with its scale folded into ``B``.
 
     The weights of the base that PEFT saves beside factors on the head are left out (:func:`unlike_base` compares them).
-
-    Returns:
-        The vector; its metadata name the base model, and whether that one keeps its weights transposed.
+    Its metadata name the base model, and whether that one keeps its weights transposed.
 
     Raises:
         VectorError: no such folder, damaged, pickled weights, or more than a plain LoRA on linear layers: DoRA,
@@ -74,7 +71,7 @@ def from_adapter(folder: Path) -> TaskVector:
     _refuse_more_than_lora(folder, config)
     factors = _factors(folder, _read_weights(folder))
     try:
-        _refuse_unreached(config, factors)
+        _refuse_unreached(folder, config, factors)
         modules = {name: _module(name, a, b, config) for name, (a, b) in factors.items()}
         meta = {
             "source": "adapter",
@@ -86,35 +83,191 @@ def from_adapter(folder: Path) -> TaskVector:
         raise VectorError(f"{folder}: {e}") from e
 
 
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+        return config
+    except FileNotFoundError as e:
+        raise VectorError(f"{folder}: no adapter of PEFT's: it has no {ADAPTER_CONFIG}") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise VectorError(f"{path}: damaged, or cannot be read: {e}") from e
+
+
+def _refuse_more_than_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    start = config.get("init_lora_weights")
+    strange = sorted(key for key, value in config.items() if key not in _KNOWN and value)
+    whys = {
+        f"it is {kind or 'of no kind'}; only LORA is a sum with the weights": kind != "LORA",
+        "it is a DoRA, which rescales whole weights; a vector holds sums only": bool(config.get("use_dora")),
+        "it trained biases, which a vector cannot hold: train with bias none": (config.get("bias") or "none") != "none",
+        f"it holds whole modules (modules_to_save: {config.get('modules_to_save')}), which a vector cannot":
+            bool(config.get("modules_to_save")),
+        f"it starts with init_lora_weights {start!r}, which changes the base model's own weights as well: save it with "
+        "PEFT's path_initial_model_for_weight_conversion":
+            start not in _PLAIN_STARTS,
+        f"it uses {listed(strange)}, which this program does not know how to read": bool(strange),
+    }  # fmt: skip
+    for why, so in whys.items():
+        if so:
+            raise VectorError(f"{folder}: cannot become a task vector: {why}")
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path, pickled = folder / ADAPTER_WEIGHTS, (folder / _PICKLE).exists()
+    if path.is_file() and pickled:
+        raise VectorError(
+            f"{folder} holds two sets of factors, {ADAPTER_WEIGHTS} and {_PICKLE}, and which of them is the adapter "
+            "cannot be told: remove the old one"
+        )
+    if pickled:
+        raise VectorError(
+            f"{folder}: its weights are pickled ({_PICKLE}), which can run any code and is never opened: save it with "
+            "PEFT's safe_serialization"
+        )
+    if not path.is_file():
+        raise VectorError(f"{folder}: {ADAPTER_WEIGHTS} is missing")
+    try:
+        with safe_open(path, framework="pt") as f:
+            keys = set(f.keys())
+            return {key: f.get_tensor(key) for key in sorted(keys - _of_the_base(keys).keys())}
+    except (SafetensorError, OSError, *UNREADABLE) as e:
+        raise VectorError(f"{path}: damaged: {e}") from e
+
+
+def _of_the_base(keys: Collection[str]) -> dict[str, str]:
+    """Weights of the base that PEFT saves untouched beside factors on an embedding or the head: key -> name there."""
+    found = {}
+    for key in keys:
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.base_layer\.(weight|bias)", key)
+        if match and all(f"{PREFIX}{match[1]}.lora_{factor}.weight" in keys for factor in "AB"):
+            found[key] = f"{match[1]}.{match[2]}"
+    return found
+
+
+def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> (A, B) as stored."""
+    found: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if match is None or tensor.dtype not in _FLOATS:
+            strange.append(key)
+        else:
+            found.setdefault(match[1], {})[match[2]] = tensor
+    if strange:
+        raise VectorError(f"{folder}: it holds what is no factor of a linear layer: {listed(sorted(strange))}")
+    if alone := sorted(name for name, pair in found.items() if len(pair) < 2):
+        raise VectorError(f"{folder}: a factor is missing for {listed(alone)}")
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _refuse_unreached(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Refuse factors that PEFT would leave out, and targets that have none: by PEFT's own rule of what a target is."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = config.get("target_modules")
+    if not names or targets is None or targets == "all-linear":
+        return
+    try:
+        for value in (config.get(key) for key in _REACH):
+            for pattern in value if isinstance(value, list) else [value]:
+                if isinstance(pattern, str):
+                    _check_pattern(pattern, max(names, key=len))
+        rule = LoraConfig(**{key: config.get(key) for key in _REACH if config.get(key) is not None})
+        unreached = sorted(n for n in names if not check_target_module_exists(rule, n))
+        entries = [] if isinstance(targets, str) else sorted(set(targets))
+        empty = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in names)]
+        # an entry may be a name in every layer, or a module's full path, which other settings leave out again
+        rule.layers_to_transform = None
+        empty = [e for e in empty if check_target_module_exists(rule, e)]
+    except (re.error, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as e:
+        raise VectorError(f"{ADAPTER_CONFIG} does not tell which modules are meant: {e}") from e
+    lines = []
+    if unreached:
+        lines.append(f"  {', '.join(_REACH)} do not reach {listed(unreached)}: PEFT leaves these factors out")
+    if empty:
+        lines.append(f"  target_modules names {listed(empty)}, for which there are no factors")
+    if lines:
+        raise VectorError("\n".join([f"its factors are not those that its {ADAPTER_CONFIG} means:", *lines]))
+
+
+def _module(name: str, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> LowRank:
+    rank, alpha = _setting(name, config, "r", "rank_pattern"), _setting(name, config, "lora_alpha", "alpha_pattern")
+    if a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[1] != rank or rank < 1:
+        raise VectorError(
+            f"{name}: {ADAPTER_CONFIG} says rank {rank:g}, its factors are {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LowRank(a.float(), b.float() * scale)
+
+
+def _setting(name: str, config: Mapping[str, Any], key: str, patterns: str) -> float:
+    """A number for one module: of the first pattern that matches the end of its path, as PEFT does, else the usual."""
+    try:
+        value = next((v for k, v in (config.get(patterns) or {}).items() if _matches(k, name)), config.get(key))
+    except (re.error, AttributeError, RecursionError, OverflowError) as e:
+        raise VectorError(f"{ADAPTER_CONFIG}: {patterns} is no mapping of patterns to numbers: {e}") from e
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _TOO_MUCH:
+        raise VectorError(f"{ADAPTER_CONFIG}: {key} of {name} is {str(value)[:40]!r}, not a number that makes sense")
+    return value
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches the end of a module's path, as PEFT has it."""
+    if pattern.isidentifier():  # most are, and so is what PEFT writes itself but for the dots
+        return name == pattern or name.endswith(f".{pattern}")
+    _check_pattern(pattern, name)
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _check_pattern(pattern: str, name: str) -> None:
+    """Refuse a regular expression of somebody's file that may take longer than the universe."""
+    bare = re.sub(r"\[\^?\]?[^\]]*\]", "x", re.sub(r"\\.", "x", pattern))
+    bare = re.sub(r"(?<=[*+?}])\?|(?<=\()\?<?[:=!]", "", bare)  # lazy, or a group that is not kept: no repetition
+    repeats, groups = len(re.findall(r"[*+?{]", bare)), bare.count("(")
+    long = len(pattern) > _LONGEST_PATTERN or len(name) > _LONGEST_NAME
+    if repeats > _MOST_REPEATS or groups > _MOST_GROUPS or re.search(r"\)[*+?{]", bare) or (long and repeats + groups):
+        raise VectorError(f"{ADAPTER_CONFIG}: the pattern {pattern[:80]!r} may take for ever on {name[:80]!r}")
+
+
+# -- an adapter and a model
+
+
 def unlike_base(folder: Path, files: Mapping[str, Path]) -> list[str]:
     """Weights that an adapter's folder keeps as they were in its base, and that are others in a model.
 
     Args:
         files: Name -> the file of safetensors that holds it, of the model.
-
-    Raises:
-        VectorError: the adapter's file is damaged.
-        OSError: the model's file cannot be read.
     """
     path = folder / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as ours:
-            kept = {key: name for key, name in _kept(set(ours.keys())).items() if name in files}
+            kept = {key: name for key, name in _of_the_base(set(ours.keys())).items() if name in files}
             return sorted(name for key, name in kept.items() if not same_values(ours.get_slice(key), files[name], name))
     except (SafetensorError, *UNREADABLE) as e:
         raise VectorError(f"{path}: damaged: {e}") from e
 
 
+def same_values(ours: Any, path: Path, name: str) -> bool:
+    """Whether a tensor has the same values in a file, but for the rounding to the coarser of both formats."""
+    with safe_open(path, framework="pt") as file:
+        theirs = file.get_slice(name)
+        if not ours.get_shape() or ours.get_shape() != theirs.get_shape():
+            return False
+        for first in range(0, ours.get_shape()[0], _ROWS):
+            one, two = ours[first : first + _ROWS], theirs[first : first + _ROWS]
+            if not torch.equal(one.to(two.dtype), two) and not torch.equal(one, two.to(one.dtype)):
+                return False
+    return True
+
+
 def refuse_misfit(folder: Path, model: nn.Module) -> None:
-    """Refuse an adapter that does not fit a model in whole, as PEFT itself would put it on.
-
-    Args:
-        folder: An adapter that :func:`from_adapter` reads.
-        model: The base; without memory (on the meta device) is enough.
-
-    Raises:
-        VectorError: factors that would be left out, modules that would stay without, or other shapes; all are named.
-    """
+    """Refuse an adapter that does not fit a model (on the meta device is enough) in whole, as PEFT would put it on."""
     from peft import LoraConfig, PeftModel
 
     config = LoraConfig.from_pretrained(str(folder))
@@ -149,185 +302,7 @@ def strangers(model: Any, folder: str | Path, revision: str | None = None) -> st
     return "\n".join(lines)
 
 
-def same_values(ours: Any, path: Path, name: str) -> bool:
-    """Whether a tensor has the same values in a file, but for the rounding to the coarser of both formats."""
-    with safe_open(path, framework="pt") as file:
-        theirs = file.get_slice(name)
-        if not ours.get_shape() or ours.get_shape() != theirs.get_shape():
-            return False
-        for first in range(0, ours.get_shape()[0], _ROWS):
-            one, two = ours[first : first + _ROWS], theirs[first : first + _ROWS]
-            if not torch.equal(one.to(two.dtype), two) and not torch.equal(one, two.to(one.dtype)):
-                return False
-    return True
-
-
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise VectorError(f"{folder}: no adapter of PEFT's: it has no {ADAPTER_CONFIG}") from e
-    except OSError as e:
-        raise VectorError(f"{path}: cannot be read: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise VectorError(f"{path}: damaged: it is not JSON ({e})") from e
-    if not isinstance(config, dict):
-        raise VectorError(f"{path}: damaged: it holds no JSON object")
-    return config
-
-
-def _refuse_more_than_lora(folder: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    start = config.get("init_lora_weights")
-    strange = sorted(key for key, value in config.items() if key not in _KNOWN and value)
-    whys = {
-        f"it is {kind or 'of no kind'}; only LORA is a sum with the weights": kind != "LORA",
-        "it is a DoRA, which rescales whole weights; a vector holds sums only": bool(config.get("use_dora")),
-        "it trained biases, which a vector cannot hold: train with bias none": (config.get("bias") or "none") != "none",
-        f"it holds whole modules (modules_to_save: {config.get('modules_to_save')}), which a vector cannot":
-            bool(config.get("modules_to_save")),
-        f"it starts with init_lora_weights {start!r}, which changes the base model's own weights as well: save it with "
-        "PEFT's path_initial_model_for_weight_conversion":
-            start not in _PLAIN_STARTS,
-        f"it uses {listed(strange)}, which this program does not know how to read": bool(strange),
-    }  # fmt: skip
-    for why, so in whys.items():
-        if so:
-            raise VectorError(f"{folder}: cannot become a task vector: {why}")
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / ADAPTER_WEIGHTS
-    if path.is_file() and (folder / _PICKLE).exists():
-        raise VectorError(
-            f"{folder} holds two sets of factors, {ADAPTER_WEIGHTS} and {_PICKLE}, and which of them is the adapter "
-            "cannot be told: remove the old one"
-        )
-    if not path.is_file():
-        if (folder / _PICKLE).exists():
-            raise VectorError(
-                f"{folder}: its weights are pickled ({_PICKLE}), which can run any code and is never opened: save it "
-                "with PEFT's safe_serialization"
-            )
-        raise VectorError(f"{folder}: {ADAPTER_WEIGHTS} is missing")
-    try:
-        with safe_open(path, framework="pt") as f:
-            keys = set(f.keys())
-            kept = _kept(keys)
-            return {key: f.get_tensor(key) for key in sorted(keys - kept.keys())}
-    except (SafetensorError, OSError, *UNREADABLE) as e:
-        raise VectorError(f"{path}: damaged: {e}") from e
-
-
-def _kept(keys: Collection[str]) -> dict[str, str]:
-    """Weights of the base that PEFT saves untouched beside factors on an embedding or the head: key -> name there."""
-    found = {}
-    for key in keys:
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.base_layer\.(weight|bias)", key)
-        if match and all(f"{PREFIX}{match[1]}.lora_{factor}.weight" in keys for factor in "AB"):
-            found[key] = f"{match[1]}.{match[2]}"
-    return found
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches the end of a module's path, as PEFT has it.
-
-    Patterns are regular expressions out of somebody's file, and a short one can take longer than the universe: those
-    with a repeated group, or with many repetitions and choices, are refused.
-
-    Raises:
-        VectorError: the pattern may take too long.
-    """
-    if pattern.isidentifier():  # most are, and so is what PEFT writes itself but for the dots
-        return name == pattern or name.endswith(f".{pattern}")
-    _check_pattern(pattern, name)
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _check_pattern(pattern: str, name: str) -> None:
-    """Refuse a regular expression that may take too long.
-
-    Raises:
-        VectorError: it may.
-    """
-    bare = re.sub(r"\[\^?\]?[^\]]*\]", "x", re.sub(r"\\.", "x", pattern))
-    bare = re.sub(r"(?<=[*+?}])\?|(?<=\()\?<?[:=!]", "", bare)  # lazy, or a group that is not kept: no repetition
-    repeats, groups = len(re.findall(r"[*+?{]", bare)), bare.count("(")
-    long = len(pattern) > _LONGEST_PATTERN or len(name) > _LONGEST_NAME
-    if repeats > _MOST_REPEATS or groups > _MOST_GROUPS or re.search(r"\)[*+?{]", bare) or (long and repeats + groups):
-        raise VectorError(f"{ADAPTER_CONFIG}: the pattern {pattern[:80]!r} may take for ever on {name[:80]!r}")
-
-
-def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> (A, B) as stored."""
-    found: dict[str, dict[str, Tensor]] = {}
-    strange = []
-    for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-        if match is None or tensor.dtype not in _FLOATS:
-            strange.append(key)
-        else:
-            found.setdefault(match[1], {})[match[2]] = tensor
-    if strange:
-        raise VectorError(f"{folder}: it holds what is no factor of a linear layer: {listed(sorted(strange))}")
-    alone = sorted(name for name, pair in found.items() if len(pair) < 2)
-    if alone:
-        raise VectorError(f"{folder}: a factor is missing for {listed(alone)}")
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
-
-
-def _refuse_unreached(config: Mapping[str, Any], names: Collection[str]) -> None:
-    """Refuse factors that PEFT would leave out, and targets that have none: by PEFT's own rule of what a target is."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    rule = {key: config.get(key) for key in _REACH}
-    targets = rule["target_modules"]
-    if not names or targets is None or targets == "all-linear":
-        return
-    try:
-        for pattern in (p for value in rule.values() for p in (value if isinstance(value, list) else [value])):
-            if isinstance(pattern, str):
-                _check_pattern(pattern, max(names, key=len))
-        unreached = sorted(n for n in names if not check_target_module_exists(SimpleNamespace(**rule), n))
-        entries = [] if isinstance(targets, str) else sorted(set(targets))
-        empty = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in names)]
-        # an entry may be a name in every layer, or a module's full path, which other settings leave out again
-        free = SimpleNamespace(**rule | {"layers_to_transform": None})
-        empty = [e for e in empty if check_target_module_exists(free, e)]
-    except (re.error, TypeError, AttributeError, RecursionError, OverflowError) as e:
-        raise VectorError(f"{ADAPTER_CONFIG} does not tell which modules are meant: {e}") from e
-    lines = (
-        [f"  {', '.join(_REACH)} do not reach {listed(unreached)}: PEFT leaves these factors out"] if unreached else []
-    )
-    lines += [f"  target_modules names {listed(empty)}, for which there are no factors"] if empty else []
-    if lines:
-        raise VectorError("\n".join([f"its factors are not those that its {ADAPTER_CONFIG} means:", *lines]))
-
-
-def _module(name: str, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> LowRank:
-    rank, alpha = _setting(name, config, "r", "rank_pattern"), _setting(name, config, "lora_alpha", "alpha_pattern")
-    if a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[1] != rank or rank < 1:
-        raise VectorError(
-            f"{name}: {ADAPTER_CONFIG} says rank {rank:g}, its factors are {tuple(a.shape)} and {tuple(b.shape)}"
-        )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LowRank(a.float(), b.float() * scale)
-
-
-def _setting(name: str, config: Mapping[str, Any], key: str, patterns: str) -> float:
-    """A number for one module: of the first pattern that matches the end of its path, as PEFT does, else the usual."""
-    special = config.get(patterns) or {}
-    try:
-        value = next((v for k, v in special.items() if _matches(k, name)), config.get(key))
-    except (re.error, AttributeError, RecursionError, OverflowError) as e:
-        raise VectorError(f"{ADAPTER_CONFIG}: {patterns} is no mapping of patterns to numbers: {e}") from e
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _TOO_MUCH:
-        raise VectorError(f"{ADAPTER_CONFIG}: {key} of {name} is {str(value)[:40]!r}, not a number that makes sense")
-    return value
-
-
-# -- task vectors written as lora folders of peft's, which :mod:`unlearn.vector.interop` reads
+# -- to an adapter
 
 
 _TRANSPOSED_TYPES = ("gpt2", "openai-gpt")  # causal language models of transformers made of Conv1D
@@ -341,22 +316,20 @@ def to_adapter(vector: TaskVector, folder: Path, base: str, *, transposed: bool 
         base: What the adapter is to be put on: a hub id or a folder.
         transposed: Whether the base keeps its weights as (in, out) (GPT-2's Conv1D); None takes it from the folder
             ``base`` or the vector's metadata. When it is wrong PEFT warns, and does the right thing all the same.
-
-    Raises:
-        VectorError: a module is dense.
     """
     if transposed is None:
-        transposed = vector.meta.get(TRANSPOSED) == "true" or _keeps_transposed(Path(base))
+        try:
+            config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            config = None
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        transposed = vector.meta.get(TRANSPOSED) == "true" or kind in _TRANSPOSED_TYPES
     names = list(vector.modules)
     write_adapter(vector, folder, base, target_modules(names, names, short=False), transposed)
 
 
 def write_adapter(vector: TaskVector, folder: Path, base: str, targets: Sequence[str] | str, transposed: bool) -> None:
-    """Write both files: factors in float32 and LoRA's scale alpha/r at 1 in every module.
-
-    Raises:
-        VectorError: a module is dense.
-    """
+    """Write both files: factors in float32 and LoRA's scale alpha/r at 1 in every module."""
     from peft import LoraConfig, TaskType
 
     require_factors(vector)
@@ -386,24 +359,16 @@ def write_adapter(vector: TaskVector, folder: Path, base: str, targets: Sequence
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    _settle(folder / ADAPTER_CONFIG)
+    path = folder / ADAPTER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(settings["target_modules"], list):
+        settings["target_modules"].sort()  # PEFT holds them as a set, which every process lists in its own order
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
-def _settle(path: Path) -> None:
-    """Modules in order: PEFT holds them as a set, which every process lists in an order of its own."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(settings["target_modules"], list):
-        settings["target_modules"].sort()
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
-
-
 def require_factors(vector: TaskVector) -> None:
-    """Refuse a vector that cannot be an adapter.
-
-    Raises:
-        VectorError: a module is dense.
-    """
+    """Refuse a vector that cannot be an adapter, because a module is dense."""
     dense = [name for name, m in vector.modules.items() if isinstance(m, Dense)]
     if dense:
         raise VectorError(
@@ -434,20 +399,11 @@ def target_modules(names: Sequence[str], present: Sequence[str], *, short: bool 
     return "|".join(re.escape(n) for n in names)
 
 
-def _keeps_transposed(base: Path) -> bool:
-    """What a folder's ``config.json`` says of its model; False where there is none (a hub id)."""
-    try:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in _TRANSPOSED_TYPES
-
-
-# -- a task vector from two checkpoints
+# -- from two checkpoints
 
 
 _STORED_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_ROUNDED = frozenset({"F16", "BF16"})
+_STORED_16_BITS = frozenset({"F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -487,27 +443,55 @@ def from_checkpoints(
             kept; else the vector is dense and as large as the changed weights in float32.
 
     Raises:
-        VectorError: a folder that is no checkpoint in safetensors; unequal tensors; nothing changed; a difference
-            that is not finite; a rank above a matrix.
+        ModelError: a folder that is no checkpoint in safetensors.
+        VectorError: unequal tensors; nothing changed; a difference that is not finite; a rank above a matrix.
     """
     if rank is not None and energy is not None:
         raise VectorError("give rank or energy, not both, to say how much is kept")
     check_terms(rank, energy)
     model = architecture_of(base)
-    comparison = _Comparison(_weights(base, model), _weights(finetuned, model), model)
-    with progress("comparing", comparison.tensors) as advance:
-        linear = comparison.sort_out(advance)
-        if on_unequal == "error" and comparison.unequal:
-            raise VectorError(_unequal_message(base, finetuned, comparison.unequal))
-        check_rank(rank, {name: comparison.shape(name) for name in linear})
-        modules: dict[str, Change] = {}
-        for name, difference in comparison.differences(linear):
-            if difference is not None:
-                change = Dense(difference)
-                modules[name] = truncated(change, rank, energy) if rank or energy else change
+    pair = _Pair(_Weights(base, model), _Weights(finetuned, model), model)
+    unchanged: list[str] = []
+    unequal: dict[str, str] = {}
+    squares = 0.0  # of the changes that are left out
+    with progress("comparing", len(pair.names)) as advance:
+        linear = []
+        for name in pair.names:
+            why = pair.misfit(name)
+            if why is None and pair.is_linear(name):
+                linear.append(name)
+                continue
+            if why is None and (size := pair.square(name)) != 0.0:
+                squares += size if math.isfinite(size) else 0.0
+                formats = "/".join(dict.fromkeys(pair.formats(name)))
+                why = model.why_not(name) if pair.floating(name) else f"stored as {formats}"
+            if why is None:
+                unchanged.append(name)
+            else:
+                unequal[name] = why
             advance(1)
-    if comparison.not_finite:
-        raise VectorError(f"{finetuned} less {base} is not finite in {listed(comparison.not_finite)}")
+        if on_unequal == "error" and unequal:
+            raise VectorError(_unequal_message(base, finetuned, unequal))
+        check_rank(rank, {name: pair.shape(name) for name in linear})
+        modules: dict[str, Change] = {}
+        broken, rounded, elements, same = [], 0, 0, 0
+        for name in linear:
+            difference = pair.difference(name)
+            differing = int(difference.count_nonzero())
+            if not bool(torch.isfinite(difference).all()):
+                broken.append(name.removesuffix(".weight"))
+            elif not differing:
+                unchanged.append(name)
+            else:
+                if not _STORED_16_BITS.isdisjoint(pair.formats(name)):
+                    rounded, elements = rounded + 1, elements + difference.numel()
+                    same += difference.numel() - differing
+                change = Dense((difference.T if model.linear[name] else difference).contiguous())
+                short = rank is not None or energy is not None
+                modules[name.removesuffix(".weight")] = truncated(change, rank, energy) if short else change
+            advance(1)
+    if broken:
+        raise VectorError(f"{finetuned} less {base} is not finite in {listed(broken)}")
     if not modules:
         raise VectorError(f"{finetuned} and {base} do not differ in any linear layer: there is no vector")
     meta = {
@@ -516,199 +500,87 @@ def from_checkpoints(
         "finetuned": finetuned.resolve().name,
         TRANSPOSED: "true" if any(model.linear[f"{name}.weight"] for name in modules) else "false",
     }
-    return TaskVector(modules, meta), comparison.report()
+    warning = (
+        f"{rounded} of the changed matrices are stored in 16 bits: their differences are of rounded numbers, and "
+        f"{same / max(elements, 1):.0%} of their elements do not differ at all"
+    )
+    report = CheckpointReport(tuple(unchanged), unequal, squares**0.5, (warning,) if rounded else ())
+    return TaskVector(modules, meta), report
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """One tensor of a file: number format (``BF16``) and shape as the file's header gives them."""
+class _Weights:
+    """The tensors of a folder under the names the model gives them; each is read when it is asked for."""
 
-    path: Path
-    name: str
-    format: str
-    shape: tuple[int, ...]
+    def __init__(self, folder: Path, model: Architecture) -> None:
+        self._checkpoint: Checkpoint = read_checkpoint(folder)
+        self.stored: dict[str, Stored] = {model.canonical(n): t for n, t in self._checkpoint.tensors.items()}
+        for second, first in model.tied.items():
+            if second in self.stored and first not in self.stored:
+                self.stored[first] = self.stored.pop(second)
+            elif second in self.stored and _same_bits(self.read(first), self.read(second)):
+                del self.stored[second]  # a copy: the model has the one weight
 
-    def read(self) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """The values. The file is opened for them alone, so that its pages go when they do."""
-        with _opened(self.path) as file:
-            tensor: Tensor = file.get_tensor(self.name)
+        stored = self.stored[name]
+        with safe_open(self._checkpoint.files[stored.file], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored.name)
             return tensor
 
 
-def _weights(folder: Path, model: Architecture) -> dict[str, _Stored]:
-    """The tensors of a folder under the names the model gives them; only headers are read."""
-    found: dict[str, _Stored] = {}
-    for file, wanted in _files(folder).items():
-        with _opened(folder / file) as opened:
-            there = list(opened.keys())
-            if missing := sorted(set(wanted) - set(there)):
-                raise VectorError(f"{folder / file}: {_INDEX} says it holds {listed(missing)}, which it does not")
-            for name in wanted or there:
-                part = opened.get_slice(name)
-                stored = _Stored(folder / file, name, part.get_dtype(), tuple(part.get_shape()))
-                found[model.canonical(name)] = stored
-    for second, first in model.tied.items():
-        if second in found and first not in found:
-            found[first] = found.pop(second)
-        elif second in found and _alike(found[first], found[second]):
-            del found[second]  # a copy: the model has the one weight
-    return found
+@dataclass(frozen=True)
+class _Pair:
+    """Two checkpoints of one model, tensor by tensor."""
 
-
-def _alike(one: _Stored, two: _Stored) -> bool:
-    """Whether two tensors are the same, in the same format."""
-    return (one.format, one.shape) == (two.format, two.shape) and torch.equal(_bytes(one.read()), _bytes(two.read()))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as e:
-        raise VectorError(f"{path}: cannot be read: {e}") from e
-
-
-@dataclass
-class _Comparison:
-    """What is found out along the way."""
-
-    old: Mapping[str, _Stored]
-    new: Mapping[str, _Stored]
+    old: _Weights
+    new: _Weights
     model: Architecture
-    unchanged: list[str] = field(default_factory=list)
-    unequal: dict[str, str] = field(default_factory=dict)
-    not_finite: list[str] = field(default_factory=list)
-    left_out: float = 0.0  # squared
-    rounded: int = 0  # matrices in 16 bits that differ, their elements, and how many of these do not
-    elements: int = 0
-    same: int = 0
 
     @property
-    def tensors(self) -> int:
-        return len({*self.old, *self.new})
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.old.stored, *self.new.stored)))
+
+    def misfit(self, name: str) -> str | None:
+        """Why a tensor of one cannot be compared with the other's, or None."""
+        old, new = self.old.stored.get(name), self.new.stored.get(name)
+        first = self.model.tied.get(name)
+        if first is not None and (old is None or new is None):
+            folder = "base" if old is not None else "fine-tuned checkpoint"
+            return f"stored in the {folder} with other values than {first}, to which config.json ties it"
+        if old is None or new is None:
+            return "in the base only" if new is None else "in the fine-tuned checkpoint only"
+        return None if old.shape == new.shape else f"shapes {old.shape} and {new.shape}"
+
+    def formats(self, name: str) -> tuple[str, str]:
+        return self.old.stored[name].format, self.new.stored[name].format
+
+    def floating(self, name: str) -> bool:
+        return _STORED_FLOATS.issuperset(self.formats(name))
+
+    def is_linear(self, name: str) -> bool:
+        return name in self.model.linear and len(self.old.stored[name].shape) == 2 and self.floating(name)
 
     def shape(self, name: str) -> tuple[int, int]:
         """``(out, in)`` of a linear weight."""
-        rows, columns = self.old[name].shape
+        rows, columns = self.old.stored[name].shape
         return (columns, rows) if self.model.linear[name] else (rows, columns)
 
-    def sort_out(self, advance: Any) -> list[str]:
-        """Decide on all tensors but the weights of linear layers, which are returned by name."""
-        linear = []
-        for name in dict.fromkeys((*self.old, *self.new)):
-            why = self._misfit(name)
-            if why is not None:
-                self.unequal[name] = why
-            elif name in self.model.linear and len(self.old[name].shape) == 2 and self._floating(name):
-                linear.append(name)
-                continue
-            elif self._equal(name):
-                self.unchanged.append(name)
-            else:
-                formats = "/".join(dict.fromkeys(self._formats(name)))
-                self.unequal[name] = self.model.why_not(name) if self._floating(name) else f"stored as {formats}"
-            advance(1)
-        return linear
+    def difference(self, name: str) -> Tensor:
+        """In float32, as stored."""
+        wide = torch.float64 if "F64" in self.formats(name) else torch.float32
+        return (self.new.read(name).to(wide) - self.old.read(name).to(wide)).float()
 
-    def differences(self, linear: Iterable[str]) -> Iterator[tuple[str, Tensor | None]]:
-        """Module and change ``(out, in)`` in float32; None where there is none, or no finite one."""
-        for name in linear:
-            difference = self._subtract(name)
-            module = name.removesuffix(".weight")
-            if not bool(torch.isfinite(difference).all()):
-                self.not_finite.append(module)
-                yield module, None
-                continue
-            differing = int(difference.count_nonzero())
-            if not differing:
-                self.unchanged.append(name)
-                yield module, None
-                continue
-            if not _ROUNDED.isdisjoint(self._formats(name)):
-                self.rounded += 1
-                self.elements += difference.numel()
-                self.same += difference.numel() - differing
-            yield module, (difference.T if self.model.linear[name] else difference).contiguous()
-
-    def report(self) -> CheckpointReport:
-        warnings = []
-        if self.rounded:
-            warnings.append(
-                f"{self.rounded} of the changed matrices are stored in 16 bits: their differences are of rounded "
-                f"numbers, and {self.same / self.elements:.0%} of their elements do not differ at all"
-            )
-        return CheckpointReport(tuple(self.unchanged), dict(self.unequal), self.left_out**0.5, tuple(warnings))
-
-    def _misfit(self, name: str) -> str | None:
-        first = self.model.tied.get(name)
-        if first is not None and not (name in self.old and name in self.new):
-            folder = "base" if name in self.old else "fine-tuned checkpoint"
-            return f"stored in the {folder} with other values than {first}, to which config.json ties it"
-        if name not in self.new:
-            return "in the base only"
-        if name not in self.old:
-            return "in the fine-tuned checkpoint only"
-        one, two = self.old[name].shape, self.new[name].shape
-        return None if one == two else f"shapes {one} and {two}"
-
-    def _formats(self, name: str) -> tuple[str, str]:
-        return self.old[name].format, self.new[name].format
-
-    def _floating(self, name: str) -> bool:
-        return _STORED_FLOATS.issuperset(self._formats(name))
-
-    def _equal(self, name: str) -> bool:
-        one, two = self.old[name].read(), self.new[name].read()
-        if one.dtype == two.dtype and torch.equal(_bytes(one), _bytes(two)):
-            return True
-        if not self._floating(name):
-            return False
-        difference = self._subtract(name)
-        norm = float(difference.double().square().sum())
-        self.left_out += norm if norm < float("inf") else 0.0
-        return norm == 0.0
-
-    def _subtract(self, name: str) -> Tensor:
-        wide = torch.float64 if "F64" in self._formats(name) else torch.float32
-        return (self.new[name].read().to(wide) - self.old[name].read().to(wide)).float()
+    def square(self, name: str) -> float:
+        """Squared norm of a tensor's change; infinite where there is one that cannot be subtracted."""
+        if _same_bits(self.old.read(name), self.new.read(name)):
+            return 0.0
+        return float(self.difference(name).double().square().sum()) if self.floating(name) else math.inf
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _files(folder: Path) -> dict[str, list[str]]:
-    """Weight file -> the tensors its index expects in it; none listed means all it holds."""
-    if (folder / _SINGLE).is_file():
-        _refuse_doubled(folder, ())
-        return {_SINGLE: []}
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        placed = dict(index["weight_map"])
-    except FileNotFoundError as e:
-        pickled = " (weights pickled as .bin can run any code and are never opened)" if _has_pickle(folder) else ""
-        raise VectorError(f"{folder}: it has neither {_SINGLE} nor {_INDEX}{pickled}") from e
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise VectorError(f"{folder / _INDEX}: damaged: {e!r}") from e
-    files: dict[str, list[str]] = {}
-    there = {path.name for path in folder.iterdir() if path.is_file()}
-    for name, file in placed.items():
-        if not isinstance(file, str) or file not in there or not file.endswith(".safetensors"):
-            said = f"{listed([str(name)])} is said to be in {listed([repr(file)])}"
-            raise VectorError(f"{folder / _INDEX}: {said}, which is no file in that folder")
-        files.setdefault(file, []).append(name)
-    _refuse_doubled(folder, files)
-    return files
-
-
-def _refuse_doubled(folder: Path, shards: Collection[str]) -> None:
-    if said := doubled_weights(folder, shards):
-        raise VectorError(said)
-
-
-def _has_pickle(folder: Path) -> bool:
-    return any(folder.glob("*.bin"))
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    if one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, two)))
 
 
 def _unequal_message(base: Path, finetuned: Path, unequal: Mapping[str, str]) -> str:
@@ -717,10 +589,8 @@ def _unequal_message(base: Path, finetuned: Path, unequal: Mapping[str, str]) ->
     for name, why in unequal.items():
         groups.setdefault(why, []).append(name)
     lines = [f"  {why} ({len(names)}): {listed(names)}" for why, names in groups.items()]
-    return "\n".join(
-        [
-            f"{finetuned} differs from {base} in {len(unequal)} tensors that a task vector cannot hold; skip them "
-            "(--skip-unequal) to take the linear layers alone:",
-            *lines,
-        ]
+    first = (
+        f"{finetuned} differs from {base} in {len(unequal)} tensors that a task vector cannot hold; skip them "
+        "(--skip-unequal) to take the linear layers alone:"
     )
+    return "\n".join([first, *lines])

@@ -1,91 +1,123 @@
-"""What the ways of shaping a vector refuse, each with one message that says what to do instead."""
+"""The ways of shaping a vector, each a pure function of the vector, what else there is, and the recipe's settings.
+
+What they are called, need and are explained by is in :data:`unlearn.recipe.methods.METHODS`, under the same names.
+"""
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from unlearn.console import say
 from unlearn.errors import VectorError
 from unlearn.model.load import layer_of
-from unlearn.vector.change import Change, Dense, LowRank, listed, truncated
+from unlearn.processes import told
+from unlearn.recipe.methods import (
+    METHODS,
+    SHAPERS,
+    EthosSpec,
+    LearnedSpec,
+    LinesSpec,
+    LowRankSpec,
+    PertaSpec,
+    ProjectSpec,
+    PruneSpec,
+    VectorSpec,
+)
+from unlearn.vector.change import Change, Dense, LowRank, listed, row_lengths, truncated
 from unlearn.vector.task_vector import TaskVector
 
+Matrices = Mapping[str, Tensor]  # module path -> (out, in)
 
-def check_pair(method: str, forget: TaskVector, retain: TaskVector) -> None:
-    """Two vectors of one model that have something to do with each other.
+
+@dataclass(frozen=True)
+class Have:
+    """What a shaper may work on beside the vector; :attr:`unlearn.recipe.methods.Method.needs` says what it asks for.
+
+    Attributes:
+        fitted: The vector before any shaping.
+        retain: A vector fitted on the retain sets.
+        layers: How many the model has.
+        weights: Of module paths: the target model's weights.
+        importances: Of module paths, a kind and a number of items: how much each weight matters for the forget and for
+            the retain items.
+        coefficients: Of a vector and settings: module path -> weights of its components that forget and keep best.
+    """
+
+    fitted: TaskVector
+    retain: TaskVector | None = None
+    layers: int | None = None
+    weights: Callable[[Iterable[str]], Matrices] | None = None
+    importances: Callable[[Sequence[str], str, int], tuple[Matrices, Matrices]] | None = None
+    coefficients: Callable[[TaskVector, LearnedSpec], Matrices] | None = None
+
+    @property
+    def retain_vector(self) -> TaskVector:
+        """The retain vector, of the same model as the fitted one.
+
+        Raises:
+            VectorError: there is none, or it was made from another model.
+        """
+        if self.retain is None:
+            raise VectorError("this method needs a vector fitted on the retain sets")
+        bases = [v.meta.get("base") for v in (self.fitted, self.retain)]
+        if None not in bases and bases[0] != bases[1]:
+            raise VectorError("the forget and the retain vector were fitted on different models; fit both on the same")
+        return self.retain
+
+
+def shape(vector: TaskVector, spec: VectorSpec, have: Have) -> TaskVector:
+    """Work off the recipe's shapers, in order.
 
     Raises:
-        VectorError: one of them is zero, they share no module, or a module has different shapes.
+        VectorError: see the methods; the message begins with the method's name.
     """
-    check_moved(method, "the forget vector", forget)
-    check_moved(method, "the retain vector", retain)
-    both = [name for name in forget.modules if name in retain.modules]
-    if not both:
-        raise VectorError(
-            f"{method}: the forget and the retain vector share no module ({next(iter(forget.modules))}, ... and "
-            f"{next(iter(retain.modules))}, ...): make both from the same model with the same LoRA targets"
-        )
-    clash = [
-        f"{name} {forget.modules[name].shape} and {retain.modules[name].shape}"
-        for name in both
-        if forget.modules[name].shape != retain.modules[name].shape
-    ]
-    if clash:
-        raise VectorError(f"{method}: the forget and the retain vector are of different models: {listed(clash)}")
+    for step in spec.steps()[1:]:
+        before = vector.norm()
+        with told(f"vector.method {step}", METHODS[step].less or f"leave {step} out of vector.method"):
+            vector = SHAPERS[step](vector, have, spec.settings(step))
+        say(f"    {step}: norm {before:.3g} to {vector.norm():.3g}")
+    return vector
+
+
+# -- what makes no sense
 
 
 def check_moved(method: str, what: str, vector: TaskVector) -> None:
-    """A vector that changes something.
-
-    Raises:
-        VectorError: every change is zero.
-    """
+    """Refuse a vector that changes nothing."""
     if vector.norm() == 0.0:
         raise VectorError(f"{method}: {what} is zero, there is nothing in it to shape")
 
 
 def check_left(method: str, result: TaskVector, source: TaskVector, advice: str) -> TaskVector:
-    """``result``, if more of ``source`` is left in it than rounding leaves.
-
-    Raises:
-        VectorError: nothing is left.
-    """
+    """``result``, if more of ``source`` is left in it than rounding leaves."""
     if result.norm() <= 1e-6 * source.norm():
         raise VectorError(f"{method}: nothing is left of the vector; {advice}")
     return result
 
 
-def check_number(
-    method: str, name: str, value: float, low: float = -math.inf, high: float = math.inf, *, above: bool = False
-) -> None:
-    """A finite number from ``low``, or with ``above`` above it, to ``high``.
+def _check_pair(method: str, forget: TaskVector, retain: TaskVector) -> None:
+    """Refuse two vectors that have nothing to do with each other."""
+    check_moved(method, "the forget vector", forget)
+    check_moved(method, "the retain vector", retain)
+    both = {n: (m.shape, retain.modules[n].shape) for n, m in forget.modules.items() if n in retain.modules}
+    if not both:
+        raise VectorError(
+            f"{method}: the forget and the retain vector share no module ({next(iter(forget.modules))}, ... and "
+            f"{next(iter(retain.modules))}, ...): make both from the same model with the same LoRA targets"
+        )
+    if clash := [f"{name} {one} and {two}" for name, (one, two) in both.items() if one != two]:
+        raise VectorError(f"{method}: the forget and the retain vector are of different models: {listed(clash)}")
 
-    Raises:
-        VectorError: it is not.
-    """
-    if math.isfinite(value) and low <= value <= high and not (above and value == low):
-        return
-    bounds = [f"above {low:g}" if above else f"at least {low:g}"] if math.isfinite(low) else []
-    bounds += [f"at most {high:g}"] if math.isfinite(high) else []
-    raise VectorError(f"{method}: {name} must be {' and '.join(bounds) or 'a finite number'}, not {value}")
 
-
-def check_matrices(method: str, what: str, vector: TaskVector, matrices: Mapping[str, Tensor]) -> None:
-    """One finite matrix per module of the vector, of the shape of its change.
-
-    Args:
-        what: What a matrix is, for the message.
-        matrices: Module path -> (out, in). More than the vector's modules may be there.
-
-    Raises:
-        VectorError: modules without one, other shapes or values that are not finite; all of them are named.
-    """
-    missing = [name for name in vector.modules if name not in matrices]
-    if missing:
+def _check_matrices(method: str, what: str, vector: TaskVector, matrices: Matrices) -> None:
+    """Refuse anything but one finite matrix per module of the vector, of the shape of its change."""
+    if missing := [name for name in vector.modules if name not in matrices]:
         raise VectorError(f"{method}: there is no {what} for {listed(missing)}")
     wrong = [
         f"{name}: {tuple(matrices[name].shape)} where the vector changes {m.shape}"
@@ -94,349 +126,238 @@ def check_matrices(method: str, what: str, vector: TaskVector, matrices: Mapping
     ]
     if wrong:
         raise VectorError(f"{method}: a {what} must be (out, in) like the change of its module: {listed(wrong)}")
-    bad = [name for name in vector.modules if not bool(torch.isfinite(matrices[name]).all())]
-    if bad:
+    if bad := [name for name in vector.modules if not bool(torch.isfinite(matrices[name]).all())]:
         raise VectorError(f"{method}: a {what} holds values that are not finite: {listed(bad)}")
 
 
-# -- negmerge (2410.05583)
+# -- vectors made of fitted ones
 
 
 def consensus(vectors: Sequence[TaskVector]) -> TaskVector:
-    """The mean of vectors of the same task at the entries whose signs are the same in all of them; dense.
-
-    Args:
-        vectors: One or more, of the same modules. Of one alone nothing is masked.
+    """NegMerge (2410.05583): the mean of vectors of one task where the signs of all agree, else zero; dense.
 
     Raises:
-        VectorError: no vector, a zero one, other modules or shapes, or no entry on which they agree.
+        VectorError: a zero vector, other modules or shapes, or no entry on which they agree.
     """
-    if not vectors:
-        raise VectorError("consensus needs at least one vector")
     first = vectors[0]
-    for number, vector in enumerate(vectors):
-        check_moved("consensus", f"vector {number + 1} of {len(vectors)}", vector)
-        differing = [
-            name
-            for name in sorted({*first.modules, *vector.modules})
-            if name not in vector.modules
-            or name not in first.modules
-            or vector.modules[name].shape != first.modules[name].shape
-        ]
-        if differing:
+    for number, vector in enumerate(vectors, 1):
+        check_moved("consensus", f"vector {number} of {len(vectors)}", vector)
+        one, two = ({n: m.shape for n, m in v.modules.items()} for v in (first, vector))
+        if differing := sorted(n for n in one.keys() | two.keys() if one.get(n) != two.get(n)):
             raise VectorError(
-                f"consensus: vectors 1 and {number + 1} are not of the same modules: {listed(differing)} are missing "
-                "in one or have another shape"
+                f"consensus: vectors 1 and {number} are not of the same modules: {listed(differing)} are missing in "
+                "one or have another shape"
             )
-    merged = first.map(lambda name, _: _agreed([vector.modules[name] for vector in vectors]))
+
+    def agreed(name: str, change: Change) -> Dense:
+        total, signs = torch.zeros(change.shape, device=change.device), torch.zeros(change.shape, device=change.device)
+        for delta in (vector.modules[name].delta() for vector in vectors):
+            total += delta
+            signs += delta.sign()
+        return Dense(torch.where(signs.abs() == len(vectors), total / len(vectors), 0.0))
+
+    merged = first.map(agreed)
     if merged.norm() == 0.0:
         raise VectorError(f"consensus: the {len(vectors)} vectors agree in sign nowhere; use fewer of them")
     return merged
 
 
-def _agreed(changes: Sequence[Change]) -> Dense:
-    """One module, one dense matrix at a time."""
-    total = torch.zeros(changes[0].shape, device=changes[0].device)
-    signs = torch.zeros_like(total)
-    for change in changes:
-        delta = change.delta()
-        total += delta
-        signs += delta.sign()
-    return Dense(torch.where(signs.abs() == len(changes), total / len(changes), 0.0))
-
-
-# -- contrast
-
-
-def contrast(forget: TaskVector, retain: TaskVector, mu: float) -> TaskVector:
-    """tau_f - mu * tau_r, exact, of rank at most r_f + r_r.
-
-    Args:
-        forget: Vector of the forget set.
-        retain: Vector of the retain sets, of the same model.
-        mu: Weight of the retain vector; 0 is plain negation.
-    """
-    return forget - mu * retain if mu else forget
-
-
-# -- ethos (2403.08994)
-
-
-def ethos(vector: TaskVector, weights: Mapping[str, Tensor], threshold: float = 0.03) -> TaskVector:
-    """The vector with its small components in the weights' singular bases removed; dense.
-
-    Of a matrix that is not square the thin basis is used, and the part of the change outside of it, where the weight
-    has no component to be filtered by, is kept.
-
-    Args:
-        vector: Vector of the forget set.
-        weights: Module path -> (out, in), what the bases are taken from; for GPT-2's Conv1D the transposed weight.
-        threshold: Share of a module's largest component below which one is dropped, 0 to 1; 0 drops none.
-
-    Raises:
-        VectorError: a zero vector, weights that are missing or of another shape, ``threshold`` out of range, or a
-            weight without a singular value decomposition.
-    """
-    check_moved("ethos", "the vector", vector)
-    check_matrices("ethos", "weight", vector, weights)
-    check_number("ethos", "threshold", threshold, 0.0, 1.0)
-    return vector.map(lambda name, change: _filtered(name, change, weights[name], threshold))
-
-
-def _filtered(name: str, change: Change, weight: Tensor, threshold: float) -> Dense:
-    delta = change.delta()  # (out, in)
-    try:
-        u, _, vh = torch.linalg.svd(weight.detach().to(delta.device, torch.float32), full_matrices=False)
-    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined] # torch's stubs do not re-export it
-        raise VectorError(f"ethos: the singular value decomposition of {name} does not converge: {e}") from e
-    components = u.T @ delta @ vh.T  # (k, k), k = min(out, in)
-    small = components.abs() < threshold * components.abs().max()
-    # subtracting what is dropped, rather than adding up what is kept, leaves the part outside the basis alone
-    return Dense(delta - u @ (components * small) @ vh)
-
-
-# -- ext-sub, extraction before subtraction (2308.08090)
-
-
-_NONE = 1e-6  # a row shorter than this, against the longest, has no direction
-
-
-def ext_sub(forget: TaskVector, retain: TaskVector) -> TaskVector:
-    """The forget vector without its rows' parts along the two vectors' common directions.
-
-    Low-rank vectors give one of rank at most r_f + r_r. Rows and modules that the retain vector leaves at zero have
-    nothing in common with it and are kept whole.
-
-    Raises:
-        VectorError: vectors that do not belong together, zero vectors, or nothing is left.
-    """
-    check_pair("ext-sub", forget, retain)
-
-    def shape(name: str, change: Change) -> Change:
-        return _extract(change, retain.modules[name]) if name in retain.modules else change
-
-    advice = "every row of it points where the retain vector's does"
-    return check_left("ext-sub", forget.map(shape), forget, advice)
-
-
-def _extract(forget: Change, retain: Change) -> Change:
-    """One module: rows of the forget change and of the retain change, each times a number of its own."""
-    f, r = _lengths(forget), _lengths(retain)
-    shared = r > _NONE * r.max()
-    own = torch.where(shared, 0.5, 1.0).float()[:, None]  # (out, 1)
-    others = torch.where(shared, -0.5 * f / r, 0.0).float()[:, None]
-    if isinstance(forget, LowRank) and isinstance(retain, LowRank):
-        return LowRank(torch.cat([forget.A, retain.A]), torch.cat([own * forget.B, others * retain.B], dim=1))
-    return Dense(own * forget.delta() + others * retain.delta())
-
-
-def _lengths(change: Change) -> Tensor:
-    """Length of every row, (out,), float64; of factors through ``b (A A^T) b^T``."""
-    if isinstance(change, Dense):
-        return change.values.double().norm(dim=1)
-    a, b = change.A.double(), change.B.double()
-    return ((b @ (a @ a.T)) * b).sum(dim=1).clamp_min(0.0).sqrt()
-
-
-# -- lines (2410.17146)
-
-
-def lines(
-    vector: TaskVector, a: float, b: float, layers: int | None = None, elsewhere: float | None = None
-) -> TaskVector:
-    """The vector with every layer's change scaled by a line in its depth.
-
-    Args:
-        vector: Any vector.
-        a: Scale of the first layer.
-        b: What the last layer's scale has more; a + b is the last layer's.
-        layers: L, the model's number of layers. By default one more than the highest number in the module names,
-            which is right when the last layer is among them.
-        elsewhere: Scale of modules outside the layers (embeddings, the head).
-
-    Raises:
-        VectorError: a zero vector, numbers out of range, modules whose names have no layer number while ``elsewhere``
-            is not given (all of them are named), no layers at all, or nothing is left.
-    """
-    check_moved("lines", "the vector", vector)
-    for name, value in (("a", a), ("b", b), ("elsewhere", elsewhere or 0.0)):
-        check_number("lines", name, value)
-    depth = {name: layer_of(name) for name in vector.modules}
-    outside = [name for name, layer in depth.items() if layer is None]
-    if outside and elsewhere is None:
-        raise VectorError(f"lines: no layer number in {listed(outside)}: say how these are scaled (elsewhere)")
-    numbers = [layer for layer in depth.values() if layer is not None]
-    if not numbers:
-        raise VectorError("lines: none of the vector's modules is in a numbered layer")
-    count = max(numbers) + 1 if layers is None else layers
-    if count <= max(numbers):
-        raise VectorError(
-            f"lines: layers is {layers}, but the vector changes layer number {max(numbers)}, counted from 0"
-        )
-
-    def shape(name: str, change: Change) -> Change:
-        layer = depth[name]
-        if layer is None:
-            assert elsewhere is not None
-            return change.scaled(elsewhere)
-        return change.scaled(a + b * layer / max(count - 1, 1))
-
-    return check_left("lines", vector.map(shape), vector, "raise a or b")
-
-
-# -- msa, model state arithmetic
-
-
 def msa(forget: TaskVector, retain: TaskVector, alpha: float = 1.0, beta: float = 1.0) -> TaskVector:
-    """alpha * tau_f - beta * tau_r: what is subtracted, at coefficient 1 as in the paper, or at any other.
-
-    Args:
-        forget: Vector of the forget set from the clean checkpoint.
-        retain: Vector of the retain sets from the same checkpoint.
-        alpha: Weight of the forget vector, above 0.
-        beta: Weight of the retain vector, 0 or more.
-
-    Raises:
-        VectorError: vectors that do not belong together, zero vectors, weights out of range, or nothing is left.
-    """
-    check_pair("msa", forget, retain)
-    check_number("msa", "alpha", alpha, 0.0, above=True)
-    check_number("msa", "beta", beta, 0.0)
+    """MSA (2506.20941): alpha * tau_f - beta * tau_r, both fitted on a checkpoint before the forget set."""
+    _check_pair("msa", forget, retain)
     advice = "at these weights the retain vector cancels the forget vector"
     return check_left("msa", alpha * forget - beta * retain, forget, advice)
 
 
-# -- perta, per-parameter task arithmetic (2601.22030)
-
-
-def perta(
-    vector: TaskVector,
-    forget_importance: Mapping[str, Tensor],
-    retain_importance: Mapping[str, Tensor],
-    alpha: float = 1.0,
-    eps: float = 1e-20,
-) -> TaskVector:
-    """The vector with every entry scaled by its importance for forgetting against that for retaining; dense.
-
-    Args:
-        vector: Vector of the forget set.
-        forget_importance: Module path -> (out, in), nowhere negative.
-        retain_importance: The same on the retain sets.
-        alpha: Weight of the retain importance, 0 or more.
-        eps: Added to the denominator, above 0. It decides where neither set has a gradient (w = 0 there) and must be
-            far below the importances: squares of the gradients of a language model are 1e-8 and less.
-
-    Raises:
-        VectorError: a zero vector, importances that are missing, negative or of another shape, ``alpha`` or ``eps``
-            out of range, or nothing is left.
-    """
-    check_moved("perta", "the vector", vector)
-    check_number("perta", "alpha", alpha, 0.0)
-    check_number("perta", "eps", eps, 0.0, above=True)
-    for what, found in (("forget importance", forget_importance), ("retain importance", retain_importance)):
-        check_matrices("perta", what, vector, found)
-        negative = [name for name in vector.modules if bool((found[name] < 0).any())]
-        if negative:
-            raise VectorError(f"perta: a {what} must not be negative, as it is in {listed(negative)}")
-
-    def shape(name: str, change: Change) -> Dense:
-        delta = change.delta()
-        f, r = (found[name].to(delta.device).float() for found in (forget_importance, retain_importance))
-        return Dense(delta * (f / (f + alpha * r + eps)))
-
-    advice = "nothing that it changes matters for the forget set; are eps and the importances in one unit?"
-    return check_left("perta", vector.map(shape), vector, advice)
-
-
-# -- projection off the retain vector's row space
-
-
-def project(forget: TaskVector, retain: TaskVector, energy: float = 0.9) -> TaskVector:
-    """The part of the forget vector whose rows are orthogonal to the retain vector's leading row directions.
-
-    Of a low-rank change only ``A`` is altered, and neither vector's matrices are built. Modules that the retain vector
-    does not change stay as they are.
-
-    Args:
-        forget: Vector of the forget set.
-        retain: Vector of the retain sets, of the same model.
-        energy: Share of the retain vector's squared norm, per module, that the directions must have; above 0, at
-            most 1. However small, it takes one direction per module.
-
-    Raises:
-        VectorError: vectors that do not belong together, zero vectors, ``energy`` out of range, or nothing is left.
-    """
-    check_pair("project", forget, retain)
-    check_number("project", "energy", energy, 0.0, 1.0, above=True)
-    norms = retain.norms()
-
-    def shape(name: str, change: Change) -> Change:
-        if norms.get(name, 0.0) == 0.0:
-            return change
-        return _without(change, truncated(retain.modules[name], energy=energy).A)
-
-    advice = "it lies in the retain vector's row space, so lower energy or use contrast"
-    return check_left("project", forget.map(shape), forget, advice)
-
-
-def _without(change: Change, directions: Tensor) -> Change:
-    """The change with its rows' parts along some orthonormal directions, (k, in), removed."""
-    rows = (change.A if isinstance(change, LowRank) else change.values).double()  # (r or out, in)
-    v = directions.double()
-    left = (rows - (rows @ v.T) @ v).float()
-    return LowRank(left, change.B) if isinstance(change, LowRank) else Dense(left)
-
-
-# -- a random vector of the same size
-
-
 def random_like(vector: TaskVector, seed: int) -> TaskVector:
-    """Independent normal entries, scaled to the vector's Frobenius norm in every module.
-
-    Low-rank changes become low-rank ones of the same rank (both factors are normal), dense ones dense ones.
-
-    Args:
-        vector: Whose modules, ranks and norms are matched.
-        seed: Decides the draw, on the CPU.
-
-    Raises:
-        VectorError: a zero vector, or a negative seed.
-    """
+    """Independent normal entries, scaled to the vector's Frobenius norm in every module; low-rank where it is."""
     check_moved("random vector", "the vector", vector)
-    if seed < 0:
-        raise VectorError(f"random vector: seed must be 0 or more, not {seed}")
     # not the seed itself, with which the vector's own fit may have begun: its first draws would come again
     generator = torch.Generator().manual_seed(random.Random(f"random vector {seed}").getrandbits(63))
     norms = vector.norms()
 
-    def shape(name: str, change: Change) -> Change:
-        drawn = _normal(change, generator)
-        return drawn.scaled(norms[name] / drawn.dot(drawn) ** 0.5)
+    def drawn(name: str, change: Change) -> Change:
+        out, width = change.shape
+        new: Change
+        if isinstance(change, LowRank):
+            a, b = (torch.randn(shape, generator=generator) for shape in ((change.rank, width), (out, change.rank)))
+            new = LowRank(a, b).to(change.device)
+        else:
+            new = Dense(torch.randn((out, width), generator=generator)).to(change.device)
+        return new.scaled(norms[name] / new.dot(new) ** 0.5)
 
-    return vector.map(shape)
-
-
-def _normal(change: Change, generator: torch.Generator) -> Change:
-    out, width = change.shape
-    if isinstance(change, LowRank):
-        a, b = (torch.randn(shape, generator=generator) for shape in ((change.rank, width), (out, change.rank)))
-        return LowRank(a, b).to(change.device)
-    return Dense(torch.randn((out, width), generator=generator)).to(change.device)
+    return vector.map(drawn)
 
 
-# -- give a shaped vector back the size that it had when it was fitted
+# -- shapers
+
+_Function = TypeVar("_Function", bound=Callable[..., TaskVector])
 
 
-def rescale(vector: TaskVector, like: TaskVector) -> TaskVector:
-    """The vector in its own direction, as long as another.
+def shaper(function: _Function) -> _Function:
+    """Register a function under its own name, for which :data:`METHODS` has the entry."""
+    SHAPERS[function.__name__] = function
+    return function
 
-    Args:
-        vector: What was shaped.
-        like: The fitted vector whose norm it is given.
 
-    Raises:
-        VectorError: one of them is zero.
+@shaper
+def contrast(vector: TaskVector, have: Have, mu: float) -> TaskVector:
+    """tau_f - mu * tau_r, exact, of rank at most r_f + r_r."""
+    return vector - mu * have.retain_vector if mu else vector
+
+
+@shaper
+def ext_sub(vector: TaskVector, have: Have, how: None = None) -> TaskVector:
+    """Extraction before subtraction (2308.08090): without the rows' parts along both vectors' common directions.
+
+    Low-rank vectors give one of rank at most r_f + r_r. Rows and modules that the retain vector leaves at zero have
+    nothing in common with it and are kept whole.
     """
+    retain = have.retain_vector
+    _check_pair("ext-sub", vector, retain)
+
+    def extracted(name: str, ours: Change) -> Change:
+        if name not in retain.modules:
+            return ours
+        theirs = retain.modules[name]
+        f, r = row_lengths(ours), row_lengths(theirs)
+        shared = r > 1e-6 * r.max()  # a shorter row has no direction
+        own = torch.where(shared, 0.5, 1.0).float()[:, None]  # (out, 1)
+        others = torch.where(shared, -0.5 * f / r, 0.0).float()[:, None]
+        if isinstance(ours, LowRank) and isinstance(theirs, LowRank):
+            return LowRank(torch.cat([ours.A, theirs.A]), torch.cat([own * ours.B, others * theirs.B], dim=1))
+        return Dense(own * ours.delta() + others * theirs.delta())
+
+    advice = "every row of it points where the retain vector's does"
+    return check_left("ext-sub", vector.map(extracted), vector, advice)
+
+
+@shaper
+def project(vector: TaskVector, have: Have, how: ProjectSpec) -> TaskVector:
+    """The part of the vector whose rows are orthogonal to the retain vector's leading row directions.
+
+    Of a low-rank change only ``A`` is altered, and no matrix is built. However small ``energy``, it takes one
+    direction per module.
+    """
+    retain = have.retain_vector
+    _check_pair("project", vector, retain)
+    norms = retain.norms()
+
+    def without(name: str, change: Change) -> Change:
+        if norms.get(name, 0.0) == 0.0:
+            return change
+        rows = (change.A if isinstance(change, LowRank) else change.values).double()  # (r or out, in)
+        v = truncated(retain.modules[name], energy=how.energy).A.double()  # (k, in), orthonormal
+        left = (rows - (rows @ v.T) @ v).float()
+        return LowRank(left, change.B) if isinstance(change, LowRank) else Dense(left)
+
+    advice = "it lies in the retain vector's row space, so lower energy or use contrast"
+    return check_left("project", vector.map(without), vector, advice)
+
+
+@shaper
+def ethos(vector: TaskVector, have: Have, how: EthosSpec) -> TaskVector:
+    """Ethos (2403.08994): without small components in the singular bases of the weights; dense.
+
+    Of a matrix that is not square the thin basis is used, and the part of the change outside of it, where the weight
+    has no component to be filtered by, is kept.
+    """
+    check_moved("ethos", "the vector", vector)
+    assert have.weights is not None
+    weights = have.weights(vector.modules)
+    _check_matrices("ethos", "weight", vector, weights)
+
+    def filtered(name: str, change: Change) -> Dense:
+        delta = change.delta()  # (out, in)
+        try:
+            u, _, vh = torch.linalg.svd(weights[name].to(delta.device, torch.float32), full_matrices=False)
+        except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined] # torch's stubs do not re-export it
+            raise VectorError(f"ethos: the singular value decomposition of {name} does not converge: {e}") from e
+        components = u.T @ delta @ vh.T  # (k, k), k = min(out, in)
+        small = components.abs() < how.threshold * components.abs().max()
+        # subtracting what is dropped, rather than adding up what is kept, leaves the part outside the basis alone
+        return Dense(delta - u @ (components * small) @ vh)
+
+    return vector.map(filtered)
+
+
+@shaper
+def perta(vector: TaskVector, have: Have, how: PertaSpec) -> TaskVector:
+    """PerTA (2601.22030): every entry times i_f / (i_f + alpha * i_r), its importance on either side; dense."""
+    check_moved("perta", "the vector", vector)
+    assert have.importances is not None
+    forget, retain = have.importances(tuple(vector.modules), how.importance, how.samples)
+    for what, found in (("forget importance", forget), ("retain importance", retain)):
+        _check_matrices("perta", what, vector, found)
+
+    def scaled(name: str, change: Change) -> Dense:
+        delta = change.delta()
+        f, r = (found[name].to(delta.device).float() for found in (forget, retain))
+        # the last term decides where neither has a gradient; squares of gradients are 1e-8 and less
+        return Dense(delta * (f / (f + how.alpha * r + 1e-20)))
+
+    return check_left("perta", vector.map(scaled), vector, "nothing that it changes matters for the forget set")
+
+
+@shaper
+def lines(vector: TaskVector, have: Have, how: LinesSpec) -> TaskVector:
+    """LiNeS (2410.17146): the change of layer l of L scaled by a + b * l / (L - 1)."""
+    check_moved("lines", "the vector", vector)
+    depth = {name: layer_of(name) for name in vector.modules}
+    if outside := [name for name, layer in depth.items() if layer is None]:
+        raise VectorError(f"lines: no layer number in {listed(outside)}: leave these out of vector.lora.targets")
+    numbers = {name: layer for name, layer in depth.items() if layer is not None}
+    layers = have.layers or max(numbers.values()) + 1
+
+    def scaled(name: str, change: Change) -> Change:
+        return change.scaled(how.a + how.b * numbers[name] / max(layers - 1, 1))
+
+    return check_left("lines", vector.map(scaled), vector, "raise a or b")
+
+
+@shaper
+def learned(vector: TaskVector, have: Have, how: LearnedSpec) -> TaskVector:
+    """The vector with a coefficient per component or module, fitted on training items (after aTLAS, 2407.02880)."""
+    assert have.coefficients is not None
+    parts = components(vector) if how.by == "component" else vector
+    return weigh(parts, have.coefficients(parts, how))
+
+
+def components(vector: TaskVector) -> TaskVector:
+    """The same vector, with every low-rank change written as orthogonal rank-one terms in falling order.
+
+    Row k of ``A`` is v_k, of length 1; column k of ``B`` is s_k u_k; terms lost in rounding are left out. A dense
+    change stays whole, as one component.
+    """
+    check_moved("learned", "the vector", vector)
+    return vector.map(lambda _, change: truncated(change, energy=1.0) if isinstance(change, LowRank) else change)
+
+
+def weigh(vector: TaskVector, weights: Matrices) -> TaskVector:
+    """The vector with its components scaled: module path -> (r,), or (1,) for the whole module."""
+
+    def scaled(name: str, change: Change) -> Change:
+        w = weights[name].to(change.device).float()
+        return LowRank(change.A, change.B * w) if isinstance(change, LowRank) else Dense(change.values * w)
+
+    return check_left("learned", vector.map(scaled), vector, "every weight is 0: lower beta")
+
+
+@shaper
+def low_rank(vector: TaskVector, have: Have, how: LowRankSpec) -> TaskVector:
+    """Every module truncated to its leading singular components."""
+    return vector.to_low_rank(rank=how.rank, energy=how.energy)
+
+
+@shaper
+def prune(vector: TaskVector, have: Have, how: PruneSpec) -> TaskVector:
+    """The largest part of every module, the rest zero."""
+    return vector.prune(how.keep, how.by)
+
+
+@shaper
+def rescale(vector: TaskVector, have: Have, how: None = None) -> TaskVector:
+    """The vector in its own direction, as long as it was when it was fitted."""
     check_moved("rescale", "the vector", vector)
-    check_moved("rescale", "the fitted vector", like)
-    return vector * (like.norm() / vector.norm())
+    check_moved("rescale", "the fitted vector", have.fitted)
+    return vector * (have.fitted.norm() / vector.norm())

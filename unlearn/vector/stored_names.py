@@ -47,10 +47,7 @@ class Target:
 
 
 def targets_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]) -> tuple[Target, ...]:
-    """Find the tensor of every module of a vector, in the vector's order.
-
-    Args:
-        shapes: Module -> ``(out, in)`` of its change.
+    """Find the tensor of every module of a vector, given as module -> ``(out, in)``, in that order.
 
     Raises:
         VectorError: modules that have no tensor of their own in the checkpoint, or one of another shape, quantised or
@@ -118,20 +115,21 @@ def refuse_adapter(folder: Path) -> None:
     """Raise ModelError where an adapter lies beside the weights, which transformers loads with them unasked."""
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{folder}: it holds an adapter (adapter_config.json), which would be put on the edited weights "
-            "whenever they are loaded: merge it first, or move it elsewhere"
+            f"{folder}: it holds an adapter (adapter_config.json), which would be put on the edited weights whenever "
+            "they are loaded: merge it first, or move it elsewhere"
         )
 
 
 def copies(checkpoint: Checkpoint) -> frozenset[str]:
     """Tensors that are stored a second time, under the name of a head that ``config.json`` ties to the embeddings.
 
-    Raises:
-        ModelError: such a head has other values. transformers then does not tie it, other readers do.
+    A head of other values is refused: transformers then does not tie it, other readers do.
     """
     there, files, config = checkpoint.tensors, checkpoint.files, _config(checkpoint.folder)
-    if config.get("tie_word_embeddings") is False or not any(name.endswith(_HEADS) for name in there):
-        return frozenset()  # the class is asked only where it must be
+    # the class is asked only where it must be: those of the families that are known tie nothing unless they are told to
+    tied = config.get("tie_word_embeddings", config.get("model_type") not in _LINEAR)
+    if tied is False or not any(name.endswith(_HEADS) for name in there):
+        return frozenset()
     from safetensors import safe_open
 
     from unlearn.model.load import architecture_of
@@ -190,14 +188,9 @@ def _names(
     model: nn.Module, stored: Iterable[str]
 ) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, tuple[str, ...]]]:
     """Stored names by the model's, as loading names them, and the weights that loading makes out of several."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-    except ImportError as error:
-        raise ModelError(
-            f"this version of transformers does not tell how it names weights on loading ({error}): use the versions "
-            "of constraints.txt"
-        ) from error
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
     state: dict[str, Any] = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "")
     rules = get_model_conversion_mapping(model) or []

@@ -1,8 +1,8 @@
 """θ − λτ for a checkpoint of any size, file by file from disk to disk.
 
-Every weight gets the bits that ``export_merged`` gives it in memory, block of rows by block of rows,
-so that the memory it takes is the vector's; everything else is copied byte for byte. Files, their names and their
-layout stay as they are. ``unlearn.json`` in the output says what it is, and which files are finished.
+Every weight gets the bits that ``export_merged`` gives it in memory, block of rows by block of rows, so that the memory
+it takes is the vector's; everything else is copied byte for byte. Files, their names and their layout stay as they are.
+``unlearn.json`` in the output says what it is, and which files are finished.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,8 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was done: tensors edited and copied, bytes of all weights, files of weights that an earlier attempt had
-    finished, files left out with the reason, and what survived rounding (``summary_of``; of large
-    weights a part of the rows is measured)."""
+    """What was done: tensors edited and copied, bytes of all weights, files that an earlier attempt had finished, files
+    left out with the reason, and what survived rounding (of large weights a part of the rows is measured)."""
 
     edited: int
     copied: int
@@ -127,7 +126,12 @@ def write_edited(
             write_json_atomic(place / RECORD, {**about, "finished": False, "files": files, **more})
 
         with explained(place):
-            _require_space(place, needed)
+            free = shutil.disk_usage(place).free
+            if needed and free < needed + _SPARE:
+                raise RunFolderError(
+                    f"not enough space for {place}: {needed / 1e6:,.0f} MB are needed and {_SPARE / 1e6:,.0f} MB to "
+                    f"spare, {free / 1e6:,.0f} MB are free. Make room, or choose a folder on another disk with --out"
+                )
             keep()
         with progress("writing, MB", needed // _MB) as advance:
             for name, path in todo.items():
@@ -147,8 +151,8 @@ def write_edited(
         with explained(place):
             keep(finished=True, survived=survived)
     size = sum(path.stat().st_size for path in checkpoint.files.values())
-    edited = len(vector.modules)
-    return Applied(edited, len(checkpoint.tensors) - edited, size, kept, left_out, survived)
+    count = len(vector.modules)
+    return Applied(count, len(checkpoint.tensors) - count, size, kept, left_out, survived)
 
 
 def check_edited(
@@ -173,19 +177,17 @@ def check_edited(
         for name, mine in base.tensors.items():
             advance(1)
             theirs = other.tensors.get(name)
-            if theirs is None and name in heads:
-                continue
             if theirs is None:
-                wrong[name] = "missing"
+                if name not in heads:
+                    wrong[name] = "missing"
             elif (theirs.format, theirs.shape) != (mine.format, mine.shape):
                 wrong[name] = f"{theirs.format} {theirs.shape} instead of {mine.format} {mine.shape}"
             else:
                 with base.files[mine.file].open("rb") as one, other.files[theirs.file].open("rb") as two:
                     one.seek(mine.begin)
                     two.seek(theirs.begin)
-                    differ = _differing(one, two, mine, works.get(name), coefficient, rounding)
-                if differ:
-                    wrong[name] = f"{differ} of {math.prod(mine.shape)} elements differ"
+                    if differ := _differing(one, two, mine, works.get(name), coefficient, rounding):
+                        wrong[name] = f"{differ} of {math.prod(mine.shape)} elements differ"
     if said := _other_config(base.folder, other.folder):
         wrong[CONFIG] = said
     return Verdict(len(base.tensors), len(works), dict(sorted(wrong.items())))
@@ -210,22 +212,20 @@ def _write(source: Path, to: Path, works: Sequence[Work], coefficient: float, ro
     survived: dict[str, Survival] = {}
     with _one_thread(), source.open("rb") as old, to.open("xb") as new:
         for target, change in works:
-            for part in _bytes(old, target.stored.begin - old.tell()):
-                new.write(part)
+            _copy(old, new, target.stored.begin - old.tell())
             parts: list[Survival] = []
             for rows in _edited(old, (target, change), coefficient, rounding, parts):
                 new.write(rows.view(torch.uint8).numpy().data)
             survived[target.module] = Survival.total(parts)
-        for part in _bytes(old, origin.st_size - old.tell()):
-            new.write(part)
+        _copy(old, new, origin.st_size - old.tell())
         new.flush()
         os.fsync(new.fileno())
-    if _state(source) != _state_of(origin):
+    if _state(source.stat()) != _state(origin):
         raise ModelError(f"{source}: it was changed while it was read: run the same command again")
     return {
-        "made": _state(to)[:3],
-        "base": _state_of(origin),
-        "survived": {n: [s.dot, s.intended, s.realised, s.changed, s.elements] for n, s in sorted(survived.items())},
+        "made": _state(to.stat())[:3],
+        "base": _state(origin),
+        "survived": {name: astuple(sums) for name, sums in sorted(survived.items())},
     }
 
 
@@ -244,11 +244,7 @@ def _one_thread() -> Iterator[None]:
 def _edited(
     file: BufferedReader, work: Work, coefficient: float, rounding: Rounding, measured: list[Survival] | None = None
 ) -> Iterator[Tensor]:
-    """The rows of an edited tensor as stored, block by block; ``file`` stands where the base's begin.
-
-    Raises:
-        VectorError: the number format cannot hold the result.
-    """
+    """The rows of an edited tensor as stored, block by block; ``file`` stands where the base's begin."""
     target, change = work
     stored = target.stored
     dtype, columns = _DTYPES[stored.format], stored.shape[1]
@@ -292,6 +288,11 @@ def _differing(
     return differ
 
 
+def _copy(old: BufferedReader, new: Any, count: int) -> None:
+    for part in _bytes(old, count):
+        new.write(part)
+
+
 def _bytes(file: BufferedReader, count: int) -> Iterator[bytes]:
     """The next bytes of a file, chunk by chunk."""
     while count:
@@ -311,11 +312,7 @@ def _survived(files: Mapping[str, Any]) -> dict[str, Any]:
     return summary_of(dict(sorted(measured.items())))
 
 
-def _state(path: Path) -> list[int]:
-    return _state_of(path.stat())
-
-
-def _state_of(status: os.stat_result) -> list[int]:
+def _state(status: os.stat_result) -> list[int]:
     """By which a file is known again without reading it: size, time, number; device and time of its status, which
     nobody may set (copies and images may keep one time for all files)."""
     return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns]
@@ -336,11 +333,7 @@ def _hidden(place: Path) -> Iterator[Path]:
 def _opened(
     place: Path, model: Path, edit: Mapping[str, Any], sources: Mapping[str, Path]
 ) -> Iterator[tuple[Path, Lock, dict[str, Any]]]:
-    """Make the output's folder or go on in it, alone: gives it, the lock, and the files in it that are finished.
-
-    Raises:
-        RunFolderError: it is the model's, somebody else's or of another edit, in use, or cannot be written.
-    """
+    """Make the output's folder or go on in it, alone: gives it, the lock, and the files in it that are finished."""
     if place.is_relative_to(model):
         raise RunFolderError(f"{place} is the model's own folder, or in it: choose another --out")
     if place.exists() and not place.is_dir():
@@ -365,7 +358,8 @@ def _opened(
             files = {}
             for name, entry in record["files"].items():
                 made = place / name
-                if made.is_file() and _state(made)[:3] == entry["made"] and _state(sources[name]) == entry["base"]:
+                whole = made.is_file() and _state(made.stat())[:3] == entry["made"]
+                if whole and _state(sources[name].stat()) == entry["base"]:
                     files[name] = entry
                 else:
                     say(f"{name} is written anew: it, or the model's file, has changed", style="yellow")
@@ -379,11 +373,7 @@ def _opened(
 
 
 def read_record(place: Path) -> dict[str, Any]:
-    """What an earlier attempt recorded, ``{"files": {}}`` where there was none.
-
-    Raises:
-        RunFolderError: damaged, a link, or of another version.
-    """
+    """What an earlier attempt recorded, ``{"files": {}}`` where there was none."""
     path = place / RECORD
     try:
         if path.is_symlink():
@@ -404,11 +394,7 @@ def read_record(place: Path) -> dict[str, Any]:
 
 
 def _leftovers(place: Path, record: Mapping[str, Any]) -> list[Path]:
-    """What a killed attempt left half written.
-
-    Raises:
-        RunFolderError: something lies there that this command did not write.
-    """
+    """What a killed attempt left half written; refused where something lies there that this command did not write."""
     strangers, leftovers = [], []
     for path in sorted(place.rglob("*")):
         name = path.relative_to(place).as_posix()
@@ -426,15 +412,6 @@ def _leftovers(place: Path, record: Mapping[str, Any]) -> list[Path]:
             "--out"
         )
     return leftovers
-
-
-def _require_space(place: Path, needed: int) -> None:
-    free = shutil.disk_usage(place).free
-    if needed and free < needed + _SPARE:
-        raise RunFolderError(
-            f"not enough space for {place}: {needed / 1e6:,.0f} MB are needed and {_SPARE / 1e6:,.0f} MB to spare, "
-            f"{free / 1e6:,.0f} MB are free. Make room, or choose a folder on another disk with --out"
-        )
 
 
 def _others(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unlearn.errors import VectorError
@@ -35,7 +35,6 @@ from unlearn.vector.change import (
     total,
     truncated,
 )
-from unlearn.vector.shards import Slot, write_file
 
 FORMAT = "unlearn.task_vector"
 VERSION = "2"
@@ -44,20 +43,22 @@ UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, Ove
 _LETTERS = {"1": "AB", "2": "ABW"}  # version -> what its tensors' names may end with
 
 
-def write_vector(path: Path, modules: Mapping[str, Change], meta: Mapping[str, str]) -> None:
-    """Write a vector's modules and metadata in the current version."""
-    tensors = {f"{name}.{letter}": t for name, change in modules.items() for letter, t in change.tensors().items()}
-    slots = [Slot(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+def _write(path: Path, modules: Mapping[str, Change], meta: Mapping[str, str]) -> None:
+    """Write a vector in the current version: the same bytes each time."""
+    tensors = {f"{n}.{letter}": t for n, change in modules.items() for letter, t in change.tensors().items()}
     head = {"format": FORMAT, "version": VERSION, "meta": json.dumps(dict(meta))}
-    write_file(path, slots, tensors.__getitem__, head)
+    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, path, head)
+    with path.open("r+b") as file:  # the library writes metadata in an order of chance
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) | {"__metadata__": head}
+        settled = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(settled) <= length
+        file.seek(8)
+        file.write(settled.ljust(length))
 
 
-def read_vector(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
-    """A vector's modules and metadata.
-
-    Raises:
-        VectorError: not such a file, damaged, or of a later version.
-    """
+def _read(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
+    """A vector's modules and metadata."""
     try:
         with safe_open(path, framework="pt") as f:
             head = f.metadata() or {}
@@ -97,7 +98,7 @@ def _changes(tensors: Mapping[str, Tensor], letters: str) -> dict[str, Change]:
 def _read_meta(text: str) -> dict[str, str]:
     try:
         meta = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         meta = None
     if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
         raise VectorError(f"its metadata is damaged: {text[:80]}")
@@ -125,7 +126,7 @@ class TaskVector:
     def __post_init__(self) -> None:
         if not self.modules:
             raise VectorError("a task vector without a single module changes nothing")
-        bad = [n for n, m in self.modules.items() if not all(_finite(t) for t in m.tensors().values())]
+        bad = [n for n, m in self.modules.items() if not all(bool(t.isfinite().all()) for t in m.tensors().values())]
         if bad:
             raise VectorError(f"the vector holds values that are not finite in {len(bad)} modules: {listed(bad)}")
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
@@ -168,11 +169,7 @@ class TaskVector:
 
     @classmethod
     def sum(cls, vectors: Iterable[TaskVector]) -> TaskVector:
-        """The exact sum (Ilharco et al., "addition"). Metadata are the first one's wherever several speak.
-
-        Raises:
-            VectorError: none given, or modules of different shapes, all of them named.
-        """
+        """The exact sum (Ilharco et al., "addition"). Metadata are the first one's wherever several speak."""
         summands = tuple(vectors)
         if not summands:
             raise VectorError("a sum of no task vectors at all has no modules")
@@ -185,11 +182,7 @@ class TaskVector:
         return cls({n: total(ms) for n, ms in changes.items()}, meta)
 
     def dot(self, other: TaskVector) -> float:
-        """Inner product of two whole changes; modules that only one of them has count as zero in the other.
-
-        Raises:
-            VectorError: modules of different shapes, all of them named.
-        """
+        """Inner product of two whole changes; modules that only one of them has count as zero in the other."""
         return sum(one.dot(two) for one, two in self._shared(other).values())
 
     def norms(self) -> dict[str, float]:
@@ -204,18 +197,11 @@ class TaskVector:
         """Cosine similarity of two whole changes, of which Li et al.'s task correlation is the counterpart in outputs.
 
         Modules that only one of them has count as zero in the other. 0 where one of the changes is zero.
-
-        Raises:
-            VectorError: modules of different shapes, all of them named.
         """
         return _ratio(self.dot(other), self.norm() * other.norm())
 
     def cosines(self, other: TaskVector) -> dict[str, float]:
-        """Cosine similarity per module, of the modules that both have.
-
-        Raises:
-            VectorError: modules of different shapes, all of them named.
-        """
+        """Cosine similarity per module, of the modules that both have."""
         return {n: _ratio(a.dot(b), _norm(a) * _norm(b)) for n, (a, b) in self._shared(other).items()}
 
     def _shared(self, other: TaskVector) -> dict[str, tuple[Change, Change]]:
@@ -233,10 +219,6 @@ class TaskVector:
         Args:
             rank: Terms to keep per module; one that has no more stays as it is.
             energy: Instead: the share of each module's squared norm to keep, in (0, 1].
-
-        Raises:
-            VectorError: not exactly one of the two, ``rank`` below 1 or above a matrix (all such modules are named),
-                or ``energy`` outside (0, 1].
         """
         if (rank is None) == (energy is None):
             raise VectorError("give either rank or energy to say how much is kept")
@@ -254,9 +236,6 @@ class TaskVector:
             keep: Share to keep, in (0, 1].
             by: ``magnitude``: entries of ΔW with the largest absolute value; the result is dense. ``rows``: rows of ΔW
                 with the largest norm (Li et al. 2504.10957, Corollary 2); factors stay factors.
-
-        Raises:
-            VectorError: ``keep`` outside (0, 1], or ``by`` is neither.
         """
         check_share("keep", keep)
         if by == "magnitude":
@@ -275,17 +254,13 @@ class TaskVector:
         return h.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write it as :mod:`unlearn.vector.task_vector` says; read back it is the same bit for bit."""
-        write_vector(path, self.modules, self.meta)
+        """Write it as safetensors; read back it is the same bit for bit."""
+        _write(path, self.modules, self.meta)
 
     @classmethod
     def load(cls, path: Path) -> TaskVector:
-        """Read what :meth:`save` wrote, now or in version 1.
-
-        Raises:
-            VectorError: not such a file, damaged, or of a later version.
-        """
-        modules, meta = read_vector(path)
+        """Read what :meth:`save` wrote, now or in version 1."""
+        modules, meta = _read(path)
         try:
             return cls(modules, meta)
         except VectorError as e:
@@ -293,11 +268,7 @@ class TaskVector:
 
 
 def analogy(a: TaskVector, b: TaskVector, c: TaskVector) -> TaskVector:
-    """tau_c + (tau_b - tau_a): "a is to b as c is to ..." (Ilharco et al. 2212.04089, section 5).
-
-    Raises:
-        VectorError: modules of different shapes, all of them named.
-    """
+    """tau_c + (tau_b - tau_a): "a is to b as c is to ..." (Ilharco et al. 2212.04089, section 5)."""
     return TaskVector.sum((c, b, -a))
 
 
@@ -306,10 +277,6 @@ def _refuse_clashes(changes: Mapping[str, Iterable[Change]], done: str) -> None:
     clash = [f"{n} {' and '.join(map(str, s))}" for n, s in shapes.items() if len(s) > 1]
     if clash:
         raise VectorError(f"vectors of different models cannot be {done}: {listed(clash)}")
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
 
 
 def _norm(m: Change) -> float:

@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.console import quietly
-from unlearn.data.encoding import Encoded
 from unlearn.errors import BrokenModelError, VectorError
-from unlearn.evidence.membership import token_scores
-from unlearn.model.locate import doubled_weights, index_shards
+from unlearn.model.locate import INDEX, doubled_weights, index_shards
 from unlearn.processes import is_out_of_memory
-from unlearn.vector.change import Change, edited
+from unlearn.vector.change import edited
 from unlearn.vector.edit import applied, fit
 from unlearn.vector.interop import require_factors, target_modules, write_adapter
-from unlearn.vector.shards import Slot, parse_size, require_finite, write_shards
 from unlearn.vector.task_vector import TaskVector
+
+_16_BITS = (torch.bfloat16, torch.float16)
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -45,12 +46,7 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generat
         x: float32, any shape, any device.
         dtype: bfloat16 or float16.
         generator: On the CPU: the same draws on every device.
-
-    Raises:
-        ValueError: another dtype.
     """
-    if x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"rounds float32 to bfloat16 or float16, not {x.dtype} to {dtype}")
     nearest = x.to(dtype)
     there = nearest.float()
     # of one sign, 16-bit floats are ordered as the integers their bits spell, so the other neighbour is one bit away
@@ -68,6 +64,16 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     """A generator of its own for each weight, so that the order in which they are written does not matter."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight that its number format cannot hold."""
+    finite = not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+    if tensor.is_floating_point() and not finite:
+        raise VectorError(
+            f"{name}: as {_called(tensor.dtype)} it has values that are no finite numbers (or has them before): take "
+            "float32, or bfloat16, which reaches as far, or change less"
+        )
 
 
 # -- how much of an edit is left after rounding
@@ -94,15 +100,10 @@ class Survival:
         for start in range(0, len(stored), _ROWS):
             new, old, wish = (t[start : start + _ROWS] for t in (stored, before, intended))
             realised, wanted = new.cpu().double() - old.cpu().double(), wish.cpu().double()
-            parts.append(
-                cls(
-                    float((realised * wanted).sum()),
-                    float(wanted.square().sum()),
-                    float(realised.square().sum()),
-                    int((realised != 0).sum()),
-                    realised.numel(),
-                )
+            dot, intended_, realised_ = (
+                float(x.sum()) for x in (realised * wanted, wanted.square(), realised.square())
             )
+            parts.append(cls(dot, intended_, realised_, int((realised != 0).sum()), realised.numel()))
         return cls.total(parts)
 
     @classmethod
@@ -133,12 +134,7 @@ def summary_of(measured: Mapping[str, Survival]) -> dict[str, Any]:
 
 
 def lost(survived: Mapping[str, Any], ways_out: str) -> str:
-    """What to say where rounding to nearest has left another edit than the intended one; empty where it has not.
-
-    Args:
-        survived: From :func:`summary_of`.
-        ways_out: What to do about it.
-    """
+    """What to say where rounding to nearest has left another edit than the intended one; empty where it has not."""
     cosine = survived["cosine"]
     if cosine is None or cosine >= LEAST:
         return ""
@@ -151,7 +147,6 @@ def lost(survived: Mapping[str, Any], ways_out: str) -> str:
 # -- hand the edit back
 
 
-_ROUNDED = (torch.bfloat16, torch.float16)
 # Nats per token that a forward pass in a number format may be off, and the share of an edit's effect that may be lost.
 _FORWARD = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _SHARE = 0.1
@@ -159,6 +154,7 @@ _WAYS_OUT = (
     "Set export.dtype to float32 or export.stochastic_rounding to true, or take the adapter, which is exact; "
     "export.accept_rounding: true writes them all the same"
 )
+Export = dict[str, Any]
 
 
 def export_adapter(
@@ -167,7 +163,7 @@ def export_adapter(
     base_name: str,
     model: nn.Module,
     folder: Path,
-) -> Mapping[str, Any]:
+) -> Export:
     """Write ``theta - coefficient * tau`` as a LoRA adapter for plain ``PeftModel.from_pretrained(base, folder)``.
 
     ``B' = -coefficient * B`` and ``A' = A`` per module, float32, with LoRA's scale alpha/r set to 1. (With both
@@ -176,7 +172,6 @@ def export_adapter(
     Args:
         base_name: What the adapter is to be put on: a hub id or a folder.
         model: The unedited model, to fit the vector to; not changed.
-        folder: Where to; made if missing.
 
     Returns:
         ``coefficient``, ``modules`` (how many), ``rank`` (the largest), ``bytes``, ``files``.
@@ -190,12 +185,8 @@ def export_adapter(
     targets = target_modules(list(scaled.modules), [n for n, _ in model.named_modules()])
     conv1d = any(isinstance(module, Conv1D) for module, _ in fitted.values())
     write_adapter(scaled, folder, base_name, targets, conv1d)
-    return {
-        "coefficient": coefficient,
-        "modules": len(scaled.modules),
-        "rank": scaled.rank(),
-        **contents(folder),
-    }
+    done = {"coefficient": coefficient, "modules": len(scaled.modules), "rank": scaled.rank()}
+    return {**done, **contents(folder)}
 
 
 def export_merged(
@@ -209,32 +200,29 @@ def export_merged(
     stochastic_rounding: bool = False,
     seed: int = 0,
     accept_rounding: bool = False,
-) -> Mapping[str, Any]:
+) -> Export:
     """Write the weights of ``theta - coefficient * tau`` for plain ``AutoModelForCausalLM.from_pretrained(folder)``.
 
-    Every edited weight is computed in float32 from the pristine one and then cast, one at a time.
+    Every edited weight is computed in float32 from the pristine one and then cast, one file at a time.
 
     Args:
         model: The unedited model; bit-identical afterwards.
         tokenizer: Saved beside the weights.
-        folder: Where to; made if missing.
-        dtype: Of all floating-point weights; None for each weight's own.
-        shard_size: Largest file, ``5GB``.
-        stochastic_rounding: Round edited weights to 16 bits by chance instead of to the nearest.
-        seed: For stochastic rounding.
+        dtype: Number format of all floating-point weights; None keeps each one's own.
+        shard_size: Bytes (``5GB``) after which a new file begins. A larger single tensor gets a file of its own.
+        stochastic_rounding: Round edited weights to 16 bits by chance (``seed``), so that small changes survive on
+            average; the others to nearest.
         accept_rounding: Write also what rounding to nearest has made another edit of.
 
     Returns:
         ``coefficient``, ``dtype``, ``stochastic_rounding``, ``bytes``, ``files``, and ``survived``: ``cosine`` and
         ``norm_ratio`` of the realised against the intended change, ``changed`` (share of the elements of edited
         weights), and the same per module under ``modules``. The realised change is the difference between what is
-        stored and the unedited weights stored in the same dtype (to nearest). Where nothing is intended, cosine and
-        ratio are None.
+        stored and the unedited weights stored in the same dtype (to nearest).
 
     Raises:
         VectorError: the vector does not fit the model, or a weight it changes is quantised; a weight is not finite in
-            its number format; less is left of the edit than :data:`unlearn.vector.write.LEAST`; the folder holds other
-            weights beside.
+            its number format; less is left of the edit than :data:`LEAST`; the folder holds other weights beside.
     """
     fitted = fit(model, vector)
     packed = [n for n in fitted if not model.get_parameter(f"{n}.weight").is_floating_point()]
@@ -251,13 +239,24 @@ def export_merged(
         target = dtype if dtype is not None and pristine.is_floating_point() else pristine.dtype
         module = name.removesuffix(".weight")
         if module not in fitted or name == module:
-            return pristine.to(target)
-        exact = _edit(*fitted[module], coefficient, pristine.float(), module)
-        if stochastic_rounding and target in _ROUNDED:
-            return round_stochastically(exact, target, generator_for(seed, name))
-        return exact.to(target)
+            stored = pristine.to(target)
+        else:
+            # the same operation that put the vector on the model while it was scored
+            layer, change = fitted[module]
+            exact = edited(pristine.float(), change.to(pristine.device), -coefficient, isinstance(layer, Conv1D))
+            by_chance = stochastic_rounding and target in _16_BITS
+            stored = round_stochastically(exact, target, generator_for(seed, name)) if by_chance else exact.to(target)
+        require_finite(name, stored)
+        return stored
 
-    survived = _survived(state, value, fitted, coefficient)
+    measured = {}
+    with torch.no_grad():
+        for name, (module, change) in fitted.items():
+            stored = value(f"{name}.weight")
+            delta = change.to(stored.device).delta()
+            intended = -coefficient * (delta.T if isinstance(module, Conv1D) else delta)
+            measured[name] = Survival.of(stored, state[f"{name}.weight"].to(stored.dtype), intended)
+    survived = summary_of(measured)
     if not accept_rounding and not stochastic_rounding and (said := lost(survived, _WAYS_OUT)):
         raise VectorError(f"export.merged: {said}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,13 +266,8 @@ def export_merged(
             tokenizer.save_pretrained(folder)
     if said := doubled_weights(folder, index_shards(folder) or ()):
         raise VectorError(said)
-    return {
-        "coefficient": coefficient,
-        "dtype": str(dtype or model.dtype).removeprefix("torch."),
-        "stochastic_rounding": stochastic_rounding,
-        **contents(folder),
-        "survived": survived,
-    }
+    done = {"coefficient": coefficient, "dtype": _called(dtype or model.dtype)}
+    return {**done, "stochastic_rounding": stochastic_rounding, **contents(folder), "survived": survived}
 
 
 def rescored(
@@ -281,15 +275,14 @@ def rescored(
     model: PreTrainedModel,
     vector: TaskVector,
     coefficient: float,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Encoded],
+    log_probs: Callable[[PreTrainedModel], Sequence[np.ndarray[Any, Any]]],
     accept_rounding: bool = False,
 ) -> Mapping[str, float]:
     """Load merged weights as anybody would, and compare what they say with what the edited model in memory says.
 
     Args:
         folder: What :func:`export_merged` wrote of the other arguments.
-        rows: A few items.
+        log_probs: Of a model: the log-probabilities of the answer tokens of some items.
 
     Returns:
         ``items``; ``difference``, the mean over answer tokens of |log p(reloaded) - log p(edited)|, in nats; ``edit``,
@@ -299,20 +292,24 @@ def rescored(
     Raises:
         VectorError: the reloaded model does not work, or (unless ``accept_rounding``) it is another one.
     """
-    before = _log_probs(model, tokenizer, rows)
+
+    def scored(one: PreTrainedModel) -> np.ndarray[Any, Any]:
+        return np.concatenate(log_probs(one))
+
+    before = scored(model)
     with applied(model, vector, -coefficient):
-        wanted = _log_probs(model, tokenizer, rows)
+        wanted = np.concatenate(rows := log_probs(model))
     with quietly():
         read: Any = AutoModelForCausalLM.from_pretrained
         again = read(folder, dtype="auto", use_safetensors=True, trust_remote_code=model.is_remote_code())
     again.eval()
     try:
         try:
-            found = _log_probs(again.to(model.device), tokenizer, rows)
+            found = scored(again.to(model.device))
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
-            found = _log_probs(again.to("cpu"), tokenizer, rows)  # beside the other one there is no room for it
+            found = scored(again.to("cpu"))  # beside the other one there is no room for it
     except BrokenModelError as e:
         raise VectorError(f"{folder}: read again as {again.dtype}, the merged model does not work: {e}") from e
     difference, edit = float(np.abs(found - wanted).mean()), float(np.abs(wanted - before).mean())
@@ -327,35 +324,8 @@ def rescored(
     return {"items": len(rows), "difference": difference, "edit": edit, "allowed": allowed}
 
 
-def _log_probs(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Encoded]) -> np.ndarray[Any, Any]:
-    return np.concatenate([score.logprobs for score in token_scores(model, tokenizer, rows)])
-
-
-def _edit(module: nn.Module, change: Change, coefficient: float, pristine: Tensor, name: str) -> Tensor:
-    """The edited weight, in its own layout, from the pristine one in float32."""
-    transposed = isinstance(module, Conv1D)  # it keeps (in, out)
-    if tuple(pristine.shape) != (change.shape[::-1] if transposed else change.shape):
-        raise VectorError(f"{name}: its weight is stored as {tuple(pristine.shape)}, which cannot take the vector")
-    # the same operation that put the vector on the model while it was scored
-    return edited(pristine, change.to(pristine.device), -coefficient, transposed)
-
-
-@torch.no_grad()
-def _survived(
-    state: Mapping[str, Tensor],
-    value: Callable[[str], Tensor],
-    fitted: Mapping[str, tuple[nn.Module, Change]],
-    coefficient: float,
-) -> Mapping[str, Any]:
-    """How much of the edit the number format keeps, looked at before anything is written."""
-    measured = {}
-    for name, (module, change) in fitted.items():
-        stored = value(f"{name}.weight")
-        require_finite(f"{name}.weight", stored)
-        delta = change.to(stored.device).delta()
-        intended = -coefficient * (delta.T if isinstance(module, Conv1D) else delta)
-        measured[name] = Survival.of(stored, state[f"{name}.weight"].to(stored.dtype), intended)
-    return summary_of(measured)
+def _called(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _distinct(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -380,38 +350,44 @@ def _save(
     shard_size: str,
 ) -> None:
     """Weights, configuration and custom code, leaving the model's own configuration as it was."""
-    with _config_of(model):
+    original = model.config
+    model.config = copy.deepcopy(original)
+    try:
         if getattr(model, "_weight_conversions", None):
             # its files name or lay out weights otherwise than the model does; only transformers can turn that back,
             # and for all weights at once
-            values = {n: value(n) for n in state}
-            for name, tensor in values.items():
-                require_finite(name, tensor)
-            model.save_pretrained(folder, state_dict=values, max_shard_size=shard_size)
+            model.save_pretrained(folder, state_dict={n: value(n) for n in state}, max_shard_size=shard_size)
         else:
             if model.is_remote_code():
                 custom_object_save(model, folder, config=cast("Any", model.config))
             if model.can_generate() and model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
-            slots = [
-                Slot(n, tuple(t.shape), dtype if dtype is not None and t.is_floating_point() else t.dtype)
+            later = {
+                n: torch.empty_like(t, dtype=dtype if t.is_floating_point() else None, device="meta")
                 for n, t in state.items()
-            ]
-            write_shards(slots, value, folder, parse_size(shard_size))
+            }
+            save_shards(later, value, folder, shard_size)
         model.config.architectures = [type(model).__name__]
-        model.config.dtype = str(dtype or model.dtype).removeprefix("torch.")
+        model.config.dtype = _called(dtype or model.dtype)
         model.config.save_pretrained(folder)
-
-
-@contextmanager
-def _config_of(model: PreTrainedModel) -> Iterator[None]:
-    """Let saving write into a copy of the model's configuration."""
-    original = model.config
-    model.config = copy.deepcopy(original)
-    try:
-        yield
     finally:
         model.config = original
+
+
+def save_shards(later: Mapping[str, Tensor], value: Callable[[str], Tensor], folder: Path, shard_size: str) -> None:
+    """Write ``model.safetensors``, or numbered files with their index; one of them at a time is in memory.
+
+    Args:
+        later: Every tensor on the meta device: its shape and format.
+        value: Of a name, the tensor.
+    """
+    plan = split_torch_state_dict_into_shards(dict(later), max_shard_size=shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {n: value(n).detach().cpu().contiguous() for n in names}
+        save_file(tensors, folder / file, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def contents(folder: Path) -> dict[str, Any]:
