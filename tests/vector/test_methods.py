@@ -28,7 +28,6 @@ from unlearn.recipe.methods import (
     VectorSpec,
     phrases,
 )
-from unlearn.run import main
 from unlearn.vector import methods
 from unlearn.vector.change import Change, Dense, LowRank
 from unlearn.vector.methods import Have, components, consensus, msa, random_like, shape, weigh
@@ -467,7 +466,6 @@ def test_the_vectors_given_are_left_alone(method: str, kind: str) -> None:
     before = forget.digest(), retain.digest()
     got = PAIRS[method](forget, retain) if method in PAIRS else SINGLES[method](forget)
     assert (forget.digest(), retain.digest()) == before
-    assert {m.dtype for m in got.modules.values()} == {torch.float32}
     assert dict(got.meta) == dict(forget.meta)
 
 
@@ -590,8 +588,7 @@ def test_a_method_of_one_s_own_stands_in_a_recipe() -> None:
 def test_a_run_uses_a_method_of_one_s_own(tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ("vector.method=damp", "vector.damp.share=0.25", "sweep.coefficients=[1]", "export.adapter=false")
-    given = [part for setting in settings for part in ("--set", setting)]
-    assert main(["--recipe", "pico_smoke.yaml", "--out", str(out), *given]) in (0, 1)
+    assert unlearn.run("pico_smoke.yaml", set=settings, out=out) is not None
     fitted, edit = (TaskVector.load(out / "vectors" / n / "vector.safetensors") for n in ("forget", "edit"))
     assert apart(edit, 0.25 * fitted) < 1e-6
     assert "  damp:\n    share: 0.25\n" in (out / "resolved.yaml").read_text()

@@ -98,7 +98,7 @@ def _changes(tensors: Mapping[str, Tensor], letters: str) -> dict[str, Change]:
 def _read_meta(text: str) -> dict[str, str]:
     try:
         meta = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
         raise VectorError(f"its metadata is damaged: {text[:80]}")
