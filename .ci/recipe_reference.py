@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 INTRODUCTION = """\
 # Recipe reference
 
-Every key of a recipe, written by `.ci/recipe_reference.py` from the schema that checks it (`unlearn --schema`). A
+Every key of a recipe, written by `.ci/recipe_reference.py` from the schema that checks it (`unlearn schema`). A
 recipe is YAML 1.2; `--set a.b.0.c=value` changes one key from the command line. A key without a default is required.
 """
 

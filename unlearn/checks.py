@@ -29,11 +29,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
 
     Args:
         base: The recipe's folder, where relative paths start.
-        hub: Also ask the hub for a benchmark's data.
-
-    Raises:
-        UnlearnError: something is not there, or not what the recipe takes it for.
-    """
+        hub: Also ask the hub for a benchmark's data."""
     goal_metrics(recipe)  # refuses a metric that these data do not have
     _check_reuse(recipe, base)
     _check_clean(recipe, base)
@@ -43,11 +39,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
 
 
 def check_reach(recipe: Recipe, base: Path) -> None:
-    """Ask, if a recipe names anything on the hub that nobody here has, whether the hub can be reached at all.
-
-    Raises:
-        ModelError, DataError: it cannot.
-    """
+    """Ask, if a recipe names anything on the hub that nobody here has, whether the hub can be reached at all."""
     check_reach_of(recipe.model, base)
     references.check_reach(recipe, base)
     sources = [s for _, data in recipe.sets() for s in (data, data.validation, data.test) if s is not None]
@@ -55,11 +47,7 @@ def check_reach(recipe: Recipe, base: Path) -> None:
 
 
 def read_local(sets: Iterable[tuple[SetRole, DataSet]], base: Path) -> None:
-    """Read what of some sets is on this machine, as it will be read once the model is there to cut it into tokens.
-
-    Raises:
-        DataError: as :func:`unlearn.data.files.read_placed`.
-    """
+    """Read what of some sets is on this machine, as it will be read once the model is there to cut it into tokens."""
     for role, spec in sets:
         own: dict[str, Source] = {"train": spec, "validation": spec.validation or spec, "test": spec.test or spec}
         for source in {id(s): s for s in own.values()}.values():
@@ -100,11 +88,7 @@ def _check_bitsandbytes(recipe: Recipe) -> None:
 
 
 def _check_tasks(specs: Sequence[TaskSpec]) -> None:
-    """Whether tasks by name are there. Building lm-eval's index takes many seconds; reading names takes a fraction.
-
-    Raises:
-        EvaluationError: no such task, or a file that one is told of is not there.
-    """
+    """Whether tasks by name are there. Building lm-eval's index takes many seconds; reading names takes a fraction."""
     if not specs:
         return
     pack = set(task_names(task_files(tasks_folder())))

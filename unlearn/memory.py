@@ -1,4 +1,4 @@
-"""``--dry-run --memory``: bytes that a run's stages hold, from its model laid out without weights.
+"""``unlearn plan --memory``: bytes that a run's stages hold, from its model laid out without weights.
 
 A model of any architecture is built of arrays without content (on the meta device). The largest batch of every training
 goes through it and back while the bytes of the arrays that are alive are counted. They are bounds: under a

@@ -1,4 +1,4 @@
-"""What ``--dry-run`` prints: the run that a recipe asks for, with its data read and its model looked up.
+"""What ``unlearn plan`` prints: the run that a recipe asks for, with its data read and its model looked up.
 
 Everything that costs no download and no torch is done for real, so a recipe whose plan is printed has readable data,
 a model that is there (or can be asked for), and stages of known length.

@@ -23,7 +23,7 @@ def test_a_shipped_recipe_is_valid_and_says_what_it_gave(path: Path, tmp_path: P
     loaded = load_recipe(str(path))
     assert loaded.recipe.name == path.stem
     head = path.read_text().splitlines()
-    assert head[0].startswith(f"# unlearn --recipe {path.name}")
+    assert head[0].startswith(f"# unlearn run {path.name}")
     comments = "\n".join(line for line in head if line.startswith("#"))
     assert "# Measured" in comments
     copy = tmp_path / path.name
@@ -96,7 +96,7 @@ def test_the_task_pack_is_found() -> None:
 
 def test_editors_are_pointed_to_the_current_schema() -> None:
     written = json.loads((recipes_folder() / "recipe.schema.json").read_text())
-    assert written == json_schema(), "write it anew: unlearn --schema > recipes/recipe.schema.json"
+    assert written == json_schema(), "write it anew: unlearn schema > recipes/recipe.schema.json"
     for path in RECIPES:
         assert "# yaml-language-server: $schema=recipe.schema.json\n" in path.read_text()
 

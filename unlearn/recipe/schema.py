@@ -1,7 +1,7 @@
 """The recipe: one frozen value that says everything about one experiment.
 
 Types and their own consistency only; reading YAML is :mod:`unlearn.recipe.load`. Importing this module
-costs no torch. Each field's description is what ``--schema`` shows in an editor.
+costs no torch. Each field's description is what ``unlearn schema`` shows in an editor.
 """
 
 from __future__ import annotations
