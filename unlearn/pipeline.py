@@ -16,7 +16,7 @@ from unlearn.console import is_main_process, say
 from unlearn.data.sets import LoadedSet, at_prefixes, load_sets, write_items
 from unlearn.evidence import benchmarks, robustness
 from unlearn.evidence import reference as references
-from unlearn.evidence.foreseen import foresee_cost
+from unlearn.evidence.foresight import foresee_cost
 from unlearn.evidence.membership import require_rows
 from unlearn.evidence.subjects import (
     Subjects,

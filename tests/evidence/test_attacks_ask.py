@@ -47,14 +47,13 @@ def test_questions_are_put_in_other_frames() -> None:
     for probe in ("paraphrase", "template"):
         found = wordings(probe, "qa", [QUESTION])
         assert len(found) == 4
-        prompts = [w.items[0].prompt for w in found]
+        prompts = [items[0].prompt for items in found.values()]
         assert len({*prompts, QUESTION.prompt}) == 5
         for prompt in prompts:
             assert "What is {x}?" in prompt
             assert "Question: What" not in prompt
             assert not prompt.endswith(" ")
-    french = wordings("template", "mcq", [QUESTION])[0]
-    assert (french.name, french.items[0].prompt) == ("French", "Question : What is {x}?\nRéponse :")
+    assert wordings("template", "mcq", [QUESTION])["French"][0].prompt == "Question : What is {x}?\nRéponse :"
 
 
 @pytest.mark.parametrize(
@@ -62,60 +61,55 @@ def test_questions_are_put_in_other_frames() -> None:
     ["What is {x}?", "Q: What is {x}?\nA:", "question:  What is {x}?\n\nanswer: ", "\nQUESTION: What is {x}?\n A:"],
 )
 def test_what_a_question_looks_like(prompt: str) -> None:
-    (german,) = (w for w in wordings("template", "qa", [replace(QUESTION, prompt=prompt)]) if w.name == "German")
-    assert german.items[0].prompt == "Frage: What is {x}?\nAntwort:"
+    german = wordings("template", "qa", [replace(QUESTION, prompt=prompt)])["German"]
+    assert german[0].prompt == "Frage: What is {x}?\nAntwort:"
 
 
 @pytest.mark.parametrize("probe", ["paraphrase", "prefix", "template"])
 def test_only_the_prompt_is_another(probe: Any) -> None:
     items = [QUESTION, STATEMENT, replace(QUESTION, choices=("Paris", "Rome"), answer=0)]
-    for wording in wordings(probe, "mcq", items):
-        assert [replace(i, prompt="") for i in wording.items] == [replace(i, prompt="") for i in items]
+    for worded in wordings(probe, "mcq", items).values():
+        assert [replace(i, prompt="") for i in worded] == [replace(i, prompt="") for i in items]
 
 
 def test_a_scene_before_a_passage() -> None:
     found = wordings("prefix", "text", [PASSAGE])
     assert len(found) == 3
-    assert all(w.items[0].prompt.endswith("\n\nOnce upon") for w in found)
-    assert all(w.items[0].target == " a time" for w in found)
-    for probe in ("paraphrase", "template", "few_shot"):
-        assert wordings(probe, "text", [PASSAGE]) == ()
+    assert all(i.prompt.endswith("\n\nOnce upon") and i.target == " a time" for (i,) in found.values())
+    assert not any(wordings(probe, "text", [PASSAGE]) for probe in ("paraphrase", "template", "few_shot"))
 
 
 def test_solved_examples(phi: Loaded, tmp_path: Path) -> None:
     retain = [{"path": "far.jsonl", "kind": "qa", "name": "far", "shares": {"train": 1.0, "validation": 0, "test": 0}}]
     arena = Arena(phi, tmp_path, "qa", retain=retain)
     items = arena.forget.test
-    assert wordings("few_shot", "qa", items, arena.sets[:1]) == ()  # forget items are no examples
-    first, second = wordings("few_shot", "qa", items, arena.sets, seed=0)  # 8 rows are two times 4
+    assert not wordings("few_shot", "qa", items, arena.sets[:1]), "forget items are no examples"
+    found = wordings("few_shot", "qa", items, arena.sets, seed=0)
     kept = {f"{i.prompt} {i.target}" for i in arena.sets[1].train}
-    shown = []
-    for wording in (first, second):
-        for item, before in zip(wording.items, items, strict=True):
+    shown: list[str] = []
+    for worded in found.values():
+        for item, before in zip(worded, items, strict=True):
             *examples, asked = item.prompt.split("\n\n")
             assert asked == before.prompt
-            assert len(examples) == len(set(examples)) == SHOTS
             assert set(examples) <= kept
-        shown.append(set(first.items[0].prompt.split("\n\n")[:-1]))
-        first = second
-    assert not shown[0] & shown[1]
-    assert wordings("few_shot", "qa", items, arena.sets, seed=0)[1] == second
-    assert any(wordings("few_shot", "qa", items, arena.sets, seed=s)[1] != second for s in range(1, 5))
+        shown += examples
+    assert len(found) == 2, "8 rows are two times 4"
+    assert len(set(shown)) == len(shown) == 2 * SHOTS
+    assert wordings("few_shot", "qa", items, arena.sets, seed=0) == found
+    assert any(wordings("few_shot", "qa", items, arena.sets, seed=s) != found for s in range(1, 5))
     few = replace(arena.sets[1], train=arena.sets[1].train[:2])
-    (only,) = wordings("few_shot", "mcq", items, [few])  # other questions where there are none of the kind
-    assert len(only.items[0].prompt.split("\n\n")) == 3
+    ((first, *_),) = wordings("few_shot", "mcq", items, [few]).values()  # other questions where there are none
+    assert len(first.prompt.split("\n\n")) == 3
 
 
 def test_mean_and_best_wording(phi: Loaded, tmp_path: Path) -> None:
     arena = Arena(phi, tmp_path, "qa")
     judge, found = arena.judge(), wordings("template", "qa", arena.forget.test)
-    asked = ask(phi.model, judge, found)
-    alone = [judge.asking(w.items).score(phi.model) for w in found]
-    assert asked.mean.value == pytest.approx(sum(s.value for s in alone) / 4)
-    for number, value in enumerate(asked.mean.values):
-        assert value == pytest.approx(sum(s.values[number] for s in alone) / 4)
-    assert asked.best == max(alone, key=lambda s: s.value)
-    assert asked.best == alone[[w.name for w in found].index(asked.wording)]
+    mean, best = ask(phi.model, judge, found)
+    alone = [judge.asking(items).score(phi.model) for items in found.values()]
+    assert mean.value == pytest.approx(sum(s.value for s in alone) / 4)
+    assert mean.values == pytest.approx([sum(v) / 4 for v in zip(*(s.values for s in alone), strict=True)])
+    assert best == max(alone, key=lambda s: s.value)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from unlearn.console import say
 from unlearn.data.encoding import Encoded
 from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet
-from unlearn.evidence.attacks_ask import Wording, ask, sample, wordings
+from unlearn.evidence.attacks_ask import Wordings, ask, sample, wordings
 from unlearn.evidence.attacks_weights import forgotten_rows, quantised, relearn, unrelated_rows
 from unlearn.evidence.judge import Judge
 from unlearn.evidence.lens import logit_lens, unavailable
@@ -88,17 +88,18 @@ def plain(scene: Scene) -> list[AttackScore]:
 
 
 def _register_probe(probe: Probe) -> None:
-    def others(scene: Scene) -> tuple[Wording, ...]:
+    def others(scene: Scene) -> Wordings:
         if probe not in scene.spec.probes:
-            return ()
+            return {}
         return wordings(probe, scene.judge.kind, scene.judge.items, scene.sets, scene.judge.recipe.seed)
 
-    @attack(probe, lambda scene: [[i.id, i.prompt] for w in others(scene) for i in w.items] or None)
+    @attack(probe, lambda scene: [[i.id, i.prompt] for items in others(scene).values() for i in items] or None)
     def run(scene: Scene) -> list[AttackScore]:
-        found = ask(scene.model, scene.judge, others(scene))
-        scores = [found.mean.entry(scene.who, probing(probe), "probe")]
-        if found.wordings > 1:
-            scores.append(found.best.entry(scene.who, probing(probe, best=True), "probe"))
+        wordings_of = others(scene)
+        mean, best = ask(scene.model, scene.judge, wordings_of)
+        scores = [mean.entry(scene.who, probing(probe), "probe")]
+        if len(wordings_of) > 1:
+            scores.append(best.entry(scene.who, probing(probe, best=True), "probe"))
         return scores
 
 

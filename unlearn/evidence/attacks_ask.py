@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,62 +58,38 @@ _TEMPLATES: _Frames = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Wording:
-    """The items under one other prompt."""
-
-    name: str
-    items: tuple[Item, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A model's scores under several wordings: item by item their mean, and those of the wording that got most.
-
-    The best of several is a little high by chance alone, for every model alike.
-    """
-
-    mean: Judged
-    best: Judged
-    wording: str
-    wordings: int
+Wordings = Mapping[str, tuple[Item, ...]]  # the items under other prompts, by the prompts' name
 
 
 def wordings(
     probe: Probe, kind: Kind, items: Sequence[Item], retain: Sequence[LoadedSet] = (), seed: int = 0
-) -> tuple[Wording, ...]:
+) -> Wordings:
     """The items under the prompts of one probe; empty where it does not apply.
 
     Passages (text) have no question to reword: only a scene can be set before them. Solved examples are drawn by the
     seed from the sets in ``retain`` that are retained and have questions, of the same kind where there are some.
     """
-    if probe == "prefix":
-        return tuple(_reworded(name, items, scene + _HERE) for name, scene in _SCENES.items())
-    if kind == "text":
-        return ()
-    if probe == "few_shot":
-        asked = [s for s in retain if s.role == "retain" and s.spec.kind != "text"]
-        shots = _examples([s for s in asked if s.spec.kind == kind] or asked, seed)
-        return tuple(_reworded(f"examples {k}", items, shown + _HERE) for k, shown in enumerate(shots, start=1))
+    before: Mapping[str, str] = _SCENES if probe == "prefix" else {}
+    if kind != "text" and probe == "few_shot":
+        known = [s for s in retain if s.role == "retain" and s.spec.kind != "text"]
+        shots = _examples([s for s in known if s.spec.kind == kind] or known, seed)
+        before = {f"examples {k}": shown for k, shown in enumerate(shots, start=1)}
+    if before or kind == "text" or probe == "few_shot":
+        return {name: tuple(replace(i, prompt=shown + i.prompt) for i in items) for name, shown in before.items()}
     frames = _PARAPHRASES if probe == "paraphrase" else _TEMPLATES
-    return tuple(
-        Wording(name, tuple(replace(item, prompt=_framed(item.prompt, *pair)) for item in items))
-        for name, pair in frames.items()
-    )
+    return {n: tuple(replace(i, prompt=_framed(i.prompt, *pair)) for i in items) for n, pair in frames.items()}
 
 
-def ask(model: PreTrainedModel, judge: Judge, others: Sequence[Wording]) -> Asked:
-    """Score a model under every one of at least one wording, each of the judge's items in their order."""
-    found = [judge.asking(w.items).score(model, f"asking: {w.name}") for w in others]
+def ask(model: PreTrainedModel, judge: Judge, others: Wordings) -> tuple[Judged, Judged]:
+    """Score a model under at least one other wording: item by item their mean, and those of the one that got most.
+
+    The best of several is a little high by chance alone, for every model alike.
+    """
+    found = [judge.asking(items).score(model, f"asking: {name}") for name, items in others.items()]
     first = found[0]
     means = [sum(values) / len(found) for values in zip(*(f.values for f in found), strict=True)]
-    best = max(range(len(found)), key=lambda k: found[k].value if first.higher_is_better else -found[k].value)
-    mean = Judged.mean(first.metric, first.higher_is_better, means)
-    return Asked(mean, found[best], others[best].name, len(found))
-
-
-def _reworded(name: str, items: Sequence[Item], frame: str) -> Wording:
-    return Wording(name, tuple(replace(item, prompt=frame.replace(_HERE, item.prompt)) for item in items))
+    best = max(found, key=lambda score: score.value if first.higher_is_better else -score.value)
+    return Judged.mean(first.metric, first.higher_is_better, means), best
 
 
 def _framed(prompt: str, question: str, statement: str) -> str:
