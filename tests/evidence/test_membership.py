@@ -53,7 +53,6 @@ def told(
         np.array(logprobs, dtype=float),
         np.array(means or [-2.0] * n, dtype=float),
         np.array(stds or [1.0] * n, dtype=float),
-        np.zeros(n, dtype=bool),
         size,
     )
 
@@ -149,12 +148,12 @@ def encoded() -> list[Encoded]:
     return [*found, Encoded(ids, (IGNORE, ids[1], IGNORE, IGNORE, *ids[4:7], IGNORE, ids[8]))]
 
 
-def naive(model: Any, row: Encoded) -> tuple[list[float], list[float], list[float], list[bool]]:
+def naive(model: Any, row: Encoded) -> tuple[list[float], list[float], list[float]]:
     """The same numbers in float64 from all logits of a row by itself."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
     logp = torch.log_softmax(logits, -1)
-    found: tuple[list[float], list[float], list[float], list[bool]] = ([], [], [], [])
+    found: tuple[list[float], list[float], list[float]] = ([], [], [])
     for place in range(1, len(row.input_ids)):
         if row.labels[place] == IGNORE:
             continue
@@ -163,15 +162,13 @@ def naive(model: Any, row: Encoded) -> tuple[list[float], list[float], list[floa
         found[0].append(float(said[token]))
         found[1].append(mean)
         found[2].append(float((said.exp() * said**2).sum() - mean**2) ** 0.5)
-        found[3].append(int(said.argmax()) == token)
     return found
 
 
-def agrees(found: TokenScores, wanted: tuple[list[float], list[float], list[float], list[bool]]) -> None:
+def agrees(found: TokenScores, wanted: tuple[list[float], list[float], list[float]]) -> None:
     assert found.logprobs.tolist() == pytest.approx(wanted[0], abs=2e-5)
     assert found.means.tolist() == pytest.approx(wanted[1], abs=2e-5)
     assert found.stds.tolist() == pytest.approx(wanted[2], abs=2e-5)
-    assert found.greedy.tolist() == wanted[3]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -239,7 +236,7 @@ def test_no_rows_and_nothing_predicted(phi: Loaded) -> None:
     silent = Encoded((5, 6), (IGNORE, IGNORE))
     single = Encoded((5,), (5,))
     for found in token_scores(phi.model, phi.tokenizer, [silent, single]):
-        assert found.logprobs.shape == found.means.shape == found.stds.shape == found.greedy.shape == (0,)
+        assert found.logprobs.shape == found.means.shape == found.stds.shape == (0,)
 
 
 def test_a_forbidden_token_adds_nothing(phi: Loaded) -> None:

@@ -48,14 +48,12 @@ class TokenScores:
     """What a model says of the answered tokens of one text, each after the true tokens before it; (N,) arrays.
 
     ``means`` and ``stds`` are the mean and standard deviation of log p over the vocabulary under the model's own
-    distribution p at each place, ``greedy`` whether the token is the argmax; log-probabilities are in nats.
-    ``zlib_bytes`` is the size of the text, compressed.
+    distribution p at each place; log-probabilities are in nats. ``zlib_bytes`` is the size of the text, compressed.
     """
 
     logprobs: Floats
     means: Floats
     stds: Floats
-    greedy: NDArray[np.bool_]
     zlib_bytes: int
 
 
@@ -252,7 +250,7 @@ def token_scores(
     batch_tokens: int = 2048,
     advance: Callable[[int], None] = lambda n: None,
 ) -> tuple[TokenScores, ...]:
-    """Log-probability, mean and deviation of log p, and greediness of every labelled token, per row and in order.
+    """Log-probability, mean and deviation of log p of every labelled token, per row and in order.
 
     A row's first token has nothing before it and so no prediction, whatever its label; a row in which nothing is
     predicted gives empty arrays. Logits are held for some positions at a time, never for a whole batch, except for
@@ -270,17 +268,20 @@ def token_scores(
         for numbers in _batches(rows, batch_tokens):
             batch = Pad(pad_id)([rows[n] for n in numbers])
             answered = bool((batch["labels"][:, 1:] != IGNORE).any())
-            columns = _scored(model, batch) if answered else np.empty((0, 4))
+            columns = _scored(model, batch) if answered else np.empty((0, 3))
             _, _, place = answers(batch["labels"])
             bounds = np.cumsum(place.bincount(minlength=len(numbers)).numpy())
             for n, part in zip(numbers, np.split(columns, bounds[:-1]), strict=True):
-                found[n] = _of_row(part, rows[n], tokenizer)
+                answer = [label for label in rows[n].labels if label != IGNORE]
+                size = len(zlib.compress(tokenizer.decode(answer, skip_special_tokens=True).encode("utf-8")))
+                logprobs, means, stds = (column.copy() for column in part.T)
+                found[n] = TokenScores(logprobs, means, stds, size)
             advance(len(numbers))
     return tuple(score for score in found if score is not None)
 
 
 def _scored(model: nn.Module, batch: dict[str, Tensor]) -> Floats:
-    """(N, 4) of the answered positions of a batch, row by row: log p, mean, deviation, 1 where it is the argmax."""
+    """(N, 3) of the answered positions of a batch, row by row: log p of the token, mean and deviation of log p."""
     predicts, wanted, _ = answers(batch["labels"])
     head = model.get_output_embeddings()  # type: ignore[operator]
     kept: list[Tensor] = []
@@ -310,7 +311,7 @@ def _scored(model: nn.Module, batch: dict[str, Tensor]) -> Floats:
 
 
 def _columns(logits: Tensor, wanted: Tensor) -> Tensor:
-    """(n, 4) of (n, V) float32 and (n,).
+    """(n, 3) of (n, V) float32 and (n,).
 
     The deviation is taken around the mean, not as a difference of two large squares; and a token that cannot be,
     with log p = -inf, adds nothing to either.
@@ -321,15 +322,7 @@ def _columns(logits: Tensor, wanted: Tensor) -> Tensor:
     logp.masked_fill_(p == 0, 0.0)
     mean = (p * logp).sum(-1)
     variance = (p * (logp - mean[:, None]).square_()).sum(-1)
-    greedy = logits.argmax(-1) == wanted
-    return torch.stack([picked, mean, variance.sqrt(), greedy.float()], dim=-1)
-
-
-def _of_row(columns: Floats, row: Encoded, tokenizer: Any) -> TokenScores:
-    text = tokenizer.decode([label for label in row.labels if label != IGNORE], skip_special_tokens=True)
-    size = len(zlib.compress(text.encode("utf-8")))
-    logprobs, means, stds, greedy = columns.T
-    return TokenScores(logprobs.copy(), means.copy(), stds.copy(), greedy > 0.5, size)
+    return torch.stack([picked, mean, variance.sqrt()], dim=-1)
 
 
 def _batches(rows: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
