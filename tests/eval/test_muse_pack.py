@@ -25,14 +25,7 @@ from unlearn.score.packed import PackedLM
 
 TOLERANCE = 1e-4
 FOLDER = tasks_folder() / "muse"
-TASKS = (
-    "verbmem",
-    "knowmem_forget",
-    "knowmem_retain",
-    "privleak_forget",
-    "privleak_holdout",
-    "privleak_retain",
-)
+TASKS = ("verbmem", "knowmem_forget", "knowmem_retain", "privleak_forget", "privleak_holdout", "privleak_retain")
 PASSAGES = (
     "The capital of France is Paris.  A dog barks at night.\n\nSnow is white, the naïve cat – 東京 – purrs.\n",
     "A dog barks.",

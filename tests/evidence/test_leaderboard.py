@@ -226,26 +226,6 @@ def test_a_model_is_no_reference_for_itself(
     refused([str(muse)], said, str(muse), "PrivLeak of 0", "(found with the edited model)")
 
 
-def test_a_log_of_another_forget_set(made: Made, said: Said, write: Callable[[str, Any], str]) -> None:
-    """As retain90 beside forget01: as many items, and other questions."""
-    data = a_log(items=5)
-    for column in data["eval_log_forget.json"].values():
-        for item, value in column.items():
-            column[item] = value[:2] if isinstance(value, list) and isinstance(value[0], float) else value
-    data["eval_log_forget.json"]["generated_text"] = {str(i): [f"Question: What of {i}?\n", "", ""] for i in range(5)}
-    run = made()
-    assert main([str(run), "--reference", write("right.json", data)]) == 0
-    said()
-    for path in run.rglob("samples_tofu_forget01_*.jsonl"):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for line in lines:
-            line["doc"]["question"] = f"Who is {line['doc_id']}?"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    refused(
-        [str(run), "--reference", write("other.json", data)], said, "5 of the 5 forget items ask something", "retain99"
-    )
-
-
 # -- logs --------------------------------------------------------------------------------------------------------
 
 

@@ -384,11 +384,7 @@ def near_point(c: float, forget: float, near: float, metric: str, nats: float) -
 
 @pytest.mark.parametrize(
     ("metric", "before", "after", "rise"),
-    [
-        ("loss", 2.0, 5.5, 3.5),
-        ("logprob", -2.0, -12.5, 3.5),
-        ("perplexity", 10.0, 10.0 * math.exp(3.5), 3.5),
-    ],
+    [("loss", 2.0, 5.5, 3.5), ("logprob", -2.0, -12.5, 3.5), ("perplexity", 10.0, 10.0 * math.exp(3.5), 3.5)],
 )
 def test_the_loss_is_compared_in_nats(metric: str, before: float, after: float, rise: float) -> None:
     base = {s.key: s for s in near_point(0, 1, 1, metric, before)}

@@ -120,10 +120,7 @@ def samples(scene: Scene) -> list[AttackScore]:
     found = sample(scene.model, judge, spec.samples, spec.temperature, judge.recipe.seed)
     texts = [{"id": item.id, "samples": text} for item, text in zip(judge.items, found.texts, strict=True)]
     write_json_atomic(scene.folder / "samples.json", texts)
-    return [
-        found.greedy.entry(scene.who, GREEDY),
-        found.best.entry(scene.who, sampling(spec.samples), "sample"),
-    ]
+    return [found.greedy.entry(scene.who, GREEDY), found.best.entry(scene.who, sampling(spec.samples), "sample")]
 
 
 def _lensed(scene: Scene) -> list[Any] | None:
