@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -87,24 +88,26 @@ def plain(scene: Scene) -> list[AttackScore]:
     return [scene.judge.score(scene.model, scene.who).entry(scene.who)]
 
 
-def _register_probe(probe: Probe) -> None:
-    def others(scene: Scene) -> Wordings:
-        if probe not in scene.spec.probes:
-            return {}
-        return wordings(probe, scene.judge.kind, scene.judge.items, scene.sets, scene.judge.recipe.seed)
+def _worded(probe: Probe, scene: Scene) -> Wordings:
+    judge = scene.judge
+    asked_for = probe in scene.spec.probes
+    return wordings(probe, judge.kind, judge.items, scene.sets, judge.recipe.seed) if asked_for else {}
 
-    @attack(probe, lambda scene: [[i.id, i.prompt] for items in others(scene).values() for i in items] or None)
-    def run(scene: Scene) -> list[AttackScore]:
-        wordings_of = others(scene)
-        mean, best = ask(scene.model, scene.judge, wordings_of)
-        scores = [mean.entry(scene.who, probing(probe), "probe")]
-        if len(wordings_of) > 1:
-            scores.append(best.entry(scene.who, probing(probe, best=True), "probe"))
-        return scores
+
+def _prompts(probe: Probe, scene: Scene) -> list[Any] | None:
+    return [[i.id, i.prompt] for items in _worded(probe, scene).values() for i in items] or None
+
+
+def probed(probe: Probe, scene: Scene) -> list[AttackScore]:
+    """Other prompts: their mean, and the one that gets most where there are several."""
+    others = _worded(probe, scene)
+    mean, best = ask(scene.model, scene.judge, others)
+    scores = [mean.entry(scene.who, probing(probe), "probe")]
+    return [*scores, best.entry(scene.who, probing(probe, best=True), "probe")] if len(others) > 1 else scores
 
 
 for _probe in get_args(Probe):
-    _register_probe(_probe)
+    attack(_probe, partial(_prompts, _probe))(partial(probed, _probe))
 
 
 def _sampled(scene: Scene) -> list[Any] | None:
@@ -140,49 +143,48 @@ def lens(scene: Scene) -> list[AttackScore]:
 # -- copies with other weights
 
 
-def _register_quantised(kind: Quantised) -> None:
-    @attack(
-        kind,
-        lambda scene: [] if kind in scene.spec.quantize else None,
-        changes_weights=True,
-        less="leave it out of robustness.quantize",
-    )
-    def run(scene: Scene) -> list[AttackScore]:
-        with quantised(scene.model, kind) as small:
-            score = scene.judge.score(small, f"{scene.who} in {kind}")
-        return [score.entry(scene.who, quantisation(kind), "quantise")]
+def rounded(kind: Quantised, scene: Scene) -> list[AttackScore]:
+    """The weights in 4 or 8 bits."""
+    with quantised(scene.model, kind) as small:
+        return [scene.judge.score(small, f"{scene.who} in {kind}").entry(scene.who, quantisation(kind), "quantise")]
+
+
+def _is_rounded(kind: Quantised, scene: Scene) -> list[Any] | None:
+    return [] if kind in scene.spec.quantize else None
 
 
 for _kind in get_args(Quantised):
-    _register_quantised(_kind)
+    less = "leave it out of robustness.quantize"
+    attack(_kind, partial(_is_rounded, _kind), changes_weights=True, less=less)(partial(rounded, _kind))
 
 
-def _register_relearning(name: str, unrelated: bool) -> None:
-    def shown(scene: Scene) -> list[Encoded]:
-        how, judge = scene.spec.relearn, scene.judge
-        length = judge.recipe.vector.forget.max_length
-        if how is None or (unrelated and not how.unrelated):
-            return []
-        if unrelated:
-            return unrelated_rows(scene.sets, how.items, judge.recipe.seed, judge.tokenizer, length)
-        return forgotten_rows(judge.loaded, scene.again, judge.tokenizer, length)
+def _relearned(unrelated: bool, scene: Scene) -> list[Encoded]:
+    """The rows to train on; none where that is not asked for."""
+    how, judge = scene.spec.relearn, scene.judge
+    length = judge.recipe.vector.forget.max_length
+    if how is None or (unrelated and not how.unrelated):
+        return []
+    if unrelated:
+        return unrelated_rows(scene.sets, how.items, judge.recipe.seed, judge.tokenizer, length)
+    return forgotten_rows(judge.loaded, scene.again, judge.tokenizer, length)
 
-    def settings(scene: Scene) -> list[Any] | None:
-        rows, how = shown(scene), scene.spec.relearn
-        if not rows or how is None:
-            return None
-        return [how.model_dump(mode="json"), [asdict(row) for row in rows], scene.judge.recipe.seed]
 
+def _training(unrelated: bool, scene: Scene) -> list[Any] | None:
+    rows, how = _relearned(unrelated, scene), scene.spec.relearn
+    if not rows or how is None:
+        return None
+    return [how.model_dump(mode="json"), [asdict(row) for row in rows], scene.judge.recipe.seed]
+
+
+def relearned(unrelated: bool, scene: Scene) -> list[AttackScore]:
+    """A curve of fine-tuning on a few forgotten items, or on texts that have nothing to do with them."""
+    rows, how, judge = _relearned(unrelated, scene), scene.spec.relearn, scene.judge
+    assert how is not None
+    name = relearning(len(rows) if unrelated else len(scene.again), unrelated)
+    curve = relearn(scene.model, judge.tokenizer, rows, how, judge.recipe.seed, judge, f"{scene.who}: {name}")
+    return [score.entry(scene.who, name, "relearn", steps=steps) for steps, score in curve]
+
+
+for _name, _unrelated in (("relearn", False), ("relearn-unrelated", True)):
     less = "lower robustness.relearn.batch_size, or set robustness.relearn to null"
-
-    @attack(name, settings, changes_weights=True, less=less)
-    def run(scene: Scene) -> list[AttackScore]:
-        rows, how, judge = shown(scene), scene.spec.relearn, scene.judge
-        assert how is not None
-        said = relearning(len(rows) if unrelated else len(scene.again), unrelated)
-        curve = relearn(scene.model, judge.tokenizer, rows, how, judge.recipe.seed, judge, f"{scene.who}: {said}")
-        return [score.entry(scene.who, said, "relearn", steps=steps) for steps, score in curve]
-
-
-_register_relearning("relearn", unrelated=False)
-_register_relearning("relearn-unrelated", unrelated=True)
+    attack(_name, partial(_training, _unrelated), changes_weights=True, less=less)(partial(relearned, _unrelated))
