@@ -59,8 +59,10 @@ def task_manager(
         where: list[str | Path] = [*sorted(folders, reverse=True), *paths]
         return TaskManager(include_defaults=False, include_path=where, metadata=dict(metadata or {}))
 
-    found, wanted, folders = index(()), set(names), set[Path]()
-    files = {path for name in wanted for path in (Path(name), *Path(name).glob("*.yaml")) if path.is_file()}
+    found, folders = index(()), set[Path]()
+    names = set(names)
+    files = {path for name in names for path in (Path(name), *Path(name).glob("*.yaml")) if path.is_file()}
+    wanted = {name for name in names if not name.endswith(".yaml")}
     wanted |= {child for path in files for child in _children(load_yaml(path, resolve_func=False))}
     looked_for: set[str] = set()
     while missing := {name for name in _with_children(found, wanted) if not found.match_tasks([name])} - looked_for:
