@@ -28,14 +28,14 @@ from unlearn.evidence.membership import (
     ATTACKS,
     SAMPLES,
     TokenScores,
+    areas,
     auc,
     auc_interval,
-    judge,
     loss_score,
     min_k,
     min_k_pp,
     save,
-    tell,
+    score_items,
     token_scores,
     zlib_score,
 )
@@ -347,17 +347,17 @@ def test_items_that_do_not_fit_are_refused(phi: Loaded, tmp_path: Path) -> None:
     """Answers count whole beside as much of the prompt as the model reads; nothing is left out of the comparison."""
     forget = Arena(phi, tmp_path, "qa").forget
     items = [(i, forget.spec.kind) for i in forget.test]
-    whole = tell(phi, items)
+    whole = score_items(phi, items)
     assert [r["id"] for r in whole] == [i.id for i in forget.test]
     assert all(r["tokens"] >= 2 for r in whole)  # a city and the end
     first = replace(forget.test[0], prompt="far away " * 600 + forget.test[0].prompt)
-    (long,) = tell(phi, [(first, "qa")])
+    (long,) = score_items(phi, [(first, "qa")])
     assert long["tokens"] == whole[0]["tokens"]
     for kind in ("qa", "text"):
         with pytest.raises(
             EvaluationError, match=r"reads 512 tokens at a time, and this item does not fit.*take it out"
         ):
-            tell(phi, [*items, (replace(first, target="far away " * 600), cast("Any", kind))])
+            score_items(phi, [*items, (replace(first, target="far away " * 600), cast("Any", kind))])
 
 
 def rows(start: int, values: list[float]) -> list[Row]:
@@ -369,10 +369,10 @@ def test_a_reference_of_other_items(tmp_path: Path) -> None:
     save(target, rows(0, [1.0, 2.0]), rows(10, [0.5]))
     save(reference, rows(0, [1.0, 2.0]), rows(10, [0.5]))
     files: dict[Who, Path] = {"target": target, "reference": reference}
-    same = judge(files, 100, 0)
+    same = areas(files, 100, 0)
     assert [m.auc for m in same if m.attack == "reference"] == [0.5]
     save(reference, list(reversed(rows(0, [1.0, 2.0]))), rows(10, [0.5]))
-    assert judge(files, 100, 0) == same  # joined by item, not by place
+    assert areas(files, 100, 0) == same  # joined by item, not by place
     save(reference, rows(1, [1.0, 2.0]), rows(10, [0.5]))
     with pytest.raises(EvaluationError, match="the retain reference was asked for other items"):
-        judge(files, 100, 0)
+        areas(files, 100, 0)

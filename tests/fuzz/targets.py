@@ -270,7 +270,7 @@ def membership(raw: bytes, folder: Path) -> None:
     """Lines of membership inference: areas under the curve, or EvaluationError."""
     (folder / "m.jsonl").write_bytes(raw)
     with suppress(UnlearnError):
-        for one in member_files.judge({"target": folder / "m.jsonl"}, 5, 0):
+        for one in member_files.areas({"target": folder / "m.jsonl"}, 5, 0):
             assert 0 <= one.auc <= 1
 
 

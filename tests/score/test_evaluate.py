@@ -34,7 +34,7 @@ from unlearn.recipe.schema import Recipe
 from unlearn.results import Score, SweepPoint, TaskScore
 from unlearn.score import tasks as named_tasks
 from unlearn.score.evaluate import EvalResult, evaluate, perplexity_stderr
-from unlearn.score.sweep import told
+from unlearn.score.sweep import point_line
 from unlearn.score.tasks import TaskSet, build_tasks, kept_metrics
 
 ODD = "Naïve cafés – 東京 is 😀  far,\n\n\tand 12345 ... done. "
@@ -405,7 +405,7 @@ def test_the_line_of_a_coefficient_has_the_metric_that_the_choice_rests_on() -> 
         for role, name in (("forget", "f"), ("retain", "r"))
         for metric, value in (("acc", 0.75), ("prob", 0.5))
     ]
-    line = told(Recipe.model_validate(plain), SweepPoint(1.0, tuple(scores), True))
+    line = point_line(Recipe.model_validate(plain), SweepPoint(1.0, tuple(scores), True))
     assert line.endswith("f prob 0.5  r acc 0.75")
 
 

@@ -32,8 +32,8 @@ from unlearn.score.search import (
     direction,
     holds,
     judge,
-    left,
     may_be_chosen,
+    remaining,
     require_grounds,
     rule,
     share_left,
@@ -280,11 +280,11 @@ def test_what_is_left_of_several_goals_is_the_mean_of_their_shares() -> None:
         SweepPoint(float(i), tuple(score(k, v[i], higher=k != PASSAGES) for k, v in values.items()), True)
         for i in (0, 1)
     )
-    assert left(point, [FORGET, AMERICAS], base) == pytest.approx((0.75 + 0.2) / 2)
-    assert left(point, goals, base) == pytest.approx((0.75 + 0.2 + 0.25 + 0.5 / 0.75) / 4)
-    assert left(base, goals, base) == 1
+    assert remaining(point, [FORGET, AMERICAS], base) == pytest.approx((0.75 + 0.2) / 2)
+    assert remaining(point, goals, base) == pytest.approx((0.75 + 0.2 + 0.25 + 0.5 / 0.75) / 4)
+    assert remaining(base, goals, base) == 1
     with pytest.raises(EvaluationError, match="the learn metric learn facts acc has no validation score"):
-        left(point, [("learn", "facts", "acc")], base)
+        remaining(point, [("learn", "facts", "acc")], base)
 
 
 def test_the_choice_weighs_all_goals_alike() -> None:
@@ -405,7 +405,7 @@ def test_a_collapsed_point_is_not_chosen_though_its_accuracies_look_best() -> No
     ]
     assert [p.within_bound for p in points] == [True, True, True, False]
     assert [may_be_chosen(p) for p in points] == [True, True, False, False]
-    assert left(points[3], [GOAL], points[0]) == math.inf
+    assert remaining(points[3], [GOAL], points[0]) == math.inf
     assert choose(points, [GOAL], [KEEP], rule).coefficient == 1.0
 
 
@@ -448,7 +448,9 @@ class Model:
 
     def searched(self, ties: bool = True) -> tuple[int, tuple[SweepPoint, ...]]:
         """The index that is chosen after a bisection, and the points it saw."""
-        points = bisect(self.grid, self.point(0), self.score, lambda p: left(p, [EUROPE], self.point(0)), ties=ties)
+        points = bisect(
+            self.grid, self.point(0), self.score, lambda p: remaining(p, [EUROPE], self.point(0)), ties=ties
+        )
         assert [p.coefficient for p in points] == sorted(p.coefficient for p in points)
         return self.chosen(points), points
 

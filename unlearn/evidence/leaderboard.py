@@ -191,13 +191,13 @@ def _show(run: BenchRun, rows: Mapping[Who, Row], out: Console) -> None:
 
 def _show_membership(run: BenchRun, out: Console) -> None:
     """Areas under the ROC curve of membership inference, where the run has it; from its per-item files as well."""
-    from unlearn.evidence.membership import SAMPLES, judge
+    from unlearn.evidence.membership import SAMPLES, areas
 
     there = {who: run.folder / "membership" / who / SAMPLES for who in run.logs}
     files = {who: path for who, path in there.items() if path.is_file()}
     if not files:
         return
-    found = judge(files, run.resamples, run.seed)
+    found = areas(files, run.resamples, run.seed)
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", pad_edge=False)
     table.add_column("membership, AUC", no_wrap=True)
     for who in files:

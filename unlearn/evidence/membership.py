@@ -153,7 +153,7 @@ def save(path: Path, members: Sequence[Row], others: Sequence[Row]) -> None:
     write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def judge(files: Mapping[Who, Path], resamples: int, seed: int) -> tuple[Membership, ...]:
+def areas(files: Mapping[Who, Path], resamples: int, seed: int) -> tuple[Membership, ...]:
     """Areas under the ROC curve from the saved lines, by model and attack.
 
     With a reference among the files there is one attack more: how much likelier an item is than the reference finds it.
@@ -210,14 +210,14 @@ def members_of(items: Sequence[Item]) -> list[Item]:
 
 
 def require_rows(sets: Sequence[LoadedSet], loaded: Loaded) -> None:
-    """Refuse forget or hold-out sets with an item that :func:`tell` cannot score."""
+    """Refuse forget or hold-out sets with an item that :func:`score_items` cannot score."""
     for s in sets:
         if s.role in ("forget", "holdout"):
             for item in s.train if s.role == "forget" else s.test:
                 _row(loaded, item, s.spec.kind)
 
 
-def tell(loaded: Loaded, items: Sequence[tuple[Item, Kind]], label: str = "scoring") -> list[Row]:
+def score_items(loaded: Loaded, items: Sequence[tuple[Item, Kind]], label: str = "scoring") -> list[Row]:
     """Of each item ``id``, ``tokens`` scored, and a number for every attack: for qa and mcq of the answer's tokens."""
     rows = [_row(loaded, item, kind) for item, kind in items]
     with progress(label, len(rows) // count()) as advance:

@@ -158,11 +158,11 @@ def infer_membership(subjects: Subjects, questions: Questions, store: Store) -> 
     held = [(item, others.spec.kind) for item in inference.members_of(others.test)]
 
     def score(loaded: Loaded, who: Who, tmp: Path) -> None:
-        rows = [inference.tell(loaded, items, who) for items in (members, held)]
+        rows = [inference.score_items(loaded, items, who) for items in (members, held)]
         if is_main_process():
             inference.save(tmp / inference.SAMPLES, *rows)
 
     data = [*(s.digest for s in forgotten), others.digest]
     places = subjects.each("membership", [data], store, score)
     files = {who: place / inference.SAMPLES for who, place in places.items()}
-    return inference.judge(files, recipe.eval.bootstrap, recipe.seed)
+    return inference.areas(files, recipe.eval.bootstrap, recipe.seed)

@@ -193,7 +193,7 @@ class Scorer:
                 return self.point(edit, digest, scale, f"joint/{digest[:16]}", says)
 
         def better(a: SweepPoint, b: SweepPoint) -> bool:
-            return search.left(a, self._goals, start) < search.left(b, self._goals, start)
+            return search.remaining(a, self._goals, start) < search.remaining(b, self._goals, start)
 
         seen = None
         if self._recipe.sweep.search == "bisect":
@@ -224,8 +224,8 @@ class Scorer:
         return search.bisect(grid, self.start, point, self._left, ties=ties)
 
     def _left(self, point: SweepPoint) -> float:
-        return search.left(point, self._goals, self.start)
+        return search.remaining(point, self._goals, self.start)
 
     def _said(self, point: SweepPoint, says: str = "") -> SweepPoint:
-        say(sweep.told(self._recipe, point, says))
+        say(sweep.point_line(self._recipe, point, says))
         return point

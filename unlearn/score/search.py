@@ -86,7 +86,7 @@ def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Ke
     for point in points:
         _validation(point.scores)
     base = next((p for p in points if p.coefficient == 0), SweepPoint(0.0, (), False))
-    known = {p.coefficient: left(p, goals, base) for p in points}
+    known = {p.coefficient: remaining(p, goals, base) for p in points}
     passing = [p for p in points if p.coefficient > 0 and may_be_chosen(p) and known[p.coefficient] < known[0.0]]
     best = min(passing, key=lambda p: (known[p.coefficient], p.coefficient), default=None)
     return Chosen(
@@ -101,7 +101,7 @@ def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Ke
     )
 
 
-def left(point: SweepPoint, goals: Sequence[Key], base: SweepPoint) -> float:
+def remaining(point: SweepPoint, goals: Sequence[Key], base: SweepPoint) -> float:
     """What is left to do at a point, to be made as small as can be: the mean over the goals of :func:`share_left`.
 
     1 at ``base``, the point at coefficient 0. Goals of which nothing is to be done there are left out. A collapsed
@@ -179,7 +179,7 @@ def doubted(
 
 def require_grounds(base: SweepPoint, goals: Sequence[Key], kept: Sequence[Key], spec: ChooseSpec) -> Mapping[Key, str]:
     """What :func:`doubted` finds at coefficient 0, where it leaves the rule something to choose by."""
-    left(base, goals, base)
+    remaining(base, goals, base)
     found = doubted(base.scores, goals, kept, spec.keep)
     if kept and all(key in found for key in kept):
         raise EvaluationError(
@@ -299,7 +299,7 @@ def bisect(
     grid: Sequence[float],
     base: SweepPoint,
     score: Callable[[float], SweepPoint],
-    left: Callable[[SweepPoint], float],
+    remaining: Callable[[SweepPoint], float],
     *,
     ties: bool,
 ) -> tuple[SweepPoint, ...]:
@@ -308,19 +308,18 @@ def bisect(
     Args:
         base: The point at coefficient 0.
         score: The judged point at a coefficient.
-        left: What the model still knows of the forget set at a point; larger is more.
-        ties: Whether equal values of ``left`` are to be expected, so that the smallest coefficient of equal ones is
-            looked for.
+        remaining: What the model still knows of the forget set at a point; larger is more.
+        ties: Whether equal values are to be expected, so that the smallest coefficient of equal ones is looked for.
     """
     budget = max(len(grid) / 2, math.ceil(math.log2(len(grid) + 1)))
     found = {0: base}
-    while (index := _next(found, len(grid), budget, left, ties)) is not None:
+    while (index := _next(found, len(grid), budget, remaining, ties)) is not None:
         found[index] = score(grid[index - 1])
     return tuple(found[index] for index in sorted(found))
 
 
 def _next(
-    found: Mapping[int, SweepPoint], size: int, budget: float, left: Callable[[SweepPoint], float], ties: bool
+    found: Mapping[int, SweepPoint], size: int, budget: float, remaining: Callable[[SweepPoint], float], ties: bool
 ) -> int | None:
     """Which coefficient (1 to ``size``) to score next, None when the choice is found or the budget used up."""
     passing = [i for i, point in found.items() if i and may_be_chosen(point)]
@@ -329,7 +328,11 @@ def _next(
         return None
     last = max(passing, default=0)
     broken = min((i for i in found if i > last), default=size + 1)
-    best = min((i for i in passing if left(found[i]) < left(found[0])), key=lambda i: (left(found[i]), i), default=0)
+    best = min(
+        (i for i in passing if remaining(found[i]) < remaining(found[0])),
+        key=lambda i: (remaining(found[i]), i),
+        default=0,
+    )
     below = max((i for i in found if i < best), default=0)  # forgets less than best
     gap = best - below if ties else 0
     # Being one step off below is good enough; what that takes must be left when the bound is settled.

@@ -61,7 +61,7 @@ def scores(place: Path) -> tuple[TaskScore, ...]:
     return tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in read(place, "scores"))
 
 
-def told(recipe: Recipe, point: SweepPoint, says: str = "") -> str:
+def point_line(recipe: Recipe, point: SweepPoint, says: str = "") -> str:
     """A point on one line: the metric that stands for each set, and what is wrong.
 
     ``says`` stands in place of the coefficient, where several vectors have one each.
