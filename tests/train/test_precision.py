@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from attack_arena import Arena
 from safetensors import safe_open
 from test_finetune import interrupted, rows_of, train, train_spec
 from test_fitted import QUICK
@@ -23,13 +22,10 @@ from transformers import TrainingArguments
 
 from unlearn import processes as distributed
 from unlearn.errors import UnlearnError
-from unlearn.evidence import attacks_weights as relearn
-from unlearn.evidence.attacks_weights import edited_copy
 from unlearn.evidence.foresight import slope
 from unlearn.execute import execute
 from unlearn.model import load as models
 from unlearn.model.load import Loaded
-from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.methods import LearnedSpec
 from unlearn.train import fit as finetune
@@ -190,21 +186,14 @@ def of_a_training(device: str) -> TrainingArguments:
     return settings(torch.device(device), "bf16", Path("work"), 0, per_device_train_batch_size=6)
 
 
-def of_an_attack(device: str) -> TrainingArguments:
-    return relearn._arguments(Path("work"), RelearnSpec(), 6, 4, 0, torch.device(device))
-
-
-@pytest.mark.parametrize("made", [of_a_training, of_an_attack])
-def test_one_process_trains_on_its_model_s_device_alone(
-    two_gpus: list[Any], made: Callable[[str], TrainingArguments]
-) -> None:
+def test_one_process_trains_on_its_model_s_device_alone(two_gpus: list[Any]) -> None:
     """Not, as transformers would, on twice the rows, dealt out by DataParallel, with the model moved to cuda:0."""
-    found = made("cuda:1")
+    found = of_a_training("cuda:1")
     assert (found.n_gpu, found.train_batch_size, found.world_size) == (1, 6, 1)
     assert found.device == torch.device("cuda:1")
     assert found.distributed_state.device == torch.device("cuda:1")
     assert two_gpus == [torch.device("cuda:1")]  # nothing was even begun on the other
-    found = made("cpu")
+    found = of_a_training("cpu")
     assert (found.n_gpu, found.train_batch_size, found.device) == (0, 6, torch.device("cpu"))
 
 
@@ -237,20 +226,6 @@ def test_no_variable_that_accelerate_reads_changes_a_training(
     assert found.digest() == wanted.digest()
     assert model.model.device == torch.device("cpu")
     assert os.environ[name] == LAUNCHED[name]
-
-
-def test_nor_relearning(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arena = Arena(phi, tmp_path, "qa")
-    rows = relearn.forgotten_rows(arena.forget, arena.forget.train, phi.tokenizer)
-    spec = RelearnSpec(steps=(2,), learning_rate=5e-3)
-
-    def curve() -> Any:
-        return relearn.relearn(edited_copy(phi.model, None, 0.0), phi.tokenizer, rows, spec, 0, arena.judge())
-
-    wanted = curve()
-    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_TORCH_DEVICE"):
-        monkeypatch.setenv(name, LAUNCHED[name])
-    assert curve() == wanted
 
 
 def test_what_a_launcher_was_asked_for_in_vain_is_said_or_refused(

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import SequentialSampler
-from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch.nn.utils import clip_grad_norm_
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_callback import PrinterCallback
 
-from unlearn import processes
 from unlearn.console import progress, quietly
 from unlearn.data.encoding import Encoded, encode
 from unlearn.data.items import Item, digest
@@ -34,7 +32,6 @@ from unlearn.recipe.evaluation import Quantised, RelearnSpec
 from unlearn.results import quantisation
 from unlearn.score.silence import random_state_kept
 from unlearn.train.batches import Pad
-from unlearn.train.trainer import recipe_decides, settings
 from unlearn.vector.change import edited
 from unlearn.vector.edit import fit
 from unlearn.vector.task_vector import TaskVector
@@ -218,7 +215,9 @@ def relearn(
     judge: Judge,
     label: str = "relearning",
 ) -> list[tuple[int, Judged]]:
-    """Fine-tune all weights (AdamW, constant rate) and score after each of ``spec.steps``.
+    """Fine-tune all weights (AdamW, constant rate, gradients cut at norm 1) and score after each of ``spec.steps``.
+
+    Several processes take the same steps, each on a copy of its own.
 
     Args:
         model: A copy to be used up (:func:`edited_copy`). It is trained in float32: in 16
@@ -235,91 +234,32 @@ def relearn(
     draw, order = random.Random(f"{seed} relearning"), list[Encoded]()
     while len(order) < size * steps[-1]:
         order += draw.sample(rows, len(rows))
-    # every batch once for each process, so that several take the very steps that one would
-    starts = range(0, size * steps[-1], size)
-    order = [row for start in starts for _ in range(processes.count()) for row in order[start : start + size]]
-    with (
-        tempfile.TemporaryDirectory(prefix="relearn-") as folder,
-        recipe_decides(),
-        random_state_kept(),
-        ExitStack() as bars,
-    ):
-        try:
-            model.float()
-            model.requires_grad_(True)
-            curve = _Curve(steps, judge, label, bars)
-            trainer = _InOrder(
-                model=model,
-                args=_arguments(Path(folder), spec, size, steps[-1], seed, model.device),
-                train_dataset=order,
-                data_collator=Pad(tokenizer.pad_token_id),
-                callbacks=[curve],
-            )
-            trainer.pop_callback(PrinterCallback)
-            trainer.train()
-        finally:
-            model.requires_grad_(False)
-            model.zero_grad(set_to_none=True)
-            model.eval()
-    return curve.found
-
-
-def _arguments(
-    folder: Path, spec: RelearnSpec, size: int, steps: int, seed: int, device: torch.device
-) -> TrainingArguments:
-    how = {"max_steps": steps, "per_device_train_batch_size": size, "learning_rate": spec.learning_rate}
-    return settings(
-        device,
-        "no",
-        folder,
-        seed,
-        **how,
-        weight_decay=0.0,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-    )
-
-
-class _InOrder(Trainer):
-    """The Trainer, taking rows as they stand."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.train_dataset is not None
-        return SequentialSampler(self.train_dataset)
-
-
-class _Curve(TrainerCallback):
-    """Scores the model at the wanted steps; a bar for each stretch between them, since scoring has its own."""
-
-    def __init__(self, steps: Sequence[int], judge: Judge, label: str, bars: ExitStack) -> None:
-        self.found: list[tuple[int, Judged]] = []
-        self._ahead = list(steps)
-        self._judge = judge
-        self._label = label
-        self._bars = bars
-        self._advance: Any = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._advance is None and self._ahead:
-            steps = self._ahead[0] - state.global_step
-            self._advance = self._bars.enter_context(progress(f"{self._label}, to step {self._ahead[0]}", steps))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._advance(1)
-        if state.global_step == self._ahead[0]:
-            self._bars.close()
-            self._advance = None
-            model.eval()
-            self.found.append(
-                (self._ahead.pop(0), self._judge.score(model, f"{self._label}, step {state.global_step}"))
-            )
-            model.train()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise TrainingError(
-                f"{self._label}: the loss became {loss} at step {state.global_step}; lower "
-                "robustness.relearn.learning_rate"
-            )
+    pad, found = Pad(tokenizer.pad_token_id), list[tuple[int, Judged]]()
+    model.float().requires_grad_(True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0)
+    try:
+        with random_state_kept():
+            torch.manual_seed(seed)  # of dropout
+            for start, end in pairwise((0, *steps)):
+                model.train()
+                with progress(f"{label}, to step {end}", end - start) as advance:
+                    for step in range(start, end):
+                        batch = pad(order[step * size : (step + 1) * size])
+                        loss = model(**{name: values.to(model.device) for name, values in batch.items()}).loss
+                        if not loss.isfinite():
+                            raise TrainingError(
+                                f"{label}: the loss became {float(loss)} at step {step + 1}; lower "
+                                "robustness.relearn.learning_rate"
+                            )
+                        loss.backward()
+                        clip_grad_norm_(model.parameters(), 1.0)
+                        optimiser.step()
+                        optimiser.zero_grad()
+                        advance(1)
+                model.eval()
+                found.append((end, judge.score(model, f"{label}, step {end}")))
+    finally:
+        model.requires_grad_(False)
+        model.zero_grad(set_to_none=True)
+        model.eval()
+    return found
