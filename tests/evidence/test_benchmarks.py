@@ -284,13 +284,22 @@ def test_tasks_that_were_not_run_are_named() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda s: s["tofu_retain_rouge"].pop(), "tofu_retain_prob has 2 items and tofu_retain_rouge 1; item 0"),
-        (lambda s: s["tofu_retain_prob"][1].pop("loss"), "task tofu_retain_prob, item 1: loss is missing"),
+        (
+            lambda s: s["tofu_retain_rouge"].pop(),
+            "_rouge: 'rougeL_recall' has 1 items and 'avg_gt_loss' 2; item '0'",
+        ),
+        (
+            lambda s: s["tofu_retain_prob"][1].pop("loss"),
+            "retain_prob and tofu_retain_rouge, avg_gt_loss, item '1' is missing",
+        ),
         (
             lambda s: s["tofu_retain_prob"][1].pop("perturbed_losses"),
-            "tofu_retain_prob, perturbed_losses, item '1': no",
+            "tofu_retain_rouge, average_perturb_loss, item '1': no",
         ),
-        (lambda s: s["tofu_retain_rouge"][0].update(rougeL=math.nan), "tofu_retain_rouge, item 1: rougeL is nan"),
+        (
+            lambda s: s["tofu_retain_rouge"][0].update(rougeL=math.nan),
+            "retain_rouge, rougeL_recall, item '1' is nan",
+        ),
         (lambda s: s["tofu_retain_prob"].append(s["tofu_retain_prob"][0]), "tofu_retain_prob: 3 records of 2 items"),
     ],
 )

@@ -104,6 +104,11 @@ def _counted(path: Path, results: Path, task: str, records: Sequence[Record]) ->
         raise DataError(f"{path}: {count} items, but {results.name} says that {wanted} were scored; a file is cut off")
 
 
+def _doc(record: Record) -> Mapping[str, Any]:
+    doc = record.get("doc")
+    return doc if isinstance(doc, Mapping) else {}
+
+
 def by_item(samples: Samples, task: str) -> dict[str, Record]:
     """The records of a task by the ``id`` in the item's data, or else by lm-eval's number for it."""
     if task not in samples:
@@ -111,8 +116,7 @@ def by_item(samples: Samples, task: str) -> dict[str, Record]:
         raise EvaluationError(f"task {task} was not run, and its scores are needed here; there are: {ran}")
     records: dict[str, Record] = {}
     for record in samples[task]:
-        doc = record.get("doc")
-        own = doc.get("id") if isinstance(doc, Mapping) else None
+        own = _doc(record).get("id")
         records[str(record.get("doc_id") if own is None else own)] = record
     if not records:
         raise EvaluationError(f"task {task} has no items")
@@ -208,7 +212,11 @@ class TofuLog:
         """A log in the authors' layout, file name -> field -> item -> value, which messages call ``where``."""
         if not isinstance(data, Mapping):
             raise DataError(f"{where}: not a log in the layout of TOFU's authors: no object of files")
-        return cls({name: _from_file(data, file, where) for name, (file, _) in SETS.items()})
+        files = ", ".join(file for file, _ in SETS.values())
+        for file, _ in SETS.values():
+            if not isinstance(data.get(file), Mapping):
+                raise DataError(f"{where}: no {file!r} in it; a TOFU log has {files}")
+        return cls({name: _tofu_set(data[file], f"{where}, {file}") for name, (file, _) in SETS.items()})
 
     def to_json(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The same layout, with the fields that the authors' aggregator reads, and the questions where known."""
@@ -224,7 +232,16 @@ class TofuLog:
     @classmethod
     def from_samples(cls, samples: Samples, forget_set: str) -> TofuLog:
         """The samples of the tasks ``tofu_<set>_prob`` and ``tofu_<set>_rouge``, joined by item."""
-        return cls({name: _from_tasks(samples, forget_set if name == "forget" else name) for name in SETS}, forget_set)
+        sets = {}
+        for name in SETS:
+            task = f"tofu_{forget_set if name == 'forget' else name}"
+            scored, generated = by_item(samples, f"{task}_prob"), by_item(samples, f"{task}_rouge")
+            ours = ("loss", "paraphrased_loss", "perturbed_losses")
+            fields = {f: {i: r.get(key) for i, r in scored.items()} for f, key in zip(_FIELDS, ours, strict=False)}
+            fields["rougeL_recall"] = {i: r.get("rougeL") for i, r in generated.items()}
+            fields["question"] = {i: _doc(r).get("question") for i, r in scored.items()}
+            sets[name] = _tofu_set(fields, f"tasks {task}_prob and {task}_rouge")
+        return cls(sets, forget_set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,11 +348,8 @@ def _parts(log: TofuLog) -> dict[str, float]:
     return parts
 
 
-def _from_file(data: Mapping[str, Any], file: str, where: str) -> TofuSet:
-    fields = data.get(file)
-    if not isinstance(fields, Mapping):
-        raise DataError(f"{where}: no {file!r} in it; a TOFU log has {', '.join(f for f, _ in SETS.values())}")
-    where = f"{where}, {file}"
+def _tofu_set(fields: Mapping[str, Any], where: str) -> TofuSet:
+    """One file of a log, field -> item -> value."""
     items: tuple[str, ...] = ()
     for name in _FIELDS:
         column = fields.get(name)
@@ -371,25 +385,6 @@ def _asked(prompt: str) -> str:
     """The question in a prompt, without the words and tags that the authors' templates put around it."""
     bare = re.sub(r"^\s*(\[INST\]|Question:)|(\[/INST\]|\bAnswer:)\s*$", "", prompt.strip())
     return " ".join(bare.split())
-
-
-def _from_tasks(samples: Samples, name: str) -> TofuSet:
-    prob, rouge = f"tofu_{name}_prob", f"tofu_{name}_rouge"
-    scored, generated = by_item(samples, prob), by_item(samples, rouge)
-    if other := scored.keys() ^ generated.keys():
-        raise DataError(
-            f"task {prob} has {len(scored)} items and {rouge} {len(generated)}; item {min(other)} is in only one "
-            "of them: run both on the same items"
-        )
-    asked = [doc.get("question") if isinstance(doc := r.get("doc"), Mapping) else None for r in scored.values()]
-    return TofuSet(
-        tuple(scored),
-        numbers(scored, prob, "loss"),
-        numbers(scored, prob, "paraphrased_loss"),
-        _table({i: r.get("perturbed_losses") for i, r in scored.items()}, f"task {prob}, perturbed_losses"),
-        numbers({i: generated[i] for i in scored}, rouge, "rougeL"),
-        tuple(map(str, asked)) if None not in asked else None,
-    )
 
 
 def _table(column: Mapping[str, Any], where: str) -> Floats:
