@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +17,7 @@ from typing import Any
 
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import DataError, EvaluationError, ModelError
-from unlearn.model import locate as fetch
-from unlearn.model import locate as model_place
+from unlearn.model import locate as models
 from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import ModelSpec, Recipe
@@ -34,21 +34,17 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     Args:
         hub: Also read a benchmark's data that come from the hub.
     """
-    log = log_file(recipe, base)
-    if recipe.benchmark is not None:
-        rows = benchmark_rows(recipe.benchmark, base)
+    log, spec = log_file(recipe, base), recipe.benchmark
+    if spec is not None:
+        rows = benchmark_rows(spec, base)
         if log is not None:
-            _check_log(recipe, log, rows)
-        if hub and rows is None:
-            rows = benchmark_rows(recipe.benchmark, base, hub=True)
-            if log is not None:
-                _check_log(recipe, log, rows)
+            _check_log(recipe, spec, log, rows)
+        if hub and rows is None and (rows := benchmark_rows(spec, base, hub=True)) is not None and log is not None:
+            _check_log(recipe, spec, log, rows)
     given = _model_given(recipe)
     if given is not None:
-        try:
-            model_place.model_place(_spec(recipe, str(run_reference(given, base) or given)), base)
-        except ModelError as error:
-            raise _about_reference(error) from error
+        with _about_reference():
+            models.model_place(_spec(recipe, str(run_reference(given, base) or given)), base)
         if recipe.teach is None and _same_place(given, recipe.model.path, base):
             raise ModelError(
                 f"reference: {given} is the model that is to forget, and it has seen the forget set: give one that "
@@ -62,13 +58,12 @@ def _same_place(one: str, other: str, base: Path) -> bool:
     return one == other or (places[0] is not None and places[0] == places[1])
 
 
-def _check_log(recipe: Recipe, path: Path, rows: Mapping[str, Sequence[Row]] | None) -> None:
+def _check_log(recipe: Recipe, spec: BenchmarkSpec, path: Path, rows: Mapping[str, Sequence[Row]] | None) -> None:
     """Whether a log can be compared with the benchmark's rows; None where they are on the hub and not read yet."""
     from unlearn.evidence.benchmarks import refuse_other_items
     from unlearn.evidence.boards import read_log  # numpy
 
-    spec, theirs = recipe.benchmark, read_log(path).sets["forget"]
-    assert spec is not None  # the recipe is checked
+    theirs = read_log(path).sets["forget"]
     there, whole = len(theirs.items), FORGET_SETS[spec.set].questions
     if rows is None:
         items, questions = [str(n) for n in range(min(spec.items or whole, whole))], None
@@ -192,10 +187,8 @@ def check_reach(recipe: Recipe, base: Path) -> None:
     """Ask for a reference that only the hub has whether the hub can be reached at all."""
     given = _model_given(recipe)
     if given is not None and run_reference(given, base) is None:
-        try:
-            model_place.check_reach(_spec(recipe, given), base)
-        except ModelError as error:
-            raise _about_reference(error) from error
+        with _about_reference():
+            models.check_reach(_spec(recipe, given), base)
 
 
 def run_reference(given: str, base: Path) -> Path | None:
@@ -225,20 +218,16 @@ def locate(recipe: Recipe, base: Path) -> str:
     """The folder or hub id of the reference that is neither trained nor a log; fetched where needed."""
     given = _model_given(recipe)
     assert given is not None  # asked for only then
-    try:
-        return fetch.locate(_spec(recipe, str(run_reference(given, base) or given)), base)
-    except ModelError as error:
-        raise _about_reference(error) from error
+    with _about_reference():
+        return models.locate(_spec(recipe, str(run_reference(given, base) or given)), base)
 
 
 def tokenizer(recipe: Recipe, where: str) -> Any:
     """The tokenizer of the reference that :func:`locate` found."""
     from unlearn.model.load import load_tokenizer  # torch
 
-    try:
+    with _about_reference():
         return load_tokenizer(_spec(recipe, str(recipe.reference)), where)
-    except ModelError as error:
-        raise _about_reference(error) from error
 
 
 def state(recipe: Recipe, base: Path) -> list[Any]:
@@ -286,8 +275,13 @@ def did_you_mean(given: str, base: Path) -> str:
     return f"; did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else ""
 
 
-def _about_reference(error: ModelError) -> ModelError:
-    return ModelError(str(error).replace("model.path", "reference"))
+@contextmanager
+def _about_reference() -> Iterator[None]:
+    """Mistakes in the reference's path are said of it, not of the model's."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", "reference")) from error
 
 
 def _sha256(path: Path) -> bytes:
