@@ -7,7 +7,6 @@ unlearned was there again (2410.16454).
 from __future__ import annotations
 
 import copy
-import logging
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from unlearn.errors import ModelError, TrainingError, VectorError
 from unlearn.evidence.judge import Judge, Judged
 from unlearn.recipe.evaluation import Quantised, RelearnSpec
 from unlearn.results import quantisation
-from unlearn.score.silence import random_state_kept
+from unlearn.score.silence import errors_only, random_state_kept
 from unlearn.train.batches import Pad
 from unlearn.vector.change import edited
 from unlearn.vector.edit import fit
@@ -90,26 +89,10 @@ def quantised(model: PreTrainedModel, kind: Quantised, work: Path | None = None)
             advance(1)
             small = _read(model, Path(folder), kind)
             advance(1)
-        with _without_advice():
+        # bitsandbytes says at every layer of every pass that 8-bit products are taken in 16 bits; and our scoring, that
+        # 8-bit models are not scored in packed rows: what is an outlier there depends on the rows beside it
+        with errors_only("bitsandbytes", "unlearn.score.packed"):
             yield small
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Silence what is as it should be with every such copy.
-
-    bitsandbytes says at every layer of every pass that 8-bit products are taken in 16 bits; and our scoring, that 8-bit
-    models are not scored in packed rows: what is an outlier there depends on the rows beside it.
-    """
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "unlearn.score.packed")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

@@ -18,14 +18,28 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
     """lm-eval without its logs, progress bars and prints, in one process, the global random state left as it was."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with (
+        _no_bars(),
+        _no_pools(),
+        random_state_kept(),
+        errors_only("lm_eval"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Some loggers pass on errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with _no_bars(), _no_pools(), random_state_kept(), contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
