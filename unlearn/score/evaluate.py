@@ -12,7 +12,6 @@ import functools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from unlearn.errors import BrokenModelError, EvaluationError, RunFolderError
 from unlearn.recipe.metrics import Key
 from unlearn.results import Score, TaskScore
-from unlearn.score.silence import quiet_harness, random_state_kept
+from unlearn.score.silence import environment, quiet_harness, random_state_kept
 from unlearn.score.tasks import TaskInfo, TaskSet
 from unlearn.store.provenance import checkout
 from unlearn.text import hide
@@ -190,7 +189,6 @@ class _Seeded:
 
 # -- scores through lm-eval
 
-_SAFE_PATH = "PYTHONSAFEPATH"
 _OF_A_CHOICE = ("acc", "acc_norm")
 _NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
 
@@ -369,13 +367,7 @@ def _header(lm: LM, model_name: str, bootstrap: int, started: float) -> dict[str
 @functools.cache
 def _environment() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    before = os.environ.get(_SAFE_PATH)
-    os.environ[_SAFE_PATH] = "1"  # it asks pip by `python -m pip`, which would run a pip.py in the current folder
-    try:
+    # it asks pip by `python -m pip`, which would run a pip.py in the current folder
+    with environment("PYTHONSAFEPATH", "1"):
         add_env_info(found)
-    finally:
-        if before is None:
-            del os.environ[_SAFE_PATH]
-        else:
-            os.environ[_SAFE_PATH] = before
     return {name: hide(value) if isinstance(value, str) else value for name, value in found.items()}

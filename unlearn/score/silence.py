@@ -18,13 +18,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
     """lm-eval without its logs, progress bars and prints, in one process, the global random state left as it was."""
-    with (
-        _no_bars(),
-        _no_pools(),
-        random_state_kept(),
-        errors_only("lm_eval"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
+    # its bootstrap forks a pool; after torch has started threads, or CUDA, a forked child may hang
+    pools = environment("DISABLE_MULTIPROC", "1")
+    with pools, _no_bars(), random_state_kept(), errors_only("lm_eval"), contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
@@ -71,14 +67,14 @@ def _no_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_pools() -> Iterator[None]:
-    # Its bootstrap forks a pool; after torch has started threads, or CUDA, a forked child may hang.
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
+def environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable for the time being."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
+            del os.environ[name]
         else:
-            os.environ["DISABLE_MULTIPROC"] = before
+            os.environ[name] = before
