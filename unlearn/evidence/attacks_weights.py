@@ -231,7 +231,7 @@ def relearn(
                         loss = model(**{name: values.to(model.device) for name, values in batch.items()}).loss
                         if not loss.isfinite():
                             raise TrainingError(
-                                f"{label}: the loss became {float(loss)} at step {step + 1}; lower "
+                                f"{label}: the loss became {loss.item()} at step {step + 1}; lower "
                                 "robustness.relearn.learning_rate"
                             )
                         loss.backward()
