@@ -90,7 +90,9 @@ def _small_index(arguments: argparse.Namespace) -> Iterator[None]:
     from unlearn.score.tasks import task_manager
 
     given = _settings(arguments).get("tasks") or ()
-    names = [name for text in ([given] if isinstance(given, str) else given) for name in str(text).split(",")]
+    listed = [given] if isinstance(given, str) else given
+    names = [name for text in listed if isinstance(text, str) for name in text.split(",")]
+    names += ["*"] if not all(isinstance(text, str) for text in listed) else []  # a task written out may name any
     original = lm_eval.tasks.TaskManager
 
     def index(include_path: Any = None, metadata: Any = None) -> lm_eval.tasks.TaskManager:

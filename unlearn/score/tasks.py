@@ -33,7 +33,7 @@ from unlearn.recipe.metrics import RECITED, Key
 from unlearn.recipe.schema import Recipe
 from unlearn.recipe.task_names import families, no_such_task, shipped_tasks, task_files, task_names
 from unlearn.results import Role
-from unlearn.score.silence import quiet_harness
+from unlearn.score.silence import errors_only, quiet_harness
 from unlearn.store.hub import hub_away
 
 if TYPE_CHECKING:
@@ -57,7 +57,13 @@ def task_manager(
 
     def index(folders: Iterable[Path]) -> TaskManager:  # of two roots the later one counts, as the first of one does
         where: list[str | Path] = [*sorted(folders, reverse=True), *paths]
-        return TaskManager(include_defaults=False, include_path=where, metadata=dict(metadata or {}))
+        with errors_only("lm_eval.tasks._index"):
+            built = TaskManager(include_defaults=False, include_path=where, metadata=dict(metadata or {}))
+        for name, entry in built.task_index.items():  # a tag of several roots has only the last one's tasks so far
+            for tag in entry.tags if entry.cfg is not None and "group" not in entry.cfg else ():
+                if built.task_index[tag].yaml_path is None:
+                    built.task_index[tag].tags.add(name)
+        return built
 
     found, folders = index(()), set[Path]()
     names = set(names)
