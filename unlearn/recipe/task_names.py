@@ -17,6 +17,8 @@ _NAMED = re.compile(
 )
 _LISTED = re.compile(rb"""(?:^[ \t]*-[ \t]*|[\[,][ \t]*)["']?([^\s#"'\[\]{},:]+)["']?[ \t]*(?:#.*)?(?=$|[\],])""", re.M)
 
+_INCLUDED = re.compile(rb"""^include:[ \t]*["']?(\.\.[^\s"'#]+)""", re.MULTILINE)
+
 
 def shipped_tasks() -> Path | None:
     """The folder of the tasks that come with lm-eval."""
@@ -49,14 +51,23 @@ def has_task(files: Sequence[str], name: str) -> bool:
 
 
 def families(folder: Path, names: Iterable[str]) -> set[Path]:
-    """The folders right below ``folder`` that mention one of the names, which may have wildcards (``mmlu_*``)."""
+    """The folders right below ``folder`` that mention one of the names, which may have wildcards (``mmlu_*``).
+
+    And those with files that include one of theirs: they may have a tag from there.
+    """
     words = "|".join(re.escape(name).replace(r"\*", r"[\w.-]*").replace(r"\?", r"[\w.-]") for name in names)
     mention = re.compile(rf"(?<![\w.-])(?:{words})(?![\w.-])".encode())
     found: set[Path] = set()
-    for path in task_files(folder):
-        family = folder / Path(path).relative_to(folder).parts[0]
-        if family not in found and mention.search(Path(path).read_bytes()):
+    including: set[tuple[Path, Path]] = set()
+    for path in map(Path, task_files(folder)):
+        family, content = folder / path.relative_to(folder).parts[0], path.read_bytes()
+        if family not in found and mention.search(content):
             found.add(family)
+        for included in _INCLUDED.findall(content):
+            parts = Path(os.path.relpath(path.parent / included.decode(errors="replace"), folder)).parts
+            including.add((family, folder / parts[0]))
+    while more := {family for family, source in including if source in found} - found:
+        found |= more
     return found
 
 

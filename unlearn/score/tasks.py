@@ -58,7 +58,12 @@ def task_manager(
     def index(folders: Iterable[Path]) -> TaskManager:  # of two roots the later one counts, as the first of one does
         where: list[str | Path] = [*sorted(folders, reverse=True), *paths]
         with errors_only("lm_eval.tasks._index"):
-            return TaskManager(include_defaults=False, include_path=where, metadata=dict(metadata or {}))
+            built = TaskManager(include_defaults=False, include_path=where, metadata=dict(metadata or {}))
+        for name, entry in built.task_index.items():  # a tag of several roots has only the last one's tasks so far
+            for tag in entry.tags if entry.cfg is not None and "group" not in entry.cfg else ():
+                if built.task_index[tag].yaml_path is None:
+                    built.task_index[tag].tags.add(name)
+        return built
 
     found, folders = index(()), set[Path]()
     names = set(names)
@@ -70,10 +75,6 @@ def task_manager(
         looked_for |= missing
         folders |= families(SHIPPED, missing)
         found = index(folders)
-    reached = {match for name in _with_children(found, wanted) for match in found.match_tasks([name])}
-    if folders and any(found.task_index[name].yaml_path is None for name in reached):
-        # a tag: its tasks may have it from a file of another family that they include
-        return TaskManager(include_path=list(paths), metadata=dict(metadata or {}))
     return found
 
 
