@@ -29,8 +29,8 @@ from unlearn.train.trainer import _Trainer
 from unlearn.vector.change import LowRank
 from unlearn.vector.edit import Edit, weights_of
 from unlearn.vector.methods import Have, ethos
+from unlearn.vector.rounding import Survival
 from unlearn.vector.task_vector import TaskVector
-from unlearn.vector.write import Survival
 
 EXHAUSTED = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.56 GiB"),

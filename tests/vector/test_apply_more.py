@@ -230,3 +230,22 @@ def test_another_configuration_is_a_difference(tmp_path: Path, capsys: pytest.Ca
     (out / "config.json").unlink()
     assert cli.main(["apply", *command, "--check"]) == 1
     assert "config.json: missing" in capsys.readouterr().out
+
+
+def test_a_known_family_ties_nothing_unless_it_is_told_to_and_needs_no_transformers(tmp_path: Path) -> None:
+    """What is decided without the model's class, whose import takes longer than a small edit."""
+    for family in ("llama", "mistral", "qwen2", "qwen3", "phi"):
+        assert AutoConfig.for_model(family).tie_word_embeddings is False
+    name = "model.layers.0.mlp.fc1"
+    weights = {f"{name}.weight": torch.ones(8, 4), "lm_head.weight": torch.ones(6, 4)}
+    save_file({**weights, "model.embed_tokens.weight": torch.zeros(6, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "phi", "num_hidden_layers": 1}')
+    TaskVector({name: LowRank(torch.ones(1, 4), torch.ones(8, 1))}).save(tmp_path / "v.safetensors")
+    code = (
+        "import sys; from unlearn.vector.apply import apply\n"
+        f"apply({str(tmp_path / 'v.safetensors')!r}, {str(tmp_path)!r}, 0.5, {str(tmp_path.with_name('out'))!r})\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    edited = load_file(tmp_path.with_name("out") / "model.safetensors")
+    assert torch.equal(edited[f"{name}.weight"], torch.full((8, 4), 0.5))

@@ -24,16 +24,9 @@ from unlearn.evidence.membership import token_scores
 from unlearn.model.load import Loaded
 from unlearn.vector.change import Dense, LowRank
 from unlearn.vector.edit import applied, shape_of
+from unlearn.vector.rounding import generator_for, round_stochastically
 from unlearn.vector.task_vector import TaskVector
-from unlearn.vector.write import (
-    export_adapter,
-    export_merged,
-    generator_for,
-    require_finite,
-    rescored,
-    round_stochastically,
-    save_shards,
-)
+from unlearn.vector.write import export_adapter, export_merged, require_finite, rescored, save_shards
 
 # PEFT asks transformers under a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

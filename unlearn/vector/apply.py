@@ -79,42 +79,31 @@ def check(
 
 
 def _vector(place: str | Path | TaskVector) -> TaskVector:
-    """A vector from wherever it is.
-
-    Raises:
-        VectorError: it is nowhere, or damaged.
-    """
-    from unlearn.vector.interop import from_adapter
+    """A vector from wherever it is. What is read from an adapter brings transformers, which takes seconds."""
     from unlearn.vector.task_vector import TaskVector
 
     if isinstance(place, TaskVector):
         return place
     path = Path(place)
-    if path.is_dir():
-        return TaskVector.load(path / _VECTOR) if (path / _VECTOR).is_file() else from_adapter(path)
+    if path.is_dir() and not (path / _VECTOR).is_file():
+        from unlearn.vector.interop import from_adapter
+
+        return from_adapter(path)
     if not path.exists():
         raise VectorError(f"{path}: no such file or folder; give a vector's file, its stage, or an adapter's folder")
-    return TaskVector.load(path)
+    return TaskVector.load(path / _VECTOR if path.is_dir() else path)
 
 
 def _check_adapter(place: str | Path | TaskVector, model: Path) -> None:
-    """Refuse an adapter that PEFT would not put on the model in whole; say where it holds weights of another base.
-
-    Raises:
-        VectorError, ModelError: it does not fit, or there is no such model.
-    """
+    """Refuse an adapter that PEFT would not put on the model in whole; say where it holds weights of another base."""
+    if not isinstance(place, str | Path) or Path(place).is_file() or (Path(place) / _VECTOR).is_file():
+        return
     from unlearn.model.checkpoint import read_checkpoint
-    from unlearn.vector.interop import ADAPTER_WEIGHTS, refuse_misfit, unlike_base
-    from unlearn.vector.task_vector import TaskVector
+    from unlearn.model.load import model_of
+    from unlearn.vector.interop import refuse_misfit, unlike_base
 
-    if isinstance(place, TaskVector) or (Path(place) / _VECTOR).is_file():
-        return
-    if not (Path(place) / ADAPTER_WEIGHTS).is_file():
-        return
     checkpoint = read_checkpoint(model)
     files = {name: checkpoint.files[stored.file] for name, stored in checkpoint.tensors.items()}
-    from unlearn.model.load import model_of
-
     refuse_misfit(Path(place), model_of(model))
     if others := unlike_base(Path(place), files):
         console.say(

@@ -31,9 +31,9 @@ from unlearn.store.files import explained, some, sync, unique, write_json_atomic
 from unlearn.store.lock import Lock
 from unlearn.store.provenance import versions
 from unlearn.vector.change import Change, edited, row_blocks, rows_of
+from unlearn.vector.rounding import Survival, generator_for, lost, round_stochastically, summary_of
 from unlearn.vector.stored_names import Target, copies, refuse_adapter, targets_of
 from unlearn.vector.task_vector import TaskVector
-from unlearn.vector.write import Survival, generator_for, lost, round_stochastically, summary_of
 
 RECORD, LOCK = "unlearn.json", ".unlearn-lock"
 CONFIG = "config.json"
