@@ -299,29 +299,29 @@ def train(
     per_epoch = math.ceil(math.ceil(len(rows) / spec.batch_size) / spec.accumulation)
     total = max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
     order = ByLength(rows, spec.batch_size * spec.accumulation, seed)
-    options = settings(
-        next(model.parameters()).device,
-        mixed,
-        work,
-        seed,
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-        per_device_train_batch_size=math.ceil(spec.batch_size / part.count),
-        gradient_accumulation_steps=spec.accumulation,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        lr_scheduler_type=spec.schedule,
-        warmup_steps=min(math.ceil(spec.warmup * total), total - 1),  # the first of them has rate 0
-        save_strategy="steps",
-        save_steps=spec.save_every or max(1, math.ceil(total / 4)),
-        save_total_limit=None,  # keep_newest removes them: by number, not as here by the times of files
-        report_to=list(spec.report_to) or "none",
-        **({_CHECKPOINTING: True} if spec.gradient_checkpointing else {}),
-    )
     started = time.monotonic()
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     with recipe_decides(), held() as hold, progress(label, total) as advance:
+        options = settings(
+            next(model.parameters()).device,
+            mixed,
+            work,
+            seed,
+            num_train_epochs=epochs,
+            max_steps=max_steps,
+            per_device_train_batch_size=math.ceil(spec.batch_size / part.count),
+            gradient_accumulation_steps=spec.accumulation,
+            learning_rate=spec.learning_rate,
+            weight_decay=spec.weight_decay,
+            lr_scheduler_type=spec.schedule,
+            warmup_steps=min(math.ceil(spec.warmup * total), total - 1),  # the first of them has rate 0
+            save_strategy="steps",
+            save_steps=spec.save_every or max(1, math.ceil(total / 4)),
+            save_total_limit=None,  # keep_newest removes them: by number, not as here by the times of files
+            report_to=list(spec.report_to) or "none",
+            **({_CHECKPOINTING: True} if spec.gradient_checkpointing else {}),
+        )
         advice = against.advice if against is not None else ADVICE
         watch = _Watch(advance, order, advice, hold, isinstance(model, PeftModel))
         trainer = _Trainer(
