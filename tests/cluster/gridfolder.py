@@ -13,10 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from unlearn.cluster.job import JobState, began, now
+from unlearn.cluster.job import JobState, now
 from unlearn.cluster.plan import FrozenRecipe, Grid, Job
 from unlearn.cluster.submit import Submission
 from unlearn.recipe.evaluation import ClusterSpec
+from unlearn.store.lock import started
 
 
 def make(root: Path, count: int, prepared: bool = True, count_prepared: int = 1) -> Grid:
@@ -42,7 +43,7 @@ def dead() -> int:
 def say(root: Path, name: str, state: Any, pid: int | None = None, attempt: int = 1, **more: Any) -> JobState:
     """Write a job's state, as the job would."""
     mine = os.getpid() if pid is None else pid
-    facts = {"host": platform.node(), "started": began(mine) or 0.0, "since": now(), **more}
+    facts = {"host": platform.node(), "started": started(mine), "since": now(), **more}
     said = JobState(state, attempt, mine, **facts)
     said.save(root, name)
     return said
@@ -66,7 +67,7 @@ def submitted(
     **more: Any,
 ) -> Submission:
     """Note a submission by this process, or by another one."""
-    mine = Submission(kind, name, tuple(jobs), now(), os.getpid(), platform.node(), began(os.getpid()) or 0.0)
+    mine = Submission(kind, name, tuple(jobs), now(), os.getpid(), platform.node(), started(os.getpid()))
     found = one or replace(mine, **more)
     path = root / "submissions.json"
     old = json.loads(path.read_text()) if path.is_file() else []

@@ -21,7 +21,7 @@ from waiting import gone, until
 
 from unlearn import run
 from unlearn.cli import main
-from unlearn.cluster.job import JobState, began
+from unlearn.cluster.job import JobState
 from unlearn.cluster.plan import Grid
 from unlearn.cluster.submit import (
     Overview,
@@ -34,6 +34,7 @@ from unlearn.cluster.submit import (
 )
 from unlearn.errors import GridError
 from unlearn.recipe.evaluation import ClusterSpec
+from unlearn.store.lock import started
 
 PICO = str(Path(__file__).resolve().parents[2] / "recipes" / "pico_smoke.yaml")
 SMALL = ("teach.steps=20", "vector.forget.steps=6", "vector.correlation=null", "export.adapter=false")
@@ -511,11 +512,11 @@ def test_cancelling(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert states(overview(root)) == ["waiting"] * 3
     # a local runner; or jobs whose runner was killed; or who cannot be stopped from here
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        one = submitted(root, [grid.jobs[0].name], "local", name="l", pid=sleeper.pid, started=began(sleeper.pid))
+        one = submitted(root, [grid.jobs[0].name], "local", name="l", pid=sleeper.pid, started=started(sleeper.pid))
         assert main(["submit", "--cancel", str(root)]) == 0
         assert sleeper.wait(PATIENCE) == -signal.SIGTERM
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        say(root, grid.jobs[1].name, "running", pid=sleeper.pid, started=began(sleeper.pid))
+        say(root, grid.jobs[1].name, "running", pid=sleeper.pid, started=started(sleeper.pid))
         assert main(["submit", "--cancel", str(root)]) == 0
         assert sleeper.wait(PATIENCE) == -signal.SIGTERM
     capsys.readouterr()

@@ -339,7 +339,7 @@ MEMBERS = b"\n".join(
     for n in range(6)
 )
 STAGE = _json({"schema": 1, "key": "k", "seconds": 1.0, "files": {"a": {"bytes": 1, "sha256": "0" * 64}}})
-STATE = _json({"state": "failed", "attempt": 1, "pid": 1, "host": "h", "started": 1.5, "since": "t", "error": "e"})
+STATE = _json({"state": "failed", "attempt": 1, "pid": 1, "host": "h", "started": "s", "since": "t", "error": "e"})
 GRID = _json(
     {
         "schema": 2, "name": "g", "cwd": ".", "cluster": {},

@@ -183,7 +183,7 @@ def test_the_command_line_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_state_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "planted-without-form")
     error = f"Traceback: 401 for https://me:secret@host with planted-without-form and {TOKEN}"
-    JobState("failed", 1, 1, "h", 0.0, "t", error=error).save(tmp_path, "job")
+    JobState("failed", 1, 1, "h", "s", "t", error=error).save(tmp_path, "job")
     text = state_file(tmp_path, "job").read_text()
     assert not any(secret in text for secret in ("planted-without", "me:secret", TOKEN))
     assert "Traceback: 401 for https://" in text

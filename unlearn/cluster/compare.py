@@ -48,7 +48,6 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread:
-        """Of one value per run."""
         given = list(values)
         known = [v for v in given if v is not None and math.isfinite(v)]
         n = len(known)
@@ -94,12 +93,10 @@ class Run:
 
     @property
     def seed(self) -> str:
-        """As the recipe has it."""
         return self.recipe["seed"]
 
     @classmethod
     def of(cls, name: str, report: RunReport, recipe: Mapping[str, Any]) -> Run:
-        """From a report and the resolved recipe."""
         rows, kept, chosen = goal_rows(report), sorted(kept_keys(report)), report.chosen
         shares = [_share(row, chosen) for row in report.scores if row.key in kept]
         known = [share for share in shares if share is not None]
@@ -158,7 +155,6 @@ class Setting:
 
     @classmethod
     def of(cls, settings: Mapping[str, str], members: Sequence[Run], seeds: Sequence[str]) -> Setting:
-        """Of all runs of one setting."""
         compared = {run.seed for run in members} >= set(seeds)
         runs = [run for run in members if run.seed in seeds or not compared]
         frontiers = [run.frontier for run in runs]
@@ -210,7 +206,6 @@ class Family:
 
     @classmethod
     def of(cls, question: Mapping[str, str], groups: Sequence[tuple[Mapping[str, str], Sequence[Run]]]) -> Family:
-        """Of the runs of every setting."""
         counts = Counter(tuple(sorted((run.seed for run in runs), key=lambda s: (len(s), s))) for _, runs in groups)
         seeds = max(counts, key=lambda these: (counts[these], len(these)))
         settings = tuple(Setting.of(mine, runs, seeds) for mine, runs in groups)

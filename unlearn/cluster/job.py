@@ -24,6 +24,7 @@ from unlearn.cluster.plan import Grid, Job
 from unlearn.console import say
 from unlearn.errors import GridError, UnlearnError
 from unlearn.store.files import unwritable, write_json_atomic
+from unlearn.store.lock import started
 from unlearn.text import hide, shown
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -35,14 +36,14 @@ class JobState:
 
     ``running`` is only what it said last: a killed job says so for ever. ``stopped``: it was told to stop (time limit,
     pre-emption, Ctrl-C) and goes on from its last finished stage or checkpoint. ``attempt`` counts from 1; ``pid``,
-    ``host`` and ``started`` (seconds since 1970) identify the process; ``slurm`` is its number in the queue.
+    ``host`` and ``started`` identify the process; ``slurm`` is its number in the queue.
     """
 
     state: Literal["running", "done", "stopped", "failed"]
     attempt: int
     pid: int
     host: str
-    started: float
+    started: str
     since: str
     slurm: str | None = None
     error: str | None = None
@@ -76,22 +77,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def began(pid: int) -> float | None:
-    """When a process of this machine began; None when there is no such process."""
-    psutil: Any = import_module("psutil")  # comes with accelerate
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.NoSuchProcess:
-        return None
-
-
-def alive(pid: int, host: str, started: float) -> bool | None:
+def alive(pid: int, host: str, since: str) -> bool | None:
     """Whether a process still runs; None where that cannot be known: it is on another machine."""
-    if host != platform.node():
-        return None
-    found = began(pid)
-    return found is not None and abs(found - started) < 5  # the clock may have been set since
+    return bool(since) and started(pid) == since if host == platform.node() else None
 
 
 @dataclass(frozen=True)
@@ -180,7 +168,7 @@ def _tell(root: Path, job: Job, slurm: str | None) -> JobState:
     before = JobState.load(root, job.name)
     attempt = 1 if before is None else before.attempt + 1
     pid = os.getpid()
-    state = JobState("running", attempt, pid, platform.node(), began(pid) or 0.0, now(), slurm)
+    state = JobState("running", attempt, pid, platform.node(), started(pid), now(), slurm)
     where = f"{state.host}, process {pid}" + (f", Slurm {slurm}" if slurm else "")
     where += f", GPUs {os.environ[VISIBLE]}" if os.environ.get(VISIBLE) else ""
     say(f"=== {job.name}, attempt {attempt}, {state.since}, {where}", style="bold")

@@ -27,14 +27,14 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from unlearn.cluster.compare import sealed
-from unlearn.cluster.job import VISIBLE, JobState, Task, alive, began, now
+from unlearn.cluster.job import VISIBLE, JobState, Task, alive, now
 from unlearn.cluster.plan import GRID_FILE, Grid, Job
 from unlearn.console import live_line, say
 from unlearn.errors import GridError
 from unlearn.processes import handled
 from unlearn.recipe.evaluation import ClusterSpec
 from unlearn.store.files import explained, write_json_atomic
-from unlearn.store.lock import Lock
+from unlearn.store.lock import Lock, started
 from unlearn.text import counted, duration
 
 Standing = Literal["done", "running", "queued", "stopped", "failed", "lost", "blocked", "waiting"]
@@ -71,14 +71,14 @@ class Submission:
     when: str
     pid: int
     host: str
-    started: float
+    started: str
     ended: bool = False  # nothing of it can still begin
 
     @classmethod
     def new(cls, kind: Literal["slurm", "local"], grid: Grid, jobs: Sequence[Job]) -> Submission:
         """By this process, now."""
         name, pid = f"{grid.name}-{secrets.token_hex(4)}", os.getpid()
-        return cls(kind, name, tuple(job.name for job in jobs), now(), pid, platform.node(), began(pid) or 0.0)
+        return cls(kind, name, tuple(job.name for job in jobs), now(), pid, platform.node(), started(pid))
 
     def at_work(self) -> bool:
         """Whether a local runner may still begin jobs of it."""

@@ -11,12 +11,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-import platform
 import re
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -200,32 +198,6 @@ class Lock:
                 with suppress(OSError):
                     self.path.hardlink_to(aside)
             aside.unlink()
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """A process of this host; ``started`` tells two apart that had the same id one after the other."""
-
-    pid: int
-    host: str
-    started: str
-    since: str
-
-    @classmethod
-    def me(cls) -> Holder:
-        """This process, from now on."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(os.getpid(), platform.node(), started(os.getpid()), now)
-
-    def verdict(self) -> Literal["there", "gone", "unknown"]:
-        """Whether it runs; ``unknown`` on another host."""
-        if self.host != platform.node():
-            return "unknown"
-        return "there" if started(self.pid) == self.started else "gone"
-
-    def gone(self) -> bool:
-        """True when it certainly runs no more."""
-        return self.verdict() == "gone"
 
 
 def started(pid: int) -> str:
