@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from unlearn.errors import RecipeError, UnlearnError
 from unlearn.recipe import load as assets
 from unlearn.recipe import yaml as yaml_core
-from unlearn.recipe.data import render, stops, template_fields
+from unlearn.recipe.data import Frozen, render, stops, template_fields
 from unlearn.recipe.load import PATTERNS, json_schema, list_recipes, load_recipe, resolved_yaml
+from unlearn.recipe.methods import METHODS, Method
 from unlearn.recipe.schema import Recipe
 
 GOOD = """\
@@ -242,6 +243,21 @@ def test_template_rendering() -> None:
 def test_escaped_text_renders_to_itself(text: str) -> None:
     escaped = text.replace("{", "{{").replace("}", "}}")
     assert render(escaped, {}) == text
+
+
+def test_mistakes_in_the_settings_of_a_method_from_outside(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class DampSpec(Frozen):
+        share: float = 0.5
+
+    damp = "vector.method=damp"
+    (told,) = fails(write(here, GOOD), "vector.damp.share=1")
+    assert "--set vector.damp.share: vector.damp: unknown key; allowed here: method" in told
+    monkeypatch.setitem(METHODS, "damp", Method("shaper", words="less of it", settings=DampSpec))
+    assert load_recipe("r.yaml", [damp, "vector.damp.share=0.25"]).recipe.vector.method == "damp"
+    assert fails("r.yaml", damp, "vector.damp.shar=1")[0] == (
+        "--set vector.damp.shar: unknown key; did you mean 'share'? (allowed here: share)"
+    )
+    assert fails("r.yaml", damp, "vector.damp.share=x")[0] == "--set vector.damp.share: expected a number, got 'x'"
 
 
 def test_all_mistakes_at_once_in_order(here: Path) -> None:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from unlearn.errors import RecipeError, UnlearnError
 from unlearn.recipe import yaml as yaml_core
+from unlearn.recipe.methods import METHODS
 from unlearn.recipe.schema import Recipe
 from unlearn.recipe.yaml import Document, KeyPath, YamlSyntaxError, parse_value, scalar_of
 from unlearn.text import is_secret
@@ -82,7 +83,7 @@ def resolved_yaml(recipe: Recipe) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {**head, **Recipe.model_json_schema(), "title": "lm-unlearn recipe"}
+    return {**head, **_schema(), "title": "lm-unlearn recipe"}
 
 
 def recipes_folder() -> Path:
@@ -526,9 +527,18 @@ def _is_number(text: str) -> bool:
 # -- the JSON schema
 
 
-@lru_cache(maxsize=1)
 def _schema() -> Node:
-    return Recipe.model_json_schema()
+    """The schema of recipes, with the settings of methods from outside the package."""
+    return _schema_with(tuple(METHODS))
+
+
+@lru_cache(maxsize=2)
+def _schema_with(methods: tuple[str, ...]) -> Node:
+    schema = Recipe.model_json_schema()
+    for name in methods:
+        if (settings := METHODS[name].settings) is not None:
+            schema["$defs"]["VectorSpec"]["properties"].setdefault(name, settings.model_json_schema())
+    return schema
 
 
 def alternatives(node: Node) -> list[Node]:
