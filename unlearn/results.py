@@ -29,12 +29,22 @@ _PROBES = {
 }
 _METRICS = {
     "acc": "accuracy",
-    "prob": "answer probability",
-    "logprob": "log-probability",
+    "acc_norm": "accuracy",
+    "exact": "exact-answer rate",
+    "exact_match": "exact-match rate",
     "exact_memorisation": "exact memorisation",
+    "extraction_strength": "extraction strength",
+    "logprob": "log-probability",
+    "prob": "answer probability",
     "rougeL": "ROUGE-L",
+    "rougeL_f1": "ROUGE-L F1",
     "leak": "share of answers let out",
 }
+
+
+def plain_metric(metric: str) -> str:
+    """A metric's name in a sentence."""
+    return _METRICS.get(metric, metric)
 
 
 def quantisation(kind: str) -> str:
@@ -149,7 +159,7 @@ class Robustness:
         if before is None or after is None:
             return "What the attacks bring back cannot be told: a score without an attack is missing."
         guess = "" if self.chance is None else f", chance {short(self.chance)}"
-        fell = f"{_metric(self.metric)} {short(before.value)} to {short(after.value)}{guess}"
+        fell = f"{plain_metric(self.metric)} {short(before.value)} to {short(after.value)}{guess}"
         told = [(s, r) for s in shown if (r := self.recovered(s)) is not None]
         if not told:
             return f"The edit forgot nothing that can be told from chance ({fell}), so nothing can come back."
@@ -190,7 +200,7 @@ class Robustness:
         return round(share, 2) > 0 and not self._within_chance(score)
 
     def _share(self, score: AttackScore, share: float) -> str:
-        beside = "" if score.metric == self.metric else f" ({_metric(score.metric)})"
+        beside = "" if score.metric == self.metric else f" ({plain_metric(score.metric)})"
         return percent(round(share, 2)) + beside
 
     def _within_chance(self, score: AttackScore) -> bool:
@@ -208,7 +218,7 @@ class Robustness:
             return
         steps = [
             f"from {short(base.value)} to {short(there.value)} under {s.described()}"
-            + ("" if s.metric == self.metric else f" ({_metric(s.metric)})")
+            + ("" if s.metric == self.metric else f" ({plain_metric(s.metric)})")
             for s, there, base in known
         ]
         yield f"The retain reference, which never knew it, goes {listing(steps)}."
@@ -218,10 +228,6 @@ class Robustness:
 
 def _what(score: AttackScore) -> tuple[Any, ...]:
     return score.kind, score.attack, score.metric, score.steps, score.layer
-
-
-def _metric(name: str) -> str:
-    return _METRICS.get(name, name)
 
 
 # -- what a run found

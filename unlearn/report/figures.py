@@ -198,22 +198,15 @@ def unseeing(report: RunReport) -> frozenset[Key]:
     )
 
 
-def share_of_row(report: RunReport, row: ScoreRow) -> float | None:
-    """The share left of a line of the before/after table; None where the rule put no bound on it."""
-    if row.key not in kept_keys(report):
-        return None
-    return _share(report, row.metric, row.higher_is_better, row.before, row.after)
-
-
 def final_shares(report: RunReport) -> tuple[tuple[ScoreRow, float], ...]:
     """Per bounded kept metric of the before/after table, the share left; those out of bounds first, smallest first."""
-    found = [(row, share) for row in report.scores if (share := share_of_row(report, row)) is not None]
+    found = [(row, share) for row in report.scores if (share := _share_of_row(report, row)) is not None]
     return tuple(sorted(found, key=lambda pair: (verdict(report, pair[0]) is not False, pair[1])))
 
 
 def kept_figure(report: RunReport, row: ScoreRow) -> str:
     """What is left of a bounded metric, as the rule counts it: a percentage, or the rise of a perplexity."""
-    share = share_of_row(report, row)
+    share = _share_of_row(report, row)
     if share is None:
         return "was 0" if row.before.value == 0 else MISSING
     return signed(row.after.value - row.before.value) if is_perplexity(row.metric) else percent(share)
@@ -230,6 +223,12 @@ def bound_figure(report: RunReport, metric: str) -> str | None:
 def total_seconds(report: RunReport) -> float:
     """The run's time: its own total where it recorded one, else the sum of its stages."""
     return report.seconds.get("total", sum(report.seconds.values()))
+
+
+def _share_of_row(report: RunReport, row: ScoreRow) -> float | None:
+    """None where the rule put no bound on it."""
+    bounded = row.key in kept_keys(report)
+    return _share(report, row.metric, row.higher_is_better, row.before, row.after) if bounded else None
 
 
 def _share(report: RunReport, metric: str, higher: bool, before: Score, after: Score) -> float | None:

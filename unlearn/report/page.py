@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup, escape
 
-from unlearn.recipe.metrics import Key as ScoreKey
 from unlearn.recipe.metrics import is_perplexity
 from unlearn.report.charts import DASHES, Axis, Chart, Key, Mark, Point, Series, axis_of, chart, spark, style
 from unlearn.report.figures import (
@@ -41,11 +40,10 @@ from unlearn.report.words import (
     how_good,
     how_searched,
     of_report,
-    plain_metric,
     reading,
     remarks,
 )
-from unlearn.results import AttackScore, Example, Robustness, RunReport, Score, TaskScore, Who
+from unlearn.results import AttackScore, Robustness, RunReport, Score, TaskScore, Who, plain_metric
 from unlearn.score.search import bound_of
 from unlearn.text import MISSING, clean, coefficient, counted, duration, file_size, listing, number, percent, signed
 
@@ -53,11 +51,11 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 Size = tuple[float, float]
+T = TypeVar("T")
 WIDE, NARROW, PAPER = (1000.0, 460.0), (360.0, 380.0), (560.0, 400.0)
 TOP = 1.5  # largest share on the frontier's axis: a tiny score at λ = 0 makes huge ones
 _ROLES: dict[Who, str] = {"target": "forget", "edited": "retain", "reference": "utility"}
 _DIFF_WORDS = 1500  # beyond this a word-by-word comparison is slow and nobody reads it
-_HASH = re.compile(r"(sha256:)?[0-9a-f]{24,}")
 _PROMPT_SHOWN = 480  # characters
 
 
@@ -81,17 +79,19 @@ def render_html(report: RunReport) -> str:
     """The report as a self-contained HTML document (UTF-8 text)."""
     foreseen, foresight = of_report(report), report.foresight
     entries = [*foresight.goals, *foresight.kept] if foresight else []
-    readings: dict[str, list[str]] = {}  # a sentence -> the kept sets it is about
-    for entry in foresight.kept if foresight else ():
-        readings.setdefault(reading(entry), []).append(f"{entry.set}/{entry.name}")
     date = report.provenance.get("date")
     points = frontier_points(report)
-    functions = (attack_rows, by_layer, changes, columns, end_of, headline, how_good, how_searched, is_hash)
-    more = (kept_figure, kept_keys, label_of, losses, margin_of_change, remarks, same, spark, verdict)
+    metrics: dict[Any, TaskScore] = {}
+    for point in report.sweep:
+        metrics |= {s.key: s for s in point.scores if s.key not in metrics}
+    functions = (attack_rows, by_layer, changes, columns, end_of, headline, how_good, how_searched, kept_figure)
+    more = (kept_keys, losses, margin_of_change, remarks, same, spark, verdict, with_numbers)
     return render(
         "report.html.j2",
         **{function.__name__: function for function in (*functions, *more)},
         isfinite=math.isfinite,
+        is_hash=re.compile(r"(sha256:)?[0-9a-f]{24,}").fullmatch,
+        label_of=lambda key: str(key)[:1].upper() + str(key)[1:].replace("_", " "),
         general=lambda value: f"{value:.6g}".replace("-", "−") if math.isfinite(value) else number(value),
         heads=lambda who: [NAMES[w] for w in who],
         names=NAMES,
@@ -108,13 +108,13 @@ def render_html(report: RunReport) -> str:
         guessed=any(s.chance is not None for p in report.sweep for s in p.scores),
         foreseen=foreseen,
         entries=list(zip(entries, (*foreseen.goals, *foreseen.sets), strict=True)) if foreseen else [],
-        readings=readings,
+        readings=_grouped(foresight.kept if foresight else (), reading),
         foresight_caveat=FORESIGHT_CAVEAT,
         predictions=predictions(report),
-        benchmark_columns=_benchmark_columns(report),
         relearning=relearning(report),
-        example_groups=_example_groups(report.examples),
-        sweep_keys=_sweep_keys(report),
+        changed=lambda examples: sum(not same(e.before, e.after) for e in examples),
+        examples=_grouped(report.examples, lambda e: (e.set, e.name)),
+        metrics=_grouped(metrics.values(), lambda s: (s.set, s.name)),
         stages=_stages(report),
     )
 
@@ -406,36 +406,26 @@ def _stages(report: RunReport) -> list[tuple[str, float, float]]:
 
 def attack_rows(found: Robustness, lens: bool) -> list[tuple[AttackScore, dict[Who, Score], float | None]]:
     """For each attack one score of it, the scores of all models under it, and the share of it that comes back."""
-    rows: dict[tuple[Any, ...], dict[Who, AttackScore]] = {}
-    for s in found.scores:
-        if (s.kind == "lens") == lens:
-            rows.setdefault((s.kind, s.attack, s.metric, s.steps, s.layer), {})[s.who] = s
     table = []
-    for under in rows.values():
-        edited = under.get("edited")
-        back = found.recovered(edited) if edited is not None and edited.kind != "none" else None
-        scores = {w: Score(s.value, s.stderr, s.n) for w, s in under.items()}
-        table.append((next(iter(under.values())), scores, back))
+    scores = [s for s in found.scores if (s.kind == "lens") == lens]
+    for under in _grouped(scores, lambda s: (s.kind, s.attack, s.metric, s.steps, s.layer)).values():
+        back = [found.recovered(s) for s in under if s.who == "edited" and s.kind != "none"]
+        table.append((under[0], {s.who: Score(s.value, s.stderr, s.n) for s in under}, back[0] if back else None))
     return table
 
 
-def _benchmark_columns(report: RunReport) -> list[str]:
+def with_numbers(rows: Mapping[Who, Mapping[str, Any]]) -> list[str]:
     """The columns that have a number in any row."""
-    rows = report.benchmark.rows.values() if report.benchmark else ()
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return [c for c in columns if any(isinstance(row.get(c), int | float) for row in rows)]
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    return [c for c in columns if any(isinstance(row.get(c), int | float) for row in rows.values())]
 
 
-def _sweep_keys(report: RunReport) -> list[tuple[tuple[str, str], list[TaskScore]]]:
-    """The sweep's metrics, an example of each, by set."""
-    scores: dict[ScoreKey, TaskScore] = {}
-    for point in report.sweep:
-        for score in point.scores:
-            scores.setdefault(score.key, score)
-    groups: dict[tuple[str, str], list[TaskScore]] = {}
-    for key, score in scores.items():
-        groups.setdefault(key[:2], []).append(score)
-    return list(groups.items())
+def _grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Items by a key, in order of appearance."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def by_layer(modules: Mapping[str, float]) -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -470,34 +460,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_hash(value: str) -> bool:
-    """Whether a text is a digest."""
-    return _HASH.fullmatch(value) is not None
-
-
-def label_of(key: object) -> str:
-    """``loss_first`` as ``Loss first``."""
-    words = str(key).replace("_", " ")
-    return words[:1].upper() + words[1:]
-
-
 # -- examples
 
 
-def _example_groups(examples: Sequence[Example]) -> list[tuple[str, str, int, list[Example]]]:
-    """Examples by set, with how many answers changed."""
-    groups: dict[tuple[str, str], list[Example]] = {}
-    for e in examples:
-        groups.setdefault((e.set, e.name), []).append(e)
-    return [
-        (*key, sum(not same(e.before, e.after, or_empty=True) for e in found), found) for key, found in groups.items()
-    ]
-
-
-def same(one: str, two: str, or_empty: bool = False) -> bool:
-    """Whether two answers are the same words; an empty one is like no other."""
+def same(one: str, two: str) -> bool:
+    """Whether two answers are the same words."""
     one, two = (" ".join(value.split()).casefold().rstrip(".") for value in (one, two))
-    return one == two and (or_empty or bool(one))
+    return one == two
 
 
 def end_of(prompt: str) -> str:

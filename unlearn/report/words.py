@@ -18,6 +18,7 @@ from unlearn.results import (
     SetForesight,
     SweepPoint,
     Who,
+    plain_metric,
 )
 from unlearn.text import coefficient, counted, listing, number, percent, short, signed
 
@@ -27,23 +28,6 @@ CAVEAT = (
     "has to be gone, train without it."
 )
 _NATS = 30.0  # beyond which a factor says nothing more
-_PLAIN = {
-    "acc": "accuracy",
-    "acc_norm": "accuracy",
-    "exact": "exact-answer rate",
-    "exact_match": "exact-match rate",
-    "exact_memorisation": "exact memorisation",
-    "extraction_strength": "extraction strength",
-    "logprob": "log-probability",
-    "prob": "answer probability",
-    "rougeL": "ROUGE-L",
-    "rougeL_f1": "ROUGE-L F1",
-}
-
-
-def plain_metric(metric: str) -> str:
-    """A metric's name in a sentence."""
-    return _PLAIN.get(metric, metric)
 
 
 def chance_of(chance: float | None, form: str = "{}") -> str:
@@ -159,8 +143,9 @@ def _kept_clause(report: RunReport) -> str:
     if not keys:
         return "no kept set was measured"
     if not report.chosen.bound_met:
-        broken = _point(report, report.chosen.coefficient)
-        why = f" ({listing(broken.broken)})" if broken and broken.broken else ""
+        at = report.chosen.coefficient
+        broken = next((p.broken for p in report.sweep if math.isclose(p.coefficient, at, abs_tol=1e-12)), ())
+        why = f" ({listing(broken)})" if broken else ""
         return f"but the bound was not met{why}"
     if len(cannot) == len(keys):
         return "but no kept set could have shown harm"
@@ -171,88 +156,79 @@ def _kept_clause(report: RunReport) -> str:
 
 def remarks(report: RunReport) -> tuple[str, ...]:
     """What a reader must know beside the headline: why nothing passed, or what the test items say otherwise."""
-    chosen = report.chosen
-    if chosen.coefficient == 0:
-        tried = sorted((p for p in report.sweep if p.coefficient > 0), key=lambda p: p.coefficient)
-        if not tried:
+    if report.chosen.coefficient == 0:
+        first = min((p for p in report.sweep if p.coefficient > 0), key=lambda p: p.coefficient, default=None)
+        if first is None:
             return ()
-        first = tried[0]
         at = f"At the smallest coefficient tried, λ = {coefficient(first.coefficient)},"
-        if first.broken:
-            why = f"{at} the bound was broken: {listing(first.broken)}."
-            return (f"{why} A smaller coefficient, or method: contrast, may pass.",)
-        return (f"{at} every kept metric was within its bound, but what was asked for was no better than at λ = 0.",)
-    if not chosen.bound_met or not missed(report):
-        return ()
+        if not first.broken:
+            return (
+                f"{at} every kept metric was within its bound, but what was asked for was no better than at λ = 0.",
+            )
+        why = f"{at} the bound was broken: {listing(first.broken)}."
+        return (f"{why} A smaller coefficient, or method: contrast, may pass.",)
     under = [
         f"{row.set}/{row.name} {row.metric} ({kept_figure(report, row)}, bound {bound_figure(report, row.metric)})"
         for row in missed(report)
     ]
+    if not report.chosen.bound_met or not under:
+        return ()
     return (f"Every bound was met on validation items, where λ is chosen; on test items not that of {listing(under)}.",)
 
 
 def how_searched(report: RunReport) -> str | None:
     """How the coefficient was looked for and what that took; None where it is not recorded."""
-    size = len(report.chosen.grid)
-    tried = [p for p in report.sweep if p.coefficient > 0]
-    if not size:
-        return None
-    if report.chosen.search == "grid":
-        return f"All {counted(size, 'coefficient')} of the grid were scored." if size > 1 else None
-    return f"Found by bisection: {len(tried)} of the grid's {counted(size, 'coefficient')} were scored."
+    size, tried = len(report.chosen.grid), sum(p.coefficient > 0 for p in report.sweep)
+    if report.chosen.search == "bisect" and size:
+        return f"Found by bisection: {tried} of the grid's {counted(size, 'coefficient')} were scored."
+    return f"All {size} coefficients of the grid were scored." if size > 1 else None
 
 
-def _point(report: RunReport, value: float) -> SweepPoint | None:
-    return next((p for p in report.sweep if math.isclose(p.coefficient, value, abs_tol=1e-12)), None)
-
-
-# -- the comparisons and attacks of a run in a line each
+# -- comparisons and attacks, in a line each
 
 
 # The figures that a benchmark is known by, in its own column names.
-HEADLINES = {
+_HEADLINES = {
     "tofu": ("Forget Quality", "Model Utility"),
     "muse": ("verbmem_f", "privleak", "knowmem_f", "knowmem_r"),
 }
 NAMES: dict[Who, str] = {"target": "before", "edited": "after", "reference": "never knew"}
-MAIN_ATTACK = "min_k"
 
 
 def evidence_facts(report: RunReport) -> list[tuple[str, str]]:
-    """(name, sentence) of each that the run has."""
+    """(name, sentence) of each comparison that the run has."""
     facts = []
     if report.benchmark is not None:
         facts.append((report.benchmark.name, benchmark_line(report.benchmark)))
     if report.membership:
         facts.append(("membership", membership_line(report.membership)))
-    if report.robustness is not None and (said := report.robustness.sentence()):
-        facts.append(("robustness", said))
+    if report.robustness is not None and (sentence := report.robustness.sentence()):
+        facts.append(("robustness", sentence))
     return facts
 
 
 def benchmark_line(found: Benchmark) -> str:
     """The benchmark's headline figures of every model, and what is missing."""
     parts = []
-    for column in HEADLINES[found.name]:
+    for column in _HEADLINES[found.name]:
         values = [(NAMES[who], found.rows[who].get(column)) for who in NAMES if who in found.rows]
         known = [f"{name} {number(value)}" for name, value in values if isinstance(value, int | float)]
-        if known:
-            parts.append(f"{column}: {', '.join(known)}")
+        parts += [f"{column}: {', '.join(known)}"] if known else []
     return "; ".join(parts) + (f". {found.missing}" if found.missing else "")
 
 
 def membership_line(found: tuple[Membership, ...]) -> str:
-    """The area under the ROC curve of one attack, for every model."""
-    rows = [m for who in NAMES for m in found if m.who == who and m.attack == MAIN_ATTACK]
+    """The area under the ROC curve of the main attack, for every model."""
+    rows = [m for who in NAMES for m in found if m.who == who and m.attack == "min_k"]
     shown = [f"{NAMES[m.who]} {number(m.auc)} ({number(m.low)} to {number(m.high)})" for m in rows]
     return f"AUC by Min-k: {', '.join(shown)}; .5 is a coin"
 
 
-# -- what the theory says of a measured correlation, and how well the first-order prediction held. costs
+# -- what the theory says of a measured correlation, and how good the first-order prediction was
 
 
-FEWEST = 3  # sets of which ranks can be compared
-UNITS = {"logprob": "nats per answer", "loss": "nats per token"}
+_FEWEST = 3  # sets of which ranks can be compared
+_UNITS = {"logprob": "nats per answer", "loss": "nats per token"}
 FORESIGHT_CAVEAT = (
     "The theory (arXiv 2504.10957) is about a model of one layer and tasks with two classes; of a language model this "
     "is a reading, not a bound. Large changes spoil predictions in like ways, so even unrelated tasks may show a small "
@@ -319,33 +295,29 @@ def reading(entry: SetForesight) -> str:
         return "The α of the changes is absent because it came out as no finite number."
     if entry.verdict is None or entry.alpha_changes is None:
         return "No fine-tuning on this set to compare with: only the slope is known."
-    kept = "the loss of what is kept grows at most in proportion to λ"
+    if entry.verdict == "aligned":
+        return "Aligned: no λ comes with a guarantee; what the two tasks share is lost in both."
+    limit = f"1/α² = {short(1 / entry.alpha_changes**2)}"
     if entry.verdict == "irrelevant":
-        return (
-            f"Irrelevant: subtracting should forget for every λ up to an order of 1/α², large for α near 0, and {kept}."
-        )
-    if entry.verdict == "contradictory":
-        limit = short(1 / entry.alpha_changes**2)
-        return f"Contradictory: subtracting should forget for every λ up to an order of 1/α² = {limit}, and {kept}."
-    return "Aligned: no λ comes with a guarantee; what the two tasks share is lost in both."
+        limit = "1/α², large for α near 0"
+    return (
+        f"{entry.verdict.capitalize()}: subtracting should forget for every λ up to an order of {limit}, and the loss "
+        "of what is kept grows at most in proportion to λ."
+    )
 
 
 def compare(foresight: Foresight, points: Sequence[SweepPoint], chosen: float) -> Comparison:
     """Measured against predicted changes of loss, from the sweep's ``logprob`` and ``loss`` scores.
 
-    Args:
-        foresight: Taken before the edit.
-        points: The sweep.
-        chosen: Where the summary is taken; at 0, the smallest coefficient above it.
+    The summary is taken at the chosen coefficient, where that is 0 at the smallest above it.
     """
     whole = sorted(points, key=lambda p: p.coefficient)
-    goals = tuple(_over(entry, whole) for entry in foresight.goals)
-    sets = tuple(_over(entry, whole) for entry in foresight.kept)
+    goals, sets = (tuple(_over(entry, whole) for entry in entries) for entries in (foresight.goals, foresight.kept))
     at = chosen if chosen > 0 else next((p.coefficient for p in whole if p.coefficient > 0), None)
     here = [(entry, p) for entry, found in zip(foresight.kept, sets, strict=True) if at and (p := found.at(at))]
     off: dict[str, list[float]] = {}
     for entry, p in here:
-        off.setdefault(UNITS.get(entry.metric, entry.metric), []).append(abs(p.measured - p.predicted))
+        off.setdefault(_UNITS.get(entry.metric, entry.metric), []).append(abs(p.measured - p.predicted))
     lost = [(entry.alpha_changes, p.measured) for entry, p in here if entry.alpha_changes is not None]
     alike = len(off) == 1  # else nats of an answer would be set against those of a token
     return Comparison(
@@ -366,17 +338,12 @@ def of_report(report: RunReport) -> Comparison | None:
 
 
 def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, equal values sharing their mean rank; None of fewer than three, or without ranks.
+    """Spearman's rank correlation; None of fewer than three, or where there are no ranks."""
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
-    It is Pearson's correlation of the ranks.
-    """
-    if len(one) < FEWEST or not all(map(math.isfinite, (*one, *two))):
+    if len(one) < _FEWEST or not all(map(math.isfinite, (*one, *two))) or 1 in (len(set(one)), len(set(two))):
         return None
-    a, b = _ranks(one), _ranks(two)
-    middle = (len(a) + 1) / 2
-    products = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
-    size = math.sqrt(sum((x - middle) ** 2 for x in a) * sum((y - middle) ** 2 for y in b))
-    return products / size if size else None
+    return float(spearmanr(one, two).statistic)
 
 
 def how_good(comparison: Comparison) -> tuple[str, ...]:
@@ -387,13 +354,13 @@ def how_good(comparison: Comparison) -> tuple[str, ...]:
     said = [f"At λ = {coefficient(comparison.coefficient)} the straight line was off by {listing(off)}."]
     if len(off) > 1:
         return (*said, "Sets measured in unlike units have no order of loss to predict.")
-    if comparison.kept < FEWEST:
-        said.append(f"Of fewer than {FEWEST} kept sets there is no order to predict.")
+    if comparison.kept < _FEWEST:
+        said.append(f"Of fewer than {_FEWEST} kept sets there is no order to predict.")
     elif comparison.ranks is not None:
         said.append(f"It put them in order of their loss with a rank correlation of {signed(comparison.ranks)}.")
-    if comparison.compared < FEWEST:
+    if comparison.compared < _FEWEST:
         said.append(
-            f"Whether the correlation α tells who will lose most cannot be said of fewer than {FEWEST} sets with both."
+            f"Whether the correlation α tells who will lose most cannot be said of fewer than {_FEWEST} sets with both."
         )
     elif comparison.alpha_ranks is not None:
         said.append(
@@ -408,13 +375,10 @@ def dearest(report: RunReport) -> str | None:
     found = of_report(report)
     if found is None or report.foresight is None:
         return None
-    first: dict[str, tuple[float, SetForesight, SetComparison]] = {}
-    for entry, measured in zip(report.foresight.kept, found.sets, strict=True):
-        known = first.get(entry.metric)
-        if entry.slope is not None and (known is None or entry.slope > known[0]):
-            first[entry.metric] = entry.slope, entry, measured
-    order = sorted(first.values(), key=lambda one: -one[0])
-    return "; ".join(_foreseen(entry, measured, found.coefficient) for _, entry, measured in order) or None
+    pairs = [(e, s) for e, s in zip(report.foresight.kept, found.sets, strict=True) if e.slope is not None]
+    pairs.sort(key=lambda pair: -(pair[0].slope or 0.0))
+    first = {entry.metric: (entry, measured) for entry, measured in reversed(pairs)}
+    return "; ".join(_foreseen(*pair, found.coefficient) for pair in pairs if first[pair[0].metric] == pair) or None
 
 
 def _foreseen(entry: SetForesight, measured: SetComparison, at: float | None) -> str:
@@ -429,20 +393,14 @@ def _foreseen(entry: SetForesight, measured: SetComparison, at: float | None) ->
 
 
 def _over(entry: SetForesight, points: Iterable[SweepPoint]) -> SetComparison:
-    key = (entry.set, entry.name, entry.metric)
+    """The points of one set, from the sweep's scores of its loss."""
     losses = [
         (p.coefficient, -s.score.value if s.higher_is_better else s.score.value)
         for p in points
         for s in p.scores
-        if s.key == key and math.isfinite(s.score.value)
+        if s.key == (entry.set, entry.name, entry.metric) and math.isfinite(s.score.value)
     ]
     start = next((loss for c, loss in losses if c == 0), None)
     if start is None or entry.slope is None:
         return SetComparison(entry.set, entry.name, ())
-    found = tuple(Point(c, loss - start, c * entry.slope) for c, loss in losses)
-    return SetComparison(entry.set, entry.name, found)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """1 for the smallest; equal ones share the mean of their ranks."""
-    return [sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2 for value in values]
+    return SetComparison(entry.set, entry.name, tuple(Point(c, loss - start, c * entry.slope) for c, loss in losses))
