@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -37,7 +36,6 @@ class Job:
         cwd: The folder in which it runs; its temporary files and its stderr go beside the run's folder there.
         plan: What happens at which operation.
         after: Seconds from the start of the run until ``action`` (KILL or TERM) hits it; None: never.
-        trace: Arguments of strace, which is attached before the run starts.
         largest: RLIMIT_FSIZE, in bytes.
     """
 
@@ -47,7 +45,6 @@ class Job:
     plan: Plan | None = None
     after: float | None = None
     action: str = "KILL"
-    trace: Sequence[str] = ()
     largest: int | None = None
 
 
@@ -219,8 +216,6 @@ def _child(job: Job, place: Path) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest, job.largest))
     from unlearn.cli import main
 
-    if job.trace:
-        _traced(job.trace)
     if job.plan is not None:
         Injector(job.plan).install()
     return main(job.argv)
@@ -228,17 +223,6 @@ def _child(job: Job, place: Path) -> int:
 
 def _lines(number: int) -> TextIO:
     return open(number, "w", encoding="utf-8", buffering=1, closefd=False)
-
-
-def _traced(arguments: Sequence[str]) -> None:
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(os.getpid()), *arguments], stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 30
-    while tracer.poll() is None and time.monotonic() < end and not _attached():
-        time.sleep(0.01)
-
-
-def _attached() -> bool:
-    return re.search(r"^TracerPid:\s*[1-9]", Path("/proc/self/status").read_text(), re.MULTILINE) is not None
 
 
 if __name__ == "__main__":

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,23 +72,3 @@ def test_two_machines_whose_clocks_differ_fill_one_cache(jump: str, bench: Bench
     jobs = [place.job(cache=cache, plan=plan) for place, plan in zip(places, plans, strict=True)]
     for place, ended in zip(places, bench.server.run(*jobs), strict=True):
         assert bench.verdict(place, ended) == SAME
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shift", ["-10y", "+10y", "@2001-01-01 00:00:00 x500"])
-def test_the_whole_process_in_another_time(shift: str, bench: Bench, tmp_path: Path) -> None:
-    """With libfaketime every library sees the other clock, and so do the times of files."""
-    if shutil.which("faketime") is None:
-        pytest.skip("faketime is not installed")
-    place = bench.cold(tmp_path / "place")
-    job = place.job()
-    done = subprocess.run(
-        ["faketime", "-f", shift, sys.executable, "-m", "unlearn.run", *job.argv],
-        cwd=job.cwd,
-        env={**os.environ, **job.env, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    outcome = bench.verdict(place, bench.run(place))
-    assert outcome == SAME

@@ -12,7 +12,7 @@ from fault_arena import SAME, STAGES, Bench, Place, broken, of_stage
 
 KILLED = {"KILL": -9, "TERM": 130}
 SEED = 20261123
-OPERATIONS, MOMENTS, CALLS = 216, 24, 24  # points of the slow suite
+OPERATIONS, MOMENTS = 216, 24  # points of the slow suite
 
 
 def of(stage: str, bench: Bench) -> list[str]:
@@ -99,40 +99,6 @@ def test_killed_at_a_moment(number: int, bench: Bench, tmp_path: Path) -> None:
     place = bench.cold(tmp_path / "place")
     killed = bench.run(place, after=moment, action=action)
     assert killed.code in (KILLED[action], 0), killed.err
-    assert broken(place) == []
-    assert bench.again(place, killed) == SAME
-    shutil.rmtree(place.root)
-
-
-CALLED = "write,pwrite64,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,ftruncate,fallocate,fsync"
-
-
-def trace(*arguments: str) -> list[str]:
-    return ["-qq", "-e", "signal=none", "-e", f"trace={CALLED}", *arguments]
-
-
-@pytest.fixture(scope="session")
-def calls(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """How many system calls that write a run makes, those of writers that are not Python among them."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
-    place = bench.cold(tmp_path_factory.mktemp("calls") / "place")
-    log = place.root / "calls"
-    ended = bench.run(place, trace=trace("-o", str(log)))
-    if not log.exists() or not log.read_text().strip():
-        pytest.skip("processes cannot be traced here (ptrace)")
-    assert ended.code == 0, ended.err
-    return len(log.read_text().splitlines())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(CALLS))
-def test_killed_at_a_system_call(number: int, calls: int, bench: Bench, tmp_path: Path) -> None:
-    at = random.Random(f"{SEED} {number}").randrange(calls * number // CALLS, calls * (number + 1) // CALLS) + 1
-    place = bench.cold(tmp_path / "place")
-    inject = f"inject={CALLED}:signal=SIGKILL:when={at}"
-    killed = bench.run(place, trace=trace("-o", str(place.root / "calls"), "-e", inject))
-    assert killed.code in (-9, 0), killed.err
     assert broken(place) == []
     assert bench.again(place, killed) == SAME
     shutil.rmtree(place.root)

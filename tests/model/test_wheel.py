@@ -134,9 +134,15 @@ def test_index_out_of_reach(index: Path, tmp_path: Path, monkeypatch: pytest.Mon
         (f"wheel:a==1/x/y.gguf#sha256={'0' * 63}", "64 hexadecimal digits"),
         ("wheel:a==1/x/y.gguf", "needs its file's checksum"),
         (f"wheel:a>=1/x/y.gguf#sha256={DIGEST}", "does not read as wheel:NAME==VERSION"),
-        (f"wheel:--index-url==1/y.gguf#sha256={DIGEST}", "does not read as wheel:NAME==VERSION"),
+        *(
+            (f"wheel:{name}/y.gguf#sha256={DIGEST}", "does not read as wheel:NAME==VERSION")
+            for name in ("--index-url==1", "-r==1", "a;b==1", "a==1 -r", "a @ https://h==1", "a\n==1")
+        ),
         (f"wheel:a==1//etc/y.gguf#sha256={DIGEST}", "not a path inside a wheel"),
-        (f"wheel:a==1/x/../../y.gguf#sha256={DIGEST}", "not a path inside a wheel"),
+        *(
+            (f"wheel:a==1/{path}#sha256={DIGEST}", "not a path inside a wheel")
+            for path in ("x/../../y.gguf", "../x.gguf", "a\\..\\x.gguf", "C:/x.gguf", "./x.gguf", "a/x.gguf/")
+        ),
         (f"wheel:a==1/x/y.bin#sha256={DIGEST}", r"only a \.gguf file"),
     ],
 )

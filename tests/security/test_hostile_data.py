@@ -56,30 +56,6 @@ def test_an_object_array_is_not_opened(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("d.json", "[" * 100_000 + "]" * 100_000),
-        ("d.jsonl", '{"a":' * 100_000),
-        ("d.json", '{"a": ' + "9" * 100_000 + "}"),
-        ("d.jsonl", '{"a": ' + "9" * 100_000 + "}"),
-        ("d.json", "\x00"),
-        ("d.jsonl", '{"a": 1}\n[1]\n'),
-        ("d.csv", 'a,b\n"x'),
-        ("d.csv", "a,a\n1,2\n"),
-        ("d.csv", "a,\n1,2\n"),
-        ("d.txt", b"\xff\xfe\x00"),
-        ("d.csv", b"\x80\x81"),
-        ("d.parquet", "PAR1" + "\x00" * 100 + "PAR1"),
-        ("d.parquet", b"PAR1\xff\xff\xff\x7fPAR1"),
-    ],
-    ids=lambda value: repr(value)[:30],
-)
-def test_what_cannot_be_read_is_one_message(tmp_path: Path, name: str, content: str | bytes) -> None:
-    with pytest.raises(DataError, match="d\\."):
-        read_file(write(tmp_path / name, content))
-
-
 def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zero.json").symlink_to("/dev/zero")
@@ -157,9 +133,3 @@ def test_prompts_know_only_columns() -> None:
     with pytest.raises(ValueError, match="no column"):
         template.render("{__class__}", {"question": "a"})
     assert template.render("{question} {{x}}", {"question": "{answer} {{y}}", "answer": "b"}) == "{answer} {{y}} {x}"
-
-
-def test_half_characters_are_named(tmp_path: Path) -> None:
-    rows = [{"question": f"q{n} \ud800", "answer": "a"} for n in range(8)]
-    with pytest.raises(DataError, match=r"row|line"):
-        load_sets(recipe(tmp_path, rows), tmp_path)

@@ -452,34 +452,6 @@ def test_kill_while_writing_leaves_no_finished_stage(tmp_path: Path) -> None:
         make(folder)
 
 
-def test_killed_at_random_moments_the_stage_is_whole_or_absent(tmp_path: Path) -> None:
-    """A process that replaces a stage over and over: whatever is there after a kill is one consistent version."""
-    code = """
-    with open_run(root, recipe(), "text") as folder:
-        print("ready", flush=True)
-        for i in range(100000):
-            with folder.writing("s", str(i)) as tmp:
-                for j in range(3):
-                    (tmp / f"{j}").write_text(str(i))
-    """
-    found = 0
-    for delay in (0.03, 0.05, 0.08, 0.13):
-        with running(code, tmp_path) as process:
-            time.sleep(delay)
-            process.kill()
-            process.wait()
-        with open_run(tmp_path, recipe(), TEXT) as folder:
-            record = folder.record("s")
-            if record is not None:
-                found += 1
-                place = folder.finished("s", record.key)
-                assert place is not None
-                assert {p.read_text() for p in place.iterdir() if p.name != "stage.json"} == {record.key}
-            else:
-                assert not (tmp_path / "s").exists()
-    assert found
-
-
 # the lock
 
 
