@@ -262,8 +262,9 @@ def _broken_cache(cache: Path) -> Iterator[str]:
 
 
 def _files(run: Path) -> list[Path]:
-    """Every file of a run's folder that has a name of its own: not what is still being written."""
-    return sorted(p for p in run.rglob("*") if p.is_file() and not p.relative_to(run).parts[0].startswith("."))
+    """Every file of a run's folder but figures, which show the report once more, and what is still being written."""
+    found = (p for p in run.rglob("*") if p.is_file())
+    return sorted(p for p in found if not p.relative_to(run).parts[0].startswith((".", "figures")))
 
 
 def digest(path: Path) -> str:
