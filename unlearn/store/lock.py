@@ -216,8 +216,9 @@ def _lease(path: Path, seconds: float) -> SoftFileLease:
 @functools.cache
 def _this_host() -> str:
     """What filelock calls this host and its pid namespace."""
-    with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "lock") as lease:
+    with suppress(OSError), tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "lock") as lease:
         return lease.owner.hostname if lease.owner else ""
+    return ""  # where it cannot be told, the holders of locks are watched
 
 
 def is_lock_file(name: str, lock: str) -> bool:
