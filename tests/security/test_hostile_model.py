@@ -30,6 +30,13 @@ from unlearn.vector.interop import from_checkpoints
 PICKLES = ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt", "model.pt")
 
 
+def indexed_by(index: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of tasks that are not of the pack are looked up in an index of the test's own."""
+    real = named_tasks.task_manager
+    found = lambda names=(), paths=(), metadata=None: index if names else real(names, paths, metadata)  # noqa: E731
+    monkeypatch.setattr(named_tasks, "task_manager", found)
+
+
 @pytest.fixture
 def folder(pico_llama: Path, tmp_path: Path) -> Path:
     """A model's folder, to be spoilt."""
@@ -305,7 +312,7 @@ def test_a_tokenizer_that_a_task_itself_would_trust_runs_no_code(
         "doc_to_text: q\ndoc_to_target: q\nmetric_list: [{metric: exact_match}]\n"
     )
     index = TaskManager(include_defaults=False, include_path=str(tmp_path))
-    monkeypatch.setattr(named_tasks, "manager", lambda shipped: index)
+    indexed_by(index, monkeypatch)
     task = TaskSpec.model_validate(
         {"task": "trusting", "metric": "exact_match", "metadata": {"tokenizer": str(folder)}}
     )
@@ -351,6 +358,6 @@ def test_a_task_that_runs_what_a_model_writes_is_refused(tmp_path: Path, monkeyp
         "doc_to_text: q\ndoc_to_target: q\nunsafe_code: true\nmetric_list: [{metric: exact_match}]\n"
     )
     index = TaskManager(include_defaults=False, include_path=str(tmp_path))
-    monkeypatch.setattr(named_tasks, "manager", lambda shipped: index)
+    indexed_by(index, monkeypatch)
     with pytest.raises(EvaluationError, match="runs the program text that a model writes"):
         load_task(TaskSpec.model_validate({"task": "writes_code", "metric": "exact_match"}), 0, "")

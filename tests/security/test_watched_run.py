@@ -83,6 +83,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     (home / "recipe.yaml").write_text(yaml_core.dump(recipe))
     before = snapshot(home)
     environment = {**SECRETS, "UNLEARN_CACHE": str(cache), "HF_HUB_OFFLINE": None, "HF_HOME": str(base / "hf")}
+    environment["MPLCONFIGDIR"] = str(cache / "matplotlib")  # where it keeps its list of fonts
     arguments = ["--recipe", "recipe.yaml", "--out", str(folder), "--set", "seed=1"]
     return Ran(home, folder, cache, canary, watched(arguments, home, environment), before)
 
