@@ -30,10 +30,15 @@ from unlearn.vector.interop import from_checkpoints
 PICKLES = ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt", "model.pt")
 
 
-def indexed_by(index: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of tasks that are not of the pack are looked up in an index of the test's own."""
+def indexed_by(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of tasks that are not of the pack are looked up in a folder of the test's own."""
     real = named_tasks.task_manager
-    found = lambda names=(), paths=(), metadata=None: index if names else real(names, paths, metadata)  # noqa: E731
+
+    def found(names: Any = (), paths: Any = (), metadata: Any = None) -> TaskManager:
+        if not names:
+            return real(names, paths, metadata)
+        return TaskManager(include_defaults=False, include_path=str(folder), metadata=dict(metadata or {}))
+
     monkeypatch.setattr(named_tasks, "task_manager", found)
 
 
@@ -311,8 +316,7 @@ def test_a_tokenizer_that_a_task_itself_would_trust_runs_no_code(
         "task: trusting\ncustom_dataset: !function t.items\ntest_split: test\noutput_type: generate_until\n"
         "doc_to_text: q\ndoc_to_target: q\nmetric_list: [{metric: exact_match}]\n"
     )
-    index = TaskManager(include_defaults=False, include_path=str(tmp_path))
-    indexed_by(index, monkeypatch)
+    indexed_by(tmp_path, monkeypatch)
     task = TaskSpec.model_validate(
         {"task": "trusting", "metric": "exact_match", "metadata": {"tokenizer": str(folder)}}
     )
@@ -357,7 +361,6 @@ def test_a_task_that_runs_what_a_model_writes_is_refused(tmp_path: Path, monkeyp
         "task: writes_code\ncustom_dataset: !function t.items\ntest_split: test\noutput_type: generate_until\n"
         "doc_to_text: q\ndoc_to_target: q\nunsafe_code: true\nmetric_list: [{metric: exact_match}]\n"
     )
-    index = TaskManager(include_defaults=False, include_path=str(tmp_path))
-    indexed_by(index, monkeypatch)
+    indexed_by(tmp_path, monkeypatch)
     with pytest.raises(EvaluationError, match="runs the program text that a model writes"):
         load_task(TaskSpec.model_validate({"task": "writes_code", "metric": "exact_match"}), 0, "")
