@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from filelock import SoftFileLease, Timeout
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from unlearn.console import say
 from unlearn.errors import RunFolderError
@@ -153,7 +153,7 @@ class Lock:
             self.lease = _lease(self.path, owner.lease_duration)  # filelock refuses to wait for less than was promised
         try:
             self.lease.acquire(blocking=False)
-        except Timeout:
+        except (Timeout, LeaseSettingsMismatch):  # the latter where another holder came in between
             return False
         with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(f"since={datetime.now(UTC).isoformat(timespec='seconds')}\n")  # for messages alone
