@@ -269,9 +269,7 @@ def test_local_models(here: Path) -> None:
         flat("model.path=empty")
     with pytest.raises(ModelError, match=r"there is no file absent\.gguf .*set model\.path to a folder"):
         flat("model.path=absent.gguf")
-    with pytest.raises(
-        ModelError, match=r"there is no pico:ph; did you mean pico:phi\? \(there are pico:phi, pico:llama"
-    ):
+    with pytest.raises(ModelError, match=r"there is no pico:ph; there are phi, llama, .*; did you mean pico:phi\?"):
         flat("model.path=pico:ph")
     (here / "whole").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):

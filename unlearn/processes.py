@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from unlearn.console import say
@@ -136,29 +135,6 @@ def alarm(message: str) -> None:
     """Say what has gone wrong in this process alone. The main one's errors are said by the command line anyway."""
     if rank():
         sys.stderr.write(f"error in process {rank()}: {message}\n")
-
-
-def failure_file(folder: Path, of: int) -> Path:
-    """Where the process of a rank leaves why it failed: what starts them ends the main one, and has no words."""
-    return folder / f"failed-{of}.txt"
-
-
-def forget_failure(folder: Path) -> None:
-    """To be called by every process before it begins: what it left in an earlier attempt is of no account."""
-    failure_file(folder, int(os.environ.get("RANK", "0"))).unlink(missing_ok=True)
-
-
-def leave_failure(folder: Path, code: int, error: str) -> None:
-    """Say why this process ends with ``code``, before it ends."""
-    failure_file(folder, int(os.environ.get("RANK", "0"))).write_text(f"{code} {error}", encoding="utf-8")
-
-
-def failure_of_another(folder: Path) -> tuple[int, str] | None:
-    """The exit code and reason of another process that failed: why the main one was told to stop."""
-    for path in sorted(folder.glob("failed-*.txt")):
-        code, _, error = path.read_text(encoding="utf-8").partition(" ")
-        return int(code), error
-    return None
 
 
 def gathered(value: Any) -> list[Any]:
@@ -320,34 +296,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ECHO = 2.0  # seconds: a batch system signals every process, and torchrun passes it on: one request, heard twice
 
 
-class Requests:
-    """A signal handler that counts how often somebody asked to stop, echoes left out."""
+class Hold:
+    """Signals that have arrived inside :func:`held`."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self.requested = False
         self._since = float("-inf")
 
     def __call__(self, number: int, frame: Any) -> None:
-        """The handler."""
+        """The handler. A second request, not an echo of the first, is not held."""
         now = time.monotonic()
         if now - self._since > _ECHO:
-            self.times += 1
-            self._since = now
-
-
-class Hold(Requests):
-    """Signals that have arrived inside :func:`held`."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal to stop has arrived."""
-        return self.times > 0
-
-    def __call__(self, number: int, frame: Any) -> None:
-        """The handler. A second request, not an echo of the first, is not held."""
-        super().__call__(number, frame)
-        if self.times > 1:
-            raise KeyboardInterrupt
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested, self._since = True, now
 
 
 @contextmanager
