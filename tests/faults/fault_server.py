@@ -81,7 +81,7 @@ class Server:
                 "HF_HUB_OFFLINE": "1",
                 "OMP_NUM_THREADS": "1",
                 "TOKENIZERS_PARALLELISM": "false",
-                "PYTHONPATH": str(Path(__file__).parent),
+                "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[2]}",  # the code beside it
             },
         )
 
