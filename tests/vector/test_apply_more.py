@@ -241,9 +241,10 @@ def test_a_known_family_ties_nothing_unless_it_is_told_to_and_needs_no_transform
     save_file({**weights, "model.embed_tokens.weight": torch.zeros(6, 4)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "phi", "num_hidden_layers": 1}')
     TaskVector({name: LowRank(torch.ones(1, 4), torch.ones(8, 1))}).save(tmp_path.with_name("v.safetensors"))
+    vector, out = (str(tmp_path.with_name(name)) for name in ("v.safetensors", "out"))
     code = (
         "import sys; from unlearn.vector.apply import apply\n"
-        f"apply({str(tmp_path.with_name('v.safetensors'))!r}, {str(tmp_path)!r}, 0.5, {str(tmp_path.with_name('out'))!r})\n"
+        f"apply({vector!r}, {str(tmp_path)!r}, 0.5, {out!r})\n"
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
