@@ -23,7 +23,7 @@ ORDER = (
     ("score",),
     ("evidence",),
     ("report",),
-    ("checks", "plan", "memory", "pipeline", "execute"),
+    ("plan", "pipeline", "execute"),
     ("run", "cluster", "cli", "__main__", "unlearn"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -106,7 +106,7 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("errors", "results", "console", "plan", "cli", "execute"),
+        *("errors", "results", "console", "plan.words", "cli", "execute"),
         *("recipe.schema", "recipe.load", "store.stages", "report.page"),
         *("vector.command", "vector.apply", "evidence.leaderboard", "cluster.command"),
     ],

@@ -172,14 +172,14 @@ def plan(
     memory: Annotated[bool, typer.Option("--memory", help="also the bytes that every stage holds, at most")] = False,
 ) -> None:
     """Check everything about a recipe, print what a run would do, and run nothing."""
-    from unlearn.plan import plan as text_of
+    from unlearn.plan.words import plan as text_of
     from unlearn.recipe.load import load_recipe
 
     loaded = load_recipe(*_recipe(words, recipe, changes))
     typer.echo(text_of(loaded))
     if memory:
         console.quiet_libraries()  # before they are imported
-        from unlearn.memory import memory as bytes_of
+        from unlearn.plan.memory import memory as bytes_of
 
         typer.echo(bytes_of(loaded))
 

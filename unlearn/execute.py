@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from unlearn import checks, processes
+from unlearn import processes
 from unlearn.console import is_main_process, quiet_libraries, say
 from unlearn.data.files import source_path
 from unlearn.evidence import reference as references
 from unlearn.model import locate
+from unlearn.plan import checks
 from unlearn.recipe.data import Source
 from unlearn.recipe.load import LoadedRecipe
 from unlearn.recipe.run_folder import open_run

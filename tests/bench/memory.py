@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from unlearn import memory as plan_memory
 from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.model import pico
+from unlearn.plan import memory as plan_memory
 from unlearn.recipe.methods import LoraSpec, TrainSpec
 from unlearn.text import file_size
 from unlearn.train import fit as finetune

@@ -515,7 +515,7 @@ def test_the_road_in_small(small: Callable[..., Path], tmp_path: Path, classifie
 
 def test_the_rows_beside_it_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands in the recipe's header, as they stand there."""
-    from unlearn.plan import plan
+    from unlearn.plan.words import plan
     from unlearn.recipe.load import load_recipe
 
     monkeypatch.delenv("HF_HUB_OFFLINE")  # a plan only says what would be downloaded

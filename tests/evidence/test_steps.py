@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from unlearn.plan import evidence_steps
+from unlearn.plan.words import evidence_steps
 from unlearn.recipe.schema import Recipe
 from unlearn.report.assemble import left_out
 from unlearn.results import LENS, AttackScore, Robustness, Who, probing, relearning

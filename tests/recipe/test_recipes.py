@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unlearn.data.sets import load_sets
-from unlearn.plan import plan
+from unlearn.plan.words import plan
 from unlearn.recipe.load import LoadedRecipe, json_schema, load_recipe, recipes_folder, resolved_yaml, tasks_folder
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from unlearn.errors import GridError, RecipeError, UnlearnError
-from unlearn.plan import plan
+from unlearn.plan.words import plan
 from unlearn.recipe.evaluation import ClusterSpec
 from unlearn.recipe.load import LoadedRecipe, load_recipe
 from unlearn.recipe.yaml import YamlSyntaxError, parse_value

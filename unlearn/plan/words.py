@@ -11,12 +11,12 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from unlearn import checks
 from unlearn.data.files import HUB
 from unlearn.data.items import CHARACTERS_PER_TOKEN
 from unlearn.data.sets import LoadedSet, load_sets
 from unlearn.evidence import reference as references
 from unlearn.model.locate import model_place
+from unlearn.plan import checks
 from unlearn.recipe.data import DataSet, SetRole
 from unlearn.recipe.evaluation import RobustnessSpec
 from unlearn.recipe.load import LoadedRecipe

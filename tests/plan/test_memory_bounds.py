@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from unlearn import cli
-from unlearn import memory as plan_memory
 from unlearn.model.load import linear_modules
+from unlearn.plan import memory as plan_memory
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.methods import LoraSpec, TrainSpec
 from unlearn.text import file_size

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError
 
-from unlearn import checks
 from unlearn.model import pico
+from unlearn.plan import checks
 from unlearn.recipe import task_names
 from unlearn.recipe.evaluation import PushSpec, TaskSpec
 
@@ -242,7 +242,7 @@ def test_what_takes_the_model_to_know_is_said_before_anything_is_trained(
 def test_names_of_tasks_are_looked_up_without_lm_eval(here: Path) -> None:
     """Nothing slow is imported for it, though a name is looked for in all of lm-eval's files."""
     code = (
-        "import sys; from unlearn import checks; from unlearn.recipe.evaluation import TaskSpec\n"
+        "import sys; from unlearn.plan import checks; from unlearn.recipe.evaluation import TaskSpec\n"
         "checks._check_tasks([TaskSpec(task=name) for name in ('hellaswag', 'mmlu', 'wmdp_bio', 'unlearn_mcq')])\n"
         "print(sorted({'lm_eval', 'torch', 'datasets', 'numpy'} & set(sys.modules)))"
     )

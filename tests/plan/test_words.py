@@ -11,7 +11,7 @@ import pytest
 
 from unlearn.errors import DataError, EvaluationError, ModelError
 from unlearn.model import locate as fetch
-from unlearn.plan import plan
+from unlearn.plan.words import plan
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.metrics import METRICS, goal_metrics, kept_metrics
 from unlearn.store import cache
@@ -311,10 +311,10 @@ def test_models_in_a_wheel(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plan_costs_no_heavy_library(here: Path) -> None:
     heavy = ("torch", "transformers", "datasets", "peft", "lm_eval", "numpy", "pyarrow", "huggingface_hub")
     code = (
-        "import sys; from unlearn.recipe.load import load_recipe; from unlearn.plan import plan;"
+        "import sys; from unlearn.recipe.load import load_recipe; from unlearn.plan.words import plan;"
         f"plan(load_recipe('r.yaml', ['retain.0.path=hub:a/b', 'model.path=a/b']));"
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
-    environment = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "HF_HOME": str(here)}
+    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HOME": str(here)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"

@@ -27,7 +27,7 @@ from unlearn.data.sets import load_sets
 from unlearn.errors import ModelError
 from unlearn.model.load import linear_modules, number_format, place, resolve_targets
 from unlearn.model.locate import at_hand
-from unlearn.plan import block, local_part, on_hub
+from unlearn.plan.words import block, local_part, on_hub
 from unlearn.recipe.data import SetRole
 from unlearn.recipe.load import LoadedRecipe
 from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec

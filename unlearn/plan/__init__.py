@@ -1,0 +1,1 @@
+"""What a run would do, said without doing it."""
