@@ -203,7 +203,9 @@ def test_bisection_agrees_with_the_grid_for_half_of_its_cost(tmp_path: Path, cap
     assert report.chosen.grid == (1, 2, 3, 4, 6, 8, 10, 12)
     assert report.chosen.bound_met
     assert len(tried) <= 4
-    assert f"{len(tried)} of the grid's 8 coefficients were scored" in html.unescape((folder / "report.html").read_text())
+    assert f"{len(tried)} of the grid's 8 coefficients were scored" in html.unescape(
+        (folder / "report.html").read_text()
+    )
 
     # killed before one of them was scored
     accepted = folder / "eval" / f"{report.chosen.coefficient:g}"
