@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,21 @@ def test_a_finished_text_makes_room(phi: Loaded) -> None:
     for i, text in found.items():
         first = next(n for n in range(1, 21) if n == 20 or tuple(wanted[i][:n]) in ends)
         assert text == wanted[i][:first]
+
+
+def test_one_token_one_prompt_many_times_and_none(phi: Loaded) -> None:
+    texts = prompts(phi)
+    assert decoded(phi, texts, limit=1) == {i: expected(phi, text, 1) for i, text in enumerate(texts)}
+    assert decoded(phi, texts[:1] * 3) == dict.fromkeys(range(3), expected(phi, texts[0], 12))
+    assert decoded(phi, []) == {}
+
+
+def test_half_precision(loaded: Load, pico_phi: Path) -> None:
+    half = loaded(pico_phi, "bfloat16")
+    texts = prompts(half)
+    found = decoded(half, texts)
+    agree = [found[i][0] == expected(half, text, 1)[0] for i, text in enumerate(texts)]
+    assert sum(agree) >= len(texts) - 1  # a near tie may fall the other way
 
 
 @pytest.mark.parametrize("window", [4, 20])

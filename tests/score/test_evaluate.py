@@ -28,6 +28,7 @@ from unlearn.data.items import Item
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, load_sets, write_items
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.model.pico import corpus
+from unlearn.recipe import metrics
 from unlearn.recipe.data import Split
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import Recipe
@@ -273,6 +274,16 @@ def test_items_are_counted_and_cut_as_lm_eval_encodes_them(
                 check_pieces(lm, row, loaded.spec.continuation)
 
 
+def test_answers_without_a_word_are_refused_where_texts_are_compared(
+    sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
+) -> None:
+    wordless = replace(sets[0], test=(Item("1", "Who?", "Paris"), Item("2", "Smile!", "😀 …")))
+    assert write_items((wordless,), lm.tokenizer, tmp_path / "a", ("test",), ("validation",))
+    assert write_items((replace(wordless, role="holdout"),), lm.tokenizer, tmp_path / "b", ("test",), ("test",))
+    with pytest.raises(EvaluationError, match="forget set 'near': 1 of 2 answers have no letter and no digit, such as"):
+        write_items((wordless,), lm.tokenizer, tmp_path / "c", ("test",), ("test",))
+
+
 def check_pieces(lm: HFLM, row: dict[str, Any], generated: int) -> None:
     """Every piece continues the passage's own tokens; they are single tokens where one can cut."""
     whole, context, sizes = lm.tok_encode(row["prompt"] + row["target"]), row["prompt"], []
@@ -480,11 +491,23 @@ def test_a_shipped_group_is_scored_as_one(recipe: Recipe, lm: Recording, tmp_pat
     halves = [built((), s, change(recipe, tasks=[{"task": "parts"}]), lm, tmp_path) for s in ("validation", "test")]
     assert sorted(n for t in halves for n in t.samples) == ["part_one", "part_one", "part_two"]
     for tasks in halves:
-        (score,) = evaluate(lm, tasks, model_name="pico").scores
+        result = evaluate(lm, tasks, model_name="pico")
+        (score,) = result.scores
         assert score.name == "parts"
         assert score.score.n == sum(map(len, tasks.samples.values()))
-        rows = [s for rows in evaluate(lm, tasks, model_name="pico").samples.values() for s in rows]
+        assert score.score.stderr is None or score.score.stderr > 0
+        assert result.values() == {}, "a group's items are its tasks'"
+        rows = [s for rows in result.samples.values() for s in rows]
         assert score.score.value == pytest.approx(sum(r["acc"] for r in rows) / len(rows))
+
+
+def test_metrics(recipe: Recipe) -> None:
+    """The choice rests on one of each set's kind, and on lm-eval's own tasks where they are to be kept."""
+    assert [metrics.default_metric(kind) for kind in ("mcq", "qa", "text")] == ["acc", "prob", "perplexity"]
+    assert metrics.goal_metrics(recipe) == (("forget", recipe.forget.label(), "prob"),)
+    assert metrics.kept_metrics(recipe) == (("retain", "far", "acc"), ("utility", "passages", "perplexity"))
+    with_tasks = change(recipe, tasks=[{"task": "wmdp_bio", "set": "forget"}, {"task": "piqa", "metric": "acc_norm"}])
+    assert metrics.kept_metrics(with_tasks)[2:] == (("utility", "piqa", "acc_norm"),)
 
 
 @pytest.mark.usefixtures("shelf")

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model, model_registry
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,7 @@ from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
 from unlearn.processes import shares
 from unlearn.recipe.load import tasks_folder
+from unlearn.score import harness
 from unlearn.score.packed import PackedLM
 from unlearn.score.tasks import _with_children, task_manager
 from unlearn.vector.change import LowRank
@@ -365,6 +368,15 @@ def test_a_head_of_its_own_is_kept(pico_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be found")
+def test_registering_twice_is_harmless_and_hides_no_other_model() -> None:
+    harness.register()
+    harness.register()
+    assert get_model("unlearn") is PackedLM
+    harness.register()  # now that the name stands for the class
+    assert get_model("hf") is HFLM
+    assert len([name for name in model_registry if name == "unlearn"]) == 1
+
+
 def test_no_device_means_the_one_that_is_there(
     model: Path, pack: Path, items: dict[str, str], theirs: dict[str, Any]
 ) -> None:

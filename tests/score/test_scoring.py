@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -146,6 +147,32 @@ def test_an_answer_that_the_model_would_give(got: Loaded) -> None:
     requests = [(("", ""), ids[0].tolist(), answer) for answer in (own, other, own[:1], own[:4])]
     flags = [greedy for _, greedy in packed(got)._loglikelihood_tokens(requests)]
     assert flags == [True, False, True, True]
+
+
+def test_one_request_none_and_the_same_again(phi: Loaded) -> None:
+    compare(phi, [("The capital of France is", " Paris")])
+    assert packed(phi).loglikelihood([]) == packed(phi)._loglikelihood_tokens([]) == []
+    answers = compare(phi, [("The capital of France is", " Paris"), ("The capital of Italy is", " Rome")] * 3)
+    assert answers[0] == answers[2] == answers[4] != answers[1]
+
+
+def test_answers_reach_lm_eval_s_cache_and_the_model_is_not_changed(phi: Loaded) -> None:
+    class Hook:
+        def __init__(self) -> None:
+            self.kept: dict[tuple[str, str], tuple[float, bool]] = {}
+
+        def add_partial(self, attr: str, request: tuple[str, str], answer: tuple[float, bool]) -> None:
+            assert attr == "loglikelihood"
+            self.kept[request] = answer
+
+    before, config = copy.deepcopy(phi.model.state_dict()), phi.model.config.to_dict()
+    lm = packed(phi)
+    lm.cache_hook = Hook()
+    answers = lm.loglikelihood(asked(questions()))
+    assert lm.cache_hook.kept == dict(zip(questions(), answers, strict=True))
+    assert all(torch.equal(t, before[n]) for n, t in phi.model.state_dict().items())
+    assert phi.model.config.to_dict() == config
+    assert not phi.model.training
 
 
 PROMPTS = st.text(max_size=30).filter(lambda text: not text or bool(text.strip()))
@@ -328,6 +355,19 @@ def forwards(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, in
     return seen
 
 
+def test_a_shared_context_is_computed_once(phi: Loaded, forwards: list[tuple[int, int]]) -> None:
+    context = " ".join(corpus()[:8])
+    texts = [(context, f" {city}") for city in ("Paris", "Rome", "Madrid", "Oslo")]
+    length = len(phi.tokenizer(context)["input_ids"])
+    lm = packed(phi)
+    lm.loglikelihood(asked(texts[:1]))  # with it the probe
+    forwards.clear()
+    lm.loglikelihood(asked(texts))
+    ((rows, width),) = forwards
+    assert rows == 1
+    assert length <= width < length + 30
+
+
 def test_batches_stay_within_the_budget(
     phi: Loaded, forwards: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +445,24 @@ def test_running_out_of_memory_loses_nothing(
     sizes.clear()
     assert_same(lm.loglikelihood(asked(texts)), wanted)
     assert max(sizes) <= 300
+
+
+def test_what_torch_keeps_is_let_go_before_the_next_try(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller rows alone do not help a library that allocates past torch."""
+    lm = packed(phi)
+    wanted = lm.loglikelihood(asked(questions()))
+    full = [True]
+    plain = phi.model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if full:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", full.clear)
+    monkeypatch.setattr(phi.model.model, "forward", forward)
+    assert_same(lm.loglikelihood(asked(questions())), wanted)
+    assert not full
 
 
 def test_a_tree_that_does_not_fit_is_cut(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,6 +554,11 @@ def test_a_model_with_a_sliding_window(phi: Loaded, window: int, monkeypatch: py
     assert narrow != packed(wide).loglikelihood(asked(questions() + few_shot()))
     monkeypatch.setattr(Forward, "costs", lambda self: Costs(1.0, 0.0))
     compare(model, questions() + few_shot())
+
+
+def test_a_window_that_is_never_reached_does_not_matter(phi: Loaded) -> None:
+    answers = [compare(small(MistralConfig, phi, sliding_window=window), questions()) for window in (256, None)]
+    assert_same(*answers)
 
 
 def test_a_model_that_attends_in_chunks(phi: Loaded, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from unlearn.errors import EvaluationError
 from unlearn.execute import execute
 from unlearn.recipe.evaluation import ChooseSpec
 from unlearn.recipe.load import load_recipe
-from unlearn.recipe.metrics import Key
+from unlearn.recipe.metrics import METRICS, Key
 from unlearn.results import Role, Score, SweepPoint, TaskScore
 from unlearn.score.search import (
     BROKEN,
@@ -33,6 +33,7 @@ from unlearn.score.search import (
     holds,
     judge,
     may_be_chosen,
+    may_tie,
     remaining,
     require_grounds,
     rule,
@@ -268,6 +269,12 @@ def test_the_rule_in_words() -> None:
     assert "95 %" not in rule(spec(), [FORGET], [PPL])
 
 
+def test_the_rule_for_both() -> None:
+    assert rule(spec(), [FORGET, AFRICA], []).startswith(
+        "most forgetting of europe (acc_norm) and learning of africa (acc) on validation items, on average"
+    )
+
+
 AMERICAS: Key = ("forget", "americas", "acc_norm")
 AFRICA: Key = ("learn", "africa", "acc")
 PASSAGES: Key = ("learn", "passages", "perplexity")
@@ -317,6 +324,11 @@ def test_a_goal_without_anything_to_do_does_not_count_and_all_of_them_are_an_err
 
 def guessing(key: Key, value: float, chance: float | None) -> TaskScore:
     return replace(score(key, value), chance=chance)
+
+
+def test_a_forget_set_that_was_only_guessed_is_said() -> None:
+    base = SweepPoint(0.0, (guessing(FORGET, 0.25, 0.25),), True)
+    assert "no more than guessing (0.250)" in require_grounds(base, [FORGET], [], spec())[FORGET]
 
 
 @pytest.mark.parametrize(
@@ -392,6 +404,14 @@ def test_the_loss_is_compared_in_nats(metric: str, before: float, after: float, 
     assert collapsed(here, base, [KEEP], rise + 0.01) == ""
     assert f"retain near rose by {rise:.1f} nats per token" in collapsed(here, base, [KEEP], rise - 0.01)
     assert collapsed(here, base, [], 0.1) == ""  # nothing was asked to be kept
+
+
+def test_the_forget_set_may_lose_as_much_as_it_likes() -> None:
+    base, here = (
+        {s.key: s for s in (kept_score("forget", "far", "loss", nats), kept_score("retain", "near", "loss", 1.0))}
+        for nats in (1.0, 99.0)
+    )
+    assert collapsed(here, base, [("retain", "near", "loss")], 1.0) == ""
 
 
 def test_a_collapsed_point_is_not_chosen_though_its_accuracies_look_best() -> None:
@@ -493,6 +513,13 @@ def test_every_curve_that_falls_until_it_saturates(size: int) -> None:
 
 
 @settings(max_examples=300, deadline=None)
+@given(st.integers(4, 40), st.data())
+def test_any_such_curve_on_any_grid(size: int, data: st.DataObject) -> None:
+    last, floor = data.draw(st.integers(0, size)), data.draw(st.integers(0, size))
+    agrees(saturating(size, last, floor))
+
+
+@settings(max_examples=300, deadline=None)
 @given(st.integers(12, 40), st.data())
 def test_level_stretches_before_the_end(size: int, data: st.DataObject) -> None:
     """Accuracy on few items: it stands still for a while and falls again."""
@@ -533,6 +560,27 @@ def test_what_is_asked_for() -> None:
     _, points = model.searched(ties=False)
     assert model.asked == [4, 6, 5]
     assert [(p.coefficient, p.within_bound) for p in points] == [(0, True), (1, True), (1.25, True), (1.5, False)]
+
+
+def test_where_nothing_passes_all_that_is_smaller_was_tried() -> None:
+    model = saturating(8, last=0, floor=8)
+    chosen, points = model.searched()
+    assert chosen == model.best() == 0
+    assert [round(4 * p.coefficient) for p in points] == [0, 1, 2, 4]
+    assert not any(p.within_bound for p in points[1:])
+
+
+def test_one_coefficient() -> None:
+    for last in (0, 1):
+        model = saturating(1, last, 1)
+        assert model.searched()[0] == model.best() == last
+        assert model.asked == [1]
+
+
+def test_which_scores_tie() -> None:
+    tying = {metric for metrics in METRICS.values() for metric in metrics if may_tie(metric)}
+    assert tying == {"acc", "acc_norm", "exact", "exact_memorisation", "extraction_strength"}
+    assert not may_tie("word_perplexity")
 
 
 GRID = (0.5, 1.0, 1.5, 2.0)
@@ -620,6 +668,21 @@ def test_the_order_of_the_names_makes_no_difference(
     one, other = Problem(names, steep, within), Problem(names, steep, within)
     assert one.solve() == other.solve(data.draw(st.permutations(names)))
     assert one.asked == other.asked
+
+
+def test_it_ends_within_the_bounds_and_never_worse_than_the_diagonal() -> None:
+    problem = Problem(["a", "b"], {"a": 5.0, "b": 0.2}, lambda at: at["a"] + at["b"] <= 2.5)
+    weights = problem.solve()
+    assert weights == {"a": 1.0, "b": pytest.approx(2 / 3)}, "the first step that is an improvement is taken"
+    end = problem.point((1.5, 1.0))
+    assert end.within_bound
+    assert value_at(end) < min(value_at(p) for c in GRID if (p := problem.point((c, c))).within_bound)
+
+
+def test_a_start_outside_the_bounds_is_left_for_any_point_within() -> None:
+    """Nothing on the diagonal passes, but a step beside its first point does, though it forgets less there."""
+    problem = Problem(["a", "b"], {"a": 1.0, "b": -0.1}, lambda at: at == {"a": 0.5, "b": 1.0})
+    assert problem.solve() == {"a": 0.5, "b": 1.0}
 
 
 def test_a_step_down_is_taken_where_less_is_better() -> None:

@@ -121,6 +121,14 @@ def test_when_passes_are_dear_every_prefix_is_computed_once(pairs: list[Pair]) -
 
 
 @quick
+@given(PAIRS)
+def test_when_passes_are_free_every_prefix_is_computed_once_too(pairs: list[Pair]) -> None:
+    pieces = pack(pairs, 32, Costs(1e-9, 0.0))
+    prefixes = {tuple(fed[: k + 1]) for fed in (model_input(p, 32) for p in pairs) for k in range(len(fed))}
+    assert sum(len(p.tokens) for p in pieces) == len(prefixes)
+
+
+@quick
 @given(PAIRS, st.sampled_from([0.02, 0.3, 2.0]), st.sampled_from([0.0, 1.0, 10.0]))
 def test_packing_never_costs_more_than_a_row_for_each(pairs: list[Pair], pair: float, launch: float) -> None:
     pieces = pack(pairs, 32, Costs(pair, launch))
@@ -157,6 +165,18 @@ def test_examples_in_front_of_many_questions_become_a_trunk() -> None:
     # a beginning of two tokens that two short questions share is not worth a pass of its own
     few = [([1, 2, 10 + q], [a, a]) for q in range(2) for a in range(4)]
     assert not any(piece.kept for piece in pack(few, 2048, Costs(5e-4, 24.0)))
+
+
+def test_scores_inside_a_trunk() -> None:
+    """A passage's own continuation may be what others begin with."""
+    start = list(range(100, 160))
+    pairs: list[Pair] = [([start[0]], start[1:])]
+    pairs += [(start[:1], [*start[1:], 200 + k, 300 + k]) for k in range(30)]
+    pieces = pack(pairs, 256, Costs(0.01, 1.0))
+    check(pairs, 256, pieces)
+    assert pieces[0].kept
+    assert len(pieces[0].nodes) > 59
+    assert pack([], 64, TREE) == []
 
 
 def test_rows_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
