@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_each_attack_is_that_attack_on_that_model(
     assert made.keys() == there.keys()
     for key, value in there.items():  # in 8 bits a score depends a little on what stands beside it in a batch
         assert value == pytest.approx(made[key], abs=1e-3 if key[0] == "quantise" else 1e-4)
+
+
+def test_values_of_each_item_are_kept(compared: Path, found: Robustness) -> None:
+    for who in EVERYONE:
+        folder = compared / "run" / "robustness" / who
+        texts = json.loads((folder / "samples" / "samples.json").read_text(encoding="utf-8"))
+        assert [len(t["samples"]) for t in texts] == [2] * 6
+        stored = [s for p in sorted(folder.iterdir()) for s in json.loads((p / "scores.json").read_text())]
+        assert sorted(map(str, stored)) == sorted(str(asdict(s)) for s in found.scores if s.who == who)
 
 
 def test_an_attack_from_outside(
@@ -307,6 +317,8 @@ def test_the_sentence() -> None:
         " The retain reference, which never knew it, goes from 0.40 to 0.75 under 20 steps of relearning on 8 "
         "forgotten items. What it gains as well is learned anew, not brought back."
     )
+    nothing = Robustness("capitals", "acc", (*PLAIN, NF4, *knew_nothing[:2])).sentence()
+    assert nothing.endswith("the one attack brings nothing back that can be told from chance."), "nor is it named"
 
 
 def test_recovered_of_the_reference_starts_at_its_own() -> None:

@@ -72,6 +72,13 @@ def test_only_the_prompt_is_another(probe: Any) -> None:
         assert [replace(i, prompt="") for i in worded] == [replace(i, prompt="") for i in items]
 
 
+def test_statements_are_announced() -> None:
+    for probe in ("paraphrase", "template"):
+        for (worded,) in wordings(probe, "mcq", [STATEMENT]).values():
+            assert worded.prompt.endswith("The capital of France is")  # the answer must still follow
+            assert len(worded.prompt) > len(STATEMENT.prompt)
+
+
 def test_a_scene_before_a_passage() -> None:
     found = wordings("prefix", "text", [PASSAGE])
     assert len(found) == 3
@@ -110,6 +117,17 @@ def test_mean_and_best_wording(phi: Loaded, tmp_path: Path) -> None:
     assert mean.value == pytest.approx(sum(s.value for s in alone) / 4)
     assert mean.values == pytest.approx([sum(v) / 4 for v in zip(*(s.values for s in alone), strict=True)])
     assert best == max(alone, key=lambda s: s.value)
+
+
+@pytest.mark.parametrize("probe", ["paraphrase", "prefix", "few_shot", "template"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_probe_can_be_scored(kind: str, probe: Any, phi: Loaded, tmp_path: Path) -> None:
+    arena = Arena(phi, tmp_path, kind)
+    found = wordings(probe, arena.forget.spec.kind, arena.forget.test, arena.sets, 0)
+    assert bool(found) is (kind != "text" or probe == "prefix")
+    if found:
+        mean, best = ask(phi.model, arena.judge(), found)
+        assert 0 <= mean.value <= best.value <= 1
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -207,6 +225,35 @@ def test_answers_of_several_lines_are_compared_whole(phi: Loaded, tmp_path: Path
     assert [texts[0].strip() for texts in found.texts] == [item.target for item in judge.items]
     shown = complete(judge.lm(model), arena.sets[:1], 9)
     assert [s["text"] for s in shown] == [s["target"] for s in shown]
+
+
+def test_an_answer_longer_than_what_may_be_written(phi: Loaded, tmp_path: Path) -> None:
+    """As much of it is compared as could be written; a choice is given the tokens that its right answer has."""
+    arena = Arena(phi, tmp_path, "qa", forget=poems(tmp_path, continuation=5))
+    model = taught(arena, arena.forget.train, 60)
+    found = sample(model, arena.judge(), 1, 1e-4, 0)
+    assert found.greedy.value == 1.0
+    for (text,), item in zip(found.texts, arena.forget.test, strict=True):
+        assert item.target.startswith(text.strip())
+        assert len(phi.tokenizer(text)["input_ids"]) == 5
+    long = "a very long name of a town that nobody ever could remember because it goes on and on"
+    rows = [{"question": q, "choices": [f"{q} {long}", "Rome"], "answer": 0} for q in "ABCDEF"]
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares = {"train": "all", "validation": 0.4, "test": 0.6}
+    choice = Arena(phi, tmp_path / "m", "mcq", forget={"path": "long.jsonl", "columns": {}, "shares": shares})
+    knows = taught(choice, choice.forget.train, 60)
+    assert sample(knows, choice.judge(), 1, 1e-4, 0).greedy.value == 1.0
+    shown = complete(choice.judge().lm(knows), choice.sets[:1], 9)
+    assert [s["text"] for s in shown] == [s["target"] for s in shown]
+
+
+def test_the_models_own_settings_do_not_count(phi: Loaded, tmp_path: Path) -> None:
+    judge = Arena(phi, tmp_path, "qa").judge()
+    found = sample(phi.model, judge, 4, 1.0, 0)
+    own = phi.model.generation_config
+    own.top_k, own.top_p, own.repetition_penalty, own.do_sample = 1, 0.1, 3.0, True
+    assert sample(phi.model, judge, 4, 1.0, 0).texts == found.texts
 
 
 def test_samples_stop_each_at_its_own_end(phi: Loaded) -> None:

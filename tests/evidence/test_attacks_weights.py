@@ -100,6 +100,33 @@ def test_four_bits_are_the_weights_read_back_by_hand(
     assert not getattr(twin.config, "quantization_config", None)
 
 
+def test_nothing_to_merge(phi: Loaded) -> None:
+    before = fingerprint(phi.model)
+    assert fingerprint(edited_copy(phi.model, None, 1.0)) == before
+    assert fingerprint(edited_copy(phi.model, a_vector(phi.model), 0.0)) == before
+    with pytest.raises(VectorError, match="does not fit this model"):
+        edited_copy(phi.model, TaskVector({"no.such": LowRank(torch.ones(1, 64), torch.ones(64, 1))}), 1.0)
+
+
+def test_eight_bits(phi: Loaded, tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    judge = Arena(phi, tmp_path, "mcq").judge()
+    with quantised(phi.model, "int8") as small:
+        assert all(type(small.get_submodule(n)) is bnb.nn.Linear8bitLt for n in linear_modules(phi.model))
+        found = judge.scores(small)["logprob"]
+    full = judge.scores(phi.model)["logprob"]
+    assert all(math.isfinite(v) for v in found.values)
+    assert found.values != full.values
+    assert found.values == pytest.approx(full.values, abs=0.2)
+
+
+def test_a_copy_is_gone_after_an_error(phi: Loaded, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ZeroDivisionError), quantised(phi.model, "nf4", tmp_path):
+        len(list(tmp_path.iterdir())) / 0
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edit_cannot_be_merged_into_four_bits(kind: str, phi: Loaded, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
@@ -151,6 +178,16 @@ def test_items_are_taken_out_of_the_scored_ones(phi: Loaded, tmp_path: Path) -> 
     assert not set(chosen) & set(scored)
     alone = replace(forget, train=forget.test[:1])
     assert parted(alone, forget.test[:1], 8, seed=0) == (forget.test[:1], forget.test[:1])
+
+
+def test_one_row_for_an_item_of_several_prompts(phi: Loaded, tmp_path: Path) -> None:
+    prompts = {"train": ("Q: {question}\nA:", "Say: {question}"), "validation": "{question}", "test": "{question}"}
+    forget = Arena(phi, tmp_path, "qa", forget={"prompt": prompts}).forget
+    ids = sorted({i.id for i in forget.train})
+    assert len(forget.train) == 2 * len(ids)
+    chosen, _ = parted(forget, forget.test, len(ids), seed=0)
+    assert sorted(i.id for i in chosen) == ids
+    assert all(i.prompt.startswith("Q: ") for i in chosen)
 
 
 def test_unrelated_rows_are_those_of_the_utility_sets(phi: Loaded, tmp_path: Path) -> None:
@@ -215,6 +252,18 @@ def test_the_curve_is_that_of_steps_by_hand(loaded: Load, pico_phi: Path, tmp_pa
         twin = edited_copy(arena.model, None, 0.0)
         by_hand(twin, rows, steps, 2, 5e-3, 5)
         assert found.values == pytest.approx(judge.score(twin).values, rel=1e-3)
+
+
+def test_fewer_rows_than_a_batch(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arena = Arena(phi, tmp_path / "arena", "qa")
+    rows = forgotten_rows(arena.forget, arena.forget.train[:1], phi.tokenizer)
+    twin, judge = edited_copy(phi.model, None, 0.0), arena.judge()
+    (pair,) = relearn(twin, phi.tokenizer, rows, spec(steps=(3,), batch_size=8), 0, judge)
+    other = edited_copy(phi.model, None, 0.0)
+    by_hand(other, rows, 3, 1, 5e-3, 0)
+    assert pair[1].values == pytest.approx(judge.score(other).values, rel=1e-3)
+    assert [p.name for p in tmp_path.iterdir()] == ["arena"]  # no checkpoints
 
 
 def test_the_same_seed_gives_the_same_curve(phi: Loaded, tmp_path: Path) -> None:

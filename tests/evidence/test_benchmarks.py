@@ -274,11 +274,21 @@ def test_samples_give_what_the_log_gives() -> None:
     assert np.array_equal(read.sets["retain"].rouge, [1.0, 0.5])  # joined, not in the file's order
 
 
+def test_fields_in_another_order_are_joined_by_item() -> None:
+    data = made_up()
+    for file in data.values():
+        file["avg_paraphrased_loss"] = dict(reversed(file["avg_paraphrased_loss"].items()))
+    found = tofu_row(TofuLog.from_json(data, "x"))
+    assert {k: found[k] for k in by_hand()} == pytest.approx(by_hand())
+
+
 def test_tasks_that_were_not_run_are_named() -> None:
     some = samples()
     del some["tofu_world_facts_rouge"]
     with pytest.raises(EvaluationError, match="task tofu_world_facts_rouge was not run"):
         TofuLog.from_samples(some, "forget10")
+    with pytest.raises(EvaluationError, match="task tofu_retain_prob has no items"):
+        TofuLog.from_samples({**samples(), "tofu_retain_prob": []}, "forget10")
 
 
 @pytest.mark.parametrize(
@@ -437,6 +447,7 @@ def test_the_direction_is_the_authors() -> None:
     shunned = muse_log(forget=(-9.0,) * 4)
     assert shunned.auc == 1.0
     assert privleak(shunned, "published") == pytest.approx(109.6, abs=0.05)
+    assert muse_log(forget=(-1.0,) * 3, holdout=(-1.0,) * 2).auc == 0.5, "equal scores say nothing"
     # and it is the other way round than for membership, where the forget texts are the members
     assert auc(shunned.min_forget, shunned.min_holdout) == 0.0
 
@@ -530,6 +541,16 @@ def test_the_newest_file_of_a_task_counts(tmp_path: Path) -> None:
     found = read_samples(where)
     assert [r["rougeL_f1"] for r in found[task]] == [1.0]
     assert len(found["muse_news_knowmem_forget"]) == 3  # from the older evaluation, which is the newest with it
+
+
+def test_two_filters_of_one_item_are_no_doubles(tmp_path: Path) -> None:
+    one = records("exact", (1.0, 0.0))
+    results = written(tmp_path, own={"task": [*one, *({**r, "filter": "strict"} for r in one)]})
+    whole = json.loads(results.read_text())
+    whole["n-samples"]["task"]["effective"] = 2
+    results.write_text(json.dumps(whole))
+    found = [(r["doc_id"], r["filter"]) for r in read_samples(tmp_path)["task"]]
+    assert found == [(0, "none"), (0, "strict"), (1, "none"), (1, "strict")]
 
 
 def only(path: Path) -> Path:

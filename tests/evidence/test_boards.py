@@ -5,17 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_file_datetime, get_latest_filename, get_results_filenames, make_table
 from scipy.stats import hmean, ks_2samp
 
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.evidence.benchmarks import Log, MuseLog, TofuLog
-from unlearn.evidence.boards import muse_csv, muse_summary, rows, tofu_summary, write_boards
+from unlearn.evidence.boards import muse_csv, muse_summary, read_run, rows, tofu_summary, write_boards
+from unlearn.recipe.load import tasks_folder
 from unlearn.results import Who
+from unlearn.score.evaluate import write_files
+from unlearn.score.silence import quiet_harness
 
 FILES = {  # file: (items, perturbed answers)
     "eval_log.json": (7, 3),
@@ -211,3 +220,67 @@ def test_a_place_that_cannot_be_written(logs: dict[Who, Log], tmp_path: Path) ->
 
 
 # -- lm-eval's own files -----------------------------------------------------------------------------------------
+
+
+def test_a_pico_model_from_lm_eval_to_the_board(
+    pico_phi: Path, tmp_path: Path, capitals: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TOFU's tasks through lm-eval, files by its tracker, read by its own tools and by ours."""
+    data = tmp_path / "tofu"
+    data.mkdir()
+    cities = json.loads(capitals("all.json", 0, 20).read_text("utf-8"))
+    for at, name in enumerate(("forget01", "retain", "real_authors", "world_facts")):
+        lines = [
+            {
+                "question": row["question"],
+                "answer": row["answer"],
+                "perturbed_answer": [c for c in row["choices"] if c != row["answer"]],
+                **({"paraphrased_answer": f"It is {row['answer']}."} if at < 2 else {}),
+            }
+            for row in cities[at * 3 : at * 3 + 3]
+        ]
+        (data / f"{name}_perturbed.json").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    metadata = {"tofu": str(data), "tokenizer": str(pico_phi), "max_tokens": 4}
+    with quiet_harness():
+        found = simple_evaluate(
+            HFLM(pretrained=str(pico_phi), batch_size=8, device="cpu", dtype="float32"),
+            tasks=["tofu_forget01"],
+            task_manager=TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=metadata),
+            metadata=metadata,
+            bootstrap_iters=0,
+        )
+    assert found is not None
+    samples = found.pop("samples")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "resolved.yaml").write_text("name: pico\nbenchmark:\n  name: tofu\n  set: forget01\n")
+    for who in ("target", "edited", "reference"):
+        path = write_files(run / "benchmark" / who, "pico", found, samples, 1.0)
+
+    # lm-eval finds the results, takes their time from the name, and makes its table of them
+    names = [str(p) for p in path.parent.iterdir()]
+    assert get_latest_filename(get_results_filenames(names)) == str(path)
+    written = json.loads(path.read_text("utf-8"))
+    assert get_file_datetime(path.name).startswith("20")
+    table = make_table(written)
+    assert all(f"tofu_{name}_prob" in table for name in ("forget01", "retain", "real_authors", "world_facts"))
+    assert "truth_ratio_forget" in table
+    # its card of results reads them so
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    again = loaded["results"][0]
+    assert again["tofu_forget01_prob"]["prob,none"] == written["results"]["tofu_forget01_prob"]["prob,none"]
+
+    # and ours computes from the items what lm-eval computed
+    bench = read_run(run)
+    with pytest.raises(EvaluationError, match=r"this is one model.*\(found with the target\)"):
+        rows(bench.logs, bench.logs["reference"], "m")
+    row = rows(bench.logs, None, "m")["edited"]
+    results = written["results"]
+    assert row["Prob. Forget"] == pytest.approx(results["tofu_forget01_prob"]["prob,none"], rel=1e-9)
+    assert row["Truth Ratio Forget"] == pytest.approx(
+        results["tofu_forget01_prob"]["truth_ratio_forget,none"], rel=1e-9
+    )
+    assert row["Prob. Real World"] == pytest.approx(results["tofu_world_facts_prob"]["prob_choice,none"], rel=1e-9)
+    assert row["ROUGE Retain"] == pytest.approx(results["tofu_retain_rouge"]["rougeL,none"], rel=1e-9)
+    assert 0 < float(row["Prob. Forget"] or 0) < 1

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +205,26 @@ def test_the_slope_is_that_of_the_sweep_s_metric(
     assert slope(got.model, -2.0 * tau, rows, kind, 0) == pytest.approx(-2 * found, rel=1e-3)
 
 
+def test_a_slope_in_sixteen_bits(loaded: Load, pico_phi: Path) -> None:
+    full, half = loaded(pico_phi), loaded(pico_phi, "bfloat16")
+    tau = two_changes(full.model, NAMES["phi"], 3)
+    rows = scored_rows(ITEMS["qa"], "qa", full.tokenizer, 512)
+    wanted = slope(full.model, tau, rows, "qa", 0)
+    assert slope(half.model, tau, rows, "qa", 0) == pytest.approx(wanted, rel=0.15, abs=0.05)
+
+
+def test_long_items_are_cut_from_the_left(phi: Loaded) -> None:
+    (whole,) = scored_rows(ITEMS["qa"][2:], "qa", phi.tokenizer, 512)
+    assert phi.tokenizer.eos_token_id not in whole.input_ids, "the sweep does not score the end of text"
+    answer = sum(label != IGNORE for label in whole.labels)
+    (cut,) = scored_rows(ITEMS["qa"][2:], "qa", phi.tokenizer, answer + 1)
+    assert cut.input_ids == whole.input_ids[-answer - 1 :]
+    assert cut.labels == (IGNORE, *whole.labels[-answer:])
+    for items, limit in ((ITEMS["qa"][2:], answer), ([Item("1", "The capital", "")], 512)):
+        with pytest.raises(EvaluationError, match="cannot be scored by a model that reads"):
+            scored_rows(items, "qa" if items[0].target else "text", phi.tokenizer, limit)
+
+
 @pytest.fixture
 def recipe(capitals: Callable[..., Path], tmp_path: Path) -> Recipe:
     lines = corpus()
@@ -305,6 +325,13 @@ def test_verdicts(alpha: float | None, stderr: float | None, wanted: str | None)
 
 def entry(role: Role, name: str, slope: float, alpha: float | None = None, metric: str = "loss") -> SetForesight:
     return SetForesight(role, name, metric, slope, 40, 0.99, alpha, 0.05, 0.3, {}, verdict(alpha, 0.05))
+
+
+def test_readings_say_the_range() -> None:
+    assert "up to an order of 1/α² = 6.25" in reading(entry("retain", "a", 1.0, -0.4))
+    assert "1/α²" in reading(entry("retain", "a", 1.0, 0.01))
+    assert "no λ comes with a guarantee" in reading(entry("retain", "a", 1.0, 0.4))
+    assert "only the slope" in reading(replace(entry("retain", "a", 1.0), alpha_vectors=None))
 
 
 def test_spearman() -> None:

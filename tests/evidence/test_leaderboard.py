@@ -124,6 +124,10 @@ def test_the_row_of_every_model(made: Made, said: Said) -> None:
     assert table["Forget Quality"] == [*(f"{q:.4g}" for q in wanted[:2]), "-"]  # none of the reference beside itself
     assert table["ROUGE Retain"] == ["0.5000"] * 3
     assert len(table) == 1 + 1 + 16
+    # reports and results are not believed: the samples alone count
+    (run / "report.json").write_text('{"scores": "rubbish"}')
+    assert main([str(run)]) == 0
+    assert "0.123" not in said()[0]
 
 
 def test_files_of_one_run_and_of_several(made: Made, said: Said, tmp_path: Path) -> None:
@@ -206,6 +210,19 @@ def test_muse(made: Made, said: Said, tmp_path: Path) -> None:
     out, err = said()
     assert shown(out)["privleak"] == ["-", "-"]
     assert "so PrivLeak is absent" in err
+
+
+def test_a_reference_with_an_auc_of_0(made: Made, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PrivLeak divides by it: the figure is left out with the reason, and the others stay."""
+    monkeypatch.setitem(LOSSES, "reference", -1.0)  # every forget text is likelier to it than every hold-out text
+    run = made("muse", benchmark="muse", subset="books")
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    out, err = said()
+    table = shown(out)
+    assert table["privleak"] == ["-", "-", "-"]
+    assert table["verbmem_f"] == ["37.50"] * 3
+    assert f"{run}: PrivLeak is absent because the reference's AUC is 0" in " ".join(err.split())
+    assert (tmp_path / "out" / "muse.csv").read_text().splitlines()[1].startswith("target,37.5,,")
 
 
 def test_a_model_is_no_reference_for_itself(
@@ -293,6 +310,34 @@ def test_a_log_alone(write: Callable[[str, Any], str], said: Said, tmp_path: Pat
     assert list((tmp_path / "out").iterdir()) != []
 
 
+def test_a_log_against_a_run(write: Callable[[str, Any], str], made: Made, said: Said) -> None:
+    data = a_log(items=5)
+    for column in data["eval_log_forget.json"].values():
+        for item, value in column.items():
+            column[item] = value[:2] if isinstance(value, list) else value
+    assert main(["--tofu-log", write("log.json", data), "--reference", str(made())]) == 0
+    row = json.loads(said()[0])
+    ours = [math.exp((5.0 - i / 4) / 2 - 0.75 - i / 8) for i in range(5)]
+    losses = [loss("forget", "reference", i) for i in range(5)]
+    theirs = [math.exp(sum(wrong) / 2 - reworded) for _, reworded, wrong in losses]
+    assert row["Forget Quality"] == pytest.approx(ks_2samp(ours, theirs).pvalue, rel=1e-12)
+
+
+@pytest.mark.skipif(not LOGS, reason="UNLEARN_TOFU_LOGS names the folder with the authors' logs, full and retain90")
+def test_the_authors_own_logs(said: Said) -> None:
+    """Their leaderboard's row of Phi-1.5 before unlearning (forget10)."""
+    folder = Path(str(LOGS))
+    assert main(["--tofu-log", str(folder / "full.json"), "--reference", str(folder / "retain90.json")]) == 0
+    row = json.loads(said()[0])
+    assert row["Model Utility"] == pytest.approx(0.5220737132035153, rel=1e-9)
+    assert row["Forget Quality"] == pytest.approx(2.1942743021891237e-16, rel=1e-9)
+    assert row["KS Test Forget"] == pytest.approx(0.346667, abs=5e-7)
+    assert row["Prob. Forget"] == pytest.approx(0.9282394842423192, rel=1e-9)
+    assert row["ROUGE Forget"] == pytest.approx(0.9248612622630048, rel=1e-9)
+    assert row["Truth Ratio Forget"] == pytest.approx(0.4833555856680227, rel=1e-9)
+    assert row["Prob. Real World"] == pytest.approx(0.40899845221380016, rel=1e-9)
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +355,11 @@ def refused(command: list[str], said: Said, *words: str) -> None:
 def test_a_folder_that_is_no_run(tmp_path: Path, said: Said) -> None:
     refused([str(tmp_path)], said, f"{tmp_path} is not the folder of a run (it has no resolved.yaml)")
     refused([str(tmp_path / "nothing")], said, "is not the folder of a run")
+    refused([str(tmp_path), "--tofu-log", "x.json"], said, "give either the folders of runs, or one log")
+    refused(["--tofu-log", str(tmp_path / "none.json")], said, "there is no such file")
+    (tmp_path / "resolved.yaml").write_text("name: x\nbenchmark: null\n")
+    add = "add `benchmark: {name: tofu, set: forget10}`"
+    refused([str(tmp_path)], said, f"{tmp_path}: this run has no benchmark: {add}")
     for text in ("a: [", "- 1\n", "benchmark: {name: tofu, set: news}\n", "benchmark: 3\n"):
         (tmp_path / "resolved.yaml").write_text(text)
         refused([str(tmp_path)], said, "cannot be read as a recipe")

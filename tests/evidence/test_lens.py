@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,25 @@ def test_an_inner_layer_by_hand(
         assert main is not None
         best = [max(range(len(t)), key=t.__getitem__) for t in totals]
         assert main[0][1].values == tuple(float(b == i.answer) for b, i in zip(best, judge.items, strict=True))
+
+
+def test_small_passes_give_the_same_layers(phi: Loaded, tmp_path: Path) -> None:
+    arenas = [Arena(phi, tmp_path, "qa", **more) for more in ({}, {"eval": {"batch_tokens": 16}})]
+    whole, parts = (logit_lens(phi.model, arena.judge()) for arena in arenas)
+    assert whole is not None
+    assert parts is not None
+    for (_, one), (_, other) in zip(whole, parts, strict=True):
+        assert one.values == pytest.approx(other.values, rel=1e-4)
+
+
+def test_the_lens_writes_no_other_items(phi: Loaded, tmp_path: Path) -> None:
+    """The items on disk are those of the report's own tasks, in the same form."""
+    arena = Arena(phi, tmp_path, "text")
+    logit_lens(phi.model, arena.judge())
+    (file,) = (tmp_path / "items").rglob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [row["id"] for row in rows] == [i.id for i in arena.forget.test]
+    assert all(row["pieces"] and row["continuation"] for row in rows)
 
 
 def test_where_the_lens_cannot_be_had(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

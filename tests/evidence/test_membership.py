@@ -32,6 +32,7 @@ from unlearn.evidence.membership import (
     auc,
     auc_interval,
     loss_score,
+    members_of,
     min_k,
     min_k_pp,
     save,
@@ -83,6 +84,8 @@ def test_auc_is_scikit_learns_ties_and_all(members: list[int], others: list[int]
 )
 def test_auc_by_hand(members: list[float], others: list[float], wanted: float) -> None:
     assert auc(members, others) == wanted
+    if wanted in (0.0, 1.0):
+        assert auc_interval(members, others) == (wanted, wanted)
 
 
 def test_nothing_to_compare_is_an_error() -> None:
@@ -132,6 +135,13 @@ def test_the_attacks_by_hand() -> None:
 def test_one_token_and_no_deviation() -> None:
     one = told([-1.0], means=[-1.0], stds=[0.0])
     assert (loss_score(one), min_k(one, 0.4), min_k_pp(one, 0.4)) == (-1.0, -1.0, 0.0)
+    with pytest.raises(EvaluationError, match="text without a token"):
+        loss_score(told([]))
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_more_likely_text_scores_higher(attack: Callable[[TokenScores], float]) -> None:
+    assert attack(told([-0.1, -0.2])) > attack(told([-3.0, -4.0]))
 
 
 FOLDERS = ("pico_phi", "pico_llama", "pico_gpt2")
@@ -360,8 +370,52 @@ def test_items_that_do_not_fit_are_refused(phi: Loaded, tmp_path: Path) -> None:
             score_items(phi, [*items, (replace(first, target="far away " * 600), cast("Any", kind))])
 
 
+def test_each_content_counts_once(phi: Loaded, tmp_path: Path) -> None:
+    prompts = {"train": ["Q: {question}\nA:", "Say: {question}"], "validation": "V {question}", "test": "T {question}"}
+    forget = Arena(phi, tmp_path, "qa", forget={"prompt": prompts}).forget
+    once = members_of(forget.train)
+    assert len(once) == len(forget.train) // 2
+    assert len({i.id for i in once}) == len(once)
+    assert all(i.prompt.startswith("Q: ") for i in once)  # the first wording
+
+
+def test_passages_are_scored_whole(phi: Loaded, tmp_path: Path) -> None:
+    forget = Arena(phi, tmp_path, "text").forget
+    (row,) = score_items(phi, [(forget.test[0], "text")])
+    ids = phi.tokenizer(forget.test[0].prompt + forget.test[0].target, return_tensors="pt")["input_ids"]
+    assert row["tokens"] == ids.shape[1] - 1  # all but the first, which has nothing before it
+    with torch.no_grad():
+        assert row["loss"] == pytest.approx(-float(phi.model(ids, labels=ids).loss), abs=1e-4)
+
+
 def rows(start: int, values: list[float]) -> list[Row]:
     return [{"id": f"i{start + n}", "tokens": 3, **dict.fromkeys(ATTACKS, v)} for n, v in enumerate(values)]
+
+
+def test_degenerate_sides(tmp_path: Path) -> None:
+    """All told apart, all the wrong way round, ties, one item on a side."""
+    for members, others, area in (
+        ([2.0, 3.0], [0.0, 1.0], 1.0),
+        ([0.0, 1.0], [2.0, 3.0], 0.0),
+        ([1.0, 1.0], [1.0, 1.0], 0.5),
+        ([1.0], [0.0], 1.0),
+        ([1.0, 2.0], [1.0], 0.75),
+    ):
+        save(tmp_path / SAMPLES, rows(0, members), rows(10, others))
+        for one in areas({"target": tmp_path / SAMPLES}, 100, 0):
+            assert one.auc == area
+            assert (one.members, one.others) == (len(members), len(others))
+    save(tmp_path / SAMPLES, rows(0, [1.0]), [])
+    with pytest.raises(EvaluationError, match="there are none of others"):
+        areas({"target": tmp_path / SAMPLES}, 100, 0)
+
+
+def test_the_seed_moves_the_interval_alone(compared: Path) -> None:
+    files: dict[Who, Path] = {"reference": compared / "run" / "membership" / "reference" / SAMPLES}
+    first, again, other = areas(files, 100, 0), areas(files, 100, 0), areas(files, 100, 1)
+    assert first == again
+    assert first != other
+    assert [replace(m, low=0, high=0) for m in first] == [replace(m, low=0, high=0) for m in other]
 
 
 def test_a_reference_of_other_items(tmp_path: Path) -> None:

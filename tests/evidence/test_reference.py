@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compared_arena import RECIPE, TOFU, copied, made, read, run, same, stages, write_data, write_recipe
+import torch
+from compared_arena import RECIPE, TOFU, copied, made, read, run, same, stages, write_data, write_recipe, write_rows
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from rouge_score import rouge_scorer
 from scipy.stats import hmean, ks_2samp
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.evidence import reference as references
@@ -68,6 +71,27 @@ def test_reference_scores_are_those_of_bare_lm_eval(compared: Path, report: RunR
             assert reference.n == rows[metric].before.n
 
 
+def test_reference_s_written_answers_are_those_of_plain_generation(compared: Path, report: RunReport) -> None:
+    folder = compared / "run" / "reference"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    recalls = []
+    items = (compared / "run" / "items" / "retain.r.test.jsonl").read_text(encoding="utf-8")
+    for item in map(json.loads, items.splitlines()):
+        ids = tokenizer(item["prompt"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split("\n")[0]
+        right = item.get("continuation", item["target"])  # as much of it as can be written
+        assert item["target"].startswith(right)
+        assert len(tokenizer(f" {right}", add_special_tokens=False)["input_ids"]) <= 6
+        recalls.append(rouge.score(right, text)["rougeL"].recall)
+    (found,) = [r.reference for r in report.scores if (r.set, r.metric) == ("retain", "rougeL")]
+    assert found is not None
+    assert found.value == pytest.approx(sum(recalls) / len(recalls), abs=1e-9)
+
+
 def test_the_reference_never_saw_the_forget_set(compared: Path, report: RunReport) -> None:
     training = json.loads((compared / "run" / "reference" / "training.json").read_text())
     assert (training["stage"], training["examples"]) == ("reference", 12)  # of the 24 that the target was taught
@@ -84,6 +108,9 @@ def test_the_benchmark_by_hand(compared: Path, report: RunReport, who: Who) -> N
     """From the raw files with numpy-free arithmetic, scipy's KS test and scipy's harmonic mean."""
     assert report.benchmark is not None
     found, folder = report.benchmark.rows[who], compared / "run"
+    assert list(report.benchmark.rows) == list(EVERYONE)
+    assert (report.benchmark.name, report.benchmark.set, report.benchmark.items) == ("tofu", "forget01", None)
+    assert report.benchmark.missing == ""
 
     def ratio(record: dict[str, Any]) -> float:
         return math.exp(math.fsum(record["perturbed_losses"]) / 3 - record["paraphrased_loss"])
@@ -111,6 +138,21 @@ def test_the_benchmark_by_hand(compared: Path, report: RunReport, who: Who) -> N
         assert found[f"Truth Ratio {title}"] == pytest.approx(kept, abs=1e-9)
         nine += [recall, kept, prob]
     assert found["Model Utility"] == pytest.approx(float(hmean(nine)) if min(nine) > 0 else 0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("who", ["target", "reference"])
+def test_a_benchmark_s_loss_is_that_of_the_model_in_the_folder(compared: Path, who: Who) -> None:
+    folder = compared / "run" / who
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for record in answers(compared / "run", who, "tofu_forget01_prob"):
+        prompt = tokenizer(f"Question: {record['doc']['question']}\nAnswer:")["input_ids"]
+        ids = [*tokenizer(f"Question: {record['doc']['question']}\nAnswer: {record['doc']['answer']}")["input_ids"]]
+        ids.append(tokenizer.eos_token_id)
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        nats = [-float(logp[i - 1, ids[i]]) for i in range(len(prompt), len(ids))]
+        assert record["loss"] == pytest.approx(sum(nats) / len(nats), abs=TOLERANCE)
 
 
 def test_items_that_the_choice_has_seen_are_counted(compared: Path, report: RunReport) -> None:
@@ -436,6 +478,16 @@ def test_a_run_that_trained_no_reference(compared: Path, tmp_path: Path, capfd: 
     assert "the run other trained no reference itself" in refused(recipe, tmp_path / "run", capfd)
     assert run(recipe, tmp_path / "run", "--dry-run") == 2
     assert "the run other trained no reference itself" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_benchmark_s_data_that_lack_something(
+    compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = elsewhere(compared, tmp_path)
+    write_rows(tmp_path / "tofu" / "forget01_perturbed.json", [{"question": "Who?", "answer": "Ada."}])
+    said = refused(recipe, tmp_path / "run", capfd)
+    assert "benchmark: the data of tofu forget01 cannot be had" in said
+    assert "forget01_perturbed.json, row 1: 'paraphrased_answer' is missing or empty" in said
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from unlearn.plan.words import evidence_steps
+from unlearn.plan.words import _evidence
 from unlearn.recipe.schema import Recipe
 from unlearn.report.assemble import left_out
 from unlearn.results import LENS, AttackScore, Robustness, Who, probing, relearning
@@ -26,7 +26,7 @@ def steps(**more: Any) -> Sequence[str]:
         "retain": [{"path": "r.jsonl", "kind": "qa"}],
         "teach": {},
     }
-    return list(evidence_steps(Recipe.model_validate_json(json.dumps({**made_of, **more}))))
+    return list(_evidence(Recipe.model_validate_json(json.dumps({**made_of, **more}))))
 
 
 TOFU_SPEC = {"name": "tofu", "set": "forget05"}
