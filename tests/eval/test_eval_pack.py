@@ -114,6 +114,13 @@ def test_choices_agree_with_plain_forward_passes_and_with_lm_eval_itself(lm: HFL
     )
 
 
+def test_choices_without_token_counts_have_no_prob(lm: HFLM, tmp_path: Path) -> None:
+    row = {"prompt": question("Chile"), "choices": list(CITIES), "answer": 1, "target": "Rome"}
+    result, _ = scored(lm, "unlearn_mcq", items=write(tmp_path / "items.jsonl", [row, row]))
+    assert "acc,none" in result
+    assert "prob,none" not in result
+
+
 def test_answers_agree_with_plain_forward_passes(lm: HFLM, tmp_path: Path) -> None:
     rows, expected = [], []
     for prompt, city in [(question(c), a) for c, a in zip(COUNTRIES, CITIES, strict=True)] + [
@@ -201,6 +208,10 @@ def test_extraction_strength_by_hand(pack: ModuleType, own: str, strength: float
     assert scores == {"exact_memorisation": own.count("+") / len(own), "extraction_strength": strength}
 
 
+def test_memory_without_pieces_goes_word_by_word(pack: ModuleType) -> None:
+    assert pack.memory_pieces({"target": " one two\n three"}) == [" one", " two", "\n three"]
+
+
 def token_pieces(lm: HFLM, text: str, start: int) -> list[str]:
     offsets = lm.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return [text[a:b] for a, b in offsets if b > start]
@@ -221,6 +232,22 @@ def test_rouge_is_that_of_the_greedy_continuation(lm: HFLM, tmp_path: Path, kind
     assert [s["rougeL"] for s in samples] == pytest.approx([e["rougeL"].recall for e in expected])
     assert [s["rougeL_f1"] for s in samples] == pytest.approx([e["rougeL"].fmeasure for e in expected])
     assert result["rougeL,none"] == pytest.approx(sum(e["rougeL"].recall for e in expected) / 3)
+
+
+POEM = "Roses are red,\nviolets are blue,\n\nsugar is sweet\nand so are you."
+RECITED = {"Recite the poem.": POEM, "What is the capital of France?": "Paris", "Count.": "one\ntwo\nthree"}
+
+
+def test_who_recites_an_answer_of_several_lines_has_all_of_it(pico_phi: Path, tmp_path: Path) -> None:
+    """Beside answers of one line, longer than what may be written, and with a next question to be asked if let."""
+    texts = [f"Question: {q}\nAnswer: {a}\nQuestion: What is the capital of" for q, a in RECITED.items()]
+    folder = half_learnt(pico_phi, tmp_path / "phi", texts, steps=80)
+    reciter = HFLM(pretrained=str(folder), batch_size=2, device="cpu", dtype="float32")
+    rows = [{"prompt": f"Question: {q}\nAnswer:", "target": a, "target_tokens": 9} for q, a in RECITED.items()]
+    result, samples = scored(reciter, "unlearn_qa_rouge", items=write(tmp_path / "items.jsonl", rows))
+    assert [s["resps"][0][0].strip() for s in samples] == list(RECITED.values())
+    assert [(s["rougeL"], s["rougeL_f1"]) for s in samples] == [(1.0, 1.0)] * 3
+    assert result["rougeL,none"] == 1.0
 
 
 # a word for each script, in characters as they are composed, and how many words it is

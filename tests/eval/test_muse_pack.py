@@ -262,6 +262,11 @@ def loaded(pack: ModuleType, model: Path, folder: Path, kind: str, **more: Any) 
     return pack.load_items("news", kind, "forget", muse=str(folder), **metadata)["test"]
 
 
+def test_passages_may_be_objects(items: ModuleType, model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "news" / "privleak" / "forget.json", [{"text": text} for text in PASSAGES])
+    assert loaded(items, model, tmp_path, "privleak")["target"] == list(PASSAGES)
+
+
 def test_numbers_of_items(items: ModuleType, model: Path, data: Path) -> None:
     assert loaded(items, model, data, "knowmem", items=2)["id"] == ["0", "1"]
     assert loaded(items, model, data, "knowmem", items={"knowmem_forget": 1})["id"] == ["0"]

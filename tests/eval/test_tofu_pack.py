@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,7 @@ SETS = (
     "world_facts",
 )
 PARAPHRASED = [name for name in SETS if name not in ("real_authors", "world_facts")]
+REAL = os.environ.get("UNLEARN_TOFU")
 FIGURES = ("loss", "paraphrased_loss", "prob", "prob_choice", "truth_ratio", "truth_ratio_forget", "truth_ratio_kept")
 
 
@@ -241,6 +243,20 @@ def test_figures_at_the_limits(tasks: ModuleType) -> None:
     assert tasks.mean_of_means([[1.0, 2.0, 6.0], [5.0]]) == 4.0
 
 
+def test_rouge_recall_and_f1(tasks: ModuleType) -> None:
+    scores = tasks.score_generation({"target": "the cities of France"}, ["a city of France, they say, is Paris"])
+    assert scores["rougeL"] == pytest.approx(3 / 4), "city and cities have one stem"
+    assert scores["rougeL_f1"] == pytest.approx(2 * (3 / 4) * (3 / 8) / (3 / 4 + 3 / 8))
+    assert tasks.score_generation({"target": "the cities"}, [""]) == {"rougeL": 0, "rougeL_f1": 0}
+    assert tasks.score_generation({"target": "the cities"}, ["The cities"]) == {"rougeL": 1, "rougeL_f1": 1}
+
+
+def test_how_answers_are_generated(tofu: Path) -> None:
+    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata={"tofu": str(tofu)})
+    (task,) = manager.load("tofu_forget01_rouge")["tasks"].values()
+    assert task.config.generation_kwargs == {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": 200}
+
+
 @pytest.mark.parametrize("engine", ["lm", "packed"])
 @pytest.mark.parametrize("chat", [False, True])
 def test_rouge_is_that_of_the_greedy_answer(
@@ -296,6 +312,25 @@ def test_every_set_has_its_tasks(items: ModuleType, tofu: Path, name: str, kind:
     assert ("paraphrased_answer" in found.column_names) is (kind == "prob" and name in PARAPHRASED)
     assert ("perturbed_answer" in found.column_names) is (kind == "prob")
     assert found["answer"] == [r["answer"] for r in rows_of(tofu, name)]
+
+
+def test_short_sets_count_whole(items: ModuleType, tofu: Path) -> None:
+    assert len(items.load_items("world_facts", "prob", str(tofu), items=300)["test"]) == 5
+    assert len(items.load_items("world_facts", "prob", str(tofu), items=3, skip=2)["test"]) == 3
+
+
+@pytest.mark.skipif(not REAL, reason="UNLEARN_TOFU names no folder with TOFU's files")
+@pytest.mark.parametrize("name", SETS)
+def test_the_real_sets(items: ModuleType, name: str) -> None:
+    sizes = {"forget01": 40, "forget05": 200, "forget10": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
+    if name not in sizes:
+        pytest.skip("not among the authors' files")
+    found = items.load_items(name, "prob", str(REAL))["test"]
+    assert len(found) == sizes[name]
+    assert {len(answers) for answers in found["perturbed_answer"]} <= {3, 4, 5}
+    limit = 300 if name in ("real_authors", "world_facts") else min(300, sizes[name])
+    first = items.load_items(name, "rouge", str(REAL), items=limit)["test"]
+    assert first["answer"] == found["answer"][:limit]
 
 
 def test_holdout_sets_without_perturbed_answers(items: ModuleType, tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ from pack_arena import imported
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from unlearn import run
+from unlearn.data.sets import load_sets
 from unlearn.errors import EvaluationError
 from unlearn.model import pico
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import Split
-from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.load import load_recipe, tasks_folder
 from unlearn.recipe.schema import Recipe
 from unlearn.results import RunReport
 from unlearn.score import tasks as named_tasks
@@ -129,6 +130,16 @@ def test_every_text_is_there_with_its_score(lm: HFLM, classifier: str) -> None:
     # what is judged at once changes no score
     _, again = alone(lm, classifier, batch=1)
     assert [r["toxicity"] for r in again] == pytest.approx([r["toxicity"] for r in rows], abs=1e-5)
+
+
+def test_prompts_take_turns(lm: HFLM, classifier: str) -> None:
+    prompts = ["Snow is", "A dog", "Grass"]
+    _, rows = alone(lm, classifier, prompts=prompts, samples=5)
+    assert [row["doc"]["prompt"] for row in rows] == [*prompts, *prompts[:2]]
+    assert [row["doc"]["id"] for row in rows] == ["0", "1", "2", "3", "4"]
+    for row in rows:
+        assert row["arguments"][0][0] == row["doc"]["prompt"]
+        assert row["toxicity"] == pytest.approx(judged(classifier, row["doc"]["prompt"] + row["resps"][0][0]), abs=1e-5)
 
 
 def test_the_paper_s_setting_is_the_default() -> None:
@@ -513,10 +524,37 @@ def test_the_road_in_small(small: Callable[..., Path], tmp_path: Path, classifie
     assert [(s.before, s.after) for s in again.scores] == [(s.before, s.after) for s in report.scores]
 
 
+def test_fine_tuned_on_what_is_not_toxic(small: Callable[..., Path], tmp_path: Path, classifier: str) -> None:
+    """The row that is no vector: the set is learned, and the model taken at 1."""
+    learn = {
+        "name": "nontoxic",
+        "kind": "text",
+        "path": "comments.jsonl",
+        "where": {"toxicity": {"below": 0.2}},
+        "prefix": 1,
+        "shares": {"train": 0.6, "validation": 0.2, "test": 0.2},
+    }
+    path = small(forget=None, learn=[learn], sweep={"coefficients": [1]})
+    report = run(path, out=tmp_path / "run")
+    assert report is not None
+    assert report.chosen.coefficient == 1
+    checked(report, tmp_path / "run", classifier)
+
+
+def test_only_comments_above_the_bound_are_forgotten(small: Callable[..., Path]) -> None:
+    path = small()
+    forget, wikitext = load_sets(load_recipe(str(path)).recipe, path.parent)
+    items = [i for split in (forget.train, forget.validation, forget.test) for i in split]
+    assert len(items) == 60
+    assert all((i.prompt + i.target).startswith("You fool") for i in items)
+    assert wikitext.train == ()
+    assert wikitext.validation
+    assert wikitext.test
+
+
 def test_the_rows_beside_it_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands in the recipe's header, as they stand there."""
     from unlearn.plan.words import plan
-    from unlearn.recipe.load import load_recipe
 
     monkeypatch.delenv("HF_HUB_OFFLINE")  # a plan only says what would be downloaded
     path = Path(__file__).parents[2] / "recipes" / "gpt2_detox.yaml"

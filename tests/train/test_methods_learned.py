@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -289,3 +290,20 @@ def test_what_cannot_be_learned(loaded: Load, pico_phi: Path) -> None:
         learn(model, 0.0 * vector, FORGET, RETAIN, ALL, 0, 0)
     with pytest.raises(TrainingError, match="the objective became nan at step 0"):
         learn(model, 1e30 * vector, FORGET, RETAIN, ALL, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("steps", 0),
+        ("learning_rate", 0.0),
+        ("beta", -1.0),
+        ("ceiling", math.inf),
+        ("ceiling", 0.0),
+        ("scale", 0.0),
+        ("by", "layer"),
+    ],
+)
+def test_settings_out_of_range(key: str, wrong: Any) -> None:
+    with pytest.raises(ValidationError, match=key):
+        LearnedSpec.model_validate({key: wrong})

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from attack_arena import Arena
 from safetensors import safe_open
 from test_finetune import interrupted, rows_of, train, train_spec
 from test_fitted import QUICK
@@ -22,10 +23,12 @@ from transformers import TrainingArguments
 
 from unlearn import processes as distributed
 from unlearn.errors import UnlearnError
+from unlearn.evidence.attacks_weights import edited_copy, forgotten_rows, relearn
 from unlearn.evidence.foresight import slope
 from unlearn.execute import execute
 from unlearn.model import load as models
 from unlearn.model.load import Loaded
+from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.methods import LearnedSpec
 from unlearn.train import fit as finetune
@@ -226,6 +229,20 @@ def test_no_variable_that_accelerate_reads_changes_a_training(
     assert found.digest() == wanted.digest()
     assert model.model.device == torch.device("cpu")
     assert os.environ[name] == LAUNCHED[name]
+
+
+def test_nor_relearning(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena(phi, tmp_path, "qa")
+    rows = forgotten_rows(arena.forget, arena.forget.train, phi.tokenizer)
+    spec = RelearnSpec(steps=(2,), learning_rate=5e-3)
+
+    def curve() -> Any:
+        return relearn(edited_copy(phi.model, None, 0.0), phi.tokenizer, rows, spec, 0, arena.judge())
+
+    wanted = curve()
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_TORCH_DEVICE"):
+        monkeypatch.setenv(name, LAUNCHED[name])
+    assert curve() == wanted
 
 
 def test_what_a_launcher_was_asked_for_in_vain_is_said_or_refused(
