@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -228,6 +229,37 @@ def test_settings_that_ask_another_question_are_no_rivals(tmp_path: Path, axis: 
     assert [family["question"].rpartition("=")[2] for family in found] == ["a", "b"]
 
 
+@pytest.mark.parametrize("axis", ["vector__forget__steps", "forgetful", "sweep__choose", "vector__method"])
+def test_settings_whose_name_only_holds_that_of_a_question_are_rivals(tmp_path: Path, axis: str) -> None:
+    folders = grid_of(tmp_path, axis, ("a", "b" * 200), (0,), lambda _, seed: report_of(str(seed)))
+    (family,) = compared(folders, tmp_path / "out")
+    assert (family["question"], len(family["settings"])) == ("", 2)
+    assert max(len(setting["label"]) for setting in family["settings"]) == 90
+
+
+def test_recipes_that_differ_are_kept_apart_and_those_that_do_not_are_one(tmp_path: Path) -> None:
+    """Whatever they are called."""
+
+    def runs(name: str, seeds: Sequence[int], **recipe: Any) -> list[Path]:
+        return [run_folder(tmp_path / f"{name}-{s}", report_of(str(s)), name=name, seed=s, **recipe) for s in seeds]
+
+    one, other = runs("one", (0, 1)), runs("two", (0, 1), vector__correlation=True)
+    (family,) = compared([*one, *other], tmp_path)
+    assert [[Path(run).name[:3] for run in s["runs"]] for s in family["settings"]] == [["one"] * 2, ["two"] * 2]
+    (family,) = compared([*one, *runs("same", (2,))], tmp_path)
+    assert [s["runs"] for s in family["settings"]] == [["one-0", "one-1", "same-2"]]
+    with pytest.raises(GridError, match="one-0 and same-0 are the same run"):
+        compare([*one, *runs("same", (0,))], tmp_path)
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
+    (family,) = compared(grid_of(tmp_path, "vector__rank", (4, 8), (0,), lambda *_: report_of("0")), tmp_path)
+    assert [s[name]["half"] for s in family["settings"] for name in ("before", "after", "kept")] == [None] * 6
+    assert family["remarks"][0].startswith("One run per setting, so no intervals")
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert "One run per setting, so no intervals" in page
+
+
 def test_what_is_learned_or_is_a_perplexity_is_better_when_higher(tmp_path: Path) -> None:
     folders = grid_of(
         *(tmp_path, "vector__rank", (4, 8), (0,)),
@@ -406,6 +438,34 @@ def test_what_is_missing_of_a_grid_is_listed_and_the_rest_goes_on(
     assert capsys.readouterr().err.count("error: ") == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 99},
+        {"scores": None},
+        {"sweep": [{"coefficient": 1}]},
+        {"chosen": {}},
+        {"data": [1]},
+        {"seconds": {"total": "soon"}},
+        {"sweep": [{"coefficient": 0, "scores": "x", "within_bound": True, "broken": []}]},
+        {"provenance": []},
+        {"scores": [{**report_of("1")["scores"][0], "chance": "one in four"}]},
+    ],
+    ids=lambda change: repr(change)[:40],
+)
+def test_a_sealed_report_of_the_wrong_shape_is_missing_and_hides_nothing(tmp_path: Path, change: Any) -> None:
+    grid = make(tmp_path, 4, prepared=False)
+    for n, job in enumerate(grid.jobs):
+        finish(tmp_path, job, {**report_of(str(n)), **(change if n == 1 else {})})
+        (job.folder(tmp_path) / "resolved.yaml").write_text(json.dumps({"name": "pico", "seed": n}))
+    pipe = grid.jobs[3].folder(tmp_path) / "report.json"
+    pipe.unlink()
+    os.mkfifo(pipe)  # which is not waited for
+    (family,), missing = compare([tmp_path], tmp_path)
+    assert [line.partition(":")[0] for line in missing] == [grid.jobs[n].name for n in (1, 3)]
+    assert family.settings[0].after.n == 2
+
+
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m"
 
 
@@ -422,7 +482,9 @@ class Tags(HTMLParser):
 
 def test_hostile_names_stay_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(json.dumps(report_of("0")).replace("europe", "@SUM(A1)<svg onload=x>"))
-    values = (HOSTILE, "=cmd|' /C calc'!A0", "-1+2", "\t=1", "-1.5e-3")
+    cells = {"=cmd|' /C calc'!A0": "'=cmd|' /C calc'!A0", "-1.5e-3": "-1.5e-3", "a=b": "a=b", "1e5": "1e5"}
+    cells |= {text: f"'{text}" for text in ("=1+1", "+a", "-a", "-1+2", "@a", "  =1", "|a", "%a")}
+    values = (HOSTILE, "\t=1", *cells)
     folders = [run_folder(tmp_path / f"-{n}<img onerror=x>", report, vector__x=v) for n, v in enumerate(values)]
     assert main(["compare", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
     assert "\x1b" not in "".join(capsys.readouterr())
@@ -432,10 +494,11 @@ def test_hostile_names_stay_text(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not tags.found & {"script", "img"}
     assert not tags.handlers
     assert "\x1b" not in page
-    cells = [c for row in csv.reader(io.StringIO((tmp_path / "out" / "compare.csv").read_text())) for c in row]
-    assert not [c for c in cells if c.lstrip().startswith(("=", "+", "@"))]
-    assert [c for c in cells if c.startswith("-")] == ["-1.5e-3"]
-    assert "\x1b" not in "".join(cells)
+    assert [row["vector.x"] for row in rows_of(tmp_path / "out")][2:] == list(cells.values())
+    found = [c for row in csv.reader(io.StringIO((tmp_path / "out" / "compare.csv").read_text())) for c in row]
+    assert not [c for c in found if c.lstrip().startswith(("=", "+", "@"))]
+    assert [c for c in found if c.startswith("-")] == ["-1.5e-3"]
+    assert "\x1b" not in "".join(found)
 
 
 def test_many_runs_make_a_page_of_bounded_size(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn.cluster.plan import Grid, file_name, plan_grid, read_axes, recluster, short_keys
-from unlearn.errors import GridError
+from unlearn.errors import GridError, RecipeError
 from unlearn.recipe.load import load_recipe
 
 PICO = str(Path(__file__).resolve().parents[2] / "recipes" / "pico_smoke.yaml")
@@ -193,3 +193,13 @@ def test_a_thousand_jobs_are_planned_from_one_reading() -> None:
     grid = plan_grid([PICO], [f"seed={','.join(map(str, range(100)))}", "vector.lora.rank=1,2,3,4,5,6,7,8,9,10"])
     assert len({job.name for job in grid.jobs}) == 1000
     assert len(grid.preparations) == 100
+
+
+def test_one_reading_of_a_file_is_not_changed_by_what_is_set() -> None:
+    first = load_recipe(PICO, ["vector.lora.rank=7", "forget.where={continent: Asia}"]).recipe
+    with pytest.raises(RecipeError):
+        load_recipe(PICO, ["vector.lora.rank=0"])
+    second = load_recipe(PICO).recipe
+    assert (first.vector.lora.rank, second.vector.lora.rank) == (7, 4)
+    assert second.forget is not None
+    assert second.forget.where == {"continent": "Europe"}

@@ -34,7 +34,7 @@ from unlearn.cluster.submit import (
 )
 from unlearn.errors import GridError
 from unlearn.recipe.evaluation import ClusterSpec
-from unlearn.store.lock import started
+from unlearn.store.lock import Lock, started
 
 PICO = str(Path(__file__).resolve().parents[2] / "recipes" / "pico_smoke.yaml")
 SMALL = ("teach.steps=20", "vector.forget.steps=6", "vector.correlation=null", "export.adapter=false")
@@ -281,6 +281,100 @@ def test_being_asked_once_more_ends_jobs_that_do_not_listen(tmp_path: Path) -> N
     until(lambda: gone(task))
 
 
+SAVING = """
+import os, signal, sys, time
+from pathlib import Path
+if "submitit.core._submit" in sys.orig_argv:
+    root = Path(os.environ["STANDS_IN"])
+    def save(number, frame):
+        time.sleep(0.5)
+        (root / "saved").touch()
+        os._exit(0)
+    signal.signal(signal.SIGTERM, save)
+    (root / "threads").write_text(os.environ["OMP_NUM_THREADS"])
+    (root / "up").touch()
+    time.sleep(60)
+"""
+RUNNER = """
+import signal, sys
+from unlearn.cli import main
+from unlearn.cluster import plan, submit
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+print("ready", flush=True)
+input()
+sys.exit(main(["submit", "--resubmit", "all-missing", "--local", sys.argv[2]]))
+"""
+
+
+def runner_of_one_that_saves(folder: Path, jobs: int, *how: str) -> subprocess.Popen[str]:
+    """``--local``, ready to begin, over jobs that take half a second to save what they have when told to stop."""
+    (folder / "sitecustomize.py").write_text(SAVING)
+    if not (folder / "grid").exists():
+        make(folder / "grid", jobs, prepared=False)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    path = f"{folder}{os.pathsep}{Path(__file__).resolve().parents[2]}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUNNER, *how, str(folder / "grid")],
+        env={**environment, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "STANDS_IN": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+@pytest.mark.parametrize("how", ["two signals", "nobody listens", "nohup"])
+def test_jobs_save_before_the_runner_ends(tmp_path: Path, how: str) -> None:
+    """A terminal that closes sends two signals at once; Ctrl-C ends what the runner's words go through (tee) as well;
+    and a hang-up that is ignored stops nothing."""
+    with runner_of_one_that_saves(tmp_path, 1, how) as process:
+        go(process)
+        until(lambda: (tmp_path / "up").exists())
+        assert (tmp_path / "threads").read_text() == str(len(os.sched_getaffinity(0)))
+        if how == "nobody listens":
+            assert process.stderr is not None
+            process.stderr.close()
+            process.send_signal(signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(1.2 if how == "nohup" else 0.1)
+            if how == "nohup":
+                assert process.poll() is None
+                assert not (tmp_path / "saved").exists()
+            process.terminate()
+        assert process.wait(PATIENCE) == 130
+    assert (tmp_path / "saved").exists()
+    assert submissions(tmp_path / "grid")[-1]["ended"]
+
+
+def test_two_submits_at_the_same_moment_hand_each_job_over_once(tmp_path: Path) -> None:
+    both = [runner_of_one_that_saves(tmp_path, 3, "as usual") for _ in range(2)]
+    for process in both:
+        go(process)
+    until(lambda: any(process.poll() is not None for process in both))
+    (idle,) = (process for process in both if process.poll() is not None)
+    (busy,) = (process for process in both if process is not idle)
+    assert "nothing to submit; 3 queued" in idle.communicate()[1]
+    assert idle.returncode == 0
+    until(lambda: (tmp_path / "up").exists())
+    busy.terminate()
+    assert busy.wait(PATIENCE) == 130
+    busy.communicate()
+    (one,) = submissions(tmp_path / "grid")
+    assert one["jobs"] == [job.name for job in Grid.load(tmp_path / "grid").jobs]
+
+
 @pytest.mark.parametrize(
     ("visible", "block", "jobs", "places"),
     [
@@ -388,6 +482,23 @@ def test_what_is_in_the_queue_is_seen_there(slurm: Path) -> None:
     assert states(found) == ["failed", "stopped", "queued", "queued", "queued", "running"]
     assert "Unable to contact slurm controller" in str(found.unasked)
     assert main(["submit", "--resubmit", "all-missing", str(root)]) == 2
+
+
+def test_a_job_of_a_local_runner_within_an_allocation_elsewhere_is_not_lost(slurm: Path) -> None:
+    (job,) = make(slurm / "grid", 1, prepared=False).jobs
+    submitted(slurm / "grid", [job.name], "local", host="node17")
+    say(slurm / "grid", job.name, "running", host="node17", slurm="777")
+    assert states(overview(slurm / "grid")) == ["running"]
+
+
+def test_a_thousand_jobs_are_all_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = make(tmp_path, 1000, prepared=False)
+    for job in grid.jobs[:400]:
+        say(tmp_path, job.name, "stopped")
+    assert main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "400 stopped, 600 waiting, of 1000 jobs" in lines
+    assert [line.split()[0] for line in lines if "-seed=" in line] == [job.name for job in grid.jobs]
 
 
 def test_a_single_job_is_no_array(slurm: Path) -> None:
@@ -525,6 +636,61 @@ def test_cancelling(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"process {one.pid} on node17: stop it there" in capsys.readouterr().err.replace("\n", " ")
 
 
+TASK = """
+import os, sys
+from unlearn.cluster.job import Task
+os.environ.update(SUBMITIT_EXECUTOR="slurm", SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NODEID="0", SLURM_NTASKS="1")
+Task(sys.argv[1], sys.argv[2])()
+"""
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_task_of_the_array_runs_its_job_and_says_how_it_ended(tmp_path: Path, prepared: bool) -> None:
+    """Its recipe is none. A job whose preparation failed is not begun, whoever begins it."""
+    (job,) = make(tmp_path, 1, prepared=prepared).jobs
+    if prepared:
+        say(tmp_path, "p000-g", "failed", error="no such column")
+    line = [sys.executable, "-c", TASK, str(tmp_path), job.name]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    state, log = JobState.load(tmp_path, job.name), " ".join(job.log(tmp_path).read_text().split())
+    if prepared:
+        assert state is None
+        assert f"error: {job.name} was not begun: its preparation p000-g failed (no such column)" in log
+        return
+    assert state is not None
+    assert (state.state, state.slurm) == ("failed", "7")
+    assert f"RuntimeError: {job.name} failed" in log
+    assert "error: " in log
+    assert str(state.error).splitlines()[0].strip() in log
+
+
+def test_who_holds_the_grid_for_long_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, 1)
+    monkeypatch.setattr("unlearn.cluster.submit._PATIENCE", 0.1)
+    with Lock.take(tmp_path / ".submit-lock"):
+        assert main(["submit", "--cancel", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"the grid {tmp_path} is in use by this very process" in said
+    assert not list(tmp_path.glob(".submit-lock*"))
+
+
+def test_a_local_grid_goes_on_without_trust_in_lines_it_never_runs(
+    slurm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UNLEARN_TRUST_SETUP", raising=False)
+    grid = make(slurm / "grid", 1, prepared=False)
+    replace(grid, cluster=spec(setup=["module load cuda"])).save(slurm / "grid")
+    line = ["submit", "--resubmit", "lost", str(slurm / "grid")]
+    assert main(line) == 2
+    assert "UNLEARN_TRUST_SETUP=1" in capsys.readouterr().err
+    submitted(slurm / "grid", [grid.jobs[0].name], "local", ended=True)
+    assert main(line) == 0
+    assert "nothing to submit; 1 waiting" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["submit", PICO, "--grid", "seed=0,1", "--local", "--out"]
     (tmp_path / "thesis.tex").write_text("x")
@@ -630,6 +796,33 @@ def test_every_key_of_the_cluster_block_is_in_the_batch_file(slurm: Path) -> Non
     for name in ("slurm_partition", "slurm_account", "slurm_qos", "gpus_per_node", "mem_gb", "slurm_setup"):
         assert slurm_parameters(spec(), "g", ".", 1)[name] is None  # what is not given is left to the cluster
     assert [gigabytes(text) for text in ("32GB", "1.5GB", "512MB", "1TB", "1KB")] == [32, 1.5, 0.5, 1024, 1 / 1024]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("32GB", "32GB"), ("1.5GB", "1536MB"), ("500MB", "500MB"), ("1TB", "1024GB"), ("1KB", "1MB")],
+)
+def test_memory_is_in_slurms_units(slurm: Path, text: str, found: str) -> None:
+    import submitit
+
+    executor = submitit.AutoExecutor(slurm / "jobs", cluster="slurm")
+    executor.update_parameters(**slurm_parameters(spec(memory=text), "g", ".", 1))
+    executor.submit(print)
+    assert f"#SBATCH --mem={found}\n" in (slurm / "batch-40").read_text()
+
+
+@pytest.mark.parametrize(("time", "longest"), [("0:10:00", 300), ("1:00:00", 720), ("4:00:00", 2880)])
+def test_a_warning_is_taken_for_that_of_the_time_limit(time: str, longest: int) -> None:
+    """By submitit, which counts those alone: of pre-emption there may be as many as Slurm likes."""
+    from submitit.core.job_environment import SignalHandler
+    from submitit.core.utils import DelayedSubmission
+
+    assert slurm_parameters(spec(time=time, grace=longest), "g", ".", 1)["slurm_signal_delay_s"] == longest
+    delayed = DelayedSubmission(print)
+    delayed.set_timeout(minutes(time), 1)
+    handler = SignalHandler(None, None, delayed)  # type: ignore[arg-type]
+    handler._start_time -= 60 * minutes(time) - longest
+    assert handler.has_timed_out()
 
 
 @pytest.mark.parametrize(

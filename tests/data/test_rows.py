@@ -139,6 +139,10 @@ def test_folder_and_unknown_ending(tmp_path: Path) -> None:
         ("a.csv", "q,,b\nx,y,z\n", "line 1: column 2 of the header has no name"),
         ("a.csv", "q,a\n", "no rows"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
+        ("a.json", '{"a": ' + "9" * 100_000 + "}", "broken JSON: a number has too many digits"),
+        ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", "cannot be read: "),
+        ("a.parquet", b"PAR1\xff\xff\xff\x7fPAR1", "not a readable Parquet file"),
+        ("a.csv", b"\x80\x81", "not UTF-8 at byte"),
         ("a.parquet", b"", "the file is empty"),
         ("a.txt", b"ab\ncaf\xe9\n", "line 2: not UTF-8 at byte 6 (0xe9)"),
         ("a.txt", b"\xef\xbb\xbfcaf\xe9\n", "not UTF-8 at byte 6 (0xe9)"),
@@ -150,7 +154,9 @@ def test_folder_and_unknown_ending(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_and_where(tmp_path: Path, name: str, content: str | bytes, expected: str) -> None:
     write(tmp_path, name, content)
-    assert expected in fails(tmp_path, name)
+    message = fails(tmp_path, name)
+    assert expected in message
+    assert message.isprintable()
 
 
 def test_empty_parquet_table(tmp_path: Path) -> None:

@@ -413,6 +413,16 @@ def test_targets_by_name_end_and_path(phi: Loaded, gpt2: Loaded) -> None:
     assert len(resolve_targets(gpt2.model, ("attn.c_proj",))) == 2
 
 
+def test_targets_within_a_stretch_of_the_depth(phi: Loaded) -> None:
+    layers = phi.model.config.num_hidden_layers
+    everything = resolve_targets(phi.model, "all-linear")
+    last = resolve_targets(phi.model, "all-linear", (1 - 1 / layers, 1.0))
+    assert last == tuple(n for n in everything if f".{layers - 1}." in n)
+    assert 0 < len(last) < len(everything)
+    with pytest.raises(ModelError, match=f"none of the {layers} layers lies between"):
+        resolve_targets(phi.model, "all-linear", (0.0, 0.01))
+
+
 @pytest.mark.parametrize(
     ("targets", "named"),
     [

@@ -34,7 +34,7 @@ from reports import (
 from unlearn.report.figures import frontier
 from unlearn.report.page import changes, render_html, save_figures
 from unlearn.report.words import headline, how_searched, remarks
-from unlearn.results import Chosen, Example, Robustness, RunReport, Score, SweepPoint, sampling
+from unlearn.results import Chosen, Example, Robustness, RunReport, Score, SweepPoint, relearning, sampling
 from unlearn.text import coefficient, number
 
 
@@ -123,6 +123,22 @@ def test_the_page_says_how_the_coefficient_was_looked_for() -> None:
     every = make(chosen=replace(make().chosen, grid=(0.75, 1.5, 2.0)))
     assert how_searched(every) == "All 3 coefficients of the grid were scored."
     assert how_searched(make()) is None, "a report from before there was a choice"
+
+
+def test_the_frontier_has_each_coefficient_where_it_belongs() -> None:
+    source = section(render_html(make()), "Frontier")
+    drawing = source[: source.index("</svg>")]
+    found = re.findall(r'<g><title>λ = ([\d.]+)[^<]*</title>.*?<use [^>]*?x="([\d.]+)" y="([\d.]+)"', drawing)
+    assert [c for c, *_ in found] == ["0", "0.75", "1.5", "2"]
+    xs, ys = ([float(spot[n]) for spot in found] for n in (1, 2))
+    assert xs == sorted(xs, reverse=True)  # the forget score falls
+    assert (xs[0] - xs[1]) / (xs[0] - xs[3]) == pytest.approx((0.925 - 0.801) / (0.925 - 0.251), abs=1e-3)
+    kept = [1.0, 1.0, 0.852 / 0.875, 0.703 / 0.875]  # the worst of the kept sets
+    assert (ys[2] - ys[0]) / (ys[3] - ys[0]) == pytest.approx((1 - kept[2]) / (1 - kept[3]), abs=1e-3)
+    assert ys[0] == ys[1]
+    bound = re.search(r"M [\d.]+ ([\d.]+) L [\d.]+ \1 ?\"[^>]*stroke: var\(--bound\)", drawing)
+    assert bound
+    assert ys[2] < float(bound[1]) < ys[3]
 
 
 def test_what_was_foreseen_is_shown_beside_what_came() -> None:
@@ -229,6 +245,17 @@ def test_attacks_scored_otherwise_name_their_metric_and_chance() -> None:
     )
     assert "Guessing would score 0.250." in Page(page).text
     assert cells(page, "Scores beside the reference")[1][1] == "acc_norm chance 0.25"
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [0.0, 0.0], [-3.0, -1.0], [math.nan, 0.5]])
+def test_curves_of_nothing_and_of_zeros_are_drawn(values: list[float]) -> None:
+    relearned = tuple(
+        replace(attack("edited", v, "relearn", relearning(8), n), metric="logprob") for n, v in enumerate(values)
+    )
+    found = Robustness("europe", "logprob", (replace(attack("edited", 0.0), metric="logprob"), *relearned))
+    source = render_html(with_evidence(robustness=found))
+    Page(source)
+    assert not re.search(r"\b(nan|inf)\b", source, re.I)
 
 
 def test_the_run_s_own_page_has_its_figures(compared: Path) -> None:

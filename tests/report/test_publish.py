@@ -60,6 +60,19 @@ def test_a_run_s_exports_have_their_card(compared: Path) -> None:
     assert written["bytes"] == sum((folder / name).stat().st_size for name in written["files"])
 
 
+def test_each_export_has_the_card_of_its_kind(tmp_path: Path) -> None:
+    header, body = split(card(facts(), "adapter", "owner/base"))
+    assert (header["base_model"], header["library_name"]) == ("owner/base", "peft")
+    assert {"unlearning", "task-arithmetic"} <= set(header["tags"])
+    assert "PeftModel.from_pretrained(base" in body
+    survived = {"cosine": 0.98765, "norm_ratio": 1.0, "changed": 0.5}
+    header, body = split(card(facts(), "merged", str(tmp_path), survived))
+    assert "base_model" not in header  # a folder is no name on the hub
+    assert header["library_name"] == "transformers"
+    assert "AutoModelForCausalLM" in body
+    assert re.search(r"cosine [01]\.\d{4} ", body)
+
+
 def test_card_says_the_scores() -> None:
     header, body = split(card(facts(), "adapter", "owner/base"))
     assert "license" not in header
@@ -293,6 +306,12 @@ def test_whole_weights_go_with_their_code(tmp_path: Path) -> None:
         push(folder, SPEC, dry_run=True)
     with pytest.raises(PushError, match=r"no merged export: \*\.safetensors is not there"):
         push(write(tmp_path / "none", {"config.json": b"{}"}), spec)
+
+
+def test_safetensors_that_begin_like_a_pickle(tmp_path: Path) -> None:
+    header = (0x0280).to_bytes(8, "little")  # the length of the header: 640 bytes
+    folder = write(tmp_path / "a", {**FILES, "adapter_model.safetensors": header + b"{}"})
+    assert len(push(folder, SPEC, dry_run=True).files) == 3
 
 
 def test_an_export_that_is_not_finished(tmp_path: Path, export: Path) -> None:

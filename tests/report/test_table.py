@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
+from reports import with_evidence
 from rich.console import Console
 
 from unlearn.report.terminal import render_table
+from unlearn.report.words import evidence_facts
 from unlearn.results import Chosen, Foresight, RunReport, Score, ScoreRow, SetForesight, SweepPoint, TaskScore
 
 
@@ -160,3 +162,10 @@ def test_what_was_foreseen_takes_two_lines() -> None:
     early = squeezed(printed(replace(base, foresight=foresight), encoding="ascii"))
     assert "retain/asia aligned (alpha +0.420), +0.250 nats per unit of lambda" in early
     assert "foreseen" not in printed(base)
+
+
+def test_comparisons_and_attacks_are_told() -> None:
+    text = squeezed(printed(with_evidence(), width=2000))
+    for name, line in evidence_facts(with_evidence()):
+        assert f"{name} {line}" in text
+    assert all(len(line.rstrip()) <= 80 for line in printed(with_evidence()).splitlines())

@@ -224,10 +224,14 @@ def test_frontier_takes_the_worst_kept_metric_against_zero() -> None:
 def test_reports_are_read_back_also_those_of_earlier_versions() -> None:
     chosen = replace(make().chosen, search="bisect", grid=(0.75, 1.5))
     sweep = (*make().sweep[:3], replace(make().sweep[3], collapsed="perplexity"))
-    for report in (make(chosen=chosen, sweep=sweep), foreseen(), with_evidence(), with_evidence(benchmark=MUSE)):
+    chance = replace(ATTACKS, chance=0.25)
+    evidence = [with_evidence(**changed) for changed in ({"robustness": chance}, {"benchmark": MUSE}, {})]
+    for report in (make(chosen=chosen, sweep=sweep), foreseen(), *evidence):
         plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
         assert plain["schema"] == 1
         assert RunReport.from_json(plain) == report
+    del plain["robustness"]["chance"]
+    assert RunReport.from_json(plain) == with_evidence()
     for key in ("foresight", "benchmark", "membership", "robustness"):
         del plain[key]
     for key in ("search", "grid", "goals"):

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,6 +108,38 @@ def test_a_killed_holder_is_followed_at_once(path: Path, capsys: pytest.CaptureF
     assert time.monotonic() - began < 1
     assert f"going on after process {process.pid}, which has ended without finishing" in capsys.readouterr().err
     assert names(path) == []
+
+
+def test_a_process_id_that_another_program_has_by_now_is_not_the_holder(path: Path) -> None:
+    """As after a restart of the machine."""
+    with running(HOLD, path) as process:
+        process.kill()
+        process.wait()
+    path.write_text(re.sub(rf"\b{process.pid}\b", f"{os.getppid()}", path.read_text()))
+    assert f"{os.getppid()}" in path.read_text()
+    with Lock.take(path) as lock:
+        lock.check()
+
+
+def test_a_copied_lock_is_not_the_lock_of_the_copy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``cp -r`` of a folder in use: its holder is alive, and works in the other folder."""
+    monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "1")
+    copy = path.parent / "copy" / "lock"
+    copy.parent.mkdir()
+    with running(HOLD, path, UNLEARN_LOCK_TIMEOUT="1") as process:
+        copy.write_bytes(path.read_bytes())
+        Lock.take(copy, wait=None).release()
+        assert process.poll() is None
+        assert Lock.alive(path) == "held"
+        with pytest.raises(RunFolderError, match="in use"):
+            Lock.take(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a link"])
+def test_what_is_no_file_is_not_waited_for(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    assert Lock.alive(path) == "unknown"
+    assert Lock.attempt(path) is None
 
 
 def test_a_killed_holder_whose_parent_never_asked_for_it(path: Path) -> None:
@@ -225,6 +257,7 @@ def test_a_lock_that_was_removed_or_is_out_of_reach(path: Path) -> None:
     path.unlink()
     with pytest.raises(RunFolderError, match=r"its lock .* was removed"):
         lock.check()
+    assert Lock.alive(path.parent / "nowhere" / "lock") == "free"
     path.parent.rename(path.parent.with_name("gone"))
     path.parent.write_text("in the way")
     with pytest.raises(RunFolderError, match="cannot be reached any more"):

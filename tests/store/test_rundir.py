@@ -452,6 +452,48 @@ def test_kill_while_writing_leaves_no_finished_stage(tmp_path: Path) -> None:
         make(folder)
 
 
+def test_killed_at_random_moments_the_stage_is_whole_or_absent(tmp_path: Path) -> None:
+    """A process that replaces a stage over and over: whatever is there after a kill is one consistent version."""
+    code = """
+    with open_run(root, recipe(), "text") as folder:
+        print("ready", flush=True)
+        for i in range(100000):
+            with folder.writing("s", str(i)) as tmp:
+                for j in range(3):
+                    (tmp / f"{j}").write_text(str(i))
+    """
+    found = 0
+    for delay in (0.03, 0.05, 0.08, 0.13):
+        with running(code, tmp_path) as process:
+            time.sleep(delay)
+            process.kill()
+            process.wait()
+        with open_run(tmp_path, recipe(), TEXT) as folder:
+            record = folder.record("s")
+            if record is None:
+                assert not (tmp_path / "s").exists()
+                continue
+            found += 1
+            place = folder.finished("s", record.key)
+            assert place is not None
+            assert {p.read_text() for p in place.iterdir() if p.name != "stage.json"} == {record.key}
+    assert found
+
+
+def test_fresh_over_a_killed_process_takes_nothing_of_its_lock_for_a_stranger(tmp_path: Path) -> None:
+    with running(HOLD, tmp_path) as process:
+        process.kill()
+        process.wait()
+    (tmp_path / f"{LOCK}.break.1.{'a' * 32}").write_text("")  # of one who was killed while it took over
+    with open_run(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
+        make(folder)
+        assert (tmp_path / LOCK).exists()
+    assert {name.partition("/")[0] for name in files_under(tmp_path)} <= {
+        *("recipe.yaml", "resolved.yaml", "vectors"),
+        f"{LOCK}.break.1.{'a' * 32}",
+    }
+
+
 # the lock
 
 

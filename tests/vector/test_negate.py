@@ -19,7 +19,7 @@ from unlearn.errors import VectorError
 from unlearn.model.load import Loaded, linear_modules
 from unlearn.train.fit import merge, read_adapter
 from unlearn.vector.change import Dense, LowRank
-from unlearn.vector.edit import Edit, applied, fit, shape_of
+from unlearn.vector.edit import Edit, applied, fit, shape_of, weights_of
 from unlearn.vector.task_vector import TaskVector
 
 FAMILIES = ["phi", "llama", "gpt2", "qwen2", "gpt_neox"]
@@ -416,6 +416,8 @@ def test_gpt2_s_shape_is_given_as_any_other(gpt2: Loaded) -> None:
     assert isinstance(module, Conv1D)
     assert tuple(module.weight.shape) == (64, 128)  # stored as (in, out)
     assert shape_of(module) == (128, 64)
+    (weight,) = weights_of(gpt2.model, ["transformer.h.0.mlp.c_fc"]).values()
+    assert torch.equal(weight, module.weight.T)
     with pytest.raises(VectorError, match=r"changes \(64, 128\), the model has \(128, 64\)"):
         fit(gpt2.model, TaskVector({"transformer.h.0.mlp.c_fc": factors(64, 128)}))
 

@@ -40,7 +40,7 @@ def read_file(path: Path) -> list[Row]:
             raise DataError(f"{path}: not a regular file")
         return reader(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
 
 
 def numbered(entries: Iterable[Mapping[str, Any]]) -> list[Row]:
