@@ -267,6 +267,8 @@ def test_what_is_learned_or_is_a_perplexity_is_better_when_higher(tmp_path: Path
     )
     (family,) = compared(folders, tmp_path)
     assert (family["sign"], family["choice"], family["pareto"]) == (-1, 1, [1])
+    assert family["remarks"][-1] == "On validation means rank=8 learns most within the bound."
+    assert "forgets" not in (tmp_path / "report.html").read_text()
     text = [run_folder(tmp_path / "t", report_of("0", forget=40.0, metric="perplexity", higher=False))]
     assert compared(text, tmp_path)[0]["sign"] == -1
 
@@ -275,6 +277,22 @@ def test_a_kept_perplexity_is_reckoned_by_its_bound(tmp_path: Path) -> None:
     (family,) = compared([run_folder(tmp_path / "a", report_of("0", kept=1.0, kept_metric="perplexity"))], tmp_path)
     # a rise of 0.2 of the 0.5 allowed
     assert family["settings"][0]["kept"]["mean"] == pytest.approx(1 - 0.05 * 0.2 / 0.5)
+
+
+def test_what_could_not_show_harm_is_said(tmp_path: Path) -> None:
+    """Its share is 100 %, whatever was done to the model."""
+
+    def made(_: Any, seed: int) -> dict[str, Any]:
+        report = report_of(str(seed))
+        for entry in (*report["scores"], *(s for p in report["sweep"] for s in p["scores"])):
+            entry["chance"] = 0.25
+        report["sweep"][0]["scores"][1]["score"]["value"] = 0.8 - 0.55 * seed
+        return report
+
+    (family,) = compared(grid_of(tmp_path, "vector__rank", (4,), (0, 1), made), tmp_path)
+    said = "retain africa acc could show no harm: 0, or no more than chance, before the edit (4-1)."
+    assert family["remarks"] == [said]
+    assert said in (tmp_path / "report.html").read_text()
 
 
 def two_goals(*, prob: float, perplexity: float) -> dict[str, Any]:

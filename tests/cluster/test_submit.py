@@ -609,6 +609,19 @@ def test_arrays_are_handed_to_sbatch_with_their_jobs(slurm: Path, capsys: pytest
     assert "queued" not in states(overview(several))
 
 
+def test_more_jobs_than_an_array_may_have(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unlearn.cluster.submit._MOST_TASKS", 2)
+    root = slurm / "grid"
+    names = [job.name for job in make(root, 3, count_prepared=3).jobs]
+    assert main(["submit", "--resubmit", "all-missing", "--set", "cluster.time=30:00", str(root)]) == 0
+    assert [one["jobs"] for one in submissions(root)] == [["p000-g", "p001-g"], ["p002-g"], names[:2], names[2:]]
+    for n in (42, 43):
+        assert "#SBATCH --dependency=afterany:40:41\n" in (slurm / f"batch-{n}").read_text()
+    first, then = (one["name"] for one in submissions(root)[2:])
+    (slurm / "queue").write_text(f"42_1|RUNNING|{first}|None\n43|PENDING|{then}|Dependency\n")
+    assert [(row.state, row.where) for row in overview(root).jobs][1:] == [("running", "42_1"), ("queued", "43")]
+
+
 def test_cancelling(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = slurm / "grid"
     grid = make(root, 3, prepared=False)

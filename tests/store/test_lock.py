@@ -97,6 +97,23 @@ def test_a_living_holder_is_named_and_waited_for(path: Path, capsys: pytest.Capt
     assert f"the cake: waiting for process {process.pid}, at work since 20" in capsys.readouterr().err
 
 
+def test_waiting_for_a_thread_of_ones_own(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("unlearn.store.lock._SPEAK_AFTER", 0.0)
+    first, got = Lock.take(path), list[Lock]()
+    waiting = threading.Thread(target=lambda: got.append(Lock.take(path, wait=None, what="the cake")))
+    waiting.start()
+    heard: list[str] = []
+    until(lambda: heard.append(capsys.readouterr().err) or "waiting for this very process, at work" in "".join(heard))
+    assert not got
+    first.release()
+    waiting.join(20)
+    got[0].check()
+    got[0].release()
+    assert names(path) == []
+
+
 def test_a_killed_holder_is_followed_at_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running(HOLD, path) as process:
         process.kill()

@@ -22,7 +22,16 @@ from typing import Any
 from unlearn.cluster.plan import GRID_FILE, Grid, labels
 from unlearn.errors import GridError
 from unlearn.recipe.yaml import parse_value
-from unlearn.report.figures import FrontierPoint, frontier, goal_rows, kept_keys, mean_left, missed, share_kept
+from unlearn.report.figures import (
+    FrontierPoint,
+    frontier,
+    goal_rows,
+    kept_keys,
+    mean_left,
+    missed,
+    share_kept,
+    unseeing,
+)
 from unlearn.results import Chosen, RunReport, ScoreRow
 from unlearn.store.files import explained, some, write_json_atomic, write_text_atomic
 from unlearn.text import coefficient, number, one_line, percent, visible
@@ -74,7 +83,8 @@ class Run:
     ``before`` and ``after`` are the score of what is forgotten on test items, of several goals the mean of what is left
     of each; ``sign`` is 1 where it is to fall. ``kept`` is the share of the kept metric that suffered most there.
     ``frontier`` has every coefficient tried, on validation items. What ``measured`` says must be the same in runs that
-    are averaged; ``splits`` are the digests of the data, which depend on the seed.
+    are averaged; ``splits`` are the digests of the data, which depend on the seed. ``unseeing`` are the kept metrics
+    that could have shown no harm.
     """
 
     name: str
@@ -90,6 +100,13 @@ class Run:
     measured: Mapping[str, Any]
     splits: Mapping[str, str]
     versions: Mapping[str, str]
+    unseeing: tuple[str, ...]
+
+    @property
+    def verb(self) -> str:
+        """What was asked of the model."""
+        asked = {key[0] for key in self.measured["metrics"][0]}
+        return {("forget",): "forgets", ("learn",): "learns"}.get(tuple(asked), "does")
 
     @property
     def seed(self) -> str:
@@ -121,6 +138,7 @@ class Run:
             },
             {f"{d['set']} {d['name']}": str(d.get("digest")) for d in report.data},
             {**(told.get("versions") or {}), "commit": str((told.get("code") or {}).get("commit"))[:12]},
+            tuple(sorted(" ".join(key) for key in unseeing(report))),
         )
 
 
@@ -228,11 +246,15 @@ class Family:
         versions = {name: sorted({run.versions.get(name, "unknown") for run in runs}) for name in runs[0].versions}
         several = [f"{name} {', '.join(found)}" for name, found in versions.items() if len(found) > 1]
         remarks += [f"Averaged as if they were one: {'; '.join(several)}."] if several else []
+        for metric in sorted({metric for run in runs for metric in run.unseeing}):
+            where = some([run.name for run in runs if metric in run.unseeing], 3)
+            remarks.append(f"{metric} could show no harm: 0, or no more than chance, before the edit ({where}).")
         if len(settings) > 1 and choice is None:
             remarks.append("No setting met its bound in every run, so none is chosen.")
         elif len(settings) > 1 and choice is not None:
+            verb = runs[0].verb
             outside = "" if choice in best else "; it is not in the Pareto set of test means"
-            remarks.append(f"On validation means {settings[choice].label} forgets most within the bound{outside}.")
+            remarks.append(f"On validation means {settings[choice].label} {verb} most within the bound{outside}.")
         goal = groups[0][1][0].goal
         return cls(", ".join(labels(question)), goal, sign, seeds, settings, best, choice, tuple(remarks))
 
@@ -432,7 +454,7 @@ def _page(found: Sequence[Family], missing: Sequence[str]) -> str:
         drawings = []
         for series, items in ((spots, "test"), (lines, "validation")):
             points = [point for one in series for point in one.points]
-            x = axis_of([point.x for point in points], f"score of what is forgotten: {family.goal}")
+            x = axis_of([point.x for point in points], f"score of what was asked: {family.goal}")
             kept = axis_of([point.y for point in points], "kept at worst")
             y = Axis(kept.low, kept.high, kept.title, percent=True)
             keep = family.settings[0].runs[0].chosen.keep

@@ -50,6 +50,7 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _YEAR = 365 * 24 * 60  # minutes
 _PATIENCE = 60.0  # seconds for Slurm to answer, and for another command on the same grid
 _TRUST = "UNLEARN_TRUST_SETUP"
+_MOST_TASKS = 1000  # of one array; Slurm's own limit, MaxArraySize, is 1001 unless somebody raised it
 # sbatch's options that a key of the cluster block sets, or that make arrays, restarts and logs work
 _TAKEN = re.compile(
     "partition|account|qos|nodes|time|mem|gpus-per-node|cpus-per-task|array|begin|chdir|dependency|error|input|job-name"
@@ -284,10 +285,15 @@ def _hand_over(found: Overview, what: str, local: bool, at_once: int | None) -> 
     waits_for = [found.queue[row.name][0] for row in missing if row.name in found.queue]
     # with several, one that fails must not take the jobs of the others with it: its own jobs see it and end
     how = "afterok" if len(missing) == 1 else "afterany"
-    waits_for += [_to_slurm(root, grid, first, None)] if first else []
-    _to_slurm(root, grid, jobs, f"{how}:{':'.join(waits_for)}" if waits_for else None)
+    waits_for += [_to_slurm(root, grid, part, None) for part in _arrays(first)]
+    for part in _arrays(jobs):
+        _to_slurm(root, grid, part, f"{how}:{':'.join(waits_for)}" if waits_for else None)
     say(f"how they stand: unlearn status {root}", style="dim")
     return lambda: 0
+
+
+def _arrays(jobs: Sequence[Job]) -> list[Sequence[Job]]:
+    return [jobs[n : n + _MOST_TASKS] for n in range(0, len(jobs), _MOST_TASKS)]
 
 
 def _to_slurm(root: Path, grid: Grid, jobs: Sequence[Job], dependency: str | None) -> str:
