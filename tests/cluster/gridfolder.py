@@ -66,8 +66,9 @@ def submitted(
     one: Submission | None = None,
     **more: Any,
 ) -> Submission:
-    """Note a submission by this process, or by another one."""
-    mine = Submission(kind, name, tuple(jobs), now(), os.getpid(), platform.node(), started(os.getpid()))
+    """Note a submission to Slurm that is over, or one that this process runs itself; or another one."""
+    since = started(os.getpid()) if kind == "local" else ""
+    mine = Submission(kind, name, tuple(jobs), now(), os.getpid(), platform.node(), since)
     found = one or replace(mine, **more)
     path = root / "submissions.json"
     old = json.loads(path.read_text()) if path.is_file() else []

@@ -491,6 +491,13 @@ def test_a_job_of_a_local_runner_within_an_allocation_elsewhere_is_not_lost(slur
     assert states(overview(slurm / "grid")) == ["running"]
 
 
+def test_while_it_is_being_submitted_a_job_is_queued(slurm: Path) -> None:
+    (job,) = make(slurm / "grid", 1, prepared=False).jobs
+    for since, state in ((started(os.getpid()), "queued"), ("of another process", "lost"), ("", "lost")):
+        submitted(slurm / "grid", [job.name], started=since)
+        assert states(overview(slurm / "grid")) == [state]
+
+
 def test_a_thousand_jobs_are_all_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = make(tmp_path, 1000, prepared=False)
     for job in grid.jobs[:400]:

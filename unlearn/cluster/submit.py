@@ -63,7 +63,8 @@ _Entry = tuple[str, str, str]  # of Slurm's queue: number, state, reason
 class Submission:
     """Jobs and preparations (by name) handed over together, in the order of an array's tasks.
 
-    ``name`` is what they are called in Slurm's queue, never the same twice; the process is that of a local runner.
+    ``name`` is what they are called in Slurm's queue, never the same twice; the process is that of a local runner, or
+    of who hands them to Slurm (``started`` is empty once that is done).
     """
 
     kind: Literal["slurm", "local"]
@@ -82,8 +83,9 @@ class Submission:
         return cls(kind, name, tuple(job.name for job in jobs), now(), pid, platform.node(), started(pid))
 
     def at_work(self) -> bool:
-        """Whether a local runner may still begin jobs of it."""
-        return self.kind == "local" and not self.ended and alive(self.pid, self.host, self.started) is not False
+        """Whether a local runner may still begin jobs of it, or Slurm is just being given them."""
+        lives = alive(self.pid, self.host, self.started)
+        return not self.ended and (lives is not False if self.kind == "local" else lives is True)
 
 
 _SUBMITTED = TypeAdapter(list[Submission])
@@ -308,6 +310,7 @@ def _to_slurm(root: Path, grid: Grid, jobs: Sequence[Job], dependency: str | Non
     except Exception as e:
         _put(root, replace(one, jobs=(), ended=True))
         raise GridError(f"Slurm did not take the jobs: {str(e).strip()}") from e
+    _put(root, replace(one, started=""))
     array = str(handles[0].job_id).partition("_")[0]
     say(f"submitted to Slurm: {counted(len(jobs), 'preparation' if jobs[0].prepare else 'job')}, array {array}")
     return array
@@ -512,7 +515,9 @@ def cancel(root: Path) -> int:
                 raise GridError(f"Slurm did not cancel {', '.join(arrays)}: {done.stderr.strip()}")
             say(f"cancelled in Slurm: {', '.join(arrays)}")
         _put(root, *(replace(one, ended=True) for one in found.submissions if one.kind == "slurm"))
-    who = [("the local runner", one.pid, one.host) for one in found.submissions if one.at_work()]
+    who = [
+        ("the local runner", one.pid, one.host) for one in found.submissions if one.kind == "local" and one.at_work()
+    ]
     for row in (*found.preparations, *found.jobs) if not who else ():
         said = JobState.load(root, row.name)
         if said is not None and said.state == row.state == "running" and row.name not in found.queue:
