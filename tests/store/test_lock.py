@@ -236,6 +236,44 @@ def test_the_holder_s_timeout_counts(path: Path, monkeypatch: pytest.MonkeyPatch
         Lock.take(path)
 
 
+def test_a_process_that_is_only_stopped_keeps_its_lock_from_who_does_not_wait(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "0.5")
+    with running(HOLD, path) as process:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.2)
+        with pytest.raises(RunFolderError, match=f"in use by process {process.pid}"):
+            Lock.take(path)
+        assert Lock.attempt(path) is None
+
+
+def test_time_in_which_nothing_could_be_seen_is_no_silence(path: Path) -> None:
+    """What stops both for longer than the timeout, as a batch system that suspends jobs: afterwards nobody is dead."""
+    wait = """
+    sign, looks = Lock._sign, []
+    def look(self):
+        looks.append(self)
+        if len(looks) == 20:
+            print("ready", flush=True)
+        return sign(self)
+    Lock._sign = look
+    try:
+        Lock.take(path, wait=7)
+        print("took it")
+    except RunFolderError as e:
+        print("in use" in str(e))
+    """
+    far = {"FAR": "1", "UNLEARN_LOCK_TIMEOUT": "2"}
+    with running(HOLD, path, **far) as holder, running(wait, path, UNLEARN_LOCK_TIMEOUT="2") as waiter:
+        for process in (holder, waiter):
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        for process in (waiter, holder):
+            process.send_signal(signal.SIGCONT)
+        assert waiter.communicate(timeout=60)[0] == "True\n"
+
+
 @pytest.mark.parametrize("text", ["", "{", "filelock/2\npid=1e999\n", '{"pid": 1, "host": "x"}', "\x00\xff"])
 def test_a_file_that_is_no_lock_is_taken_over_after_a_while(path: Path, text: str) -> None:
     path.write_text(text, encoding="latin-1")

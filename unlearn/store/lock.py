@@ -1,9 +1,9 @@
 """One process at a time in a folder, on whatever hosts: filelock's lease, and messages that name its holder.
 
 The holder touches the lock's file from a thread of its own. Its lock is taken over at once where its process is known
-to have ended (same host, same pid namespace), and after ``UNLEARN_LOCK_TIMEOUT`` seconds without a touch elsewhere, by
-the waiting process's own clock. A process that was suspended for longer than that is told by :meth:`Lock.check`, which
-is asked before anything is put in place.
+to have ended (same host, same pid namespace), and else by who waits for ``UNLEARN_LOCK_TIMEOUT`` seconds without a
+touch, by its own clock; time in which it was stopped itself does not count. A process that was suspended for longer
+than that is told by :meth:`Lock.check`, which is asked before anything is put in place.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Lock:
                 waiting = f"waiting for {holder}, at work{lock._since()}"
                 say(f"{lock.what}: {waiting if alive else f'{holder} {may}'}")
             time.sleep(pause)
+            if time.monotonic() - now > pause + lock.lease.lease_duration / 4:  # nothing was seen: that is no silence
+                lock.lease, changed = _lease(path, lock.lease.lease_duration), time.monotonic()
             pause = min(1.5 * pause, _PAUSE, lock.lease.lease_duration / 16)
         if holder and (silent := time.monotonic() - changed) >= lock.lease.lease_duration:
             say(f"{lock.what}: going on after {holder}, which has given no sign of life for {silent:.0f} s", "yellow")
