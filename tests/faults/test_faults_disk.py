@@ -30,6 +30,17 @@ class Disk:
         """Change it while it is in use: ``ro``, ``rw``, ``size=...``."""
         _do("mount", "-o", f"remount,{option}", str(self.place))
 
+    def read_only(self) -> str:
+        """The command that makes it read-only for whoever opens a file from now on.
+
+        By a mount on top of it: a disk with a file that is open for writing, as a lock's is, cannot be mounted anew.
+        """
+        return f"mount --bind {self.place} {self.place} && mount -o remount,bind,ro {self.place}"
+
+    def writable(self) -> None:
+        """Take that back."""
+        _do("umount", str(self.place))
+
     def leave(self, kilobytes: int) -> None:
         """Make it so small that only this much is free."""
         used = sum(-(-p.stat().st_size // _PAGE) * _PAGE for p in self.place.rglob("*") if p.is_file())
@@ -161,10 +172,10 @@ def test_an_unfinished_run_on_a_read_only_disk(bench: Bench, disk: Disks, tmp_pa
 @pytest.mark.parametrize("stage", some("data", "test", "report", slow=("teach", "finetune", "robustness", "export")))
 def test_read_only_midway(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
-    plan = place.plan(1, match=of_stage(stage), action=f"mount -o remount,ro {there.place}")
+    plan = place.plan(1, match=of_stage(stage), action=there.read_only())
     fault = bench.run(place, plan=plan)
     assert fault.code == 2, fault.err
-    there.again("rw")
+    there.writable()
     assert bench.again(place, fault) == THEN_SAME
 
 
@@ -191,13 +202,14 @@ _CASES = [(how, writer) for writer in _WRITERS for how in ("full", "read-only")]
 def test_what_a_writer_says(how: str, writer: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     stage, match = _WRITERS[writer]
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
-    there.again("size=6m")
+    there.again("size=16m")
     filling = place.run / ".filling"
-    # a file that is open for writing keeps its disk from becoming read-only
-    action = f"cat /dev/zero > {filling} || true" if how == "full" else f"mount -o remount,ro {there.place}"
+    # a file that is open for writing stays so
+    action = f"cat /dev/zero > {filling} || true" if how == "full" else there.read_only()
     at = match.replace("opened ", "open ") if how == "read-only" else match
     fault = bench.run(place, plan=place.plan(1, match=at, action=action))
-    there.again("rw")
+    if how == "read-only":
+        there.writable()
     filling.unlink(missing_ok=True)
     assert bench.again(place, fault) == THEN_SAME
 
