@@ -286,7 +286,7 @@ def of_stage(stage: str) -> str:
     if stage == "folder":
         return r"[ /]run/\.?(unlearn-lock|resolved|recipe)"
     if stage == "report":
-        return r"[ /]run/\.?(report|provenance)"
+        return r"[ /]run/\.?(report|provenance|figures)"
     flat = "|".join(re.escape(kept.replace("/", "+")) for kept in STAGES[stage])
     kept = "|".join(re.escape(kept) for kept in STAGES[stage])
     return rf"[ /]run/(\.unlearn-(tmp|work)/({flat})[.@]|({kept})(/|$))"

@@ -190,7 +190,7 @@ _WRITERS = {
     "vector": ("finetune", r"opened .*/vectors\+forget.*/vector\.safetensors"),
     "samples of lm-eval": ("sweep", r"opened .*/samples_"),
     "adapter": ("export", r"native run/\.unlearn-tmp/export\+adapter\.\*/adapter_model"),
-    "merged shard": ("export", r"opened .*/model-00002-of"),
+    "merged shard": ("export", r"native .*model-00002-of"),
 }
 
 

@@ -87,8 +87,8 @@ def test_a_job_whose_node_dies_is_done_by_the_other(
     silent = [
         int(seconds) for seconds in re.findall(r"on host node2, which has given no sign of life for (\d+) s", log)
     ]
-    assert len(silent) > 1
-    assert silent[0] >= 15 > max(silent[1:])  # at further locks of the same process it takes less
+    assert silent
+    assert min(silent) >= 15
     assert "vectors/retain: as before" in log
 
     monkeypatch.setenv("UNLEARN_CACHE", str(session_cache))
