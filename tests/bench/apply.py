@@ -81,7 +81,7 @@ def _scale(options: argparse.Namespace, work: Path) -> list[Ran]:
     _part("make", str(options.size), str(base), str(vector))
     size = _bytes(base)
     copies = _copies(base, out, size, options)
-    command = [sys.executable, "-m", "unlearn.vector.apply", str(vector), "--model", str(base), "--out", str(out)]
+    command = [sys.executable, "-m", "unlearn", "apply", str(vector), "--model", str(base), "--out", str(out)]
     command += ["--coefficient", COEFFICIENT]
     applied = _timed("apply", command, [base, vector], size, options)
     checked = _timed("apply --check", [*command, "--check"], [base, out, vector], size, options)
@@ -101,7 +101,7 @@ def _peers(options: argparse.Namespace, work: Path) -> list[Ran]:
         ran.append(Ran(found.name, found.seconds, found.processor, found.peak, size, wrong))
         shutil.rmtree(out)
 
-    ours = [sys.executable, "-m", "unlearn.vector.apply", str(vector), "--model", str(base), "--out", str(out)]
+    ours = [sys.executable, "-m", "unlearn", "apply", str(vector), "--model", str(base), "--out", str(out)]
     one("apply", [*ours, "--coefficient", COEFFICIENT], [base, vector])
     one("PEFT", [sys.executable, str(PARTS), "peft", str(base), str(negated), str(out)], [base, negated])
     if options.mergekit:

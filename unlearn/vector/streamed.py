@@ -12,12 +12,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +36,9 @@ from unlearn.vector.change import Change, edited, row_blocks, rows_of
 from unlearn.vector.rounding import Survival, generator_for, lost, round_stochastically, summary_of
 from unlearn.vector.stored_names import Target, copies, refuse_adapter, targets_of
 from unlearn.vector.task_vector import TaskVector
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 RECORD, LOCK = "unlearn.json", ".unlearn-lock"
 CONFIG = "config.json"
@@ -251,9 +256,13 @@ def _edited(
     by_chance = rounding.seed is not None and dtype != torch.float32
     generator = generator_for(rounding.seed or 0, f"{target.module}.weight") if by_chance else None
     whole = math.prod(stored.shape) <= _MEASURED_WHOLE
-    for number, (first, end) in enumerate(row_blocks(*stored.shape)):
+
+    beginning = file.tell()
+
+    def edit(block: tuple[int, tuple[int, int]]) -> tuple[Tensor, Survival | None]:
+        number, (first, end) = block
         raw = bytearray((end - first) * columns * dtype.itemsize)
-        if file.readinto(raw) < len(raw):
+        if os.preadv(file.fileno(), [raw], beginning + first * columns * dtype.itemsize) < len(raw):
             raise ModelError(f"{file.name}: it was cut off while it was read")
         before = torch.frombuffer(raw, dtype=dtype).view(-1, columns)
         part = rows_of(change, first, end, target.transposed)
@@ -265,10 +274,34 @@ def _edited(
                 "hold (or they are not finite before): take a smaller one"
             )
         step = 1 if whole else 0 if number % _EVERY_BLOCK else _EVERY_ROW
-        if measured is not None and step:
-            delta = part.delta().T if target.transposed else part.delta()
-            measured.append(Survival.of(after[::step], before[::step], -coefficient * delta[::step]))
+        if measured is None or not step:
+            return after, None
+        delta = part.delta().T if target.transposed else part.delta()
+        return after, Survival.of(after[::step], before[::step], -coefficient * delta[::step])
+
+    workers = 1 if generator else _workers()
+    for after, survival in _side_by_side(edit, enumerate(row_blocks(*stored.shape)), workers):
+        if measured is not None and survival is not None:
+            measured.append(survival)
         yield after
+    file.seek(stored.end)
+
+
+def _workers() -> int:
+    """As many threads as there are processors for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _side_by_side(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """The results in order, each made by one of some threads while items are read and earlier results are used."""
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:  # more would only fill the memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _differing(
