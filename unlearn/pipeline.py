@@ -98,7 +98,8 @@ def run(recipe: Recipe, store: Store) -> RunReport | None:
         with store.step("reference", "a model that never saw the forget set", f"{_SCORING}, or leave reference out"):
             reference = load_reference(recipe, sets, store)
     subjects = Subjects(target, vector, chosen.coefficient, reference)
-    beside = score_reference(subjects, questions, store)
+    with processes.told("reference", f"{_SCORING}, or leave reference out"):
+        beside = score_reference(subjects, questions, store)
     if recipe.benchmark is not None:
         what = f"{recipe.benchmark.name} {recipe.benchmark.set}: {', '.join(subjects.who())}"
         with store.step("benchmark", what, f"{_SCORING}, or leave benchmark out"):

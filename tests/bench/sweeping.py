@@ -2,7 +2,7 @@
 
     python tests/bench/sweeping.py prepare|ours|merge PLAN.json [COEFFICIENT]
 
-Called by ``sweep_peers.py``, which writes the plan.
+Called by ``sweep_peers.py``, which writes the plan; ``growth.py`` uses the functions.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     if isinstance(old, float) and isinstance(new, int | float):
         close = math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
         return [] if close else [f"{where}: {old}, now {new}"]
-    return [] if old == new or where.endswith("digest") else [f"{where}: {old!r}, now {new!r}"]
+    # a vector's bits are those of the processor; what the data are is not
+    rounded = where.endswith("digest") and where.startswith(".report.vector")
+    return [] if old == new or rounded else [f"{where}: {old!r}, now {new!r}"]
 
 
 @pytest.mark.parametrize("name", CASES)
