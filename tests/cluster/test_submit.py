@@ -212,6 +212,37 @@ def test_a_job_that_is_warned_goes_back_in_the_queue_and_on_from_where_it_was(tm
     assert re.search(r"stopped after step \d+ of 200; it is kept", job.log(root).read_text())
 
 
+STOPPED_AT_ONCE = """
+import os, signal, sys
+from unlearn.cluster import job
+
+def begin(*arguments, tell=job._tell):
+    state = tell(*arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return state
+
+job._tell = begin
+print(job.Task(*sys.argv[1:])(), file=sys.__stdout__)
+"""
+
+
+def test_a_job_that_is_stopped_while_it_says_that_it_runs_says_that_it_was_stopped(tmp_path: Path) -> None:
+    grid = make(tmp_path, 1, prepared=False)
+    number = dict.fromkeys(("JOB_ID", "NTASKS", "JOB_NUM_NODES"), "1") | dict.fromkeys(
+        ("NODEID", "GLOBALID", "LOCALID"), "0"
+    )
+    local = {f"SUBMITIT_LOCAL_{name}": value for name, value in number.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_AT_ONCE, str(tmp_path), grid.jobs[0].name],
+        env={**os.environ, **local, "SUBMITIT_EXECUTOR": "local"},
+        check=False,
+    )
+    state = JobState.load(tmp_path, grid.jobs[0].name)
+    assert done.returncode == 0, grid.jobs[0].log(tmp_path).read_text()
+    assert state is not None
+    assert state.state == "stopped"
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A copy of the pico recipe and its data, which a test may spoil."""

@@ -101,6 +101,7 @@ class Task:
         warning = getattr(signal, f"SIG{environment.USR_SIG}")
         requeue = signal.getsignal(warning)  # submitit's own handler: back in the queue, and end
         asked = set()
+        begun = False
 
         def stop(number: int, frame: Any) -> None:
             asked.add(number)
@@ -108,7 +109,8 @@ class Task:
                 signal.raise_signal(signal.SIGTERM)
                 return
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise KeyboardInterrupt
+            if begun:  # or it would have said that it runs, and never how it ended
+                raise KeyboardInterrupt
 
         root = Path(self.root)
         grid = Grid.load(root)
@@ -128,6 +130,9 @@ class Task:
             signal.signal(signal.SIGTERM, stop)
             _refuse_unprepared(root, job)
             state = _tell(root, job, slurm) if main else None
+            begun = True
+            if asked:
+                raise KeyboardInterrupt
             ended, error = _run(root, grid, job)
         except KeyboardInterrupt:
             say("\nstopped; what is finished is kept, and the job goes on from there", style="yellow")
