@@ -31,8 +31,7 @@ from unlearn.evidence import boards as board_runs
 from unlearn.evidence import membership as member_files
 from unlearn.evidence.benchmarks import SETS, read_samples
 from unlearn.model.checkpoint import read_checkpoint
-from unlearn.model.locate import check_folder
-from unlearn.model.wheel import WheelFile, extract
+from unlearn.model.locate import WheelFile, check_folder, extract
 from unlearn.recipe import data as template
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.data import Source

@@ -17,7 +17,7 @@ from unlearn.model.load import load
 from unlearn.model.locate import locate
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.score.packed import PackedLM
-from unlearn.store.cache import MANIFEST, sha256
+from unlearn.store.cache import MANIFEST
 from unlearn.vector.apply import apply
 from unlearn.vector.change import LowRank
 from unlearn.vector.interop import from_checkpoints
@@ -51,27 +51,15 @@ def test_local_folder_here_then_beside_the_recipe(model: Path, tmp_path: Path, m
         (["tokenizer.json"], [], r"has no tokenizer \(tokenizer\.json\); in it: config\.json"),
         (["model.safetensors"], [], r"has no model\.safetensors; in it: config\.json"),
         (["model.safetensors"], ["pytorch_model.bin"], "as pickles only.*convert them"),
+        (["model.safetensors"], ["model.safetensors.index.json"], r"incomplete: b\.safetensors missing"),
     ],
 )
 def test_incomplete_folder(model: Path, gone: list[str], added: list[str], message: str) -> None:
     for name in gone:
         (model / name).unlink()
     for name in added:
-        (model / name).write_text("{}")
+        (model / name).write_text('{"weight_map": {"y": "b.safetensors"}}')
     with pytest.raises(ModelError, match=message):
-        _locate(str(model), Path())
-
-
-def test_shards_that_the_index_names_must_be_there(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "a.safetensors")
-    index = model / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
-    with pytest.raises(ModelError, match=r"incomplete: b\.safetensors missing"):
-        _locate(str(model), Path())
-    index.write_text('{"weight_map": {"x": "a.safetensors"}}')
-    assert _locate(str(model), Path()) == str(model)
-    index.write_text("[")
-    with pytest.raises(ModelError, match="cannot be read as an index"):
         _locate(str(model), Path())
 
 
@@ -136,14 +124,8 @@ def test_two_sets_of_weights_are_refused(
     shutil.copytree(folder, tmp_path / "good")
     with pytest.raises(UnlearnError, match=damage(folder)) as caught:
         READERS[reader](folder)
-    assert str(caught.value).startswith(
-        {
-            "located": "model.path: ",
-            "loaded": "model.path: ",
-            "reference": "reference: ",
-            "harness": "pretrained: ",
-        }.get(reader, str(folder))
-    )
+    begins = {"located": "model.path", "loaded": "model.path", "reference": "reference", "harness": "pretrained"}
+    assert str(caught.value).startswith(f"{begins.get(reader, folder)}")
     assert not (tmp_path / "edited").exists()
     # what a training leaves beside its weights, and another program's format of them, stand for no model
     for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", "consolidated.safetensors"):
@@ -176,14 +158,3 @@ def test_pico_goes_through_the_cache(tmp_path: Path) -> None:
     made = (where / MANIFEST).stat().st_mtime_ns
     assert _locate("pico:llama", tmp_path) == str(where)
     assert (where / MANIFEST).stat().st_mtime_ns == made
-    (where / "model.safetensors").write_bytes(b"cut")
-    assert _locate("pico:llama", tmp_path) == str(where)
-    assert (where / "model.safetensors").stat().st_size > 100_000
-
-
-def test_gguf_with_another_checksum(tmp_path: Path) -> None:
-    file = tmp_path / "m.gguf"
-    file.write_bytes(b"GGUF, or not")
-    wanted = "0" * 64
-    with pytest.raises(ModelError, match=f"(?s)m.gguf is not the file.*wanted {wanted}.*found  {sha256(file)}"):
-        _locate(f"m.gguf#sha256={wanted}", tmp_path)

@@ -70,8 +70,3 @@ def test_tokenizer_of_another_size() -> None:
     assert words.decode(words(TEXT)["input_ids"]) == TEXT
     with pytest.raises(ModelError, match="257"):
         pico.tokenizer(["a"], vocab_size=256)
-
-
-def test_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no pico:lama; there are phi, llama.*did you mean pico:llama\?"):
-        pico.build("lama", tmp_path)

@@ -16,11 +16,9 @@ from lm_eval.tasks import TaskManager
 from transformers import dynamic_module_utils
 
 from unlearn.errors import EvaluationError, ModelError, VectorError
-from unlearn.model import gguf as convert
 from unlearn.model import locate as fetch
 from unlearn.model.load import load
-from unlearn.model.locate import model_place
-from unlearn.model.wheel import WheelFile, extract
+from unlearn.model.locate import WheelFile, extract, model_place
 from unlearn.recipe.evaluation import TaskSpec
 from unlearn.recipe.schema import ModelSpec
 from unlearn.score import tasks as named_tasks
@@ -217,7 +215,7 @@ def test_gguf_files_that_lie(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.gguf").write_bytes(content)
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match="cannot convert"):
-        convert.convert(tmp_path / "m.gguf", tmp_path / "out")
+        fetch.convert(tmp_path / "m.gguf", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -15,11 +15,12 @@ from unlearn.recipe.schema import Recipe
 from unlearn.store.stages import Pool, link_tree, read_record, seal
 
 KEY = "5" * 64
+SPLIT = {"train": "all", "validation": 0.5, "test": 0.5}
 RECIPE = {
     "name": "shared",
     "model": {"path": "pico:llama"},
-    "forget": {"kind": "qa", "path": "forget.jsonl", "shares": {"train": "all", "validation": 0.5, "test": 0.5}},
-    "retain": [{"kind": "qa", "path": "retain.jsonl", "shares": {"train": "all", "validation": 0.5, "test": 0.5}}],
+    "forget": {"kind": "qa", "path": "forget.jsonl", "shares": SPLIT},
+    "retain": [{"kind": "qa", "path": "retain.jsonl", "shares": SPLIT}],
     "teach": {"steps": 4, "batch_size": 4},
     "vector": {"forget": {"steps": 2}, "lora": {"rank": 2}},
     "sweep": {"coefficients": [1.0]},
@@ -39,41 +40,32 @@ def stage(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_is_put_is_found_and_costs_no_second_copy(tmp_path: Path, stage: Path) -> None:
-    pool = Pool(tmp_path / "pool")
-    assert pool.find(KEY) is None
+def put(pool: Pool, stage: Path) -> None:
     with pool.making(KEY) as lock:
         assert lock is not None
         pool.put(KEY, stage, lock)
+
+
+def test_what_is_put_costs_no_copy_and_is_found_until_it_is_damaged(
+    tmp_path: Path, stage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool, copy = Pool(tmp_path / "pool"), shutil.copytree(stage, tmp_path / "copy")
+    assert pool.find(KEY) is None
+    put(pool, stage)
     found = pool.find(KEY)
     assert found is not None
     assert (found / "weights.bin").stat().st_ino == (stage / "weights.bin").stat().st_ino
     assert (found / "inner" / "note.txt").read_text() == "a"
     assert read_record(found) == read_record(stage)
     assert sorted(p.name for p in pool.root.iterdir()) == [".locks", KEY]
-
-
-def test_a_damaged_stage_is_not_found_and_is_replaced(
-    tmp_path: Path, stage: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pool = Pool(tmp_path / "pool")
-    copy = tmp_path / "copy"
-    shutil.copytree(stage, copy)
-    with pool.making(KEY) as lock:
-        assert lock is not None
-        pool.put(KEY, stage, lock)
+    found.rename(pool.root / ("6" * 64))
+    assert pool.find("6" * 64) is None  # it is another key's
+    put(pool, stage)
     (pool.root / KEY / "weights.bin").write_bytes(bytes(256))
     assert pool.find(KEY) is None
     assert "SHA-256 differs" in capsys.readouterr().err
-    with pool.making(KEY) as lock:
-        assert lock is not None
-        pool.put(KEY, copy, lock)
+    put(pool, copy)
     assert pool.find(KEY) == pool.root / KEY
-
-
-def test_a_stage_under_another_key_is_not_taken(tmp_path: Path, stage: Path) -> None:
-    shutil.copytree(stage, tmp_path / "pool" / ("6" * 64))
-    assert Pool(tmp_path / "pool").find("6" * 64) is None
 
 
 def test_without_hard_links_files_are_copied(tmp_path: Path, stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,49 +84,42 @@ def test_a_pool_that_is_a_file_is_one_message(tmp_path: Path) -> None:
         pass
 
 
-def _recipe(folder: Path, **more: object) -> Recipe:
+def _recipe(folder: Path) -> Recipe:
     for name, answer in (("forget", "x"), ("retain", "y")):
         rows = [{"question": f"{name} {i}", "answer": f"{answer}{i}"} for i in range(8)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return Recipe.model_validate_json(json.dumps({**RECIPE, **more}))
-
-
-def _pooled(report: object, capsys: pytest.CaptureFixture[str]) -> set[str]:
-    lines = capsys.readouterr().err.splitlines()
-    return {line.split(":")[0].strip() for line in lines if "taken from" in line}
+    return Recipe.model_validate_json(json.dumps(RECIPE))
 
 
 def test_runs_take_what_a_preparation_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def taken() -> set[str]:
+        return {line.split(":")[0].strip() for line in capsys.readouterr().err.splitlines() if "taken from" in line}
+
     monkeypatch.chdir(tmp_path)
     first = _recipe(tmp_path)
+    other = first.model_copy(update={"sweep": first.sweep.model_copy(update={"coefficients": (2.0,)})})
     assert run(first, out="prepared", pool="pool", prepare=True) is None
     assert {p.name for p in Path("prepared").iterdir()} >= {"target", "reference"}
     assert not Path("prepared/vectors").exists()
-    capsys.readouterr()
+    taken()
 
     shared = run(first, out="a", pool="pool")
-    assert _pooled(shared, capsys) == {"target", "reference"}
+    assert taken() == {"target", "reference"}
     assert Path("a/target/model.safetensors").stat().st_nlink >= 3  # the preparation, the pool, this run
-    again = run(first.model_copy(update={"sweep": first.sweep.model_copy(update={"coefficients": (2.0,)})}), out="b")
-    assert _pooled(again, capsys) == set()  # not asked to share
-
+    run(other, out="b")
     alone = run(first, out="alone")
+    assert taken() == set()  # not asked to share
     assert shared is not None
     assert alone is not None
-    assert shared.scores == alone.scores
-    assert shared.vector == alone.vector
+    assert (shared.scores, shared.vector) == (alone.scores, alone.vector)
 
-    other = first.model_copy(update={"sweep": first.sweep.model_copy(update={"coefficients": (2.0,)})})
-    capsys.readouterr()
-    assert run(other, out="c", pool="pool") is not None
-    assert _pooled(other, capsys) == {
-        *("target", "reference"),
-        *("vectors/forget", "vectors/near-retain"),  # what was fitted, by the first run that needed it
-    }
-    assert run(first.model_copy(update={"seed": 1}), out="d", pool="pool") is not None
-    assert _pooled(other, capsys) == set()  # another seed is another teaching
+    run(other, out="c", pool="pool")
+    # with what was fitted, by the first run that needed it
+    assert taken() == {"target", "reference", "vectors/forget", "vectors/near-retain"}
+    run(first.model_copy(update={"seed": 1}), out="d", pool="pool")
+    assert taken() == set()  # another seed is another teaching
 
 
 def test_two_runs_at_once_make_a_shared_stage_once(tmp_path: Path) -> None:

@@ -7,16 +7,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import running, start
 
 from unlearn.errors import RunFolderError
 from unlearn.recipe import yaml as yaml_core
@@ -24,20 +21,21 @@ from unlearn.recipe.load import resolved_yaml
 from unlearn.recipe.run_folder import open_run
 from unlearn.recipe.schema import Recipe
 from unlearn.store.files import fingerprint, write_json_atomic, write_text_atomic
-from unlearn.store.stages import LOCK, TEMPORARY, WORK, RunFolder, StageRecord
+from unlearn.store.stages import LOCK, TEMPORARY, WORK, RunFolder, StageRecord, read_record
 
 TEXT = "name: demo  # as written\n"
 PRELUDE = """
-import os, sys, time
 from pathlib import Path
 from unlearn.recipe.schema import Recipe
 from unlearn.recipe.run_folder import open_run
 
-def recipe(**more):
-    forget = {"path": "f.txt", "kind": "text"}
-    return Recipe.model_validate({"name": "demo", "model": {"path": "m"}, "forget": forget, **more})
-
+recipe = Recipe.model_validate({"name": "demo", "model": {"path": "m"}, "forget": {"path": "f.txt", "kind": "text"}})
 root = Path(sys.argv[1])
+"""
+HOLD = f"""{PRELUDE}
+with open_run(root, recipe, "text") as folder:
+    print("ready", flush=True)
+    time.sleep(60)
 """
 
 
@@ -45,40 +43,6 @@ def recipe(**more: object) -> Recipe:
     return Recipe.model_validate(
         {"name": "demo", "model": {"path": "m"}, "forget": {"path": "f.txt", "kind": "text"}, **more}
     )
-
-
-def start(code: str, root: Path, **environment: str) -> subprocess.Popen[str]:
-    package = Path(__file__).resolve().parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(root)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(package), **environment},
-    )
-
-
-@contextmanager
-def running(code: str, root: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has printed ``ready`` and goes on."""
-    process = start(code, root, **environment)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        if line != "ready\n":
-            process.kill()
-            raise AssertionError(process.communicate())
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-HOLD = """
-with open_run(root, recipe(), "text") as folder:
-    print("ready", flush=True)
-    time.sleep(60)
-"""
 
 
 def make(folder: RunFolder, name: str = "vectors/forget", key: str = "k", content: str = "data") -> Path:
@@ -100,21 +64,16 @@ def files_under(root: Path) -> set[str]:
 
 def test_default_place_and_what_is_written(tmp_path: Path) -> None:
     r = recipe()
-    with open_run(None, r, TEXT, base=tmp_path / "runs") as folder:
+    with (
+        open_run(None, r, TEXT, base=tmp_path / "runs") as folder,
+        open_run(None, recipe(seed=1), TEXT, base=tmp_path / "runs") as other,
+    ):
         what = r.model_dump(mode="json", exclude={"cluster"})
-        assert folder.root == tmp_path / "runs" / f"demo-{fingerprint(what)[:8]}"
+        assert folder.root == tmp_path / "runs" / f"demo-{fingerprint(what)[:8]}" != other.root
         assert (folder.root / "recipe.yaml").read_text() == TEXT
         assert (folder.root / "resolved.yaml").read_text() == resolved_yaml(r)
         assert (folder.root / LOCK).exists()
     assert files_under(folder.root) == {"recipe.yaml", "resolved.yaml"}
-
-
-def test_the_default_place_depends_on_the_recipe(tmp_path: Path) -> None:
-    with (
-        open_run(None, recipe(), TEXT, base=tmp_path) as one,
-        open_run(None, recipe(seed=1), TEXT, base=tmp_path) as two,
-    ):
-        assert one.root != two.root
 
 
 def test_reopening_keeps_stages_and_takes_the_new_text(tmp_path: Path) -> None:
@@ -132,69 +91,17 @@ def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError) as caught:
         open_run(tmp_path, other, TEXT)
     message = str(caught.value)
-    assert "seed: 0 there, 7 here" in message
-    assert "retain[0].path: not set there, 'r.txt' here" in message
+    for part in ("seed: 0 there, 7 here", "retain[0].path: not set there, 'r.txt' here", " more\n", "--out", "--fresh"):
+        assert part in message
     assert message.count(" there, ") == 5
-    assert " more\n" in message
-    assert "--out" in message
-    assert "--fresh" in message
     assert not (tmp_path / LOCK).exists()  # refused, so nobody's
     assert (tmp_path / "resolved.yaml").read_text() == resolved_yaml(recipe())
-
-
-def test_a_list_of_values_counts_as_one_setting(tmp_path: Path) -> None:
-    open_run(tmp_path, recipe(), TEXT).close()
     with pytest.raises(RunFolderError) as caught:
         open_run(tmp_path, recipe(sweep={"coefficients": (0.5,)}), TEXT)
     assert "\n  sweep.coefficients: [0.25, 0.5, 0.75, 1.0] there, [0.5] here\nUse another" in str(caught.value)
 
 
-def test_an_unreadable_resolved_file_is_said(tmp_path: Path) -> None:
-    open_run(tmp_path, recipe(), TEXT).close()
-    (tmp_path / "resolved.yaml").write_text("a: [1\n")
-    with pytest.raises(RunFolderError, match="cannot be read any more"):
-        open_run(tmp_path, recipe(), TEXT)
-
-
-def _rewrite(place: Path, **changes: Callable[[dict[str, Any]], object]) -> None:
-    """Edit the recipe that a folder was made with."""
-    data = yaml_core.parse((place / "resolved.yaml").read_text()).data
-    for change in changes.values():
-        change(data)
-    (place / "resolved.yaml").write_text(yaml_core.dump(data))
-
-
-def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
-    retain = {"path": "r.txt", "kind": "text"}
-    mine = recipe(retain=(retain,), eval={"examples": 2})
-    open_run(tmp_path, mine, TEXT).close()
-    older = {
-        "a block": lambda d: d.pop("holdout"),
-        "a block with keys of its own": lambda d: d.pop("export"),
-        "a key in a block": lambda d: d["eval"].pop("batch_size"),
-        "a key in a list": lambda d: d["retain"][0].pop("name"),
-    }
-    for change in older.values():
-        _rewrite(tmp_path, change=change)
-        open_run(tmp_path, mine, TEXT).close()
-        assert (tmp_path / "resolved.yaml").read_text() == resolved_yaml(mine)
-    _rewrite(tmp_path, **older)
-    open_run(tmp_path, mine, TEXT).close()
-
-
-def test_a_key_that_came_later_and_is_not_its_default_is_a_difference(tmp_path: Path) -> None:
-    open_run(tmp_path, recipe(), TEXT).close()
-    _rewrite(tmp_path, holdout=lambda d: d.pop("holdout"), seed=lambda d: d.pop("seed"))
-    with pytest.raises(RunFolderError) as caught:
-        open_run(tmp_path, recipe(seed=3), TEXT)
-    assert ":\n  seed: not set there, 3 here\nUse another" in str(caught.value)
-    open_run(tmp_path, recipe(), TEXT).close()
-    _rewrite(tmp_path, model=lambda d: d["model"].pop("path"))  # has no default
-    with pytest.raises(RunFolderError, match=r"model\.path: not set there, 'm' here"):
-        open_run(tmp_path, recipe(), TEXT)
-
-
-@pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "name: demo\n"])
+@pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "name: demo\n", "a: [1\n"])
 def test_a_file_without_a_recipe_is_no_older_one(tmp_path: Path, text: str) -> None:
     open_run(tmp_path, recipe(), TEXT).close()
     (tmp_path / "resolved.yaml").write_text(text)
@@ -202,20 +109,52 @@ def test_a_file_without_a_recipe_is_no_older_one(tmp_path: Path, text: str) -> N
         open_run(tmp_path, recipe(), TEXT)
 
 
-def test_a_key_of_a_newer_version_is_a_difference(tmp_path: Path) -> None:
-    for new in (lambda d: d.update(quantum=True), lambda d: d["model"].update(quantum=None)):
-        with open_run(tmp_path, recipe(), TEXT, fresh=True):
-            pass
-        _rewrite(tmp_path, new=new)
-        with pytest.raises(RunFolderError, match=r":\n  (model\.)?quantum: (True|None) there, not set here\nUse"):
-            open_run(tmp_path, recipe(), TEXT)
+def _rewrite(place: Path, *changes: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the recipe that a folder was made with."""
+    data = yaml_core.parse((place / "resolved.yaml").read_text()).data
+    for change in changes:
+        change(data)
+    (place / "resolved.yaml").write_text(yaml_core.dump(data))
+
+
+def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
+    mine = recipe(retain=({"path": "r.txt", "kind": "text"},), eval={"examples": 2})
+    open_run(tmp_path, mine, TEXT).close()
+    older: list[Callable[[dict[str, Any]], object]] = [
+        lambda d: d.pop("holdout"),  # a block
+        lambda d: d.pop("export"),  # a block with keys of its own
+        lambda d: d["eval"].pop("batch_size"),  # a key in a block
+        lambda d: d["retain"][0].pop("name"),  # a key in a list
+    ]
+    for changes in (*([change] for change in older), older):
+        _rewrite(tmp_path, *changes)
+        open_run(tmp_path, mine, TEXT).close()
+        assert (tmp_path / "resolved.yaml").read_text() == resolved_yaml(mine)
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "said"),
+    [
+        (lambda d: (d.pop("holdout"), d.pop("seed")), {"seed": 3}, r"\n  seed: not set there, 3 here\nUse another"),
+        (lambda d: d["model"].pop("path"), {}, r"model\.path: not set there, 'm' here"),  # has no default
+        (lambda d: d.update(quantum=True), {}, r"\n  quantum: True there, not set here\nUse"),
+        (lambda d: d["model"].update(quantum=None), {}, r"\n  model\.quantum: None there, not set here\nUse"),
+    ],
+)
+def test_a_key_of_another_version_that_is_not_its_default_is_a_difference(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], more: dict[str, Any], said: str
+) -> None:
+    open_run(tmp_path, recipe(), TEXT).close()
+    _rewrite(tmp_path, change)
+    with pytest.raises(RunFolderError, match=said):
+        open_run(tmp_path, recipe(**more), TEXT)
 
 
 def test_where_a_run_takes_place_never_matters(tmp_path: Path) -> None:
     open_run(tmp_path, recipe(cluster={"gpus": 8}), TEXT).close()
     for other in (recipe(), recipe(cluster={"gpus": 1, "setup": ("module load x",)})):
         open_run(tmp_path, other, TEXT).close()
-    _rewrite(tmp_path, cluster=lambda d: d["cluster"].update(unheard="of"))
+    _rewrite(tmp_path, lambda d: d["cluster"].update(unheard="of"))
     open_run(tmp_path, recipe(), TEXT).close()
 
 
@@ -240,18 +179,15 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         open_run(tmp_path / "file", recipe(), TEXT)
     with pytest.raises(RunFolderError, match=r"Not a directory.*--out"):
         open_run(tmp_path / "file" / "below", recipe(), TEXT)
-    if os.name == "posix" and os.geteuid() != 0:
-        (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(RunFolderError, match=r"Permission denied.*--out"):
-            open_run(tmp_path / "locked" / "run", recipe(), TEXT)
 
 
 # fresh
 
 
-def test_fresh_removes_another_run_whole(tmp_path: Path) -> None:
+def test_fresh_removes_another_run_whole_also_with_a_damaged_seal(tmp_path: Path) -> None:
     with open_run(tmp_path, recipe(), TEXT) as folder:
         make(folder)
+        (make(folder, "target") / "stage.json").write_text("{")
         (folder.work("target", "k") / "checkpoint").write_text("x")
         write_json_atomic(folder.path("report.json"), {})
     with open_run(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
@@ -260,74 +196,49 @@ def test_fresh_removes_another_run_whole(tmp_path: Path) -> None:
         assert not (tmp_path / WORK).exists()
 
 
-@pytest.mark.parametrize(
-    "where", ["notes.txt", "vectors/notes.txt", "vectors/forget/notes.txt", "vectors/forget/sub/n.txt"]
-)
+@pytest.mark.parametrize("where", ["notes.txt", "vectors/notes.txt", "vectors/forget/sub/n.txt", "figures/notes.txt"])
 def test_fresh_never_removes_a_foreign_file(tmp_path: Path, where: str) -> None:
     with open_run(tmp_path, recipe(), TEXT) as folder:
         make(folder)
-    (tmp_path / where).write_text("mine")
+    (tmp_path / "figures").mkdir()
+    for name in (where, "figures/frontier.pdf"):
+        (tmp_path / name).write_text("mine")
     before = files_under(tmp_path)
     with pytest.raises(RunFolderError, match=where):
         open_run(tmp_path, recipe(), TEXT, fresh=True)
     assert files_under(tmp_path) == before
 
 
-def test_fresh_does_not_follow_links_out(tmp_path: Path) -> None:
-    treasure = tmp_path / "treasure"
-    treasure.mkdir()
-    (treasure / "gold").write_text("x")
-    open_run(tmp_path / "run", recipe(), TEXT).close()
-    (tmp_path / "run" / "link").symlink_to(treasure)
-    with pytest.raises(RunFolderError, match="link"):
-        open_run(tmp_path / "run", recipe(), TEXT, fresh=True)
-    assert (treasure / "gold").exists()
-
-
-def test_fresh_gets_past_a_damaged_seal(tmp_path: Path) -> None:
-    with open_run(tmp_path, recipe(), TEXT) as folder:
-        (make(folder) / "stage.json").write_text("{")
-    with open_run(tmp_path, recipe(), TEXT, fresh=True):
-        assert not (tmp_path / "vectors").exists()
-
-
 # stages
 
 
-def test_a_stage_is_found_under_its_key_only(tmp_path: Path) -> None:
+def test_a_stage_is_found_under_its_key_only_and_replaced_whole(tmp_path: Path) -> None:
     with open_run(tmp_path, recipe(), TEXT) as folder:
         assert folder.finished("eval/0.5", "k") is None
         place = make(folder, "eval/0.5", "k")
         assert place == tmp_path / "eval" / "0.5"
         assert folder.finished("eval/0.5", "other") is None
-        record = folder.record("eval/0.5")
+        record = read_record(place)
         assert record is not None
-        assert record.key == "k"
-        assert set(record.files) == {"a.bin", "sub/b.bin"}
+        assert (record.key, set(record.files)) == ("k", {"a.bin", "sub/b.bin"})
         assert record.seconds >= 0
+        with folder.writing("eval/0.5", "new") as tmp:
+            (tmp / "c.bin").write_text("new")
+            assert folder.finished("eval/0.5", "k") is not None  # until the very end
+        assert folder.finished("eval/0.5", "k") is None
+        assert files_under(place) == {"c.bin", "stage.json"}
         assert list((tmp_path / TEMPORARY).iterdir()) == []
 
 
-def test_a_new_key_replaces_the_stage_whole(tmp_path: Path) -> None:
-    with open_run(tmp_path, recipe(), TEXT) as folder:
-        make(folder, key="old")
-        with folder.writing("vectors/forget", "new") as tmp:
-            (tmp / "c.bin").write_text("new")
-            assert folder.finished("vectors/forget", "old") is not None  # until the very end
-        assert folder.finished("vectors/forget", "old") is None
-        assert files_under(tmp_path / "vectors" / "forget") == {"c.bin", "stage.json"}
-
-
-def interrupted_while_writing(place: Path) -> None:
-    (place / "half").write_text("x")
-    raise KeyboardInterrupt
-
-
 def test_an_exception_leaves_the_older_stage_and_nothing_else(tmp_path: Path) -> None:
+    def interrupted(place: Path) -> None:
+        (place / "half").write_text("x")
+        raise KeyboardInterrupt
+
     with open_run(tmp_path, recipe(), TEXT) as folder:
         make(folder, key="old")
         with pytest.raises(KeyboardInterrupt), folder.writing("vectors/forget", "new") as tmp:
-            interrupted_while_writing(tmp)
+            interrupted(tmp)
         assert folder.finished("vectors/forget", "old") is not None
         assert list((tmp_path / TEMPORARY).iterdir()) == []
 
@@ -377,12 +288,6 @@ def test_a_users_file_in_a_stage_is_not_thrown_away(tmp_path: Path) -> None:
         assert (place / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a//b", ".hidden", "a/../b", "", "a b"])
-def test_names_stay_inside_the_folder(tmp_path: Path, name: str) -> None:
-    with open_run(tmp_path, recipe(), TEXT) as folder, pytest.raises(ValueError, match="not a name"):
-        folder.path(name)
-
-
 def test_work_survives_and_goes_with_the_stage(tmp_path: Path) -> None:
     with open_run(tmp_path, recipe(), TEXT) as folder:
         (folder.work("target", "k") / "checkpoint").write_text("x")
@@ -395,24 +300,16 @@ def test_work_survives_and_goes_with_the_stage(tmp_path: Path) -> None:
         assert [p.name.partition("@")[0] for p in (tmp_path / WORK).iterdir()] == ["target"]
 
 
-def write_on_a_full_disk(path: Path) -> None:
-    path.symlink_to("/dev/full")
-    path.write_text("x" * 100_000)
-
-
-def test_no_space_left_is_explained(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs a device that is always full")
+def test_no_space_left_is_explained_and_other_errors_stay(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    rust = RuntimeError("I/O error: No space left on device (os error 28)")  # as libraries with own writers put it
     with open_run(tmp_path, recipe(), TEXT) as folder:
-        with (
-            pytest.raises(RunFolderError, match=r"no space left .*vectors/forget"),
-            folder.writing("vectors/forget", "k") as tmp,
-        ):
-            write_on_a_full_disk(tmp / "weights")
-        # as libraries with file writers of their own put it
-        with pytest.raises(RunFolderError, match="no space left"), folder.writing("vectors/forget", "k"):
-            raise RuntimeError("I/O error: No space left on device (os error 28)")
-        # others' errors stay what they are
+        for error in (full, rust):
+            with (
+                pytest.raises(RunFolderError, match=r"no space left .*vectors/forget"),
+                folder.writing("vectors/forget", "k"),
+            ):
+                raise error
         with pytest.raises(PermissionError), folder.writing("vectors/forget", "k"):
             raise PermissionError(errno.EACCES, "no")
         assert not (tmp_path / "vectors").exists()
@@ -432,16 +329,16 @@ def test_other_processes_of_a_launch_publish_nothing(tmp_path: Path, monkeypatch
 
 
 def test_kill_while_writing_leaves_no_finished_stage(tmp_path: Path) -> None:
-    writing = """
-    with open_run(root, recipe(), "text") as folder:
-        with folder.writing("vectors/forget", "k") as tmp:
-            (tmp / "a.bin").write_text("half")
-            (folder.work("vectors/forget", "k") / "checkpoint").write_text("step 10")
-            print("ready", flush=True)
-            time.sleep(60)
-    """
+    writing = f"""{PRELUDE}
+with open_run(root, recipe, "text") as folder:
+    with folder.writing("vectors/forget", "k") as tmp:
+        (tmp / "a.bin").write_text("half")
+        (folder.work("vectors/forget", "k") / "checkpoint").write_text("step 10")
+        print("ready", flush=True)
+        time.sleep(60)
+"""
     with running(writing, tmp_path) as process:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert (tmp_path / LOCK).exists()
     assert len(list((tmp_path / TEMPORARY).iterdir())) == 1
@@ -454,14 +351,14 @@ def test_kill_while_writing_leaves_no_finished_stage(tmp_path: Path) -> None:
 
 def test_killed_at_random_moments_the_stage_is_whole_or_absent(tmp_path: Path) -> None:
     """A process that replaces a stage over and over: whatever is there after a kill is one consistent version."""
-    code = """
-    with open_run(root, recipe(), "text") as folder:
-        print("ready", flush=True)
-        for i in range(100000):
-            with folder.writing("s", str(i)) as tmp:
-                for j in range(3):
-                    (tmp / f"{j}").write_text(str(i))
-    """
+    code = f"""{PRELUDE}
+with open_run(root, recipe, "text") as folder:
+    print("ready", flush=True)
+    for i in range(100000):
+        with folder.writing("s", str(i)) as tmp:
+            for j in range(3):
+                (tmp / str(j)).write_text(str(i))
+"""
     found = 0
     for delay in (0.03, 0.05, 0.08, 0.13):
         with running(code, tmp_path) as process:
@@ -469,7 +366,7 @@ def test_killed_at_random_moments_the_stage_is_whole_or_absent(tmp_path: Path) -
             process.kill()
             process.wait()
         with open_run(tmp_path, recipe(), TEXT) as folder:
-            record = folder.record("s")
+            record = read_record(tmp_path / "s")
             if record is None:
                 assert not (tmp_path / "s").exists()
                 continue
@@ -484,14 +381,13 @@ def test_fresh_over_a_killed_process_takes_nothing_of_its_lock_for_a_stranger(tm
     with running(HOLD, tmp_path) as process:
         process.kill()
         process.wait()
-    (tmp_path / f"{LOCK}.break.1.{'a' * 32}").write_text("")  # of one who was killed while it took over
+    broken = f"{LOCK}.break.1.{'a' * 32}"  # of one who was killed while it took over
+    (tmp_path / broken).write_text("")
     with open_run(tmp_path, recipe(seed=1), TEXT, fresh=True) as folder:
         make(folder)
         assert (tmp_path / LOCK).exists()
-    assert {name.partition("/")[0] for name in files_under(tmp_path)} <= {
-        *("recipe.yaml", "resolved.yaml", "vectors"),
-        f"{LOCK}.break.1.{'a' * 32}",
-    }
+    found = {name.partition("/")[0] for name in files_under(tmp_path)}
+    assert found <= {"recipe.yaml", "resolved.yaml", "vectors", broken}
 
 
 # the lock
@@ -499,10 +395,9 @@ def test_fresh_over_a_killed_process_takes_nothing_of_its_lock_for_a_stranger(tm
 
 def test_a_living_rival_is_named(tmp_path: Path) -> None:
     with running(HOLD, tmp_path) as process:
-        with pytest.raises(RunFolderError, match=rf"in use by process {process.pid} since 20.*--out"):
-            open_run(tmp_path, recipe(), TEXT)
-        with pytest.raises(RunFolderError, match="in use"):
-            open_run(tmp_path, recipe(), TEXT, fresh=True)
+        for fresh in (False, True):
+            with pytest.raises(RunFolderError, match=rf"in use by process {process.pid} since 20.*--out"):
+                open_run(tmp_path, recipe(), TEXT, fresh=fresh)
         assert (tmp_path / LOCK).exists()
         # killed, and (as in many containers) reaped by nobody yet
         process.send_signal(signal.SIGKILL)
@@ -510,70 +405,61 @@ def test_a_living_rival_is_named(tmp_path: Path) -> None:
         open_run(tmp_path, recipe(), TEXT).close()
 
 
-def test_twice_in_one_process(tmp_path: Path) -> None:
-    with open_run(tmp_path, recipe(), TEXT):
-        with pytest.raises(RunFolderError, match="this very process"):
-            open_run(tmp_path, recipe(), TEXT)
-        assert (tmp_path / LOCK).exists()
-    open_run(tmp_path, recipe(), TEXT).close()
-
-
-FAR = "import socket; socket.gethostname = lambda: 'node17'\n"
-
-
 @pytest.mark.parametrize("moment", ["before it seals", "in the middle of writing", "between two stages", "in its work"])
 def test_a_process_that_wakes_after_its_folder_was_taken_over_replaces_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "1")
-    code = """
-    from unlearn.errors import UnlearnError
+    code = f"""{PRELUDE}
+from unlearn.errors import UnlearnError
 
-    def nap(*moments):
-        if os.environ["MOMENT"] in moments:
-            print("ready", flush=True)
-            while not folder._lock.lost():
-                time.sleep(0.01)
+def nap(*moments):
+    if os.environ["MOMENT"] in moments:
+        print("ready", flush=True)
+        while not folder._lock.lost():
+            time.sleep(0.01)
 
-    with open_run(root, recipe(), "the sleeper's") as folder:
-        try:
-            with folder.writing("s", "k") as tmp:
-                nap("in the middle of writing")
-                (tmp / "a.bin").write_text("the sleeper's")
-                nap("before it seals")
-            nap("between two stages", "in its work")
-            if os.environ["MOMENT"] == "in its work":
-                folder.work("t", "k")
-            with folder.writing("t", "k") as tmp:
-                pass
-            print("published")
-        except UnlearnError as e:
-            print(type(e).__name__, e)
-    """
-    with running(FAR + textwrap.dedent(code), tmp_path, MOMENT=moment) as sleeper:
+with open_run(root, recipe, "the sleeper's") as folder:
+    try:
+        with folder.writing("s", "k") as tmp:
+            nap("in the middle of writing")
+            (tmp / "a.bin").write_text("the sleeper's")
+            nap("before it seals")
+        nap("between two stages", "in its work")
+        if os.environ["MOMENT"] == "in its work":
+            folder.work("t", "k")
+        with folder.writing("t", "k") as tmp:
+            pass
+        print("published")
+    except UnlearnError as e:
+        print(type(e).__name__, e)
+"""
+
+    def found() -> dict[str, tuple[int, int]]:
+        stats = {name: (tmp_path / name).stat() for name in files_under(tmp_path) if not name.startswith(LOCK)}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+    with running(code, tmp_path, MOMENT=moment, FAR="1") as sleeper:
         sleeper.send_signal(signal.SIGSTOP)
         with open_run(tmp_path, recipe(), TEXT) as folder:
             for name in ("s", "t"):
                 make(folder, name, content="the taker's")
             folder.work("u", "k")
-            before = {name: (tmp_path / name).stat() for name in files_under(tmp_path) if not name.startswith(LOCK)}
+            before = found()
             sleeper.send_signal(signal.SIGCONT)
             said, trouble = sleeper.communicate(timeout=60)
             assert said.startswith(f"RunFolderError {tmp_path} is not this process's any more"), (said, trouble)
             assert re.search(rf"process {os.getpid()} on host .* has taken over", said)
             assert not trouble
-            after = {name: (tmp_path / name).stat() for name in files_under(tmp_path) if not name.startswith(LOCK)}
-            assert {n: (s.st_ino, s.st_mtime_ns) for n, s in after.items()} == {
-                n: (s.st_ino, s.st_mtime_ns) for n, s in before.items()
-            }
+            assert found() == before
             make(folder, "s", key="new")  # still the taker's
     assert not list(tmp_path.glob(f"{LOCK}*"))
 
 
-# small things
+# files
 
 
-def test_fingerprint_is_canonical() -> None:
+def test_fingerprint_is_canonical_also_over_processes(tmp_path: Path) -> None:
     assert fingerprint({"a": 1, "b": [1.5, None]}) == fingerprint({"b": (1.5, None), "a": 1})
     assert len({fingerprint(recipe()), fingerprint(recipe(seed=1)), fingerprint("a", "b"), fingerprint("ab")}) == 4
     assert fingerprint(StageRecord("k", 1.0, {})) == fingerprint({"key": "k", "seconds": 1.0, "files": {}})
@@ -582,19 +468,13 @@ def test_fingerprint_is_canonical() -> None:
         fingerprint(float("nan"))
     with pytest.raises(TypeError, match="object has no JSON form"):
         fingerprint(object())
-
-
-def test_fingerprint_is_stable_over_processes(tmp_path: Path) -> None:
-    process = start(
-        "from unlearn.store.files import fingerprint; print(fingerprint(recipe()))", tmp_path, PYTHONHASHSEED="7"
-    )
-    assert process.communicate()[0].strip() == fingerprint(recipe())
+    code = f"{PRELUDE}\nfrom unlearn.store.files import fingerprint; print(fingerprint(recipe))"
+    assert start(code, tmp_path, PYTHONHASHSEED="7").communicate()[0].strip() == fingerprint(recipe())
 
 
 def test_atomic_writes(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json_atomic(path, {"λ": 0.5, "path": Path("p")})
-    assert json.loads(path.read_text("utf-8")) == {"λ": 0.5, "path": "p"}
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json_atomic(path, float("inf"))
     write_json_atomic(tmp_path / "lone.json", "\ud800")
@@ -602,4 +482,4 @@ def test_atomic_writes(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="No such file"):
         write_text_atomic(tmp_path / "no" / "x", "x")
     assert {p.name for p in tmp_path.iterdir()} == {"x.json", "lone.json"}
-    assert json.loads(path.read_text("utf-8"))["λ"] == 0.5
+    assert json.loads(path.read_text("utf-8")) == {"λ": 0.5, "path": "p"}

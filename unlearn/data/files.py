@@ -15,7 +15,7 @@ from typing import Any
 
 from unlearn.errors import DataError
 from unlearn.recipe.data import Between, Scalar, Source
-from unlearn.store.hub import hub_away, no_data
+from unlearn.store.cache import hub_away, no_data
 
 _BOM = b"\xef\xbb\xbf"
 _WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")

@@ -21,7 +21,7 @@ from unlearn.model import locate as models
 from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import ModelSpec, Recipe
-from unlearn.store.hub import hub_away
+from unlearn.store.cache import hub_away
 
 Row = Mapping[str, Any]
 

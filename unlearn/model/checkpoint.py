@@ -61,7 +61,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             problems.append(f"  {name}: holds again {some(twice)}")
         if lost := [n for n, file in (placed or {}).items() if file == name and n not in found]:
             problems.append(f"  {name}: {INDEX} says it holds {some(lost)}, which it does not")
-        if placed is not None and (extra := [n for n in found if n not in placed]):
+        if extra := [n for n in found if placed is not None and n not in placed]:
             problems.append(f"  {INDEX} does not list {some(extra)} of {name}")
         tensors |= found
     if not tensors and not problems:
@@ -112,12 +112,9 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def _plain_name(name: object) -> bool:
     """No path, no hidden file, no control character."""
-    return (
-        isinstance(name, str)
-        and name.endswith(".safetensors")
-        and not name.startswith(".")
-        and all(c.isprintable() and c not in '/\\:*?"<>|' for c in name)
-    )
+    if not isinstance(name, str) or name.startswith(".") or not name.endswith(".safetensors"):
+        return False
+    return name.isprintable() and not set(name) & set('/\\:*?"<>|')
 
 
 def _read_header(path: Path, name: str) -> dict[str, Stored]:
@@ -139,7 +136,6 @@ def _read_header(path: Path, name: str) -> dict[str, Stored]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no key comes twice: readers would differ in which one counts."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    if len(dict(pairs)) < len(pairs):
         raise ValueError("a name comes twice in it")
-    return made
+    return dict(pairs)

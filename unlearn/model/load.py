@@ -34,21 +34,9 @@ from unlearn.model.locate import check_trust, doubled_weights, hub_failure, inde
 from unlearn.processes import cpus_only, is_out_of_memory, told
 from unlearn.recipe.schema import ModelSpec
 from unlearn.store import files as atomic
-from unlearn.store.cache import sha256, vanished
-from unlearn.store.hub import NETWORK_LIBRARIES, condensed, hub_away
+from unlearn.store.cache import NETWORK_LIBRARIES, condensed, hub_away, sha256, vanished
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)(?:\.|$)")
-
-
-def layer_of(name: str) -> int | None:
-    """The layer number in a module path (``model.layers.3.mlp.fc1``, ``transformer.h.3.attn.c_attn``), from 0."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
-
-
-# -- load a model and its tokenizer, know which ones they are, and find the modules a vector can go on
-
-
 _SHOWN = 12  # names in a message
 _NO_LANGUAGE_MODEL = (  # in what transformers says
     *("Unrecognized model", "Unrecognized configuration class", "does not recognize this architecture"),
@@ -79,12 +67,9 @@ class Loaded:
 
 
 def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
-    """Load what :func:`unlearn.model.locate.locate` found.
+    """Load what :func:`unlearn.model.locate.locate` found: a local folder or a hub id.
 
-    Args:
-        spec: the recipe's model: number format, device, quantisation, revision, remote code.
-        where: a local folder or a hub id.
-        for_training: only then ``spec.quantize`` is applied; edits and scores always use full precision.
+    Only ``for_training`` ``spec.quantize`` is applied; edits and scores always use full precision.
     """
     check_trust(spec)
     device = place(spec.device)
@@ -96,7 +81,6 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     with told(f"model.path: {where}", "choose a smaller model"), _explained(where, spec), quietly(downloads=True):
         tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
         model, report = _read_weights(where, options, dtype, device, quantize)
-        model = model if quantize != "none" else model.to(device)
     _check_weights(where, report)
     _check_tokenizer(where, tokenizer, model)
     untie(model)
@@ -127,9 +111,8 @@ def _options(spec: ModelSpec, where: str) -> dict[str, Any]:
 def untie(model: PreTrainedModel) -> None:
     """Have a model's configuration say so where its head is not tied though it should be.
 
-    transformers does not tie a head that is stored with other values than the embeddings, and leaves the configuration
-    as it is. Whoever acts on that afterwards (``tie_weights``, which lm-eval calls; a reader of what is saved) loses
-    the head.
+    transformers does not tie a head stored with other values than the embeddings, but leaves the configuration as it
+    is: ``tie_weights``, which lm-eval calls, or a reader of what is saved would then lose the head.
     """
     if not getattr(model.config, "tie_word_embeddings", False) or getattr(model, "all_tied_weights_keys", True):
         return
@@ -168,8 +151,7 @@ def number_format(name: str, device: torch.device) -> torch.dtype:
         if device.type != "cuda":
             return torch.float32
         with torch.cuda.device(device):  # machines with GPUs of several kinds
-            # Older GPUs only emulate bfloat16, slower than float32. Not float16 there: what a model trained in
-            # bfloat16 computes may pass 65,504, and then scores are no numbers.
+            # older GPUs only emulate bfloat16, slower than float32; float16 would overflow (65,504) in such models
             own = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if own else torch.float32
     dtype: torch.dtype = getattr(torch, name)
@@ -177,28 +159,20 @@ def number_format(name: str, device: torch.device) -> torch.dtype:
 
 
 def _read_weights(
-    where: str,
-    options: dict[str, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-    quantize: Literal["none", "nf4", "int8"],
+    where: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device, quantize: str
 ) -> tuple[Any, Mapping[str, Any]]:
+    """The model, and what transformers reports of weights that do not fit."""
     if quantize != "none":
         from transformers import BitsAndBytesConfig
 
         four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         config = BitsAndBytesConfig(**(four if quantize == "nf4" else {"load_in_8bit": True}))
         options = options | {"quantization_config": config, "device_map": {"": device}}
+    # wrong shapes are ignored so that they come back in the report, all of them
+    options = options | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     read: Any = AutoModelForCausalLM.from_pretrained
-    model, report = read(
-        where,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that they come back in the report, all of them
-        **options,
-    )
-    return model, report
+    model, report = read(where, dtype=dtype, **options)
+    return (model if quantize != "none" else model.to(device)), report
 
 
 @contextmanager
@@ -238,21 +212,17 @@ def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
 
 def _check_weights(where: str, report: Mapping[str, Any]) -> None:
     """Refuse weights that do not fit: transformers would fill the gaps with random numbers and go on."""
-    problems = []
-    for key, what in (("missing_keys", "missing"), ("unexpected_keys", "unexpected")):
-        if names := sorted(report.get(key) or ()):
-            problems.append(f"  {what}: {atomic.some(names, _SHOWN)}")
-    if wrong := sorted(report.get("mismatched_keys") or ()):
-        shapes = [f"{name} has {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in wrong]
-        problems.append(f"  wrong shape: {atomic.some(shapes, _SHOWN)}")
-    for key in ("error_msgs", "conversion_errors"):
-        if others := report.get(key):
-            lines = (
-                [f"{k}: {v}" for k, v in others.items()] if isinstance(others, Mapping) else [str(o) for o in others]
-            )
-            problems.append(f"  other: {atomic.some(sorted(lines), _SHOWN)}")
+    wrong = report.get("mismatched_keys") or ()
+    failures = report.get("conversion_errors") or {}
+    found = {
+        "missing": report.get("missing_keys") or (),
+        "unexpected": report.get("unexpected_keys") or (),
+        "wrong shape": [f"{name} has {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in wrong],
+        "other": [*map(str, report.get("error_msgs") or ()), *(f"{k}: {v}" for k, v in failures.items())],
+    }
+    problems = [f"\n  {what}: {atomic.some(sorted(names), _SHOWN)}" for what, names in found.items() if names]
     if problems:
-        raise ModelError("\n".join([f"model.path: the weights in {where} do not fit its config.json", *problems]))
+        raise ModelError(f"model.path: the weights in {where} do not fit its config.json{''.join(problems)}")
 
 
 def _check_fast(where: str, tokenizer: Any) -> None:
@@ -298,10 +268,7 @@ def _digest(name: str, tensor: torch.Tensor) -> bytes:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 in hex over name, dtype, shape and bytes of every tensor of the state, tied ones once.
-
-    It is the hash of the tensors' own hashes in order of their names, so that they can be computed side by side.
-    """
+    """SHA-256 in hex over the hashes of every tensor of the state (name, dtype, shape, bytes), tied ones once."""
     tensors = list(_distinct(model))
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter
         digests = pool.map(lambda item: _digest(*item), tensors)
@@ -343,15 +310,15 @@ def _words(tokenizer: Any) -> str:
 def numbers(device: torch.device) -> dict[str, str]:
     """What results depend on by more than the order of sums, and no recipe says: where torch computes, and how exactly.
 
-    Threads, processes and kinds of processors are left out: they change that order alone; and TF32: no run uses it.
+    Threads, processes and kinds of processors change that order alone; and no run uses TF32.
     """
-    told = {
+    settings = {
         "device": device.type,
         "dtype": torch.get_default_dtype(),
         "sums in 16 bits": getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
         "autocast": torch.is_autocast_enabled(device.type),
     }
-    return {name: str(value) for name, value in told.items()}
+    return {name: str(value) for name, value in settings.items()}
 
 
 def drops_out(model: Any) -> bool:
@@ -376,7 +343,6 @@ def resolve_targets(
     """Full paths of the modules a recipe's ``vector.lora.targets`` means, in the model's order.
 
     Args:
-        model: a causal language model.
         targets: ``all-linear``, or names: a full path or its end (``q_proj``, ``mlp.fc1``).
         depth: Only layers l of L with depth[0] <= (l + .5) / L <= depth[1]; modules outside the layers only when the
             whole depth is meant.
@@ -399,6 +365,12 @@ def resolve_targets(
     return tuple(path for path in linear if path in chosen and path in _within(linear, depth))
 
 
+def layer_of(name: str) -> int | None:
+    """The layer number in a module path (``model.layers.3.mlp.fc1``, ``transformer.h.3.attn.c_attn``), from 0."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
 def _within(paths: Sequence[str], depth: tuple[float, float]) -> frozenset[str]:
     """Those of some modules whose layer lies within a stretch of the depth."""
     if depth == (0.0, 1.0):
@@ -419,21 +391,13 @@ def _within(paths: Sequence[str], depth: tuple[float, float]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The weights of a causal language model by name.
+    """The weights of a causal language model by name."""
 
-    Attributes:
-        kind: The model's class.
-        linear: Names of the weights of linear layers that stand alone -> whether stored as (in, out), as Conv1D does.
-        others: Names of all other tensors -> what they are, in words.
-        prefix: What the model's names begin with where those of its body, saved alone, do not (``transformer.``).
-        tied: Second names of weights, which need not be stored -> the first.
-    """
-
-    kind: str
-    linear: Mapping[str, bool]
-    others: Mapping[str, str]
-    prefix: str
-    tied: Mapping[str, str]
+    kind: str  # the model's class
+    linear: Mapping[str, bool]  # weights of linear layers that stand alone -> whether stored as (in, out), as Conv1D is
+    others: Mapping[str, str]  # all other tensors -> what they are, in words
+    prefix: str  # what the model's names begin with where those of its body, saved alone, do not (``transformer.``)
+    tied: Mapping[str, str]  # second names of weights, which need not be stored -> the first
 
     def canonical(self, name: str) -> str:
         """A stored tensor's name as the model has it: some checkpoints are of the body alone, without the prefix."""
@@ -457,7 +421,7 @@ def config_of(folder: Path) -> PretrainedConfig:
         raise VectorError(f"{folder}: no folder of a model: it has no config.json")
     with _understood(folder):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return config
+    return config
 
 
 def model_of(folder: Path) -> nn.Module:
@@ -465,7 +429,7 @@ def model_of(folder: Path) -> nn.Module:
     config = config_of(folder)
     with _understood(folder), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        return model
+    return model
 
 
 @contextmanager
@@ -489,8 +453,8 @@ def lay_out(model: nn.Module) -> Architecture:
         for short, tensor in (*module._parameters.items(), *module._buffers.items()):
             name = f"{path}.{short}" if path else short
             if tensor is None:
-                continue
-            if short != "weight" or not isinstance(module, nn.Linear | Conv1D):
+                pass
+            elif short != "weight" or not isinstance(module, nn.Linear | Conv1D):
                 others[name] = f"{type(module).__name__}'s {short}, not a linear layer's weight"
             elif owners[id(tensor)] > 1:
                 others[name] = "a weight that several layers share, so that it would change twice"

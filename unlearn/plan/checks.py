@@ -21,7 +21,7 @@ from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.metrics import goal_metrics
 from unlearn.recipe.schema import Recipe
 from unlearn.recipe.task_names import has_task, no_such_task, shipped_tasks, task_files, task_names
-from unlearn.store.hub import check_data
+from unlearn.store.cache import check_data
 
 
 def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:

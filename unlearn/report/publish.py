@@ -24,9 +24,8 @@ from unlearn.report.figures import rows_of_goals, verdict_of
 from unlearn.report.page import templates
 from unlearn.report.words import outcome
 from unlearn.results import Chosen, ScoreRow
-from unlearn.store.cache import offline
+from unlearn.store.cache import NETWORK_LIBRARIES, condensed, offline
 from unlearn.store.files import some
-from unlearn.store.hub import NETWORK_LIBRARIES, condensed
 from unlearn.store.provenance import tidy
 from unlearn.store.stages import STAGE_FILE, damage_of, read_record
 from unlearn.text import counted, file_size, listing

@@ -26,7 +26,7 @@ from unlearn import processes as distributed
 from unlearn.console import is_main_process
 from unlearn.errors import EvaluationError
 from unlearn.processes import told
-from unlearn.store.hub import hub_away
+from unlearn.store.cache import hub_away
 
 MODEL = "unlearn"
 _PROGRAM = "unlearn harness"

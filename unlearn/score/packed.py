@@ -34,7 +34,7 @@ from unlearn.recipe.evaluation import EvalSpec
 from unlearn.score.decoding import greedy
 from unlearn.score.forward import Forward, NotPackableError, Part, run
 from unlearn.score.tree import Piece, pack
-from unlearn.store.hub import condensed, hub_away, model_in_cache
+from unlearn.store.cache import condensed, hub_away, model_in_cache
 from unlearn.vector.interop import ADAPTER_CONFIG, strangers
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from unlearn.recipe.schema import Recipe
 from unlearn.recipe.task_names import families, no_such_task, shipped_tasks, task_files, task_names
 from unlearn.results import Role
 from unlearn.score.silence import errors_only, quiet_harness
-from unlearn.store.hub import hub_away
+from unlearn.store.cache import hub_away
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

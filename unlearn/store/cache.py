@@ -1,8 +1,8 @@
-"""The cache: folders that are either whole or not there, however the processes that made them ended.
+"""What comes from elsewhere: the cache of downloads and conversions, and whether the model hub can be asked.
 
-``$UNLEARN_CACHE``, else ``~/.cache/unlearn``; on a cluster a folder that all machines see. An entry's name says what
-it was made from. Whoever needs one first makes it, in a temporary folder that is renamed when whole; the others wait.
-Nothing that has its place is written to again: jobs at work have it mapped into their memory.
+The cache is ``$UNLEARN_CACHE``, else ``~/.cache/unlearn``; on a cluster a folder that all machines see. An entry is
+whole or absent, and its name says what it was made from. The first process that needs one makes it, in a temporary
+folder that is renamed when whole; the others wait. Nothing in its place is written to again: jobs have it mapped.
 
 ``complete.json`` in an entry has size, times and SHA-256 of every file. A file with that size and those times is
 trusted, any other is read, and with ``UNLEARN_VERIFY=full`` all are. What is damaged is moved aside, made again, and
@@ -11,24 +11,31 @@ removed after a day. A cache that cannot be written serves what is whole in it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 
 from unlearn.console import say
-from unlearn.errors import ModelError, RunFolderError, UnlearnError
+from unlearn.errors import DataError, ModelError, RunFolderError, UnlearnError
 from unlearn.store.files import FULL, unique, unwritable, write_json_atomic
 from unlearn.store.lock import Lock
 
 MANIFEST = "complete.json"
 _TEMPORARY, _ASIDE, _LOCKS = ".part-", ".damaged-", ".locks"
 _ASIDE_SECONDS = 24 * 3600
+# Whose exceptions mean that the network or the hub failed, where they are not OSErrors already.
+NETWORK_LIBRARIES = frozenset({"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"})
+_LONGEST = 300  # characters of another library's message in ours
+_PATIENCE = 2.0  # seconds until the hub must have given a sign of life
 
 
 def cache_folder() -> Path:
@@ -88,29 +95,23 @@ def whole(folder: Path) -> bool:
 
 
 def entry(cache: Path, key: str, fill: Callable[[Path], object]) -> Path:
-    """The folder of one cache entry, made by ``fill`` unless it is there, whole and undamaged.
+    """The folder of one cache entry, made by ``fill`` (in a temporary folder) unless it is there, whole and undamaged.
 
-    Of several processes that want the same entry at once, one makes it and the others wait for it.
-
-    Args:
-        cache: the cache folder; created when missing.
-        key: name of the entry; says everything its content depends on.
-        fill: writes the content into the (temporary) folder it is given.
+    Of several processes that want the same entry at once, one makes it and the others wait for it. ``key`` names the
+    entry and says everything its content depends on.
     """
     folder = cache / key
-    damage = _damage(folder)
-    if damage is None:
-        return folder
-    with _locked(cache, key, damage) as lock:
-        damage = _damage(folder)
-        if damage is None:
-            return folder  # another process has made it meanwhile
-        if folder.exists():
-            say(f"{folder}: {damage}; it is made again", style="yellow")
-        if _fill(cache, key, fill, lock):
-            return folder
-    say(f"{folder}: this process was stopped for long, and another one makes it by now")
-    return entry(cache, key, fill)
+    while (damage := _damage(folder)) is not None:
+        with _locked(cache, key, damage) as lock:
+            damage = _damage(folder)
+            if damage is None:
+                break  # another process has made it meanwhile
+            if folder.exists():
+                say(f"{folder}: {damage}; it is made again", style="yellow")
+            if _fill(cache, key, fill, lock):
+                break
+        say(f"{folder}: this process was stopped for long, and another one makes it by now")
+    return folder
 
 
 def _damage(folder: Path, read: bool = True) -> str | None:
@@ -196,17 +197,17 @@ def _write_manifest(folder: Path) -> None:
 
 def _sweep(cache: Path, key: str) -> None:
     """Remove what makers that are no more have left half filled, and what was moved aside a day ago."""
-    for left in cache.glob(f"{_TEMPORARY}*.*"):
-        maker = left.name.removeprefix(_TEMPORARY).rpartition(".")[0]
+    for part in cache.glob(f"{_TEMPORARY}*.*"):
+        maker = part.name.removeprefix(_TEMPORARY).rpartition(".")[0]
         if maker == key:  # whose lock is this process's
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
         elif lock := Lock.attempt(cache / _LOCKS / maker):
             with lock:
-                shutil.rmtree(left, ignore_errors=True)
-    for left in cache.glob(f"{_ASIDE}*"):
+                shutil.rmtree(part, ignore_errors=True)
+    for aside in cache.glob(f"{_ASIDE}*"):
         with suppress(FileNotFoundError):  # another process sweeps, too
-            if time.time() - left.stat().st_mtime > _ASIDE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+            if time.time() - aside.stat().st_mtime > _ASIDE_SECONDS:
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unreachable(cache: Path) -> str:
@@ -219,4 +220,86 @@ def _unreachable(cache: Path) -> str:
 def _full(cache: Path) -> ModelError:
     return ModelError(
         f"no space left in the cache folder {cache}: free some, or set UNLEARN_CACHE to a folder on another disk"
+    )
+
+
+# -- the model hub: whether it can be asked now, what of it is on this machine, what to say where it is neither
+
+
+def condensed(error: Exception) -> str:
+    """Another library's message on one line, cut where it gets long."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def hub_away() -> str:
+    """Why nothing can be had from the hub now, in words; empty where it can.
+
+    Its client is switched off then: it would try for half a minute at each file, and transformers does not hand
+    ``local_files_only`` on to every look-up.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if offline():
+        why = "going online is forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE)"
+    elif silence := _silence(endpoint):
+        why = f"the hub ({endpoint}) cannot be reached: {silence}"
+    else:
+        return ""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True  # it reads the environment at import only, and so does datasets
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    return why
+
+
+@functools.cache
+def _silence(endpoint: str) -> str:
+    """Why nobody answers there; empty where anybody does. Asked once, as the hub's client asks: by its proxies."""
+    from huggingface_hub import get_session
+
+    said = [f"no answer within {_PATIENCE:g} s"]
+
+    def ask() -> None:
+        try:
+            get_session().head(endpoint, timeout=_PATIENCE)
+            said[0] = ""
+        except Exception as e:  # of whatever library the client stands on: all mean that it cannot ask
+            said[0] = condensed(e)
+
+    thread = Thread(target=ask, daemon=True)  # since looking up a name knows no time limit
+    thread.start()
+    thread.join(_PATIENCE)
+    return said[0]
+
+
+def hub_cache() -> Path:
+    """The folder of the hub client's own cache, by its documented rule; importing it takes longer than the look-up."""
+    return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
+
+
+def _hub_home() -> Path:
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
+def model_in_cache(name: str) -> bool:
+    """Whether a model, adapter or tokenizer of the hub, in whatever revision, was downloaded before."""
+    return any((hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*config.json"))
+
+
+def check_data(names: Iterable[str]) -> None:
+    """Raise a DataError for data sets that only the hub has, where it cannot be reached for certain."""
+    read = Path(os.environ.get("HF_DATASETS_CACHE") or _hub_home() / "datasets").expanduser()
+    for name in names:
+        owner = name.partition("/")[0]
+        there = [*hub_cache().glob(f"datasets--{owner}*"), *read.glob(f"{owner}*")]
+        if not there and (away := hub_away()):
+            raise DataError(no_data(f"hub:{name}", away))
+
+
+def no_data(source: str, away: str) -> str:
+    """The message for a data set that is neither on this machine nor to be had."""
+    return (
+        f"{source}: it is not on this machine, and {away}. Download the file elsewhere and give it in this set's "
+        "`path` (.json, .jsonl, .csv or .parquet; remove config, split and revision)"
     )

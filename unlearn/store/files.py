@@ -21,7 +21,7 @@ from unlearn.errors import RunFolderError
 from unlearn.text import one_line
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-# what says that nothing more can be written, or not so much in one file, or that the disk is not there any more
+# nothing more can be written, or not so much in one file, or the disk is gone
 _UNWRITABLE = FULL | {errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems, for folders
 _LONGEST_NAME = 200  # characters of a name in a message
@@ -29,12 +29,12 @@ _LONGEST_NAME = 200  # characters of a name in a message
 
 def fingerprint(*parts: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of ``parts``: keys sorted; dataclasses and pydantic models as objects."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False, default=plain)
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def plain(value: Any) -> Any:
-    """JSON form of the values we hand around (a ``default`` for :func:`json.dumps`)."""
+def _plain(value: Any) -> Any:
+    """The JSON form of what :func:`json.dumps` does not know."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
@@ -64,7 +64,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_json_atomic(path: Path, data: Any) -> None:
     """:func:`write_text_atomic` of indented JSON. Numbers that are not finite are a ValueError: JSON has none."""
-    write_text_atomic(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
+    write_text_atomic(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
 
 
 def sync(folder: Path) -> None:
@@ -109,7 +109,7 @@ def refused(error: OSError, place: Path) -> RunFolderError:
 
 
 def no_space(error: BaseException) -> bool:
-    """Whether the disk is full. Libraries that write files often raise errors of their own then."""
+    """Whether the disk is full, also where a library says so in an error of its own."""
     return _number(error) in FULL
 
 
@@ -117,7 +117,7 @@ def unwritable(error: BaseException | None, folder: Path | None = None) -> OSErr
     """What the file system said, where that is behind an error that some library raised in words of its own.
 
     Args:
-        error: As it was caught; what it came from counts, too.
+        error: As it was caught; its causes count, too.
         folder: Where a file is tried in the end: of a full disk torch says no more than ``unexpected pos 64 vs 0``.
     """
     while error is not None:
@@ -139,7 +139,7 @@ def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     text = str(error)
-    found = re.search(r"\bos error (\d+)\b", text)  # what is written in Rust says it so
+    found = re.search(r"\bos error (\d+)\b", text)  # as Rust writes it
     return int(found[1]) if found else next((n for n in sorted(_UNWRITABLE) if os.strerror(n) in text), None)
 
 

@@ -1,9 +1,9 @@
 """One process at a time in a folder, on whatever hosts: filelock's lease, and messages that name its holder.
 
-The holder touches the lock's file from a thread of its own. Its lock is taken over at once where its process is known
-to have ended (same host, same pid namespace), and else by who waits for ``UNLEARN_LOCK_TIMEOUT`` seconds without a
-touch, by its own clock; time in which it was stopped itself does not count. A process that was suspended for longer
-than that is told by :meth:`Lock.check`, which is asked before anything is put in place.
+The holder touches the lock's file from a thread. Its lock is taken over at once where its process is known to have
+ended (same host and pid namespace), else after ``UNLEARN_LOCK_TIMEOUT`` seconds without a touch by the waiter's own
+clock; time in which the waiter was stopped itself does not count. A holder that was suspended for longer than that
+finds out by :meth:`Lock.check`, which is called before anything is put in place.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from unlearn.store.files import unique
 TIMEOUT = 90.0  # seconds
 psutil: Any = import_module("psutil")  # comes with accelerate, without types
 _SPEAK_AFTER, _SPEAK_EVERY, _PAUSE = 2.0, 60.0, 1.0  # seconds
-# Seconds after which filelock would have taken over from a process that has ended, could it: it leaves a file that is
-# empty, one of a zombie, and any where the file system cannot exchange two names.
+# Seconds after which filelock itself would have taken over from a process that has ended, if it could: it keeps empty
+# files, those of zombies, and all where the file system cannot exchange two names.
 _SURELY = 3.0
+_silent_hosts: set[str] = set()  # whose lock this process has taken over before: its other locks need less watching
 
 
 class Lock:
@@ -58,32 +59,40 @@ class Lock:
         """
         lock = cls(path, what)
         began = changed = time.monotonic()
-        speak_at, pause, alive = began + _SPEAK_AFTER, 0.01, False
-        sign, holder = lock._sign(), lock._holder()
+        speak_at, pause, alive, silent = began + _SPEAK_AFTER, 0.01, False, False
+        sign, holder, owner = lock._sign(), lock._holder(), lock.lease.owner
         while not lock._attempt():
             now = time.monotonic()
             if (seen := lock._sign()) != sign:
                 sign, changed, alive = seen, now, sign is not None and seen is not None
             holder, owner, process = lock._holder() or holder, lock.lease.owner, lock._process()
             alive = alive or process == "there"
-            enough = _SURELY if owner is None or process == "gone" else 1.2 * lock.lease.lease_duration
+            seconds = lock.lease.lease_duration
+            if owner is None or process == "gone":
+                enough = _SURELY
+            else:  # of a host that was silent before, two and a half of its touches are missed
+                enough = seconds / 3 if owner.hostname in _silent_hosts else 1.2 * seconds
             if now - changed > enough + pause:
                 lock._move_aside(owner)
+                silent = owner is not None and process != "gone"
                 continue
             if alive and wait is not None and now - began >= wait:
                 by = f" by {holder}{lock._since()}" if holder else ""
                 raise RunFolderError(f"{lock.what} is in use{by}: wait for it, stop it, or use another --out")
             if now >= speak_at:
                 speak_at = now + _SPEAK_EVERY
-                may = f"may be at work here; looking for a sign of life for {lock.lease.lease_duration:.3g} s"
+                may = f"may be at work here; looking for a sign of life for {seconds:.3g} s"
                 waiting = f"waiting for {holder}, at work{lock._since()}"
                 say(f"{lock.what}: {waiting if alive else f'{holder} {may}'}")
             time.sleep(pause)
-            if time.monotonic() - now > pause + lock.lease.lease_duration / 4:  # nothing was seen: that is no silence
-                lock.lease, changed = _lease(path, lock.lease.lease_duration), time.monotonic()
-            pause = min(1.5 * pause, _PAUSE, lock.lease.lease_duration / 16)
-        if holder and (silent := time.monotonic() - changed) >= lock.lease.lease_duration:
-            say(f"{lock.what}: going on after {holder}, which has given no sign of life for {silent:.0f} s", "yellow")
+            if time.monotonic() - now > pause + seconds / 4:  # nothing was seen: that is no silence
+                lock.lease, changed = _lease(path, seconds), time.monotonic()
+            pause = min(1.5 * pause, _PAUSE, seconds / 16)
+        passed = time.monotonic() - changed
+        if holder and (silent or passed >= lock.lease.lease_duration):
+            if owner is not None and owner.hostname != _this_host():
+                _silent_hosts.add(owner.hostname)
+            say(f"{lock.what}: going on after {holder}, which has given no sign of life for {passed:.0f} s", "yellow")
         elif holder and changed == began and pause == 0.01:
             say(f"{lock.what}: going on after {holder}, which has ended without finishing", "yellow")
         return lock
@@ -107,8 +116,8 @@ class Lock:
         """Make sure that the lock is still this process's.
 
         Raises:
-            RunFolderError: it was taken over or removed, cannot be reached, or is the process's from which this one
-                was forked.
+            RunFolderError: it was taken over or removed, cannot be reached, or belongs to the process this one was
+                forked from.
         """
         if os.getpid() != self.pid:
             raise RunFolderError(f"{self.what} belongs to process {self.pid}, from which this one was forked")
@@ -138,7 +147,7 @@ class Lock:
         return False
 
     def release(self) -> None:
-        """Let go of it, if it is still this process's. Again, or from a forked child, it does nothing."""
+        """Release it, if it is still this process's. Again, or from a forked child, it does nothing."""
         if os.getpid() == self.pid:
             with suppress(OSError):  # of a disk that is gone: the lock of a process that has ended is free
                 self.lease.release()
@@ -217,10 +226,10 @@ def _lease(path: Path, seconds: float) -> SoftFileLease:
 
 @functools.cache
 def _this_host() -> str:
-    """What filelock calls this host and its pid namespace."""
+    """What filelock calls this host and its pid namespace; empty where it cannot tell, and holders are watched."""
     with suppress(OSError), tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "lock") as lease:
         return lease.owner.hostname if lease.owner else ""
-    return ""  # where it cannot be told, the holders of locks are watched
+    return ""
 
 
 def is_lock_file(name: str, lock: str) -> bool:

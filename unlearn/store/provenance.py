@@ -45,13 +45,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def collect(recipe_source: Path | str, argv: Sequence[str], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Who made a result, in plain JSON types. GPUs are listed only if torch is loaded already.
-
-    Args:
-        recipe_source: The recipe's file.
-        argv: The command line, ``sys.argv``.
-        extra: More to say (hashes of data, vector and model); gone through for secrets and home paths too.
-    """
+    """What made a result, and ``extra`` (:func:`scrub`), in plain JSON types. GPUs only if torch is loaded already."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": tidy(str(recipe_source)),

@@ -1,4 +1,4 @@
-"""The seal on a finished stage: what it was made from, and every file's size and SHA-256."""
+"""Finished work on disk: sealed stages, the folder of a run that holds them, and the pool that runs share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from unlearn.console import is_main_process, say
 from unlearn.errors import RunFolderError, UnlearnError
 from unlearn.processes import anyone, told, wait
-from unlearn.store import cache as seen
+from unlearn.store.cache import sha256, verify_always
 from unlearn.store.files import (
     explained,
     fingerprint,
@@ -33,10 +33,17 @@ from unlearn.store.files import (
 from unlearn.store.lock import Lock, is_lock_file
 from unlearn.store.provenance import tidy
 
-Verify = Literal["sha256", "size"]
-STAGE_FILE = "stage.json"
-STAGE_SCHEMA = 1
+STAGE_FILE, STAGE_SCHEMA = "stage.json", 1
+LOCK, TEMPORARY, WORK = ".unlearn-lock", ".unlearn-tmp", ".unlearn-work"
 _SMALL = 64 * 2**20  # bytes; below this a hash costs nothing worth saving
+_FILES = frozenset({"recipe.yaml", "resolved.yaml", "provenance.json", "report.json", "report.html"})
+_HALF_WRITTEN = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
+_POOL_LOCKS, _POOL_TEMPORARY = ".locks", ".part-"
+_TURN = 300.0  # seconds of waiting at a time; well below what the others of a group wait for (unlearn.processes)
+
+
+# -- the seal on a finished stage: what it was made from, and every file's size and SHA-256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +56,16 @@ class StageRecord:
 
 
 def seal(folder: Path, key: str, seconds: float) -> None:
-    """Bring all files to disk, then write ``stage.json``.
-
-    Raises:
-        OSError: a file cannot be read or brought to disk.
-    """
+    """Bring all files to disk, then write ``stage.json``."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-            os.fsync(f.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        sync(inner)
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync(path)
+        elif path.is_file():
+            with path.open("rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+                os.fsync(f.fileno())
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     record = {"schema": STAGE_SCHEMA, "key": key, "seconds": round(seconds, 3), "files": files}
     write_json_atomic(folder / STAGE_FILE, {**record, "seal": fingerprint(record)})
 
@@ -79,26 +83,33 @@ def read_record(place: Path) -> StageRecord | None:
         return None
 
 
-def damage_of(place: Path, record: StageRecord, verify: Verify) -> str | None:
+def damage_of(place: Path, record: StageRecord, verify: Literal["sha256", "size"]) -> str | None:
     """What is wrong with a stage's files, or None. Files that are not of the stage do not matter here.
 
-    Args:
-        verify: ``sha256`` reads every file. ``size`` trusts the size of files of 64 MiB and more, unless
-            ``UNLEARN_VERIFY`` is ``full``.
-
-    Raises:
-        UnlearnError: ``UNLEARN_VERIFY`` has a value that means nothing.
+    ``sha256`` reads every file; ``size`` trusts the size of files of 64 MiB and more, unless ``UNLEARN_VERIFY`` is
+    ``full``.
     """
-    by_size = verify == "size" and not seen.verify_always()
+    by_size = verify == "size" and not verify_always()
     for name, (size, digest) in record.files.items():
         path = place / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if (size < _SMALL or not by_size) and seen.sha256(path) != digest:
+        if (size < _SMALL or not by_size) and sha256(path) != digest:
             return f"the content of {name} has changed (SHA-256 differs)"
     return None
+
+
+def _whole(place: Path, key: str, verify: Literal["sha256", "size"] = "sha256") -> Path | None:
+    """A stage's folder, if it was completed under ``key`` and is undamaged; damage is said."""
+    record = read_record(place)
+    if not place.is_dir() or (record is not None and record.key != key):
+        return None
+    damage = "its stage.json is missing or unreadable" if record is None else damage_of(place, record, verify)
+    if damage:
+        say(f"{place}: {damage}; this stage is made again", style="yellow")
+    return None if damage else place
 
 
 def strangers_in(place: Path, root: Path | None = None) -> list[str]:
@@ -117,25 +128,13 @@ def strangers_in(place: Path, root: Path | None = None) -> list[str]:
 # -- whose a folder is
 
 
-LOCK, TEMPORARY, WORK = ".unlearn-lock", ".unlearn-tmp", ".unlearn-work"
-_FILES = frozenset({"recipe.yaml", "resolved.yaml", "provenance.json", "report.json", "report.html"})
-_HALF_WRITTEN = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+def _passing(name: str) -> bool:
+    """Files beside a run's own that come and go: of its lock, and half written."""
+    return is_lock_file(name, LOCK) or _HALF_WRITTEN.fullmatch(name) is not None
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove what a killed run left half written. Only for the holder of the lock."""
-    shutil.rmtree(root / TEMPORARY, ignore_errors=True)
-    for child in root.iterdir():
-        if _HALF_WRITTEN.fullmatch(child.name):
-            child.unlink()
-
-
-def refuse_strangers(place: Path) -> None:
-    """A place may be used if it is new, empty, a run's folder, or what a kill left before it became one.
-
-    Raises:
-        RunFolderError: it is anything else.
-    """
+def _require_own(place: Path) -> None:
+    """A place may be used if it is new, empty, a run's folder without links, or what a kill left of one."""
     if not place.exists() and not place.is_symlink():
         return
     if not place.is_dir():
@@ -146,50 +145,33 @@ def refuse_strangers(place: Path) -> None:
         raise RunFolderError(
             f"{place} is not empty and not the folder of a run (it holds {some(sorted(others))}): choose another --out"
         )
-
-
-def refuse_links(root: Path) -> None:
-    """A run makes no links: one that somebody put into its folder would have it write, or remove, elsewhere.
-
-    Raises:
-        RunFolderError: there is a link in the folder.
-    """
-    links = []
-    for folder, subfolders, names in os.walk(root):
+    # a link that somebody put here would have the run write, or remove, elsewhere
+    links: list[str] = []
+    for folder, subfolders, files in os.walk(place):
         here = Path(folder)
-        links += [str((here / n).relative_to(root)) for n in (*subfolders, *names) if (here / n).is_symlink()]
+        links += [str((here / n).relative_to(place)) for n in (*subfolders, *files) if (here / n).is_symlink()]
     if links:
         raise RunFolderError(
-            f"{root} holds links, and a run makes none: {some(sorted(links))}. Remove them, or use another --out"
+            f"{place} holds links, and a run makes none: {some(links)}. Remove them, or use another --out"
         )
 
 
-def _passing(name: str) -> bool:
-    """Files beside a run's own that come and go: of its lock, and half written."""
-    return is_lock_file(name, LOCK) or _HALF_WRITTEN.fullmatch(name) is not None
-
-
-def clear(root: Path) -> None:
-    """Remove what runs wrote here. Only for the holder of the lock, which stays.
-
-    Raises:
-        RunFolderError: something else lies here too; nothing is removed then.
-    """
+def _clear(root: Path) -> None:
+    """Remove what runs wrote here, or nothing where something else lies here too. Only for the holder of the lock."""
     stages = [Path(d) for d, _, names in os.walk(root) if STAGE_FILE in names]
     ours = {root / n for n in _FILES}
     strangers = []
     for folder, subfolders, names in os.walk(root):
         here = Path(folder)
-        if here == root:
-            subfolders[:] = [s for s in subfolders if s not in (TEMPORARY, WORK)]
         if here in stages:
             strangers += strangers_in(here, root)
             subfolders[:] = []
             continue
-        links = [s for s in subfolders if (here / s).is_symlink()]
-        files = [here / n for n in (*names, *links)]
-        files = [p for p in files if p not in ours and not (here == root and _passing(p.name))]
-        if here == root / "figures":
+        files = [here / n for n in (*names, *(s for s in subfolders if (here / s).is_symlink()))]
+        if here == root:
+            subfolders[:] = [s for s in subfolders if s not in (TEMPORARY, WORK)]
+            files = [p for p in files if p not in ours and not _passing(p.name)]
+        elif here == root / "figures":
             files = [p for p in files if p.suffix not in (".pdf", ".png")]
         strangers += [str(p.relative_to(root)) for p in files]
     if strangers:
@@ -204,13 +186,9 @@ def clear(root: Path) -> None:
     for child in sorted(root.iterdir(), key=lambda p: p.name == "resolved.yaml"):
         if child.name != TEMPORARY and not is_lock_file(child.name, LOCK):
             child.rename(heap / f"{child.name}.{unique()}")
-    shutil.rmtree(heap, ignore_errors=True)
 
 
 # -- a run's folder
-
-
-_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,32 +204,30 @@ class RunFolder:
     ) -> RunFolder:
         """Make or reopen a run's folder and take its lock.
 
-        Processes other than the main one get the path at once and no lock; let them wait for the main one (a
-        barrier) before they look for finished stages.
+        Processes other than the main one get the path at once and no lock, and wait for the main one (a barrier) before
+        they look for finished stages.
 
         Args:
             resolved: The recipe with every default filled in, kept as ``resolved.yaml``.
             text: The recipe as the user wrote it.
             require_same: Raises where the ``resolved.yaml`` of a folder is of another recipe than the given one.
             fresh: Remove what an earlier run left here, of whatever recipe.
-
-        Raises:
-            RunFolderError: another recipe's folder, a folder that is no run folder, a link in it, foreign files under
-                ``fresh``, another process at work here, or a place that cannot be written.
         """
         if not is_main_process():
             return cls(place, None)
         with explained(place):
-            refuse_strangers(place)
-            refuse_links(place)
+            _require_own(place)
             place.mkdir(parents=True, exist_ok=True)
             folder = cls(place, Lock.take(place / LOCK))
             try:
                 if fresh:
-                    clear(place)
+                    _clear(place)
                 elif (place / "resolved.yaml").exists():
                     require_same(place, resolved)
-                remove_leftovers(place)
+                shutil.rmtree(place / TEMPORARY, ignore_errors=True)  # what a killed run left half written
+                for child in place.iterdir():
+                    if _HALF_WRITTEN.fullmatch(child.name):
+                        child.unlink()
                 write_text_atomic(place / "resolved.yaml", resolved)
                 write_text_atomic(place / "recipe.yaml", text)
             except BaseException:
@@ -260,11 +236,7 @@ class RunFolder:
         return folder
 
     def check(self) -> None:
-        """Make sure that the folder is still this process's: to be asked before anything in it is replaced.
-
-        Raises:
-            RunFolderError: this process was stopped for so long that another one has taken the folder over.
-        """
+        """Raise where the folder was taken over: to be called before anything in it is replaced."""
         if self._lock is not None:
             self._lock.check()
 
@@ -285,38 +257,16 @@ class RunFolder:
             raise ValueError(f"not a name inside a run folder: {name!r}")
         return self.root / name
 
-    def record(self, name: str) -> StageRecord | None:
-        """What a stage's seal says, unverified; None when there is no readable one."""
-        return read_record(self.path(name))
-
     def finished(self, name: str, key: str, verify: Literal["sha256", "size"] = "sha256") -> Path | None:
-        """The folder of a stage that was completed under ``key`` and is undamaged, else None.
-
-        Args:
-            verify: ``size`` trusts the size of files of 64 MiB and more instead of reading them.
-        """
-        place = self.path(name)
-        if not place.is_dir():
-            return None
-        record = read_record(place)
-        if record is not None and record.key != key:
-            return None
-        with explained(place):
-            damage = "its stage.json is missing or unreadable" if record is None else damage_of(place, record, verify)
-        if damage:
-            say(f"{place}: {damage}; this stage is made again", style="yellow")
-            return None
-        return place
+        """The folder of a stage that was completed under ``key`` and is undamaged (:func:`damage_of`), else None."""
+        with explained(self.root):
+            return _whole(self.path(name), key, verify)
 
     @contextmanager
     def writing(self, name: str, key: str) -> Iterator[Path]:
         """Make a stage: yields an empty folder that becomes the stage if the block ends without an exception.
 
         An older stage of that name is replaced at the end; the stage's :meth:`work` folder is then removed.
-
-        Raises:
-            RunFolderError: the disk is full, the place cannot be written, files of someone else lie in the stage, or
-                the folder is another process's by now (:meth:`check`).
         """
         place = self.path(name)
         self.check()
@@ -349,10 +299,7 @@ class RunFolder:
     def work(self, name: str, key: str) -> Path:
         """A scratch folder for a stage that survives a kill (checkpoints), and is removed with the stage's end.
 
-        A folder left under another key is removed first.
-
-        Raises:
-            RunFolderError: it cannot be made, or the folder is another process's by now (:meth:`check`).
+        A folder of another key is removed first.
         """
         self.path(name)  # checks the name
         self.check()
@@ -394,11 +341,7 @@ def _flat(name: str) -> str:
     return name.replace("/", "+")  # no stage name has a plus
 
 
-# -- finished stages that many runs share, by content
-
-
-_LOCKS, _TEMPORARY = ".locks", ".part-"
-_TURN = 300.0  # seconds of waiting at a time; well below what the others of a group wait for (unlearn.processes)
+# -- finished stages that many runs share, by key
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,34 +352,19 @@ class Pool:
 
     def find(self, key: str) -> Path | None:
         """The stage of this key if it is there, whole and undamaged (every byte is read)."""
-        place = self.root / key
-        record = read_record(place)
-        if record is None or record.key != key:
-            return None
-        damage = damage_of(place, record, "sha256")
-        if damage:
-            say(f"{place}: {damage}; this stage is made again", style="yellow")
-            return None
-        return place
+        return _whole(self.root / key, key)
 
     @contextmanager
     def making(self, key: str) -> Iterator[Lock | None]:
-        """Nobody else makes the stage of this key meanwhile; waits for whoever does. Gives the main process the lock.
-
-        Raises:
-            RunFolderError: the pool cannot be written.
-        """
+        """Nobody else makes the stage of this key meanwhile; waits for whoever does. The main process gets the lock."""
         lock = None
         while not anyone(lock is not None):  # so that the others hear of the main process while it waits
-            lock = self._turn(self.root / _LOCKS / f"{key}.lock") if is_main_process() else None
-        try:
+            lock = self._turn(self.root / _POOL_LOCKS / f"{key}.lock") if is_main_process() else None
+        with lock if lock is not None else nullcontext():
             yield lock
-        finally:
-            if lock is not None:
-                lock.release()
 
     def _turn(self, path: Path) -> Lock | None:
-        """A lock; None if another has it for a while yet."""
+        """A lock; None if another process still holds it."""
         with explained(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -449,13 +377,9 @@ class Pool:
     def put(self, key: str, stage: Path, lock: Lock) -> None:
         """Share a finished stage; a damaged one of this key is replaced.
 
-        Args:
-            lock: What :meth:`making` gave, so that nobody who was taken for dead replaces anything.
-
-        Raises:
-            RunFolderError: the pool cannot be written, or is full, or the lock was lost.
+        ``lock`` is what :meth:`making` gave, so that nobody who was taken for dead replaces anything.
         """
-        place, beside = self.root / key, f"{_TEMPORARY}{key}."
+        place, beside = self.root / key, f"{_POOL_TEMPORARY}{key}."
         temporary = self.root / f"{beside}{unique()}"
         with explained(self.root):
             try:
@@ -467,17 +391,14 @@ class Pool:
                 sync(self.root)
             finally:
                 # what was replaced, and what others of this key were killed over: the lock is ours
-                for left in self.root.glob(f"{beside}*"):
-                    shutil.rmtree(left, ignore_errors=True)
+                for rest in self.root.glob(f"{beside}*"):
+                    shutil.rmtree(rest, ignore_errors=True)
 
 
 def link_tree(source: Path, to: Path, leave_out: frozenset[str] = frozenset()) -> None:
     """A second name for every file of a folder, or a copy where the file system has no hard links.
 
     Stages are never written in place, so that one name cannot change what is under the other.
-
-    Raises:
-        OSError: it cannot be written, or is full.
     """
     to.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):
@@ -572,8 +493,7 @@ class Store:
     def step(self, name: str, what: str, to_need_less: str) -> Iterator[None]:
         """Announce a step, and afterwards what it took, in this run or in the one that made its stages.
 
-        Args:
-            to_need_less: What to do should the memory not do.
+        ``to_need_less`` is what to do where memory is exhausted.
         """
         say(f"[{self._steps.index(name) + 1}/{len(self._steps)}] {name}: {what}", style="bold")
         before, started = set(self.keys), time.monotonic()
@@ -581,13 +501,13 @@ class Store:
             yield
         took = time.monotonic() - started
         say(f"    {took:.1f} s", style="dim")
-        made = [r.seconds for n in set(self.keys) - before if (r := self._folder.record(n)) is not None]
-        self.seconds[name] = round(max(took, sum(made)), 2)
+        records = [read_record(self._folder.path(n)) for n in set(self.keys) - before]
+        self.seconds[name] = round(max(took, sum(r.seconds for r in records if r is not None)), 2)
 
     def _twin(self, name: str, key: str) -> Path | None:
         """The same stage under another name in this run."""
-        other = next((n for n, k in self.keys.items() if k == key and n != name), None)
-        return self._folder.path(other) if other is not None and self._folder.record(other) is not None else None
+        other = next((self._folder.path(n) for n, k in self.keys.items() if k == key and n != name), None)
+        return other if other is not None and read_record(other) is not None else None
 
     def _elsewhere(self, key: str) -> Path | None:
         """A whole and undamaged stage of this key in one of the run folders that the recipe lets us take from."""
@@ -595,19 +515,15 @@ class Store:
             root = self.base / given
             if not root.is_dir():
                 raise RunFolderError(f"reuse: there is no run folder {root}; remove it from the recipe")
-            for seal in sorted(root.rglob(STAGE_FILE)):
-                record = read_record(seal.parent)
-                if record is not None and record.key == key and not damage_of(seal.parent, record, "sha256"):
-                    return seal.parent
+            for found in sorted(root.rglob(STAGE_FILE)):
+                record = read_record(found.parent)
+                if record is not None and record.key == key and not damage_of(found.parent, record, "sha256"):
+                    return found.parent
         return None
 
 
 def _copy_stage(found: Path, to: Path) -> None:
-    """Copy what a stage's seal lists. Whatever else lies there, links above all, is not of the stage.
-
-    Raises:
-        RunFolderError: a file of the stage is a link, or its name leads out of the stage's folder.
-    """
+    """Copy what a stage's seal lists. Whatever else lies there, links above all, is not of the stage."""
     record = read_record(found)
     for name in record.files if record is not None else ():
         source = found / name
