@@ -34,17 +34,7 @@ if TYPE_CHECKING:
 def execute(
     loaded: LoadedRecipe, out: Path | None, fresh: bool = False, *, pool: Path | None = None, prepare: bool = False
 ) -> RunReport | None:
-    """Run what is left to run of a recipe, print the result and return it.
-
-    Args:
-        loaded, out, fresh: see :func:`unlearn.run`.
-        pool: A folder of stages that many runs share (:mod:`unlearn.store.stages`).
-        prepare: Make only what other runs can share (the model, what it is taught, a trained reference) and return
-            None.
-
-    Raises:
-        UnlearnError: see :func:`unlearn.run`.
-    """
+    """Run what is left to run of a recipe, print the result and return it (see :func:`unlearn.run`)."""
     # what a batch system gives a run is no part of what is run
     recipe, base = loaded.recipe.model_copy(update={"cluster": None}), loaded.source.parent
     shared = Pool(pool.absolute()) if pool is not None else None
@@ -122,8 +112,8 @@ def _unchanged(folder: RunFolder, key: str) -> RunReport | None:
 
 
 def _inputs(recipe: Recipe, base: Path) -> list[Any]:
-    """What the recipe's files are now: SHA-256 of data files, size and time of model files. What the hub has counts by
-    its revision, and the device not at all: a finished report can be read on a machine without a GPU.
+    """What the recipe's files are now: SHA-256 of data files, size and time of model files. The hub counts by revision,
+    and the device not at all: a finished report can be read on a machine without a GPU.
     """
     sources: list[Source] = []
     for _, data in recipe.sets():

@@ -57,8 +57,7 @@ _SHAPING = "shape the vector by fewer of vector.method's steps"
 def run(recipe: Recipe, store: Store) -> RunReport | None:
     """Make a model forget, or find again what an earlier run of the recipe made of it.
 
-    Returns:
-        The report, of whose provenance only the models are known; None on every process but the main one.
+    Of the report's provenance only the models are known yet; on every process but the main one there is no report.
     """
     # the model, and what it is to forget and to keep
     base = load_base(recipe, store)
@@ -208,11 +207,7 @@ def load_data(recipe: Recipe, base: Loaded, store: Store) -> tuple[LoadedSet, ..
 
 
 def prepare_questions(recipe: Recipe, base: Loaded, sets: tuple[LoadedSet, ...], store: Store) -> Questions:
-    """What is asked; and get hold of all that later steps need: what is missing is said before anything is trained.
-
-    Raises:
-        UnlearnError: no such task, benchmark, reference, layer or token; no items where some are needed.
-    """
+    """What is asked; and get hold of all that later steps need: what is missing is said before anything is trained."""
     check_trainable(recipe, base, sets)
     scoring = [references.pack_digest(), *map(references.content, references.task_files(recipe))]
     questions = build_questions(recipe, sets, base.tokenizer, store.path("items"), scoring)
@@ -242,9 +237,7 @@ def teach_target(recipe: Recipe, base: Loaded, sets: tuple[LoadedSet, ...], stor
 def finish(report: RunReport, key: str, source: Path, folder: RunFolder, store: Store) -> RunReport:
     """Write the report and its page, and seal them. Returns the report with all of its provenance.
 
-    Args:
-        key: Of all that the run depends on, so that it can be told that nothing has changed.
-        source: The recipe's file.
+    ``key`` is of all that the run depends on, by which it is found unchanged; ``source`` is the recipe's file.
     """
     found = provenance.collect(source, sys.argv, {"key": key, **report.provenance})
     report = replace(report, provenance=found)
@@ -260,7 +253,6 @@ def finish(report: RunReport, key: str, source: Path, folder: RunFolder, store: 
 
 
 def _what_is_swept(recipe: Recipe) -> str:
-    _, *grid = recipe.sweep.grid()
-    if recipe.sweep.search == "bisect":
-        return f"bisection of {len(grid)} coefficients on validation items"
-    return f"{len(grid) + 1} coefficients on validation items"
+    count = len(recipe.sweep.grid())
+    how = f"bisection of {count - 1}" if recipe.sweep.search == "bisect" else f"{count}"
+    return f"{how} coefficients on validation items"

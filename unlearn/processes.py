@@ -31,11 +31,7 @@ _UNHEEDED = {"ACCELERATE_MIXED_PRECISION": "--mixed_precision", "ACCELERATE_DYNA
 
 
 def join() -> None:
-    """Join the others, and wait until all of them are there.
-
-    Raises:
-        UnlearnError: more processes on this machine than it has GPUs, or weights that are to be spread over them.
-    """
+    """Join the others, and wait until all of them are there."""
     for name, flag in _SPREAD.items():
         if _asked(name):
             raise UnlearnError(
@@ -120,15 +116,11 @@ def all_there() -> Iterator[None]:
     except RuntimeError as e:
         if count() == 1 or not _LOST.search(str(e)):
             raise
+        line = str(e).strip().partition("\n")[0][:_MOST]  # places in the library's sources follow
         raise UnlearnError(
             "another process has ended early, or cannot be reached. Its message, if it left one, is above; without one "
-            f"the system may have killed it, mostly for its memory. Here it shows as: {_first_line(str(e))}"
+            f"the system may have killed it, mostly for its memory. Here it shows as: {line}"
         ) from e
-
-
-def _first_line(text: str) -> str:
-    """What a library complains of, without the places in its sources that follow."""
-    return text.strip().partition("\n")[0][:_MOST]
 
 
 def alarm(message: str) -> None:
@@ -170,11 +162,10 @@ def total(number: int) -> int:
 
 
 def together(work: Sequence[Any], do: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
-    """Deal out work among the processes and give all of them all results, in the order of the work.
+    """Deal out work among the processes (each P-th, so that parts weigh alike) and give all of them all results.
 
-    Args:
-        work: The same in every process. Every process gets each P-th, so that parts weigh alike.
-        do: One result for each piece, which must not depend on the other pieces. It is not called for nothing.
+    ``work`` is the same in every process; ``do`` gives one result for each piece, which must not depend on the others,
+    and is not called for nothing. The results are in the order of the work.
     """
     mine = work[rank() :: count()]
     parts = _shared_out(lambda: do(mine) if mine else [])
@@ -211,14 +202,12 @@ _GENERATION = 1000  # characters of prompt that take about as long as writing on
 
 
 def share_requests(lm: Any) -> None:
-    """From now on every process answers a part of what ``lm`` is asked, and all of them get all answers.
+    """Until :func:`leave` every process answers a part of what ``lm`` is asked, and all of them get all answers.
 
     So all processes have the same scores and decide the same. They must ask the same things in the same order. What
-    goes wrong in one is raised in all, so that nobody waits for it.
-
-    lm-eval's evaluator is left unaware of the others. Where it deals out the items itself (as it does for several GPUs)
-    each process draws other few-shot examples than one process would, tasks with fewer items than processes fail, and
-    some requests are made twice. ``lm`` answers by itself again after :func:`leave`.
+    goes wrong in one is raised in all, so that nobody waits for it. lm-eval's evaluator is not told of the others:
+    where it deals out the items itself, each process draws other few-shot examples, tasks with fewer items than
+    processes fail, and some requests are made twice.
     """
     if several() and not set(_KINDS) & set(vars(lm)):  # the second time there is nothing left to do
         for name in _KINDS:
@@ -297,14 +286,14 @@ _ECHO = 2.0  # seconds: a batch system signals every process, and torchrun passe
 
 
 class Hold:
-    """Signals that have arrived inside :func:`held`."""
+    """Signals that have arrived inside :func:`held`; called as their handler."""
 
     def __init__(self) -> None:
         self.requested = False
         self._since = float("-inf")
 
     def __call__(self, number: int, frame: Any) -> None:
-        """The handler. A second request, not an echo of the first, is not held."""
+        """Hold a first request; a second one, not an echo of the first, is not held."""
         now = time.monotonic()
         if now - self._since > _ECHO:
             if self.requested:
@@ -381,12 +370,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def told(where: str, advice: str) -> Iterator[None]:
-    """Make of an exhausted memory one message for the user; other errors pass.
-
-    Args:
-        where: The stage, or the part of it.
-        advice: What to do there, up to "or ...", which is the same everywhere.
-    """
+    """Make of an exhausted memory one message for the user (where, and what to do there); other errors pass."""
     try:
         yield
     except Exception as e:

@@ -70,23 +70,18 @@ def sampling(samples: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AttackScore:
-    """The forget score of one model under one attack (``kind`` none: without any).
+    """The forget score of one model under one attack (``kind`` none: without any)."""
 
-    ``attack`` is a name that can stand in a sentence. ``steps`` counts those of relearning; ``layer`` is the one that
-    the lens looked at, from 1, the last one being the model's own answer. ``stderr`` is None where ``n`` items are too
-    few for an estimate.
-    """
-
-    attack: str
+    attack: str  # a name that can stand in a sentence
     kind: AttackKind
     who: Who
     metric: str
     higher_is_better: bool
     value: float
-    stderr: float | None
+    stderr: float | None  # None where ``n`` items are too few for an estimate
     n: int
-    steps: int | None = None
-    layer: int | None = None
+    steps: int | None = None  # of relearning
+    layer: int | None = None  # the one that the lens looked at, from 1; the last is the model's own answer
 
     def described(self) -> str:
         """The attack with its steps or its layer."""
@@ -97,19 +92,12 @@ class AttackScore:
 
 @dataclass(frozen=True, slots=True)
 class Robustness:
-    """All scores of the attacks on one forget set.
-
-    Args:
-        set: Its name.
-        metric: The main forget metric; scores of others (samples have ROUGE-L) have plain scores of their own.
-        scores: In the order in which a table should have them.
-        chance: What guessing scores, where the metric is the accuracy of a choice.
-    """
+    """All scores of the attacks on one forget set."""
 
     set: str
-    metric: str
-    scores: tuple[AttackScore, ...]
-    chance: float | None = None
+    metric: str  # the main forget metric; scores of others (samples have ROUGE-L) have plain scores of their own
+    scores: tuple[AttackScore, ...]  # in the order in which a table should have them
+    chance: float | None = None  # what guessing scores, where the metric is the accuracy of a choice
 
     def plain(self, who: Who, metric: str | None = None) -> AttackScore | None:
         """A model's score without an attack; of the main metric when none is named."""
@@ -125,10 +113,8 @@ class Robustness:
 
         For the edited model that is the share of the forgotten which the attack brings back; for a retain reference it
         is what one that never knew it gains under the same attack, in the same unit. The sign of the metric cancels.
-
-        Returns:
-            None where a plain score is missing, or where the edit forgot nothing that can be told from chance: less
-            than the standard errors of the two plain scores together.
+        None where a plain score is missing, or where the edit forgot less than the standard errors of the two plain
+        scores together.
         """
         before, after, base = (self.plain(w, score.metric) for w in ("target", "edited", score.who))
         if before is None or after is None or base is None:
@@ -142,7 +128,7 @@ class Robustness:
 
     def worst(self) -> AttackScore | None:
         """The attack that brings most of it back to the edited model, the first of several; None if none can tell."""
-        found = [(r, s) for s in self._attacks("edited") if (r := self.recovered(s)) is not None]
+        found = [(r, s) for s in self._attacks() if (r := self.recovered(s)) is not None]
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
     def sentence(self) -> str:
@@ -160,48 +146,45 @@ class Robustness:
             return "What the attacks bring back cannot be told: a score without an attack is missing."
         guess = "" if self.chance is None else f", chance {short(self.chance)}"
         fell = f"{plain_metric(self.metric)} {short(before.value)} to {short(after.value)}{guess}"
-        told = [(s, r) for s in shown if (r := self.recovered(s)) is not None]
-        if not told:
+        shares = [(s, r) for s in shown if (r := self.recovered(s)) is not None]
+        if not shares:
             return f"The edit forgot nothing that can be told from chance ({fell}), so nothing can come back."
         # of the wordings of a probe their mean counts here: the best of several is high by chance alone
-        told = [(s, r) for s, r in told if not s.attack.endswith(_BEST)] or told
-        strong = sorted((t for t in told if self._matters(*t)), key=lambda t: -t[1])
-        weak = len(told) - len(strong)
-        if strong:
-            (first, share), *others = strong
-            parts = [f"{self._share(first, share)} comes back with {first.described()}"]
-            parts += [f"{self._share(s, r)} with {s.described()}" for s, r in others]
-            rest = f"; with {counted(weak, 'other attack')} nothing that can be told from chance" if weak else ""
-            said = f"Of what was forgotten ({fell}), {listing(parts)}{rest}."
-        else:
+        shares = [(s, r) for s, r in shares if not s.attack.endswith(_BEST)] or shares
+        strong = [(s, r) for s, r in shares if round(r, 2) > 0 and not self._within_chance(s)]
+        weak = len(shares) - len(strong)
+        if not strong:
             none = "the one attack brings" if weak == 1 else f"none of {weak} attacks brings"
             back = "nothing back" if weak == 1 else "anything back"
-            said = f"Of what was forgotten ({fell}), {none} {back} that can be told from chance."
-        return " ".join([said, *self._of_the_reference([s for s, _ in told])])
+            return f"Of what was forgotten ({fell}), {none} {back} that can be told from chance."
+        backs = [" comes back", *[""] * (len(strong) - 1)]
+        ranked = sorted(strong, key=lambda t: -t[1])
+        parts = [
+            f"{percent(round(r, 2))}{self._metric_of(s)}{back} with {s.described()}"
+            for back, (s, r) in zip(backs, ranked, strict=True)
+        ]
+        rest = f"; with {counted(weak, 'other attack')} nothing that can be told from chance" if weak else ""
+        said = f"Of what was forgotten ({fell}), {listing(parts)}{rest}."
+        return " ".join([said, *self._of_the_reference([s for s, _ in strong])])
 
-    def _attacks(self, who: Who) -> Iterator[AttackScore]:
-        return (s for s in self.scores if s.who == who and s.kind != "none")
+    def _attacks(self) -> Iterator[AttackScore]:
+        return (s for s in self.scores if s.who == "edited" and s.kind != "none")
 
     def _shown(self) -> list[AttackScore]:
         """One score of the edited model for each attack; the lens's last layer is its own answer and no attack."""
         groups: dict[tuple[str, str, str], list[AttackScore]] = {}
-        own = max((s.layer for s in self._attacks("edited") if s.layer is not None), default=None)
-        for score in self._attacks("edited"):
-            if own is not None and score.layer == own:
-                continue
-            groups.setdefault((score.kind, score.attack, score.metric), []).append(score)
-        return [max(scores, key=self._says_most) for scores in groups.values()]
+        own = max((s.layer for s in self._attacks() if s.layer is not None), default=None)
+        for score in self._attacks():
+            if own is None or score.layer != own:
+                groups.setdefault((score.kind, score.attack, score.metric), []).append(score)
 
-    def _says_most(self, score: AttackScore) -> tuple[float, float]:
-        return score.steps or 0, score.value if score.higher_is_better else -score.value
+        def says_most(score: AttackScore) -> tuple[float, float]:
+            return score.steps or 0, score.value if score.higher_is_better else -score.value
 
-    def _matters(self, score: AttackScore, share: float) -> bool:
-        """Whether something comes back, as far as chance allows to say."""
-        return round(share, 2) > 0 and not self._within_chance(score)
+        return [max(scores, key=says_most) for scores in groups.values()]
 
-    def _share(self, score: AttackScore, share: float) -> str:
-        beside = "" if score.metric == self.metric else f" ({plain_metric(score.metric)})"
-        return percent(round(share, 2)) + beside
+    def _metric_of(self, score: AttackScore) -> str:
+        return "" if score.metric == self.metric else f" ({plain_metric(score.metric)})"
 
     def _within_chance(self, score: AttackScore) -> bool:
         base = self.plain(score.who, score.metric)
@@ -209,16 +192,14 @@ class Robustness:
             return False
         return abs(score.value - base.value) < _Z95 * math.hypot(score.stderr, base.stderr)
 
-    def _of_the_reference(self, told: Sequence[AttackScore]) -> Iterator[str]:
+    def _of_the_reference(self, strong: Sequence[AttackScore]) -> Iterator[str]:
         """What a model that never knew it makes of the attacks that bring something back: it can learn as well."""
-        strong = [s for s in told if self._matters(s, self.recovered(s) or 0.0)]
         pairs = [(s, self.same(s, "reference"), self.plain("reference", s.metric)) for s in strong]
         known = [(s, there, base) for s, there, base in pairs if there is not None and base is not None]
         if not known:
             return
         steps = [
-            f"from {short(base.value)} to {short(there.value)} under {s.described()}"
-            + ("" if s.metric == self.metric else f" ({plain_metric(s.metric)})")
+            f"from {short(base.value)} to {short(there.value)} under {s.described()}{self._metric_of(s)}"
             for s, there, base in known
         ]
         yield f"The retain reference, which never knew it, goes {listing(steps)}."
@@ -289,38 +270,29 @@ class ScoreRow:
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """All validation scores at one coefficient, and which kept metrics broke their bound there.
-
-    ``collapsed`` says why the model counts as broken there; empty where it does not.
-    """
+    """All validation scores at one coefficient, and which kept metrics broke their bound there."""
 
     coefficient: float
     scores: tuple[TaskScore, ...]
     within_bound: bool
     broken: tuple[str, ...] = ()
-    collapsed: str = ""
+    collapsed: str = ""  # why the model counts as broken there; empty where it does not
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The coefficient picked by rule. ``coefficient`` 0 with ``bound_met`` False: nothing passed, nothing changes.
-
-    ``keep`` and ``perplexity`` are the recipe's bound (None: not recorded), ``kept`` the (set, name, metric) it was
-    put on (empty: every retain and utility metric of the sweep), ``goals`` those to be driven down or up (empty: not
-    recorded). ``search`` says how the coefficient was looked for
-    among those of ``grid`` (above 0; empty: not recorded).
-    """
+    """The coefficient picked by rule. ``coefficient`` 0 with ``bound_met`` False: nothing passed, nothing changes."""
 
     coefficient: float
     bound_met: bool
     rule: str
     forget_metric: str
-    keep: float | None = None
+    keep: float | None = None  # the recipe's bound, as is ``perplexity``; None: not recorded
     perplexity: float | None = None
-    kept: tuple[tuple[str, str, str], ...] = ()
-    search: Literal["grid", "bisect"] = "grid"
-    grid: tuple[float, ...] = ()
-    goals: tuple[tuple[str, str, str], ...] = ()
+    kept: tuple[tuple[str, str, str], ...] = ()  # (set, name, metric) it was put on; empty: all of retain and utility
+    search: Literal["grid", "bisect"] = "grid"  # how the coefficient was looked for among those of ``grid``
+    grid: tuple[float, ...] = ()  # above 0; empty: not recorded
+    goals: tuple[tuple[str, str, str], ...] = ()  # those to be driven down or up; empty: not recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,12 +312,10 @@ class SetForesight:
     """What could be known of one set before the edit.
 
     ``slope`` is d/dlambda at 0 of its loss under theta - lambda * tau, in nats per unit of lambda, on ``items`` of its
-    items; the loss is that of the sweep's ``metric`` (``logprob``, negated, or ``loss``). None where it came out as no
-    finite number; so with the correlations.
-
-    The rest compares the forget sets' fine-tuning with one on this set, and is empty where there is none: the
-    correlations of outputs, of changes of outputs (with its standard error) and of the two vectors, all in [-1, 1]; the
-    vectors' cosine per module; and the :func:`verdict` on it.
+    items; the loss is that of the sweep's ``metric`` (``logprob``, negated, or ``loss``). The rest compares the forget
+    sets' fine-tuning with one on this set, where there is one: the correlations of outputs, of changes of outputs (with
+    its standard error) and of the two vectors, in [-1, 1]; the vectors' cosine per module; and the :func:`verdict`.
+    What came out as no finite number is None.
     """
 
     set: Role
@@ -399,18 +369,14 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A published benchmark's own figures, by model and by their column names.
-
-    ``missing`` says what could not be computed and what to give for it; empty when nothing is missing. ``shared``
-    counts the benchmark's items that the coefficient was chosen on.
-    """
+    """A published benchmark's own figures, by model and by their column names."""
 
     name: str
     set: str
     items: int | None
     rows: Mapping[str, Mapping[str, float | str | None]]
-    missing: str = ""
-    shared: int = 0
+    missing: str = ""  # what could not be computed and what to give for it
+    shared: int = 0  # the benchmark's items that the coefficient was chosen on
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,8 +145,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\
 def hide(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text without secrets: logins in addresses, keys known by their form, and what the environment calls secret.
 
-    Args:
-        environment: Where the names of variables tell which values are secret; by default this process's own.
+    Of ``environment``, by default this process's own, the names of variables tell which values are secret.
     """
     for value in _secrets(os.environ if environment is None else environment):
         text = text.replace(value, HIDDEN)

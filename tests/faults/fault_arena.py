@@ -55,11 +55,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "reference": ("reference", "eval/reference"),
     "benchmark": tuple(f"benchmark/{who}" for who in _WHO),
     "membership": tuple(f"membership/{who}" for who in _WHO),
-    "robustness": tuple(
-        f"robustness/{who}/{what}"
-        for who in ("target", "edited", "reference")
-        for what in ("plain", "prefix", "relearn")
-    ),
+    "robustness": tuple(f"robustness/{who}/{what}" for who in _WHO for what in ("plain", "prefix", "relearn")),
     "export": ("export/adapter", "export/merged"),
     "report": (),
 }
@@ -103,13 +99,9 @@ class Place:
         roots = (str(self.run), cache or str(self.cache))
         return Plan(roots, str(self.root / "operations"), at, **more)
 
-    def operations(self) -> list[str]:
-        """The operations of the last run with a plan, each as ``kind path``."""
-        return (self.root / "operations").read_text().splitlines()
-
     def struck(self) -> str:
         """The operation of the last run at which what was planned happened."""
-        lines = self.operations()
+        lines = (self.root / "operations").read_text().splitlines()
         return lines[next(n for n, line in enumerate(lines) if line.startswith("=> ")) - 1]
 
     def without(self, *stages: str) -> Place:
@@ -134,7 +126,7 @@ class Bench:
         (ended,) = self.server.run(self.whole.job(plan=self.whole.plan()))
         assert ended.code == 0, ended.err
         self.seconds = ended.seconds
-        self.operations = self.whole.operations()
+        self.operations = (self.whole.root / "operations").read_text().splitlines()  # each as ``kind path``
         self.expected = facts(self.whole.run)
         assert not broken(self.whole)
 
@@ -220,8 +212,6 @@ def broken(place: Place) -> list[str]:
 
 
 def _broken_run(run: Path) -> Iterator[str]:
-    if not run.is_dir():
-        return
     sealed: set[Path] = set()
     for seal in sorted(p for p in _files(run) if p.name == "stage.json"):
         record = json.loads(seal.read_text(encoding="utf-8"))

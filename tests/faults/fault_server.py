@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from inject import Injector, Plan
 
@@ -30,44 +30,29 @@ SECONDS = 240.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: arguments of ``unlearn``, where it is started, with what environment and limits, and what hits it.
-
-    Attributes:
-        cwd: The folder in which it runs; its temporary files and its stderr go beside the run's folder there.
-        plan: What happens at which operation.
-        after: Seconds from the start of the run until ``action`` (KILL or TERM) hits it; None: never.
-        largest: RLIMIT_FSIZE, in bytes.
-    """
+    """One run: arguments of ``unlearn``, where it is started, with what environment and limits, and what hits it."""
 
     argv: Sequence[str]
     cwd: str
     env: Mapping[str, str] = field(default_factory=dict)
-    plan: Plan | None = None
-    after: float | None = None
+    plan: Plan | None = None  # what happens at which operation
+    after: float | None = None  # seconds from the start of the run until ``action`` (KILL or TERM) hits it
     action: str = "KILL"
-    largest: int | None = None
+    largest: int | None = None  # RLIMIT_FSIZE, in bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a run ended: its exit code (minus the signal's number if one ended it), what it said, and how long it took.
-
-    ``cpu`` is in seconds of the processor, ``seconds`` in those of the clock.
-    """
+    """How a run ended: its exit code (minus the signal's number if one ended it), what it said, how long it took."""
 
     code: int
     out: str
     err: str
-    cpu: float
     seconds: float
 
 
 class Server:
-    """The forking process, until :meth:`close`.
-
-    Args:
-        warm: A run of its own, for whatever is computed once in a process.
-    """
+    """The forking process, until :meth:`close`; ``warm`` is a run of its own for what a process computes once."""
 
     def __init__(self, warm: Job) -> None:
         self._process = subprocess.Popen(
@@ -164,12 +149,12 @@ def _together(jobs: Sequence[Job]) -> list[Ended]:
             hung = now - began > SECONDS
             if hung:
                 os.kill(pid, signal.SIGKILL)
-            done, status, used = os.wait4(pid, 0 if hung else os.WNOHANG)
+            done, status = os.waitpid(pid, 0 if hung else os.WNOHANG)
             if done:
                 del left[n]
                 out, err = (Path(places[n], name).read_text("utf-8", "replace") for name in ("out", "err"))
                 code = HUNG if hung else os.waitstatus_to_exitcode(status)
-                found[n] = Ended(code, out, err, used.ru_utime + used.ru_stime, now - began)
+                found[n] = Ended(code, out, err, now - began)
                 shutil.rmtree(places[n])
             elif now >= due.get(n, now + 1):
                 del due[n]
@@ -208,7 +193,8 @@ def _child(job: Job, place: Path) -> int:
     os.chdir(job.cwd)
     os.environ.update(job.env)
     tempfile.tempdir = None
-    sys.stdout, sys.stderr = (_lines(n) for n in (1, 2))
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", buffering=1, closefd=False))
     sys.argv = ["unlearn", *job.argv]
     if job.largest is not None:
         import resource
@@ -219,10 +205,6 @@ def _child(job: Job, place: Path) -> int:
     if job.plan is not None:
         Injector(job.plan).install()
     return main(job.argv)
-
-
-def _lines(number: int) -> TextIO:
-    return open(number, "w", encoding="utf-8", buffering=1, closefd=False)
 
 
 if __name__ == "__main__":

@@ -32,24 +32,17 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 class Plan:
     """What happens, and at which operation.
 
-    Attributes:
-        roots: Folders whose operations count.
-        log: File in which every operation is a line, as it comes.
-        at: The number of the operation, from 1; of those that match, where ``match`` is given. None: only count.
-        match: Regular expression that an operation's line must contain.
-        action: ``KILL``, ``TERM`` or another signal; ``clock:S`` moves the wall clock by S seconds; ``gone:PATH``
-            removes a folder; anything else is a command for the shell.
-        torn: Cut the file that was written last to half of its size first, as a kill during the writing would.
-        clock: Seconds by which the wall clock is wrong from the start.
+    ``action`` is KILL, TERM or another signal; ``clock:S`` moves the wall clock by S seconds; ``gone:PATH`` removes a
+    folder; anything else is a command for the shell.
     """
 
-    roots: tuple[str, ...]
-    log: str
-    at: int | None = None
+    roots: tuple[str, ...]  # folders whose operations count
+    log: str  # file in which every operation is a line, as it comes
+    at: int | None = None  # the number of the operation, from 1, of those whose line ``match`` finds; None: only count
     match: str = ""
     action: str = "KILL"
-    torn: bool = False
-    clock: float = 0.0
+    torn: bool = False  # cut the file that was written last to half first, as a kill during the writing would
+    clock: float = 0.0  # seconds by which the wall clock is wrong from the start
 
 
 class Injector:
@@ -157,31 +150,24 @@ class Injector:
         import torch
         from transformers import PreTrainedTokenizerFast
 
-        write = safetensors.torch.serialize_file
+        # all three are given what they write, then where
+        for owner, name, file in (
+            (safetensors.torch, "serialize_file", ""),
+            (torch, "save", ""),
+            (PreTrainedTokenizerFast, "_save_pretrained", "/tokenizer.json"),
+        ):
+            setattr(owner, name, self._around(getattr(owner, name), file))
 
-        def serialize_file(tensors: Any, filename: Any, *args: Any, **options: Any) -> None:
-            self.operation("native", filename)
-            write(tensors, filename, *args, **options)
-            self.operation("written", filename)
-
-        safetensors.torch.serialize_file = serialize_file
-        save = torch.save
-
-        def torch_save(obj: Any, f: Any, *args: Any, **options: Any) -> None:
-            self.operation("native", f)
-            save(obj, f, *args, **options)
-            self.operation("written", f)
-
-        torch.save = torch_save
-        keep = PreTrainedTokenizerFast._save_pretrained
-
-        def save_tokenizer(this: Any, save_directory: str, *args: Any, **options: Any) -> Any:
-            self.operation("native", f"{save_directory}/tokenizer.json")
-            found = keep(this, save_directory, *args, **options)
-            self.operation("written", f"{save_directory}/tokenizer.json")
+    def _around(self, function: Callable[..., Any], file: str) -> Callable[..., Any]:
+        def wrapped(written: Any, *args: Any, **options: Any) -> Any:
+            place = args[0] if args else next(options[n] for n in ("filename", "f", "save_directory") if n in options)
+            place = f"{place}{file}" if file else place
+            self.operation("native", place)
+            found = function(written, *args, **options)
+            self.operation("written", place)
             return found
 
-        PreTrainedTokenizerFast._save_pretrained = save_tokenizer
+        return wrapped
 
     def _after(self, function: Callable[..., Any], kind: str, which: int) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:

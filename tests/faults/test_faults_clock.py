@@ -11,6 +11,7 @@ from fault_arena import SAME, Bench, of_stage, some
 DECADE = 10 * 365.25 * 86400.0
 JUMPS = {"back": -DECADE, "forward": DECADE}
 TIMES = {"1970": 0, "2100": 4_102_444_800}
+CHECKPOINT = r"run/\.unlearn-work/target@\*/checkpoint-"
 
 
 def dated(root: Path, seconds: int) -> None:
@@ -23,9 +24,8 @@ def dated(root: Path, seconds: int) -> None:
 def test_a_clock_that_jumps_midway(jump: str, bench: Bench, tmp_path: Path) -> None:
     """In the middle of training, before everything else is done."""
     place = bench.copy(tmp_path / "place").without("teach", "test", "membership")
-    plan = place.plan(1, match=r"run/\.unlearn-work/target@\*/checkpoint-2", action=f"clock:{JUMPS[jump]}")
-    outcome = bench.verdict(place, bench.run(place, plan=plan))
-    assert outcome == SAME
+    plan = place.plan(1, match=f"{CHECKPOINT}2", action=f"clock:{JUMPS[jump]}")
+    assert bench.verdict(place, bench.run(place, plan=plan)) == SAME
     ended = bench.run(place)
     assert "nothing has changed" in ended.err
     assert bench.verdict(place, ended) == SAME
@@ -34,32 +34,25 @@ def test_a_clock_that_jumps_midway(jump: str, bench: Bench, tmp_path: Path) -> N
 @pytest.mark.parametrize("jump", some("back", slow=["forward"]))
 def test_resumed_under_another_clock(jump: str, bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without("teach", "robustness")
-    killed = bench.run(place, plan=place.plan(1, match=r"run/\.unlearn-work/target@\*/checkpoint-3"))
-    assert killed.code == -9
+    assert bench.run(place, plan=place.plan(1, match=f"{CHECKPOINT}3")).code == -9
     ended = bench.run(place, plan=place.plan(clock=JUMPS[jump]))
     assert "going on after process" in ended.err
     assert bench.verdict(place, ended) == SAME
 
 
 @pytest.mark.parametrize("time", TIMES)
-def test_files_of_another_time(time: str, bench: Bench, tmp_path: Path) -> None:
+def test_files_and_remains_of_another_time(time: str, bench: Bench, tmp_path: Path) -> None:
+    """A finished run, and one that was killed while the cache was filled and in training."""
     place = bench.copy(tmp_path / "place")
     dated(place.root, TIMES[time])
     ended = bench.run(place)
     assert "nothing has changed" in ended.err
     assert bench.verdict(place, ended) == SAME
-
-
-@pytest.mark.parametrize("time", TIMES)
-def test_remains_of_another_time(time: str, bench: Bench, tmp_path: Path) -> None:
-    """Killed in training, and while the cache was filled."""
-    place = bench.copy(tmp_path / "place").without("load", "teach")
-    filling = bench.run(place, plan=place.plan(8, match=of_stage("load")))
-    training = bench.run(place, plan=place.plan(1, match=r"run/\.unlearn-work/target@\*/checkpoint-3"))
-    assert (filling.code, training.code) == (-9, -9)
+    place.without("load", "teach")
+    for at, match in ((8, of_stage("load")), (1, f"{CHECKPOINT}3")):
+        assert bench.run(place, plan=place.plan(at, match=match)).code == -9
     dated(place.root, TIMES[time])
-    outcome = bench.verdict(place, bench.run(place))
-    assert outcome == SAME
+    assert bench.verdict(place, bench.run(place)) == SAME
 
 
 @pytest.mark.parametrize("jump", JUMPS)

@@ -16,13 +16,13 @@ _PAGE = 4096
 
 
 class Disk:
-    """A file system in memory."""
+    """A file system in memory, of so many bytes."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
 
     def mount(self, size: int) -> None:
-        """Make it, of so many bytes."""
+        """Make it."""
         self.place.mkdir(parents=True, exist_ok=True)
         _do("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(self.place))
 
@@ -31,50 +31,39 @@ class Disk:
         _do("mount", "-o", f"remount,{option}", str(self.place))
 
     def read_only(self) -> str:
-        """The command that makes it read-only for whoever opens a file from now on.
+        """The command that makes it read-only for whoever opens a file from now on; ``gone(lazy=False)`` takes it back.
 
         By a mount on top of it: a disk with a file that is open for writing, as a lock's is, cannot be mounted anew.
         """
         return f"mount --bind {self.place} {self.place} && mount -o remount,bind,ro {self.place}"
-
-    def writable(self) -> None:
-        """Take that back."""
-        _do("umount", str(self.place))
 
     def leave(self, kilobytes: int) -> None:
         """Make it so small that only this much is free."""
         used = sum(-(-p.stat().st_size // _PAGE) * _PAGE for p in self.place.rglob("*") if p.is_file())
         self.again(f"size={used + kilobytes * 1024}")
 
-    def gone(self) -> None:
-        """Take it away, whoever uses it."""
-        _do("umount", "-l", str(self.place))
+    def gone(self, lazy: bool = True) -> None:
+        """Take it away; lazily: whoever uses it."""
+        _do("umount", *(["-l"] if lazy else []), str(self.place))
 
 
 def _do(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="session")
-def _may_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Disk]]:
+    """``disk(folder, 2**20)``: one of a megabyte in a folder's place, until the test ends."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("only root may mount a disk")
-    disk = Disk(tmp_path_factory.mktemp("mount") / "disk")
-    try:
-        disk.mount(_PAGE * 16)
-    except (OSError, subprocess.CalledProcessError) as e:
-        pytest.skip(f"no disk can be mounted here: {getattr(e, 'stderr', e)}")
-    disk.gone()
-
-
-@pytest.fixture
-def disk(_may_mount: None) -> Iterator[Callable[..., Disk]]:
-    """``disk(folder, 2**20)``: one of a megabyte in a folder's place, until the test ends."""
     made: list[Disk] = []
 
     def make(place: Path, size: int = 2**26) -> Disk:
         made.append(Disk(place))
-        made[-1].mount(size)
+        try:
+            made[-1].mount(size)
+        except (OSError, subprocess.CalledProcessError) as e:
+            pytest.skip(f"no disk can be mounted here: {getattr(e, 'stderr', e)}")
         return made[-1]
 
     yield make
@@ -86,12 +75,12 @@ def disk(_may_mount: None) -> Iterator[Callable[..., Disk]]:
 Disks = Callable[..., Disk]
 
 
-def on_disk(bench: Bench, root: Path, disk: Disks, *without: str) -> tuple[Place, Disk]:
-    """The finished run on a disk of its own, without the report and some stages."""
+def on_disk(bench: Bench, root: Path, disk: Disks, *without: str, kept: str = "run") -> tuple[Place, Disk]:
+    """The finished run, of which ``run`` or ``cache`` is on a disk of its own; without the report and some stages."""
     place = bench.cold(root)
-    there = disk(place.run)
+    there = disk(place.root / kept)
     bench.fill(place)
-    return place.without(*without), there
+    return place.without(*without) if without else place, there
 
 
 # --- full --------------------------------------------------------------------------------------------------------
@@ -135,8 +124,7 @@ def test_the_disk_for_temporary_files_is_full(bench: Bench, disk: Disks, tmp_pat
     full = bench.run(place)
     (there.place / "filling").unlink()
     there.again("size=64m")
-    outcome = bench.again(place, full)
-    assert outcome in (SAME, THEN_SAME)
+    assert bench.again(place, full) in (SAME, THEN_SAME)
 
 
 @pytest.mark.parametrize("kilobytes", [2, 60])
@@ -151,9 +139,7 @@ def test_files_may_not_grow(kilobytes: int, bench: Bench, tmp_path: Path) -> Non
 
 
 def test_a_finished_run_on_a_read_only_disk(bench: Bench, disk: Disks, tmp_path: Path) -> None:
-    place = bench.cold(tmp_path / "place")
-    there = disk(place.run)
-    bench.fill(place)
+    place, there = on_disk(bench, tmp_path / "place", disk)
     there.again("ro")
     ended = bench.run(place)
     assert bench.verdict(place, ended) != WRONG
@@ -175,7 +161,7 @@ def test_read_only_midway(stage: str, bench: Bench, disk: Disks, tmp_path: Path)
     plan = place.plan(1, match=of_stage(stage), action=there.read_only())
     fault = bench.run(place, plan=plan)
     assert fault.code == 2, fault.err
-    there.writable()
+    there.gone(lazy=False)
     assert bench.again(place, fault) == THEN_SAME
 
 
@@ -209,23 +195,18 @@ def test_what_a_writer_says(how: str, writer: str, bench: Bench, disk: Disks, tm
     at = match.replace("opened ", "open ") if how == "read-only" else match
     fault = bench.run(place, plan=place.plan(1, match=at, action=action))
     if how == "read-only":
-        there.writable()
+        there.gone(lazy=False)
     filling.unlink(missing_ok=True)
     assert bench.again(place, fault) == THEN_SAME
 
 
-def test_a_read_only_cache_that_is_whole_is_enough(bench: Bench, disk: Disks, tmp_path: Path) -> None:
-    place = bench.cold(tmp_path / "place")
-    there = disk(place.cache)
-    bench.fill(place)
-    place.without("teach")
+def test_a_read_only_cache_is_enough_if_it_is_whole(bench: Bench, disk: Disks, tmp_path: Path) -> None:
+    place, there = on_disk(bench, tmp_path / "place", disk, "teach", kept="cache")
     there.again("ro")
     assert bench.verdict(place, bench.run(place)) == SAME
-
-
-def test_a_read_only_cache_that_is_empty(bench: Bench, disk: Disks, tmp_path: Path) -> None:
-    place = bench.copy(tmp_path / "place").without("load")
-    there = disk(place.cache)
+    there.again("rw")
+    place.without("teach")
+    shutil.rmtree(next(place.cache.glob("pico-*")))
     there.again("ro")
     fault = bench.run(place)
     assert "UNLEARN_CACHE" in fault.err
@@ -238,10 +219,7 @@ def test_a_read_only_cache_that_is_empty(bench: Bench, disk: Disks, tmp_path: Pa
 
 @pytest.mark.parametrize("stage", some("load", "data", "reference", slow=("teach", "robustness", "export")))
 def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
-    place = bench.cold(tmp_path / "place")
-    there = disk(place.cache)
-    bench.fill(place)
-    place.without("report" if stage == "load" else stage)
+    place, there = on_disk(bench, tmp_path / "place", disk, "report" if stage == "load" else stage, kept="cache")
     if stage == "load":
         shutil.rmtree(next(place.cache.glob("pico-*")))
     at = 10 if stage == "load" else 1

@@ -9,7 +9,7 @@ import pytest
 from fault_arena import SAME, Bench, Place, broken, facts, of_stage
 
 
-def test_copied_by_another_tool(bench: Bench, tmp_path: Path) -> None:
+def test_copied_by_another_tool_and_renamed(bench: Bench, tmp_path: Path) -> None:
     """Without times and permissions."""
     place = bench.cold(tmp_path / "place")
     shutil.copytree(bench.whole.run, place.run, copy_function=shutil.copyfile)
@@ -17,10 +17,6 @@ def test_copied_by_another_tool(bench: Bench, tmp_path: Path) -> None:
     ended = bench.run(place)
     assert "nothing has changed" in ended.err
     assert bench.verdict(place, ended) == SAME
-
-
-def test_renamed(bench: Bench, tmp_path: Path) -> None:
-    place = bench.copy(tmp_path / "place")
     place.run.rename(place.root / "another name")
     ended = bench.run(place, out="another name")
     assert "nothing has changed" in ended.err
@@ -30,28 +26,24 @@ def test_renamed(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("linked", ["run", "parent"])
 def test_through_a_link(linked: str, bench: Bench, tmp_path: Path) -> None:
     """With a stage to be made again, so that something is written through it."""
-    place = bench.copy(tmp_path / "place").without("sweep")
+    place = seen = bench.copy(tmp_path / "place").without("sweep")
     if linked == "run":
         place.run.rename(tmp_path / "elsewhere")
         place.run.symlink_to(tmp_path / "elsewhere")
-        seen = place
     else:
         (tmp_path / "link").symlink_to(place.root)
         seen = Place(tmp_path / "link", place.recipe)
-    outcome = bench.verdict(seen, bench.run(seen))
-    assert outcome == SAME
+    assert bench.verdict(seen, bench.run(seen)) == SAME
     assert broken(place) == []
 
 
 @pytest.mark.parametrize("stage", ["finetune", "export"])
 def test_moved_after_a_kill(stage: str, bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without(stage)
-    killed = bench.run(place, plan=place.plan(20, match=of_stage(stage)))
-    assert killed.code == -9
+    assert bench.run(place, plan=place.plan(20, match=of_stage(stage))).code == -9
     place.root.rename(tmp_path / "moved")
     moved = Place(tmp_path / "moved", place.recipe)
-    outcome = bench.verdict(moved, bench.run(moved))
-    assert outcome == SAME
+    assert bench.verdict(moved, bench.run(moved)) == SAME
 
 
 def test_copied_while_it_runs(bench: Bench, tmp_path: Path) -> None:
@@ -62,5 +54,4 @@ def test_copied_while_it_runs(bench: Bench, tmp_path: Path) -> None:
     plan = place.plan(12, match=of_stage("teach"), action=f"cp -r {place.run} {copy.root}")
     assert bench.verdict(place, bench.run(place, plan=plan)) == SAME
     assert (copy.run / ".unlearn-lock").exists()
-    outcome = bench.verdict(copy, bench.run(copy))
-    assert outcome == SAME
+    assert bench.verdict(copy, bench.run(copy)) == SAME

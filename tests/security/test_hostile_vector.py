@@ -27,15 +27,12 @@ def vector_file(path: Path, names: tuple[str, ...] = ("m",)) -> Path:
     return path
 
 
-def adapter(folder: Path, **config: Any) -> Path:
+def adapter(folder: Path, module: str = "m", **config: Any) -> Path:
     folder.mkdir()
     known = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "x"}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(known | config))
-    weights = {
-        "base_model.model.m.lora_A.weight": torch.ones(2, 3),
-        "base_model.model.m.lora_B.weight": torch.ones(4, 2),
-    }
-    save_file(weights, folder / ADAPTER_WEIGHTS)
+    name = f"base_model.model.{module}.lora_{{}}.weight".format
+    save_file({name("A"): torch.ones(2, 3), name("B"): torch.ones(4, 2)}, folder / ADAPTER_WEIGHTS)
     return folder
 
 
@@ -107,11 +104,8 @@ def test_headers_that_lie(tmp_path: Path, content: bytes) -> None:
 
 
 def test_thin_factors_are_not_multiplied_out_whatever_they_claim(tmp_path: Path) -> None:
-    header = {
-        "__metadata__": META,
-        "m.A": {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [0, 0]},
-        "m.B": {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]},
-    }
+    empty = {"dtype": "F32", "data_offsets": [0, 0]}
+    header = {"__metadata__": META, "m.A": empty | {"shape": [0, 2**40]}, "m.B": empty | {"shape": [2**40, 0]}}
     (tmp_path / "v").write_bytes(safetensors(header))
     vector = TaskVector.load(tmp_path / "v")
     assert vector.norm() == 0
@@ -147,9 +141,7 @@ def test_names_of_modules_are_only_names(tmp_path: Path, name: str, capsys: pyte
     ["(a+)+$", "(a|a)*b", "(.*)*x", ".*.*.*.*.*.*y", "a?" * 30 + "a" * 30, "(a|a)" * 30, "([a-z]+)*!", "((a)?){50}"],
 )
 def test_patterns_that_never_end_are_refused(tmp_path: Path, pattern: str) -> None:
-    folder = adapter(tmp_path / "a", rank_pattern={pattern: 2})
-    names = {f"base_model.model.{'a' * 60}.lora_{k}.weight": torch.ones(*s) for k, s in (("A", (2, 3)), ("B", (4, 2)))}
-    save_file(names, folder / ADAPTER_WEIGHTS)
+    folder = adapter(tmp_path / "a", "a" * 60, rank_pattern={pattern: 2})
     with pytest.raises(VectorError, match="may take for ever"):
         from_adapter(folder)
 
@@ -157,16 +149,9 @@ def test_patterns_that_never_end_are_refused(tmp_path: Path, pattern: str) -> No
 @pytest.mark.parametrize(
     "config",
     [
-        {"rank_pattern": {"(": 2}},
-        {"rank_pattern": [1]},
-        {"rank_pattern": {"m": {"a": 1}}},
-        {"r": 10**400},
-        {"r": "2"},
-        {"r": [2]},
-        {"r": 0},
-        {"r": True},
-        {"lora_alpha": float("nan")},
-        {"lora_alpha": 10**30},
+        *({"rank_pattern": value} for value in ({"(": 2}, [1], {"m": {"a": 1}})),
+        *({"r": value} for value in (10**400, "2", [2], 0, True)),
+        *({"lora_alpha": value} for value in (float("nan"), 10**30)),
         {"peft_type": ["LORA"]},
         {"init_lora_weights": ["gaussian"]},
         {"init_lora_weights": {"a": 1}},

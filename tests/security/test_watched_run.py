@@ -115,15 +115,9 @@ def test_it_ran_to_its_end(ran: Ran) -> None:
     assert JINJA in json.dumps(report["examples"]).encode().decode("unicode_escape") or JINJA in str(report["examples"])
 
 
-def test_it_opened_no_socket(ran: Ran) -> None:
+def test_it_opened_no_socket_unpickled_nothing_and_ran_nothing_of_the_current_folder(ran: Ran) -> None:
     assert ran.saw.of("network") == []
-
-
-def test_it_unpickled_nothing(ran: Ran) -> None:
     assert ran.saw.of("unpickle") == []
-
-
-def test_it_ran_nothing_of_the_current_folder(ran: Ran) -> None:
     assert not ran.canary.exists()
     assert [e for e in ran.saw.of("process") if str(ran.home) in str(e)] == []
 
@@ -148,12 +142,9 @@ def test_no_secret_is_in_any_file_or_on_the_terminal(ran: Ran) -> None:
         assert [secret for secret in PLANTED if secret.encode() in content] == [], path
 
 
-def test_nothing_moved_the_cursor(ran: Ran) -> None:
+def test_what_looked_like_a_program_was_data_and_nothing_moved_the_cursor(ran: Ran) -> None:
     for text in (ran.saw.out, ran.saw.err):
         assert {c for c in text if not c.isprintable()} <= {"\n", "\r", "\t"}
-
-
-def test_what_looked_like_a_program_was_data(ran: Ran) -> None:
     text = "".join(p.read_text() for p in sorted(ran.folder.rglob("samples_*.jsonl")))
     assert json.dumps(JINJA)[1:-1] in text
     assert "_frozen_importlib" not in text

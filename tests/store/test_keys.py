@@ -101,103 +101,100 @@ def before(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return Bench(Path(shutil.copytree(whole, tmp_path_factory.mktemp("unchanged") / "bench"))).keys()
 
 
-# input -> (how it is changed, settings that change it, the stages that depend on it)
 Change = Callable[[Bench, pytest.MonkeyPatch], object]
-INPUTS: dict[str, tuple[Change | None, tuple[str, ...], tuple[str, ...]]] = {
-    # the model, and what is made of it
+
+
+def setting(*changed: str) -> tuple[Change | None, tuple[str, ...]]:
+    """A change by the recipe's keys."""
+    return None, changed
+
+
+def done(change: Change, *changed: str) -> tuple[Change | None, tuple[str, ...]]:
+    """A change of the surroundings, and of the recipe's keys."""
+    return change, changed
+
+
+def edited(name: str, **more: Any) -> tuple[Change | None, tuple[str, ...]]:
+    """A change of a JSON file."""
+    return done(lambda bench, _: bench.edit(name, **more))
+
+
+def answers(name: str) -> tuple[Change | None, tuple[str, ...]]:
+    """Other answers in a data file."""
+    return done(lambda bench, _: bench.rewrite(name, "In ", "At "))
+
+
+def reversed_rows(bench: Bench, _: object) -> None:
+    path = bench.place / "f.jsonl"
+    path.write_text("".join(sorted(path.read_text().splitlines(keepends=True), reverse=True)))
+
+
+def renamed(old: str, new: str) -> Change:
+    return lambda bench, _: (bench.place / old).rename(bench.place / new)
+
+
+# input -> (how it is changed, by what settings), and the stages that depend on it
+UTILITY = ("items", "foresight", "eval/*", "robustness/*/relearn-unrelated")
+INPUTS: dict[str, tuple[tuple[Change | None, tuple[str, ...]], tuple[str, ...]]] = {
+    # the model, and what is made of it; answers are counted in tokens, the reference's in the target's
     "base: tokenizer": (
-        lambda b, _: b.edit("model/tokenizer_config.json", eos_token="a"),
-        (),
-        ("items", "target", "reference", "eval/*"),  # answers are counted in tokens
+        edited("model/tokenizer_config.json", eos_token="a"),
+        ("items", "target", "reference", "eval/*"),
     ),
-    "base: configuration": (lambda b, _: b.edit("model/config.json", rms_norm_eps=1e-3), (), ("target", "reference")),
-    "base: number format": (None, ("model.dtype=bfloat16",), ("target", "reference", *TARGET, *REFERENCE)),
-    "target: where texts end": (lambda b, _: b.edit("run/target/generation_config.json", eos_token_id=7), (), TARGET),
+    "base: configuration": (edited("model/config.json", rms_norm_eps=1e-3), ("target", "reference")),
+    "base: number format": (setting("model.dtype=bfloat16"), ("target", "reference", *TARGET, *REFERENCE)),
+    "target: where texts end": (edited("run/target/generation_config.json", eos_token_id=7), TARGET),
     "target: tokenizer": (
-        lambda b, _: b.edit("run/target/tokenizer_config.json", eos_token="a"),
-        (),
-        (*TARGET, "benchmark/reference"),  # its answers are counted in the target's tokens
+        edited("run/target/tokenizer_config.json", eos_token="a"),
+        (*TARGET, "benchmark/reference"),
     ),
-    "reference: activation": (lambda b, _: b.edit("run/reference/config.json", hidden_act="gelu"), (), REFERENCE),
+    "reference: activation": (edited("run/reference/config.json", hidden_act="gelu"), REFERENCE),
     # data
     "forget set: answers": (
-        lambda b, _: b.rewrite("f.jsonl", "In ", "At "),
-        (),
+        answers("f.jsonl"),
         ("items", "target", "vectors/forget", "foresight", "eval/*", "membership/*", "robustness/*"),
     ),
     "retain set: answers": (
-        lambda b, _: b.rewrite("r.jsonl", "In ", "At "),
-        (),
+        answers("r.jsonl"),
         ("items", "target", "reference", "vectors/near-r", "foresight", "eval/*", "robustness/*/few_shot"),
     ),
-    "utility set: answers": (
-        lambda b, _: b.rewrite("u.jsonl", "In ", "At "),
-        (),
-        ("items", "foresight", "eval/*", "robustness/*/relearn-unrelated"),
-    ),
-    "held-out set: answers": (lambda b, _: b.rewrite("h.jsonl", "In ", "At "), (), ("items", "membership/*")),
-    "benchmark's files: answers": (
-        lambda b, _: b.rewrite("tofu/world_facts_perturbed.json", "In ", "At "),
-        (),
-        ("benchmark/*",),
-    ),
-    "utility set: prompt": (
-        None,
-        ("utility.0.prompt='Q: {question} A:'",),
-        ("items", "foresight", "eval/*", "robustness/*/relearn-unrelated"),
-    ),
-    "forget set: tokens written": (
-        None,
-        ("forget.continuation=5",),
-        ("items", "eval/*", "robustness/*/samples"),  # an item says what a text of that length is compared with
-    ),
-    # how it is trained, scored and handed back
-    "training": (None, ("vector.forget.learning_rate=0.004",), VECTORS),
-    "adapter": (None, ("vector.lora.alpha=16",), VECTORS),
-    "teaching": (None, ("teach.steps=19",), ("target", "reference")),
-    "penalty's range": (None, ("vector.retain_kl=two_sided",), ("vectors/forget",)),
-    "engine": (None, ("eval.batch_tokens=300",), SCORED),
-    "resamples": (None, ("eval.bootstrap=101",), ("eval/*", "benchmark/*")),
-    "tokens of the benchmark's answers": (None, ("benchmark.max_tokens=5",), ("benchmark/*",)),
-    "relearning": (None, ("robustness.relearn.learning_rate=0.02",), ("robustness/*/relearn*",)),
-    "description": (None, ("description=Once more",), ("export/adapter",)),  # a card is in it
-    "folder": (lambda b, _: b.move(), (), ("export/adapter",)),  # it names the taught model by its place
+    "utility set: answers": (answers("u.jsonl"), UTILITY),
+    "held-out set: answers": (answers("h.jsonl"), ("items", "membership/*")),
+    "benchmark's files: answers": (answers("tofu/world_facts_perturbed.json"), ("benchmark/*",)),
+    "utility set: prompt": (setting("utility.0.prompt='Q: {question} A:'"), UTILITY),
+    # an item says what a text of that length is compared with
+    "forget set: tokens written": (setting("forget.continuation=5"), ("items", "eval/*", "robustness/*/samples")),
+    # how it is trained, scored and handed back; a card is in the adapter, and names the taught model by its place
+    "training": (setting("vector.forget.learning_rate=0.004"), VECTORS),
+    "adapter": (setting("vector.lora.alpha=16"), VECTORS),
+    "teaching": (setting("teach.steps=19"), ("target", "reference")),
+    "penalty's range": (setting("vector.retain_kl=two_sided"), ("vectors/forget",)),
+    "engine": (setting("eval.batch_tokens=300"), SCORED),
+    "resamples": (setting("eval.bootstrap=101"), ("eval/*", "benchmark/*")),
+    "tokens of the benchmark's answers": (setting("benchmark.max_tokens=5"), ("benchmark/*",)),
+    "relearning": (setting("robustness.relearn.learning_rate=0.02"), ("robustness/*/relearn*",)),
+    "description": (setting("description=Once more"), ("export/adapter",)),
+    "folder": (done(lambda bench, _: bench.move()), ("export/adapter",)),
     # what is around it
-    "task pack": (lambda b, p: b.pack(p), (), SCORED),
+    "task pack": (done(lambda bench, patch: bench.pack(patch)), SCORED),
     "a library": (
-        lambda _, p: p.setattr(provenance, "_version", lambda name: "9" * (name == "rouge_score")),
-        (),
+        done(lambda _, patch: patch.setattr(provenance, "_version", lambda name: "9" * (name == "rouge_score"))),
         ("*",),
     ),
-    "a variable": (lambda _, p: p.setenv("NVIDIA_TF32_OVERRIDE", "1"), (), ("*",)),
-    "default number format": (lambda _, p: torch.set_default_dtype(torch.float64), (), ("*",)),
+    "a variable": (done(lambda _, patch: patch.setenv("NVIDIA_TF32_OVERRIDE", "1")), ("*",)),
+    "default number format": (done(lambda *_: torch.set_default_dtype(torch.float64)), ("*",)),
     # no input of any stage
-    "TF32, by torch": (lambda _, p: torch.set_float32_matmul_precision("high"), (), ()),  # a run turns it off
-    "nothing": (None, (), ()),
-    "layout of the model's files": (
-        lambda b, _: b.edit("model/config.json", transformers_version="4.0", _name_or_path="x"),
-        (),
-        (),
-    ),
-    "where it runs": (None, ("cluster={gpus: 2, time: '1:00:00'}",), ()),
-    "other runs": (None, ("reuse=[run]",), ()),
-    "other exports": (None, ("export.dtype=float16", "export.shard_size=1MB"), ()),
-    "place of the benchmark's files": (
-        lambda b, _: (b.place / "tofu").rename(b.place / "other"),
-        ("benchmark.path=other",),
-        (),
-    ),
-    "place of the model": (lambda b, _: (b.place / "model").rename(b.place / "moved"), ("model.path=moved",), ()),
-    "order of rows": (
-        lambda b, _: (b.place / "f.jsonl").write_text(
-            "".join(sorted((b.place / "f.jsonl").read_text().splitlines(keepends=True), reverse=True))
-        ),
-        (),
-        (),
-    ),
-    "TF32, which no run uses": (lambda _, p: torch.set_float32_matmul_precision("high"), (), ()),
-    "threads": (lambda _, p: torch.set_num_threads(2), (), ()),
-    "other variables": (lambda _, p: p.setenv("TOKENIZERS_PARALLELISM", "true"), (), ()),
+    "nothing": (setting(), ()),
+    "layout of the model's files": (edited("model/config.json", transformers_version="4.0", _name_or_path="x"), ()),
+    "where it runs": (setting("cluster={gpus: 2, time: '1:00:00'}"), ()),
+    "other runs": (setting("reuse=[run]"), ()),
+    "other exports": (setting("export.dtype=float16", "export.shard_size=1MB"), ()),
+    "place of the benchmark's files": (done(renamed("tofu", "other"), "benchmark.path=other"), ()),
+    "place of the model": (done(renamed("model", "moved"), "model.path=moved"), ()),
+    "order of rows": (done(reversed_rows), ()),
+    "TF32, which no run uses": (done(lambda *_: torch.set_float32_matmul_precision("high")), ()),
+    "threads": (done(lambda *_: torch.set_num_threads(2)), ()),
+    "other variables": (done(lambda _, patch: patch.setenv("TOKENIZERS_PARALLELISM", "true")), ()),
 }
 
 
@@ -216,7 +213,7 @@ def as_told() -> Any:
 def test_a_stage_s_key_changes_with_its_inputs_and_with_nothing_else(
     changed: str, bench: Bench, before: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change, settings, patterns = INPUTS[changed]
+    (change, settings), patterns = INPUTS[changed]
     if change is not None:
         change(bench, monkeypatch)
     after = bench.keys(*settings)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from waiting import running, start, until
+from waiting import running, start
 
 from unlearn.errors import RunFolderError
 from unlearn.store import lock as lock_module
@@ -70,19 +70,6 @@ def test_a_living_holder_is_named_and_waited_for(path: Path, capsys: pytest.Capt
     assert f"the cake: waiting for process {process.pid}, at work since 20" in capsys.readouterr().err
 
 
-def test_waiting_for_a_thread_of_ones_own(path: Path) -> None:
-    first, got = Lock.take(path), list[Lock]()
-    waiting = threading.Thread(target=lambda: got.append(Lock.take(path, wait=None, what="the cake")))
-    waiting.start()
-    time.sleep(0.2)
-    assert not got
-    first.release()
-    waiting.join(20)
-    got[0].check()
-    got[0].release()
-    assert names(path) == []
-
-
 def test_a_killed_holder_is_followed_at_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running(HOLD, path) as process:
         process.kill()
@@ -107,31 +94,11 @@ def test_a_process_id_that_another_program_has_by_now_is_not_the_holder(path: Pa
         lock.check()
 
 
-def test_a_copied_lock_is_not_the_lock_of_the_copy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``cp -r`` of a folder in use: its holder is alive, and works in the other folder."""
-    monkeypatch.setenv("UNLEARN_LOCK_TIMEOUT", "1")
-    copy = path.parent / "copy" / "lock"
-    copy.parent.mkdir()
-    with running(HOLD, path, UNLEARN_LOCK_TIMEOUT="1"):
-        copy.write_bytes(path.read_bytes())
-        Lock.take(copy, wait=None).release()
-        with pytest.raises(RunFolderError, match="in use"):
-            Lock.take(path)
-
-
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a link"])
 def test_what_is_no_file_is_not_waited_for(path: Path, make: Callable[[Path], None]) -> None:
     make(path)
     assert Lock.alive(path) == "unknown"
     assert Lock.attempt(path) is None
-
-
-def test_a_killed_holder_whose_parent_never_asked_for_it(path: Path) -> None:
-    """A zombie, as in containers whose first process is no init."""
-    with running(HOLD, path) as process:
-        process.kill()
-        until(lambda: Lock.alive(path) == "free", 10)
-        Lock.take(path).release()
 
 
 def test_of_eight_at_once_one_holds_it(path: Path) -> None:
@@ -249,39 +216,6 @@ except RunFolderError as e:
         for process in (waiter, holder):
             process.send_signal(signal.SIGCONT)
         assert waiter.communicate(timeout=60)[0] == "True\n"
-
-
-@pytest.mark.parametrize("text", ["", "filelock/2\npid=1e999\n", "\x00\xff"])
-def test_a_file_that_is_no_lock_is_taken_over_after_a_while(path: Path, text: str) -> None:
-    path.write_text(text, encoding="latin-1")
-    assert Lock.alive(path) == "unknown"
-    with Lock.take(path) as lock:
-        lock.check()
-    assert names(path) == []
-
-
-def test_a_holder_that_wakes_after_it_was_followed_knows_it(path: Path) -> None:
-    code = f"""{PRELUDE}
-lock = Lock.take(path, what="the run")
-print("ready", flush=True)
-while not lock.lost():
-    time.sleep(0.01)
-try:
-    lock.check()
-except RunFolderError as e:
-    print(e, flush=True)
-lock.release()
-"""
-    with running(code, path, FAR="1", UNLEARN_LOCK_TIMEOUT="1") as sleeper:
-        sleeper.send_signal(signal.SIGSTOP)
-        with Lock.take(path, wait=None) as lock:
-            sleeper.send_signal(signal.SIGCONT)
-            said, trouble = sleeper.communicate(timeout=60)
-            assert not trouble
-            assert "the run is not this process's any more" in said
-            assert re.search(rf"process {os.getpid()} on host .* has taken over", said)
-            lock.check()
-        assert names(path) == []
 
 
 def test_a_lock_that_was_removed_or_is_out_of_reach(path: Path) -> None:

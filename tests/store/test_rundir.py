@@ -73,15 +73,14 @@ def test_default_place_and_what_is_written(tmp_path: Path) -> None:
         assert (folder.root / "recipe.yaml").read_text() == TEXT
         assert (folder.root / "resolved.yaml").read_text() == resolved_yaml(r)
         assert (folder.root / LOCK).exists()
-    assert files_under(folder.root) == {"recipe.yaml", "resolved.yaml"}
-
-
-def test_reopening_keeps_stages_and_takes_the_new_text(tmp_path: Path) -> None:
-    with open_run(tmp_path / "out", recipe(), TEXT) as folder:
         place = make(folder)
-    with open_run(tmp_path / "out", recipe(), "name: demo # same recipe, other comment\n") as folder:
+    assert files_under(folder.root) >= {"recipe.yaml", "resolved.yaml"}
+    (folder.root / f"{LOCK}").write_text("")  # what a kill may leave
+    (folder.root / ".resolved.yaml.123-0a1b2c3d.tmp").write_text("half")
+    with open_run(folder.root, r, "name: demo # same recipe, other comment\n") as folder:
         assert folder.finished("vectors/forget", "k") == place
         assert "other comment" in (folder.root / "recipe.yaml").read_text()
+    assert {name for name in files_under(folder.root) if "/" not in name} == {"recipe.yaml", "resolved.yaml"}
 
 
 def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
@@ -101,61 +100,49 @@ def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
     assert "\n  sweep.coefficients: [0.25, 0.5, 0.75, 1.0] there, [0.5] here\nUse another" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "name: demo\n", "a: [1\n"])
-def test_a_file_without_a_recipe_is_no_older_one(tmp_path: Path, text: str) -> None:
-    open_run(tmp_path, recipe(), TEXT).close()
-    (tmp_path / "resolved.yaml").write_text(text)
-    with pytest.raises(RunFolderError, match=r"another recipe|cannot be read"):
-        open_run(tmp_path, recipe(), TEXT)
+Data = dict[str, Any]
+MINE: Data = {"retain": ({"path": "r.txt", "kind": "text"},), "eval": {"examples": 2}}
+# what an older or newer version's file says otherwise, with which recipe the folder is opened, and what is said of it
+OTHER_FILES: dict[str, tuple[Callable[[Data], object] | str, Data, str]] = {
+    "a block that came later counts as its default": (lambda d: d.pop("holdout"), MINE, ""),
+    "a block with keys of its own": (lambda d: d.pop("export"), MINE, ""),
+    "a key in a block": (lambda d: d["eval"].pop("batch_size"), MINE, ""),
+    "a key in a list": (lambda d: d["retain"][0].pop("name"), MINE, ""),
+    "all of them": (lambda d: (d.pop("holdout"), d["eval"].pop("batch_size"), d["retain"][0].pop("name")), MINE, ""),
+    "where it runs never matters": (lambda d: d.update(cluster={"gpus": 8, "unheard": "of"}), MINE, ""),
+    "nor here": (lambda d: None, MINE | {"cluster": {"gpus": 1, "setup": ("module load x",)}}, ""),
+    "a key that came later and is no default here": (
+        lambda d: (d.pop("holdout"), d.pop("seed")),
+        MINE | {"seed": 3},
+        r"\n  seed: not set there, 3 here\nUse another",
+    ),
+    "no default": (lambda d: d["model"].pop("path"), MINE, r"model\.path: not set there, 'm' here"),
+    "a newer key": (lambda d: d.update(quantum=True), MINE, r"\n  quantum: True there, not set here\nUse"),
+    "a newer one in a block": (
+        lambda d: d["model"].update(quantum=None),
+        MINE,
+        r"\n  model\.quantum: None there, not set here\nUse",
+    ),
+    **{f"no recipe: {text!r}": (text, MINE, "another recipe|cannot be read") for text in ("", "[]\n", "a: [1\n")},
+}
 
 
-def _rewrite(place: Path, *changes: Callable[[dict[str, Any]], object]) -> None:
-    """Edit the recipe that a folder was made with."""
-    data = yaml_core.parse((place / "resolved.yaml").read_text()).data
-    for change in changes:
+@pytest.mark.parametrize("what", OTHER_FILES)
+def test_the_recipe_of_a_folder_is_compared(tmp_path: Path, what: str) -> None:
+    change, wanted, said = OTHER_FILES[what]
+    open_run(tmp_path, recipe(**MINE), TEXT).close()
+    place = tmp_path / "resolved.yaml"
+    if callable(change):
+        data = yaml_core.parse(place.read_text()).data
         change(data)
-    (place / "resolved.yaml").write_text(yaml_core.dump(data))
-
-
-def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
-    mine = recipe(retain=({"path": "r.txt", "kind": "text"},), eval={"examples": 2})
-    open_run(tmp_path, mine, TEXT).close()
-    older: list[Callable[[dict[str, Any]], object]] = [
-        lambda d: d.pop("holdout"),  # a block
-        lambda d: d.pop("export"),  # a block with keys of its own
-        lambda d: d["eval"].pop("batch_size"),  # a key in a block
-        lambda d: d["retain"][0].pop("name"),  # a key in a list
-    ]
-    for changes in (*([change] for change in older), older):
-        _rewrite(tmp_path, *changes)
-        open_run(tmp_path, mine, TEXT).close()
-        assert (tmp_path / "resolved.yaml").read_text() == resolved_yaml(mine)
-
-
-@pytest.mark.parametrize(
-    ("change", "more", "said"),
-    [
-        (lambda d: (d.pop("holdout"), d.pop("seed")), {"seed": 3}, r"\n  seed: not set there, 3 here\nUse another"),
-        (lambda d: d["model"].pop("path"), {}, r"model\.path: not set there, 'm' here"),  # has no default
-        (lambda d: d.update(quantum=True), {}, r"\n  quantum: True there, not set here\nUse"),
-        (lambda d: d["model"].update(quantum=None), {}, r"\n  model\.quantum: None there, not set here\nUse"),
-    ],
-)
-def test_a_key_of_another_version_that_is_not_its_default_is_a_difference(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], more: dict[str, Any], said: str
-) -> None:
-    open_run(tmp_path, recipe(), TEXT).close()
-    _rewrite(tmp_path, change)
-    with pytest.raises(RunFolderError, match=said):
-        open_run(tmp_path, recipe(**more), TEXT)
-
-
-def test_where_a_run_takes_place_never_matters(tmp_path: Path) -> None:
-    open_run(tmp_path, recipe(cluster={"gpus": 8}), TEXT).close()
-    for other in (recipe(), recipe(cluster={"gpus": 1, "setup": ("module load x",)})):
-        open_run(tmp_path, other, TEXT).close()
-    _rewrite(tmp_path, lambda d: d["cluster"].update(unheard="of"))
-    open_run(tmp_path, recipe(), TEXT).close()
+        change = yaml_core.dump(data)
+    place.write_text(change)
+    if said:
+        with pytest.raises(RunFolderError, match=said):
+            open_run(tmp_path, recipe(**wanted), TEXT)
+    else:
+        open_run(tmp_path, recipe(**wanted), TEXT).close()
+        assert place.read_text() == resolved_yaml(recipe(**wanted))
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -164,13 +151,6 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
         with pytest.raises(RunFolderError, match=r"not the folder of a run \(it holds thesis.tex\)"):
             open_run(tmp_path, recipe(), TEXT, fresh=fresh)
     assert files_under(tmp_path) == {"thesis.tex"}
-
-
-def test_what_a_kill_leaves_before_the_first_file_is_no_foreign_folder(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text("")
-    (tmp_path / ".resolved.yaml.123-0a1b2c3d.tmp").write_text("half")
-    open_run(tmp_path, recipe(), TEXT).close()
-    assert files_under(tmp_path) == {"recipe.yaml", "resolved.yaml"}
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
@@ -347,34 +327,6 @@ with open_run(root, recipe, "text") as folder:
         assert not (tmp_path / TEMPORARY).exists()
         assert (folder.work("vectors/forget", "k") / "checkpoint").read_text() == "step 10"
         make(folder)
-
-
-def test_killed_at_random_moments_the_stage_is_whole_or_absent(tmp_path: Path) -> None:
-    """A process that replaces a stage over and over: whatever is there after a kill is one consistent version."""
-    code = f"""{PRELUDE}
-with open_run(root, recipe, "text") as folder:
-    print("ready", flush=True)
-    for i in range(100000):
-        with folder.writing("s", str(i)) as tmp:
-            for j in range(3):
-                (tmp / str(j)).write_text(str(i))
-"""
-    found = 0
-    for delay in (0.03, 0.05, 0.08, 0.13):
-        with running(code, tmp_path) as process:
-            time.sleep(delay)
-            process.kill()
-            process.wait()
-        with open_run(tmp_path, recipe(), TEXT) as folder:
-            record = read_record(tmp_path / "s")
-            if record is None:
-                assert not (tmp_path / "s").exists()
-                continue
-            found += 1
-            place = folder.finished("s", record.key)
-            assert place is not None
-            assert {p.read_text() for p in place.iterdir() if p.name != "stage.json"} == {record.key}
-    assert found
 
 
 def test_fresh_over_a_killed_process_takes_nothing_of_its_lock_for_a_stranger(tmp_path: Path) -> None:

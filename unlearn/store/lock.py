@@ -98,9 +98,9 @@ class Lock:
         return lock
 
     @classmethod
-    def attempt(cls, path: Path, what: str | None = None) -> Lock | None:
+    def attempt(cls, path: Path) -> Lock | None:
         """Take a lock that is free or whose holder's process has ended, else None; never waits."""
-        lock = cls(path, what)
+        lock = cls(path)
         return lock if lock._attempt() else None
 
     @staticmethod
@@ -238,11 +238,7 @@ def is_lock_file(name: str, lock: str) -> bool:
 
 
 def seconds_of_silence() -> float:
-    """After how many seconds without a sign of life a holder on another host is taken for dead.
-
-    Raises:
-        RunFolderError: ``UNLEARN_LOCK_TIMEOUT`` is no such number.
-    """
+    """After how many seconds without a sign of life a holder on another host is taken for dead."""
     given = os.environ.get("UNLEARN_LOCK_TIMEOUT", "")
     try:
         seconds = float(given) if given.strip() else TIMEOUT

@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from unlearn.text import HIDDEN, hide
 
+psutil: Any = import_module("psutil")  # comes with accelerate, without types
 DISTRIBUTION = "lm-unlearn"
 # Part of every key: goes up when our own code gives other results for the same recipe and files, as in how texts become
 # tokens and what is compared of a written answer.
@@ -80,9 +82,7 @@ def tidy(text: str) -> str:
 
 def scrub(value: Any) -> Any:
     """:func:`tidy` on every string inside JSON-like values; tuples become lists, paths strings."""
-    if isinstance(value, str):
-        return tidy(value)
-    if isinstance(value, Path):
+    if isinstance(value, str | Path):
         return tidy(str(value))
     if isinstance(value, Mapping):
         return {str(k): scrub(v) for k, v in value.items()}
@@ -154,36 +154,29 @@ def _homes() -> list[str]:
 
 
 def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    found = re.search(r"^model name\s*: *(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _cores() -> int:
     """Cores this process may use: a container or a batch job often has fewer than the machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if limit := re.fullmatch(r"(\d+) (\d+)", _first_line("/sys/fs/cgroup/cpu.max")):
+    if limit := re.fullmatch(r"(\d+) (\d+)", _text("/sys/fs/cgroup/cpu.max")):
         allowed = min(allowed, max(1, int(limit[1]) // int(limit[2])))
     return allowed
 
 
-def _memory_gb() -> float | None:
+def _memory_gb() -> float:
     """Memory this process may use, in GB (1e9 bytes)."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    limit = _first_line("/sys/fs/cgroup/memory.max")
+    size, limit = psutil.virtual_memory().total, _text("/sys/fs/cgroup/memory.max")
     return round(min(size, int(limit) if limit.isdigit() else size) / 1e9, 1)
 
 
-def _first_line(path: str) -> str:
+def _text(path: str) -> str:
+    """What a file of the system says; empty where there is none."""
     try:
-        return Path(path).read_text(encoding="ascii").partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError):
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
         return ""
 
 
