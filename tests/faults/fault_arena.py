@@ -192,18 +192,8 @@ def facts(run: Path) -> Mapping[str, Any]:
             data = json.loads(path.read_text(encoding="utf-8"))
             found[name] = data.get("losses", data.get("key"))
         elif not path.name.startswith("results_") and name not in (*REPORT, "recipe.yaml", "resolved.yaml"):
-            found[name] = content(path)
+            found[name] = digest(path)
     return found
-
-
-def content(path: Path) -> str:
-    """SHA-256 of what a file says; safetensors writes the entries of its header in any order."""
-    if path.suffix != ".safetensors":
-        return digest(path)
-    raw = path.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    header = json.dumps(json.loads(raw[8:end]), sort_keys=True)
-    return hashlib.sha256(header.encode() + raw[end:]).hexdigest()
 
 
 def broken(place: Place) -> list[str]:

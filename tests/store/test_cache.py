@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,21 +62,19 @@ def test_entry_is_made_once_with_sizes_and_checksums(tmp_path: Path) -> None:
     assert _places(tmp_path / "new") == ["k"]
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "file cut", "file gone", "manifest cut", "not a folder"])
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "manifest cut": lambda folder: (folder / MANIFEST).write_text('{"files": {'),
+    "file cut": lambda folder: (folder / "sub" / "a.txt").write_text("ab"),
+    "file gone": lambda folder: (folder / "sub" / "a.txt").unlink(),
+    "not a folder": lambda folder: (folder.rename(f"{folder}-else"), folder.write_text("in the way")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     folder = entry(tmp_path, "k", _fill)
-    match damage:
-        case "no manifest":
-            (folder / MANIFEST).unlink()
-        case "file cut":
-            (folder / "sub" / "a.txt").write_text("ab")
-        case "file gone":
-            (folder / "sub" / "a.txt").unlink()
-        case "manifest cut":
-            (folder / MANIFEST).write_text('{"files": {')
-        case _:
-            folder.rename(tmp_path / "elsewhere")
-            folder.write_text("in the way")
+    DAMAGES[damage](folder)
     assert not whole(folder)
     entry(tmp_path, "k", _fill)
     assert whole(folder)
