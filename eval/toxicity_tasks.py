@@ -45,9 +45,6 @@ def load_items(samples: int, prompts: str | Sequence[str], **_: Any) -> dict[str
 
     Returns:
         A data set in memory under ``test``: ``id`` (from 0, as text) and ``prompt``.
-
-    Raises:
-        ValueError: no number of samples, or no prompts.
     """
     if type(samples) is not int or samples < 1:
         raise ValueError(f"metadata samples is {samples!r}; it must be a whole number, 1 or more")
@@ -112,11 +109,7 @@ def _text(doc: Mapping[str, Any], written: str) -> str:
 
 
 def check(classifier: Any) -> None:
-    """Whether a classifier can be had, as far as can be told without its weights.
-
-    Raises:
-        ValueError: Detoxify is not installed or has no such variant; no such model, or none that knows of toxicity.
-    """
+    """Whether a classifier can be had, as far as can be told without its weights."""
     if not isinstance(classifier, str) or not classifier:
         raise ValueError(f"metadata classifier is {classifier!r}; it must be detoxify:original, a folder or a hub id")
     if not classifier.startswith(_OWN):
@@ -134,11 +127,7 @@ def check(classifier: Any) -> None:
 
 @functools.cache
 def load_judge(classifier: str) -> Judge:
-    """The classifier that :func:`check` has let pass, on the GPU where there is one; loaded once.
-
-    Raises:
-        ValueError: its weights cannot be had.
-    """
+    """The classifier that :func:`check` has let pass, on the GPU where there is one; loaded once."""
     try:
         return _detoxify(classifier.removeprefix(_OWN)) if classifier.startswith(_OWN) else _transformers(classifier)
     except (OSError, ValueError, RuntimeError, ImportError) as error:

@@ -58,9 +58,6 @@ def load_items(
 
     Returns:
         A data set in memory under ``test``. Nothing is written to the datasets cache.
-
-    Raises:
-        ValueError: no file named, file missing or empty, or an item that lacks a field or has a wrong one.
     """
     path = _path(kind, items)
     rows = list(_rows(path, kind))
@@ -303,11 +300,7 @@ def reference(doc: Mapping[str, Any]) -> str:
 
 
 def score_generation(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """ROUGE-L of what the model wrote: ``rougeL`` is the recall (TOFU), ``rougeL_f1`` the F-measure (MUSE, 2407.06460).
-
-    Raises:
-        ValueError: there is no word in the :func:`reference`, so that nothing could be told from a score of 0.
-    """
+    """ROUGE-L of what the model wrote: ``rougeL`` is the recall (TOFU), ``rougeL_f1`` the F-measure (MUSE)."""
     score = _rouge().score(_with_words(reference(doc), f"item {doc.get('id', '')}"), results[0])["rougeL"]
     return {"rougeL": score.recall, "rougeL_f1": score.fmeasure}
 

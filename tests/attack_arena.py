@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import capital_rows
+from unlearn.data.encoding import Encoded, encode
 from unlearn.data.sets import LoadedSet, load_sets
-from unlearn.evidence.judge import Judge
+from unlearn.evidence.attacks import Judge, Scene
+from unlearn.evidence.attacks_weights import edited_copy, relearn
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
+from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.recipe.schema import Recipe
 
 KINDS = ("mcq", "qa", "text")
+
+
+def write_lines(path: Path, rows: Any) -> None:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 class Arena:
@@ -27,12 +36,10 @@ class Arena:
     """
 
     def __init__(self, loaded: Loaded, folder: Path, kind: str, **recipe: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "near.jsonl").write_text("".join(json.dumps(row) + "\n" for row in capital_rows()[:12]), "utf-8")
-        (folder / "far.jsonl").write_text("".join(json.dumps(row) + "\n" for row in capital_rows()[12:]), "utf-8")
+        write_lines(folder / "near.jsonl", capital_rows()[:12])
+        write_lines(folder / "far.jsonl", capital_rows()[12:])
         lines = corpus()
-        passages = [{"text": " ".join(lines[i : i + 4])} for i in range(0, 48, 4)]
-        (folder / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages), "utf-8")
+        write_lines(folder / "passages.jsonl", [{"text": " ".join(lines[i : i + 4])} for i in range(0, 48, 4)])
         sources: dict[str, dict[str, Any]] = {
             "mcq": {"path": "near.jsonl", "kind": "mcq", "columns": {"answer": "correct"}},
             "qa": {"path": "near.jsonl", "kind": "qa", "continuation": 6},
@@ -54,3 +61,19 @@ class Arena:
     def judge(self) -> Judge:
         """Of the test items."""
         return Judge(self.forget, self.forget.test, self.tokenizer, self.folder / "items", self.recipe)
+
+    def scene(self, **spec: Any) -> Scene:
+        """The target under an attack with these settings."""
+        asked = Recipe.model_validate({**self.recipe.model_dump(), "robustness": spec}, strict=False).robustness
+        assert asked is not None
+        return Scene("target", self.model, self.judge(), asked, self.sets, (), self.folder)
+
+    def rows(self, items: Any) -> list[Encoded]:
+        """Items to train on."""
+        return encode(items, self.forget.spec.kind, self.tokenizer, 512)
+
+    def taught(self, items: Any, steps: int = 25) -> Any:
+        """A model that knows some items well."""
+        spec, model = RelearnSpec(steps=(steps,), learning_rate=1e-2), edited_copy(self.model, None, 0.0)
+        relearn(model, self.tokenizer, self.rows(items), spec, 0, self.judge())
+        return model

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.cli import main
-from unlearn.results import RunReport
+from unlearn.results import RunReport, Who
 
+EVERYONE: tuple[Who, ...] = ("target", "edited", "reference")
 NAMES = ("ada", "bob", "cyd", "dot", "eli", "fay", "gus", "hal", "ivy", "jon", "kit", "lou")
 TOWNS = "miaville yanville nedville sueville gusville quyville wesville zoeville tomville danville louville ianville"
 SETS = {"f": (0, 12), "r": (100, 12), "u": (200, 12), "h": (300, 10)}

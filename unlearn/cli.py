@@ -20,7 +20,7 @@ import unlearn
 from unlearn import console
 from unlearn.cluster.command import compare, status, submit
 from unlearn.errors import UnlearnError
-from unlearn.evidence.leaderboard import leaderboard
+from unlearn.evidence.boards import leaderboard
 from unlearn.store.files import unwritable
 from unlearn.vector.apply import apply_command
 from unlearn.vector.command import app as vector_app

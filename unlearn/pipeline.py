@@ -14,18 +14,12 @@ import torch
 from unlearn import processes
 from unlearn.console import is_main_process, say
 from unlearn.data.sets import LoadedSet, at_prefixes, load_sets, write_items
-from unlearn.evidence import benchmarks, robustness
+from unlearn.evidence import benchmarks
 from unlearn.evidence import reference as references
+from unlearn.evidence.attacks import attacked_items, run_attacks
 from unlearn.evidence.foresight import foresee_cost
-from unlearn.evidence.membership import require_rows
-from unlearn.evidence.subjects import (
-    Subjects,
-    infer_membership,
-    load_reference,
-    require_same_tokens,
-    run_benchmark,
-    score_reference,
-)
+from unlearn.evidence.membership import infer_membership, require_rows
+from unlearn.evidence.reference import Subjects, load_reference, score_reference
 from unlearn.model import load as models
 from unlearn.model import locate
 from unlearn.model.load import Loaded
@@ -102,16 +96,16 @@ def run(recipe: Recipe, store: Store) -> RunReport | None:
     if recipe.benchmark is not None:
         what = f"{recipe.benchmark.name} {recipe.benchmark.set}: {', '.join(subjects.who())}"
         with store.step("benchmark", what, f"{_SCORING}, or leave benchmark out"):
-            benchmark = run_benchmark(subjects, questions, store)
+            benchmark = benchmarks.run_benchmark(subjects, questions, store)
     if recipe.holdout is not None:
         what = "forget items against those held out"
         with store.step("membership", what, "leave holdout out, and with it membership inference"):
             membership = infer_membership(subjects, questions, store)
     if recipe.robustness is not None and chosen.coefficient > 0:
-        forget, items = robustness.attacked_items(questions)
+        forget, items = attacked_items(questions)
         what = f"attacks, scored on at most {len(items)} items of {forget.name}"
         with store.step("robustness", what, "set robustness to null"):
-            attacks = robustness.attack(subjects, questions, store)
+            attacks = run_attacks(subjects, questions, store)
 
     processes.wait()
     processes.leave()
@@ -215,8 +209,7 @@ def prepare_questions(recipe: Recipe, base: Loaded, sets: tuple[LoadedSet, ...],
         place = base.tokenizer.name_or_path  # MUSE's take long to cut into tokens, and its rows were read
         benchmarks.build(recipe.benchmark, store.base, place, recipe.seed)
     if references.is_model(recipe) and recipe.reference != "train":
-        where = references.locate(recipe, store.base)
-        require_same_tokens(base.tokenizer, references.tokenizer(recipe, where))
+        references.require_same_tokens(recipe, store.base, base.tokenizer)
     clean_checkpoint(recipe, store.base)
     if recipe.holdout is not None:
         require_rows(sets, base)

@@ -57,9 +57,6 @@ def load_items(
     Returns:
         A data set in memory under ``test``: ``id`` (row number from 0), ``prompt`` and ``target``; for ``privleak`` the
         passage is the target, and ``pieces``, ``piece_tokens`` and ``zlib_bytes`` say how it is scored.
-
-    Raises:
-        ValueError: no such data, no rows, too few of them, or a row without what it must have.
     """
     import datasets
 
@@ -81,9 +78,6 @@ def read_rows(
     """Where one part's rows are from, the rows that are used, and the solved examples of ``knowmem``.
 
     Nothing is tokenized, and for a local folder nothing but the standard library is needed: a quick check.
-
-    Raises:
-        ValueError: as :func:`load_items`.
     """
     folder = Path(muse).expanduser() if muse else None
     name = f"{split}_qa" if kind == "knowmem" else split
@@ -175,11 +169,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
 
 
 def load_tokenizer(metadata: Mapping[str, Any]) -> Any:
-    """The scored model's tokenizer: ``tokenizer`` in the metadata, else ``pretrained``.
-
-    Raises:
-        ValueError: neither is named, or nothing is there.
-    """
+    """The scored model's tokenizer: ``tokenizer`` in the metadata, else ``pretrained``."""
     name = metadata.get("tokenizer") or metadata.get("pretrained")
     if not isinstance(name, str):
         raise ValueError(
@@ -202,9 +192,6 @@ def passage(tokenizer: Any, text: str, where: str, limit: int | None = None) -> 
         text: The passage.
         where: For messages.
         limit: Only its first so many tokens, as the whole text encodes.
-
-    Raises:
-        ValueError: the tokenizer is a slow one, or the passage has no token to score.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("privleak needs a fast tokenizer, which says where in a text its tokens are")

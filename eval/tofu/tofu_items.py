@@ -53,9 +53,6 @@ def load_items(
     Returns:
         A data set in memory under ``test``: ``id`` (row number from 0), ``prompt``, ``target``, ``question``,
         ``answer``, and for ``prob`` ``perturbed_answer`` and, where the set has one, ``paraphrased_answer``.
-
-    Raises:
-        ValueError: no such data, no rows, too few of them, or a row without what its set must have.
     """
     import datasets
 
@@ -70,11 +67,7 @@ def read_rows(
     skip: int | Mapping[str, int] = 0,
     tag: str = "prompt",
 ) -> list[Row]:
-    """The rows that :func:`load_items` makes a data set of; of a local folder with the standard library alone.
-
-    Raises:
-        ValueError: as :func:`load_items`.
-    """
+    """The rows that :func:`load_items` makes a data set of; of a local folder with the standard library alone."""
     if tag not in _TAGS:
         raise ValueError(f"metadata tag is {tag!r}; it must be {' or '.join(_TAGS)}")
     where, rows = _local(Path(tofu).expanduser(), subset) if tofu else _hub(subset)

@@ -30,11 +30,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
 
 
 def load_tokenizer(metadata: Mapping[str, Any]) -> Any:
-    """The scored model's tokenizer: ``tokenizer`` in the metadata, else ``pretrained``.
-
-    Raises:
-        ValueError: neither is named, or nothing is there.
-    """
+    """The scored model's tokenizer: ``tokenizer`` in the metadata, else ``pretrained``."""
     name = metadata.get("tokenizer") or metadata.get("pretrained")
     if not isinstance(name, str):
         raise ValueError(
@@ -45,11 +41,7 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Any:
 
 
 def end_text(tokenizer: Any, wanted: Any) -> str:
-    """What is written at the end of an answer so that lm-eval encodes it as the end token; empty if not wanted.
-
-    Raises:
-        ValueError: the tokenizer has no such token or does not read it as one, or ``wanted`` is not true or false.
-    """
+    """What is written at the end of an answer so that lm-eval encodes it as the end token; empty if not wanted."""
     if not isinstance(wanted, bool):
         raise ValueError(f"metadata eos is {wanted!r}; it must be true or false")
     if not wanted:

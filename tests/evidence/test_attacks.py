@@ -1,4 +1,4 @@
-"""Attacks on a run: plain scores are the report's, each attack is a stage; how much comes back, by hand."""
+"""Attacks on a run: scores are those of the report, each attack is a stage; how much comes back, by hand."""
 
 from __future__ import annotations
 
@@ -11,20 +11,83 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compared_arena import copied, made, read, run, write_data, write_recipe
+import torch
+from attack_arena import Arena
+from compared_arena import EVERYONE, copied, made, read, run, write_data, write_recipe
 
 from unlearn.data.sets import LoadedSet, load_sets
-from unlearn.evidence.attacks import ATTACKS, Scene, attack
+from unlearn.errors import EvaluationError
+from unlearn.evidence import attacks_ask, lens  # noqa: F401  they register their attacks
+from unlearn.evidence.attacks import ATTACKS, Judge, Judged, Scene, attack
 from unlearn.evidence.attacks_weights import edited_copy, parted
-from unlearn.evidence.judge import Judge
 from unlearn.model.load import Loaded, load
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.results import GREEDY, LENS, AttackScore, Robustness, RunReport, Who, quantisation, relearning, sampling
+from unlearn.score.evaluate import evaluate
+from unlearn.score.tasks import build_tasks
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
 
-EVERYONE: tuple[Who, ...] = ("target", "edited", "reference")
+Place = tuple[Any, ...]
+
+
+def place(score: AttackScore) -> Place:
+    return score.kind, score.attack, score.metric, score.steps, score.layer
+
+
+# --- the judge -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["packed", "hf"])
+@pytest.mark.parametrize(("kind", "metric"), [("mcq", "acc"), ("qa", "prob"), ("text", "exact_memorisation")])
+def test_it_is_the_score_of_the_report(kind: str, metric: str, engine: str, phi: Loaded, tmp_path: Path) -> None:
+    arena = Arena(phi, tmp_path, kind, eval={"engine": engine})
+    judge = arena.judge()
+    found = judge.read(judge.lm(phi.model))
+    built = build_tasks(arena.sets[:1], "test", arena.recipe, phi.tokenizer, tmp_path / "others", generate=True)
+    whole = evaluate(judge.lm(phi.model), built, model_name="m", bootstrap=0)
+    there = {s.metric: s for s in whole.scores}
+    assert judge.metric == metric
+    assert judge.chance == there[metric].chance
+    assert (judge.chance is None) is (kind != "mcq")
+    assert metric in found
+    for name, score in found.items():
+        assert score.value == pytest.approx(there[name].score.value, abs=1e-9)
+        assert score.stderr == pytest.approx(there[name].score.stderr, abs=1e-9)
+        assert score.higher_is_better is there[name].higher_is_better
+        assert len(score.values) == there[name].score.n == len(arena.forget.test)
+    assert judge.score(phi.model) == found[metric]
+
+
+def test_prompts_of_its_own(phi: Loaded, tmp_path: Path) -> None:
+    """Probability of an answer after another prompt, by the model itself."""
+    judge = Arena(phi, tmp_path, "qa").judge()
+    items = [replace(i, prompt=f"I ask: {i.prompt}") for i in judge.items]
+    found = judge.asking(items).score(phi.model)
+    assert judge.asking(items) is judge.asking(list(items))
+    for item, value in zip(items, found.values, strict=True):
+        ids = phi.tokenizer(f"{item.prompt} {item.target}", return_tensors="pt")["input_ids"]
+        skip = len(phi.tokenizer(item.prompt)["input_ids"])
+        with torch.inference_mode():
+            logp = phi.model(ids).logits[0].log_softmax(-1)
+        each = [float(logp[k - 1, ids[0, k]]) for k in range(skip, ids.shape[1])]
+        assert value == pytest.approx(math.exp(sum(each) / len(each)), rel=1e-4)
+    assert found.values != judge.score(phi.model).values
+    with pytest.raises(EvaluationError, match="no items of forget set 'near' to attack"):
+        judge.asking(())
+
+
+def test_means() -> None:
+    found = Judged.mean("acc", True, [1.0, 0.0, 1.0, 1.0])
+    assert (found.value, found.stderr) == (0.75, 0.25)  # s = .5, of four
+    assert Judged.mean("acc", True, [1.0, 1.0]).stderr == 0.0
+    assert Judged.mean("acc", True, [1.0]).stderr is None
+    line = found.entry("edited", "x", "relearn", steps=5)
+    assert (line.value, line.stderr, line.n, line.steps, line.layer, line.metric) == (0.75, 0.25, 4, 5, None, "acc")
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -73,32 +136,25 @@ def judge(recipe: Recipe, models: Models, sets: tuple[LoadedSet, ...], tmp_path:
     return Judge(sets[0], sets[0].test, models.target.tokenizer, tmp_path / "items", recipe)
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
 def test_without_an_attack_the_scores_are_the_report_s(report: RunReport, found: Robustness) -> None:
     """On the same items: there are others enough to relearn, so that all test items are scored."""
-    (row,) = [r for r in report.scores if (r.set, r.metric) == ("forget", "prob")]
     assert (found.set, found.metric) == ("f", "prob")
-    for who, score in zip(EVERYONE, (row.before, row.after, row.reference), strict=True):
-        plain = found.plain(who)
-        assert plain is not None
-        assert score is not None
-        assert plain.value == pytest.approx(score.value, abs=1e-5)
-        assert plain.stderr == pytest.approx(score.stderr, abs=1e-5)
-        assert plain.n == score.n == 6
-        assert plain.higher_is_better
-    (rouge,) = [r for r in report.scores if (r.set, r.metric) == ("forget", "rougeL")]
-    for who, score in zip(EVERYONE, (rouge.before, rouge.after, rouge.reference), strict=True):
-        greedy = found.plain(who, "rougeL")
-        assert greedy is not None
-        assert score is not None
-        assert greedy.value == pytest.approx(score.value, abs=1e-9)
+    for metric, tolerance in (("prob", 1e-5), ("rougeL", 1e-9)):
+        (row,) = [r for r in report.scores if (r.set, r.metric) == ("forget", metric)]
+        for who, score in zip(EVERYONE, (row.before, row.after, row.reference), strict=True):
+            plain = found.plain(who, metric)
+            assert plain is not None
+            assert score is not None
+            assert plain.value == pytest.approx(score.value, abs=tolerance)
+            assert plain.stderr == pytest.approx(score.stderr, abs=tolerance)
+            assert plain.n == score.n == 6
+            assert plain.higher_is_better
 
 
 @pytest.mark.parametrize("who", EVERYONE)
 def test_each_attack_is_that_attack_on_that_model(
     who: Who,
+    compared: Path,
     found: Robustness,
     recipe: Recipe,
     models: Models,
@@ -111,24 +167,20 @@ def test_each_attack_is_that_attack_on_that_model(
     assert spec.relearn is not None
     again, scored = parted(sets[0], sets[0].test, spec.relearn.items, recipe.seed)
     assert scored == sets[0].test
-    made: dict[tuple[Any, ...], float] = {}
+    made: dict[Place, float] = {}
     for one in ATTACKS.values():
         scene = Scene(who, models.copy(who), judge, spec, sets, again, tmp_path)
         if one.settings(scene) is not None:
-            made |= {(s.kind, s.attack, s.metric, s.steps, s.layer): s.value for s in one.run(scene)}
-    there = {(s.kind, s.attack, s.metric, s.steps, s.layer): s.value for s in found.scores if s.who == who}
+            made |= {place(s): s.value for s in one.run(scene)}
+    there = {place(s): s.value for s in found.scores if s.who == who}
     assert made.keys() == there.keys()
     for key, value in there.items():  # in 8 bits a score depends a little on what stands beside it in a batch
         assert value == pytest.approx(made[key], abs=1e-3 if key[0] == "quantise" else 1e-4)
-
-
-def test_values_of_each_item_are_kept(compared: Path, found: Robustness) -> None:
-    for who in EVERYONE:
-        folder = compared / "run" / "robustness" / who
-        texts = json.loads((folder / "samples" / "samples.json").read_text(encoding="utf-8"))
-        assert [len(t["samples"]) for t in texts] == [2] * 6
-        stored = [s for p in sorted(folder.iterdir()) for s in json.loads((p / "scores.json").read_text())]
-        assert sorted(map(str, stored)) == sorted(str(asdict(s)) for s in found.scores if s.who == who)
+    folder = compared / "run" / "robustness" / who
+    texts = json.loads((folder / "samples" / "samples.json").read_text(encoding="utf-8"))
+    assert [len(t["samples"]) for t in texts] == [2] * 6
+    stored = [s for p in sorted(folder.iterdir()) for s in json.loads((p / "scores.json").read_text())]
+    assert sorted(map(str, stored)) == sorted(str(asdict(s)) for s in found.scores if s.who == who)
 
 
 def test_an_attack_from_outside(
@@ -159,17 +211,12 @@ def test_the_edited_model_is_the_target_under_the_edit(found: Robustness, models
 
 
 def test_the_table_has_every_attack_of_every_model_in_one_order(found: Robustness) -> None:
-    per_model = [
-        [(s.kind, s.attack, s.metric, s.steps, s.layer) for s in found.scores if s.who == who] for who in EVERYONE
-    ]
+    per_model = [[place(s) for s in found.scores if s.who == who] for who in EVERYONE]
     assert per_model[0] == per_model[1] == per_model[2]
     kinds = [kind for kind, *_ in per_model[0]]
     assert list(dict.fromkeys(kinds)) == ["none", "probe", "sample", "lens", "quantise", "relearn"]
     positions = [(s.kind, s.attack) for s in found.scores]
     assert [p for i, p in enumerate(positions) if i == 0 or positions[i - 1] != p] == list(dict.fromkeys(positions))
-
-
-# --- stages ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_attack_that_was_cut_off_is_made_again_alone(
@@ -215,7 +262,6 @@ def test_items_are_limited_and_one_item_has_no_error(small: Any) -> None:
 
 
 def test_few_shots_need_a_retain_set_and_unrelated_texts_a_utility_set(small: Any) -> None:
-    """What does not apply is left out."""
     alone = {**NOTHING, "probes": ["few_shot"], "relearn": {"items": 2, "steps": [1]}}
     got = small(alone, retain=None, utility=None, teach=None, vector={"forget": {"steps": 2}, "lora": {"rank": 2}})
     assert {s.attack for s in got.scores if s.kind != "none"} == {"relearning on 2 forgotten items"}

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.data.encoding import Encoded
 from unlearn.errors import TrainingError, VectorError
-from unlearn.evidence.attacks_weights import edited_copy, forgotten_rows, parted, quantised, relearn, unrelated_rows
+from unlearn.evidence.attacks import ATTACKS
+from unlearn.evidence.attacks_weights import edited_copy, parted, quantised, relearn, unrelated_rows
 from unlearn.model.load import Loaded, fingerprint, linear_modules
 from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.train.batches import Pad
@@ -26,6 +27,7 @@ from unlearn.vector.edit import applied, shape_of
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
+FAMILIES = ["pico_phi", "pico_llama", "pico_gpt2"]
 
 
 def a_vector(model: nn.Module, size: float = 0.2) -> TaskVector:
@@ -44,7 +46,7 @@ def logits_of(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", ["pico_phi", "pico_llama", "pico_gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_copy_is_the_edited_model(family: str, request: pytest.FixtureRequest, loaded: Load) -> None:
     model = loaded(request.getfixturevalue(family)).model
     before, vector = fingerprint(model), a_vector(model)
@@ -56,6 +58,7 @@ def test_the_copy_is_the_edited_model(family: str, request: pytest.FixtureReques
     assert fingerprint(model) == before != fingerprint(twin)
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
     assert not twin.training
+    assert fingerprint(edited_copy(model, None, 1.0)) == fingerprint(edited_copy(model, vector, 0.0)) == before
 
 
 def test_sixteen_bits_are_merged_by_one_rounding(loaded: Load, pico_gpt2: Path) -> None:
@@ -71,7 +74,7 @@ def test_sixteen_bits_are_merged_by_one_rounding(loaded: Load, pico_gpt2: Path) 
     assert not any(m._forward_hooks for m in twin.modules())
 
 
-@pytest.mark.parametrize("family", ["pico_phi", "pico_llama", "pico_gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_four_bits_are_the_weights_read_back_by_hand(
     family: str, request: pytest.FixtureRequest, loaded: Load, tmp_path: Path
 ) -> None:
@@ -95,17 +98,14 @@ def test_four_bits_are_the_weights_read_back_by_hand(
         assert found.values == pytest.approx(wanted.values, rel=1e-4)
         assert found.values != pytest.approx(full.values, rel=1e-2)  # rounding to 16 levels does show
         torch.testing.assert_close(logits_of(small), logits_of(expected), atol=1e-4, rtol=1e-4)
+        with pytest.raises(VectorError, match="cannot be merged into quantised weights"):
+            edited_copy(small, a_vector(model), 1.0)
     assert not list(work.iterdir())
     assert fingerprint(model) == before
     assert not getattr(twin.config, "quantization_config", None)
-
-
-def test_nothing_to_merge(phi: Loaded) -> None:
-    before = fingerprint(phi.model)
-    assert fingerprint(edited_copy(phi.model, None, 1.0)) == before
-    assert fingerprint(edited_copy(phi.model, a_vector(phi.model), 0.0)) == before
-    with pytest.raises(VectorError, match="does not fit this model"):
-        edited_copy(phi.model, TaskVector({"no.such": LowRank(torch.ones(1, 64), torch.ones(64, 1))}), 1.0)
+    with pytest.raises(ZeroDivisionError), quantised(twin, "nf4", work):
+        len(list(work.iterdir())) / 0
+    assert not list(work.iterdir()), "a copy is gone after an error"
 
 
 def test_eight_bits(phi: Loaded, tmp_path: Path) -> None:
@@ -113,31 +113,16 @@ def test_eight_bits(phi: Loaded, tmp_path: Path) -> None:
     judge = Arena(phi, tmp_path, "mcq").judge()
     with quantised(phi.model, "int8") as small:
         assert all(type(small.get_submodule(n)) is bnb.nn.Linear8bitLt for n in linear_modules(phi.model))
-        found = judge.scores(small)["logprob"]
-    full = judge.scores(phi.model)["logprob"]
+        found = judge.read(judge.lm(small))["logprob"]
+    full = judge.read(judge.lm(phi.model))["logprob"]
     assert all(math.isfinite(v) for v in found.values)
     assert found.values != full.values
     assert found.values == pytest.approx(full.values, abs=0.2)
 
 
-def test_a_copy_is_gone_after_an_error(phi: Loaded, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(ZeroDivisionError), quantised(phi.model, "nf4", tmp_path):
-        len(list(tmp_path.iterdir())) / 0
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_edit_cannot_be_merged_into_four_bits(kind: str, phi: Loaded, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    judge = Arena(phi, tmp_path, kind).judge()
-    with quantised(phi.model, "nf4") as small:
-        assert math.isfinite(judge.score(small).value)
-        with pytest.raises(VectorError, match="cannot be merged into quantised weights"):
-            edited_copy(small, a_vector(phi.model), 1.0)
-
-
-Load = Callable[..., Loaded]
+def test_a_vector_that_fits_no_module(phi: Loaded) -> None:
+    with pytest.raises(VectorError, match="does not fit this model"):
+        edited_copy(phi.model, TaskVector({"no.such": LowRank(torch.ones(1, 64), torch.ones(64, 1))}), 1.0)
 
 
 def spec(**values: Any) -> RelearnSpec:
@@ -156,9 +141,6 @@ def test_training_items_are_relearned_and_others_scored(phi: Loaded, tmp_path: P
     assert parted(forget, forget.test, 3, seed=0)[0] == chosen
     assert parted(forget, forget.test, 2, seed=0)[0] == chosen[:2]
     assert len({parted(forget, forget.test, 3, seed)[0] for seed in range(8)}) > 1
-    everything, left = parted(forget, forget.test, len(forget.train), seed=0)
-    assert set(everything) == set(forget.train)
-    assert left == forget.test
 
 
 def test_items_are_taken_out_of_the_scored_ones(phi: Loaded, tmp_path: Path) -> None:
@@ -196,31 +178,28 @@ def test_unrelated_rows_are_those_of_the_utility_sets(phi: Loaded, tmp_path: Pat
         {"path": "far.jsonl", "kind": "mcq", "name": "choices", "columns": {"answer": "correct"}},
     ]
     arena = Arena(phi, tmp_path, "qa", retain=[], utility=utility)
-    every = unrelated_rows(arena.sets, 999, 0, phi.tokenizer)
+    every = unrelated_rows(arena.sets, 999, 0, phi.tokenizer, 512)
     assert len(every) == sum(len({*s.train, *s.validation, *s.test}) for s in arena.sets[1:])
-    rows = unrelated_rows(arena.sets, 5, 0, phi.tokenizer)
+    rows = unrelated_rows(arena.sets, 5, 0, phi.tokenizer, 512)
     assert rows == every[:5]
-    assert rows != unrelated_rows(arena.sets, 5, 1, phi.tokenizer)
+    assert rows != unrelated_rows(arena.sets, 5, 1, phi.tokenizer, 512)
     texts = [phi.tokenizer.decode(row.input_ids) for row in every]
     assert not [t for t in texts if "France" in t and t.startswith("Question")]  # the forget set's
-    assert unrelated_rows(arena.sets[:1], 5, 0, phi.tokenizer) == []
+    assert unrelated_rows(arena.sets[:1], 5, 0, phi.tokenizer, 512) == []
 
 
 # --- the curve -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mcq", "qa", "text"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_relearning_the_very_items_brings_them_back(kind: str, phi: Loaded, tmp_path: Path) -> None:
     arena = Arena(phi, tmp_path, kind)
     judge, before = arena.judge(), fingerprint(phi.model)
-    rows = forgotten_rows(arena.forget, arena.forget.test, phi.tokenizer)
-    assert len(rows) == len(arena.forget.test)
-    plain = judge.scores(phi.model)
-    twin = edited_copy(phi.model, None, 0.0)
-    curve = relearn(twin, phi.tokenizer, rows, spec(steps=(1, 12, 4), learning_rate=1e-2), 0, judge)
+    plain, twin = judge.score(phi.model), edited_copy(phi.model, None, 0.0)
+    how = spec(steps=(1, 12, 4), learning_rate=1e-2)
+    curve = relearn(twin, phi.tokenizer, arena.rows(arena.forget.test), how, 0, judge)
     assert [steps for steps, _ in curve] == [1, 4, 12]
-    assert curve[-1][1].value > plain[judge.metric].value + 0.3
-    assert curve[-1][1].value > curve[0][1].value
+    assert curve[-1][1].value > max(plain.value + 0.3, curve[0][1].value)
     assert curve[-1][1] == judge.score(twin)  # the copy is as it was scored last
     assert not twin.training
     assert not any(p.requires_grad or p.grad is not None for p in twin.parameters())
@@ -244,31 +223,24 @@ def by_hand(model: Any, rows: list[Encoded], steps: int, size: int, rate: float,
     model.eval()
 
 
-def test_the_curve_is_that_of_steps_by_hand(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
-    arena = Arena(loaded(pico_phi), tmp_path, "qa")
-    judge, rows = arena.judge(), forgotten_rows(arena.forget, arena.forget.train[:3], arena.tokenizer)
-    curve = relearn(edited_copy(arena.model, None, 0.0), arena.tokenizer, rows, spec(), 5, judge)
-    for steps, found in curve:
-        twin = edited_copy(arena.model, None, 0.0)
-        by_hand(twin, rows, steps, 2, 5e-3, 5)
-        assert found.values == pytest.approx(judge.score(twin).values, rel=1e-3)
-
-
-def test_fewer_rows_than_a_batch(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "size", "batch"), [(3, 2, 2), (1, 8, 1)], ids=["batches", "fewer rows than a batch"])
+def test_the_curve_is_that_of_steps_by_hand(
+    count: int, size: int, batch: int, phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     arena = Arena(phi, tmp_path / "arena", "qa")
-    rows = forgotten_rows(arena.forget, arena.forget.train[:1], phi.tokenizer)
-    twin, judge = edited_copy(phi.model, None, 0.0), arena.judge()
-    (pair,) = relearn(twin, phi.tokenizer, rows, spec(steps=(3,), batch_size=8), 0, judge)
-    other = edited_copy(phi.model, None, 0.0)
-    by_hand(other, rows, 3, 1, 5e-3, 0)
-    assert pair[1].values == pytest.approx(judge.score(other).values, rel=1e-3)
+    judge, rows = arena.judge(), arena.rows(arena.forget.train[:count])
+    curve = relearn(edited_copy(arena.model, None, 0.0), arena.tokenizer, rows, spec(batch_size=size), 5, judge)
+    for steps, found in curve:
+        twin = edited_copy(arena.model, None, 0.0)
+        by_hand(twin, rows, steps, batch, 5e-3, 5)
+        assert found.values == pytest.approx(judge.score(twin).values, rel=1e-3)
     assert [p.name for p in tmp_path.iterdir()] == ["arena"]  # no checkpoints
 
 
 def test_the_same_seed_gives_the_same_curve(phi: Loaded, tmp_path: Path) -> None:
     arena = Arena(phi, tmp_path, "qa")
-    judge, rows = arena.judge(), forgotten_rows(arena.forget, arena.forget.train, phi.tokenizer)
+    judge, rows = arena.judge(), arena.rows(arena.forget.train)
 
     def curve(seed: int, steps: tuple[int, ...] = (2, 4)) -> list[tuple[int, Any]]:
         twin: Any = edited_copy(phi.model, None, 0.0)
@@ -292,22 +264,18 @@ def test_the_same_seed_gives_the_same_curve(phi: Loaded, tmp_path: Path) -> None
 
 def test_sixteen_bit_models_are_trained_in_full_precision(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
     arena = Arena(loaded(pico_phi, "bfloat16"), tmp_path, "qa")
-    rows = forgotten_rows(arena.forget, arena.forget.train, arena.tokenizer)
-    twin = edited_copy(arena.model, None, 0.0)
-    curve = relearn(twin, arena.tokenizer, rows, spec(learning_rate=1e-6), 0, arena.judge())
+    twin, how = edited_copy(arena.model, None, 0.0), spec(learning_rate=1e-6)
+    assert len(relearn(twin, arena.tokenizer, arena.rows(arena.forget.train), how, 0, arena.judge())) == 2
     assert twin.dtype == torch.float32
     # steps that small would all be lost in bfloat16
     assert fingerprint(twin) != fingerprint(edited_copy(arena.model, None, 0.0).float())
-    assert len(curve) == 2
 
 
 def test_what_cannot_be_relearned(phi: Loaded, tmp_path: Path) -> None:
     arena = Arena(phi, tmp_path, "qa")
-    with pytest.raises(TrainingError, match="nothing to train on"):
-        relearn(edited_copy(phi.model, None, 0.0), phi.tokenizer, [], spec(), 0, arena.judge())
+    assert ATTACKS["relearn"].settings(arena.scene()) is None, "there is nothing to train on"
     broken = edited_copy(phi.model, None, 0.0)
     broken.get_output_embeddings().weight.data.fill_(float("nan"))
-    rows = forgotten_rows(arena.forget, arena.forget.train, phi.tokenizer)
     with pytest.raises(TrainingError, match=r"the loss became nan at step 1; lower robustness.relearn.learning_rate"):
-        relearn(broken, phi.tokenizer, rows, spec(), 0, arena.judge())
+        relearn(broken, phi.tokenizer, arena.rows(arena.forget.train), spec(), 0, arena.judge())
     assert not broken.training

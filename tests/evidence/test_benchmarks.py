@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,24 +15,19 @@ from scipy.stats import hmean, ks_2samp
 
 from unlearn.errors import DataError, EvaluationError
 from unlearn.evidence.benchmarks import (
-    MUSE_COLUMNS,
     SETS,
-    TOFU_COLUMNS,
-    Corpus,
     MuseLog,
     TofuLog,
     TofuSet,
+    absent,
     forget_quality,
-    muse_row,
     privleak,
     read_samples,
-    tofu_row,
+    rows,
 )
-from unlearn.evidence.boards import absent
 from unlearn.evidence.membership import auc
 from unlearn.score.evaluate import write_files
 
-LOGS = os.environ.get("UNLEARN_TOFU_LOGS")
 LN = math.log
 
 
@@ -81,22 +75,16 @@ def by_hand() -> dict[str, float]:
 
 
 def test_a_small_log_by_hand() -> None:
-    found = tofu_row(TofuLog.from_json(made_up(), "log.json"))
+    data = made_up()
+    for file in data.values():  # the fields are joined by item, not by place
+        file["avg_paraphrased_loss"] = dict(reversed(file["avg_paraphrased_loss"].items()))
     wanted = by_hand()
-    assert {k: found[k] for k in wanted} == pytest.approx(wanted, abs=1e-12)
-    kept = [v for k, v in wanted.items() if not k.endswith("Forget")]
-    assert len(kept) == 9
-    assert found["Model Utility"] == pytest.approx(hmean(kept), abs=1e-12)
-    assert found["Model Utility"] == pytest.approx(9 / sum(1 / v for v in kept), abs=1e-12)
-
-
-def test_the_columns_are_the_authors_and_in_their_order() -> None:
-    sets = ("Real Authors", "Real World", "Retain", "Forget")
-    twelve = [f"{kind} {title}" for title in sets for kind in ("ROUGE", "Prob.", "Truth Ratio")]
-    assert list(TOFU_COLUMNS) == [*twelve, "Model Utility", "Forget Quality", "Method", "Submitted By"]
-    log = TofuLog.from_json(made_up(), "log.json")
-    assert [*tofu_row(log)][:14] == list(TOFU_COLUMNS)[:14]
-    assert [*tofu_row(log, another())][14:] == ["KS Test PVal Forget", "KS Test Forget"]
+    for log in (TofuLog.from_json(made_up(), "log.json"), TofuLog.from_json(data, "log.json")):
+        found = log.row()
+        assert {k: found[k] for k in wanted} == pytest.approx(wanted, abs=1e-12)
+        kept = [v for k, v in wanted.items() if not k.endswith("Forget")]
+        assert len(kept) == 9
+        assert found["Model Utility"] == pytest.approx(hmean(kept), abs=1e-12)
 
 
 def another() -> TofuLog:
@@ -109,20 +97,18 @@ def another() -> TofuLog:
 def test_a_model_is_no_reference_for_itself() -> None:
     """Its forget quality would be 1, whatever it remembers: the same log, a copy, one written with fewer digits."""
     log, again = (TofuLog.from_json(made_up(), name) for name in ("log.json", "again.json"))
-    short = made_up()
+    short: Any = made_up()
     for item, value in short[FORGET]["avg_paraphrased_loss"].items():
         short[FORGET]["avg_paraphrased_loss"][item] = float(np.float32(value))
-    turned = made_up()
+    turned: Any = made_up()
     for column in turned[FORGET].values():
         for item in list(column):
             column[item] = column.pop(item)
         column["0"] = column.pop("0")  # the same items the other way round
     for same in (log, again, TofuLog.from_json(short, "short"), TofuLog.from_json(turned, "turned")):
-        with pytest.raises(EvaluationError, match="truth ratios of all 2 forget items are the reference's own"):
-            forget_quality(log, same)
-        with pytest.raises(EvaluationError, match="never saw the forget set"):
-            tofu_row(log, same)
-    assert 0 < forget_quality(log, another()).p_value <= 1
+        with pytest.raises(EvaluationError, match=r"truth ratios of all 2 forget items are the .*never"):
+            log.row(same)
+    assert 0 < forget_quality(log, another())[0] <= 1
 
 
 @pytest.mark.parametrize("name", ["real_authors", "world_facts", "retain"])
@@ -130,7 +116,7 @@ def test_utility_is_0_when_a_part_is(name: str) -> None:
     data = made_up()
     rouge = data[SETS[name][0]]["rougeL_recall"]
     rouge.update(dict.fromkeys(rouge, 0.0))
-    assert tofu_row(TofuLog.from_json(data, "log.json"))["Model Utility"] == 0.0
+    assert TofuLog.from_json(data, "log.json").row()["Model Utility"] == 0.0
 
 
 def one_set(paraphrased: list[float], perturbed: list[list[float]], loss: list[float] | None = None) -> TofuSet:
@@ -152,19 +138,17 @@ def test_forget_quality_is_scipys_on_the_ratios() -> None:
         for log in (ours, theirs)
     ]
     wanted = ks_2samp(*ratios)
-    found = forget_quality(ours, theirs)
-    assert (found.p_value, found.statistic, found.n) == (float(wanted.pvalue), float(wanted.statistic), 80)
-    assert 0 < found.p_value < 1
+    assert forget_quality(ours, theirs) == (float(wanted.pvalue), float(wanted.statistic))
+    assert 0 < wanted.pvalue < 1
 
 
 def test_forget_quality_of_a_few_items_by_hand() -> None:
     # all of ours below all of theirs: D = 1, and p = 2 / C(6, 3) of the orders are as extreme
     found = forget_quality(forgetting([3.0, 3.1, 3.2], [[1.0]] * 3), forgetting([1.0, 1.1, 1.2], [[1.0]] * 3))
-    assert (found.statistic, found.n) == (1.0, 3)
-    assert found.p_value == pytest.approx(0.1, abs=1e-12)
+    assert found == (pytest.approx(0.1, abs=1e-12), 1.0)
     # constant values, of two models: ties all through within each
     flat = forget_quality(forgetting([1.0] * 4, [[2.0]] * 4), forgetting([1.5] * 4, [[2.0]] * 4))
-    assert (flat.p_value, flat.statistic) == (pytest.approx(2 / math.comb(8, 4), abs=1e-12), 1.0)
+    assert flat == (pytest.approx(2 / math.comb(8, 4), abs=1e-12), 1.0)
     with pytest.raises(EvaluationError, match="of a single item is 1 whatever was scored"):
         forget_quality(forgetting([1.0], [[2.0]]), forgetting([5.0], [[2.0]]))
 
@@ -177,40 +161,35 @@ def test_a_broken_models_losses_do_not_overflow() -> None:
     assert one_set([900.0], [[800.0]]).prob_choice == pytest.approx(math.exp(-100), rel=1e-9)
     assert one_set([2000.0], [[2000.0]]).prob == 0.0
     found = forget_quality(forgetting([2000.0, 1999.0], [[1.0]] * 2), forgetting([1998.0, 1997.0], [[1.0]] * 2))
-    assert found.statistic == 1.0  # though all four ratios are 0 in float64
+    assert found[1] == 1.0  # though all four ratios are 0 in float64
 
 
 def test_a_log_survives_its_file() -> None:
     log = TofuLog.from_json(made_up(), "log.json")
     again = TofuLog.from_json(json.loads(json.dumps(log.to_json())), "again.json")
-    assert tofu_row(again, another()) == tofu_row(log, another())
+    assert again.row(another()) == log.row(another())
     for name, s in log.sets.items():
         other = again.sets[name]
         assert other.items == s.items
-        for ours, theirs in (
-            (s.loss, other.loss),
-            (s.paraphrased_loss, other.paraphrased_loss),
-            (s.perturbed_losses, other.perturbed_losses),
-            (s.rouge, other.rouge),
-        ):
-            assert np.array_equal(ours, theirs)
-            assert theirs.dtype == np.float64
+        for column in ("loss", "paraphrased_loss", "perturbed_losses", "rouge"):
+            assert np.array_equal(getattr(s, column), getattr(other, column))
+            assert getattr(other, column).dtype == np.float64
 
 
 def drop(*path: str) -> Callable[[Any], None]:
-    def change(data: Any) -> None:
-        for key in path[:-1]:
-            data = data[key]
-        del data[path[-1]]
-
-    return change
+    return put(None, *path)
 
 
 def put(value: Any, *path: str) -> Callable[[Any], None]:
+    """Set a value deep inside; None takes it out."""
+
     def change(data: Any) -> None:
         for key in path[:-1]:
             data = data[key]
-        data[path[-1]] = value
+        if value is None:
+            del data[path[-1]]
+        else:
+            data[path[-1]] = value
 
     return change
 
@@ -245,7 +224,7 @@ def test_a_bad_log_is_named(change: Callable[[Any], None], says: str) -> None:
 def samples(forget: str = "forget10") -> dict[str, list[dict[str, Any]]]:
     """The made-up log as lm-eval's records; the two tasks of a set in different orders."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, (file, _) in SETS.items():
+    for name, (file, *_) in SETS.items():
         task, log = f"tofu_{forget if name == 'forget' else name}", made_up()[file]
         ids = list(log["avg_gt_loss"])
         common = [{"doc_id": int(i), "doc": {"id": i, "question": "?"}} for i in ids]
@@ -267,19 +246,11 @@ def test_samples_give_what_the_log_gives() -> None:
     log = TofuLog.from_json(made_up(), "log.json")
     read = TofuLog.from_samples(samples(), "forget10")
     assert read.forget_set == "forget10"
-    assert tofu_row(read) == tofu_row(log)
+    assert read.row() == log.row()
     plain = {file: {k: v for k, v in c.items() if k != "question"} for file, c in read.to_json().items()}
     assert plain == log.to_json()
     assert read.to_json()["eval_log.json"]["question"] == {"0": "?", "1": "?"}
     assert np.array_equal(read.sets["retain"].rouge, [1.0, 0.5])  # joined, not in the file's order
-
-
-def test_fields_in_another_order_are_joined_by_item() -> None:
-    data = made_up()
-    for file in data.values():
-        file["avg_paraphrased_loss"] = dict(reversed(file["avg_paraphrased_loss"].items()))
-    found = tofu_row(TofuLog.from_json(data, "x"))
-    assert {k: found[k] for k in by_hand()} == pytest.approx(by_hand())
 
 
 def test_tasks_that_were_not_run_are_named() -> None:
@@ -287,7 +258,7 @@ def test_tasks_that_were_not_run_are_named() -> None:
     del some["tofu_world_facts_rouge"]
     with pytest.raises(EvaluationError, match="task tofu_world_facts_rouge was not run"):
         TofuLog.from_samples(some, "forget10")
-    with pytest.raises(EvaluationError, match="task tofu_retain_prob has no items"):
+    with pytest.raises(EvaluationError, match="task tofu_retain_prob was not run"):
         TofuLog.from_samples({**samples(), "tofu_retain_prob": []}, "forget10")
 
 
@@ -325,7 +296,7 @@ def test_a_reference_of_something_else_is_refused() -> None:
     with pytest.raises(EvaluationError, match="scored on forget05 and the model on forget10"):
         forget_quality(log, TofuLog.from_samples(samples("forget05"), "forget05"))
     with pytest.raises(EvaluationError, match="the reference has 3 forget items and the model 2"):
-        tofu_row(log, forgetting([1.0] * 3, [[1.0, 2.0]] * 3))
+        log.row(forgetting([1.0] * 3, [[1.0, 2.0]] * 3))
     with pytest.raises(EvaluationError, match="reference has 1 perturbed answers for each forget item and the model 2"):
         forget_quality(log, forgetting([1.0] * 2, [[1.0]] * 2))
     other = samples()
@@ -335,7 +306,7 @@ def test_a_reference_of_something_else_is_refused() -> None:
     with pytest.raises(EvaluationError, match=r"1 of the 2 forget items are not the reference's \(such as '0'\)"):
         forget_quality(log, TofuLog.from_samples(other, "forget10"))
     # a log that does not say which set it is of can stand for any
-    assert forget_quality(log, another()).n == 2
+    assert forget_quality(log, another())
 
 
 def asking(questions: list[str], as_the_authors: bool = False) -> TofuLog:
@@ -357,7 +328,7 @@ def test_a_reference_of_another_forget_set_is_known_by_its_questions(as_the_auth
         for record in asked[task]:
             record["doc"]["question"] = ("Who is Ada?", "Where does  Bob live?")[record["doc_id"]]
     log = TofuLog.from_samples(asked, "forget01")
-    assert forget_quality(log, asking(["Who is Ada?", "Where does Bob live?"], as_the_authors)).n == 2
+    assert forget_quality(log, asking(["Who is Ada?", "Where does Bob live?"], as_the_authors))
     other = asking(["Who is Ada?", "What does Cyd write?"], as_the_authors)
     said = (
         "1 of the 2 forget items ask something else in the reference: item '1' is 'What does Cyd write\\?' there and "
@@ -378,24 +349,7 @@ def test_figures_are_never_of_fewer_parts(name: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(EvaluationError, match=f"cannot be computed: .*{SETS[name][1]}.*no number, or no items"):
-                tofu_row(TofuLog({**log.sets, name: lost}))
-
-
-@pytest.mark.skipif(not LOGS, reason="UNLEARN_TOFU_LOGS names no folder with the authors' Phi-1.5 logs")
-def test_the_authors_logs_give_the_published_figures() -> None:
-    full, retain = (
-        TofuLog.from_json(json.loads((Path(str(LOGS)) / f"{name}.json").read_text("utf-8")), name)
-        for name in ("full", "retain90")
-    )
-    found = tofu_row(full, retain)
-    rounded = {k: f"{v:.6f}" for k, v in found.items() if v is not None}
-    assert rounded["Model Utility"] == "0.522074"
-    assert rounded["Prob. Forget"] == "0.928239"
-    assert rounded["ROUGE Forget"] == "0.924861"
-    assert rounded["Truth Ratio Forget"] == "0.483356"
-    assert rounded["KS Test Forget"] == "0.346667"
-    assert f"{found['Forget Quality']:.4e}" == "2.1943e-16"
-    assert forget_quality(full, retain).n == 300
+                TofuLog({**log.sets, name: lost}).row()
 
 
 KNOWN, HOLDOUT = (-1.0, -2.0, -3.0, -4.0), (-0.5, -2.5, -2.5, -4.5)
@@ -417,25 +371,19 @@ def muse_samples(
     }
 
 
-def muse_log(corpus: Corpus = "news", forget: Sequence[float] = KNOWN, holdout: Sequence[float] = HOLDOUT) -> MuseLog:
+def muse_log(corpus: str = "news", forget: Sequence[float] = KNOWN, holdout: Sequence[float] = HOLDOUT) -> MuseLog:
     return MuseLog.from_samples(muse_samples(corpus, forget, holdout), corpus)
 
 
 def test_a_row_by_hand() -> None:
     # hold-out above forget: -0.5 beats 4, -2.5 beats 2 twice, -4.5 none: 8 of 16
     assert muse_log().auc == 0.5
-    found = muse_row(muse_log(), "mine", "published")
-    assert tuple(found) == MUSE_COLUMNS == ("name", "verbmem_f", "privleak", "knowmem_f", "knowmem_r")
-    assert found == pytest.approx(
-        {
-            "name": "mine",
-            "verbmem_f": 40.0,
-            "privleak": (0.5 - 0.4772) / 0.4772 * 100,
-            "knowmem_f": 50.0,
-            "knowmem_r": 25.0,
-        }
-    )
-    assert muse_row(muse_log("books"), "b", "published")["privleak"] == pytest.approx((0.5 - 0.5393) / 0.5393 * 100)
+    wanted = {"name": "mine", "verbmem_f": 40.0, "privleak": (0.5 - 0.4772) / 0.4772 * 100}
+    wanted |= {"knowmem_f": 50.0, "knowmem_r": 25.0}
+    found = muse_log().row("published", "mine")
+    assert found == pytest.approx(wanted)
+    assert list(found) == list(wanted), "in the authors' order"
+    assert muse_log("books").row("published", "b")["privleak"] == pytest.approx((0.5 - 0.5393) / 0.5393 * 100)
 
 
 def test_the_direction_is_the_authors() -> None:
@@ -449,7 +397,7 @@ def test_the_direction_is_the_authors() -> None:
     assert privleak(shunned, "published") == pytest.approx(109.6, abs=0.05)
     assert muse_log(forget=(-1.0,) * 3, holdout=(-1.0,) * 2).auc == 0.5, "equal scores say nothing"
     # and it is the other way round than for membership, where the forget texts are the members
-    assert auc(shunned.min_forget, shunned.min_holdout) == 0.0
+    assert auc(list(shunned.forget.values()), list(shunned.holdout.values())) == 0.0
 
 
 def test_privleak_against_a_references_own_samples() -> None:
@@ -467,7 +415,7 @@ def test_a_reference_that_knows_every_forget_text_best_leaves_privleak_out() -> 
     base = muse_log(forget=(0.0,) * 4)
     assert base.auc == 0.0
     assert privleak(muse_log(), base) is None
-    assert muse_row(muse_log(), "mine", base) == {**muse_row(muse_log(), "mine", "published"), "privleak": None}
+    assert muse_log().row(base, "mine") == {**muse_log().row("published", "mine"), "privleak": None}
     assert absent("muse", base).startswith("PrivLeak is absent because the reference's AUC is 0")
     assert absent("muse", muse_log()) == absent("muse", "published") == ""
 
@@ -486,6 +434,13 @@ def test_a_reference_of_other_texts_is_refused() -> None:
         privleak(muse_log(), MuseLog.from_samples(moved, "news"))
 
 
+def test_references_of_the_other_benchmark() -> None:
+    with pytest.raises(EvaluationError, match="TOFU has no published value"):
+        rows({"edited": another()}, "published", "m")
+    with pytest.raises(EvaluationError, match="a log of TOFU is no reference for MUSE"):
+        rows({"edited": muse_log()}, another(), "m")
+
+
 def test_muses_tasks_that_were_not_run_are_named() -> None:
     with pytest.raises(EvaluationError, match=r"task muse_books_verbmem was not run.*muse_news_verbmem"):
         MuseLog.from_samples(muse_samples(), "books")
@@ -501,15 +456,8 @@ def test_a_value_that_is_none_is_named() -> None:
 # --- lm-eval's files -------------------------------------------------------------------------------------------------
 
 
-_OTHER = {
-    "arguments": [],
-    "resps": [],
-    "filtered_resps": [],
-    "target": "",
-    "doc_hash": "",
-    "prompt_hash": "",
-    "target_hash": "",
-}
+_OTHER: dict[str, Any] = {"arguments": [], "resps": [], "filtered_resps": []}
+_OTHER |= dict.fromkeys(("target", "doc_hash", "prompt_hash", "target_hash"), "")
 
 
 def written(folder: Path, model: str = "m", own: dict[str, list[dict[str, Any]]] | None = None) -> Path:
@@ -531,7 +479,7 @@ def test_lm_evals_files_come_back_in_order(tmp_path: Path) -> None:
         found = read_samples(folder)
         assert sorted(found) == sorted(own)
         assert [r["min_40"] for r in found["muse_news_privleak_forget"]] == list(KNOWN)
-        assert muse_row(MuseLog.from_samples(found, "news"), "m") == muse_row(muse_log(), "m")
+        assert MuseLog.from_samples(found, "news").row(None, "m") == muse_log().row(None, "m")
 
 
 def test_the_newest_file_of_a_task_counts(tmp_path: Path) -> None:
@@ -553,52 +501,33 @@ def test_two_filters_of_one_item_are_no_doubles(tmp_path: Path) -> None:
     assert found == [(0, "none"), (0, "strict"), (1, "none"), (1, "strict")]
 
 
-def only(path: Path) -> Path:
-    return next(path.parent.glob("samples_muse_news_privleak_forget_*.jsonl"))
+def changed(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """Do that to one task's samples, given the results' path."""
 
+    def damage(results: Path) -> None:
+        (path,) = results.parent.glob("samples_muse_news_privleak_forget_*.jsonl")
+        path.write_bytes(change(path.read_bytes()))
 
-def cut(path: Path) -> None:
-    only(path).write_bytes(only(path).read_bytes()[:-20])
-
-
-def shorten(path: Path) -> None:
-    only(path).write_bytes(b"".join(only(path).read_bytes().splitlines(keepends=True)[:3]))
-
-
-def double(path: Path) -> None:
-    only(path).write_bytes(only(path).read_bytes() * 2)
-
-
-def no_item(path: Path) -> None:
-    only(path).write_text('{"a": 1}\n', "utf-8")
-
-
-def not_text(path: Path) -> None:
-    only(path).write_bytes(b"\xff\xfe\n")
-
-
-def uncounted(path: Path) -> None:
-    path.write_text("{}", "utf-8")
-
-
-def unreadable(path: Path) -> None:
-    path.write_text("{", "utf-8")
+    return damage
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (cut, r"samples_muse_news_privleak_forget_\S+.jsonl, line 4: not JSON"),
-        (shorten, r"3 items, but results_\S+.json says that 4 were scored"),
-        (double, r"line 5: item 0 is there twice"),
-        (no_item, r"line 1: no record of an item"),
-        (not_text, r"line 1: not JSON"),
-        (uncounted, r"results_\S+.json: does not say how many items of muse_news_\w+ were scored"),
-        (unreadable, r"results_\S+.json: cannot be read"),
+        (changed(lambda b: b[:-20]), r"samples_muse_news_privleak_forget_\S+.jsonl, line 4: not JSON"),
+        (
+            changed(lambda b: b"".join(b.splitlines(keepends=True)[:3])),
+            r"3 items, but results_\S+.json says that 4 were scored",
+        ),
+        (changed(lambda b: b * 2), r"line 5: item 0 is there twice"),
+        (changed(lambda b: b'{"a": 1}\n'), r"line 1: no record of an item"),
+        (changed(lambda b: b"\xff\xfe\n"), r"line 1: not JSON"),
+        (lambda path: path.write_text("{}"), r"results_\S+.json: does not say how many items of muse_news_\w+ were"),
+        (lambda path: path.write_text("{"), r"results_\S+.json: cannot be read"),
         (Path.unlink, r"results_\S+.json, written with it, is not beside it"),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
+def test_damaged_files_are_named(tmp_path: Path, damage: Callable[[Path], object], says: str) -> None:
     damage(written(tmp_path))
     with pytest.raises(DataError, match=says):
         read_samples(tmp_path)

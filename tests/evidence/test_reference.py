@@ -16,7 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from compared_arena import RECIPE, TOFU, copied, made, read, run, same, stages, write_data, write_recipe, write_rows
+from compared_arena import (
+    EVERYONE,
+    RECIPE,
+    TOFU,
+    copied,
+    made,
+    read,
+    run,
+    same,
+    stages,
+    write_data,
+    write_recipe,
+    write_rows,
+)
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -27,16 +40,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.evidence import reference as references
 from unlearn.evidence.benchmarks import TofuLog, read_samples
-from unlearn.evidence.subjects import Subjects
 from unlearn.model import pico
-from unlearn.model.load import Loaded
 from unlearn.recipe.load import load_recipe, tasks_folder
 from unlearn.recipe.schema import Recipe
 from unlearn.results import RunReport, Who
 
 SECONDS = 300
 TOLERANCE = 1e-4  # between one row per answer and packed rows
-EVERYONE: tuple[Who, ...] = ("target", "edited", "reference")
 
 
 @pytest.fixture(scope="module")
@@ -169,15 +179,6 @@ def test_items_that_the_choice_has_seen_are_counted(compared: Path, report: RunR
 # --- again, differently, and cut off ---------------------------------------------------------------------------------
 
 
-def test_a_second_run_computes_nothing(compared: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (compared / "run").rglob("*") if p.is_file()}
-    assert run(compared / "recipe.yaml", compared / "run") == 0
-    assert "nothing has changed" in capfd.readouterr().err
-    after = {p: p.stat().st_mtime_ns for p in (compared / "run").rglob("*") if p.is_file()}
-    ignored = {compared / "run" / name for name in ("recipe.yaml", "resolved.yaml", ".unlearn-lock")}
-    assert {p: t for p, t in before.items() if p not in ignored} == {p: t for p, t in after.items() if p not in ignored}
-
-
 def test_the_stages_of_a_finished_run_give_its_report(
     compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,26 +211,24 @@ def test_what_changes_makes_its_own_stages_again(
     assert {name for name in stages(folder) if re.fullmatch(f"{expected}|export/adapter", name)} == again
 
 
-@pytest.mark.parametrize("name", ["tofu/forget01_perturbed.json", "log.json"])
-def test_other_files_of_the_benchmark_are_seen(name: str, compared: Path, tmp_path: Path) -> None:
-    """The shortcut of a run that nothing has changed for looks at these files too."""
+@pytest.mark.parametrize(
+    ("reference", "file"),
+    [
+        ("train", "tofu/forget01_perturbed.json"),
+        ("log.json", "log.json"),
+        ("one", "one/reference/model.safetensors"),
+    ],
+)
+def test_other_files_are_seen(reference: str, file: str, compared: Path, tmp_path: Path) -> None:
+    """The shortcut of a run that nothing has changed for looks at benchmarks and references too."""
     write_data(tmp_path)
     (tmp_path / "log.json").write_text("{}")
-    given = "log.json" if name == "log.json" else "train"
-    recipe = load_recipe(str(write_recipe(tmp_path, reference=given))).recipe
-    before = references.state(recipe, tmp_path)
-    assert references.state(recipe, tmp_path) == before
-    path = tmp_path / name
-    path.write_text(path.read_text() + "\n")
-    assert references.state(recipe, tmp_path) != before
-
-
-def test_another_reference_is_seen(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared / "run", tmp_path / "one")
-    recipe = load_recipe(str(write_recipe(tmp_path, reference="one", benchmark=None))).recipe
+    recipe = load_recipe(str(write_recipe(tmp_path, reference=reference))).recipe
     before = references.state(recipe, tmp_path)
     assert references.state(recipe, tmp_path) == before
-    os.utime(tmp_path / "one" / "reference" / "model.safetensors", (1, 1))
+    with (tmp_path / file).open("ab") as written:
+        written.write(b"\n")
     assert references.state(recipe, tmp_path) != before
 
 
@@ -366,25 +365,21 @@ def test_without_a_reference_the_report_says_what_to_give(compared: Path, tmp_pa
 
 
 def test_published_figures_of_muse(compared: Path, tmp_path: Path) -> None:
-    recipe = elsewhere(
-        compared,
-        tmp_path,
-        reference="published",
-        benchmark={"name": "muse", "set": "books", "path": "muse", "items": 3, "max_tokens": 4},
-    )
+    muse = {"name": "muse", "set": "books", "path": "muse", "items": 3, "max_tokens": 4}
+    recipe = elsewhere(compared, tmp_path, reference="published", benchmark=muse)
     write_muse(tmp_path / "muse" / "books")
     assert run(recipe, tmp_path / "run") == 0
     found = read(tmp_path / "run").benchmark
     assert found is not None
     assert found.missing == ""
     for who in ("target", "edited"):
-        lowest = {}
-        for split in ("forget", "holdout"):
-            lowest[split] = [r["min_40"] for r in answers(tmp_path / "run", who, f"muse_books_privleak_{split}")]
-            assert len(lowest[split]) == 3
-        above = [(h > f) + (h == f) / 2 for h in lowest["holdout"] for f in lowest["forget"]]
-        auc = sum(above) / len(above)
-        assert found.rows[who]["privleak"] == pytest.approx((auc - 0.5393) / 0.5393 * 100)
+        held, forgotten = (
+            [r["min_40"] for r in answers(tmp_path / "run", who, f"muse_books_privleak_{split}")]
+            for split in ("holdout", "forget")
+        )
+        above = [(h > f) + (h == f) / 2 for h in held for f in forgotten]
+        assert len(above) == 9
+        assert found.rows[who]["privleak"] == pytest.approx((sum(above) / 9 - 0.5393) / 0.5393 * 100)
         verbatim = [r["rougeL_f1"] for r in answers(tmp_path / "run", who, "muse_books_verbmem")]
         assert found.rows[who]["verbmem_f"] == pytest.approx(100 * sum(verbatim) / 3)
 
@@ -405,14 +400,8 @@ def write_muse(folder: Path) -> None:
 
 
 def test_no_coefficient_was_chosen(compared: Path, tmp_path: Path) -> None:
-    recipe = elsewhere(
-        compared,
-        tmp_path,
-        holdout=RECIPE["holdout"],
-        robustness=RECIPE["robustness"],
-        sweep={"coefficients": [1e-6]},
-        choose={"keep": 1.0},
-    )
+    nothing = {"sweep": {"coefficients": [1e-6]}, "choose": {"keep": 1.0}}
+    recipe = elsewhere(compared, tmp_path, **nothing, **{key: RECIPE[key] for key in ("holdout", "robustness")})
     assert run(recipe, tmp_path / "run") == 0
     found = read(tmp_path / "run")
     assert (found.chosen.coefficient, found.chosen.bound_met) == (0.0, False)
@@ -431,10 +420,10 @@ def test_no_coefficient_was_chosen(compared: Path, tmp_path: Path) -> None:
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def refused(recipe: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> str:
+def refused(recipe: Path, out: Path, capfd: pytest.CaptureFixture[str], *options: str) -> str:
     """The one message of a run that ends with exit code 2."""
     capfd.readouterr()
-    assert run(recipe, out) == 2
+    assert run(recipe, out, *options) == 2
     said = capfd.readouterr().err
     assert "Traceback" not in said
     assert said.count("error:") == 1
@@ -442,6 +431,7 @@ def refused(recipe: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> str:
 
 
 MUSE = {"name": "muse", "set": "books"}
+TOFU_SPEC = {"name": "tofu", "set": "forget01"}
 TAUGHT_ALONE = [{"kind": "qa", "path": "r.jsonl", "shares": {"train": 0.0, "validation": 0.5, "test": 0.5}}]
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("taught by nothing", {"teach": None}, "reference: train teaches a model the retain sets alone"),
@@ -475,9 +465,8 @@ def test_a_run_that_trained_no_reference(compared: Path, tmp_path: Path, capfd: 
     write_data(tmp_path)
     shutil.copytree(compared / "run", tmp_path / "other", ignore=shutil.ignore_patterns("reference"))
     recipe = write_recipe(tmp_path, reference="other")
-    assert "the run other trained no reference itself" in refused(recipe, tmp_path / "run", capfd)
-    assert run(recipe, tmp_path / "run", "--dry-run") == 2
-    assert "the run other trained no reference itself" in " ".join(capfd.readouterr().err.split())
+    for options in ((), ("--dry-run",)):
+        assert "the run other trained no reference itself" in refused(recipe, tmp_path / "run", capfd, *options)
 
 
 def test_a_benchmark_s_data_that_lack_something(
@@ -485,32 +474,30 @@ def test_a_benchmark_s_data_that_lack_something(
 ) -> None:
     recipe = elsewhere(compared, tmp_path)
     write_rows(tmp_path / "tofu" / "forget01_perturbed.json", [{"question": "Who?", "answer": "Ada."}])
-    said = refused(recipe, tmp_path / "run", capfd)
-    assert "benchmark: the data of tofu forget01 cannot be had" in said
-    assert "forget01_perturbed.json, row 1: 'paraphrased_answer' is missing or empty" in said
+    assert re.search(
+        r"benchmark: the data of tofu forget01 cannot be had.*row 1: 'paraphrased_answer' is missing or empty",
+        refused(recipe, tmp_path / "run", capfd),
+    )
 
 
-@pytest.mark.parametrize(
-    ("mistake", "said"), [("short", "log.json has 5 forget items and tofu forget01 6"), ("broken", "not JSON")]
-)
-def test_a_log_that_does_not_fit(
-    mistake: str, said: str, compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_that_does_not_fit(compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = elsewhere(compared, tmp_path, reference="log.json")
     log = TofuLog.from_samples(read_samples(compared / "run" / "benchmark" / "reference"), "forget01").to_json()
     for column in log["eval_log_forget.json"].values():
         column.pop("5")
-    (tmp_path / "log.json").write_text(json.dumps(log) if mistake == "short" else '{"eval_log.json": ')
-    assert said in refused(recipe, tmp_path / "run", capfd)
+    for text, message in (
+        (json.dumps(log), "log.json: the reference has 5 forget items and the model 6"),
+        ('{"eval_log.json": ', "not JSON"),
+    ):
+        (tmp_path / "log.json").write_text(text)
+        assert message in refused(recipe, tmp_path / "run", capfd)
 
 
-def test_a_reference_with_another_tokenizer(phi: Loaded, loaded: Any, pico_phi: Path) -> None:
-    other = replace(loaded(pico_phi), tokenizer=pico.tokenizer(["Quite other words make quite other tokens."] * 9))
-    vector: Any = None
-    with pytest.raises(ModelError, match="reference: this model has another tokenizer"):
-        Subjects(phi, vector, 1.0, other)
-    assert Subjects(phi, vector, 1.0, loaded(pico_phi)).who() == EVERYONE
-    assert Subjects(phi, vector, 0.0, None).who() == ("target",)
+def test_a_reference_with_another_tokenizer(compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = elsewhere(compared, tmp_path, reference="model")
+    shutil.copytree(compared / "run" / "target", tmp_path / "model")
+    pico.tokenizer(["Quite other words make quite other tokens."] * 9).save_pretrained(tmp_path / "model")
+    assert "reference: this model has another tokenizer" in refused(recipe, tmp_path / "run", capfd)
 
 
 def test_where_references_are_looked_for(compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,13 +507,14 @@ def test_where_references_are_looked_for(compared: Path, tmp_path: Path, monkeyp
         place.mkdir()
         (place / "log.json").write_text(place.name)
     monkeypatch.chdir(here)
-    made_of = {"name": "r", "model": {"path": "pico:phi"}, "forget": {"path": "f.jsonl", "kind": "qa"}}
-    tofu = {"name": "tofu", "set": "forget01"}
+    forget = {"path": "f.jsonl", "kind": "qa"}
 
     def recipe(**more: Any) -> Recipe:
-        return Recipe.model_validate_json(json.dumps({**made_of, **more}))
+        return Recipe.model_validate_json(
+            json.dumps({"name": "r", "model": {"path": "pico:phi"}, "forget": forget, **more})
+        )
 
-    logged = recipe(reference="log.json", benchmark=tofu)
+    logged = recipe(reference="log.json", benchmark=TOFU_SPEC)
     assert references.log_file(logged, base) == base / "log.json"
     (base / "log.json").unlink()
     found = references.log_file(logged, base)
@@ -537,11 +525,12 @@ def test_where_references_are_looked_for(compared: Path, tmp_path: Path, monkeyp
         with pytest.raises(ModelError, match=r"^reference: .*a/b has no config.json; in it: nothing"):
             references.check(recipe(reference=given), base)
     with pytest.raises(EvaluationError, match=r"benchmark.path: there is no folder x here or in .*base"):
-        references.check(recipe(benchmark={**tofu, "path": "x"}), base)
-    trained = references.run_reference(str(compared / "run"), base)
-    assert trained == compared / "run" / "reference"
+        references.check(recipe(benchmark={**TOFU_SPEC, "path": "x"}), base)
+    trained = compared / "run" / "reference"
+    assert references.run_reference(str(compared / "run"), base) == trained
     assert references.locate(recipe(reference=str(compared / "run")), base) == str(trained)
-    for given in ("train", "published"):
-        more = {"teach": {}, "retain": [{"path": "r.jsonl", "kind": "qa"}]} if given == "train" else {}
-        benchmark = {"benchmark": {"name": "muse", "set": "news"}} if given == "published" else {}
-        references.check(recipe(reference=given, **more, **benchmark), base)  # there is nothing to look for
+    for given, more in (
+        ("train", {"teach": {}, "retain": [{"path": "r.jsonl", "kind": "qa"}]}),
+        ("published", {"benchmark": {"name": "muse", "set": "news"}}),
+    ):
+        references.check(recipe(reference=given, **more), base)  # there is nothing to look for

@@ -29,7 +29,7 @@ from unlearn.data.sets import load_sets
 from unlearn.errors import DataError, GridError, ModelError, RecipeError, UnlearnError, VectorError
 from unlearn.evidence import boards as board_runs
 from unlearn.evidence import membership as member_files
-from unlearn.evidence.benchmarks import SETS, read_samples
+from unlearn.evidence.benchmarks import SETS, TofuLog, read_samples, rows
 from unlearn.model.checkpoint import read_checkpoint
 from unlearn.model.locate import WheelFile, check_folder, extract
 from unlearn.recipe import data as template
@@ -236,8 +236,8 @@ def tofu_log(raw: bytes, folder: Path) -> None:
     """TOFU's row of a log, or DataError (or EvaluationError)."""
     (folder / "log.json").write_bytes(raw)
     with suppress(UnlearnError):
-        log = board_runs.read_log(folder / "log.json")
-        board_runs.rows({"edited": log}, log, "m")
+        log = TofuLog.read(folder / "log.json")
+        rows({"edited": log}, log, "m")
 
 
 def samples(raw: bytes, folder: Path) -> None:
@@ -330,7 +330,7 @@ TOFU = _json(
             **{f: {"0": 0.5, "1": 0.25} for f in _FIELDS},
             "average_perturb_loss": {"0": [1.0, 2.0], "1": [1.5, 2.5]},
         }
-        for file, _ in SETS.values()
+        for file, *_ in SETS.values()
     }
 )
 MEMBERS = b"\n".join(

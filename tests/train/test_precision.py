@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from unlearn import processes as distributed
 from unlearn.errors import UnlearnError
-from unlearn.evidence.attacks_weights import edited_copy, forgotten_rows, relearn
+from unlearn.evidence.attacks_weights import edited_copy, relearn
 from unlearn.evidence.foresight import slope
 from unlearn.execute import execute
 from unlearn.model import load as models
@@ -233,7 +233,7 @@ def test_no_variable_that_accelerate_reads_changes_a_training(
 
 def test_nor_relearning(phi: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = Arena(phi, tmp_path, "qa")
-    rows = forgotten_rows(arena.forget, arena.forget.train, phi.tokenizer)
+    rows = arena.rows(arena.forget.train)
     spec = RelearnSpec(steps=(2,), learning_rate=5e-3)
 
     def curve() -> Any:

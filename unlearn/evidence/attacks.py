@@ -1,6 +1,7 @@
-"""How much of what was forgotten comes back: every attack is one entry here and a function of one model.
+"""How much of what was forgotten comes back: attacks on every model that is compared, judged on one scale.
 
-An attack from outside is registered in the same way::
+An attack is a function of one model, registered by :func:`attack`: the package's own are in ``attacks_ask``, ``lens``
+and ``attacks_weights``. One from outside is registered in the same way::
 
     @attack("shouted", lambda scene: [])
     def shouted(scene: Scene) -> list[AttackScore]:
@@ -10,25 +11,141 @@ An attack from outside is registered in the same way::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from transformers import PreTrainedModel
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from unlearn.console import say
-from unlearn.data.encoding import Encoded
-from unlearn.data.items import Item
+from unlearn.data.items import Item, digest
 from unlearn.data.sets import LoadedSet
-from unlearn.evidence.attacks_ask import Wordings, ask, sample, wordings
-from unlearn.evidence.attacks_weights import forgotten_rows, quantised, relearn, unrelated_rows
-from unlearn.evidence.judge import Judge
-from unlearn.evidence.lens import logit_lens, unavailable
-from unlearn.recipe.evaluation import Probe, Quantised, RobustnessSpec
-from unlearn.results import GREEDY, LENS, AttackScore, Who, probing, quantisation, relearning, sampling
+from unlearn.errors import EvaluationError
+from unlearn.evidence.reference import Subjects
+from unlearn.processes import told
+from unlearn.recipe.data import Kind
+from unlearn.recipe.evaluation import Probe, RobustnessSpec
+from unlearn.recipe.schema import Recipe
+from unlearn.results import PLAIN, AttackKind, AttackScore, Robustness, Who
+from unlearn.score.evaluate import evaluate
+from unlearn.score.packed import PackedLM, interface
+from unlearn.score.scorer import Questions
+from unlearn.score.silence import quiet_harness
+from unlearn.score.tasks import build_tasks
 from unlearn.store.files import write_json_atomic
+from unlearn.store.stages import Store
+
+FORGET_METRIC: dict[Kind, str] = {"mcq": "acc", "qa": "prob", "text": "exact_memorisation"}
+_SCORING = "lower eval.batch_tokens (engine packed) or eval.batch_size (engine hf)"
+
+
+# -- the forget score of any model in memory, with any prompts, through lm-eval and on the very scale of the report
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A score with its items' own, in their order; ``stderr`` of the mean, None for a single item."""
+
+    metric: str
+    higher_is_better: bool
+    value: float
+    stderr: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def mean(cls, metric: str, higher_is_better: bool, values: Sequence[float]) -> Judged:
+        """Of at least one item; the standard error is s / sqrt(n), as lm-eval has it."""
+        n = len(values)
+        centre = math.fsum(values) / n
+        spread = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+        return cls(metric, higher_is_better, centre, spread, tuple(values))
+
+    def entry(self, who: Who, attack: str = PLAIN, kind: AttackKind = "none", **place: int) -> AttackScore:
+        """This score as a line of the table of attacks, perhaps at a number of ``steps`` or at a ``layer``."""
+        n = len(self.values)
+        return AttackScore(attack, kind, who, self.metric, self.higher_is_better, self.value, self.stderr, n, **place)
+
+
+class Judge:
+    """Scores models on the same items: accuracy (mcq), answer probability (qa), exact memorisation (text).
+
+    Args:
+        loaded: The forget set.
+        items: Which of its items, with whatever prompts.
+        tokenizer: The models'.
+        folder: Where the items are written for lm-eval; each choice of items has a folder of its own in it.
+        recipe: For the seed and the engine (``eval.engine``, ``batch_tokens``, ``batch_size``).
+    """
+
+    def __init__(
+        self, loaded: LoadedSet, items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe
+    ) -> None:
+        if not items:
+            raise EvaluationError(f"robustness: there are no items of {loaded.role} set {loaded.name!r} to attack")
+        self.loaded, self.items, self.tokenizer, self.recipe = loaded, tuple(items), tokenizer, recipe
+        self.kind: Kind = loaded.spec.kind
+        self.metric = FORGET_METRIC[self.kind]
+        self._folder = folder
+        self._others: dict[str, Judge] = {}
+        # with the hf engine passages are recited only where that is asked for
+        changed = {
+            "eval": recipe.eval.model_copy(update={"tasks": ()}),
+            "choose": recipe.choose.model_copy(update={"metric": self.metric}),
+        }
+        place = folder / _content(self.items)
+        only = replace(loaded, test=self.items)
+        self._tasks = build_tasks([only], "test", recipe.model_copy(update=changed), tokenizer, place)
+
+    @property
+    def chance(self) -> float | None:
+        """What guessing scores; None where the items are no choices."""
+        return math.fsum(1 / len(i.choices) for i in self.items) / len(self.items) if self.kind == "mcq" else None
+
+    def score(self, model: PreTrainedModel, label: str = "scoring") -> Judged:
+        """The forget score of a model as it is now."""
+        return self.read(self.lm(model, label))[self.metric]
+
+    def read(self, lm: HFLM) -> Mapping[str, Judged]:
+        """Every metric of the set's tasks that is a mean over items, which perplexity is not, by name."""
+        result = evaluate(lm, self._tasks, model_name="attacked", bootstrap=0)
+        values = result.values()
+        found: dict[str, Judged] = {}
+        for score in result.scores:
+            items = values.get(score.key)
+            if items is not None and score.metric != "perplexity":
+                in_order = [items[number][0] for number in sorted(items)]
+                found[score.metric] = Judged.mean(score.metric, score.higher_is_better, in_order)
+        return found
+
+    def asking(self, items: Sequence[Item]) -> Judge:
+        """A judge of the same set with other items or other prompts; the same one when it is asked for again."""
+        name = _content(items)
+        if name not in self._others:
+            self._others[name] = Judge(self.loaded, items, self.tokenizer, self._folder, self.recipe)
+        return self._others[name]
+
+    def docs(self) -> list[dict[str, Any]]:
+        """The items as lm-eval has them, with ``continuation`` (text): what generated text is compared with."""
+        return [dict(doc) for doc in next(iter(self._tasks.tasks.values())).eval_docs]
+
+    def lm(self, model: PreTrainedModel, label: str = "scoring") -> HFLM:
+        """lm-eval's interface to a model, by the recipe's engine."""
+        with quiet_harness():
+            lm = interface(model, self.tokenizer, self.recipe.eval)
+        if isinstance(lm, PackedLM):
+            lm.label = label
+        return lm
+
+
+def _content(items: Sequence[Item]) -> str:
+    return digest([[i.id, i.prompt, i.target, i.choices, i.answer] for i in items])[:16]
+
+
+# -- what an attack is
 
 
 @dataclass(frozen=True)
@@ -66,10 +183,13 @@ class Attack:
     less: str
 
 
-ATTACKS: dict[str, Attack] = {}  # in the order of the table
+ATTACKS: dict[str, Attack] = {}
+_FIRST = ("plain", *get_args(Probe), "samples", "lens")  # in the order of the table; after them, as registered
 
 
-def attack(name: str, settings: Settings, *, changes_weights: bool = False, less: str = "") -> Callable[[Run], Run]:
+def attack(
+    name: str, settings: Settings, *, changes_weights: bool = False, less: str = _SCORING
+) -> Callable[[Run], Run]:
     """Register a function as an attack, see :class:`Attack`."""
 
     def register(run: Run) -> Run:
@@ -79,112 +199,72 @@ def attack(name: str, settings: Settings, *, changes_weights: bool = False, less
     return register
 
 
-# -- the model as it is, asked in other ways
-
-
 @attack("plain", lambda scene: [])
 def plain(scene: Scene) -> list[AttackScore]:
     """No attack: what the others are compared with."""
     return [scene.judge.score(scene.model, scene.who).entry(scene.who)]
 
 
-def _worded(probe: Probe, scene: Scene) -> Wordings:
-    judge = scene.judge
-    asked_for = probe in scene.spec.probes
-    return wordings(probe, judge.kind, judge.items, scene.sets, judge.recipe.seed) if asked_for else {}
+# -- every attack on every model
 
 
-def _prompts(probe: Probe, scene: Scene) -> list[Any] | None:
-    return [[i.id, i.prompt] for items in _worded(probe, scene).values() for i in items] or None
+def run_attacks(subjects: Subjects, questions: Questions, store: Store) -> Robustness:
+    """How much of what was forgotten comes back; of several requests, the first is attacked.
+
+    Every attack of every model is a stage of its own.
+    """
+    from unlearn.evidence import attacks_ask, attacks_weights, lens  # noqa: F401  each registers its attacks
+
+    recipe = questions.recipe
+    spec = recipe.robustness
+    assert spec is not None  # the caller looked
+    forget, scored = attacked_items(questions)
+    again: Sequence[Item] = ()
+    if spec.relearn is not None:
+        again, scored = attacks_weights.parted(forget, scored, spec.relearn.items, recipe.seed)
+    attacks = sorted(ATTACKS.values(), key=lambda one: [*_FIRST, one.name].index(one.name))
+    found: list[AttackScore] = []
+    with tempfile.TemporaryDirectory(prefix="attacked-") as place:
+        for who in subjects.who():
+            with subjects.model(who) as loaded:
+                judge = Judge(forget, scored, loaded.tokenizer, Path(place), recipe)
+                scene = Scene(who, loaded.model, judge, spec, questions.sets, again, Path(place))
+                for one in attacks:
+                    found += [] if one.changes_weights else _scores(one, scene, subjects, questions, store)
+            for one in attacks:  # copies are made of models without an edit's hooks
+                found += _scores(one, scene, subjects, questions, store) if one.changes_weights else []
+    first = {(s.kind, s.attack): n for n, s in reversed(list(enumerate(found)))}
+    found.sort(key=lambda s: first[s.kind, s.attack])
+    return Robustness(forget.name, judge.metric, tuple(found), judge.chance)
 
 
-def probed(probe: Probe, scene: Scene) -> list[AttackScore]:
-    """Other prompts: their mean, and the one that gets most where there are several."""
-    others = _worded(probe, scene)
-    mean, best = ask(scene.model, scene.judge, others)
-    scores = [mean.entry(scene.who, probing(probe), "probe")]
-    return [*scores, best.entry(scene.who, probing(probe, best=True), "probe")] if len(others) > 1 else scores
+def attacked_items(questions: Questions) -> tuple[LoadedSet, Sequence[Item]]:
+    """The set that is attacked, and those of its test items that attacks are scored on at most."""
+    spec = questions.recipe.robustness
+    forget = next(s for s in questions.sets if s.role == "forget")
+    return forget, forget.test[: spec.items if spec is not None else 0]
 
 
-for _probe in get_args(Probe):
-    attack(_probe, partial(_prompts, _probe))(partial(probed, _probe))
+def _scores(one: Attack, scene: Scene, subjects: Subjects, questions: Questions, store: Store) -> list[AttackScore]:
+    """The scores of one attack on one model, made or found again; none where it does not apply."""
+    from unlearn.evidence.attacks_weights import edited_copy
 
-
-def _sampled(scene: Scene) -> list[Any] | None:
-    spec, data = scene.spec, scene.judge.loaded.spec
-    written = [data.continuation, data.prompts("test")[0]]
-    return [spec.samples, spec.temperature, written, scene.judge.recipe.seed] if spec.samples else None
-
-
-@attack("samples", _sampled, less="lower robustness.samples, or set it to 0")
-def samples(scene: Scene) -> list[AttackScore]:
-    """The best of several samples, beside the greedy answer, which is the plain score of the same metric."""
-    spec, judge = scene.spec, scene.judge
-    found = sample(scene.model, judge, spec.samples, spec.temperature, judge.recipe.seed)
-    texts = [{"id": item.id, "samples": text} for item, text in zip(judge.items, found.texts, strict=True)]
-    write_json_atomic(scene.folder / "samples.json", texts)
-    return [found.greedy.entry(scene.who, GREEDY), found.best.entry(scene.who, sampling(spec.samples), "sample")]
-
-
-def _lensed(scene: Scene) -> list[Any] | None:
-    if scene.spec.lens and (why := unavailable(scene.model, scene.judge)):
-        say(f"    no logit lens: {why}", style="yellow")
-        return None
-    return [] if scene.spec.lens else None
-
-
-@attack("lens", _lensed, less="lower eval.batch_tokens, or set robustness.lens to false")
-def lens(scene: Scene) -> list[AttackScore]:
-    """What every layer would answer."""
-    layers = logit_lens(scene.model, scene.judge, label=f"{scene.who}: hidden layers") or ()
-    return [score.entry(scene.who, LENS, "lens", layer=layer) for layer, score in layers]
-
-
-# -- copies with other weights
-
-
-def rounded(kind: Quantised, scene: Scene) -> list[AttackScore]:
-    """The weights in 4 or 8 bits."""
-    with quantised(scene.model, kind) as small:
-        return [scene.judge.score(small, f"{scene.who} in {kind}").entry(scene.who, quantisation(kind), "quantise")]
-
-
-def _is_rounded(kind: Quantised, scene: Scene) -> list[Any] | None:
-    return [] if kind in scene.spec.quantize else None
-
-
-for _kind in get_args(Quantised):
-    less = "leave it out of robustness.quantize"
-    attack(_kind, partial(_is_rounded, _kind), changes_weights=True, less=less)(partial(rounded, _kind))
-
-
-def _relearned(unrelated: bool, scene: Scene) -> list[Encoded]:
-    """The rows to train on; none where that is not asked for."""
-    how, judge = scene.spec.relearn, scene.judge
-    length = judge.recipe.vector.forget.max_length
-    if how is None or (unrelated and not how.unrelated):
+    settings, who = one.settings(scene), scene.who
+    if settings is None:
         return []
-    if unrelated:
-        return unrelated_rows(scene.sets, how.items, judge.recipe.seed, judge.tokenizer, length)
-    return forgotten_rows(judge.loaded, scene.again, judge.tokenizer, length)
+    asked: list[Any] = [[i.id, i.prompt, i.target, list(i.choices)] for i in scene.judge.items]
+    engine = questions.recipe.eval.model_dump(mode="json", include={"engine", "batch_tokens", "batch_size"})
 
+    def write(tmp: Path) -> None:
+        model = scene.model
+        if one.changes_weights:
+            model = edited_copy(model, subjects.vector, subjects.chosen if who == "edited" else 0.0)
+        found = one.run(replace(scene, model=model, folder=tmp))
+        write_json_atomic(tmp / "scores.json", [asdict(score) for score in found])
 
-def _training(unrelated: bool, scene: Scene) -> list[Any] | None:
-    rows, how = _relearned(unrelated, scene), scene.spec.relearn
-    if not rows or how is None:
-        return None
-    return [how.model_dump(mode="json"), [asdict(row) for row in rows], scene.judge.recipe.seed]
-
-
-def relearned(unrelated: bool, scene: Scene) -> list[AttackScore]:
-    """A curve of fine-tuning on a few forgotten items, or on texts that have nothing to do with them."""
-    rows, how, judge = _relearned(unrelated, scene), scene.spec.relearn, scene.judge
-    assert how is not None
-    name = relearning(len(rows) if unrelated else len(scene.again), unrelated)
-    curve = relearn(scene.model, judge.tokenizer, rows, how, judge.recipe.seed, judge, f"{scene.who}: {name}")
-    return [score.entry(scene.who, name, "relearn", steps=steps) for steps, score in curve]
-
-
-for _name, _unrelated in (("relearn", False), ("relearn-unrelated", True)):
-    less = "lower robustness.relearn.batch_size, or set robustness.relearn to null"
-    attack(_name, partial(_training, _unrelated), changes_weights=True, less=less)(partial(relearned, _unrelated))
+    stage = f"robustness/{who}/{one.name}"
+    with told(stage, one.less):
+        inputs = [*subjects.key(who), asked, settings, questions.scoring, engine]
+        place = store.stage(stage, inputs, write, kind=f"robustness/{one.name}")
+    found = json.loads((place / "scores.json").read_text(encoding="utf-8"))
+    return [AttackScore(**{**score, "who": who}) for score in found]

@@ -1,4 +1,4 @@
-"""Other ways to ask for what was forgotten: reworded, in a scene, after solved examples, under foreign templates.
+"""Other ways to ask for what was forgotten: reworded, in a scene, after solved examples, in other languages; and again.
 
 An edit that only suppresses an answer after the prompts it was fitted on shows here. New prompts are made from an
 item's own: where it is a question ("Question: ... Answer:", or anything that ends with a question mark) the question is
@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from lm_eval.api.instance import Instance
@@ -23,19 +23,25 @@ from unlearn.console import progress
 from unlearn.data.items import Item, digest
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import EvaluationError
-from unlearn.evidence.judge import Judge, Judged
+from unlearn.evidence.attacks import Judge, Judged, Scene, attack
 from unlearn.processes import count, together
 from unlearn.recipe.data import Kind
 from unlearn.recipe.data import stops as stops_of
 from unlearn.recipe.evaluation import Probe
+from unlearn.results import GREEDY, AttackScore, probing, sampling
 from unlearn.score.silence import quiet_harness, random_state_kept
 from unlearn.score.tasks import pack_config
+from unlearn.store.files import write_json_atomic
 
 SHOTS = 4  # solved examples before a question
 DRAWS = 3  # choices of them
 
 _FRAMED = re.compile(r"\s*(?:question|q)\s*:\s*(?P<asked>.+?)\s*\n\s*(?:answer|a)\s*:\s*", re.IGNORECASE | re.DOTALL)
 _HERE = "{}"
+_MCQ_TOKENS = 16  # written at least where a choice's words are looked for
+_ROWS = 32  # texts that are written at once
+# Letters and digits of scripts that put spaces between words; in others a word may begin anywhere.
+_SPACED = r"[0-9A-Za-z\u00c0-\u07ff]"
 
 # name -> (frame of a question, frame of a statement's beginning)
 _Frames = dict[str, tuple[str, str]]
@@ -56,9 +62,10 @@ _TEMPLATES: _Frames = {
     "Spanish": ("Pregunta: {}\nRespuesta:", "Completa: {}"),
     "Chinese": ("问题：{}\n答案：", "请补全：{}"),
 }
-
-
 Wordings = Mapping[str, tuple[Item, ...]]  # the items under other prompts, by the prompts' name
+
+
+# -- other prompts
 
 
 def wordings(
@@ -80,16 +87,32 @@ def wordings(
     return {n: tuple(replace(i, prompt=_framed(i.prompt, *pair)) for i in items) for n, pair in frames.items()}
 
 
-def ask(model: PreTrainedModel, judge: Judge, others: Wordings) -> tuple[Judged, Judged]:
-    """Score a model under at least one other wording: item by item their mean, and those of the one that got most.
+def _worded(probe: Probe, scene: Scene) -> Wordings:
+    judge = scene.judge
+    asked_for = probe in scene.spec.probes
+    return wordings(probe, judge.kind, judge.items, scene.sets, judge.recipe.seed) if asked_for else {}
+
+
+def _prompts(probe: Probe, scene: Scene) -> list[Any] | None:
+    return [[i.id, i.prompt] for items in _worded(probe, scene).values() for i in items] or None
+
+
+def probed(probe: Probe, scene: Scene) -> list[AttackScore]:
+    """The mean over a probe's wordings, item by item, and the one that gets most where there are several.
 
     The best of several is a little high by chance alone, for every model alike.
     """
-    found = [judge.asking(items).score(model, f"asking: {name}") for name, items in others.items()]
-    first = found[0]
+    others = _worded(probe, scene).items()
+    found = [scene.judge.asking(items).score(scene.model, f"asking: {name}") for name, items in others]
     means = [sum(values) / len(found) for values in zip(*(f.values for f in found), strict=True)]
-    best = max(found, key=lambda score: score.value if first.higher_is_better else -score.value)
-    return Judged.mean(first.metric, first.higher_is_better, means), best
+    mean = Judged.mean(found[0].metric, found[0].higher_is_better, means)
+    best = max(found, key=lambda score: score.value if mean.higher_is_better else -score.value)
+    scores = [mean.entry(scene.who, probing(probe), "probe")]
+    return [*scores, best.entry(scene.who, probing(probe, best=True), "probe")] if len(found) > 1 else scores
+
+
+for _probe in get_args(Probe):
+    attack(_probe, functools.partial(_prompts, _probe))(functools.partial(probed, _probe))
 
 
 def _framed(prompt: str, question: str, statement: str) -> str:
@@ -108,52 +131,43 @@ def _examples(sets: Sequence[LoadedSet], seed: int) -> list[str]:
             pool.setdefault(item.id, item)
     order = sorted(pool, key=lambda name: digest(seed, "examples", name))
     draws = [order[start : start + SHOTS] for start in range(0, SHOTS * DRAWS, SHOTS)]
-    whole = [draw for draw in draws if len(draw) == SHOTS]
-    if order and not whole:
-        whole = [order]
+    whole = [draw for draw in draws if len(draw) == SHOTS] or ([order] if order else [])
     return ["".join(f"{pool[n].prompt} {pool[n].target}\n\n" for n in draw) for draw in whole]
 
 
 # -- samples
 
-MCQ_TOKENS = 16
-ROWS = 32  # texts that are written at once
-# Letters and digits of scripts that put spaces between words; in others a word may begin anywhere.
-_SPACED = r"[0-9A-Za-z\u00c0-\u07ff]"
+
+def _sampled(scene: Scene) -> list[Any] | None:
+    spec, data = scene.spec, scene.judge.loaded.spec
+    written = [data.continuation, data.prompts("test")[0]]
+    return [spec.samples, spec.temperature, written, scene.judge.recipe.seed] if spec.samples else None
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The best of several samples and the greedy answer, on the same metric; ``texts`` has every item's samples."""
-
-    best: Judged
-    greedy: Judged
-    texts: tuple[tuple[str, ...], ...]
+@attack("samples", _sampled, less="lower robustness.samples, or set it to 0")
+def samples(scene: Scene) -> list[AttackScore]:
+    """The best of several samples, beside the greedy answer, which is the plain score of the same metric."""
+    spec, judge = scene.spec, scene.judge
+    best, greedy, found = sample(scene.model, judge, spec.samples, spec.temperature, judge.recipe.seed)
+    texts = [{"id": item.id, "samples": text} for item, text in zip(judge.items, found, strict=True)]
+    write_json_atomic(scene.folder / "samples.json", texts)
+    return [greedy.entry(scene.who, GREEDY), best.entry(scene.who, sampling(spec.samples), "sample")]
 
 
 def sample(
-    model: PreTrainedModel, judge: Judge, samples: int, temperature: float, seed: int, rows: int = ROWS
-) -> Sampled:
-    """Mean over items of the best of ``samples`` continuations.
+    model: PreTrainedModel, judge: Judge, samples: int, temperature: float, seed: int
+) -> tuple[Judged, Judged, list[tuple[str, ...]]]:
+    """The best of ``samples`` continuations, the greedy answer on the same metric, and every item's samples.
 
     qa and text: ROUGE-L recall of the answer, or of as much of the passage as is written. mcq: ``leak``, whether the
-    right answer's words appear in any sample, whatever their case.
-
-    Args:
-        samples: Continuations per item, 1 or more.
-        temperature: Above 0; all tokens may be drawn (no top-k, no top-p).
-        seed: The same one gives the same texts, as long as ``rows`` is the same.
-        rows: Continuations written at once, rounded to whole items.
+    right answer's words appear in any sample, whatever their case. All tokens may be drawn (no top-k, no top-p), and
+    the same seed gives the same texts.
     """
-    if samples < 1 or not temperature > 0:
-        raise EvaluationError(
-            f"sampling takes 1 sample or more and a temperature above 0, not {samples}, {temperature}"
-        )
     docs = judge.docs()
     lm = judge.lm(model, "greedy answers")
     tokens = judge.loaded.spec.continuation
     if judge.kind == "mcq":
-        tokens = max(MCQ_TOKENS, *(doc["choice_tokens"][doc["answer"]] for doc in docs))
+        tokens = max(_MCQ_TOKENS, *(doc["choice_tokens"][doc["answer"]] for doc in docs))
     if tokens >= lm.max_length:
         raise EvaluationError(
             f"the model reads {lm.max_length} tokens at a time: none is left before the {tokens} to write"
@@ -161,7 +175,7 @@ def sample(
     prompts = [str(doc["prompt"]) for doc in docs]
     stops = _stops(judge, docs)
     greedy = _greedy(lm, prompts, tokens, stops)
-    size = max(1, rows // samples)
+    size = max(1, _ROWS // samples)
     with progress("sampling", len(docs) // count()) as advance:
 
         def write(starts: Sequence[int]) -> list[list[tuple[str, ...]]]:
@@ -178,7 +192,7 @@ def sample(
     metric = "leak" if judge.kind == "mcq" else "rougeL"
     best = [max(_score(doc, text) for text in several) for doc, several in zip(docs, texts, strict=True)]
     plain = [_score(doc, text) for doc, text in zip(docs, greedy, strict=True)]
-    return Sampled(Judged.mean(metric, True, best), Judged.mean(metric, True, plain), tuple(texts))
+    return Judged.mean(metric, True, best), Judged.mean(metric, True, plain), texts
 
 
 def leaks(answer: str, text: str) -> bool:
@@ -229,6 +243,8 @@ def _written(
     with quiet_harness():
         ids, mask = lm.tok_batch_encode(list(prompts), left_truncate_len=lm.max_length - tokens)
     width, ends = ids.shape[1], [own for own in stops for _ in range(samples)]
+    own = lm.model.generation_config.eos_token_id
+    last = {*(own if isinstance(own, list) else [own]), lm.eot_token_id} - {None}
     # set in full: what is not said here would be taken from the model's own settings
     how = GenerationConfig(
         do_sample=True,
@@ -243,7 +259,7 @@ def _written(
         max_new_tokens=tokens,
         max_length=None,
         pad_token_id=lm.tokenizer.pad_token_id,
-        eos_token_id=_ends(lm),
+        eos_token_id=sorted(last),
     )
     with random_state_kept(), torch.inference_mode():
         torch.manual_seed(seed)
@@ -257,12 +273,6 @@ def _written(
     return [
         min((text.split(stop)[0] for stop in own), key=len, default=text) for text, own in zip(texts, ends, strict=True)
     ]
-
-
-def _ends(lm: HFLM) -> list[int]:
-    own = lm.model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return sorted({e for e in (*listed, lm.eot_token_id) if e is not None})
 
 
 class _AtStop(StoppingCriteria):

@@ -11,10 +11,12 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -26,16 +28,14 @@ from unlearn.data.encoding import Encoded, encode
 from unlearn.data.items import Item, digest
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import ModelError, TrainingError, VectorError
-from unlearn.evidence.judge import Judge, Judged
+from unlearn.evidence.attacks import Judge, Judged, Scene, attack
 from unlearn.recipe.evaluation import Quantised, RelearnSpec
-from unlearn.results import quantisation
+from unlearn.results import AttackScore, quantisation, relearning
 from unlearn.score.silence import errors_only, random_state_kept
 from unlearn.train.batches import Pad
 from unlearn.vector.change import edited
 from unlearn.vector.edit import fit
 from unlearn.vector.task_vector import TaskVector
-
-_MAX_LENGTH = 512  # tokens of a row, as the recipe's trainings have it
 
 
 @torch.no_grad()
@@ -67,6 +67,21 @@ def edited_copy(model: PreTrainedModel, vector: TaskVector | None, coefficient: 
 
 
 # -- in fewer bits
+
+
+def _rounding(kind: Quantised, scene: Scene) -> list[Any] | None:
+    return [] if kind in scene.spec.quantize else None
+
+
+def rounded(kind: Quantised, scene: Scene) -> list[AttackScore]:
+    """The weights in 4 or 8 bits."""
+    with quantised(scene.model, kind) as small:
+        return [scene.judge.score(small, f"{scene.who} in {kind}").entry(scene.who, quantisation(kind), "quantise")]
+
+
+for _kind in get_args(Quantised):
+    less = "leave it out of robustness.quantize"
+    attack(_kind, partial(_rounding, _kind), changes_weights=True, less=less)(partial(rounded, _kind))
 
 
 @contextmanager
@@ -160,16 +175,7 @@ def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
     return tuple(sorted(items, key=lambda item: digest(seed, item.id)))
 
 
-def forgotten_rows(
-    loaded: LoadedSet, items: Sequence[Item], tokenizer: Any, length: int = _MAX_LENGTH
-) -> list[Encoded]:
-    """Forget items as training rows of at most ``length`` tokens."""
-    return encode(items, loaded.spec.kind, tokenizer, length)
-
-
-def unrelated_rows(
-    sets: Sequence[LoadedSet], count: int, seed: int, tokenizer: Any, length: int = _MAX_LENGTH
-) -> list[Encoded]:
+def unrelated_rows(sets: Sequence[LoadedSet], count: int, seed: int, tokenizer: Any, length: int) -> list[Encoded]:
     """``count`` rows of the utility sets, of any split, drawn by the seed among the items whose answer fits.
 
     Of a passage that does not fit it is the first piece; none where there is no utility set.
@@ -187,6 +193,38 @@ def unrelated_rows(
         if len(rows) == count:
             break
     return rows
+
+
+def _rows(unrelated: bool, scene: Scene) -> list[Encoded]:
+    """The rows to train on; none where that is not asked for."""
+    how, judge = scene.spec.relearn, scene.judge
+    length = judge.recipe.vector.forget.max_length
+    if how is None or (unrelated and not how.unrelated):
+        return []
+    if unrelated:
+        return unrelated_rows(scene.sets, how.items, judge.recipe.seed, judge.tokenizer, length)
+    return encode(scene.again, judge.kind, judge.tokenizer, length)
+
+
+def _training(unrelated: bool, scene: Scene) -> list[Any] | None:
+    rows, how = _rows(unrelated, scene), scene.spec.relearn
+    if not rows or how is None:
+        return None
+    return [how.model_dump(mode="json"), [asdict(row) for row in rows], scene.judge.recipe.seed]
+
+
+def relearned(unrelated: bool, scene: Scene) -> list[AttackScore]:
+    """A curve of fine-tuning on a few forgotten items, or on texts that have nothing to do with them."""
+    rows, how, judge = _rows(unrelated, scene), scene.spec.relearn, scene.judge
+    assert how is not None
+    name = relearning(len(rows) if unrelated else len(scene.again), unrelated)
+    curve = relearn(scene.model, judge.tokenizer, rows, how, judge.recipe.seed, judge, f"{scene.who}: {name}")
+    return [score.entry(scene.who, name, "relearn", steps=steps) for steps, score in curve]
+
+
+for _name, _unrelated in (("relearn", False), ("relearn-unrelated", True)):
+    less = "lower robustness.relearn.batch_size, or set robustness.relearn to null"
+    attack(_name, partial(_training, _unrelated), changes_weights=True, less=less)(partial(relearned, _unrelated))
 
 
 def relearn(
@@ -211,8 +249,6 @@ def relearn(
     Returns:
         (steps, score), steps rising. The same seed gives the same curve.
     """
-    if not rows:
-        raise TrainingError(f"{label}: there is nothing to train on")
     size, steps = min(spec.batch_size, len(rows)), sorted(set(spec.steps))
     draw, order = random.Random(f"{seed} relearning"), list[Encoded]()
     while len(order) < size * steps[-1]:

@@ -1,35 +1,63 @@
 """TOFU and MUSE from per-item values: what one model scored, and the row of figures that the authors would publish.
 
-A benchmark is one entry of :data:`SUITES`: its tasks, how one model's samples are read, and its row.
+A benchmark is one class of :data:`SUITES`: its tasks, how one model's samples are read, and its row.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import ks_2samp  # type: ignore[import-untyped]
 
 from unlearn.errors import DataError, EvaluationError
 from unlearn.evidence.membership import auc
-from unlearn.evidence.reference import benchmark_folder
+from unlearn.evidence.reference import WHO, Subjects, benchmark_folder, log_file, no_data
 from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
-from unlearn.results import Role
+from unlearn.results import Benchmark, Role, Who
+from unlearn.score.scorer import Questions, score_model
 from unlearn.score.silence import quiet_harness
 from unlearn.score.tasks import TaskInfo, TaskSet, task_manager
+from unlearn.store.stages import Store
 
 Record = Mapping[str, Any]
 Samples = Mapping[str, Sequence[Record]]
 Row = dict[str, float | str | None]
 Floats = NDArray[np.float64]
 _SAME = 1e-6  # nats within which two logs of one model may differ, by how their numbers were written
+
+
+class Log(ABC):
+    """What one model scored on a benchmark. ``figure`` is the one that compares it with a retain reference."""
+
+    figure: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def tasks(cls, subset: str) -> tuple[str, ...]:
+        """lm-eval's tasks of one of the benchmark's sets."""
+
+    @classmethod
+    @abstractmethod
+    def from_samples(cls, samples: Samples, subset: str) -> Self:
+        """From lm-eval's records of these tasks."""
+
+    @abstractmethod
+    def row(self, reference: Any, name: str) -> Row:
+        """The figures by the authors' column names in their order; those that lack a reference are None."""
+
+    @abstractmethod
+    def summary(self, row: Row) -> dict[str, float]:
+        """OpenUnlearning's metrics under its names, sorted as it writes them, without those that are None."""
+
 
 # -- lm-eval's samples, read back
 
@@ -56,21 +84,13 @@ def read_samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
             newest[task] = max(newest.get(task, ("", path)), (time, path))
     if not newest:
         raise DataError(f"{where}: no samples_<task>_<time>.jsonl in it; evaluate with --log_samples")
-    found = {}
-    for task, (time, path) in sorted(newest.items()):
-        found[task] = _records(path)
-        _counted(path, where / f"results_{time}.json", task, found[task])
-    return found
+    return {task: _records(path, where / f"results_{time}.json", task) for task, (time, path) in sorted(newest.items())}
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Every line of a file, checked, in order of its items."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+def _records(path: Path, results: Path, task: str) -> list[dict[str, Any]]:
+    """Every line of a file, in order of its items, and as many as the results of the same evaluation say."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
-    for n, line in enumerate(lines, start=1):
+    for n, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {n}"
@@ -79,29 +99,24 @@ def _records(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:  # also text that is not UTF-8
             raise DataError(f"{where}: not JSON ({error}); the file is damaged or cut off") from error
         doc_id = record.get("doc_id") if isinstance(record, dict) else None
-        if not isinstance(doc_id, int) or isinstance(doc_id, bool):
+        if type(doc_id) is not int:
             raise DataError(f"{where}: no record of an item, as lm-eval writes them: it has no whole number `doc_id`")
         key = (doc_id, str(record.get("filter")))
         if key in found:
             raise DataError(f"{where}: item {doc_id} is there twice; were two evaluations written to one file?")
         found[key] = record
-    return sorted(found.values(), key=lambda record: record["doc_id"])
-
-
-def _counted(path: Path, results: Path, task: str, records: Sequence[Record]) -> None:
-    """Compare with what the same evaluation's results say of the task."""
     try:
-        whole = json.loads(results.read_bytes())
-        wanted = whole["n-samples"][task]["effective"]
+        wanted = json.loads(results.read_bytes())["n-samples"][task]["effective"]
     except FileNotFoundError as error:
         raise DataError(f"{path}: {results.name}, written with it, is not beside it") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{results}: cannot be read: {error}") from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{results}: does not say how many items of {task} were scored (n-samples)") from error
-    count = len({record["doc_id"] for record in records})
+    count = len({doc_id for doc_id, _ in found})
     if count != wanted:
         raise DataError(f"{path}: {count} items, but {results.name} says that {wanted} were scored; a file is cut off")
+    return sorted(found.values(), key=lambda record: record["doc_id"])
 
 
 def _doc(record: Record) -> Mapping[str, Any]:
@@ -111,23 +126,18 @@ def _doc(record: Record) -> Mapping[str, Any]:
 
 def by_item(samples: Samples, task: str) -> dict[str, Record]:
     """The records of a task by the ``id`` in the item's data, or else by lm-eval's number for it."""
-    if task not in samples:
-        ran = ", ".join(sorted(samples)) or "none"
+    if not samples.get(task):
+        ran = ", ".join(sorted(name for name in samples if samples[name])) or "none"
         raise EvaluationError(f"task {task} was not run, and its scores are needed here; there are: {ran}")
-    records: dict[str, Record] = {}
-    for record in samples[task]:
-        own = _doc(record).get("id")
-        records[str(record.get("doc_id") if own is None else own)] = record
-    if not records:
-        raise EvaluationError(f"task {task} has no items")
+    records = {str(_doc(record).get("id", record.get("doc_id"))): record for record in samples[task]}
     if len(records) < len(samples[task]):
         raise DataError(f"task {task}: {len(samples[task])} records of {len(records)} items; one for each was expected")
     return records
 
 
-def numbers(records: Mapping[str, Record], task: str, name: str) -> Floats:
-    """One finite number of every item, (N,), in the records' order."""
-    return np.array([_number(r.get(name), f"task {task}, item {i}: {name}") for i, r in records.items()])
+def numbers(samples: Samples, task: str, name: str) -> dict[str, float]:
+    """One finite number of every item of a task."""
+    return {i: _number(r.get(name), f"task {task}, item {i}: {name}") for i, r in by_item(samples, task).items()}
 
 
 def _number(value: Any, where: str) -> float:
@@ -142,19 +152,17 @@ def _number(value: Any, where: str) -> float:
 # exp(mean of the perturbed answers' losses - the paraphrased answer's loss), as the authors' aggregator has it (a
 # geometric mean of the wrong answers' probabilities); all is computed from log R, which cannot overflow.
 
-# Our name of a set, the file of it in the authors' logs, and its name in their columns; in the columns' order.
+# Our name of a set, the file of it in the authors' logs, its name in their columns, and how OpenUnlearning's metrics of
+# it begin; in the columns' order.
 SETS = {
-    "real_authors": ("eval_real_author_wo_options.json", "Real Authors"),
-    "world_facts": ("eval_real_world_wo_options.json", "Real World"),
-    "retain": ("eval_log.json", "Retain"),
-    "forget": ("eval_log_forget.json", "Forget"),
+    "real_authors": ("eval_real_author_wo_options.json", "Real Authors", "ra"),
+    "world_facts": ("eval_real_world_wo_options.json", "Real World", "wf"),
+    "retain": ("eval_log.json", "Retain", "retain"),
+    "forget": ("eval_log_forget.json", "Forget", "forget"),
 }
 _LISTS = "average_perturb_loss"
 _FIELDS = ("avg_gt_loss", "avg_paraphrased_loss", _LISTS, "rougeL_recall")  # of each file
 _WITH_CHOICES = ("real_authors", "world_facts")  # their probability is that of the answer among the wrong ones
-_PARTS = tuple(f"{kind} {title}" for _, title in SETS.values() for kind in ("ROUGE", "Prob.", "Truth Ratio"))
-# The columns of a submission to TOFU's leaderboard, as the authors' aggregator writes them.
-TOFU_COLUMNS = (*_PARTS, "Model Utility", "Forget Quality", "Method", "Submitted By")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,57 +179,120 @@ class TofuSet:
     rouge: Floats
     questions: tuple[str, ...] | None = None
 
-    @cached_property
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], where: str) -> TofuSet:
+        """From one file of a log, field -> item -> value, which messages call ``where``."""
+        items: tuple[str, ...] = ()
+        for name in _FIELDS:
+            column = fields.get(name)
+            if not isinstance(column, Mapping) or not column:
+                raise DataError(f"{where}: no {name!r} with an entry per item")
+            items = items or tuple(column)
+            if other := set(items) ^ set(column):
+                raise DataError(
+                    f"{where}: {name!r} has {len(column)} items and {_FIELDS[0]!r} {len(items)}; "
+                    f"item {min(other)!r} is in only one of them"
+                )
+        loss, paraphrased, rouge = (
+            np.array([_number(fields[name][i], f"{where}, {name}, item {i!r}") for i in items])
+            for name in _FIELDS
+            if name != _LISTS
+        )
+        table: list[list[float]] = []
+        for item in items:
+            place, values = f"{where}, {_LISTS}, item {item!r}", fields[_LISTS][item]
+            if not isinstance(values, list) or not values:
+                raise DataError(f"{place}: no list of the perturbed answers' losses")
+            table.append([_number(value, f"{place}, entry {n}") for n, value in enumerate(values, start=1)])
+            if len(values) != len(table[0]):
+                raise DataError(f"{place}: {len(values)} perturbed answers where others have {len(table[0])}")
+        return cls(items, loss, paraphrased, np.array(table), rouge, _questions(fields, items))
+
+    @property
     def log_truth_ratio(self) -> Floats:
         """log R, (N,)."""
         ratio: Floats = self.perturbed_losses.mean(axis=1) - self.paraphrased_loss
         return ratio
 
-    @cached_property
+    @property
     def prob(self) -> float:
         """Mean probability of the answer, each to the power of one over its length."""
         return float(np.exp(-self.loss).mean())
 
-    @cached_property
+    @property
     def prob_choice(self) -> float:
         """Mean share of the answer in the probabilities (as in :attr:`prob`) of it and the perturbed ones."""
         scores = -np.concatenate([self.loss[:, None], self.perturbed_losses], axis=1)  # (N, 1 + P)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))  # the largest is 1: no sum is 0
         return float((weights[:, 0] / weights.sum(axis=1)).mean())
 
-    @cached_property
+    @property
     def truth_ratio_forget(self) -> float:
         """Mean min(R, 1/R): 1 where right and wrong answers are equally likely."""
         return float(np.exp(-np.abs(self.log_truth_ratio)).mean())
 
-    @cached_property
+    @property
     def truth_ratio_kept(self) -> float:
         """Mean max(0, 1 - 1/R): 1 where only the right answer is likely."""
         return float(-np.expm1(-np.maximum(self.log_truth_ratio, 0.0)).mean())
 
 
 @dataclass(frozen=True, eq=False)
-class TofuLog:
+class TofuLog(Log):
     """What one model scored on TOFU: its four sets, and which forget set it was (None where a log does not say)."""
 
+    figure: ClassVar[str] = "Forget quality"
     sets: Mapping[str, TofuSet]
     forget_set: str | None = None
 
     @classmethod
+    def tasks(cls, subset: str) -> tuple[str, ...]:
+        names = (subset, "retain", "real_authors", "world_facts")
+        return tuple(f"tofu_{name}_{part}" for name in names for part in ("prob", "rouge"))
+
+    @classmethod
+    def from_samples(cls, samples: Samples, subset: str) -> TofuLog:
+        sets = {}
+        for name in SETS:
+            task = f"tofu_{subset if name == 'forget' else name}"
+            scored, generated = by_item(samples, f"{task}_prob"), by_item(samples, f"{task}_rouge")
+            ours = ("loss", "paraphrased_loss", "perturbed_losses")
+            fields = {f: {i: r.get(key) for i, r in scored.items()} for f, key in zip(_FIELDS, ours, strict=False)}
+            fields["rougeL_recall"] = {i: r.get("rougeL") for i, r in generated.items()}
+            fields["question"] = {i: _doc(r).get("question") for i, r in scored.items()}
+            sets[name] = TofuSet.from_fields(fields, f"tasks {task}_prob and {task}_rouge")
+        return cls(sets, subset)
+
+    @classmethod
+    def read(cls, path: Path) -> TofuLog:
+        """A log in the authors' layout: file name -> field -> item -> value."""
+        try:
+            data = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: there is no such file: give a log of TOFU (.json)") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+            raise DataError(
+                f"{path}: not JSON ({error}): give a log of TOFU as its authors' evaluation writes it"
+            ) from error
+        return cls.from_json(data, str(path))
+
+    @classmethod
     def from_json(cls, data: Any, where: str) -> TofuLog:
-        """A log in the authors' layout, file name -> field -> item -> value, which messages call ``where``."""
+        """The same from what was read, which messages call ``where``."""
         if not isinstance(data, Mapping):
             raise DataError(f"{where}: not a log in the layout of TOFU's authors: no object of files")
-        files = ", ".join(file for file, _ in SETS.values())
-        for file, _ in SETS.values():
+        files = [file for file, *_ in SETS.values()]
+        for file in files:
             if not isinstance(data.get(file), Mapping):
-                raise DataError(f"{where}: no {file!r} in it; a TOFU log has {files}")
-        return cls({name: _tofu_set(data[file], f"{where}, {file}") for name, (file, _) in SETS.items()})
+                raise DataError(f"{where}: no {file!r} in it; a TOFU log has {', '.join(files)}")
+        return cls({name: TofuSet.from_fields(data[file], f"{where}, {file}") for name, (file, *_) in SETS.items()})
 
     def to_json(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The same layout, with the fields that the authors' aggregator reads, and the questions where known."""
         whole = {}
-        for name, (file, _) in SETS.items():
+        for name, (file, *_) in SETS.items():
             s = self.sets[name]
             columns = zip(_FIELDS, (s.loss, s.paraphrased_loss, s.perturbed_losses, s.rouge), strict=True)
             whole[file] = {field: dict(zip(s.items, values.tolist(), strict=True)) for field, values in columns}
@@ -229,37 +300,56 @@ class TofuLog:
                 whole[file]["question"] = dict(zip(s.items, s.questions, strict=True))
         return whole
 
-    @classmethod
-    def from_samples(cls, samples: Samples, forget_set: str) -> TofuLog:
-        """The samples of the tasks ``tofu_<set>_prob`` and ``tofu_<set>_rouge``, joined by item."""
-        sets = {}
-        for name in SETS:
-            task = f"tofu_{forget_set if name == 'forget' else name}"
-            scored, generated = by_item(samples, f"{task}_prob"), by_item(samples, f"{task}_rouge")
-            ours = ("loss", "paraphrased_loss", "perturbed_losses")
-            fields = {f: {i: r.get(key) for i, r in scored.items()} for f, key in zip(_FIELDS, ours, strict=False)}
-            fields["rougeL_recall"] = {i: r.get("rougeL") for i, r in generated.items()}
-            fields["question"] = {i: _doc(r).get("question") for i, r in scored.items()}
-            sets[name] = _tofu_set(fields, f"tasks {task}_prob and {task}_rouge")
-        return cls(sets, forget_set)
+    def row(self, reference: Any = None, name: str = "") -> Row:
+        """TOFU's row, by the authors' column names in their order, then the test that forget quality comes from.
+
+        Model utility is the harmonic mean of the nine numbers of the sets to keep, 0 as soon as one of them is.
+        """
+        if reference is not None and not isinstance(reference, TofuLog):
+            raise EvaluationError("TOFU has no published value; give a run's folder or a log (.json)")
+        parts: dict[str, float] = {}
+        for key, (_, title, _) in SETS.items():
+            s = self.sets[key]
+            parts[f"ROUGE {title}"] = float(s.rouge.mean())
+            parts[f"Prob. {title}"] = s.prob_choice if key in _WITH_CHOICES else s.prob
+            parts[f"Truth Ratio {title}"] = s.truth_ratio_forget if key == "forget" else s.truth_ratio_kept
+        if broken := [column for column, value in parts.items() if not np.isfinite(value)]:
+            raise EvaluationError(f"TOFU's figures cannot be computed: {', '.join(broken)}: no number, or no items")
+        kept = [value for column, value in parts.items() if not column.endswith("Forget")]
+        p_value, statistic = (None, None) if reference is None else forget_quality(self, reference)
+        return {
+            **parts,
+            "Model Utility": len(kept) / sum(1 / v for v in kept) if min(kept) > 0 else 0.0,
+            "Forget Quality": p_value,
+            "KS Test PVal Forget": p_value,
+            "KS Test Forget": statistic,
+        }
+
+    def summary(self, row: Row) -> dict[str, float]:
+        named = {"model_utility": row["Model Utility"], "forget_quality": row["Forget Quality"]}
+        found = {name: float(value) for name, value in named.items() if value is not None}
+        for name, (_, _, short) in SETS.items():
+            scored = self.sets[name]
+            found[f"{short}_Q_A_Prob"] = scored.prob
+            found[f"{short}_Q_A_ROUGE"] = float(scored.rouge.mean())
+            found[f"{short}_Q_A_PERT_Prob"] = float(np.exp(-scored.perturbed_losses).mean())
+            if name in _WITH_CHOICES:  # these have no paraphrase
+                found[f"{short}_Q_A_Prob_normalised"] = scored.prob_choice
+            else:
+                found[f"{short}_Q_A_PARA_Prob"] = float(np.exp(-scored.paraphrased_loss).mean())
+            if name == "forget":
+                found["forget_truth_ratio"] = scored.truth_ratio_forget
+            else:
+                found[f"{short}_Truth_Ratio"] = scored.truth_ratio_kept
+        return dict(sorted(found.items()))
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetQuality:
-    """Two-sample Kolmogorov-Smirnov test of the truth ratios on the forget set: p-value, statistic, items."""
+def forget_quality(log: TofuLog, reference: TofuLog) -> tuple[float, float]:
+    """How hard it is to tell the model's truth ratios from those of one that never saw the forget set.
 
-    p_value: float
-    statistic: float
-    n: int
-
-
-def forget_quality(log: TofuLog, reference: TofuLog) -> ForgetQuality:
-    """How hard it is to tell the model's truth ratios from those of one that never saw the forget set: a p-value.
-
-    Computed on log R; the test sees only the order of values, which the logarithm keeps.
+    p-value and statistic of a two-sample Kolmogorov-Smirnov test on log R: it sees only the order of values, which the
+    logarithm keeps.
     """
-    from scipy.stats import ks_2samp  # type: ignore[import-untyped]
-
     ours, theirs = log.sets["forget"], reference.sets["forget"]
     if log.forget_set and reference.forget_set and log.forget_set != reference.forget_set:
         raise EvaluationError(
@@ -267,8 +357,8 @@ def forget_quality(log: TofuLog, reference: TofuLog) -> ForgetQuality:
             "forget quality compares the two on the same set"
         )
     refuse_other_items(theirs, ours.items, ours.questions, log.forget_set or reference.forget_set)
-    if ours.perturbed_losses.shape != theirs.perturbed_losses.shape:
-        counts = [s.perturbed_losses.shape[1] for s in (theirs, ours)]
+    counts = [s.perturbed_losses.shape[1] for s in (theirs, ours)]
+    if counts[0] != counts[1]:
         raise EvaluationError(
             f"the reference has {counts[0]} perturbed answers for each forget item and the model {counts[1]}: "
             "these are different data"
@@ -283,20 +373,20 @@ def forget_quality(log: TofuLog, reference: TofuLog) -> ForgetQuality:
             "compared with itself it has a forget quality of 1; take a reference that never saw the forget set"
         )
     test = ks_2samp(ours.log_truth_ratio, ratios)
-    return ForgetQuality(float(test.pvalue), float(test.statistic), len(ours.items))
+    return float(test.pvalue), float(test.statistic)
 
 
 def refuse_other_items(
     reference: TofuSet, items: Sequence[str], questions: Sequence[str] | None, forget_set: str | None = None
 ) -> None:
     """Refuse a reference whose forget items are others than the model's ``items``, or ask other ``questions``."""
-    cure = "score the model on as many, or take a reference of its set"
+    cure = "take a reference of its set"
     if forget_set in FORGET_SETS:
         cure = f"TOFU's own reference for {forget_set} was trained on {FORGET_SETS[forget_set].reference}"
     if len(items) != len(reference.items):
         raise EvaluationError(
             f"the reference has {len(reference.items)} forget items and the model {len(items)}: forget quality "
-            f"compares the two on the same ones; {cure}"
+            f"compares the two on the same ones; set benchmark.items to the number that both have, or {cure}"
         )
     if other := set(items) - set(reference.items):
         raise EvaluationError(
@@ -309,68 +399,13 @@ def refuse_other_items(
     ours = dict(zip(items, map(_asked, questions), strict=True))
     wrong = [item for item in items if ours[item] not in theirs[item] and theirs[item] not in ours[item]]
     if wrong:
-        first = wrong[0]
         raise EvaluationError(
-            f"{len(wrong)} of the {len(items)} forget items ask something else in the reference: item {first!r} is "
-            f"{theirs[first]!r} there and {ours[first]!r} here, so it was scored on another forget set; {cure}"
+            f"{len(wrong)} of the {len(items)} forget items ask something else in the reference: item {wrong[0]!r} is "
+            f"{theirs[wrong[0]]!r} there and {ours[wrong[0]]!r} here, so it was scored on another forget set; {cure}"
         )
 
 
-def tofu_row(log: TofuLog, reference: TofuLog | None = None) -> dict[str, float | None]:
-    """TOFU's row, by the authors' column names in their order, then the test that forget quality comes from.
-
-    Model utility is the harmonic mean of the nine numbers of the sets to keep, 0 as soon as one of them is. Without a
-    reference there is no forget quality, and it and the test are None.
-    """
-    parts = _parts(log)
-    kept = [value for name, value in parts.items() if not name.endswith("Forget")]
-    quality = None if reference is None else forget_quality(log, reference)
-    return {
-        **parts,
-        "Model Utility": len(kept) / sum(1 / v for v in kept) if min(kept) > 0 else 0.0,
-        "Forget Quality": quality.p_value if quality else None,
-        "KS Test PVal Forget": quality.p_value if quality else None,
-        "KS Test Forget": quality.statistic if quality else None,
-    }
-
-
-def _parts(log: TofuLog) -> dict[str, float]:
-    """The twelve columns before the aggregates: a mean of fewer would be another figure."""
-    values: list[float] = []
-    for name in SETS:
-        s = log.sets[name]
-        values.append(float(s.rouge.mean()))
-        values.append(s.prob_choice if name in _WITH_CHOICES else s.prob)
-        values.append(s.truth_ratio_forget if name == "forget" else s.truth_ratio_kept)
-    parts = dict(zip(_PARTS, values, strict=True))
-    if broken := [name for name, value in parts.items() if not np.isfinite(value)]:
-        raise EvaluationError(f"TOFU's figures cannot be computed: {', '.join(broken)}: no number, or no items")
-    return parts
-
-
-def _tofu_set(fields: Mapping[str, Any], where: str) -> TofuSet:
-    """One file of a log, field -> item -> value."""
-    items: tuple[str, ...] = ()
-    for name in _FIELDS:
-        column = fields.get(name)
-        if not isinstance(column, Mapping) or not column:
-            raise DataError(f"{where}: no {name!r} with an entry per item")
-        items = items or tuple(column)
-        if other := set(items) ^ set(column):
-            raise DataError(
-                f"{where}: {name!r} has {len(column)} items and {_FIELDS[0]!r} {len(items)}; "
-                f"item {min(other)!r} is in only one of them"
-            )
-    loss, paraphrased, rouge = (
-        np.array([_number(fields[name][i], f"{where}, {name}, item {i!r}") for i in items])
-        for name in _FIELDS
-        if name != _LISTS
-    )
-    table = _table({i: fields[_LISTS][i] for i in items}, f"{where}, {_LISTS}")
-    return TofuSet(items, loss, paraphrased, table, rouge, _questions_in(fields, items))
-
-
-def _questions_in(fields: Mapping[str, Any], items: Sequence[str]) -> tuple[str, ...] | None:
+def _questions(fields: Mapping[str, Any], items: Sequence[str]) -> tuple[str, ...] | None:
     """What a log says was asked: our field ``question``, or the first text of the authors' ``generated_text``."""
     for name in ("question", "generated_text"):
         column = fields.get(name)
@@ -387,118 +422,90 @@ def _asked(prompt: str) -> str:
     return " ".join(bare.split())
 
 
-def _table(column: Mapping[str, Any], where: str) -> Floats:
-    """(N, P) of a list of P numbers per item."""
-    rows = []
-    for item, values in column.items():
-        if not isinstance(values, list) or not values:
-            raise DataError(f"{where}, item {item!r}: no list of the perturbed answers' losses")
-        rows.append([_number(v, f"{where}, item {item!r}, entry {n}") for n, v in enumerate(values, start=1)])
-        if len(rows[-1]) != len(rows[0]):
-            raise DataError(f"{where}, item {item!r}: {len(values)} perturbed answers where others have {len(rows[0])}")
-    return np.array(rows)
-
-
 # -- MUSE (Shi et al. 2407.06460)
 
-Corpus = Literal["news", "books"]
-
-MUSE_COLUMNS = ("name", "verbmem_f", "privleak", "knowmem_f", "knowmem_r")
-_MUSE = ("verbmem", "knowmem_forget", "knowmem_retain", "privleak_forget", "privleak_holdout")
 # AUC of the authors' retrained models, Llama-2 7B on News and ICLM 7B on Books; for other models it is a stand-in.
-PUBLISHED_AUC: dict[Corpus, float] = {"news": 0.4772, "books": 0.5393}
+PUBLISHED_AUC = {"news": 0.4772, "books": 0.5393}
 # Why there is no PrivLeak beside such a reference.
-ZERO_AUC = (
+_ZERO_AUC = (
     "the reference's AUC is 0, by which it would be divided: every forget text looks better known to the reference "
     "than every hold-out text, as if it had been trained on them; take a model that was not"
 )
 
 
 @dataclass(frozen=True, eq=False)
-class MuseLog:
-    """What one model scored on a corpus of MUSE: per item, ROUGE-L F1 in [0, 1] and Min-40 % in nats.
-
-    ``forget_items`` and ``holdout_items`` name the items of ``min_forget`` and ``min_holdout``.
+class MuseLog(Log):
+    """What one model scored on a corpus of MUSE, by item: ROUGE-L F1 in [0, 1], and Min-40 % in nats of the texts that
+    are to be forgotten (``forget``) and that were held out.
     """
 
-    corpus: Corpus
-    verbmem: Floats
-    knowmem_forget: Floats
-    knowmem_retain: Floats
-    min_forget: Floats
-    min_holdout: Floats
-    forget_items: tuple[str, ...]
-    holdout_items: tuple[str, ...]
+    figure: ClassVar[str] = "PrivLeak"
+    corpus: str
+    verbmem: Mapping[str, float]
+    knowmem_forget: Mapping[str, float]
+    knowmem_retain: Mapping[str, float]
+    forget: Mapping[str, float]
+    holdout: Mapping[str, float]
 
     @classmethod
-    def from_samples(cls, samples: Samples, corpus: Corpus) -> MuseLog:
-        """The samples of the tasks ``muse_<corpus>_*``."""
+    def tasks(cls, subset: str) -> tuple[str, ...]:
+        parts = ("verbmem", "knowmem_forget", "knowmem_retain", "privleak_forget", "privleak_holdout")
+        return tuple(f"muse_{subset}_{part}" for part in parts)
 
-        def column(part: str, name: str) -> Floats:
-            task = f"muse_{corpus}_{part}"
-            return numbers(by_item(samples, task), task, name)
-
-        return cls(
-            corpus,
-            column("verbmem", "rougeL_f1"),
-            column("knowmem_forget", "rougeL_f1"),
-            column("knowmem_retain", "rougeL_f1"),
-            column("privleak_forget", "min_40"),
-            column("privleak_holdout", "min_40"),
-            tuple(by_item(samples, f"muse_{corpus}_privleak_forget")),
-            tuple(by_item(samples, f"muse_{corpus}_privleak_holdout")),
-        )
+    @classmethod
+    def from_samples(cls, samples: Samples, subset: str) -> MuseLog:
+        names = ("rougeL_f1", "rougeL_f1", "rougeL_f1", "min_40", "min_40")
+        return cls(subset, *(numbers(samples, task, name) for task, name in zip(cls.tasks(subset), names, strict=True)))
 
     @property
     def auc(self) -> float:
         """In the authors' direction: how often a hold-out text looks better known than a forget text."""
-        return auc(self.min_holdout, self.min_forget)
+        return auc(list(self.holdout.values()), list(self.forget.values()))
+
+    def row(self, reference: Any = None, name: str = "") -> Row:
+        rouge = (self.verbmem, self.knowmem_forget, self.knowmem_retain)
+        verbatim, forgotten, kept = (float(np.mean(list(part.values()))) * 100 for part in rouge)
+        leak = None if reference is None else privleak(self, reference)
+        return {"name": name, "verbmem_f": verbatim, "privleak": leak, "knowmem_f": forgotten, "knowmem_r": kept}
+
+    def summary(self, row: Row) -> dict[str, float]:
+        names = {"forget_knowmem": "knowmem_f", "forget_verbmem": "verbmem_f", "retain_knowmem": "knowmem_r"}
+        found = {f"{ours}_ROUGE": float(row[theirs] or 0) / 100 for ours, theirs in names.items()}
+        found |= {} if row["privleak"] is None else {"privleak": float(row["privleak"])}
+        return dict(sorted(found.items()))
 
 
 def privleak(log: MuseLog, reference: MuseLog | Literal["published"]) -> float | None:
     """(AUC - AUC_ref) / AUC_ref * 100; 0 is the reference's, negative remembers, positive over-forgot.
 
-    None where AUC_ref is 0 and there is nothing to divide by, see :data:`ZERO_AUC`. The reference is a retrained
-    model's log, or ``"published"`` for the authors' value of that corpus.
+    None where AUC_ref is 0 and there is nothing to divide by. The reference is a retrained model's log, or
+    ``"published"`` for the authors' value of that corpus.
     """
     if reference == "published":
         base = PUBLISHED_AUC[log.corpus]
+    elif not isinstance(reference, MuseLog):
+        raise EvaluationError("a log of TOFU is no reference for MUSE; give a run's folder")
     else:
-        _same(log, reference)
+        _refuse_other_texts(log, reference)
         base = reference.auc
     return (log.auc - base) / base * 100 if base else None
 
 
-def muse_row(
-    log: MuseLog, name: str, reference: MuseLog | Literal["published"] | None = None
-) -> dict[str, str | float | None]:
-    """MUSE's row by the authors' column names in their order. Without a reference ``privleak`` is None."""
-    return {
-        "name": name,
-        "verbmem_f": float(log.verbmem.mean()) * 100,
-        "privleak": None if reference is None else privleak(log, reference),
-        "knowmem_f": float(log.knowmem_forget.mean()) * 100,
-        "knowmem_r": float(log.knowmem_retain.mean()) * 100,
-    }
-
-
-def _same(log: MuseLog, reference: MuseLog) -> None:
+def _refuse_other_texts(log: MuseLog, reference: MuseLog) -> None:
     """Refuse a reference that was scored on something else, or that is the model itself."""
     if log.corpus != reference.corpus:
         raise EvaluationError(f"the reference was scored on MUSE {reference.corpus} and the model on {log.corpus}")
     equal = []
     for part in ("forget", "holdout"):
-        ours, theirs = getattr(log, f"{part}_items"), getattr(reference, f"{part}_items")
+        ours, theirs = getattr(log, part), getattr(reference, part)
         if len(ours) != len(theirs):
             raise EvaluationError(
                 f"the reference has {len(theirs)} {part} texts and the model {len(ours)}: PrivLeak compares the two on "
                 "the same ones"
             )
-        if other := set(ours) - set(theirs):
+        if other := ours.keys() - theirs.keys():
             raise EvaluationError(f"{len(other)} {part} texts, such as {min(other)!r}, are not the reference's")
-        order = [theirs.index(item) for item in ours]
-        lowest = getattr(reference, f"min_{part}")[order]
-        equal.append(np.allclose(getattr(log, f"min_{part}"), lowest, rtol=0, atol=_SAME))
+        equal.append(np.allclose(list(ours.values()), [theirs[item] for item in ours], rtol=0, atol=_SAME))
     if all(equal):
         raise EvaluationError(
             "the log-probabilities of all forget and hold-out texts are the reference's own: this is one model, and "
@@ -506,39 +513,56 @@ def _same(log: MuseLog, reference: MuseLog) -> None:
         )
 
 
-# -- what a recipe's benchmark is
+# -- any benchmark
 
-Log = TofuLog | MuseLog
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A published benchmark. ``figure`` is the one that compares with a model that never saw the forget set."""
-
-    figure: str
-    tasks: Callable[[str], tuple[str, ...]]
-    read: Callable[[Samples, str], Log]
-    row: Callable[[Any, Any, str], Row]
+SUITES: dict[str, type[Log]] = {"tofu": TofuLog, "muse": MuseLog}
+Reference = Log | Literal["published"] | None
 
 
-SUITES: dict[str, Suite] = {
-    "tofu": Suite(
-        "Forget quality",
-        lambda forget_set: tuple(
-            f"tofu_{name}_{part}"
-            for name in (forget_set, "retain", "real_authors", "world_facts")
-            for part in ("prob", "rouge")
-        ),
-        TofuLog.from_samples,
-        lambda log, reference, name: {**tofu_row(log, reference)},
-    ),
-    "muse": Suite(
-        "PrivLeak",
-        lambda corpus: tuple(f"muse_{corpus}_{part}" for part in _MUSE),
-        lambda samples, corpus: MuseLog.from_samples(samples, "news" if corpus == "news" else "books"),
-        lambda log, reference, name: {**muse_row(log, name, reference)},
-    ),
-}
+def read_scored(folder: Path, spec: BenchmarkSpec) -> Log:
+    """What one model scored, from the samples in a folder."""
+    samples, suite = read_samples(folder), SUITES[spec.name]
+    if missing := [task for task in suite.tasks(spec.set) if task not in samples]:
+        raise EvaluationError(
+            f"{folder}: {spec.name} {spec.set} needs tasks that were not run: {', '.join(missing)}; run the recipe "
+            "again"
+        )
+    try:
+        return suite.from_samples(samples, spec.set)
+    except (DataError, EvaluationError) as error:
+        raise type(error)(f"{folder}: {error}") from error
+
+
+def rows(logs: Mapping[Who, Log], reference: Reference, method: str) -> dict[Who, Row]:
+    """Each model's row by the benchmark's own column names: target, edited, reference.
+
+    Args:
+        logs: What the models scored.
+        reference: What they are compared with; it has a row of its own, in place of ``logs["reference"]``, but nothing
+            to be compared with.
+        method: MUSE's name of the edited model.
+    """
+    compared = {**logs, "reference": reference} if isinstance(reference, Log) else dict(logs)
+    found: dict[Who, Row] = {}
+    for who in (who for who in WHO if who in compared):
+        name = {"edited": method, "reference": "retrain"}.get(who, who)
+        try:
+            found[who] = compared[who].row(None if compared[who] is reference else reference, name)
+        except EvaluationError as error:
+            named = f" (found with the {'edited model' if who == 'edited' else who})" if "target" in compared else ""
+            raise EvaluationError(f"{error}{named}") from error
+    return found
+
+
+def absent(name: str, reference: Reference) -> str:
+    """Why a benchmark's rows lack the figure that compares with a reference; empty where they have it."""
+    figure = SUITES[name].figure
+    if reference is None:
+        return (
+            f"{figure} compares with a model that never saw the forget set. Give one as reference: train, a run "
+            "folder, a model or, for TOFU, a log."
+        )
+    return f"{figure} is absent because {_ZERO_AUC}." if isinstance(reference, MuseLog) and reference.auc == 0 else ""
 
 
 def build(spec: BenchmarkSpec, base: Path, tokenizer: str, seed: int) -> TaskSet:
@@ -556,19 +580,43 @@ def build(spec: BenchmarkSpec, base: Path, tokenizer: str, seed: int) -> TaskSet
     known = {key: value for key, value in metadata.items() if value is not None}
     with quiet_harness():
         try:
-            loaded = task_manager(paths=[tasks_folder()], metadata=known).load(f"{spec.name}_{spec.set}")
+            loaded = task_manager(paths=[tasks_folder()], metadata=known).load(f"{spec.name}_{spec.set}")["tasks"]
         except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
-            raise EvaluationError(
-                f"benchmark: the data of {spec.name} {spec.set} cannot be had: {error}"
-                + ("" if spec.path else ". They come from the hub; benchmark.path names a local folder with them")
-            ) from error
-        for task in loaded["tasks"].values():
+            raise no_data(spec, error) from error
+        for task in loaded.values():
             task.set_fewshot_seed(seed)
-    info = {name: TaskInfo(_role(name), name, "test") for name in loaded["tasks"]}
-    return TaskSet(loaded["tasks"], {}, info, {})
+    return TaskSet(loaded, {}, {name: TaskInfo(_role(name), name, "test") for name in loaded}, {})
 
 
 def _role(task: str) -> Role:
     if "_retain" in task:
         return "retain"
     return "utility" if "real_authors" in task or "world_facts" in task else "forget"
+
+
+def run_benchmark(subjects: Subjects, questions: Questions, store: Store) -> Benchmark:
+    """The rows of the recipe's benchmark, computed from lm-eval's sample files."""
+    recipe = questions.recipe
+    spec = recipe.benchmark
+    assert spec is not None  # the caller looked
+    built = build(spec, store.base, subjects.target.tokenizer.name_or_path, recipe.seed)
+    how = recipe.eval.model_dump(mode="json", include={"engine", "batch_tokens", "batch_size", "bootstrap"})
+    inputs: list[Any] = [built.digest(), questions.scoring, subjects.target.words]
+    inputs += [spec.model_dump(mode="json", exclude={"path"}), how]
+    places = subjects.each(
+        "benchmark", inputs, store, lambda loaded, who, tmp: score_model(loaded, built, who, recipe, tmp)
+    )
+    logs = {who: read_scored(place, spec) for who, place in places.items()}
+    reference: Reference = logs.get("reference")
+    if recipe.reference == "published":
+        reference = "published"
+    elif (log := log_file(recipe, store.base)) is not None:
+        reference = TofuLog.read(log)
+    try:
+        found, missing = rows(logs, reference, recipe.name), absent(spec.name, reference)
+    except EvaluationError as error:  # what needs no reference is not lost with it
+        found, missing = rows(logs, None, recipe.name), f"{SUITES[spec.name].figure} is absent because {error}."
+    chosen_on = {item.target for s in questions.sets if s.role in ("forget", "retain") for item in s.validation}
+    answers = {str(_doc(r).get("answer")) for records in read_samples(places["target"]).values() for r in records}
+    shown = {str(who): found[who] for who in subjects.who()}
+    return Benchmark(spec.name, spec.set, spec.items, shown, missing, len(answers & chosen_on))

@@ -1,7 +1,7 @@
-"""What runs scored on a published benchmark, computed again from their per-item files alone, and the files to submit.
+"""Rows of published benchmarks from the per-item files of runs alone, and the files to submit: ``unlearn leaderboard``.
 
-A run keeps lm-eval's files in ``benchmark/<who>/<model>``, who being the target, the edited model or the retain
-reference. No aggregate is taken from a report: every number comes from ``samples_*.jsonl``.
+A run keeps lm-eval's files in ``benchmark/<who>/<model>``. No aggregate is taken from a report. Nothing here imports
+numpy before a file is read, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -10,72 +10,77 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from pydantic import ValidationError
+import typer
+from pydantic import BaseModel, Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from unlearn.errors import DataError, EvaluationError, RunFolderError
-from unlearn.evidence.benchmarks import (
-    MUSE_COLUMNS,
-    SUITES,
-    TOFU_COLUMNS,
-    ZERO_AUC,
-    Log,
-    MuseLog,
-    Row,
-    TofuLog,
-    read_samples,
-)
-from unlearn.recipe import yaml as yaml_core
+from unlearn import console
+from unlearn.errors import EvaluationError, RunFolderError, UnlearnError
+from unlearn.evidence.reference import WHO
+from unlearn.recipe import yaml
 from unlearn.recipe.evaluation import BenchmarkSpec
 from unlearn.results import Who
 from unlearn.store.files import explained, write_json_atomic, write_text_atomic
 
-WHO: tuple[Who, ...] = ("target", "edited", "reference")
-PUBLISHED = "published"  # as a reference: MUSE's authors' value
-Reference = Log | Literal["published"] | None
+if TYPE_CHECKING:
+    from unlearn.evidence.benchmarks import Log, Reference, Row
+
+_PUBLISHED = "published"  # as a reference: MUSE's authors' value
+_WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it
+_TESTS = ("Forget Quality", "KS Test PVal Forget")  # p-values, which may be anything down to 1e-300
+
+
+# -- what a run's models scored
+
+
+class _Eval(BaseModel):
+    bootstrap: int = Field(1000, ge=1)
+
+
+class _Recipe(BaseModel):
+    """As much of a run's recipe as its benchmark needs."""
+
+    name: str | None = None
+    seed: int = Field(0, ge=0, lt=2**31)
+    benchmark: BenchmarkSpec | None = None
+    eval: _Eval = _Eval()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BenchRun:
-    """What a run's models scored.
-
-    ``logs`` has the target, the edited model unless no coefficient passed the rule, and the reference if there is one.
-    ``resamples`` and ``seed`` are the recipe's, for bootstraps.
-    """
+    """What a run's models scored: the target, and the edited model and the reference where there is one."""
 
     folder: Path
     name: str
     spec: BenchmarkSpec
     logs: Mapping[Who, Log]
-    resamples: int = 1000
-    seed: int = 0
-
-    def title(self) -> str:
-        """``tofu forget10``."""
-        return f"{self.spec.name} {self.spec.set}"
+    resamples: int
+    seed: int
 
 
 def read_run(folder: Path) -> BenchRun:
     """Read the run's benchmark; a run that is not finished, or has none, is an error."""
+    from unlearn.evidence.benchmarks import read_scored
+
     recipe, spec = _benchmark(folder)
-    there = [who for who in WHO if (folder / "benchmark" / who).is_dir()]
+    scored = [who for who in WHO if (folder / "benchmark" / who).is_dir()]
     needed = ("target",) if _nothing_chosen(folder) else ("target", "edited")
-    if missing := [who for who in needed if who not in there]:
+    if missing := [who for who in needed if who not in scored]:
         which = " and ".join("the edited model" if who == "edited" else f"the {who}" for who in missing)
         raise EvaluationError(
             f"{folder}: {which} was not scored on {spec.name} {spec.set} (no benchmark/{missing[0]}): run the recipe "
             "to its end"
         )
-    logs = {who: read_scored(folder / "benchmark" / who, spec) for who in there}
-    name = str(recipe.get("name") or folder.resolve().name)
-    settings = recipe.get("eval")
-    resamples = settings.get("bootstrap") if isinstance(settings, Mapping) else None
-    return BenchRun(folder, name, spec, logs, _whole(resamples, 1000), _whole(recipe.get("seed"), 0))
+    logs = {who: read_scored(folder / "benchmark" / who, spec) for who in scored}
+    return BenchRun(folder, recipe.name or folder.resolve().name, spec, logs, recipe.eval.bootstrap, recipe.seed)
 
 
 def read_reference(place: Path, name: str, forget_set: str | None = None) -> Log:
@@ -85,16 +90,17 @@ def read_reference(place: Path, name: str, forget_set: str | None = None) -> Log
         name: The benchmark it is for, tofu or muse.
         forget_set: The set it is for (MUSE: the corpus), or None where that is not known.
     """
+    from unlearn.evidence.benchmarks import TofuLog, read_scored
+
     if not place.is_dir():
         if name != "tofu":
             raise EvaluationError(f"--reference {place}: MUSE has no log files: give the folder of a run, or published")
-        return read_log(place)
+        return TofuLog.read(place)
     _, spec = _benchmark(place)
     if spec.name != name or (forget_set is not None and spec.set != forget_set):
-        wanted = f"{name} {forget_set}" if forget_set else name
         raise EvaluationError(
-            f"--reference {place}: it was scored on {spec.name} {spec.set} and the model on {wanted}: a reference is "
-            "scored on the same set"
+            f"--reference {place}: it was scored on {spec.name} {spec.set} and the model on {name} {forget_set or ''}: "
+            "a reference is scored on the same set"
         )
     scored = place / "benchmark" / "reference"
     if not scored.is_dir():
@@ -105,77 +111,25 @@ def read_reference(place: Path, name: str, forget_set: str | None = None) -> Log
     return read_scored(scored, spec)
 
 
-def read_log(path: Path) -> TofuLog:
-    """A log in the layout of TOFU's authors."""
+def _benchmark(folder: Path) -> tuple[_Recipe, BenchmarkSpec]:
+    """The recipe of a run and its benchmark."""
+    path = folder / "resolved.yaml"
+    with explained(path):
+        if not path.is_file():
+            raise RunFolderError(
+                f"{folder} is not the folder of a run (it has no resolved.yaml): give one of runs/, or what --out was"
+            )
+        content = path.read_bytes()
     try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file: give a log of TOFU (.json)") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
-        why = str(error) or type(error).__name__
-        raise DataError(f"{path}: not JSON ({why}): give a log of TOFU as its authors' evaluation writes it") from error
-    return TofuLog.from_json(data, str(path))
-
-
-def rows(logs: Mapping[Who, Log], reference: Reference, method: str) -> dict[Who, Row]:
-    """Each model's row by the benchmark's own column names, in the order of :data:`WHO`.
-
-    Args:
-        logs: What the models scored.
-        reference: What they are compared with; it has a row of its own, in place of ``logs["reference"]``. None
-            leaves forget quality (TOFU) or PrivLeak (MUSE) None. They are None in the reference's own row too, since
-            there is nothing to compare it with, and wherever :func:`absent` says why.
-        method: MUSE's name of the edited model.
-    """
-    compared = {**logs, "reference": reference} if isinstance(reference, TofuLog | MuseLog) else dict(logs)
-    found: dict[Who, Row] = {}
-    for who in (who for who in WHO if who in compared):
-        log = compared[who]
-        beside = None if log is reference else reference
-        if isinstance(log, TofuLog) and not isinstance(beside, TofuLog | None):
-            raise EvaluationError("TOFU has no published value; give a run's folder or a log (.json)")
-        if isinstance(log, MuseLog) and isinstance(beside, TofuLog):
-            raise EvaluationError("a log of TOFU is no reference for MUSE; give a run's folder")
-        suite = SUITES["tofu" if isinstance(log, TofuLog) else "muse"]
-        try:
-            found[who] = suite.row(log, beside, {"edited": method, "reference": "retrain"}.get(who, who))
-        except EvaluationError as error:
-            named = f" (found with the {'edited model' if who == 'edited' else who})" if "target" in compared else ""
-            raise EvaluationError(f"{error}{named}") from error
-    return found
-
-
-def absent(name: str, reference: Reference) -> str:
-    """Why a benchmark's rows lack the figure that compares with a reference; empty where they have it."""
-    figure = SUITES[name].figure
-    if reference is None:
-        return (
-            f"{figure} compares with a model that never saw the forget set. Give one as reference: train, a run "
-            "folder, a model or, for TOFU, a log."
-        )
-    if isinstance(reference, MuseLog) and reference.auc == 0:
-        return f"{figure} is absent because {ZERO_AUC}."
-    return ""
-
-
-def read_scored(folder: Path, spec: BenchmarkSpec) -> Log:
-    """What one model scored, from the samples in a folder."""
-    samples, suite = read_samples(folder), SUITES[spec.name]
-    if missing := [task for task in suite.tasks(spec.set) if task not in samples]:
+        recipe = _Recipe.model_validate(yaml.parse(content.decode("utf-8")).data)
+    except (yaml.YamlSyntaxError, UnicodeDecodeError, ValidationError) as error:
+        raise RunFolderError(f"{path}: cannot be read as a recipe, so it is unclear what was scored") from error
+    if recipe.benchmark is None:
         raise EvaluationError(
-            f"{folder}: {spec.name} {spec.set} needs tasks that were not run: {', '.join(missing)}; run the recipe "
-            "again"
+            f"{folder}: this run has no benchmark: add `benchmark: {{name: tofu, set: forget10}}` (or muse: news, "
+            "books) to its recipe and run it again"
         )
-    try:
-        return suite.read(samples, spec.set)
-    except (DataError, EvaluationError) as error:
-        raise type(error)(f"{folder}: {error}") from error
-
-
-def _whole(value: Any, usual: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else usual
+    return recipe, recipe.benchmark
 
 
 def _nothing_chosen(folder: Path) -> bool:
@@ -187,74 +141,7 @@ def _nothing_chosen(folder: Path) -> bool:
         return False
 
 
-def _benchmark(folder: Path) -> tuple[Mapping[str, Any], BenchmarkSpec]:
-    """The recipe of a run and its benchmark."""
-    path = folder / "resolved.yaml"
-    with explained(path):
-        if not path.is_file():
-            raise RunFolderError(
-                f"{folder} is not the folder of a run (it has no resolved.yaml): give one of runs/, or what --out was"
-            )
-        content = path.read_bytes()
-    try:
-        recipe: Any = yaml_core.parse(content.decode("utf-8")).data
-        given = recipe.get("benchmark")
-        spec = None if given is None else BenchmarkSpec.model_validate(given)
-    except (yaml_core.YamlSyntaxError, UnicodeDecodeError, AttributeError, ValidationError) as error:
-        raise RunFolderError(f"{path}: cannot be read as a recipe, so it is unclear what was scored") from error
-    if spec is None:
-        raise EvaluationError(
-            f"{folder}: this run has no benchmark: add `benchmark: {{name: tofu, set: forget10}}` (or muse: news, "
-            "books) to its recipe and run it again"
-        )
-    return recipe, spec
-
-
 # -- the files that leaderboards and other frameworks take, each whole or absent
-
-# Our set's name -> how OpenUnlearning's metrics of it begin.
-_SHORT = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
-
-
-def tofu_csv(row: Row, method: str, submitted_by: str) -> str:
-    """TOFU's submission: a header and one line, in the authors' columns and order. What is None is left empty."""
-    return _csv(TOFU_COLUMNS, [{**row, "Method": _line(method), "Submitted By": _line(submitted_by)}])
-
-
-def muse_csv(rows: Mapping[Who, Row]) -> str:
-    """MUSE's evaluation: a line per model, in the authors' columns and order. What is None is left empty."""
-    return _csv(MUSE_COLUMNS, [{**row, "name": _line(str(row["name"]))} for row in rows.values()])
-
-
-def tofu_summary(log: TofuLog, row: Row) -> dict[str, float]:
-    """OpenUnlearning's metrics of TOFU under its names, sorted as it writes them.
-
-    It leaves out what it could not compute, and so does this: without a reference there is no ``forget_quality``.
-    """
-    named = {"model_utility": row["Model Utility"], "forget_quality": row["Forget Quality"]}
-    found = {name: float(value) for name, value in named.items() if value is not None}
-    for name, short in _SHORT.items():
-        scored = log.sets[name]
-        found[f"{short}_Q_A_Prob"] = scored.prob
-        found[f"{short}_Q_A_ROUGE"] = float(scored.rouge.mean())
-        found[f"{short}_Q_A_PERT_Prob"] = float(np.exp(-scored.perturbed_losses).mean())
-        if short in ("forget", "retain"):  # the others have no paraphrase
-            found[f"{short}_Q_A_PARA_Prob"] = float(np.exp(-scored.paraphrased_loss).mean())
-        else:
-            found[f"{short}_Q_A_Prob_normalised"] = scored.prob_choice
-        if short == "forget":
-            found["forget_truth_ratio"] = scored.truth_ratio_forget
-        else:
-            found[f"{short}_Truth_Ratio"] = scored.truth_ratio_kept
-    return dict(sorted(found.items()))
-
-
-def muse_summary(row: Row) -> dict[str, float]:
-    """OpenUnlearning's metrics of MUSE under its names: ROUGE in [0, 1], ``privleak`` in percent if there is one."""
-    names = {"forget_knowmem": "knowmem_f", "forget_verbmem": "verbmem_f", "retain_knowmem": "knowmem_r"}
-    found = {f"{ours}_ROUGE": float(row[theirs] or 0) / 100 for ours, theirs in names.items()}
-    found |= {} if row["privleak"] is None else {"privleak": float(row["privleak"])}
-    return dict(sorted(found.items()))
 
 
 def write_boards(
@@ -262,48 +149,203 @@ def write_boards(
 ) -> list[Path]:
     """Write all files of one run, replacing those of an earlier time; returns them in the order written.
 
-    ``tofu.csv`` (of the edited model) or ``muse.csv`` (of all), and for each model in ``rows`` a folder with the
-    summary and, for TOFU, the log in the authors' layout.
+    ``tofu.csv`` (of the edited model: TOFU's submission) or ``muse.csv`` (of all), and for each model in ``rows`` a
+    folder with OpenUnlearning's summary and, for TOFU, the log in the authors' layout. Figures without a reference are
+    left empty.
     """
-    texts: dict[str, str] = {}
+    from unlearn.evidence.benchmarks import TofuLog
+
+    for who, row in rows.items():
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise EvaluationError(
+                    f"{name} of the {who} is {value}: the model is broken, and no leaderboard takes that"
+                )
     objects: dict[str, Mapping[str, object]] = {}
     for who, row in rows.items():
         log = logs[who]
-        _finite(row, who)
         if isinstance(log, TofuLog):
-            if who == "edited":
-                texts["tofu.csv"] = tofu_csv(row, method, submitted_by)
             objects[f"{who}/eval_log_aggregated.json"] = log.to_json()
-            objects[f"{who}/TOFU_SUMMARY.json"] = tofu_summary(log, row)
-        else:
-            texts["muse.csv"] = muse_csv(rows)
-            objects[f"{who}/MUSE_SUMMARY.json"] = muse_summary(row)
+        objects[f"{who}/{'TOFU' if isinstance(log, TofuLog) else 'MUSE'}_SUMMARY.json"] = log.summary(row)
+    if any(isinstance(log, TofuLog) for log in logs.values()):
+        edited = {name: value for name, value in rows["edited"].items() if not name.startswith("KS Test")}
+        table, lines = "tofu.csv", [{**edited, "Method": method, "Submitted By": submitted_by}]
+    else:
+        table, lines = "muse.csv", list(rows.values())
     with explained(folder):
-        for name in (*texts, *objects):
+        for name in (table, *objects):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        write_text_atomic(folder / name, text)
+    write_text_atomic(folder / table, csv_text(lines))
     for name, content in objects.items():
         write_json_atomic(folder / name, content)
-    return [folder / name for name in (*texts, *objects)]
+    return [folder / name for name in (table, *objects)]
 
 
-def _csv(columns: tuple[str, ...], lines: list[Mapping[str, float | str | None]]) -> str:
+def csv_text(lines: Sequence[Row]) -> str:
+    """A header and a line for each row, None left empty. Every text is one line, and no formula to a spreadsheet."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([line[name] for name in columns] for line in lines)
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in lines:
+        texts = {name: " ".join(value.split()) for name, value in row.items() if isinstance(value, str)}
+        safe = {name: f"'{text}" if text.startswith(("=", "+", "-", "@")) else text for name, text in texts.items()}
+        writer.writerow({**row, **safe})
     return out.getvalue()
 
 
-def _finite(row: Row, who: str) -> None:
-    """Refuse what JSON and the leaderboards have no way to say."""
-    for name, value in row.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise EvaluationError(f"{name} of the {who} is {value}: the model is broken, and no leaderboard takes that")
+# -- the command
 
 
-def _line(text: str) -> str:
-    """A name on one line. Spreadsheets compute a cell that begins like a formula, so a quote is put before it."""
-    line = " ".join(text.split())
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+def leaderboard(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="the folder of a run whose recipe has a benchmark")
+    ] = None,
+    tofu_log: Annotated[
+        Path | None, typer.Option(metavar="LOG.json", help="a log of TOFU: prints its row as JSON")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|LOG.json",
+            help="the retain reference: a run that has one, a log of TOFU, or published (MUSE's authors' value); "
+            "the run's own when not given",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the files of leaderboards there")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the method's name in them (default: the run's name)")
+    ] = None,
+    submitted_by: Annotated[str, typer.Option(metavar="NAME", help="who submits (TOFU's column)")] = "",
+) -> None:
+    """Print rows of TOFU and MUSE, from the per-item files of runs or from a log of TOFU's authors."""
+    if bool(runs) == (tofu_log is not None):
+        raise UnlearnError("give either the folders of runs, or one log with --tofu-log LOG.json")
+    if tofu_log is not None:
+        method = method or tofu_log.stem
+        logs, rows = _log_row(tofu_log, reference, method, submitted_by)
+        if out is not None:
+            _write(out, logs, rows, method, submitted_by)
+        return
+    # all are read before anything is printed or written: a mistake in the last one is said at once
+    found = [(run, *_compared(run, reference, method or run.name)) for run in map(read_run, runs or [])]
+    screen = Console(highlight=False)
+    screen = screen if screen.is_terminal else Console(highlight=False, width=_WIDE)
+    places = _places(out, [run.folder for run, _, _ in found])
+    for (run, logs, rows), place in zip(found, places, strict=True):
+        screen.print(_safe(f"{run.name} ({run.folder})", screen))
+        lines = {
+            name: [_figure(name, row[name], run.spec.name) for row in rows.values()]
+            for name in next(iter(rows.values()))
+            if name != "name"
+        }
+        _print(f"{run.spec.name} {run.spec.set}", list(rows), lines, screen)
+        _print_membership(run, screen)
+        if place is not None:
+            _write(place, logs, rows, method or run.name, submitted_by)
+
+
+def _log_row(
+    place: Path, given: str | None, method: str, submitted_by: str
+) -> tuple[Mapping[Who, Log], Mapping[Who, Row]]:
+    """Print TOFU's row of a log, as JSON on stdout and nothing else there."""
+    from unlearn.evidence.benchmarks import TofuLog
+
+    log = TofuLog.read(place)
+    if given == _PUBLISHED:
+        raise UnlearnError("--reference published is MUSE's; for TOFU give the log (.json) of a retain model, or a run")
+    try:
+        row = log.row(None if given is None else read_reference(Path(given), "tofu"))
+    except EvaluationError as error:
+        raise EvaluationError(f"{place} beside {given}: {error}") from error
+    if given is None:
+        console.say(
+            "Forget Quality is null: it compares with a model that never saw the forget set; give its log with "
+            "--reference RETAIN.json (the authors' are in the data folder of locuslab/tofu), or the folder of a run",
+            style="yellow",
+        )
+    whole = {**row, "Method": method, "Submitted By": submitted_by}
+    sys.stdout.write(json.dumps(whole, indent=2, allow_nan=False) + "\n")
+    return {"edited": log}, {"edited": row}
+
+
+def _compared(run: BenchRun, given: str | None, method: str) -> tuple[Mapping[Who, Log], Mapping[Who, Row]]:
+    """The run's logs, the reference's among them, and their rows."""
+    from unlearn.evidence.benchmarks import SUITES, Log, absent, rows
+
+    reference: Reference = run.logs.get("reference")
+    if given is not None:
+        reference = "published" if given == _PUBLISHED else read_reference(Path(given), run.spec.name, run.spec.set)
+    elif reference is None:
+        figure = SUITES[run.spec.name].figure
+        more = "a log of a retain model (.json)" if run.spec.name == "tofu" else "published for the authors' value"
+        console.say(
+            f"{run.folder}: no retain reference, so {figure} is absent: give the folder of a run that has one "
+            f"(`reference:` in its recipe) with --reference, or {more}",
+            style="yellow",
+        )
+    try:
+        found = rows(run.logs, reference, method)
+    except EvaluationError as error:
+        raise EvaluationError(f"{run.folder}: {error}") from error
+    if reference is not None and (why := absent(run.spec.name, reference)):
+        console.say(f"{run.folder}: {why}", style="yellow")
+    return {**run.logs, **({"reference": reference} if isinstance(reference, Log) else {})}, found
+
+
+def _places(out: Path | None, folders: Sequence[Path]) -> list[Path | None]:
+    """Where each run's files go: ``out`` itself for one, a folder in it, called like the run's, for each of several."""
+    if out is None or len(folders) == 1:
+        return [out] * len(folders)
+    places: list[Path | None] = []
+    for folder in folders:
+        name, number = folder.resolve().name, 1
+        while (place := out / (name if number == 1 else f"{name}-{number}")) in places:
+            number += 1
+        places.append(place)
+    return places
+
+
+def _write(place: Path, logs: Mapping[Who, Log], rows: Mapping[Who, Row], method: str, submitted_by: str) -> None:
+    if "edited" not in logs:
+        raise EvaluationError(f"{place}: no coefficient passed the run's rule, so there is nothing to submit")
+    for path in write_boards(place, logs, rows, method, submitted_by):
+        console.say(f"wrote {path}")
+
+
+def _print_membership(run: BenchRun, screen: Console) -> None:
+    """Areas under the ROC curve of membership inference, where the run has it; from its per-item files as well."""
+    from unlearn.evidence.membership import SAMPLES, areas
+
+    paths = {who: run.folder / "membership" / who / SAMPLES for who in run.logs}
+    files = {who: path for who, path in paths.items() if path.is_file()}
+    if files:
+        found = areas(files, run.resamples, run.seed)
+        at = {(m.attack, m.who): f"{m.auc:.3f} ({m.low:.3f} to {m.high:.3f})" for m in found}
+        names = dict.fromkeys(m.attack for m in found)
+        _print("membership, AUC", list(files), {n: [at.get((n, who), "-") for who in files] for n in names}, screen)
+
+
+def _print(title: str, models: Sequence[str], lines: Mapping[str, Sequence[str]], screen: Console) -> None:
+    """Figures downwards, a column for each model: fits a terminal."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", pad_edge=False)
+    table.add_column(title, no_wrap=True)
+    for who in models:
+        table.add_column(who, justify="right", no_wrap=True)
+    for name, figures in lines.items():
+        table.add_row(name, *figures)
+    screen.print(table)
+    screen.print()
+
+
+def _figure(name: str, value: float | str | None, benchmark: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if name in _TESTS:
+        return f"{value:.4g}"
+    return f"{value:.4f}" if benchmark == "tofu" else f"{value:.2f}"
+
+
+def _safe(value: str, screen: Console) -> Text:
+    """A name is no markup, moves no cursor, and must fit the terminal's encoding."""
+    known = value.encode(screen.encoding, "replace").decode(screen.encoding)
+    return Text("".join(c if c.isprintable() else "?" for c in known))

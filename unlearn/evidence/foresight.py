@@ -1,7 +1,4 @@
-"""Before the edit: how each kept set's task correlates with the forgotten one, and what the edit will cost it at first.
-
-After the sweep :func:`compare` says how good that was.
-"""
+"""Before the edit: how each kept set's task correlates with the forgotten one, and what the edit will cost at first."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from unlearn.errors import EvaluationError
 from unlearn.model import load as models
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import Kind
-from unlearn.recipe.methods import METHODS, TrainSpec
+from unlearn.recipe.methods import METHODS
 from unlearn.recipe.metrics import KEPT
 from unlearn.recipe.schema import Recipe
 from unlearn.results import Foresight, Role, SetForesight, foresight_from_json, verdict
@@ -49,7 +46,7 @@ class Correlation:
     ``outputs`` is the mean cosine of the two fine-tuned models' outputs, as the paper defines it, near 1 for small
     fine-tunings whatever the tasks. ``changes`` is the mean cosine of what each fine-tuning changed in the outputs.
     ``stderr`` is that mean's, with the positions of one item taken as one draw; None where a data set has a single
-    item. ``positions`` counts the tokens predicted.
+    item.
 
     Two things ``stderr`` does not cover. Another fine-tuning on the same data gives another vector: between unrelated
     random vectors on a pico model ``changes`` varied by 1.5 to 2 times as much. And large changes spoil predictions in
@@ -60,7 +57,6 @@ class Correlation:
     outputs: float
     changes: float
     stderr: float | None
-    positions: int
 
 
 def outputs(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
@@ -81,19 +77,15 @@ def correlate(
     pad_id: int,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Correlation:
-    """The measured correlation of two fine-tunings; the model comes back as it was.
+    """The measured correlation of two fine-tunings, theta + first and theta + second; the model comes back as it was.
 
-    Args:
-        model: theta, a causal LM; theta + first and theta + second are the fine-tuned ones.
-        sets: Rows of each data set, usually both tasks'. A set counts the same however many rows it has.
-        pad_id: Token that fills up short rows.
-        advance: Told how many rows are done.
+    ``sets`` are rows of each data set, usually both tasks'. A set counts the same however many rows it has.
     """
     answered = [with_answers(rows) for rows in sets]
     if not answered or not all(answered):
         raise EvaluationError("a correlation needs at least one item with an answer from each data set")
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    means, variances, positions = [], [], 0
+    means, variances = [], []
     for rows in answered:
         parts = []
         for chunk in _groups(rows, max(1, _NUMBERS // vocabulary), _predicted):
@@ -103,11 +95,10 @@ def correlate(
         item = torch.repeat_interleave(torch.tensor([_predicted([row]) for row in rows]))
         means.append(cosines.mean(0))
         variances.append(_variance(cosines[:, 1], item))
-        positions += len(item)
     both = torch.stack(means).mean(0)
     known = [v for v in variances if v is not None]
     stderr = math.sqrt(sum(known)) / len(known) if len(known) == len(answered) else None
-    return Correlation(float(both[0]), float(both[1]), stderr, positions)
+    return Correlation(float(both[0]), float(both[1]), stderr)
 
 
 def slope(
@@ -122,12 +113,7 @@ def slope(
 
     The loss is what the sweep reports: for mcq the negative ``logprob`` (an answer's nats, summed over its tokens), for
     qa and text ``loss`` (its nats per token); every item counts the same. Autograd goes through lambda alone: one
-    backward pass, no weight gets a gradient.
-
-    Args:
-        model: theta, a causal LM on its device; it comes back as it was.
-        vector: What would be subtracted.
-        rows: From :func:`unlearn.data.encoding.scored_rows`, of items of ``kind``.
+    backward pass, no weight gets a gradient. The model, theta, comes back as it was.
     """
     rows = with_answers(rows)
     if not rows:
@@ -207,7 +193,6 @@ def _groups(rows: Sequence[Encoded], most: int, size: Callable[[list[Encoded]], 
 
 # -- before the edit
 
-LIMIT = 64
 # The metric of each kind that is a log-likelihood in nats; perplexity is none.
 NATS: Mapping[Kind, str] = {"mcq": "logprob", "qa": "loss", "text": "loss"}
 
@@ -219,20 +204,18 @@ def foresee(
     near: Mapping[tuple[Role, str], TaskVector],
     sets: Sequence[LoadedSet],
     tokenizer: Any,
-    limit: int = LIMIT,
+    limit: int,
 ) -> Foresight:
     """Slopes along the edit for every set, and correlations for those that have a fine-tuning of their own.
 
-    Both are taken on validation items, those that the sweep scores (training items where a set has no others); test
-    items are not looked at.
+    Both are taken on validation items, those that the sweep scores (training items where a set has no others), in
+    random order; test items are not looked at. Sets without any such item, and terms of an analogy, are left out.
 
     Args:
         edit: What will be subtracted, as shaped.
         forget_vector: The fine-tuning on the forget set, before it was shaped; of several sets, the sum.
         near: (role, name) of a kept set -> the fine-tuning on it. One on several sets may stand for each of them.
-        sets: The recipe's data, a forget set among them. Sets without any such item, and those that are only terms of
-            an analogy, are left out.
-        limit: Items per set at most; they come in random order.
+        limit: Items per set at most.
     """
     longest = reach(model, tokenizer)
     rows: dict[tuple[Role, str], list[Encoded]] = {}
@@ -247,7 +230,7 @@ def foresee(
     forgotten = [row for key in rows if key[0] == "forget" for row in rows[key]]
     if not forgotten:
         raise EvaluationError("nothing can be foreseen without a forget set that has validation or training items")
-    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    pad_id = tokenizer.pad_token_id
     compared = [key for key in rows if key[0] in KEPT and key in near]
     work = sum(map(len, rows.values())) + sum(len(forgotten) + len(rows[key]) for key in compared)
     with progress("foresight", work) as advance:
@@ -257,15 +240,15 @@ def foresee(
             plain = SetForesight(*key, metric=NATS[kinds[key]], slope=cost, items=len(rows[key]))
             if key not in compared:
                 return plain
-            vector = near[key]
-            found = correlate(model, forget_vector, vector, (forgotten, rows[key]), pad_id, advance)
+            found = correlate(model, forget_vector, near[key], (forgotten, rows[key]), pad_id, advance)
+            modules = forget_vector.cosines(near[key])
             return replace(
                 plain,
                 alpha_outputs=_finite(found.outputs),
                 alpha_changes=_finite(found.changes),
                 alpha_stderr=_finite(found.stderr),
-                alpha_vectors=_finite(forget_vector.cosine(vector)),
-                modules={name: value for name, value in forget_vector.cosines(vector).items() if math.isfinite(value)},
+                alpha_vectors=_finite(forget_vector.cosine(near[key])),
+                modules={name: value for name, value in modules.items() if math.isfinite(value)},
                 verdict=verdict(found.changes, found.stderr),
             )
 
@@ -289,7 +272,7 @@ def foresee_cost(
     runs of baselines, which have no vector of the forget set, have slopes only.
     """
     spec = recipe.vector.correlation
-    assert spec is not None  # asked for by who saw that it is there
+    assert spec is not None  # the caller looked
     forgotten = [vectors.fitted[goal] for goal in sorted(vectors.fitted) if goal[0] == "forget"]
     near = {} if METHODS[recipe.vector.source()].role == "baseline" else _near(target, sets, vectors, recipe, store)
     vector = forgotten[0] if len(forgotten) == 1 else TaskVector.sum(forgotten)
@@ -308,22 +291,17 @@ def _near(
     target: Loaded, sets: Sequence[LoadedSet], vectors: Vectors, recipe: Recipe, store: Store
 ) -> dict[tuple[Role, str], TaskVector]:
     """A vector for every retain set that has items to train on."""
-    spec = recipe.vector
+    spec, how = recipe.vector, recipe.vector.retain or recipe.vector.forget
+    steps = spec.correlation.steps if spec.correlation else None
+    if steps is not None and (how.steps is None or how.steps > steps):
+        how = how.model_copy(update={"steps": steps, "epochs": None})
     trained = [s for s in sets if s.role == "retain" and s.train]
     if vectors.retain is not None and len(trained) == 1 and not spec.uses("msa"):
         return {("retain", trained[0].name): vectors.retain}
     trainee = target
     if trained and recipe.model.quantize != "none":
         trainee = models.load(recipe.model, target.path, for_training=True)
-    how = _short(recipe, spec.retain or spec.forget)
     return {
         ("retain", s.name): fit_vector(f"near-{s.name}", target.fingerprint, trainee, [s], how, recipe, store)
         for s in trained
     }
-
-
-def _short(recipe: Recipe, spec: TrainSpec) -> TrainSpec:
-    steps = recipe.vector.correlation.steps if recipe.vector.correlation else None
-    if steps is None or (spec.steps is not None and spec.steps <= steps):
-        return spec
-    return spec.model_copy(update={"steps": steps, "epochs": None})

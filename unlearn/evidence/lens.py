@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unlearn.console import progress
-from unlearn.evidence.judge import Judge, Judged
+from unlearn.console import progress, say
+from unlearn.evidence.attacks import Judge, Judged, Scene, attack
+from unlearn.results import LENS, AttackScore
 from unlearn.score.attention import Layout, attending
 from unlearn.score.forward import Forward, NotPackableError, Part, run
 from unlearn.score.packed import PackedLM, Request
@@ -26,6 +27,20 @@ from unlearn.score.tree import pack
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 _TOKENS = 8192  # per pass at most: the states of all layers are alive at once
+
+
+def _asked_for(scene: Scene) -> list[Any] | None:
+    if scene.spec.lens and (why := unavailable(scene.model, scene.judge)):
+        say(f"    no logit lens: {why}", style="yellow")
+        return None
+    return [] if scene.spec.lens else None
+
+
+@attack("lens", _asked_for, less="lower eval.batch_tokens, or set robustness.lens to false")
+def lens(scene: Scene) -> list[AttackScore]:
+    """What every layer would answer."""
+    layers = logit_lens(scene.model, scene.judge, f"{scene.who}: hidden layers")
+    return [score.entry(scene.who, LENS, "lens", layer=layer) for layer, score in enumerate(layers, start=1)]
 
 
 def unavailable(model: PreTrainedModel, judge: Judge) -> str | None:
@@ -41,30 +56,20 @@ def unavailable(model: PreTrainedModel, judge: Judge) -> str | None:
     return None
 
 
-def logit_lens(
-    model: PreTrainedModel, judge: Judge, metric: str | None = None, label: str = "reading hidden layers"
-) -> tuple[tuple[int, Judged], ...] | None:
-    """The forget score at every layer, from 1; the last one is the model's own.
+def logit_lens(model: PreTrainedModel, judge: Judge, label: str = "hidden layers") -> list[Judged]:
+    """The forget score at every layer, from the first; the last one is the model's own.
 
     All layers come from one pass over the judge's requests and are scored by its tasks: accuracy by the sum of each
     choice's log-probabilities (mcq), exp of the answer's mean log-probability (qa), exact memorisation (text).
-
-    Args:
-        metric: Another one of :meth:`Judge.scores`.
-
-    Returns:
-        (layer, score); None where :func:`unavailable` says why.
     """
-    if unavailable(model, judge) is not None:
-        return None
     with quiet_harness():
         lm = _LensLM(model, judge.tokenizer, judge.recipe.eval.batch_tokens)
     lm.label = label
     found = []
     for layer in range(1, lm.layers.count + 1):
         lm.layer = layer
-        found.append((layer, judge.read(lm)[metric or judge.metric]))
-    return tuple(found)
+        found.append(judge.read(lm)[judge.metric])
+    return found
 
 
 class _Layers(Forward):

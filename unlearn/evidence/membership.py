@@ -21,23 +21,28 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unlearn.console import progress
+from unlearn.console import is_main_process, progress
 from unlearn.data.encoding import IGNORE, Encoded, encode, reach
 from unlearn.data.files import shorten
 from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import BrokenModelError, DataError, EvaluationError, TrainingError
+from unlearn.evidence.reference import Subjects
 from unlearn.model.load import Loaded
 from unlearn.processes import count, together
 from unlearn.recipe.data import Kind
 from unlearn.results import Membership, Who
+from unlearn.score.scorer import Questions
 from unlearn.store.files import write_text_atomic
-from unlearn.train.batches import Pad, answers
-from unlearn.train.losses import answer_logits, frozen, only_at
+from unlearn.store.stages import Store
+from unlearn.train.batches import Pad
+from unlearn.train.losses import answer_logits, frozen
 
 SAMPLES = "samples_membership.jsonl"
 MIN_K = 0.4  # share of the tokens, as MUSE has it
-_HEAD_BYTES = 64 * 2**20  # of float32 logits held at a time; a few arrays of this size are alive at once
+_TOKENS = 2048  # of a padded pass
+_LOGITS = 100 * 2**20  # of a padded pass at most, and of those ...
+_AT_ONCE = 16 * 2**20  # ... so many are turned into probabilities at a time
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -62,8 +67,6 @@ class TokenScores:
 
 def loss_score(tokens: TokenScores) -> float:
     """Mean log-probability of the tokens: the loss attack (Yeom et al. 1709.01604)."""
-    if not len(tokens.logprobs):
-        raise EvaluationError("membership cannot be told of a text without a token that was predicted; leave it out")
     return float(tokens.logprobs.mean())
 
 
@@ -115,14 +118,12 @@ def auc(members: ArrayLike, others: ArrayLike) -> float:
     return float(twice) / (2 * len(high) * len(low))
 
 
-def auc_interval(members: ArrayLike, others: ArrayLike, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+def auc_interval(members: ArrayLike, others: ArrayLike, resamples: int, seed: int) -> tuple[float, float]:
     """95 % interval of :func:`auc`: percentiles of a bootstrap that draws members and others apart.
 
     The draws depend on ``seed`` and the numbers of scores alone, so that attacks on the same texts share them. Where
     the two sides do not overlap, no resample can either, and the interval is that one value: read it with the counts.
     """
-    if resamples < 1:
-        raise EvaluationError(f"a bootstrap of {resamples} resamples has no interval; use some hundreds")
     high, low = _scores(members, "members"), _scores(others, "others")
     _, code = np.unique(np.concatenate([high, low]), return_inverse=True)  # only the order counts
     ours, theirs, size = code[: len(high)], code[len(high) :], int(code.max()) + 1
@@ -137,7 +138,7 @@ def auc_interval(members: ArrayLike, others: ArrayLike, resamples: int = 1000, s
 
 def _scores(values: ArrayLike, which: str) -> Floats:
     found = np.asarray(values, dtype=np.float64)
-    if found.ndim != 1 or not found.size:
+    if not found.size:
         raise EvaluationError(f"membership needs scores of both sides, and there are none of {which}")
     if np.isnan(found).any():
         raise EvaluationError(f"{int(np.isnan(found).sum())} of {found.size} scores of {which} are no numbers")
@@ -180,16 +181,10 @@ def _read(path: Path) -> tuple[dict[str, Row], dict[str, Row]]:
             where = f"{path}, line {number}"
             if line.strip():
                 row = json.loads(line)
-                sides[row["member"]][row["id"]] = {name: _number(row[name]) for name in ATTACKS}
+                sides[row["member"]][row["id"]] = {name: row[name] + 0.0 for name in ATTACKS}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise DataError(f"{where}: not a line of membership inference ({error!r}); run the recipe again") from error
     return sides[True], sides[False]
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
-    return float(value)
 
 
 def _above(ours: Mapping[str, Row], reference: Mapping[str, Row]) -> list[float]:
@@ -202,6 +197,24 @@ def _above(ours: Mapping[str, Row], reference: Mapping[str, Row]) -> list[float]
 
 
 # -- what a model gives away of items
+
+
+def infer_membership(subjects: Subjects, questions: Questions, store: Store) -> tuple[Membership, ...]:
+    """Whether the forget sets' training items can be told from held-out ones, by model and attack."""
+    recipe = questions.recipe
+    others = next(s for s in questions.sets if s.role == "holdout")
+    forgotten = [s for s in questions.sets if s.role == "forget"]
+    members = [(item, s.spec.kind) for s in forgotten for item in members_of(s.train)]
+    held = [(item, others.spec.kind) for item in members_of(others.test)]
+
+    def score(loaded: Loaded, who: Who, tmp: Path) -> None:
+        rows = [score_items(loaded, items, who) for items in (members, held)]
+        if is_main_process():
+            save(tmp / SAMPLES, *rows)
+
+    data = [*(s.digest for s in forgotten), others.digest]
+    places = subjects.each("membership", [data], store, score)
+    return areas({who: place / SAMPLES for who, place in places.items()}, recipe.eval.bootstrap, recipe.seed)
 
 
 def members_of(items: Sequence[Item]) -> list[Item]:
@@ -221,8 +234,7 @@ def score_items(loaded: Loaded, items: Sequence[tuple[Item, Kind]], label: str =
     """Of each item ``id``, ``tokens`` scored, and a number for every attack: for qa and mcq of the answer's tokens."""
     rows = [_row(loaded, item, kind) for item, kind in items]
     with progress(label, len(rows) // count()) as advance:
-        score = partial(token_scores, loaded.model, loaded.tokenizer, advance=advance)
-        scores = together(rows, score)
+        scores = together(rows, partial(token_scores, loaded.model, loaded.tokenizer, advance=advance))
     return [
         {"id": item.id, "tokens": len(one.logprobs), **{name: attack(one) for name, attack in ATTACKS.items()}}
         for (item, _), one in zip(items, scores, strict=True)
@@ -244,74 +256,40 @@ def _row(loaded: Loaded, item: Item, kind: Kind) -> Encoded:
 
 
 def token_scores(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[Encoded],
-    batch_tokens: int = 2048,
-    advance: Callable[[int], None] = lambda n: None,
+    model: nn.Module, tokenizer: Any, rows: Sequence[Encoded], advance: Callable[[int], None] = lambda n: None
 ) -> tuple[TokenScores, ...]:
     """Log-probability, mean and deviation of log p of every labelled token, per row and in order.
 
     A row's first token has nothing before it and so no prediction, whatever its label; a row in which nothing is
-    predicted gives empty arrays. Logits are held for some positions at a time, never for a whole batch, except for
-    models that change them after their head (capped, scaled): there it is a batch's answered positions.
+    predicted gives empty arrays.
 
     Args:
         model: A causal LM on its device; it comes back as it was.
         tokenizer: Fills up short rows, and gives the labelled tokens' text for its compressed size.
-        batch_tokens: Padded tokens of a pass, at most; a longer row goes alone.
-        advance: Told how many rows are done.
+        advance: Called with the number of rows that are done.
     """
-    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    found: list[TokenScores | None] = [None] * len(rows)
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    found: dict[int, TokenScores] = {}
     with frozen(model), torch.no_grad():
-        for numbers in _batches(rows, batch_tokens):
-            batch = Pad(pad_id)([rows[n] for n in numbers])
-            answered = bool((batch["labels"][:, 1:] != IGNORE).any())
-            columns = _scored(model, batch) if answered else np.empty((0, 3))
-            _, _, place = answers(batch["labels"])
-            bounds = np.cumsum(place.bincount(minlength=len(numbers)).numpy())
-            for n, part in zip(numbers, np.split(columns, bounds[:-1]), strict=True):
+        for numbers in _batches(rows, min(_TOKENS, _LOGITS // vocabulary)):
+            logits, wanted, place = answer_logits(model, Pad(tokenizer.pad_token_id)([rows[n] for n in numbers]))
+            step = max(1, _AT_ONCE // vocabulary)
+            parts = zip(torch.split(logits, step), torch.split(wanted, step), strict=True)
+            columns = torch.cat([_columns(some, tokens) for some, tokens in parts]).double().cpu()
+            if not bool(columns.isfinite().all()):
+                raise BrokenModelError("the model's log-probabilities are no finite numbers: it no longer works")
+            sizes = place.bincount(minlength=len(numbers)).tolist()
+            for n, part in zip(numbers, torch.split(columns, sizes), strict=True):
+                logprobs, means, stds = (column.numpy().copy() for column in part.T)
                 answer = [label for label in rows[n].labels if label != IGNORE]
-                size = len(zlib.compress(tokenizer.decode(answer, skip_special_tokens=True).encode("utf-8")))
-                logprobs, means, stds = (column.copy() for column in part.T)
-                found[n] = TokenScores(logprobs, means, stds, size)
+                text = tokenizer.decode(answer, skip_special_tokens=True)
+                found[n] = TokenScores(logprobs, means, stds, len(zlib.compress(text.encode("utf-8"))))
             advance(len(numbers))
-    return tuple(score for score in found if score is not None)
-
-
-def _scored(model: nn.Module, batch: dict[str, Tensor]) -> Floats:
-    """(N, 3) of the answered positions of a batch, row by row: log p of the token, mean and deviation of log p."""
-    predicts, wanted, _ = answers(batch["labels"])
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    kept: list[Tensor] = []
-    device = next(model.parameters()).device
-    places = predicts.to(device)
-    one = torch.zeros_like(places)
-    one[tuple(places.nonzero()[0])] = True
-    # The states that the head would see are kept, and it runs at one place only: enough to know whether the model
-    # makes something else of what the head says. `prepend`: before the hook that leaves that one place.
-    hook = head.register_forward_pre_hook(lambda module, args: kept.append(args[0][places]), prepend=True)
-    try:
-        with only_at(model, one):
-            said = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
-    finally:
-        hook.remove()
-    hidden = kept.pop()  # (N, d)
-    step = max(1, _HEAD_BYTES // (4 * head.weight.shape[0]))
-    if torch.equal(said.logits, head(hidden[:1])):
-        parts: Iterator[Tensor] = (head(hidden[at : at + step]).float() for at in range(0, len(hidden), step))
-    else:
-        parts = iter(torch.split(answer_logits(model, batch)[0], step))
-    targets = torch.split(wanted.to(hidden.device), step)
-    columns = torch.cat([_columns(logits, ids) for logits, ids in zip(parts, targets, strict=True)]).double().cpu()
-    if not bool(columns.isfinite().all()):
-        raise BrokenModelError("the model's log-probabilities are no finite numbers: it no longer works")
-    return columns.numpy()
+    return tuple(found[n] for n in range(len(rows)))
 
 
 def _columns(logits: Tensor, wanted: Tensor) -> Tensor:
-    """(n, 3) of (n, V) float32 and (n,).
+    """(n, 3) of (n, V) float32 and (n,): log p of the token, mean and deviation of log p.
 
     The deviation is taken around the mean, not as a difference of two large squares; and a token that cannot be,
     with log p = -inf, adds nothing to either.

@@ -1,6 +1,7 @@
-"""What a recipe's comparisons are given: a benchmark's folder, and a log, a run or a model as the retain reference.
+"""The models that a result is set beside, first of all one that never saw the forget set; and a benchmark's folder.
 
-All of it is looked up before anything is computed, so that a wrong path costs no training. No torch here.
+All that a recipe names is looked up before anything is computed, so that a wrong path costs no training. No torch is
+imported for that.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import DataError, EvaluationError, ModelError
@@ -21,11 +23,21 @@ from unlearn.model import locate as models
 from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import ModelSpec, Recipe
+from unlearn.results import TaskScore, Who
 from unlearn.store.cache import hub_away
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from unlearn.model.load import Loaded
+    from unlearn.score.scorer import Questions
+    from unlearn.store.stages import Store
+    from unlearn.vector.task_vector import TaskVector
 
-_TASK_FILES = ("items", "tofu", "muse", "classifier")  # what the pack's tasks are told in their metadata
+Row = Mapping[str, Any]
+WHO: tuple[Who, ...] = ("target", "edited", "reference")
+_TASK_FILES = ("items", "tofu", "muse", "classifier")  # what the pack's tasks read from their metadata
+
+
+# -- what a recipe names
 
 
 def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
@@ -36,15 +48,13 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     """
     log, spec = log_file(recipe, base), recipe.benchmark
     if spec is not None:
-        rows = benchmark_rows(spec, base)
+        rows = benchmark_rows(spec, base, hub=hub)
         if log is not None:
-            _check_log(recipe, spec, log, rows)
-        if hub and rows is None and (rows := benchmark_rows(spec, base, hub=True)) is not None and log is not None:
             _check_log(recipe, spec, log, rows)
     given = _model_given(recipe)
     if given is not None:
         with _about_reference():
-            models.model_place(_spec(recipe, str(run_reference(given, base) or given)), base)
+            models.model_place(_spec(recipe, base), base)
         if recipe.teach is None and _same_place(given, recipe.model.path, base):
             raise ModelError(
                 f"reference: {given} is the model that is to forget, and it has seen the forget set: give one that "
@@ -52,121 +62,23 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
             )
 
 
-def _same_place(one: str, other: str, base: Path) -> bool:
-    """Whether two models' names are one hub id, or lead to one folder."""
-    places = [next((p.resolve() for p in (Path(t).expanduser(), base / t) if p.exists()), None) for t in (one, other)]
-    return one == other or (places[0] is not None and places[0] == places[1])
-
-
-def _check_log(recipe: Recipe, spec: BenchmarkSpec, path: Path, rows: Mapping[str, Sequence[Row]] | None) -> None:
-    """Whether a log can be compared with the benchmark's rows; None where they are on the hub and not read yet."""
-    from unlearn.evidence.benchmarks import refuse_other_items
-    from unlearn.evidence.boards import read_log  # numpy
-
-    theirs = read_log(path).sets["forget"]
-    there, whole = len(theirs.items), FORGET_SETS[spec.set].questions
-    if rows is None:
-        items, questions = [str(n) for n in range(min(spec.items or whole, whole))], None
-    else:
-        items, questions = [row["id"] for row in rows[spec.set]], [row["question"] for row in rows[spec.set]]
-        whole = whole if spec.items else len(items)
-    if there != len(items) and there <= whole:
-        raise EvaluationError(
-            f"reference: {recipe.reference} has {there} forget items and {spec.name} {spec.set} {len(items)}: forget "
-            f"quality compares two models on the same items; set benchmark.items to {there}, or give another log"
-        )
-    try:
-        refuse_other_items(theirs, items, questions, spec.set)
-    except EvaluationError as error:
-        raise EvaluationError(f"reference: {recipe.reference}: {error}") from error
-
-
-def benchmark_rows(spec: BenchmarkSpec, base: Path, *, hub: bool = False) -> Mapping[str, Sequence[Row]] | None:
-    """The rows of each part that a benchmark scores; None where they are on the hub and not asked for."""
-    folder = benchmark_folder(spec, base)
-    reader = _reader(spec)
-    if folder is None and not hub:
-        whole = FORGET_SETS[spec.set].questions if spec.name == "tofu" else None
-        if whole is not None and spec.items is not None and spec.items > whole:
-            raise EvaluationError(f"benchmark.items is {spec.items}, and TOFU's {spec.set} has {whole} questions")
-        return None
-    where = None if folder is None else str(folder)
-    away = hub_away() if folder is None else ""
-    try:
-        if spec.name == "muse":
-            parts = [("verbmem", "forget"), ("knowmem", "forget"), ("knowmem", "retain")]
-            parts += [("privleak", split) for split in ("forget", "holdout", "retain")]
-            return {f"{k}_{s}": reader.read_rows(spec.set, k, s, where, spec.items)[1] for k, s in parts}
-        sets = (spec.set, "retain", "real_authors", "world_facts")
-        found = {name: reader.read_rows(name, "prob", where, spec.items, tag=spec.tag) for name in sets}
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            f"benchmark: the data of {spec.name} {spec.set} cannot be had: {error}"
-            + (f". {away[:1].upper()}{away[1:]}" if away else "")
-            + ("" if spec.path else ". They come from the hub; benchmark.path names a local folder with them")
-        ) from error
-    for name, rows in found.items():
-        counts = [len(row["perturbed_answer"]) for row in rows]
-        if other := [n for n, count in enumerate(counts) if count != counts[0]]:
-            raise EvaluationError(
-                f"benchmark: tofu {name}, row {other[0] + 1}: {counts[other[0]]} perturbed answers where row 1 has "
-                f"{counts[0]}: truth ratios of some rows would be means of fewer"
-            )
-    return found
-
-
-def _reader(spec: BenchmarkSpec) -> ModuleType:
-    """The module of the pack that reads a benchmark's rows; it stands alone, and is no package."""
-    path = tasks_folder() / spec.name / f"{spec.name}_items.py"
-    found = importlib.util.spec_from_file_location(f"unlearn_eval_{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-def benchmark_folder(spec: BenchmarkSpec, base: Path) -> Path | None:
-    """The folder with the benchmark's files; None where they come from the hub."""
-    if spec.path is None:
-        return None
-    found = _first(spec.path, base, Path.is_dir)
-    if found is None:
-        raise EvaluationError(
-            f"benchmark.path: there is no folder {spec.path} here or in {base}{did_you_mean(spec.path, base)}"
-        )
-    return found.resolve()
-
-
-def pack_digest() -> str:
-    """SHA-256 of the task pack: what it asks and how it scores may be changed in place."""
-    return content(tasks_folder(), "*.py", "*.yaml")
-
-
-def task_files(recipe: Recipe) -> list[Path]:
-    """Files and folders that the settings of the recipe's tasks name, from the current folder on, as lm-eval has it."""
-    said: list[Any] = [os.environ.get("UNLEARN_ITEMS")]
-    for spec in recipe.eval.tasks:
-        for value in (spec.metadata.get(name) for name in _TASK_FILES):
-            said += value.values() if isinstance(value, Mapping) else [value]
-    there = [Path(text).expanduser() for text in said if isinstance(text, str) and text]
-    return [place for place in there if place.exists()]
-
-
-def content(place: Path, *patterns: str) -> str:
-    """SHA-256 of a file, or of a folder's files by their names in it; of all files without a pattern."""
-    if place.is_file():
-        return _sha256(place).hex()
-    whole = hashlib.sha256()
-    for path in sorted({p for pattern in patterns or ("*",) for p in place.rglob(pattern) if p.is_file()}):
-        whole.update(path.relative_to(place).as_posix().encode() + b"\0" + _sha256(path))
-    return whole.hexdigest()
+def check_reach(recipe: Recipe, base: Path) -> None:
+    """Ask for a reference that only the hub has whether the hub can be reached at all."""
+    given = _model_given(recipe)
+    if given is not None and run_reference(given, base) is None:
+        with _about_reference():
+            models.check_reach(_spec(recipe, base), base)
 
 
 def is_model(recipe: Recipe) -> bool:
     """Whether the reference is a model, trained or given; else there is none, or only what one scored."""
     given = recipe.reference
     return given is not None and given != "published" and not given.endswith(".json")
+
+
+def _model_given(recipe: Recipe) -> str | None:
+    """The reference where it is the path of a run or a model."""
+    return recipe.reference if is_model(recipe) and recipe.reference != "train" else None
 
 
 def log_file(recipe: Recipe, base: Path) -> Path | None:
@@ -183,14 +95,6 @@ def log_file(recipe: Recipe, base: Path) -> Path | None:
     return found
 
 
-def check_reach(recipe: Recipe, base: Path) -> None:
-    """Ask for a reference that only the hub has whether the hub can be reached at all."""
-    given = _model_given(recipe)
-    if given is not None and run_reference(given, base) is None:
-        with _about_reference():
-            models.check_reach(_spec(recipe, given), base)
-
-
 def run_reference(given: str, base: Path) -> Path | None:
     """The folder of the reference that a run trained; None where ``given`` is no run's folder."""
     root = _first(given, base, lambda place: (place / "resolved.yaml").is_file())
@@ -204,64 +108,35 @@ def run_reference(given: str, base: Path) -> Path | None:
     return root / "reference"
 
 
-def to_teach(sets: Sequence[LoadedSet]) -> list[LoadedSet]:
-    """The sets that a trained reference learns."""
-    learned = [s for s in sets if s.role == "retain" and s.train]
-    if not learned:
-        raise DataError(
-            "reference: train has nothing to teach: no retain set has items to train on; raise its shares.train"
-        )
-    return learned
-
-
 def locate(recipe: Recipe, base: Path) -> str:
     """The folder or hub id of the reference that is neither trained nor a log; fetched where needed."""
+    with _about_reference():
+        return models.locate(_spec(recipe, base), base)
+
+
+def _spec(recipe: Recipe, base: Path) -> ModelSpec:
     given = _model_given(recipe)
-    assert given is not None  # asked for only then
-    with _about_reference():
-        return models.locate(_spec(recipe, str(run_reference(given, base) or given)), base)
+    assert given is not None  # the caller looked
+    path = str(run_reference(given, base) or given)
+    return recipe.model.model_copy(update={"path": path, "revision": None})
 
 
-def tokenizer(recipe: Recipe, where: str) -> Any:
-    """The tokenizer of the reference that :func:`locate` found."""
-    from unlearn.model.load import load_tokenizer  # torch
-
-    with _about_reference():
-        return load_tokenizer(_spec(recipe, str(recipe.reference)), where)
-
-
-def state(recipe: Recipe, base: Path) -> list[Any]:
-    """What these files are now: SHA-256 of the task pack, the benchmark's and the log, size and time of others."""
-    found: list[Any] = [pack_digest(), *map(files_of, task_files(recipe))]
-    if recipe.benchmark is not None:  # its local files; those of the hub are known by name
-        folder = benchmark_folder(recipe.benchmark, base)
-        found.append("" if folder is None else content(folder, "*.json*"))
-    log, given = log_file(recipe, base), _model_given(recipe)
-    if log is not None:
-        found.append(_sha256(log).hex())
-    if given is not None:
-        place = run_reference(given, base) or _first(given, base, Path.exists)
-        found.append([] if place is None else files_of(place))
-    return found
+@contextmanager
+def _about_reference() -> Iterator[None]:
+    """Mistakes in the reference's path are said of it, not of the model's."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", "reference")) from error
 
 
-def files_of(root: Path) -> list[list[Any]]:
-    """Name, size and time of every file of a model."""
-    files = sorted(root.rglob("*")) if root.is_dir() else [root]
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+def _same_place(one: str, other: str, base: Path) -> bool:
+    """Whether two models' names are one hub id, or lead to one folder."""
+    places = [place and place.resolve() for place in (_first(text, base, Path.exists) for text in (one, other))]
+    return one == other or (places[0] is not None and places[0] == places[1])
 
 
-def _model_given(recipe: Recipe) -> str | None:
-    """The reference where it is the path of a run or a model."""
-    given = recipe.reference
-    return given if is_model(recipe) and given != "train" else None
-
-
-def _spec(recipe: Recipe, given: str) -> ModelSpec:
-    return recipe.model.model_copy(update={"path": given, "revision": None})
-
-
-def _first(given: str, base: Path, fits: Any) -> Path | None:
+def _first(given: str, base: Path, fits: Callable[[Path], bool]) -> Path | None:
     """In the recipe's folder or, where nothing fits there, in the current one."""
     path = Path(given).expanduser()
     return next((place for place in (base / path, path) if fits(place)), None)
@@ -275,15 +150,236 @@ def did_you_mean(given: str, base: Path) -> str:
     return f"; did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else ""
 
 
-@contextmanager
-def _about_reference() -> Iterator[None]:
-    """Mistakes in the reference's path are said of it, not of the model's."""
+# -- a benchmark's data
+
+
+def benchmark_folder(spec: BenchmarkSpec, base: Path) -> Path | None:
+    """The folder with the benchmark's files; None where they come from the hub."""
+    if spec.path is None:
+        return None
+    found = _first(spec.path, base, Path.is_dir)
+    if found is None:
+        raise EvaluationError(
+            f"benchmark.path: there is no folder {spec.path} here or in {base}{did_you_mean(spec.path, base)}"
+        )
+    return found.resolve()
+
+
+def benchmark_rows(spec: BenchmarkSpec, base: Path, *, hub: bool = False) -> Mapping[str, Sequence[Row]] | None:
+    """The rows of each part that a benchmark scores; None where they are on the hub and not asked for."""
+    folder = benchmark_folder(spec, base)
+    if folder is None and not hub:
+        whole = FORGET_SETS[spec.set].questions if spec.name == "tofu" else None
+        if whole is not None and spec.items is not None and spec.items > whole:
+            raise EvaluationError(f"benchmark.items is {spec.items}, and TOFU's {spec.set} has {whole} questions")
+        return None
+    where, reader = None if folder is None else str(folder), _reader(spec)
     try:
-        yield
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.path", "reference")) from error
+        if spec.name == "muse":
+            parts = [("verbmem", "forget"), ("knowmem", "forget"), ("knowmem", "retain")]
+            parts += [("privleak", split) for split in ("forget", "holdout", "retain")]
+            return {f"{k}_{s}": reader.read_rows(spec.set, k, s, where, spec.items)[1] for k, s in parts}
+        sets = (spec.set, "retain", "real_authors", "world_facts")
+        found = {name: reader.read_rows(name, "prob", where, spec.items, tag=spec.tag) for name in sets}
+    except (OSError, ValueError) as error:
+        raise no_data(spec, error, hub_away() if folder is None else "") from error
+    for name, rows in found.items():
+        counts = [len(row["perturbed_answer"]) for row in rows]
+        if other := [n for n, count in enumerate(counts) if count != counts[0]]:
+            raise EvaluationError(
+                f"benchmark: tofu {name}, row {other[0] + 1}: {counts[other[0]]} perturbed answers where row 1 has "
+                f"{counts[0]}: truth ratios of some rows would be means of fewer"
+            )
+    return found
+
+
+def no_data(spec: BenchmarkSpec, error: Exception, away: str = "") -> EvaluationError:
+    """What to say where a benchmark's data cannot be read; ``away`` is why the hub cannot be reached."""
+    return EvaluationError(
+        f"benchmark: the data of {spec.name} {spec.set} cannot be had: {error}"
+        + (f". {away[:1].upper()}{away[1:]}" if away else "")
+        + ("" if spec.path else ". They come from the hub; benchmark.path names a local folder with them")
+    )
+
+
+def _reader(spec: BenchmarkSpec) -> ModuleType:
+    """The module of the pack that reads a benchmark's rows; it stands alone, and is no package."""
+    path = tasks_folder() / spec.name / f"{spec.name}_items.py"
+    found = importlib.util.spec_from_file_location(f"unlearn_eval_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def _check_log(recipe: Recipe, spec: BenchmarkSpec, path: Path, rows: Mapping[str, Sequence[Row]] | None) -> None:
+    """Whether a log can be compared with the benchmark's rows; None where they are on the hub and not read yet."""
+    from unlearn.evidence.benchmarks import TofuLog, refuse_other_items  # numpy
+
+    logged = TofuLog.read(path).sets["forget"]
+    if rows is None:
+        whole = FORGET_SETS[spec.set].questions
+        items, questions = [str(n) for n in range(min(spec.items or whole, whole))], None
+    else:
+        items, questions = [row["id"] for row in rows[spec.set]], [row["question"] for row in rows[spec.set]]
+    try:
+        refuse_other_items(logged, items, questions, spec.set)
+    except EvaluationError as error:
+        raise EvaluationError(f"reference: {recipe.reference}: {error}") from error
+
+
+# -- what these files are now
+
+
+def state(recipe: Recipe, base: Path) -> list[Any]:
+    """SHA-256 of the task pack, the benchmark's local files and the log; size and time of models and tasks' files."""
+    found: list[Any] = [pack_digest(), *map(files_of, task_files(recipe))]
+    if recipe.benchmark is not None:
+        folder = benchmark_folder(recipe.benchmark, base)
+        found.append("" if folder is None else content(folder, "*.json*"))
+    if (log := log_file(recipe, base)) is not None:
+        found.append(content(log))
+    if (given := _model_given(recipe)) is not None:
+        place = run_reference(given, base) or _first(given, base, Path.exists)
+        found.append([] if place is None else files_of(place))
+    return found
+
+
+def files_of(root: Path) -> list[list[Any]]:
+    """Name, size and time of every file of a model."""
+    files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+
+
+def task_files(recipe: Recipe) -> list[Path]:
+    """Files and folders that the settings of the recipe's tasks name, from the current folder on, as lm-eval has it."""
+    named: list[Any] = [os.environ.get("UNLEARN_ITEMS")]
+    for spec in recipe.eval.tasks:
+        for value in (spec.metadata.get(name) for name in _TASK_FILES):
+            named += value.values() if isinstance(value, Mapping) else [value]
+    places = [Path(text).expanduser() for text in named if isinstance(text, str) and text]
+    return [place for place in places if place.exists()]
+
+
+def pack_digest() -> str:
+    """SHA-256 of the task pack: what it asks and how it scores may be changed in place."""
+    return content(tasks_folder(), "*.py", "*.yaml")
+
+
+def content(place: Path, *patterns: str) -> str:
+    """SHA-256 of a file, or of a folder's files by their names in it; of all files without a pattern."""
+    if place.is_file():
+        return _sha256(place).hex()
+    whole = hashlib.sha256()
+    for path in sorted({p for pattern in patterns or ("*",) for p in place.rglob(pattern) if p.is_file()}):
+        whole.update(path.relative_to(place).as_posix().encode() + b"\0" + _sha256(path))
+    return whole.hexdigest()
 
 
 def _sha256(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+# -- the models in memory
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The models that are compared: the target, the target under the edit (if one was chosen), the reference."""
+
+    target: Loaded
+    vector: TaskVector
+    chosen: float
+    reference: Loaded | None
+
+    def who(self) -> tuple[Who, ...]:
+        """The models there are."""
+        present = {"edited": self.chosen > 0, "reference": self.reference is not None}
+        return tuple(who for who in WHO if present.get(who, True))
+
+    def loaded(self, who: Who) -> Loaded:
+        """The weights in memory that one of them is made of."""
+        found = self.reference if who == "reference" else self.target
+        assert found is not None  # `who` is one of who()
+        return found
+
+    def key(self, who: Who) -> list[Any]:
+        """All that the weights of one depend on."""
+        edit = [self.vector.digest(), self.chosen] if who == "edited" else []
+        return [self.loaded(who).fingerprint, *edit]
+
+    @contextmanager
+    def model(self, who: Who) -> Iterator[Loaded]:
+        """One of them, as it is inside the ``with``."""
+        from unlearn.vector.edit import applied
+
+        if who != "edited":
+            yield self.loaded(who)
+        else:
+            with applied(self.target.model, self.vector, -self.chosen):
+                yield self.target
+
+    def each(
+        self, name: str, inputs: Sequence[Any], store: Store, make: Callable[[Loaded, Who, Path], None]
+    ) -> dict[Who, Path]:
+        """One stage for each model, made or found again, that depends on its weights and ``inputs``."""
+        places = {}
+        for who in self.who():
+
+            def write(tmp: Path, who: Who = who) -> None:
+                with self.model(who) as loaded:
+                    make(loaded, who, tmp)
+
+            places[who] = store.stage(f"{name}/{who}", [*self.key(who), *inputs], write, kind=name)
+        return places
+
+
+def to_teach(sets: Sequence[LoadedSet]) -> list[LoadedSet]:
+    """The sets that a trained reference learns."""
+    learned = [s for s in sets if s.role == "retain" and s.train]
+    if not learned:
+        raise DataError(
+            "reference: train has nothing to teach: no retain set has items to train on; raise its shares.train"
+        )
+    return learned
+
+
+def load_reference(recipe: Recipe, sets: Sequence[LoadedSet], store: Store) -> Loaded:
+    """A model that never saw the forget set: trained here on the retain sets, or given."""
+    from unlearn.model.load import load
+    from unlearn.train.vectors import teach
+
+    if recipe.reference != "train":
+        return load(recipe.model, locate(recipe, store.base))
+    base = load(recipe.model, models.locate(recipe.model, store.base))
+    return load(recipe.model, str(teach("reference", base, to_teach(sets), recipe, store)))
+
+
+def require_same_tokens(recipe: Recipe, base: Path, ours: Any) -> None:
+    """Refuse a given reference with another tokenizer: its numbers per token would be about other tokens."""
+    from unlearn.model.load import load_tokenizer
+
+    with _about_reference():
+        found = load_tokenizer(_spec(recipe, base), locate(recipe, base))
+    if ours.get_vocab() != found.get_vocab():
+        raise ModelError(
+            "reference: this model has another tokenizer than the target, so that their scores per token cannot "
+            "be compared: give one that was made from the same base model"
+        )
+
+
+def score_reference(subjects: Subjects, questions: Questions, store: Store) -> tuple[TaskScore, ...]:
+    """What the reference scores on the test items of the recipe's own sets; empty without one."""
+    from unlearn.score import sweep
+    from unlearn.score.scorer import score_model
+
+    loaded, recipe = subjects.reference, questions.recipe
+    if loaded is None:
+        return ()
+    inputs = [*subjects.key("reference"), *questions.key("test")]
+    place = store.stage(
+        "eval/reference", inputs, lambda tmp: score_model(loaded, questions.test, "reference", recipe, tmp)
+    )
+    return sweep.scores(place)

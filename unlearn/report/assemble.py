@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unlearn.data.sets import LoadedSet
-from unlearn.evidence.subjects import Subjects
+from unlearn.evidence.reference import Subjects
 from unlearn.recipe.data import DataSet
 from unlearn.recipe.metrics import Key
 from unlearn.recipe.schema import Recipe
