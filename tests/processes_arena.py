@@ -27,9 +27,8 @@ from unlearn.processes import told
 from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
 from unlearn.recipe.schema import ModelSpec
 from unlearn.train import trainer
-from unlearn.train.fit import train_vector, train_weights
 from unlearn.train.losses import Against, Keep
-from unlearn.train.vectors import less_training
+from unlearn.train.vectors import less_training, train_vector, train_weights
 from unlearn.vector.task_vector import TaskVector
 
 FACTS = {

@@ -48,7 +48,7 @@ from measure import (
 
 from unlearn.recipe.evaluation import EvalSpec
 from unlearn.score.packed import PackedLM
-from unlearn.score.silence import quiet_harness
+from unlearn.score.tasks import quiet_harness
 
 if TYPE_CHECKING:
     from unlearn.model.load import Loaded

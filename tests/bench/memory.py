@@ -26,7 +26,7 @@ from unlearn.model import pico
 from unlearn.plan import memory as plan_memory
 from unlearn.recipe.methods import LoraSpec, TrainSpec
 from unlearn.text import file_size
-from unlearn.train import fit as finetune
+from unlearn.train import vectors as finetune
 
 LEAST, MOST = 0.9, 2.0
 TOKENS = 192

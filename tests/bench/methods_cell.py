@@ -31,7 +31,7 @@ from unlearn.score import tasks
 from unlearn.score.evaluate import evaluate
 from unlearn.score.packed import PackedLM
 from unlearn.score.search import choose, judge
-from unlearn.train import fit as finetune
+from unlearn.train import vectors as finetune
 from unlearn.train.learned import materials
 from unlearn.train.losses import Against, Keep
 from unlearn.vector.edit import Edit

@@ -20,7 +20,7 @@ from unlearn.evidence.attacks import ATTACKS
 from unlearn.evidence.attacks_ask import SHOTS, _AtStop, leaks, sample, wordings
 from unlearn.model.load import Loaded
 from unlearn.score.evaluate import evaluate
-from unlearn.score.sweep import complete
+from unlearn.score.scorer import complete
 from unlearn.score.tasks import build_tasks
 
 Load = Callable[..., Loaded]

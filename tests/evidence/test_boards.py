@@ -27,7 +27,7 @@ from unlearn.evidence.boards import read_run, write_boards
 from unlearn.recipe.load import tasks_folder
 from unlearn.results import Who
 from unlearn.score.evaluate import write_files
-from unlearn.score.silence import quiet_harness
+from unlearn.score.tasks import quiet_harness
 
 LOGS = os.environ.get("UNLEARN_TOFU_LOGS")
 TOFU = tuple(f"tofu_{s}_{p}" for s in ("forget01", "retain", "real_authors", "world_facts") for p in ("prob", "rouge"))

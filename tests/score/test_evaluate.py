@@ -35,7 +35,7 @@ from unlearn.recipe.schema import Recipe
 from unlearn.results import Score, SweepPoint, TaskScore
 from unlearn.score import tasks as named_tasks
 from unlearn.score.evaluate import EvalResult, evaluate, perplexity_stderr
-from unlearn.score.sweep import point_line
+from unlearn.score.scorer import point_line
 from unlearn.score.tasks import TaskSet, build_tasks, kept_metrics
 
 ODD = "Naïve cafés – 東京 is 😀  far,\n\n\tand 12345 ... done. "

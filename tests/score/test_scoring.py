@@ -40,9 +40,8 @@ from unlearn.evidence.attacks_weights import quantised
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
 from unlearn.recipe.evaluation import EvalSpec
-from unlearn.score import attention, forward, harness
-from unlearn.score.attention import KeysValues, lay_out
-from unlearn.score.forward import Forward
+from unlearn.score import forward, harness
+from unlearn.score.forward import Attention, Forward, KeysValues, lay_out
 from unlearn.score.packed import PackedLM, interface
 from unlearn.score.tree import Costs, Piece
 from unlearn.vector.change import LowRank
@@ -649,7 +648,7 @@ def test_a_body_that_goes_its_own_way(
 ) -> None:
     """Answers that see each other would score wrongly without any error: the probe must notice."""
     if ignored == "layout":
-        monkeypatch.setattr(attention, "NAME", "sdpa")
+        monkeypatch.setattr(forward, "NAME", "sdpa")
     else:
         plain = phi.model.model.forward
         monkeypatch.setattr(phi.model.model, "forward", lambda **kw: plain(**{**kw, "position_ids": None}))
@@ -774,6 +773,8 @@ def test_heads_that_share_keys_are_not_given_copies_on_a_gpu() -> None:
         scores = scores if softcap is None else softcap * (scores / softcap).tanh()
         wanted = scores.masked_fill(~mask, -math.inf).softmax(-1) @ many[1]
         with Live() as live:
-            found = attention.attend(*(t.as_subclass(OnGPU) for t in (query, key, value)), mask, 0.3, softcap)
+            found = forward.attend(
+                *(t.as_subclass(OnGPU) for t in (query, key, value)), mask, Attention(0.3, None, softcap)
+            )
         torch.testing.assert_close(found.as_subclass(Tensor), wanted)
         assert softcap is not None or live.peak < many[0].nbytes

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,8 +28,6 @@ from unlearn.score.search import (
     blind,
     choose,
     collapsed,
-    direction,
-    holds,
     judge,
     may_be_chosen,
     may_tie,
@@ -39,8 +36,6 @@ from unlearn.score.search import (
     rule,
     share_left,
 )
-from unlearn.vector.change import LowRank
-from unlearn.vector.task_vector import TaskVector
 
 FORGET: Key = ("forget", "europe", "acc_norm")
 ASIA: Key = ("retain", "asia", "acc_norm")
@@ -74,6 +69,7 @@ def within(key: Key, was: float, now: float, higher: bool = True, **values: Any)
         (ASIA, True, 0.8, {"keep": 0.0}, (0.0,), ()),
         (ASIA, True, 0.0, {}, (0.0,), ()),
         (ASIA, True, 0.3, {}, (0.285, 0.3 * 0.95), ()),  # which differ in the last bit
+        (ASIA, True, 20 / 26, {}, (19 / 26,), (18 / 26,)),  # just 95 %, whatever floats make of the quotient
         # the share (keep) has no say: 12.5 is more than 12 / 0.99
         (PPL, False, 12.0, {"keep": 0.99}, (12.5, 11.0), (12.51,)),
         (PPL, False, 12.0, {"perplexity": 0.0}, (12.0,), (12.01,)),
@@ -257,22 +253,39 @@ def test_no_better_point_was_passed_over(
     assert (got.coefficient, got.bound_met) == ((min(allowed)[1], True) if allowed else (0.0, False))
 
 
-def test_the_rule_in_words() -> None:
-    assert rule(spec(), [FORGET], []) == (
-        "most forgetting of europe (acc_norm) on validation items; nothing was asked to be kept"
-    )
-    both = rule(spec(keep=0.9, perplexity=1.5), [FORGET], [ASIA, PPL])
-    assert "at least 90 % of the target model's score or at most +1.5 perplexity" in both
-    assert "at least 97.5 % of" in rule(spec(keep=0.975), [FORGET], [ASIA]), "rounded, it would be another bound"
-    assert "perplexity" not in rule(spec(), [FORGET], [ASIA])
-    assert "share" not in rule(spec(), [FORGET], [PPL])
-    assert "95 %" not in rule(spec(), [FORGET], [PPL])
-
-
-def test_the_rule_for_both() -> None:
-    assert rule(spec(), [FORGET, AFRICA], []).startswith(
-        "most forgetting of europe (acc_norm) and learning of africa (acc) on validation items, on average"
-    )
+@pytest.mark.parametrize(
+    ("goals", "kept", "values", "said", "unsaid"),
+    [
+        (
+            "f",
+            "",
+            {},
+            "most forgetting of europe (acc_norm) on validation items; nothing was asked to be kept",
+            "on av",
+        ),
+        (
+            "fl",
+            "",
+            {},
+            "forgetting of europe (acc_norm) and learning of africa (acc) on validation items, on average",
+            "95",
+        ),
+        (
+            "f",
+            "ap",
+            {"keep": 0.9, "perplexity": 1.5},
+            "at least 90 % of the target model's score or at most +1.5 perpl",
+            "5 %",
+        ),
+        ("f", "a", {"keep": 0.975}, "at least 97.5 % of", "perplexity"),  # rounded, it would be another bound
+        ("f", "p", {}, "at most +0.5 perplexity", "95 %"),
+    ],
+)
+def test_the_rule_in_words(goals: str, kept: str, values: Any, said: str, unsaid: str) -> None:
+    keys = {"f": FORGET, "l": AFRICA, "a": ASIA, "p": PPL}
+    text = rule(spec(**values), [keys[k] for k in goals], [keys[k] for k in kept])
+    assert said in text
+    assert unsaid not in text
 
 
 AMERICAS: Key = ("forget", "americas", "acc_norm")
@@ -326,11 +339,6 @@ def guessing(key: Key, value: float, chance: float | None) -> TaskScore:
     return replace(score(key, value), chance=chance)
 
 
-def test_a_forget_set_that_was_only_guessed_is_said() -> None:
-    base = SweepPoint(0.0, (guessing(FORGET, 0.25, 0.25),), True)
-    assert "no more than guessing (0.250)" in require_grounds(base, [FORGET], [], spec())[FORGET]
-
-
 @pytest.mark.parametrize(
     ("value", "chance", "said"),
     [
@@ -343,6 +351,8 @@ def test_what_is_kept_and_cannot_show_harm_is_said_and_if_it_is_all_an_error(
     value: float, chance: float | None, said: str
 ) -> None:
     """0 >= .95 * 0 whatever becomes of the model."""
+    only_guessed = SweepPoint(0.0, (guessing(FORGET, 0.25, 0.25),), True)
+    assert "no more than guessing (0.250)" in require_grounds(only_guessed, [FORGET], [], spec())[FORGET]
     base = SweepPoint(0.0, (score(FORGET, 0.9), guessing(ASIA, value, chance), guessing(FACTS, 0.5, 0.25)), True)
     with pytest.raises(EvaluationError, match=f"nothing that is to be kept could show harm.*retain asia.*{said}"):
         require_grounds(base, [FORGET], [ASIA], spec())
@@ -358,13 +368,6 @@ def test_what_can_show_harm_is_not_doubted() -> None:
     assert not blind("perplexity", False, 30.0, None, 0.95)
     assert not blind("loss", False, 0.0, None, 0.95), "any rise breaks that bound"
     assert not blind("logprob", True, -3.0, None, 0.95)
-
-
-def test_the_verdict_is_of_whole_items() -> None:
-    """19 of 26 are just 95 % of 20 of 26, whatever floats make of the quotient."""
-    assert holds("acc", True, 20 / 26, 19 / 26, 0.95, 0.5)
-    assert not holds("acc", True, 20 / 26, 18 / 26, 0.95, 0.5)
-    assert (19 / 26) / (20 / 26) < 0.95, "which is why a quotient is no measure"
 
 
 def test_most_learning_is_chosen_and_only_if_something_is_learned() -> None:
@@ -404,14 +407,7 @@ def test_the_loss_is_compared_in_nats(metric: str, before: float, after: float, 
     assert collapsed(here, base, [KEEP], rise + 0.01) == ""
     assert f"retain near rose by {rise:.1f} nats per token" in collapsed(here, base, [KEEP], rise - 0.01)
     assert collapsed(here, base, [], 0.1) == ""  # nothing was asked to be kept
-
-
-def test_the_forget_set_may_lose_as_much_as_it_likes() -> None:
-    base, here = (
-        {s.key: s for s in (kept_score("forget", "far", "loss", nats), kept_score("retain", "near", "loss", 1.0))}
-        for nats in (1.0, 99.0)
-    )
-    assert collapsed(here, base, [("retain", "near", "loss")], 1.0) == ""
+    assert collapsed(here, base, [GOAL], 0.1) == ""  # and the forget set may lose as much as it likes
 
 
 def test_a_collapsed_point_is_not_chosen_though_its_accuracies_look_best() -> None:
@@ -505,18 +501,10 @@ def agrees(model: Model) -> None:
     assert {round(4 * p.coefficient) for p in points} == {0, *model.asked}
 
 
-@pytest.mark.parametrize("size", [4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17])
+@pytest.mark.parametrize("size", [4, 5, 8, 11, 16])
 def test_every_curve_that_falls_until_it_saturates(size: int) -> None:
-    for last in range(size + 1):
-        for floor in range(size + 1):
-            agrees(saturating(size, last, floor))
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.integers(4, 40), st.data())
-def test_any_such_curve_on_any_grid(size: int, data: st.DataObject) -> None:
-    last, floor = data.draw(st.integers(0, size)), data.draw(st.integers(0, size))
-    agrees(saturating(size, last, floor))
+    for last, floor in itertools.product(range(size + 1), repeat=2):
+        agrees(saturating(size, last, floor))
 
 
 @settings(max_examples=300, deadline=None)
@@ -560,14 +548,6 @@ def test_what_is_asked_for() -> None:
     _, points = model.searched(ties=False)
     assert model.asked == [4, 6, 5]
     assert [(p.coefficient, p.within_bound) for p in points] == [(0, True), (1, True), (1.25, True), (1.5, False)]
-
-
-def test_where_nothing_passes_all_that_is_smaller_was_tried() -> None:
-    model = saturating(8, last=0, floor=8)
-    chosen, points = model.searched()
-    assert chosen == model.best() == 0
-    assert [round(4 * p.coefficient) for p in points] == [0, 1, 2, 4]
-    assert not any(p.within_bound for p in points[1:])
 
 
 def test_one_coefficient() -> None:
@@ -619,8 +599,8 @@ class Problem:
 
     def solve(self, names: Sequence[str] | None = None) -> dict[str, float]:
         """The coefficients found, undone from the weights by the largest that was tried with that direction."""
-        weights, trail = balance(names or self.names, self.grid, self.score, better)
-        assert [t.coefficients for t in trail] == self.asked
+        weights, tried = balance(names or self.names, self.grid, self.score, better)
+        assert list(tried) == self.asked
         assert len(set(self.asked)) == len(self.asked), "asked twice"
         assert max(weights.values()) == 1
         assert min(weights.values()) > 0
@@ -692,9 +672,9 @@ def test_a_step_down_is_taken_where_less_is_better() -> None:
         value = (c[0] - 1.0) ** 2 + (c[1] - 2.0) ** 2
         return SweepPoint(max(c), (TaskScore("learn", "x", "validation", "prob", True, Score(value, None, 9)),), True)
 
-    weights, trail = balance(["low", "tall"][::-1], GRID, score, better)
+    weights, tried = balance(["low", "tall"][::-1], GRID, score, better)
     assert weights == {"low": 0.5, "tall": 1.0}
-    assert trail[0].coefficients == (0.5, 0.5), "the diagonal comes first"
+    assert next(iter(tried)) == (0.5, 0.5), "the diagonal comes first"
 
 
 def test_where_nothing_passes_all_parts_weigh_the_same() -> None:
@@ -704,14 +684,6 @@ def test_where_nothing_passes_all_parts_weigh_the_same() -> None:
     assert all(min(c) > 0 for c in problem.asked), "no request is dropped"
 
 
-def test_only_the_named_part_of_the_diagonal_is_tried() -> None:
-    problem = Problem(["a", "b"], {"a": 1.0, "b": 1.0}, lambda at: max(at.values()) <= 1.5)
-    balance(problem.names, GRID, problem.score, better, diagonal=[1.5])
-    assert (1.0, 1.0) not in problem.asked
-    assert (2.0, 2.0) not in problem.asked
-    assert (1.5, 1.5) in problem.asked
-
-
 def test_points_that_were_ruled_out_or_collapsed_are_no_improvement() -> None:
     problem = Problem(["a", "b"], {"a": 1.0, "b": 1.0}, lambda at: True)
 
@@ -719,10 +691,15 @@ def test_points_that_were_ruled_out_or_collapsed_are_no_improvement() -> None:
         point = problem.point(c)
         return SweepPoint(point.coefficient, point.scores, True, collapsed="nats" if max(c) > 1 else "")
 
-    _, trail = balance(problem.names, GRID, score, better)
-    weights, _ = balance(problem.names, GRID, score, better)
+    weights, tried = balance(problem.names, GRID, score, better)
     assert weights == {"a": 1.0, "b": 1.0}
-    assert max(t.point.coefficient for t in trail) == 2
+    assert max(map(max, tried)) == 2
+
+
+def test_only_the_named_part_of_the_diagonal_is_tried() -> None:
+    problem = Problem(["a", "b"], {"a": 1.0, "b": 1.0}, lambda at: max(at.values()) <= 1.5)
+    _, tried = balance(problem.names, GRID, problem.score, better, diagonal=[1.5])
+    assert {c for c in tried if c[0] == c[1]} - {(0.5, 0.5)} == {(1.5, 1.5)}
 
 
 def test_the_number_of_rounds_is_bounded() -> None:
@@ -730,20 +707,3 @@ def test_the_number_of_rounds_is_bounded() -> None:
     problem = Problem(["a", "b"], {"a": 1.0, "b": 1.0}, lambda at: at["a"] <= 1, grid)
     weights = problem.solve()
     assert weights == {"a": 1 / (1 + ROUNDS), "b": 1.0}
-
-
-def a_vector(seed: int) -> TaskVector:
-    made = torch.Generator().manual_seed(seed)
-    A, B = torch.randn(2, 4, generator=made), torch.randn(3, 2, generator=made)
-    return TaskVector({"layer": LowRank(A, B)})
-
-
-def test_the_direction_is_the_weighted_sum_in_any_order() -> None:
-    parts = {("forget", "b"): a_vector(1), ("learn", "a"): a_vector(2), ("forget", "a"): a_vector(3)}
-    weights = {("forget", "b"): 0.5, ("learn", "a"): 1.0, ("forget", "a"): 0.25}
-    one = direction(parts, weights)
-    other = direction(dict(reversed(parts.items())), weights)
-    assert one.digest() == other.digest()
-    dense = sum(weights[n] * v.modules["layer"].B @ v.modules["layer"].A for n, v in parts.items())  # type: ignore[union-attr]
-    found = one.modules["layer"]
-    torch.testing.assert_close(found.B @ found.A, dense)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The baselines as they are trained, against PEFT's own passes with plain cross-entropy, and what they do."""
+"""The baselines against their formulas written out: as they are trained, and on made-up logits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,8 +19,17 @@ from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import TrainingError
 from unlearn.model.load import Loaded
 from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
-from unlearn.train.fit import train_vector
-from unlearn.train.losses import Against, Keep
+from unlearn.train.batches import answers
+from unlearn.train.losses import (
+    Against,
+    Keep,
+    answer_log_probability,
+    gradient_ascent,
+    gradient_difference,
+    npo,
+    retain_only,
+)
+from unlearn.train.vectors import train_vector
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
 
@@ -103,12 +114,12 @@ def first_step(loaded: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                     parameter.register_hook(add)
             return peft_model
 
-        monkeypatch.setattr("unlearn.train.fit.get_peft_model", start_there)
+        monkeypatch.setattr("unlearn.train.vectors.get_peft_model", start_there)
         got = loaded(folder)
-        settings = TrainSpec(**({"steps": 1, "batch_size": 3, "learning_rate": 1e-3, "warmup": 0.0} | spec))
+        how = TrainSpec(**({"steps": 1, "batch_size": 3, "learning_rate": 1e-3, "warmup": 0.0} | spec))
         work = tmp_path / str(len(list(tmp_path.iterdir())))
         lora = LoraSpec(rank=4, alpha=10)
-        _, log = train_vector(got.model, got.tokenizer, rows, settings, lora, 0, work, "x", {}, against=objective)
+        _, log = train_vector(got.model, got.tokenizer, rows, how, lora, 0, work, "x", {}, against=objective)
         return log.losses[0], seen
 
     return go
@@ -143,25 +154,10 @@ def test_the_first_step_is_the_formula_s(
     assert max(float(g.abs().max()) for g in found.values()) > 1e-2  # against which 1e-5 is little
 
 
-def test_npo_points_where_ascent_does_as_beta_goes_to_0(
-    pico_phi: Path, first_step: Callable[..., tuple[float, Gradients]]
-) -> None:
-    rows = [row(20, 9, 4), row(40, 6, 4), row(70, 7, 4)]  # as many tokens each: both kinds of mean are one
-
-    def direction(objective: Against) -> Tensor:
-        _, gradients = first_step(pico_phi, objective, rows)
-        flat = torch.cat([gradients[name].flatten() for name in sorted(gradients)])
-        return flat / flat.norm()
-
-    ascent = direction(against("gradient_ascent"))
-    assert float(ascent @ direction(against("npo", beta=1e-4))) > 0.9999
-    assert float(ascent @ direction(against("npo", beta=20.0))) < 0.99
-
-
 def fit(model: Loaded, objective: Against, work: Path, **spec: Any) -> TaskVector:
-    settings = TrainSpec(**({"steps": 12, "batch_size": 3, "learning_rate": 1e-2} | spec))
+    how = TrainSpec(**({"steps": 12, "batch_size": 3, "learning_rate": 1e-2} | spec))
     lora = LoraSpec(rank=4, alpha=8)
-    vector, _ = train_vector(model.model, model.tokenizer, FORGET, settings, lora, 0, work, "x", {}, against=objective)
+    vector, _ = train_vector(model.model, model.tokenizer, FORGET, how, lora, 0, work, "x", {}, against=objective)
     return vector
 
 
@@ -180,15 +176,6 @@ def test_they_forget_and_the_difference_keeps(phi: Loaded, tmp_path: Path) -> No
         assert rise[loss][0] > 1.0
     assert rise["gradient_difference"][1] < rise["gradient_ascent"][1] - 0.5
     assert (per_token(phi.model, FORGET), per_token(phi.model, RETAIN)) == before
-
-
-def test_the_weight_is_of_the_retain_term(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
-    """At 0 it is ascent, retain rows or not."""
-    without = fit(loaded(pico_phi), against("gradient_ascent"), tmp_path / "1", steps=3)
-    zero = fit(loaded(pico_phi), against("gradient_difference", weight=0.0), tmp_path / "2", steps=3)
-    some = fit(loaded(pico_phi), against("gradient_difference", weight=1.0), tmp_path / "3", steps=3)
-    assert zero.cosine(without) > 0.999
-    assert some.cosine(without) < 0.99
 
 
 def test_retain_rows_are_drawn_by_the_seed_so_many_at_a_time(
@@ -216,27 +203,6 @@ def test_a_loss_without_a_floor_that_falls_for_ever(phi: Loaded, tmp_path: Path,
     assert not any("lora" in name for name, _ in phi.model.named_modules())
 
 
-def test_npo_that_is_no_number(phi: Loaded, tmp_path: Path) -> None:
-    phi.model.get_submodule("model.layers.0.mlp.fc1").get_parameter("weight").data[0, 0] = math.nan
-    with pytest.raises(TrainingError, match="became nan at step 1: lower learning_rate, or use dtype: float32"):
-        fit(phi, against("npo"), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"loss": "gradient_difference"}, "gradient_difference needs retain rows with an answer"),
-        (
-            {"loss": "gradient_difference", "retain": [Encoded((1, 2), (1, IGNORE))]},
-            "gradient_difference needs retain rows with an answer",
-        ),
-    ],
-)
-def test_bad_settings(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(TrainingError, match=said):
-        Against(**values)
-
-
 def test_bad_rows_and_two_objectives(phi: Loaded, tmp_path: Path) -> None:
     def go(rows: list[Encoded], keep: Keep | None) -> None:
         spec, lora = TrainSpec(steps=1), LoraSpec(rank=4, alpha=8)
@@ -246,7 +212,133 @@ def test_bad_rows_and_two_objectives(phi: Loaded, tmp_path: Path) -> None:
         go([*FORGET, Encoded((1, 2), (1, IGNORE))], None)
     with pytest.raises(ValueError, match="keep adds to the cross-entropy that against replaces"):
         go(FORGET, Keep(RETAIN, RetainKLSpec(sides="one")))
+    for retain in ([], [Encoded((1, 2), (1, IGNORE))]):
+        with pytest.raises(TrainingError, match="gradient_difference needs retain rows with an answer"):
+            Against("gradient_difference", retain)
     with pytest.raises(ValueError, match="needs a range of coefficients"):
         Keep(RETAIN, RetainKLSpec(coefficients=None))
     assert not list(tmp_path.iterdir())
     assert not any("lora" in name for name, _ in phi.model.named_modules())
+
+
+# --- the formulas on made-up logits -----------------------------------------------------------------------------------
+
+quick = settings(deadline=None, max_examples=25)
+SEEDS = st.integers(0, 10_000)
+VOCABULARY = 11
+
+
+def drawn(seed: int, counts: tuple[int, ...] = (1, 3, 4)) -> tuple[Tensor, Tensor]:
+    """Logits (B, 6, V) and labels (B, 6) whose rows have that many labelled tokens, the last ones."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(counts), 6, VOCABULARY, generator=generator, dtype=torch.float64)
+    labels = torch.full((len(counts), 6), IGNORE)
+    for number, count in enumerate(counts):
+        labels[number, 6 - count :] = torch.randint(VOCABULARY, (count,), generator=generator)
+    return logits, labels
+
+
+def packed(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) that predict a labelled token, and these tokens (N,)."""
+    positions, targets, _ = answers(labels)
+    return logits[positions], targets
+
+
+def npo_of(logits: Tensor, reference: Tensor, labels: Tensor, beta: float, count: float | None = None) -> Tensor:
+    positions, targets, numbers = answers(labels)
+    return npo(logits[positions], reference[positions], targets, numbers, beta, count)
+
+
+def log_probability(logits: Tensor, labels: Tensor, row: int) -> float:
+    """Sum over a row's labelled tokens of log softmax at the position before, one number at a time."""
+    total = 0.0
+    for t in range(1, labels.shape[1]):
+        label = int(labels[row, t])
+        if label != IGNORE:
+            values = logits[row, t - 1].tolist()
+            total += values[label] - math.log(sum(math.exp(v) for v in values))
+    return total
+
+
+@quick
+@given(seed=SEEDS)
+def test_each_loss_is_its_formula(seed: int) -> None:
+    logits, labels = drawn(seed)
+    near, near_labels = drawn(seed + 1, (2, 5))
+    forget = [log_probability(logits, labels, i) for i in range(3)]
+    retain = [log_probability(near, near_labels, i) for i in range(2)]
+    away, kept = packed(logits, labels), packed(near, near_labels)
+    assert answer_log_probability(*away, answers(labels)[2]).tolist() == pytest.approx(forget, rel=1e-5)
+    assert float(retain_only(*kept)) == pytest.approx(-sum(retain) / 7, rel=1e-5)
+    assert float(gradient_ascent(*away)) == pytest.approx(sum(forget) / 8, rel=1e-5)
+    both = gradient_difference(*away, *kept, weight=2.5)
+    assert float(both) == pytest.approx(sum(forget) / 8 - 2.5 * sum(retain) / 7, rel=1e-5)
+    # one batch of a step that has 20 forget tokens
+    assert float(gradient_ascent(*away, tokens=20)) == pytest.approx(sum(forget) / 20, rel=1e-5)
+    both = gradient_difference(*away, *kept, weight=2.5, tokens=20)
+    assert float(both) == pytest.approx(sum(forget) / 20 - 2.5 * sum(retain) / 7, rel=1e-5)
+
+
+@quick
+@given(seed=SEEDS, beta=st.sampled_from([0.01, 0.1, 1.0, 5.0]))
+def test_npo_is_its_formula(seed: int, beta: float) -> None:
+    logits, labels = drawn(seed)
+    reference, _ = drawn(seed + 1)
+    ratios = [
+        math.exp(log_probability(logits, labels, i) - log_probability(reference, labels, i)) for i in range(len(labels))
+    ]
+    wanted = 2 / beta * sum(math.log(1 + ratio**beta) for ratio in ratios) / len(ratios)
+    assert float(npo_of(logits, reference, labels, beta)) == pytest.approx(wanted, rel=1e-4)
+    assert float(npo_of(logits, reference, labels, beta, 12)) == pytest.approx(wanted * len(ratios) / 12, rel=1e-4)
+
+
+def gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(loss, logits)
+    return found
+
+
+@quick
+@given(seed=SEEDS)
+def test_npo_becomes_gradient_ascent_as_beta_goes_to_0(seed: int) -> None:
+    logits, labels = drawn(seed, (3, 3))  # as many tokens in every answer, so that both kinds of mean are one
+    logits.requires_grad_()
+    reference, _ = drawn(seed + 1, (3, 3))
+    ascent = 3 * gradient(gradient_ascent(*packed(logits, labels)), logits)  # per answer, not per token
+    near = gradient(npo_of(logits, reference, labels, 1e-5), logits)
+    torch.testing.assert_close(near, ascent, rtol=1e-3, atol=1e-6)
+    far = gradient(npo_of(logits, reference, labels, 3.0), logits)
+    assert not torch.allclose(far, ascent, rtol=1e-2)
+
+
+def test_npo_slows_down_where_an_answer_is_unlikely_already() -> None:
+    """Its gradient is the ascent's times 2 r^beta / (1 + r^beta), r the ratio of probabilities."""
+    logits, labels = drawn(3, (2,))
+    logits.requires_grad_()
+    beta = 0.5
+    ascent = 2 * gradient(gradient_ascent(*packed(logits, labels)), logits)
+    for seed in (4, 5):
+        reference, _ = drawn(seed, (2,))
+        r = math.exp(log_probability(logits.detach(), labels, 0) - log_probability(reference, labels, 0)) ** beta
+        got = gradient(npo_of(logits, reference, labels, beta), logits)
+        torch.testing.assert_close(got, 2 * r / (1 + r) * ascent, rtol=1e-4, atol=1e-7)
+
+
+def test_npo_has_a_floor_and_leaves_its_reference_alone() -> None:
+    logits, labels = drawn(6)
+    reference = logits.clone().requires_grad_()
+    at_start = npo_of(logits.requires_grad_(), reference, labels, 0.1)
+    assert float(at_start.detach()) == pytest.approx(20 * math.log(2), rel=1e-5)
+    assert torch.autograd.grad(at_start, reference, allow_unused=True) == (None,)
+    gone = logits.detach().clone()
+    gone[:, :-1].scatter_add_(2, labels[:, 1:].clamp_min(0).unsqueeze(2), torch.full((3, 5, 1), -1e4).double())
+    assert 0.0 <= float(npo_of(gone, logits.detach(), labels, 0.1)) < 1e-6
+    assert float(gradient_ascent(*packed(gone, labels))) < -1e3
+
+
+def test_misuse() -> None:
+    logits, labels = packed(*drawn(7))
+    numbers = answers(drawn(7)[1])[2]
+    with pytest.raises(TrainingError, match="a row has no token with a label"):
+        answer_log_probability(logits, labels, numbers * 2)
+    with pytest.raises(TrainingError, match="no token has a label"):
+        gradient_ascent(logits[:0], labels[:0])

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,12 +25,12 @@ from unlearn.errors import ModelError, TrainingError, VectorError
 from unlearn.model.load import Loaded, linear_modules
 from unlearn.model.pico import corpus
 from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
-from unlearn.train import fit as finetune
 from unlearn.train import trainer
-from unlearn.train.batches import ByLength, Pad
-from unlearn.train.fit import merge, train_vector, train_weights
+from unlearn.train import vectors as finetune
+from unlearn.train.batches import ByLength
 from unlearn.train.losses import Against, Keep
 from unlearn.train.trainer import WHOLE, TrainingLog, last_checkpoint, seal
+from unlearn.train.vectors import merge, train_vector, train_weights
 from unlearn.vector.change import LowRank
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
@@ -93,60 +92,6 @@ def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-
-
-# --- tokens and labels -----------------------------------------------------------------------------------------------
-
-
-def learned(row: Encoded, tokenizer: Any) -> str:
-    """The text of the tokens that carry loss."""
-    assert len(row.labels) == len(row.input_ids)
-    assert all(label in (IGNORE, token) for label, token in zip(row.labels, row.input_ids, strict=True))
-    text: str = tokenizer.decode([label for label in row.labels if label != IGNORE])
-    return text
-
-
-@pytest.mark.parametrize("kind", ["qa", "mcq"])
-def test_only_the_answer_carries_loss(phi: Loaded, kind: str) -> None:
-    end = phi.tokenizer.eos_token if kind == "qa" else ""
-    for row, (country, city) in zip(encode(facts(), kind, phi.tokenizer, 64), FACTS, strict=True):
-        assert learned(row, phi.tokenizer) == f" {city}{end}"
-        whole = f"Question: What is the capital of {country}?\nAnswer: {city}{end}"
-        assert phi.tokenizer.decode(row.input_ids) == whole
-        first = [label != IGNORE for label in row.labels].index(True)
-        assert IGNORE not in row.labels[first:]  # one run of it, at the end
-
-
-def test_the_split_is_lm_eval_s(phi: Loaded) -> None:
-    """What is trained is what is scored: the same tokens on the same side, also with blanks about."""
-    lm = HFLM(pretrained=phi.model, tokenizer=phi.tokenizer, backend="causal", batch_size=1)
-    odd = [
-        item("The capital of France is", "Paris"),
-        item("The capital of France is ", "Paris"),
-        item("The capital of France is\n\n", "Paris"),
-        item("Naïve 東京 😀", "😀 café"),
-        item("A", "B"),
-    ]
-    for kind in ("qa", "mcq"):
-        for row, it in zip(encode(odd, kind, phi.tokenizer, 64), odd, strict=True):
-            context, continuation = lm._encode_pair(it.prompt, f" {it.target}")
-            answer = [label for label in row.labels if label != IGNORE]
-            assert answer == continuation + ([phi.tokenizer.eos_token_id] if kind == "qa" else [])
-            assert list(row.input_ids[: len(context)]) == context
-
-
-def test_text_is_learned_whole(phi: Loaded) -> None:
-    passage = item("The capital of", " France is Paris.\nIt is old.")
-    (row,) = encode([passage], "text", phi.tokenizer, 64)
-    assert phi.tokenizer.decode(row.input_ids) == passage.prompt + passage.target
-    assert row.labels == (IGNORE, *row.input_ids[1:])
-    assert phi.tokenizer.eos_token_id not in row.input_ids  # a passage goes on
-
-
-def test_without_a_prompt_the_end_token_stands_before_an_answer(phi: Loaded) -> None:
-    (row,) = encode([item("", "Paris is far")], "mcq", phi.tokenizer, 16)
-    assert row.input_ids[0] == phi.tokenizer.eos_token_id
-    assert row.labels == (IGNORE, *row.input_ids[1:])
 
 
 # --- the vector ------------------------------------------------------------------------------------------------------
@@ -258,25 +203,17 @@ def test_accumulated_batches_are_one_batch(loaded: Load, pico_phi: Path, tmp_pat
     assert log_two.steps == 3
 
 
-def test_epochs_and_steps(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spec", "steps"), [({"epochs": 3}, 6), ({"epochs": 0.5, "warmup": 0.0}, 1), ({"steps": 5}, 5)]
+)
+def test_epochs_and_steps(phi: Loaded, tmp_path: Path, spec: dict[str, Any], steps: int) -> None:
     """6 rows, batches of 4: two steps an epoch."""
-    _, log = train(loaded(pico_phi), tmp_path / "1", TrainSpec(epochs=3, batch_size=4, learning_rate=1e-3))
-    assert log.steps == 6
-    _, log = train(
-        loaded(pico_phi), tmp_path / "2", TrainSpec(epochs=0.5, batch_size=4, learning_rate=1e-3, warmup=0.0)
-    )
-    assert log.steps == 1
-    _, log = train(loaded(pico_phi), tmp_path / "3", TrainSpec(steps=5, batch_size=4, learning_rate=1e-3))
-    assert log.steps == 5
-    assert log.to_json("forget") == {
-        "stage": "forget",
-        "examples": 6,
-        "steps": 5,
-        "loss_first": log.losses[0],
-        "loss_last": log.losses[-1],
-        "losses": [round(x, 4) for x in log.losses],
-        "seconds": round(log.seconds, 2),
-    }
+    _, log = train(phi, tmp_path, TrainSpec(**spec, batch_size=4, learning_rate=1e-3))
+    assert log.steps == steps
+    shown = log.to_json("forget")
+    assert (shown["stage"], shown["examples"], shown["steps"]) == ("forget", 6, steps)
+    assert (shown["loss_first"], shown["loss_last"]) == (log.losses[0], log.losses[-1])
+    assert len(shown["losses"]) == steps
 
 
 @pytest.mark.parametrize("penalised", [False, True])
@@ -292,35 +229,17 @@ def test_the_model_s_settings_stay_as_they_are(phi: Loaded, tmp_path: Path, pena
     assert phi.model.generation_config.to_dict() == generation
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_seed_decides_everything(loaded: Load, pico_phi: Path, tmp_path: Path, checkpointing: bool) -> None:
-    spec = train_spec(gradient_checkpointing=checkpointing)
+def test_the_seed_decides_everything(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
     lora = LoraSpec(rank=4, alpha=8, dropout=0.1)
-    digests = []
-    for number, seed in enumerate((0, 0, 1)):
+    made = []
+    for number, (seed, checkpointing) in enumerate([(0, False), (0, False), (1, False), (0, True), (0, True)]):
         torch.manual_seed(number)  # what ran before does not matter
-        vector, log = train(loaded(pico_phi), tmp_path / str(number), spec, lora, seed)
-        digests.append((vector.digest(), log.losses))
-    assert digests[0] == digests[1]
-    assert digests[0][0] != digests[2][0]
-
-
-def test_gradient_checkpointing_changes_nothing(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
-    plain, _ = train(loaded(pico_phi), tmp_path / "1", train_spec())
-    checked, _ = train(loaded(pico_phi), tmp_path / "2", train_spec(gradient_checkpointing=True))
-    assert checked.cosine(plain) > 0.9999
-    assert checked.norm() == pytest.approx(plain.norm(), rel=1e-3)
-
-
-def test_chosen_targets_only(phi: Loaded, tmp_path: Path) -> None:
-    vector, _ = train(
-        phi, tmp_path, train_spec(steps=2), LoraSpec(rank=2, alpha=4, targets=("q_proj", "layers.1.mlp.fc1"))
-    )
-    assert set(vector.modules) == {
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.1.self_attn.q_proj",
-        "model.layers.1.mlp.fc1",
-    }
+        spec = train_spec(gradient_checkpointing=checkpointing)
+        made.append(train(loaded(pico_phi), tmp_path / str(number), spec, lora, seed))
+    digests = [(vector.digest(), log.losses) for vector, log in made]
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[3] == digests[4]
+    assert made[3][0].cosine(made[0][0]) > 0.9999, "gradient checkpointing changes nothing"
 
 
 def test_a_16_bit_model_is_trained_in_float32_factors(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
@@ -376,41 +295,10 @@ def test_a_loss_that_is_no_number(phi: Loaded, tmp_path: Path, value: float) -> 
     assert last_checkpoint(tmp_path) is None
 
 
-def test_a_rate_that_blows_up(phi: Loaded, tmp_path: Path) -> None:
-    before = state(phi.model)
-    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) at step \d+"):
-        train(phi, tmp_path, train_spec(learning_rate=1e30, warmup=0.0, steps=20))
-    assert_same_state(phi.model, before)
-
-
 def test_a_rate_that_moves_nothing(phi: Loaded, tmp_path: Path) -> None:
     """So small that every update of B, which starts at zero, underflows."""
     with pytest.raises(TrainingError, match="forget: the adapter did not move from zero; raise learning_rate"):
         train(phi, tmp_path, train_spec(learning_rate=1e-60, steps=2))
-
-
-@pytest.mark.parametrize(
-    ("error", "raised", "said"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
-        (RuntimeError("expected all tensors on one device"), RuntimeError, "on one device"),
-    ],
-)
-def test_what_fails_within_a_training_leaves_no_adapter(
-    phi: Loaded,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    raised: type[Exception],
-    said: str,
-) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise error
-
-    monkeypatch.setattr(phi.model.model, "forward", fail)
-    with pytest.raises(raised, match=said):
-        train(phi, tmp_path)
-    assert not any("lora" in name for name, _ in phi.model.named_modules())
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------
@@ -524,7 +412,7 @@ def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path
     assert last_checkpoint(work) is None
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "rng_state.pth"])
 def test_a_damaged_checkpoint_is_passed_over(
     loaded: Load, pico_phi: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -548,25 +436,17 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert log.steps == 8
 
 
-def test_a_checkpoint_of_more_processes_is_not_gone_on_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Their random states and their epochs are others."""
-    for step in (3, 12):
+def test_the_newest_whole_checkpoint_of_as_many_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By number; where more processes wrote it, their random states and their epochs are others."""
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for step in (9, 12, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        seal(tmp_path / f"checkpoint-{step}", processes=2)
+        if step != 100:
+            seal(tmp_path / f"checkpoint-{step}", processes=2)
     assert last_checkpoint(tmp_path, processes=2) == str(tmp_path / "checkpoint-12")
     assert last_checkpoint(tmp_path) is None
     assert "checkpoint-12: 2 processes wrote it, and now it is 1" in capfd.readouterr().err
     assert not any(tmp_path.iterdir())
-
-
-def test_the_newest_checkpoint_by_number(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path / "nothing") is None
-    for step in (9, 10, 100, 20):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if step != 100:
-            seal(folder, processes=1)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
@@ -669,60 +549,36 @@ def test_rows_of_like_length_come_together() -> None:
     assert lengths[order[0]] == 55  # the longest first: what needs most memory fails at once
 
 
-def test_a_padded_batch() -> None:
-    batch = Pad(9)([Encoded((1, 2, 3), (IGNORE, 2, 3)), Encoded((4,), (IGNORE,))])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, IGNORE, IGNORE]]
-
-
 # --- all weights, merging --------------------------------------------------------------------------------------------
-
-
-def test_training_all_weights(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
-    def go(work: Path, seed: int = 0) -> tuple[Loaded, TrainingLog]:
-        model = loaded(pico_phi)
-        spec = train_spec(steps=12, batch_size=6, learning_rate=3e-3)
-        log = train_weights(model.model, model.tokenizer, rows_of(model), spec, seed, work, "teach")
-        return model, log
-
-    model, log = go(tmp_path / "1")
-    assert log.losses[-1] < log.losses[0] - 2
-    assert not model.model.training
-    assert not any(p.requires_grad for p in model.model.parameters())
-    moved = [
-        n for n, p in loaded(pico_phi).model.named_parameters() if not torch.equal(p, model.model.get_parameter(n))
-    ]
-    assert "lm_head.weight" in moved
-    assert "model.layers.0.mlp.fc1.weight" in moved
-    assert_same_state(go(tmp_path / "2")[0].model, state(model.model))
-    # resumed from the last checkpoint before the end
-    again, _ = go(tmp_path / "1")
-    assert_same_state(again.model, state(model.model))
 
 
 def test_training_all_weights_stopped_and_resumed(loaded: Load, pico_llama: Path, tmp_path: Path) -> None:
     """Llama's head is tied to its embedding, and must come back from a checkpoint as the one tensor it is."""
 
-    def go(work: Path) -> Loaded:
+    def go(work: Path) -> tuple[Loaded, TrainingLog]:
         model = loaded(pico_llama)
-        spec = train_spec(steps=7, learning_rate=3e-3, save_every=2)
-        train_weights(model.model, model.tokenizer, rows_of(model), spec, 0, work, "teach")
-        return model
+        spec = train_spec(steps=7, batch_size=6, learning_rate=3e-3, save_every=2)
+        return model, train_weights(model.model, model.tokenizer, rows_of(model), spec, 0, work, "teach")
 
-    whole = go(tmp_path / "whole")
+    whole, log = go(tmp_path / "whole")
+    assert log.losses[-1] < log.losses[0] - 1
+    assert not whole.model.training
+    assert not any(p.requires_grad for p in whole.model.parameters())
+    before = loaded(pico_llama).model
+    moved = {n for n, p in before.named_parameters() if not torch.equal(p, whole.model.get_parameter(n))}
+    assert {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"} <= moved
     with interrupted(5):
         go(tmp_path / "stopped")
-    again = go(tmp_path / "stopped")
-    assert_same_state(again.model, state(whole.model))
-    assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
+    for work in ("stopped", "whole"):  # the second from its last checkpoint before the end
+        again, _ = go(tmp_path / work)
+        assert_same_state(again.model, state(whole.model))
+        assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["phi", "gpt2"])
-def test_a_vector_merged_for_good(loaded: Load, request: pytest.FixtureRequest, family: str, dtype: str) -> None:
-    """Added in float32 and rounded once, whatever the weights' own format."""
-    model = loaded(request.getfixturevalue(f"pico_{family}"), dtype).model
+def test_a_vector_merged_for_good(loaded: Load, request: pytest.FixtureRequest, family: str) -> None:
+    """Added in float32 and rounded once to the weights' own format."""
+    model = loaded(request.getfixturevalue(f"pico_{family}"), "bfloat16").model
     generator = torch.Generator().manual_seed(0)
     modules = {}
     for name, module in linear_modules(model).items():
@@ -733,7 +589,7 @@ def test_a_vector_merged_for_good(loaded: Load, request: pytest.FixtureRequest, 
     wanted = state(model)
     for name, m in vector.modules.items():
         delta = m.delta().T if isinstance(model.get_submodule(name), Conv1D) else m.delta()
-        wanted[f"{name}.weight"] = (wanted[f"{name}.weight"].float() + delta).to(getattr(torch, dtype))
+        wanted[f"{name}.weight"] = (wanted[f"{name}.weight"].float() + delta).bfloat16()
     before = state(model)
     merge(model, vector)
     assert_same_state(model, wanted)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -18,8 +17,8 @@ from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import TrainingError, VectorError
 from unlearn.model.load import Loaded
 from unlearn.recipe.methods import LearnedSpec, LoraSpec, TrainSpec
-from unlearn.train.fit import train_vector
 from unlearn.train.learned import gradients, learn
+from unlearn.train.vectors import train_vector
 from unlearn.vector.change import Change, Dense, LowRank
 from unlearn.vector.methods import components, weigh
 from unlearn.vector.task_vector import TaskVector
@@ -163,12 +162,6 @@ def test_importance_of_some_samples(loaded: Load, pico_phi: Path) -> None:
     assert any(not torch.equal(gradients(model, FORGET, [name], samples=2, seed=s)[name], few) for s in range(3))
 
 
-def test_importance_where_there_can_be_none(loaded: Load, pico_phi: Path) -> None:
-    model = loaded(pico_phi).model
-    with pytest.raises(VectorError, match="at least one sample"):
-        gradients(model, [Encoded((1, 2), (1, IGNORE))], NAMES["phi"])
-
-
 # -- learned coefficients ----------------------------------------------------------------------------------------
 
 ALL = LearnedSpec(steps=1, batch_size=9, retain_batch_size=9)  # every row in the one batch
@@ -281,6 +274,8 @@ def test_learned_coefficients_spare_the_retain_set(loaded: Load, pico_phi: Path,
 
 def test_what_cannot_be_learned(loaded: Load, pico_phi: Path) -> None:
     model = loaded(pico_phi).model
+    with pytest.raises(VectorError, match="at least one sample"):
+        gradients(model, [Encoded((1, 2), (1, IGNORE))], NAMES["phi"])
     vector = random_vector(model, NAMES["phi"])
     with pytest.raises(VectorError, match="the retain set has no training item"):
         learn(model, vector, FORGET, [], ALL, 0, 0)
@@ -290,20 +285,3 @@ def test_what_cannot_be_learned(loaded: Load, pico_phi: Path) -> None:
         learn(model, 0.0 * vector, FORGET, RETAIN, ALL, 0, 0)
     with pytest.raises(TrainingError, match="the objective became nan at step 0"):
         learn(model, 1e30 * vector, FORGET, RETAIN, ALL, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("key", "wrong"),
-    [
-        ("steps", 0),
-        ("learning_rate", 0.0),
-        ("beta", -1.0),
-        ("ceiling", math.inf),
-        ("ceiling", 0.0),
-        ("scale", 0.0),
-        ("by", "layer"),
-    ],
-)
-def test_settings_out_of_range(key: str, wrong: Any) -> None:
-    with pytest.raises(ValidationError, match=key):
-        LearnedSpec.model_validate({key: wrong})

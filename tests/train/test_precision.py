@@ -31,11 +31,11 @@ from unlearn.model.load import Loaded
 from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.methods import LearnedSpec
-from unlearn.train import fit as finetune
+from unlearn.train import vectors as finetune
 from unlearn.train import vectors as fitted
-from unlearn.train.fit import train_weights
 from unlearn.train.learned import gradients, learn
 from unlearn.train.trainer import float32_weights, mixed_precision, settings
+from unlearn.train.vectors import train_weights
 
 Load = Callable[..., Loaded]
 HALVES = ("bfloat16", "float16")

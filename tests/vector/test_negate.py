@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.errors import VectorError
 from unlearn.model.load import Loaded, linear_modules
-from unlearn.train.fit import merge, read_adapter
+from unlearn.train.vectors import merge, read_adapter
 from unlearn.vector.change import Dense, LowRank
 from unlearn.vector.edit import Edit, applied, fit, shape_of, weights_of
 from unlearn.vector.task_vector import TaskVector

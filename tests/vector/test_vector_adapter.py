@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.errors import VectorError
 from unlearn.model.load import Loaded, linear_modules, model_of
-from unlearn.train.fit import read_adapter
+from unlearn.train.vectors import read_adapter
 from unlearn.vector.apply import apply, check
 from unlearn.vector.change import Dense, LowRank
 from unlearn.vector.edit import applied

@@ -31,7 +31,7 @@ from unlearn.errors import ModelError, TrainingError, VectorError
 from unlearn.evidence.attacks import Judge, Judged, Scene, attack
 from unlearn.recipe.evaluation import Quantised, RelearnSpec
 from unlearn.results import AttackScore, quantisation, relearning
-from unlearn.score.silence import errors_only, random_state_kept
+from unlearn.score.tasks import errors_only, random_state_kept
 from unlearn.train.batches import Pad
 from unlearn.vector.change import edited
 from unlearn.vector.edit import fit

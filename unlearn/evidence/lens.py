@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from unlearn.console import progress, say
 from unlearn.evidence.attacks import Judge, Judged, Scene, attack
 from unlearn.results import LENS, AttackScore
-from unlearn.score.attention import Layout, attending
+from unlearn.score.forward import Layout, attending
 from unlearn.score.forward import Forward, NotPackableError, Part, run
 from unlearn.score.packed import PackedLM, Request
-from unlearn.score.silence import quiet_harness
+from unlearn.score.tasks import quiet_harness
 from unlearn.score.tree import pack
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")

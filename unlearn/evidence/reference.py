@@ -372,8 +372,7 @@ def require_same_tokens(recipe: Recipe, base: Path, ours: Any) -> None:
 
 def score_reference(subjects: Subjects, questions: Questions, store: Store) -> tuple[TaskScore, ...]:
     """What the reference scores on the test items of the recipe's own sets; empty without one."""
-    from unlearn.score import sweep
-    from unlearn.score.scorer import score_model
+    from unlearn.score.scorer import read_scores, score_model
 
     loaded, recipe = subjects.reference, questions.recipe
     if loaded is None:
@@ -382,4 +381,4 @@ def score_reference(subjects: Subjects, questions: Questions, store: Store) -> t
     place = store.stage(
         "eval/reference", inputs, lambda tmp: score_model(loaded, questions.test, "reference", recipe, tmp)
     )
-    return sweep.scores(place)
+    return read_scores(place)

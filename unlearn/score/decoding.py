@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn.processes import is_out_of_memory
-from unlearn.score.attention import KeysValues, attend, lay_out
-from unlearn.score.forward import Budget, Forward, free
+from unlearn.score.forward import Attention, Budget, Forward, KeysValues, States, attend, free, lay_out
 from unlearn.score.tree import Piece
 
 _STORE_BYTES = 2 * 2**30  # keys and values of all slots, without a GPU
@@ -24,9 +23,7 @@ _SHARED = 16  # a common beginning shorter than this is not worth a pass of its 
 class Slots:
     """One step of many texts: each reads its own keys and values and adds those of its newest token.
 
-    Attributes:
-        tokens, positions: (1, n) of the step.
-        keys, values: By layer, (slots, key heads, longest, size) each.
+    ``tokens`` and ``positions`` are (1, n); ``store`` has by layer (slots, key heads, longest, size) of each.
     """
 
     def __init__(self, count: int, longest: int, device: torch.device) -> None:
@@ -39,11 +36,8 @@ class Slots:
     def fill(self, slot: int, layer: nn.Module, states: KeysValues) -> None:
         """Put a prompt's keys and values, (1, key heads, T, size) each, into a slot."""
         if layer not in self.store:
-            shape = (self.count, states[0].shape[1], self.longest)
-            self.store[layer] = (
-                states[0].new_zeros(*shape, states[0].shape[3]),
-                states[1].new_zeros(*shape, states[1].shape[3]),
-            )
+            keys, values = (s.new_zeros(self.count, s.shape[1], self.longest, s.shape[3]) for s in states)
+            self.store[layer] = (keys, values)
         for kept, new in zip(self.store[layer], states, strict=True):
             kept[slot, :, : new.shape[2]] = new[0]
 
@@ -63,27 +57,19 @@ class Slots:
         self.age = self.lengths[:, None] - place[None]  # (slots, width): how far back each key is
         self.lengths = self.lengths + 1
 
-    def attend(
-        self,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """(n, heads, size) from (1, heads, n, size): each text's newest token over all its own."""
+    def attend(self, layer: nn.Module, states: States, how: Attention) -> Tensor:
+        """Each text's newest token over all its own: (n, heads, size) from (1, heads, n, size) each."""
+        query, key, value = states
         keys, values = self.store[layer]
         rows = torch.arange(self.count, device=keys.device)
         at = self.positions[0].to(keys.device)
         keys[rows, :, at] = key[0].transpose(0, 1)
         values[rows, :, at] = value[0].transpose(0, 1)
-        seen = self.age >= 0 if window is None else (self.age >= 0) & (self.age < window)
+        seen = self.age >= 0 if how.window is None else (self.age >= 0) & (self.age < how.window)
         groups = query.shape[1] // key.shape[1]
         # heads that share a key head stand where queries do: (n, key heads, groups, size)
         q = query[0].transpose(0, 1).reshape(self.count, key.shape[1], groups, -1)
-        out = attend(q, keys[:, :, : self.width], values[:, :, : self.width], seen[:, None, None], scaling, softcap)
+        out = attend(q, keys[:, :, : self.width], values[:, :, : self.width], seen[:, None, None], how)
         return out.flatten(1, 2)
 
 
@@ -97,15 +83,14 @@ def greedy(
 ) -> Iterator[tuple[int, list[int]]]:
     """The most likely continuation of every prompt, one token at a time.
 
+    Yields (index of the prompt, continuation) as they are finished.
+
     Args:
         prompts: Token ids, at least one each.
         limit: Most tokens of a continuation.
         done: Whether a continuation so far is the whole of it; asked after each token.
         slots: Most texts at a time; fewer where memory does not allow it.
         budget: Tokens of a prompt pass.
-
-    Yields:
-        (index of the prompt, continuation) as they are finished.
     """
     queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     while queue:
@@ -138,8 +123,8 @@ def _decode(
     batch = Slots(min(_affordable(forward, longest, slots), len(queue)), longest, forward.device)
     texts: list[tuple[int, list[int]] | None] = [None] * batch.count  # (prompt, continuation) in each slot
     while queue or any(texts):
-        free = [s for s, text in enumerate(texts) if text is None]
-        while queue and len(free) >= max(1, batch.count // 8):
+        while queue and texts.count(None) >= max(1, batch.count // 8):
+            free = [s for s, text in enumerate(texts) if text is None]
             part = [queue.pop(0)]
             size = _cost(budget, len(prompts[part[0]]) - trunk, trunk)
             while queue and len(part) < len(free):
@@ -153,7 +138,6 @@ def _decode(
                     yield index, [first]
                 else:
                     texts[slot] = (index, [first])
-            free = [s for s, text in enumerate(texts) if text is None]
         used = [s for s, text in enumerate(texts) if text is not None]
         if not used:
             continue
@@ -163,14 +147,13 @@ def _decode(
         batch.step([text[1][-1] if text is not None else 0 for text in texts])
         best = forward.logits(forward.hidden(batch)).argmax(dim=-1).tolist()
         for slot, text in enumerate(texts):
-            if text is None:
-                batch.lengths[slot] = 0
-                continue
-            text[1].append(best[slot])
-            if len(text[1]) >= limit or done(text[1]):
+            if text is not None:
+                text[1].append(best[slot])
+                if len(text[1]) < limit and not done(text[1]):
+                    continue
                 yield text
                 texts[slot] = None
-                batch.lengths[slot] = 0
+            batch.lengths[slot] = 0
 
 
 def _common_start(forward: Forward, prompts: Sequence[Sequence[int]]) -> tuple[int, dict[nn.Module, KeysValues]]:
@@ -181,10 +164,9 @@ def _common_start(forward: Forward, prompts: Sequence[Sequence[int]]) -> tuple[i
     if shared < _SHARED or len(prompts) == 1:
         return 0, {}
     layout = lay_out([_chain(low[:shared], 0)], forward.device)
-    kept: dict[nn.Module, KeysValues] = {}
-    layout.keep = kept
+    layout.keep = {}
     forward.hidden(layout)
-    return shared, kept
+    return shared, layout.keep
 
 
 def _prefill(
@@ -198,13 +180,12 @@ def _prefill(
     """Read prompts into slots; the first token after each."""
     pieces = [_chain(p[trunk:], trunk) for p in prompts]
     layout = lay_out(pieces, forward.device, states)
-    kept: dict[nn.Module, KeysValues] = {}
-    layout.keep = kept
+    layout.keep = {}
     hidden = forward.hidden(layout)
     where = {id(piece): int(start) for piece, start in zip(layout.pieces, layout.starts, strict=True)}
     for slot, piece in zip(slots, pieces, strict=False):
         start, length = trunk + where[id(piece)], len(piece.tokens)
-        for layer, (keys, values) in kept.items():
+        for layer, (keys, values) in layout.keep.items():
             own = [torch.cat([t[:, :, :trunk], t[:, :, start : start + length]], dim=2) for t in (keys, values)]
             batch.fill(slot, layer, (own[0], own[1]))
         batch.lengths[slot] = trunk + length

@@ -1,20 +1,18 @@
 """Scores through lm-eval: run its evaluator on tasks that are already built, and read and write what it reports.
 
-``lm_eval.evaluator.evaluate`` does all scoring. What ``simple_evaluate`` adds to its result is added here in the same
-form, but for two things: the description of the machine (seconds each time) is made once in a process, and no global
-random seed is set, because training goes on in this process.
+What ``simple_evaluate`` adds to its result is added here in the same form, but the description of the machine (seconds
+each time) is made once in a process, and no global random seed is set, because training goes on in this process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +31,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from unlearn.errors import BrokenModelError, EvaluationError, RunFolderError
 from unlearn.recipe.metrics import Key
 from unlearn.results import Score, TaskScore
-from unlearn.score.silence import environment, quiet_harness, random_state_kept
-from unlearn.score.tasks import TaskInfo, TaskSet
+from unlearn.score.tasks import TaskInfo, TaskSet, environment, quiet_harness, random_state_kept
 from unlearn.store.provenance import checkout
 from unlearn.text import hide
 
@@ -64,8 +61,11 @@ def write_files(
     date = getattr(tracker, "date_id", "")
     path = where / f"results_{date}.json"
     counts = {where / f"samples_{task}_{date}.jsonl": len(rows) for task, rows in samples.items()}
-    broken = [path.name] if not _is_json(path) else []
-    broken += [p.name for p, count in counts.items() if not p.is_file() or p.read_bytes().count(b"\n") != count]
+    broken = [p.name for p, count in counts.items() if not p.is_file() or p.read_bytes().count(b"\n") != count]
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        broken.insert(0, path.name)
     if broken:
         why = f" ({'; '.join(complaints)})" if complaints else ""
         raise RunFolderError(
@@ -74,7 +74,7 @@ def write_files(
     return path
 
 
-@contextlib.contextmanager
+@contextmanager
 def _complaints() -> Iterator[list[str]]:
     """Collect what lm-eval logs instead of raising."""
     messages: list[str] = []
@@ -97,14 +97,6 @@ def _complaints() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 # -- standard errors beside lm-eval's
 
 _FORMULAS: tuple[Callable[..., Any], ...] = (mean, acc_all)  # aggregations whose standard error lm-eval computes
@@ -113,9 +105,8 @@ _FORMULAS: tuple[Callable[..., Any], ...] = (mean, acc_all)  # aggregations whos
 def perplexity_stderr(items: Sequence[tuple[float, int]]) -> float:
     """Standard error of exp(total nll / total tokens) by the delta method, of ``(log-likelihood, tokens)`` pairs.
 
-    The mean loss R = sum(nll)/sum(tokens) is a ratio of two sums over passages, whose variance is
-    sum((nll - R tokens)^2) / (n - 1) / n / mean(tokens)^2 (Cochran, Sampling Techniques, section 6.3); then
-    stderr(exp R) = exp(R) stderr(R).
+    The mean loss R = sum(nll)/sum(tokens), a ratio of two sums over passages, has the variance
+    sum((nll - R tokens)^2) / (n - 1) / n / mean(tokens)^2 (Cochran, Sampling Techniques, section 6.3).
     """
     n = len(items)
     tokens = sum(t for _, t in items)
@@ -147,18 +138,12 @@ def formulas_only(tasks: Iterable[Task]) -> Iterator[None]:
 
 
 def seeded(lm: LM, tasks: Iterable[Task], seed: int) -> LM:
-    """The same model to lm-eval's evaluator; where a task samples, its texts depend on the seed alone.
+    """The same model to lm-eval's evaluator; where a task samples, its texts depend on seed and batch size alone.
 
-    They are those of another run with the same requests and the same batch size. The global random state is left as
-    it was. Without a task that samples this is ``lm`` itself.
+    The global random state is left as it was. Without a task that samples this is ``lm`` itself.
     """
-    return cast("LM", _Seeded(lm, seed)) if any(map(samples, tasks)) else lm
-
-
-def samples(task: Task) -> bool:
-    """Whether a task's texts are drawn at random."""
-    how = task.get_config("generation_kwargs") if task.OUTPUT_TYPE == "generate_until" else None
-    return how is not None and _random(how)
+    settings = [t.get_config("generation_kwargs") for t in tasks if t.OUTPUT_TYPE == "generate_until"]
+    return cast("LM", _Seeded(lm, seed)) if any(how is not None and _random(how) for how in settings) else lm
 
 
 def _random(how: dict[str, Any]) -> bool:
@@ -195,10 +180,7 @@ _NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores of one model, with everything lm-eval reported.
-
-    ``results`` is lm-eval's results object without samples; ``samples`` are its per-item records by task.
-    """
+    """Scores of one model, with lm-eval's results object and, apart, its records of every item by task."""
 
     scores: tuple[TaskScore, ...]
     samples: Mapping[str, list[dict[str, Any]]]
@@ -230,16 +212,14 @@ class EvalResult:
 
 
 def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) -> EvalResult:
-    """Score a model on tasks, as it is now; may be called again and again with the same tasks.
+    """Score a model on tasks, as it is now; lm-eval's files (and their folder) name it ``model_name``.
 
-    Args:
-        model_name: How lm-eval's files name the model (and their folder).
-        bootstrap: Resamples for standard errors without a formula; 0: do without those.
+    ``bootstrap`` is the number of resamples for standard errors without a formula; 0: do without those.
     """
     started, clock = time.time(), time.perf_counter()
     task_dict: Any = {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}
     asked = seeded(lm, tasks.tasks.values(), tasks.seed)
-    with quiet_harness(), contextlib.nullcontext() if bootstrap else formulas_only(tasks.tasks.values()):
+    with quiet_harness(), nullcontext() if bootstrap else formulas_only(tasks.tasks.values()):
         raw = evaluator.evaluate(
             lm=asked, task_dict=task_dict, samples=dict(tasks.samples) or None, bootstrap_iters=bootstrap or 1
         )
@@ -254,7 +234,10 @@ def evaluate(lm: LM, tasks: TaskSet, *, model_name: str, bootstrap: int = 1000) 
         scores = tuple(
             score for name, info in tasks.info.items() for score in _scores(name, info, results, samples, tasks)
         )
-        _require_distinct(scores)
+        for score in scores:
+            if sum(score.key == other.key for other in scores) > 1:
+                what = f"{score.metric} of {score.set} {score.name!r}"
+                raise EvaluationError(f"{what} is scored twice: rename the set, or drop the task")
         results |= _header(lm, model_name, bootstrap, started)
     return EvalResult(scores, samples, results, tasks.info, model_name, time.perf_counter() - clock)
 
@@ -280,11 +263,12 @@ def _scores(
         if metric == "perplexity" and row.get(stderr_key) == "N/A" and name in samples:
             pairs = [sample[metric] for sample in samples[name]]
             row[stderr_key] = perplexity_stderr(pairs) if len(pairs) > 1 and isinstance(pairs[0], tuple) else "N/A"
-        stderr = _number(row.get(stderr_key))
+        stderr = row.get(stderr_key)
+        known = isinstance(stderr, int | float) and math.isfinite(stderr)
         higher = results["higher_is_better"].get(name, {}).get(metric)
         yield TaskScore(
             *(info.set, info.name, info.split, metric, True if higher is None else bool(higher)),
-            Score(value, stderr, n),
+            Score(value, float(stderr) if known else None, n),
             _chance(name, samples, tasks) if metric in _OF_A_CHOICE else None,
         )
 
@@ -316,45 +300,26 @@ def _require_finite(samples: Mapping[str, list[dict[str, Any]]]) -> None:
                     raise BrokenModelError(f"{task}, item {row['doc_id']}: log-likelihood {value}: {_BROKEN}")
 
 
-def _require_distinct(scores: Sequence[TaskScore]) -> None:
-    keys = [score.key for score in scores]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise EvaluationError(f"{key[2]} of {key[0]} {key[1]!r} is scored twice: rename the set, or drop the task")
-
-
 def _pair(value: Any) -> tuple[float, float] | None:
     if isinstance(value, tuple | list) and len(value) == 2:
         return float(value[0]), float(value[1])
     return (float(value), 1.0) if isinstance(value, int | float) else None
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, str) or value is None or not math.isfinite(value):
-        return None
-    return float(value)
-
-
 def _header(lm: LM, model_name: str, bootstrap: int, started: float) -> dict[str, Any]:
     """What lm-eval's ``simple_evaluate`` adds to the scores."""
     info = lm.get_model_info() if hasattr(lm, "get_model_info") else {}
-    sizes = getattr(lm, "batch_sizes", {})
+    unset = ("use_cache", "limit", "gen_kwargs", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
     header: dict[str, Any] = {
         "config": {
             "model": type(lm).__name__,
             "model_args": {"pretrained": model_name},
             **info,
             "batch_size": getattr(lm, "batch_size", None),
-            "batch_sizes": list(sizes.values()),
+            "batch_sizes": list(getattr(lm, "batch_sizes", {}).values()),
             "device": str(getattr(lm, "device", "")) or None,
-            "use_cache": None,
-            "limit": None,
             "bootstrap_iters": bootstrap,
-            "gen_kwargs": None,
-            "random_seed": None,
-            "numpy_seed": None,
-            "torch_seed": None,
-            "fewshot_seed": None,
+            **dict.fromkeys(unset),
         },
         "git_hash": (checkout() or {}).get("commit"),  # of this code; lm-eval takes that of the current folder
         "date": started,

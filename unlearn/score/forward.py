@@ -1,28 +1,259 @@
-"""One pass of a causal transformers model over packed trees, and what its head says at the places that count."""
+"""One pass of a causal transformers model over packed trees, and what its head says at the places that count.
+
+All tokens of a batch stand in one row, (1, N, d), so no linear layer ever sees padding. Only in attention, where tokens
+of a tree look at each other, they are brought into (rows, longest, ...) blocks, and back. Keys and values of a trunk
+stay with its layer and are put in front.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AttentionInterface
 
 from unlearn.processes import is_out_of_memory
-from unlearn.score.attention import TIGHT, Attending, KeysValues, Layout, attending, lay_out
 from unlearn.score.tree import Costs, Piece, pack
 
-# (request, log-likelihood of a part of its answer, whether that part is greedy, tokens in that part)
-Part = tuple[int, float, bool, int]
-
+NAME = "unlearn_tree"
+TIGHT = 0.8  # rows at least this share of the longest one's length go into one block with it
 _HEAD_BYTES = 64 * 2**20  # logits held at a time
 _ROOM = 2**30  # bytes of a pass without a GPU
 _ATTENTION_SLOWER = 1.5  # an attention multiply-add against one of a linear layer, measured on CPUs
+
+KeysValues = tuple[Tensor, Tensor]  # (1, key heads, tokens, head size) each
+States = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
+# (request, log-likelihood of a part of its answer, whether that part is greedy, tokens in that part)
+Part = tuple[int, float, bool, int]
+
+
+class Attention(NamedTuple):
+    """How a layer attends: what scores are multiplied by, the sliding window, the cap of scores; None: the usual."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+
+
+# -- a batch of trees laid end to end, and attention within them
+
+
+@dataclass(eq=False)
+class Block:
+    """Rows of like length, one attention call.
+
+    Attributes:
+        start, end: Their tokens in the flat batch.
+        longest: L.
+        index: (B, L) token of the flat batch; padding repeats a row's last token. None if all rows have length L.
+        valid: (tokens,) place of each flat token in the (B * L) grid; None if there is no padding.
+        mask: (B, 1, L, P + L), true where a query may look; None: every row is a plain sequence with nothing before.
+        query, key: (B, L) and (B, P + L) positions, for sliding windows.
+    """
+
+    rows: int
+    start: int
+    end: int
+    longest: int
+    index: Tensor | None
+    valid: Tensor | None
+    mask: Tensor | None
+    query: Tensor
+    key: Tensor
+    windows: dict[int, Tensor] = field(default_factory=dict)
+
+    def allowed(self, window: int | None) -> Tensor | None:
+        """The mask, narrowed to a sliding window where that is shorter than the rows."""
+        if window is None or window >= self.key.shape[1]:
+            return self.mask
+        if window not in self.windows:
+            near = (self.query[:, None, :, None] - self.key[:, None, None, :]) < window
+            mask = self.mask
+            if mask is None:
+                mask = torch.ones(self.longest, self.longest, dtype=torch.bool, device=near.device).tril()
+            self.windows[window] = near & mask
+        return self.windows[window]
+
+    def gather(self, states: Tensor) -> Tensor:
+        """(1, heads, N, size) of the batch to (B, heads, L, size) of the block."""
+        heads, size = states.shape[1], states.shape[3]
+        if self.index is None:
+            own = states[0, :, self.start : self.end]
+        else:
+            own = states[0].index_select(1, self.index.flatten().to(states.device))
+        return own.reshape(heads, self.rows, self.longest, size).transpose(0, 1)
+
+
+class Batch(Protocol):
+    """A batch that says how its tokens look at each other: ``tokens`` and ``positions`` are (1, N)."""
+
+    tokens: Tensor
+    positions: Tensor
+
+    def attend(self, layer: nn.Module, states: States, how: Attention) -> Tensor:
+        """(N, heads, size) from queries, keys and values (1, heads, N, size)."""
+
+
+@dataclass(eq=False)
+class Layout:
+    """A batch of pieces on the same trunk, laid end to end.
+
+    Attributes:
+        pieces: In the order of the flat batch, longest first.
+        tokens, positions: (1, N) each.
+        blocks: How attention cuts them up.
+        starts: First flat token of each piece.
+        trunk: Keys and values before every row, by layer.
+        keep: Where this batch, a single trunk, leaves its own keys and values; None: they are not kept.
+    """
+
+    pieces: Sequence[Piece]
+    tokens: Tensor
+    positions: Tensor
+    blocks: tuple[Block, ...]
+    starts: NDArray[np.int64]
+    trunk: dict[nn.Module, KeysValues]
+    keep: dict[nn.Module, KeysValues] | None = None
+
+    def attend(self, layer: nn.Module, states: States, how: Attention) -> Tensor:
+        """Every token over its trunk and its ancestors."""
+        query, key, value = states
+        before = self.trunk.get(layer)
+        if self.keep is not None:
+            self.keep[layer] = (key, value) if before is None else _joined(before, (key, value))
+        parts = []
+        for block in self.blocks:
+            q, k, v = (block.gather(t) for t in (query, key, value))
+            if before is not None:
+                first, then = (t.expand(block.rows, -1, -1, -1) for t in before)
+                k, v = _joined((first, then), (k, v))
+            out = attend(q, k, v, block.allowed(how.window), how)  # (B, heads, L, size)
+            flat = out.transpose(1, 2).reshape(block.rows * block.longest, out.shape[1], out.shape[3])
+            parts.append(flat if block.valid is None else flat[block.valid.to(flat.device)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _joined(first: KeysValues, then: KeysValues) -> KeysValues:
+    return torch.cat([first[0], then[0]], dim=2), torch.cat([first[1], then[1]], dim=2)
+
+
+def lay_out(pieces: Sequence[Piece], device: torch.device, trunk: dict[nn.Module, KeysValues] | None = None) -> Layout:
+    """Bring pieces that hang on one trunk (or on none) into one batch."""
+    pieces = sorted(pieces, key=lambda p: len(p.tokens), reverse=True)
+    lengths = np.asarray([len(p.tokens) for p in pieces])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    blocks, first = [], 0
+    for i in range(1, len(pieces) + 1):
+        if i == len(pieces) or lengths[i] < TIGHT * lengths[first]:
+            blocks.append(_block(pieces[first:i], int(starts[first]), device))
+            first = i
+    tokens = torch.from_numpy(np.concatenate([p.tokens for p in pieces])).to(device)
+    positions = torch.from_numpy(np.concatenate([p.positions() for p in pieces])).to(device)
+    return Layout(pieces, tokens[None], positions[None], tuple(blocks), starts, trunk or {})
+
+
+def _block(pieces: Sequence[Piece], start: int, device: torch.device) -> Block:
+    def there(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    lengths = [len(p.tokens) for p in pieces]
+    rows, longest, before = len(pieces), max(lengths), pieces[0].before
+    even = min(lengths) == longest
+    place = np.minimum(np.arange(longest), np.asarray(lengths)[:, None] - 1)  # (rows, L)
+    query = np.stack([piece.positions()[places] for piece, places in zip(pieces, place, strict=True)])
+    mask = None
+    if before or not all(p.is_chain for p in pieces):
+        seen = np.zeros((rows, 1, longest, before + longest), dtype=bool)
+        seen[..., :before] = True
+        for b, (piece, length) in enumerate(zip(pieces, lengths, strict=True)):
+            own = seen[b, 0, :, before:]
+            piece.fill_mask(own[:length, :length])
+            own[length:, length:] = True  # padding looks at padding: a row that sees nothing would be NaN
+        mask = there(seen)
+    key = np.concatenate([np.broadcast_to(np.arange(before), (rows, before)), query], axis=1)
+    index = valid = None
+    if not even:
+        index = there(start + np.cumsum([0, *lengths[:-1]])[:, None] + place)
+        valid = there(np.concatenate([b * longest + np.arange(n) for b, n in enumerate(lengths)]))
+    return Block(rows, start, start + sum(lengths), longest, index, valid, mask, there(query), there(key))
+
+
+_BATCH: ContextVar[Batch] = ContextVar("batch")
+
+
+@contextmanager
+def attending(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Inside, the model's attention is that of ``batch``; its own way of attending is put back after."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
+    token = _BATCH.set(batch)
+    try:
+        for config in configs.values():
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        _BATCH.reset(token)
+
+
+def _tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: (1, N, heads, size), and no weights, from (1, heads, N, size) each."""
+    for name in ("position_bias", "s_aux", "head_mask"):
+        if unknown.get(name) is not None:
+            raise ValueError(f"its attention takes {name}")
+    return _BATCH.get().attend(module, (query, key, value), Attention(scaling, sliding_window, softcap))[None], None
+
+
+AttentionInterface.register(NAME, _tree_attention)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: Attention) -> Tensor:
+    """softmax(q k / sqrt(size)) v over blocks; causal without a mask. Fewer key heads than query heads are fine."""
+    rows, heads, length, size = query.shape
+    groups = heads // key.shape[1]
+    if mask is not None:
+        mask = mask.to(query.device)
+    elif how.softcap is not None:
+        mask = torch.ones(1, 1, length, key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if groups > 1 and mask is not None and (how.softcap is not None or query.is_cuda):
+        # CUDA's quick kernels take groups or a mask, not both. Heads that share a key head stand as further queries
+        # of it: repeating keys and values, which may be those of a long trunk for every row, takes far more memory.
+        folded = query.reshape(rows, key.shape[1], groups * length, size)
+        out = attend(folded, key, value, mask.repeat(1, 1, groups, 1), how)
+        return out.reshape(query.shape[:3] + value.shape[3:])
+    if how.softcap is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=how.scaling, enable_gqa=groups > 1
+        )
+    assert mask is not None
+    scores = query @ key.transpose(2, 3) * (how.scaling if how.scaling is not None else size**-0.5)
+    scores = torch.tanh(scores / how.softcap) * how.softcap
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value
+
+
+# -- a pass
 
 
 class NotPackableError(Exception):
@@ -117,7 +348,7 @@ class Forward:
         """For passes of so many tokens, or as many as is good, as far as there is room."""
         return Budget(self.costs(), tokens or self.tokens(), self.sizes, self.room())
 
-    def hidden(self, layout: Attending) -> Tensor:
+    def hidden(self, layout: Batch) -> Tensor:
         """Last hidden states (N, d) of a batch."""
         with attending(self.model, layout):
             out = self.body(input_ids=layout.tokens, position_ids=layout.positions, use_cache=False)
@@ -167,9 +398,8 @@ class Forward:
 
     def trunk(self, layout: Layout) -> tuple[dict[nn.Module, KeysValues], list[Part]]:
         """Run a trunk: its keys and values with those before it, by layer, and its own scores."""
-        kept: dict[nn.Module, KeysValues] = {}
-        layout.keep = kept
-        return kept, self.score(layout)
+        layout.keep = {}
+        return layout.keep, self.score(layout)
 
     def probe(self, max_length: int) -> float:
         """Largest difference in log-likelihood between packed trees and a plain forward, on made-up tokens.

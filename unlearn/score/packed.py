@@ -1,10 +1,9 @@
 """lm-eval's model interface, scored without computing the same token twice.
 
 lm-eval's own model runs one row per (context, continuation), and the LM head on every position. Here the requests are
-merged into prefix trees: a context and all its answers, or a passage scored token by token, become one row in which
-every token attends to its ancestors only and keeps its own position. The head runs at scored positions alone, in
-chunks, so memory never holds batch x length x vocabulary. What cannot be scored this way exactly (checked against the
-model itself once) goes through lm-eval's code.
+merged into prefix trees: a context and all its answers become one row in which every token attends to its ancestors
+only and keeps its own position. The head runs at scored positions alone, in chunks. What cannot be scored this way
+exactly (checked against the model itself once) goes through lm-eval's code.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,23 +222,21 @@ class PackedLM(WholeLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval does it, but all windows of all passages at once instead of ``batch_size`` at a time."""
-        if self._packable() is None:
+        with self._all_at_once() if self._packable() is not None else nullcontext():
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
-        before: Any = self.__dict__["batch_size_per_gpu"]
-        self.batch_size_per_gpu: Any = _ALL
-        try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-        finally:
-            self.batch_size_per_gpu = before
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval does it, with its truncation and its stop sequences; greedy texts come from :mod:`decoding`."""
-        if self._packable() is None or not all(_is_greedy(self.model, r.args[1]) for r in requests):
+        ours = self._packable() is not None and all(_is_greedy(self.model, r.args[1]) for r in requests)
+        with self._all_at_once() if ours else nullcontext():
             return super().generate_until(requests, disable_tqdm=True)
-        before: Any = self.__dict__["batch_size_per_gpu"]
-        self.batch_size_per_gpu = _ALL  # all prompts reach _model_generate together
+
+    @contextmanager
+    def _all_at_once(self) -> Iterator[None]:
+        before = self.__dict__["batch_size_per_gpu"]
+        self.batch_size_per_gpu: Any = _ALL
         try:
-            return super().generate_until(requests, disable_tqdm=True)
+            yield
         finally:
             self.batch_size_per_gpu = before
 
@@ -279,23 +276,20 @@ class PackedLM(WholeLM):
 
     def _packable(self) -> Forward | None:
         """How to run packed rows on this model, or None if its numbers cannot be had that way; found out once."""
-        if self._forward is False:
-            return None
         if self._forward is None:
-            name = type(self.model).__name__
             try:
                 forward = Forward(self.model)
                 worst = forward.probe(self.max_length)
                 if worst > _PROBE_TOLERANCE.get(self.model.dtype, 3e-1):
                     raise NotPackableError(f"packed rows differ by {worst:.2g}")
-            except (NotPackableError, AttributeError, KeyError, LookupError, TypeError, ValueError, RuntimeError) as e:
+                self._forward = forward
+            except (NotPackableError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
                 if is_out_of_memory(e):
                     raise
+                name = type(self.model).__name__
                 log.warning("%s cannot be scored in packed rows (%s): one row per answer", name, e)
                 self._forward = False
-                return None
-            self._forward = forward
-        return self._forward
+        return self._forward or None
 
     def _precision(self) -> AbstractContextManager[Any]:
         dtype = self.mixed_precision_dtype

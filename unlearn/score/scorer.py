@@ -9,26 +9,33 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from unlearn.console import is_main_process, say
+from unlearn.data.encoding import count_tokens
+from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import BrokenModelError
 from unlearn.model.load import Loaded
-from unlearn.recipe.data import SetRole, Split
-from unlearn.recipe.metrics import goal_metrics
+from unlearn.recipe.data import SetRole, Split, stops
+from unlearn.recipe.metrics import KEPT, Key, default_metric, goal_metrics
 from unlearn.recipe.schema import Recipe
-from unlearn.results import Chosen, Example, SweepPoint, TaskScore
-from unlearn.score import search, sweep, tasks
+from unlearn.results import Chosen, Example, Score, SweepPoint, TaskScore
+from unlearn.score import search, tasks
 from unlearn.score.evaluate import evaluate
 from unlearn.score.packed import PackedLM, interface
-from unlearn.score.tasks import TaskSet
+from unlearn.score.tasks import TaskSet, quiet_harness
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
 from unlearn.vector.edit import Edit
 from unlearn.vector.task_vector import TaskVector
 
 Goal = tuple[SetRole, str]
+_MCQ_TOKENS = 10  # of a completion, or as many as the answer has
+
+
+# -- what is asked
 
 
 @dataclass(frozen=True)
@@ -50,22 +57,13 @@ class Questions:
 
     def key(self, split: Split) -> list[Any]:
         """What scores on a split depend on beside the model."""
-        spec = self.recipe.eval.model_dump(mode="json")
-        return [self.tasks(split).digest(), self.scoring, digests(self.sets), spec, self.recipe.seed]
+        return [self.tasks(split).digest(), self.scoring, digests(self.sets), self.recipe.eval, self.recipe.seed]
 
 
 def build_questions(
     recipe: Recipe, sets: Sequence[LoadedSet], tokenizer: Any, items: Path, scoring: list[str]
 ) -> Questions:
-    """Build every task, before anything is trained: what is missing is said then.
-
-    Args:
-        items: The folder of the items' files (:func:`unlearn.data.sets.write_items`).
-        scoring: See :class:`Questions`.
-
-    Raises:
-        EvaluationError: see :func:`unlearn.score.tasks.build_tasks`.
-    """
+    """Build every task before anything is trained, so that what is missing is said then; its items go to ``items``."""
 
     def build(split: Split, generate: bool) -> TaskSet:
         return tasks.build_tasks(sets, split, recipe, tokenizer, items, generate=generate)
@@ -81,15 +79,13 @@ def digests(sets: Iterable[LoadedSet]) -> list[list[str]]:
     return [[s.role, s.name, s.digest] for s in sets if s.role != "holdout"]
 
 
-def written(sets: Iterable[LoadedSet]) -> list[list[Any]]:
-    """What texts that a model writes for the sets depend on: how long they get, and by the prompt where they end."""
-    return [[s.role, s.name, s.spec.continuation, s.spec.prompts("test")[0]] for s in sets if s.role != "holdout"]
+# -- scores in a folder, and completions to show a person what a model says before and after
 
 
-def score_model(loaded: Loaded, asked: TaskSet, who: str, recipe: Recipe, folder: Path) -> None:
+def score_model(loaded: Loaded, asked: TaskSet, label: str, recipe: Recipe, folder: Path) -> None:
     """Score a model as it is on some tasks; lm-eval's result files and ``scores.json`` go into the folder."""
     lm = interface(loaded.model, loaded.tokenizer, recipe.eval)
-    _score(lm, asked, who, f"{recipe.name}-{who}", recipe.eval.bootstrap, folder)
+    _score(lm, asked, label, f"{recipe.name}-{label}", recipe.eval.bootstrap, folder)
 
 
 def _score(lm: HFLM, asked: TaskSet, label: str, name: str, bootstrap: int, folder: Path) -> None:
@@ -99,6 +95,57 @@ def _score(lm: HFLM, asked: TaskSet, label: str, name: str, bootstrap: int, fold
     if is_main_process():
         result.save(folder)
     write_json_atomic(folder / "scores.json", [asdict(s) for s in result.scores])
+
+
+def read_scores(place: Path) -> tuple[TaskScore, ...]:
+    """All scores in a folder."""
+    return tuple(TaskScore(**{**s, "score": Score(**s["score"])}) for s in _read(place, "scores"))
+
+
+def _read(place: Path, name: str) -> Any:
+    return json.loads((place / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def complete(lm: HFLM, sets: Sequence[LoadedSet], count: int) -> list[dict[str, str]]:
+    """``set``, ``name``, ``prompt``, ``target`` and greedy ``text`` of the first ``count`` test items of every set.
+
+    A text ends, as where ROUGE is taken, at the first stop that is no part of the right answer.
+    """
+    chosen = [(s, item) for s in sets if s.role != "holdout" for item in s.test[:count]]
+    requests = [Instance("generate_until", {}, (item.prompt, _limits(lm, s, item)), 0) for s, item in chosen]
+    if not requests:
+        return []
+    with quiet_harness():
+        texts = lm.generate_until(requests)
+    return [
+        {"set": s.role, "name": s.name, "prompt": item.prompt, "target": item.target, "text": text.strip()}
+        for (s, item), text in zip(chosen, texts, strict=True)
+    ]
+
+
+def _limits(lm: HFLM, loaded: LoadedSet, item: Item) -> dict[str, Any]:
+    kind, tokens = loaded.spec.kind, loaded.spec.continuation
+    until = ["\n\n"] if kind == "text" else stops(loaded.spec.prompts("test")[0])
+    if kind == "mcq":
+        until.append(".")
+        tokens = max(_MCQ_TOKENS, count_tokens(lm.tokenizer, item.prompt, f" {item.target}"))
+    return {"until": [s for s in until if s not in item.target], "max_gen_toks": tokens, "do_sample": False}
+
+
+def point_line(recipe: Recipe, point: SweepPoint, coefficients: str = "") -> str:
+    """A point on one line: the metric that stands for each set, and what is wrong.
+
+    ``coefficients`` stand in place of the one coefficient where several vectors have one each.
+    """
+    main: set[Key] = {(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role in KEPT}
+    main |= {*goal_metrics(recipe), *((spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks)}
+    values = "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in point.scores if s.key in main)
+    where = f"{coefficients}  " if coefficients and point.coefficient else f"λ = {point.coefficient:<6g}"
+    wrong = f"   collapsed: {point.collapsed}" if point.collapsed else "" if point.within_bound else "   out of bounds"
+    return f"    {where}{values}{wrong}"
+
+
+# -- one model under vectors and coefficients
 
 
 class Scorer:
@@ -122,43 +169,46 @@ class Scorer:
             vector: Its digest.
             under: Where a new stage lies in the run's folder. Its key does not depend on it.
         """
-        asked, recipe = self._questions.tasks(split), self._recipe
+        recipe, sets, last = self._recipe, self._questions.sets, split == "test"
 
         def make(tmp: Path) -> None:
             if edit is not None:
                 edit.set(-coefficient)
-            name, last = f"{recipe.name}@{coefficient:g}", split == "test"
-            _score(self._lm, asked, f"λ = {coefficient:g}", name, recipe.eval.bootstrap if last else 0, tmp)
-            texts = sweep.complete(self._lm, self._questions.sets, recipe.eval.examples) if last else []
+            bootstrap = recipe.eval.bootstrap if last else 0
+            label, name = f"λ = {coefficient:g}", f"{recipe.name}@{coefficient:g}"
+            _score(self._lm, self._questions.tasks(split), label, name, bootstrap, tmp)
+            texts = complete(self._lm, sets, recipe.eval.examples) if last else []
             write_json_atomic(tmp / "completions.json", texts)
 
         inputs = [self._target.fingerprint, *self._questions.key(split)]
-        inputs += written(self._questions.sets) if split == "test" else []
+        if last:  # what the completions depend on: how long they get, and by the prompt where they end
+            shown = [s for s in sets if s.role != "holdout"]
+            inputs += [[s.role, s.name, s.spec.continuation, s.spec.prompts("test")[0]] for s in shown]
         inputs += [vector if coefficient else None, coefficient]
         name = f"{coefficient:g}/{split}"
         return self._store.stage(f"{under if coefficient else 'eval'}/{name}", inputs, make, kind=f"eval/{name}")
 
     @functools.cached_property
     def start(self) -> SweepPoint:
-        """The validation scores at 0.
-
-        Raises:
-            EvaluationError: they leave nothing to choose by, see :func:`unlearn.score.search.require_grounds`.
-        """
-        found = sweep.scores(self.scores(None, "", 0.0, "validation"))
-        start = self._said(search.judge(0.0, found, found, self._kept, self._recipe.choose))
+        """The validation scores at 0; an error where they leave nothing to choose by."""
+        found = read_scores(self.scores(None, "", 0.0, "validation"))
+        start = self._announced(search.judge(0.0, found, found, self._kept, self._recipe.choose))
         for key, why in search.require_grounds(start, self._goals, self._kept, self._recipe.choose).items():
             say(f"    ! {search.say_key(key)} {why}", style="yellow")
         return start
 
-    def point(self, edit: Edit, vector: str, coefficient: float, under: str = "eval", says: str = "") -> SweepPoint:
+    def point(
+        self, edit: Edit, vector: str, coefficient: float, under: str = "eval", coefficients: str = ""
+    ) -> SweepPoint:
         """The validation scores at a coefficient, judged by those at 0."""
         start, rule = self.start, self._recipe.choose
         try:
-            place = self.scores(edit, vector, coefficient, "validation", under)
+            scores = read_scores(self.scores(edit, vector, coefficient, "validation", under))
         except BrokenModelError:
-            return self._said(SweepPoint(coefficient, (), False, collapsed=search.BROKEN), says)
-        return self._said(search.judge(coefficient, sweep.scores(place), start.scores, self._kept, rule), says)
+            point = SweepPoint(coefficient, (), False, collapsed=search.BROKEN)
+        else:
+            point = search.judge(coefficient, scores, start.scores, self._kept, rule)
+        return self._announced(point, coefficients)
 
     def sweep(self, vector: TaskVector) -> tuple[tuple[SweepPoint, ...], Chosen]:
         """Validation scores at every coefficient, or at those the choice needs, and the choice."""
@@ -181,25 +231,26 @@ class Scorer:
         if len(parts) == 1:
             return dict.fromkeys(parts, 1.0)
         _, *grid = self._recipe.sweep.grid()
-        names, start = sorted(parts), self.start
+        names, start = sorted(parts), self.start  # scored before the model is edited
 
         @functools.cache
         def point(coefficients: tuple[float, ...]) -> SweepPoint:
-            scale = max(coefficients)
-            vector = search.direction(parts, {n: c / scale for n, c in zip(names, coefficients, strict=True)})
-            says = ", ".join(f"{name} {c:g}" for (_, name), c in zip(names, coefficients, strict=True))
+            largest, by_name = max(coefficients), dict(zip(names, coefficients, strict=True))
+            vector = TaskVector.sum(parts[name] * (c / largest) for name, c in by_name.items())
+            text = ", ".join(f"{name} {c:g}" for (_, name), c in by_name.items())
             with Edit(self._target.model, vector) as edit:
                 digest = vector.digest()
-                return self.point(edit, digest, scale, f"joint/{digest[:16]}", says)
+                return self.point(edit, digest, largest, f"joint/{digest[:16]}", text)
+
+        diagonal = None
+        if self._recipe.sweep.search == "bisect":
+            diagonal = [p.coefficient for p in self._bisect(grid, lambda c: point((c,) * len(names)))]
 
         def better(a: SweepPoint, b: SweepPoint) -> bool:
             return search.remaining(a, self._goals, start) < search.remaining(b, self._goals, start)
 
-        seen = None
-        if self._recipe.sweep.search == "bisect":
-            seen = [p.coefficient for p in self._bisect(grid, lambda c: point((c,) * len(names)))]
-        weights, trail = search.balance(names, grid, point, better, seen)
-        found = [[list(t.coefficients), self._left(t.point), t.point.within_bound] for t in trail]
+        weights, tried = search.balance(names, grid, point, better, diagonal)
+        found = [[list(coefficients), self._left(p), p.within_bound] for coefficients, p in tried.items()]
         inputs = [self._target.fingerprint, self._questions.key("validation")]
         inputs += [[parts[n].digest() for n in names], found]
         what = {"names": names, "tried": found}
@@ -212,12 +263,9 @@ class Scorer:
         """Test scores of the target model and at the chosen coefficient, and how both answer a few items."""
         with Edit(self._target.model, vector) as edit:
             before, after = (self.scores(edit, vector.digest(), c, "test") for c in (0.0, chosen))
-        texts = [json.loads((place / "completions.json").read_text(encoding="utf-8")) for place in (before, after)]
-        examples = tuple(
-            Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"])
-            for b, a in zip(*texts, strict=True)
-        )
-        return sweep.scores(before), sweep.scores(after), examples
+        pairs = zip(_read(before, "completions"), _read(after, "completions"), strict=True)
+        examples = tuple(Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]) for b, a in pairs)
+        return read_scores(before), read_scores(after), examples
 
     def _bisect(self, grid: Sequence[float], point: Callable[[float], SweepPoint]) -> tuple[SweepPoint, ...]:
         ties = all(search.may_tie(key[2]) for key in self._goals)
@@ -226,6 +274,6 @@ class Scorer:
     def _left(self, point: SweepPoint) -> float:
         return search.remaining(point, self._goals, self.start)
 
-    def _said(self, point: SweepPoint, says: str = "") -> SweepPoint:
-        say(sweep.point_line(self._recipe, point, says))
+    def _announced(self, point: SweepPoint, coefficients: str = "") -> SweepPoint:
+        say(point_line(self._recipe, point, coefficients))
         return point

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
+import logging
+import os
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, write_items
 from unlearn.errors import EvaluationError
@@ -33,7 +40,6 @@ from unlearn.recipe.metrics import RECITED, Key
 from unlearn.recipe.schema import Recipe
 from unlearn.recipe.task_names import families, no_such_task, shipped_tasks, task_files, task_names
 from unlearn.results import Role
-from unlearn.score.silence import errors_only, quiet_harness
 from unlearn.store.cache import hub_away
 
 if TYPE_CHECKING:
@@ -43,16 +49,84 @@ if TYPE_CHECKING:
 SHIPPED = shipped_tasks() or Path()
 
 
+# -- lm-eval without what it says, and without a touch to anyone's random numbers
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """lm-eval without its logs, progress bars and prints, in one process, the global random state left as it was."""
+    # its bootstrap forks a pool; after torch has started threads, or CUDA, a forked child may hang
+    pools = environment("DISABLE_MULTIPROC", "1")
+    with pools, _no_bars(), random_state_kept(), errors_only("lm_eval"), redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Some loggers pass on errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore Python's, numpy's and torch's (CPU and GPU) global generators at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    # lm-eval makes bars that cannot be turned off by argument or environment once tqdm is imported.
+    original = tqdm.__init__
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = silent
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable for the time being."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+# -- tasks by name
+
+
 def task_manager(
     names: Iterable[str] = (), paths: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
 ) -> TaskManager:
-    """lm-eval's index of what lies below ``paths`` and, for names that do not, of those of its own families they need.
+    """lm-eval's index of what lies below ``paths`` and of those of its own families that other names need.
 
-    Its own index of all its tasks takes ten seconds to read.
-
-    Args:
-        names: Tasks, groups or tags, perhaps with wildcards; YAML files and folders of them.
-        metadata: What every task is told.
+    Its index of all its tasks takes ten seconds to read. ``names`` are tasks, groups or tags, perhaps with wildcards,
+    YAML files and folders of them; ``metadata`` is what every task is told.
     """
 
     def index(folders: Iterable[Path]) -> TaskManager:  # of two roots the later one counts, as the first of one does
@@ -118,12 +192,9 @@ class Named:
 
 
 def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
-    """The task or group of a name, with all its data.
+    """The task or group of a name in ``eval.tasks``, with all its data; ``seed`` draws few-shot examples.
 
-    Args:
-        spec: From ``eval.tasks``.
-        seed: For few-shot examples.
-        tokenizer: Folder or name of the scored model's tokenizer, which the pack's tasks are told; empty if not known.
+    The pack's tasks are told the folder or name of the scored model's ``tokenizer``, unless that is empty.
     """
     given = spec.model_dump(mode="json")["metadata"]
     ours = spec.task in _pack().task_index
@@ -140,14 +211,11 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
     except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
         if ours and isinstance(error, ValueError):  # the pack's own words
             raise EvaluationError(f"eval.tasks: {spec.task}: {error}") from error
-        cure = "Fill the cache where there is network and set HF_HOME, or take the task out of the recipe"
+        why = f"lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error})"
         if away and isinstance(error, ConnectionError):
-            raise EvaluationError(
-                f"eval.tasks: the data of {spec.task!r} are not on this machine, and {away}. {cure}"
-            ) from error
-        raise EvaluationError(
-            f"eval.tasks: lm-eval cannot load {spec.task!r} ({type(error).__name__}: {error}). {cure}"
-        ) from error
+            why = f"the data of {spec.task!r} are not on this machine, and {away}"
+        cure = "Fill the cache where there is network and set HF_HOME, or take the task out of the recipe"
+        raise EvaluationError(f"eval.tasks: {why}. {cure}") from error
     tasks, groups = dict(loaded["tasks"]), dict(loaded.get("groups") or {})
     if spec.task not in tasks and spec.task not in groups:
         raise EvaluationError(
@@ -212,9 +280,8 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks to be scored together.
+    """Tasks to be scored together: what is reported of which, and the items used of tasks that are not used whole.
 
-    ``info`` names every task or group that is reported; ``samples`` the items used of tasks that are not used whole;
     ``seed`` decides the texts of tasks that sample.
     """
 
@@ -239,11 +306,7 @@ class TaskSet:
 
 
 def kept_metrics(recipe: Recipe, built: TaskSet) -> tuple[Key, ...]:
-    """Keys of the scores that must stay within the bound, of what ``built``, the tasks of the search, does score.
-
-    That leaves out sets without validation items, tasks that are test items as a whole, and tasks that need generation:
-    reported, but not searched on.
-    """
+    """Keys of the scores that must stay within the bound, of those that ``built``, the tasks of the search, gives."""
     scored = {(info.set, info.name) for info in built.info.values()}
     return tuple(key for key in metrics.kept_metrics(recipe) if key[:2] in scored)
 
@@ -256,14 +319,9 @@ def build_tasks(
     folder: Path,
     generate: bool = False,
 ) -> TaskSet:
-    """Everything that is scored on one split.
+    """Everything that is scored on one split; the items are written into ``folder`` for lm-eval.
 
-    Args:
-        sets: The recipe's data.
-        recipe: For tasks by name, the engine and the seed.
-        tokenizer: The scored model's, for token counts.
-        folder: Where the items are written for lm-eval.
-        generate: Also tasks for which the model must write text; too slow for a search.
+    ``generate`` adds tasks for which the model must write text, which is too slow for a search.
     """
     if generate and split == "test":
         sets = at_prefixes(sets, tokenizer)
