@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from live import Live
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from test_scoring import small
+from transformers import MistralConfig
 
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
@@ -102,30 +102,9 @@ def test_one_token_one_prompt_many_times_and_none(phi: Loaded) -> None:
     assert decoded(phi, []) == {}
 
 
-def test_half_precision(loaded: Load, pico_phi: Path) -> None:
-    half = loaded(pico_phi, "bfloat16")
-    texts = prompts(half)
-    found = decoded(half, texts)
-    agree = [found[i][0] == expected(half, text, 1)[0] for i, text in enumerate(texts)]
-    assert sum(agree) >= len(texts) - 1  # a near tie may fall the other way
-
-
 @pytest.mark.parametrize("window", [4, 20])
 def test_a_sliding_window(phi: Loaded, window: int) -> None:
-    config = MistralConfig(
-        vocab_size=len(phi.tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.12,
-        sliding_window=window,
-    )
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    mistral = Loaded(model, phi.tokenizer, "", torch.float32, torch.device("cpu"))
+    mistral = small(MistralConfig, phi, sliding_window=window)
     texts = prompts(mistral, "The capital of a country is a city. ")
     assert decoded(mistral, texts, 30) == {i: expected(mistral, text, 30) for i, text in enumerate(texts)}
 

@@ -18,9 +18,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +26,6 @@ from unlearn.data.items import Item
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, load_sets, write_items
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.model.pico import corpus
-from unlearn.recipe import metrics
 from unlearn.recipe.data import Split
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import Recipe
@@ -116,19 +113,6 @@ def check_against(result: EvalResult, theirs: dict[str, Any], tolerance: float) 
     assert seen == {s.key for s in result.scores}
 
 
-def test_scores_are_those_of_lm_eval_alone(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
-    result = evaluate(lm, built(sets, "validation", recipe, lm, tmp_path), model_name="pico")
-    items = {loaded.spec.kind: str(items_path(tmp_path / "items", loaded, "validation")) for loaded in sets}
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata={"items": items})
-    theirs = simple_evaluate(model=lm, tasks=[task for *_, task, _ in PACK], task_manager=manager)
-    assert theirs is not None
-    check_against(result, theirs, 1e-12)
-    assert {s.split for s in result.scores} == {"validation"}
-    assert all(s.score.n >= 2 and s.score.stderr is not None for s in result.scores)
-
-
 def test_scores_are_those_of_the_command_line(
     recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, pico_phi: Path, tmp_path: Path
 ) -> None:
@@ -139,15 +123,8 @@ def test_scores_are_those_of_the_command_line(
     items = {loaded.spec.kind: str(items_path(tmp_path / "items", loaded, "test")) for loaded in sets}
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={pico_phi}"]
     command += ["--include_path", "eval", "--tasks", ",".join(task for *_, task, _ in PACK), "--device", "cpu"]
-    command += [
-        "--metadata",
-        json.dumps({"items": items}),
-        "--batch_size",
-        "8",
-        "--output_path",
-        "out",
-        "--log_samples",
-    ]
+    command += ["--metadata", json.dumps({"items": items}), "--batch_size", "8", "--output_path", "out"]
+    command += ["--log_samples"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
@@ -155,6 +132,8 @@ def test_scores_are_those_of_the_command_line(
     (path,) = (elsewhere / "out").rglob("results_*.json")
     theirs = json.loads(path.read_text(encoding="utf-8"))
     check_against(result, theirs, 1e-6)
+    assert {s.split for s in result.scores} == {"test"}
+    assert all(s.score.n >= 2 and s.score.stderr is not None for s in result.scores)
 
     # the same layout and schema
     assert set(saved) == set(theirs)
@@ -499,15 +478,6 @@ def test_a_shipped_group_is_scored_as_one(recipe: Recipe, lm: Recording, tmp_pat
         assert result.values() == {}, "a group's items are its tasks'"
         rows = [s for rows in result.samples.values() for s in rows]
         assert score.score.value == pytest.approx(sum(r["acc"] for r in rows) / len(rows))
-
-
-def test_metrics(recipe: Recipe) -> None:
-    """The choice rests on one of each set's kind, and on lm-eval's own tasks where they are to be kept."""
-    assert [metrics.default_metric(kind) for kind in ("mcq", "qa", "text")] == ["acc", "prob", "perplexity"]
-    assert metrics.goal_metrics(recipe) == (("forget", recipe.forget.label(), "prob"),)
-    assert metrics.kept_metrics(recipe) == (("retain", "far", "acc"), ("utility", "passages", "perplexity"))
-    with_tasks = change(recipe, tasks=[{"task": "wmdp_bio", "set": "forget"}, {"task": "piqa", "metric": "acc_norm"}])
-    assert metrics.kept_metrics(with_tasks)[2:] == (("utility", "piqa", "acc_norm"),)
 
 
 @pytest.mark.usefixtures("shelf")

@@ -112,20 +112,13 @@ def test_a_node_sees_itself_and_its_ancestors(pairs: list[Pair], costs: Costs) -
 
 @quick
 @given(PAIRS)
-def test_when_passes_are_dear_every_prefix_is_computed_once(pairs: list[Pair]) -> None:
-    pieces = pack(pairs, 32, TREE)
+def test_where_passes_are_free_or_dear_every_prefix_is_computed_once(pairs: list[Pair]) -> None:
     prefixes = {tuple(fed[: k + 1]) for fed in (model_input(p, 32) for p in pairs) for k in range(len(fed))}
-    assert sum(len(p.tokens) for p in pieces) == len(prefixes)
+    for costs in (Costs(1e-9, 0.0), TREE):
+        pieces = pack(pairs, 32, costs)
+        assert sum(len(p.tokens) for p in pieces) == len(prefixes)
     assert len(pieces) == len({fed[0] for fed in (model_input(p, 32) for p in pairs)})  # one tree per first token
     assert not any(p.kept for p in pieces)
-
-
-@quick
-@given(PAIRS)
-def test_when_passes_are_free_every_prefix_is_computed_once_too(pairs: list[Pair]) -> None:
-    pieces = pack(pairs, 32, Costs(1e-9, 0.0))
-    prefixes = {tuple(fed[: k + 1]) for fed in (model_input(p, 32) for p in pairs) for k in range(len(fed))}
-    assert sum(len(p.tokens) for p in pieces) == len(prefixes)
 
 
 @quick

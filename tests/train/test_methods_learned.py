@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -277,6 +278,9 @@ def test_what_cannot_be_learned(loaded: Load, pico_phi: Path) -> None:
     with pytest.raises(VectorError, match="at least one sample"):
         gradients(model, [Encoded((1, 2), (1, IGNORE))], NAMES["phi"])
     vector = random_vector(model, NAMES["phi"])
+    for wrong in ({"steps": 0}, {"learning_rate": 0.0}, {"beta": -1.0}, {"ceiling": math.inf}, {"by": "layer"}):
+        with pytest.raises(ValidationError, match=next(iter(wrong))):
+            LearnedSpec.model_validate(wrong)
     with pytest.raises(VectorError, match="the retain set has no training item"):
         learn(model, vector, FORGET, [], ALL, 0, 0)
     with pytest.raises(VectorError, match="the vector does not fit this model"):

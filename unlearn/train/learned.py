@@ -80,10 +80,6 @@ def learn(
     Returns:
         Module path -> (r,) by component, (1,) by module or of a dense change, float32 on the CPU; and of each step,
         taken before it, the whole objective, the mean answer's NLL and the divergence, in nats per token.
-
-    Raises:
-        VectorError: a zero vector, one that does not fit the model, or no rows on one side.
-        TrainingError: the objective became non-finite.
     """
     check_moved("learned", "the vector", vector)
     forget, retain = with_answers(forget), with_answers(retain)
@@ -190,9 +186,6 @@ def gradients(
 
     Returns:
         Module path -> (out, in) in float32 on the CPU, nowhere negative; transposed for GPT-2's Conv1D, like a vector.
-
-    Raises:
-        VectorError: no rows, a quantised weight, or a gradient that is not finite.
     """
     usable = with_answers(rows)
     if not usable:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import TrainingError
 from unlearn.recipe.methods import RetainKLSpec
-from unlearn.train.batches import Pad, Part, beside, labelled
+from unlearn.train.batches import Pad, Part, answers, beside, labelled
 
 # -- the formulas: logits (N, V) at the positions that predict a label, and these labels (N,)
 
@@ -48,7 +48,7 @@ def gradient_difference(
 
 
 def npo(
-    logits: Tensor, reference: Tensor, targets: Tensor, rows: Tensor, beta: float, answers: float | None = None
+    logits: Tensor, reference: Tensor, targets: Tensor, rows: Tensor, beta: float, count: float | None = None
 ) -> Tensor:
     """Negative preference optimisation (2404.05868, eq. 3): ascent that slows where an answer is already unlikely.
 
@@ -57,12 +57,12 @@ def npo(
     Args:
         reference: What the model as it was says, (N, V). No gradient flows into it.
         rows: The answer each target belongs to, (N,).
-        answers: Answers that the mean is over; as many as there are rows when not given.
+        count: Answers that the mean is over; as many as there are rows when not given.
     """
     with torch.no_grad():
         before = answer_log_probability(reference, targets, rows)  # (B,)
     ratio = answer_log_probability(logits, targets, rows) - before  # (B,), log of p_theta / p_ref
-    return 2 / beta * functional.softplus(beta * ratio).sum() / (len(ratio) if answers is None else answers)
+    return 2 / beta * functional.softplus(beta * ratio).sum() / (len(ratio) if count is None else count)
 
 
 def answer_log_probability(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
@@ -102,8 +102,7 @@ def penalty(logits: Tensor, copies: int) -> Tensor:
 def multiples(forget: int, retain: int, coefficient: float | None) -> list[float]:
     """The adapter's multiple in every row: forget rows, then the retain rows once per term, the untouched model last.
 
-    Args:
-        coefficient: c of the negative side; None leaves it out.
+    ``coefficient`` is c of the negative side; None leaves it out.
     """
     sides = [1.0] if coefficient is None else [1.0, -coefficient]
     return [1.0] * forget + [side for side in (*sides, 0.0) for _ in range(retain)]
@@ -114,11 +113,7 @@ def multiples(forget: int, retain: int, coefficient: float | None) -> list[float
 
 @contextmanager
 def only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Inside the ``with``, the model's head runs at some positions (B, T) only, and its logits are (N, V).
-
-    Answers are a few tokens at the end of a prompt; the vocabulary times all the others is a fifth of a small model's
-    work for nothing.
-    """
+    """Inside the ``with``, the model's head runs at some positions (B, T) only, and its logits are (N, V)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     hook = head.register_forward_pre_hook(lambda module, args: (args[0][positions],))
     try:
@@ -171,21 +166,13 @@ def with_answers(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What the model says of the labelled tokens of a batch; its head runs nowhere else.
-
-    Args:
-        batch: input_ids, attention_mask, labels, each (B, T).
-
-    Returns:
-        Logits (N, V) in float32, the tokens they should predict (N,), and the row of the batch they are in (N,).
-    """
+    """What the model says of the labelled tokens of a batch (B, T): logits (N, V), the tokens and their rows (N,)."""
     device = next(model.parameters()).device
-    wanted = batch["labels"][:, 1:].to(device)
-    predicts = wanted != IGNORE  # (B, T - 1)
-    ids, mask = (batch[k].to(device) for k in ("input_ids", "attention_mask"))
-    with only_at(model, functional.pad(predicts, (0, 1))):
+    ids, mask, labels = (batch[k].to(device) for k in ("input_ids", "attention_mask", "labels"))
+    positions, targets, rows = answers(labels)
+    with only_at(model, positions):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    return logits.float(), wanted[predicts], predicts.nonzero()[:, 0]
+    return logits.float(), targets, rows
 
 
 # -- what the trainer minimises
@@ -207,12 +194,8 @@ class Keep:
 class Against:
     """A baseline's loss in place of the forget set's cross-entropy.
 
-    Args:
-        retain: Retain rows, which gradient_difference alone uses, with ``weight``, ``batch_size`` beside each batch.
-        beta: NPO's inverse temperature.
-
-    Raises:
-        TrainingError: gradient_difference without a retain row to learn.
+    gradient_difference alone uses ``retain`` rows with ``weight``, ``batch_size`` beside each batch; ``beta`` is NPO's
+    inverse temperature.
     """
 
     loss: Literal["gradient_ascent", "gradient_difference", "npo"]
@@ -259,9 +242,9 @@ class Share:
 
 
 class Objective:
-    """The loss of ``keep`` or ``against``, of which one is given; ``part`` says which of several processes this is.
+    """The loss of ``keep`` or ``against``, of which one is given.
 
-    What is drawn beside a batch is drawn alike by all processes, and shared out.
+    What is drawn beside a batch is drawn alike by all processes, and ``part`` is this one's.
     """
 
     def __init__(self, keep: Keep | None, against: Against | None, part: Part) -> None:

@@ -1,5 +1,5 @@
-"""transformers' Trainer with what this project needs of it: order by seed, whole checkpoints, other losses, several
-processes that take the steps one would take, and a stop after any step that loses nothing.
+"""transformers' Trainer with an order by seed, whole checkpoints, other losses, several processes that take the steps
+that one would take, and a stop after any step that loses nothing.
 
 What learns is held in float32: a bfloat16 weight has eight bits, so that a step below 1/512 of it is rounded away, as
 nearly every step of a full fine-tuning is (Micikevicius et al. 1710.03740). float16 has no gradients below 6e-8.
@@ -64,11 +64,11 @@ _RANKS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 
 @contextmanager
 def recipe_decides() -> Iterator[None]:
-    """Inside the ``with`` accelerate finds none of its environment variables; a Trainer is made and run in it.
+    """Inside the ``with``, in which a Trainer is made and run, accelerate finds none of its environment variables.
 
-    ``accelerate launch`` sets them from its options and its user's file, and they would turn on autocast, compilation,
-    another device or another way of sharing the work, which no recipe says and no stage's key knows. A process that
-    works alone finds no ranks either: to accelerate, tasks that MPI or Slurm started side by side are one training.
+    ``accelerate launch`` sets them, and they would turn on autocast, compilation or another device, which no stage's
+    key knows. A process that works alone finds no ranks either: accelerate takes tasks that MPI or Slurm started side
+    by side for one training.
     """
     ranks = _RANKS if collective.count() == 1 else ()
     before = {n: os.environ.pop(n) for n in list(os.environ) if n.startswith("ACCELERATE_") or n in ranks}
@@ -84,8 +84,7 @@ def recipe_decides() -> Iterator[None]:
 def mixed_precision(model: nn.Module) -> Mixed:
     """The autocast under which a model is trained, from its weights as they were loaded.
 
-    Only on CUDA: elsewhere there is no scaled loss, which float16 needs, and products of 16 bits are seldom faster.
-    Quantised weights are multiplied in a format of their own, and all else beside them is in float32.
+    Only on CUDA, as float16 needs a scaled loss; quantised weights are multiplied in a format of their own.
     """
     weight = next(model.parameters())
     if weight.device.type != "cuda" or getattr(model, "is_quantized", False):
@@ -96,10 +95,7 @@ def mixed_precision(model: nn.Module) -> Mixed:
 
 @contextmanager
 def float32_weights(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` weights of 16 bits are held in float32; after it they are rounded to the format they had.
-
-    A weight that was not changed comes back with the same bits.
-    """
+    """Inside the ``with`` weights of 16 bits are held in float32; after it they are rounded to the format they had."""
     narrow = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     config = getattr(model, "config", None)
     said = getattr(config, "dtype", None)
@@ -116,10 +112,7 @@ def float32_weights(model: nn.Module) -> Iterator[None]:
 
 
 def range_for_gradients(model: nn.Module) -> AbstractContextManager[None]:
-    """float16 weights in float32 inside the ``with``, where gradients are taken of a loss that is not scaled up.
-
-    Other models stay as they are: bfloat16 has float32's range, and what is summed up over gradients is float32.
-    """
+    """float16 weights in float32 inside the ``with``, where gradients are taken of a loss that is not scaled up."""
     narrow = any(p.dtype == torch.float16 for p in model.parameters())
     return float32_weights(model) if narrow else nullcontext()
 
@@ -145,11 +138,7 @@ def settings(device: torch.device, mixed: Mixed, work: Path, seed: int, **option
 
 @dataclass
 class _Settings(TrainingArguments):
-    """One process trains on the device that its model is on.
-
-    transformers' own goes to cuda:0 and, where more GPUs are visible, splits batches of so many times the size among
-    them by DataParallel. What is drawn beside a batch, and each row's multiple of the adapter, cannot be split.
-    """
+    """One process trains on its model's device; transformers' own goes to cuda:0, and to all GPUs by DataParallel."""
 
     own_device: str = "cpu"
 
@@ -185,17 +174,11 @@ def seal(checkpoint: Path, processes: int) -> None:
     write_json_atomic(checkpoint / WHOLE, {"processes": processes, "files": files})
 
 
-def keep_newest(work: Path, count: int = 2) -> None:
-    """Remove all checkpoints but those of the highest numbers; by times of files a clock that jumped would decide."""
-    for old in _by_number(work)[count:]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def last_checkpoint(work: Path, processes: int = 1) -> str | None:
     """The newest checkpoint that was written to its end and is as it was written, or None.
 
-    One that was cut off, is damaged, or was written by another number of processes is removed, so that it stands in
-    nobody's way again; of all but the first, which is what every kill leaves, a line says so.
+    One that was cut off (as every kill leaves it), is damaged, or was written by another number of processes is
+    removed; of the last two a line says so.
     """
     for checkpoint in _by_number(work):
         trouble = _trouble(checkpoint, processes)
@@ -234,16 +217,12 @@ def _trouble(checkpoint: Path, processes: int) -> str | None:
     return None
 
 
-# -- transformers' trainer with what this project needs of it
+# -- training
 
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """What a fine-tuning did.
-
-    ``losses`` has one value per optimiser step, of what was minimised: nats per trained token (with gradient ascent
-    minus those), and for NPO 2/beta times nats per answer.
-    """
+    """What a fine-tuning did. ``losses``: per optimiser step, nats per token (NPO: 2/beta times nats per answer)."""
 
     examples: int
     steps: int
@@ -278,18 +257,13 @@ def train(
     """Run the Trainer over ``rows``, from the last whole checkpoint in ``work`` if there is one.
 
     A batch is of ``spec.batch_size`` rows however many processes share it. On SIGTERM or Ctrl-C the step at hand is
-    finished and a checkpoint is written, in all processes after the same step; a second signal stops at once.
+    finished and a checkpoint is written, in all processes after the same step, then KeyboardInterrupt is raised; a
+    second signal stops at once.
 
     Args:
         keep: Retain rows whose predictions must not change, in addition to the loss on ``rows``.
         against: A baseline's loss in place of cross-entropy, ``rows`` being what is to be forgotten.
         mixed: The autocast of the forward passes. What learns must be in float32 in any case.
-
-    Raises:
-        TrainingError: non-finite loss, a row without an answer, no step made, or a checkpoint that
-            somebody else has put there.
-        ValueError: ``keep`` and ``against`` together.
-        KeyboardInterrupt: a signal to stop has arrived.
     """
     part = Part(collective.rank(), collective.count())
     minimised = Objective(keep, against, part) if keep or against else None
@@ -318,7 +292,7 @@ def train(
             warmup_steps=min(math.ceil(spec.warmup * total), total - 1),  # the first of them has rate 0
             save_strategy="steps",
             save_steps=spec.save_every or max(1, math.ceil(total / 4)),
-            save_total_limit=None,  # keep_newest removes them: by number, not as here by the times of files
+            save_total_limit=None,  # removed by number when one is sealed: here it would be by the times of files
             report_to=list(spec.report_to) or "none",
             **({_CHECKPOINTING: True} if spec.gradient_checkpointing else {}),
         )
@@ -362,8 +336,7 @@ def train(
 
 
 class _Trainer(Trainer):
-    """The Trainer, with the order of rows given, dealt out among processes, and with another objective than
-    cross-entropy where there is one."""
+    """The Trainer, with the order of rows given, dealt out among processes, and perhaps with another objective."""
 
     def __init__(self, order: ByLength, minimised: Objective | None, part: Part, size: int, **options: Any) -> None:
         super().__init__(**options)
@@ -444,18 +417,12 @@ class _Trainer(Trainer):
 class _Watch(TrainerCallback):
     """Moves the bar, sets the order of each epoch, stops on a non-finite loss or a signal, and seals checkpoints.
 
-    Where there are several processes it gives each a seed of its own: the Trainer's, of which the adapter's start has
-    been drawn alike, would have all of them drop the same places of their rows.
+    Each of several processes gets a seed of its own: with the Trainer's all would drop the same places of their rows.
     """
 
     def __init__(self, advance: Callable[[int], None], order: ByLength, advice: str, hold: Hold, small: bool) -> None:
-        self._advance = advance
-        self._order = order
-        self._advice = advice
-        self._hold = hold
-        self._small = small
-        self._seen = 0
-        self.skipped = 0
+        self._advance, self._order, self._advice, self._hold, self._small = advance, order, advice, hold, small
+        self._seen = self.skipped = 0
         self.stopped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -485,5 +452,6 @@ class _Watch(TrainerCallback):
         collective.wait()  # every process has written its part
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", collective.count())
-            keep_newest(Path(args.output_dir))
+            for old in _by_number(Path(args.output_dir))[2:]:
+                shutil.rmtree(old, ignore_errors=True)
         collective.wait()  # nobody leaves before it is sealed: torchrun would end the others

@@ -28,12 +28,7 @@ from unlearn.model import locate
 from unlearn.model.load import Loaded, drops_out, resolve_targets
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
-from unlearn.recipe.methods import (
-    METHODS,
-    LoraSpec,
-    TrainSpec,
-    VectorSpec,
-)
+from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec, VectorSpec
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
@@ -74,12 +69,7 @@ class Vectors:
 
 
 def lora_modules(model: PreTrainedModel, lora: LoraSpec) -> tuple[str, ...]:
-    """Full paths of the modules that a LoRA is put on.
-
-    Raises:
-        ModelError: its targets match nothing.
-        VectorError: its rank is above what a target's matrix can have.
-    """
+    """Full paths of the modules that a LoRA is put on; an error where there are none, or its rank is above theirs."""
     targets = resolve_targets(model, lora.targets, lora.depth)
     check_rank(lora.rank, {name: shape_of(model.get_submodule(name)) for name in targets})
     return targets
@@ -105,14 +95,8 @@ def train_vector(
         label: What the progress bar says.
         meta: Goes into the vector's metadata.
         keep: Retain rows on which the model's predictions must not change.
-        against: A baseline's loss in place of cross-entropy. The vector is what was trained, and with these losses
-            theta + tau is the model that has forgotten ``rows``: who subtracts vectors negates it first.
-
-    Raises:
-        ModelError: the LoRA's targets match nothing.
-        VectorError: its rank is above what a target's matrix can have.
-        TrainingError: non-finite loss, or an adapter that learned nothing.
-        ValueError: ``keep`` and ``against`` together.
+        against: A baseline's loss in place of cross-entropy. With these losses theta + tau is the model that has
+            forgotten ``rows``: who subtracts vectors negates it first.
     """
     targets = lora_modules(model, lora)
     quantised = bool(getattr(model, "is_quantized", False))
@@ -145,11 +129,7 @@ def train_vector(
 def train_weights(
     model: PreTrainedModel, tokenizer: Any, rows: Sequence[Encoded], spec: TrainSpec, seed: int, work: Path, label: str
 ) -> TrainingLog:
-    """Fine-tune all weights in place (teach without a LoRA), in float32, and round them to their own format at the end.
-
-    Raises:
-        TrainingError: the loss is not finite.
-    """
+    """Fine-tune all weights in place (teach without a LoRA), in float32; then they are rounded to their format."""
     set_seed(seed)
     mixed = mixed_precision(model)
     try:
@@ -175,11 +155,7 @@ def read_adapter(model: nn.Module, meta: Mapping[str, str]) -> TaskVector:
 
 
 def merge(model: nn.Module, vector: TaskVector) -> None:
-    """Add a vector to the weights for good, in float32, rounded once to the weights' dtype.
-
-    Raises:
-        VectorError: the vector does not fit the model.
-    """
+    """Add a vector to the weights for good, in float32, rounded once to the weights' dtype."""
     with torch.no_grad():
         for module, low_rank in fit(model, vector).values():
             weight = module.get_parameter("weight")
@@ -191,11 +167,7 @@ def merge(model: nn.Module, vector: TaskVector) -> None:
 
 
 def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet]) -> None:
-    """Refuse what a training would refuse later: no such layer, no items where some are needed, answers too long.
-
-    Raises:
-        DataError, TrainingError, ModelError: one of these.
-    """
+    """Refuse what a training would refuse later: no such layer, no items where some are needed, answers too long."""
     spec = recipe.vector
     for lora in (spec.lora, recipe.teach.lora if recipe.teach is not None else None):
         if lora is not None:
@@ -247,11 +219,7 @@ def clean_checkpoint(recipe: Recipe, base: Path) -> tuple[ModelSpec, str] | None
 
 
 def encoded(sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[Encoded]:
-    """Training rows of some sets.
-
-    Raises:
-        TrainingError: answers that do not fit into ``max_length``, or have no token to learn; names the set.
-    """
+    """Training rows of some sets; an error names the set whose answers have no token to learn, or too many."""
     found: list[Encoded] = []
     for s in sets:
         try:
@@ -303,7 +271,7 @@ def teach(name: str, base: Loaded, learned: Sequence[LoadedSet], recipe: Recipe,
             line = log.to_json("teach" if name == "target" else name)
             write_json_atomic(tmp / "training.json", {**line, **cuts(rows)})
 
-    inputs = [base.fingerprint, [s.digest for s in learned], plain(spec), recipe.seed]
+    inputs = [base.fingerprint, [s.digest for s in learned], spec, recipe.seed]
     inputs += [["learned in float32", mixed_precision(base.model)], *masks(base.model, spec.lora)]
     with told(name, less_training("teach") + ("" if spec.lora else ", or give teach.lora")):
         return store.stage(name, inputs, make, kind="target", share=True)
@@ -313,11 +281,7 @@ def teach(name: str, base: Loaded, learned: Sequence[LoadedSet], recipe: Recipe,
 
 
 def fit_vectors(target: Loaded, sets: Sequence[LoadedSet], recipe: Recipe, store: Store) -> Vectors:
-    """Fine-tune on every set that the methods need, and shape what is subtracted.
-
-    Raises:
-        TrainingError, VectorError: see :mod:`unlearn.train.vectors` and the methods.
-    """
+    """Fine-tune on every set that the methods need, and shape what is subtracted."""
     spec = recipe.vector
     near = [s for s in sets if s.role == "retain" and s.train]
     clean, trainee = _trainee(target, recipe, store)
@@ -390,7 +354,7 @@ def fit_vector(
             seed,
             work,
             f"{name} set",
-            {"base": target, "data": json.dumps(digests), "lora": json.dumps(plain(lora))},
+            {"base": target, "data": json.dumps(digests), "lora": json.dumps(lora.model_dump(mode="json"))},
             Keep(beside, penalty) if penalty is not None else None,
             _against(recipe.vector, against, beside) if against else None,
         )
@@ -399,13 +363,13 @@ def fit_vector(
         write_json_atomic(tmp / "training.json", {**log.to_json(name), **cuts([*rows, *beside])})
         say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
 
-    inputs: list[Any] = [target, digests, plain(lora), plain(spec), seed, recipe.model.quantize]
+    inputs: list[Any] = [target, digests, lora, spec, seed, recipe.model.quantize]
     inputs.append(mixed_precision(trainee.model))
     if penalty is not None:
-        inputs += [plain(penalty), [s.digest for s in near]]
+        inputs += [penalty, [s.digest for s in near]]
     if against:
         settings = getattr(recipe.vector, against, None)
-        inputs += [against, plain(settings) if settings else None, [s.digest for s in near]]
+        inputs += [against, settings, [s.digest for s in near]]
     inputs += masks(trainee.model, lora)
     own = recipe.vector.retain is not None and (name == "retain" or name.startswith("near-"))
     with told(stage, less_training("vector.retain" if own else "vector.forget")):
@@ -479,8 +443,9 @@ def _source(
 def _against(spec: VectorSpec, loss: str, retain: Sequence[Encoded]) -> Against:
     size = spec.forget.batch_size
     if loss == "gradient_difference":
-        weight = spec.settings("gradient_difference").weight
-        return Against("gradient_difference", retain, weight=weight, batch_size=size)
+        return Against(
+            "gradient_difference", retain, weight=spec.settings("gradient_difference").weight, batch_size=size
+        )
     if loss == "npo":
         return Against("npo", beta=spec.settings("npo").beta, batch_size=size)
     return Against("gradient_ascent", batch_size=size)
@@ -515,7 +480,7 @@ def _shaped(
         shape(fitted, spec, have).save(tmp / VECTOR_FILE)
 
     digests = [fitted.digest(), None if retain is None else retain.digest()]
-    inputs = [target.fingerprint, digests, [one.digest, [s.digest for s in near]], plain(spec), recipe.seed]
+    inputs = [target.fingerprint, digests, [one.digest, [s.digest for s in near]], spec, recipe.seed]
     return TaskVector.load(store.stage(f"shaped/{_stage_name(one, recipe)}", inputs, make) / VECTOR_FILE)
 
 
@@ -545,8 +510,3 @@ def less_training(key: str) -> str:
         f"lower {key}.batch_size (and raise {key}.accumulation by as much) or {key}.max_length, or set "
         f"{key}.gradient_checkpointing to true"
     )
-
-
-def plain(spec: Any) -> Any:
-    """A part of the recipe as it enters keys."""
-    return spec.model_dump(mode="json")
