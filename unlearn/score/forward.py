@@ -262,19 +262,12 @@ class NotPackableError(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that a pass takes beside the model.
+    """Bytes that a pass takes beside the model."""
 
-    Attributes:
-        token: A token in the layer that takes most.
-        key: What is before a row, per token of it: a copy of its keys and values in one layer.
-        pair: A query that looks at a key.
-        kept: A token's keys and values in all layers.
-    """
-
-    token: int
-    key: int
-    pair: int
-    kept: int
+    token: int  # a token in the layer that takes most
+    key: int  # what is before a row, per token of it: a copy of its keys and values in one layer
+    pair: int  # a query that looks at a key
+    kept: int  # a token's keys and values in all layers
 
     def of(self, tokens: int, before: int) -> float:
         """Of a row: each has a copy of the keys and values before it, and is filled up to its block's longest."""

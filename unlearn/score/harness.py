@@ -6,14 +6,13 @@ lm-eval looks for no plugins, so it has to be imported by somebody.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lm_eval.models
@@ -46,10 +45,7 @@ register()
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run lm-eval's command line, by all processes together where there are several.
-
-    lm-eval's own errors are raised as lm-eval does.
-    """
+    """Run lm-eval's command line, by all processes together where there are several."""
     setup_logging(logging.INFO if is_main_process() else logging.ERROR)
     before = sys.argv
     sys.argv = [before[0], *argv]  # where lm-eval reads, and writes to
@@ -71,25 +67,33 @@ def _run(cli: HarnessCLI) -> None:
         if arguments.command is None:
             cli.execute(arguments)  # prints the help
             return
-    if arguments.command == "run":
-        _check_caches(arguments)
-        hub_away()  # looked into before the tasks are: their data are then looked for on this machine alone
-        distributed.join()
-        with _small_index(arguments):
-            _run_silently(cli, arguments) if not is_main_process() else cli.execute(arguments)
+    if arguments.command != "run":
+        cli.execute(arguments)
         return
-    cli.execute(arguments)
+    given = EvaluatorConfig.load_yaml_config(arguments.config) if arguments.config else {}
+    given |= {key: value for key, value in vars(arguments).items() if value}
+    _check_caches(given)
+    hub_away()  # looked into before the tasks are: their data are then looked for on this machine alone
+    distributed.join()
+    with _small_index(given.get("tasks") or ()):
+        if is_main_process():
+            cli.execute(arguments)
+            return
+        # all processes have the results; lm-eval would have them written once on each machine
+        arguments.hf_hub_log_args = arguments.wandb_args = arguments.trackio_args = None
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            arguments.output_path = folder
+            cli.execute(arguments)
 
 
 @contextlib.contextmanager
-def _small_index(arguments: argparse.Namespace) -> Iterator[None]:
+def _small_index(given: Any) -> Iterator[None]:
     """lm-eval's command line reads the index of all its tasks; here it gets that of the tasks that are named."""
     import lm_eval.evaluator
     import lm_eval.tasks
 
     from unlearn.score.tasks import task_manager
 
-    given = _settings(arguments).get("tasks") or ()
     listed = [given] if isinstance(given, str) else given
     names = [name for text in listed if isinstance(text, str) for name in text.split(",")]
     names += ["*"] if not all(isinstance(text, str) for text in listed) else []  # a task written out may name any
@@ -106,15 +110,8 @@ def _small_index(arguments: argparse.Namespace) -> Iterator[None]:
         lm_eval.tasks.TaskManager = original
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says, over what its ``--config`` file says."""
-    given = EvaluatorConfig.load_yaml_config(arguments.config) if arguments.config else {}
-    return {**given, **{key: value for key, value in vars(arguments).items() if value}}
-
-
-def _check_caches(arguments: argparse.Namespace) -> None:
+def _check_caches(given: Mapping[str, Any]) -> None:
     """Refuse lm-eval's caches where what they keep would be taken for something else's."""
-    given = _settings(arguments)
     if given.get("use_cache") and given.get("model") != MODEL:
         raise EvaluationError(
             f"--use_cache: lm-eval keeps answers by their texts alone and would give one model's for another's; "
@@ -125,14 +122,6 @@ def _check_caches(arguments: argparse.Namespace) -> None:
             "--cache_requests: lm-eval keeps requests by the task's name alone, so those of other --metadata would be "
             "taken for these: leave one of the two out"
         )
-
-
-def _run_silently(cli: HarnessCLI, arguments: argparse.Namespace) -> None:
-    """All processes have the results; lm-eval would have them written once on each machine."""
-    arguments.hf_hub_log_args = arguments.wandb_args = arguments.trackio_args = None
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        arguments.output_path = folder
-        cli.execute(arguments)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ class PackedLM(WholeLM):
     """Drop-in for lm-eval's ``HFLM``, for causal models.
 
     Args:
-        pretrained: A loaded transformers causal LM, or what lm-eval's own model takes: a folder or a name on the hub.
+        pretrained: A loaded transformers causal LM, a folder, or a name on the hub.
         batch_tokens: Tokens per forward pass; found when not given, halved when memory runs out.
         options: Everything else that ``HFLM`` takes. Its batch_size counts only where its own code must score.
     """
@@ -302,9 +302,8 @@ def _in_order(settings: Mapping[str, Any]) -> str:
 
 
 def _look_at(pretrained: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
-    """Say of what a model is to be loaded from what transformers would pass over in silence, or ask for in vain."""
-    names = {"pretrained": pretrained, "delta": options.get("delta"), "peft": options.get("peft")}
-    names["tokenizer"] = tokenizer
+    """Refuse folders of which transformers would pass something over in silence, or that it would ask for in vain."""
+    names = {"pretrained": pretrained, **{key: options.get(key) for key in ("delta", "peft")}, "tokenizer": tokenizer}
     folders = {key: Path(name) for key, name in names.items() if isinstance(name, str)}
     for key, folder in folders.items():
         if not folder.exists() and not model_in_cache(str(folder)) and (away := hub_away()):

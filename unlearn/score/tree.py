@@ -20,15 +20,10 @@ Scored = tuple[int, int, int]  # (first depth, one past the last, request)
 
 @dataclass(frozen=True)
 class Costs:
-    """What the tree is cut by, in units of one token through the linear layers.
+    """What the tree is cut by, in units of one token through the linear layers."""
 
-    Attributes:
-        pair: One query attending to one key, in all layers.
-        launch: One more pass through the model, however few tokens it has: its weights must be read.
-    """
-
-    pair: float
-    launch: float
+    pair: float  # one query attending to one key, in all layers
+    launch: float  # one more pass through the model, however few tokens it has: its weights must be read
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ def pack(
 ) -> list[Piece]:
     """Pieces in which every (context, continuation) is a path, a trunk always before what hangs on it.
 
-    Their sites together ask for every continuation token of every pair exactly once.
+    Together they ask for every continuation token of every pair exactly once.
 
     Args:
         pairs: Context and continuation tokens, neither of them empty.
@@ -141,15 +136,10 @@ def _grow(cut: Sequence[list[int]], scored: Sequence[int]) -> _Node:
 def _split(node: _Node, depth: int) -> None:
     """Cut a chain in two; what hung on it hangs on the lower part."""
     keep = depth - node.start
-    low, high = _part(node.scored, depth)
-    lower = _Node(node.tokens[keep:], depth, node.children, high)
-    node.tokens, node.children, node.scored = node.tokens[:keep], [lower], low
-
-
-def _part(scored: Sequence[Scored], depth: int) -> tuple[list[Scored], list[Scored]]:
-    above = [(low, min(high, depth), r) for low, high, r in scored if low < depth]
-    below = [(max(low, depth), high, r) for low, high, r in scored if high > depth]
-    return above, below
+    above = [(low, min(high, depth), r) for low, high, r in node.scored if low < depth]
+    below = [(max(low, depth), high, r) for low, high, r in node.scored if high > depth]
+    lower = _Node(node.tokens[keep:], depth, node.children, below)
+    node.tokens, node.children, node.scored = node.tokens[:keep], [lower], above
 
 
 def _preorder(root: _Node) -> list[_Node]:
