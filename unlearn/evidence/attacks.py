@@ -34,8 +34,7 @@ from unlearn.results import PLAIN, AttackKind, AttackScore, Robustness, Who
 from unlearn.score.evaluate import evaluate
 from unlearn.score.packed import PackedLM, interface
 from unlearn.score.scorer import Questions
-from unlearn.score.tasks import quiet_harness
-from unlearn.score.tasks import build_tasks
+from unlearn.score.tasks import build_tasks, quiet_harness
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
 

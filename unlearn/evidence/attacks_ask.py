@@ -29,8 +29,7 @@ from unlearn.recipe.data import Kind
 from unlearn.recipe.data import stops as stops_of
 from unlearn.recipe.evaluation import Probe
 from unlearn.results import GREEDY, AttackScore, probing, sampling
-from unlearn.score.tasks import quiet_harness, random_state_kept
-from unlearn.score.tasks import pack_config
+from unlearn.score.tasks import pack_config, quiet_harness, random_state_kept
 from unlearn.store.files import write_json_atomic
 
 SHOTS = 4  # solved examples before a question

@@ -24,8 +24,7 @@ from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.results import Benchmark, Role, Who
 from unlearn.score.scorer import Questions, score_model
-from unlearn.score.tasks import quiet_harness
-from unlearn.score.tasks import TaskInfo, TaskSet, task_manager
+from unlearn.score.tasks import TaskInfo, TaskSet, quiet_harness, task_manager
 from unlearn.store.stages import Store
 
 Record = Mapping[str, Any]

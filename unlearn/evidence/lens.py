@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from unlearn.console import progress, say
 from unlearn.evidence.attacks import Judge, Judged, Scene, attack
 from unlearn.results import LENS, AttackScore
-from unlearn.score.forward import Layout, attending
-from unlearn.score.forward import Forward, NotPackableError, Part, run
+from unlearn.score.forward import Forward, Layout, NotPackableError, Part, attending, run
 from unlearn.score.packed import PackedLM, Request
 from unlearn.score.tasks import quiet_harness
 from unlearn.score.tree import pack
