@@ -33,7 +33,7 @@ _UNHEEDED = {"ACCELERATE_MIXED_PRECISION": "--mixed_precision", "ACCELERATE_DYNA
 def join() -> None:
     """Join the others, and wait until all of them are there."""
     for name, flag in _SPREAD.items():
-        if _asked(name):
+        if switched_on(name):
             raise UnlearnError(
                 f"every process holds the whole model: start without {flag} (it may be in the "
                 "configuration file of accelerate)"
@@ -68,10 +68,11 @@ def leave() -> None:
 
 def cpus_only() -> bool:
     """Whether ``accelerate launch --cpu`` leaves this machine's GPUs alone."""
-    return _asked("ACCELERATE_USE_CPU")
+    return switched_on("ACCELERATE_USE_CPU")
 
 
-def _asked(name: str) -> bool:
+def switched_on(name: str) -> bool:
+    """Whether a variable of the environment says yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 

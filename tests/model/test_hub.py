@@ -71,24 +71,18 @@ def refusing() -> Iterator[str]:
     server.server_close()
 
 
-def test_the_hub_refuses(tmp_path: Path, refusing: str) -> None:
+NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens
+
+
+def test_the_hub_refuses_or_is_out_of_reach(tmp_path: Path, refusing: str) -> None:
     done = _run(tmp_path, HF_ENDPOINT=refusing)
     start = "error model.path: owner/name is neither a local folder nor to be had from the model hub: 401"
     assert done.stdout.startswith(start)
     assert done.stdout.endswith("model.path also takes a local folder with the model in safetensors\n")
-    assert done.stdout.count("\n") == 1
-    assert done.stderr == ""
-
-
-NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens
-
-
-def test_the_hub_is_out_of_reach(tmp_path: Path) -> None:
-    done = _run(tmp_path, HF_ENDPOINT=NOBODY)
-    assert done.stdout.startswith("error model.path: there is no folder owner/name here, no such model in the hub's")
-    assert f"and the hub ({NOBODY}) cannot be reached: " in done.stdout
-    assert done.stdout.count("\n") == 1
-    assert done.stderr == ""
+    away = _run(tmp_path, HF_ENDPOINT=NOBODY)
+    assert away.stdout.startswith("error model.path: there is no folder owner/name here, no such model in the hub's")
+    assert f"and the hub ({NOBODY}) cannot be reached: " in away.stdout
+    assert [(one.stdout.count("\n"), one.stderr) for one in (done, away)] == [(1, "")] * 2
 
 
 def test_downloaded_before_and_offline_or_out_of_reach_now(pico_phi: Path, tmp_path: Path) -> None:
@@ -128,13 +122,13 @@ def silent() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("model.path=microsoft/phi-1_5",), "error: model.path: there is no folder microsoft/phi-1_5 here"),
-        (("forget.path=hub:owner/data",), "error: hub:owner/data: it is not on this machine"),
-        (("retain.0.path=hub:owner/data",), "error: hub:owner/data: it is not on this machine"),
-        (("reference=owner/model",), "error: reference: there is no folder owner/model here"),
+        ("model.path=microsoft/phi-1_5", "error: model.path: there is no folder microsoft/phi-1_5 here"),
+        ("forget.path=hub:owner/data", "error: hub:owner/data: it is not on this machine"),
+        ("retain.0.path=hub:owner/data", "error: hub:owner/data: it is not on this machine"),
+        ("reference=owner/model", "error: reference: there is no folder owner/model here"),
     ],
 )
-def test_a_run_says_so_before_it_begins(tmp_path: Path, given: tuple[str, ...], silent: str, said: str) -> None:
+def test_a_run_says_so_before_it_begins(tmp_path: Path, given: str, silent: str, said: str) -> None:
     """Without the imports of a run, which take longer, and without the hub client's half a minute of retries."""
     rows = [{"question": f"Who is {n}?", "answer": f"{n}."} for n in range(30)]
     for name in ("forget", "retain"):
@@ -146,12 +140,10 @@ def test_a_run_says_so_before_it_begins(tmp_path: Path, given: tuple[str, ...], 
         "retain": [{"kind": "qa", "path": "retain.jsonl"}],
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    code = (
-        "import sys; from unlearn.cli import main\n"
-        "code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
-    )
+    code = "import sys; from unlearn.cli import main\nanswer = main(sys.argv[1:])\n"
+    code += "print('torch' in sys.modules); sys.exit(answer)"
     command = [sys.executable, "-c", code, "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
-    command += [word for one in given for word in ("--set", one)]
+    command += ["--set", given]
     for endpoint in (NOBODY, silent):
         env = _away(tmp_path, endpoint)
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
@@ -160,21 +152,6 @@ def test_a_run_says_so_before_it_begins(tmp_path: Path, given: tuple[str, ...], 
         _, message = done.stderr.splitlines()  # the first line names the run
         assert message.startswith(said)
         assert f"the hub ({endpoint}) cannot be reached: " in message
-
-
-def test_a_data_set_out_of_reach(tmp_path: Path) -> None:
-    code = (
-        "from unlearn.recipe.data import Source; from unlearn.data.files import read_rows; from pathlib import Path\n"
-        "from unlearn.errors import DataError\n"
-        "try: read_rows(Source(path='hub:owner/data'), Path())\n"
-        "except DataError as e: print(e)"
-    )
-    env = _away(tmp_path, NOBODY)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=True)
-    assert done.stdout.startswith(
-        "hub:owner/data (config default, split train, revision newest): it is not on this machine, and the hub ("
-    )
-    assert done.stderr == ""
 
 
 def test_data_of_lm_evals_tasks_out_of_reach(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from threading import Thread
 
 from unlearn.console import say
 from unlearn.errors import DataError, ModelError, RunFolderError, UnlearnError
+from unlearn.processes import switched_on
 from unlearn.store.files import FULL, unique, unwritable, write_json_atomic
 from unlearn.store.lock import Lock
 
@@ -45,8 +46,7 @@ def cache_folder() -> Path:
 
 def offline() -> bool:
     """True when the environment forbids the network (``UNLEARN_OFFLINE`` or ``HF_HUB_OFFLINE``)."""
-    names = ("UNLEARN_OFFLINE", "HF_HUB_OFFLINE")
-    return any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in names)
+    return switched_on("UNLEARN_OFFLINE") or switched_on("HF_HUB_OFFLINE")
 
 
 def verify_always() -> bool:
