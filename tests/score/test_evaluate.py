@@ -35,6 +35,7 @@ from unlearn.score.evaluate import EvalResult, evaluate, perplexity_stderr
 from unlearn.score.scorer import point_line
 from unlearn.score.tasks import TaskSet, build_tasks, kept_metrics
 
+Sets = tuple[LoadedSet, ...]
 ODD = "Naïve cafés – 東京 is 😀  far,\n\n\tand 12345 ... done. "
 
 
@@ -75,12 +76,12 @@ def recipe(capitals: Callable[..., Path], tmp_path: Path) -> Recipe:
     )
 
 
-def sets_of(recipe: Recipe, lm: HFLM, tmp_path: Path) -> tuple[LoadedSet, ...]:
+def sets_of(recipe: Recipe, lm: HFLM, tmp_path: Path) -> Sets:
     return load_sets(recipe, tmp_path, lm.tokenizer)
 
 
 @pytest.fixture
-def sets(recipe: Recipe, lm: Recording, tmp_path: Path) -> tuple[LoadedSet, ...]:
+def sets(recipe: Recipe, lm: Recording, tmp_path: Path) -> Sets:
     return sets_of(recipe, lm, tmp_path)
 
 
@@ -114,7 +115,7 @@ def check_against(result: EvalResult, theirs: dict[str, Any], tolerance: float) 
 
 
 def test_scores_are_those_of_the_command_line(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, pico_phi: Path, tmp_path: Path
+    recipe: Recipe, sets: Sets, lm: Recording, pico_phi: Path, tmp_path: Path
 ) -> None:
     result = evaluate(lm, built(sets, "test", recipe, lm, tmp_path), model_name="pico", bootstrap=100)
     saved = json.loads(result.save(tmp_path / "ours").read_text(encoding="utf-8"))
@@ -149,9 +150,7 @@ def test_scores_are_those_of_the_command_line(
     assert first["arguments"] == second["arguments"]
 
 
-def test_files_are_found_by_lm_evals_own_tools(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
+def test_files_are_found_by_lm_evals_own_tools(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
     result = evaluate(lm, built(sets, "test", recipe, lm, tmp_path), model_name="some/model 0.5")
     path = result.save(tmp_path / "0.5")
     assert path.parent == tmp_path / "0.5" / "some__model 0.5"
@@ -169,9 +168,7 @@ def test_files_are_found_by_lm_evals_own_tools(
     assert result.save(tmp_path / "0.5").exists(), "saving does not use the result up"
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
     result = evaluate(lm, built(sets, "test", recipe, lm, tmp_path), model_name="pico")
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(RunFolderError, match=r"could not write results_.*(NotADirectory|FileExists)Error"):
@@ -185,7 +182,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(
 
 
 def test_requests_are_made_once_and_answers_never_carried_over(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
+    recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path
 ) -> None:
     tasks = built(sets, "validation", recipe, lm, tmp_path)
     before = evaluate(lm, tasks, model_name="pico")
@@ -204,7 +201,7 @@ def test_requests_are_made_once_and_answers_never_carried_over(
     assert samples[0]["resps"] == samples[2]["resps"] != samples[1]["resps"], "an older result keeps its own answers"
 
 
-def test_values_make_up_the_scores(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
+def test_values_make_up_the_scores(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
     result = evaluate(lm, built(sets, "validation", recipe, lm, tmp_path), model_name="pico")
     found = result.values()
     assert found.keys() == {score.key for score in result.scores}
@@ -219,7 +216,7 @@ def test_values_make_up_the_scores(recipe: Recipe, sets: tuple[LoadedSet, ...], 
 
 
 def test_nothing_is_said_and_no_random_state_is_touched(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def states() -> str:
         return repr((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
@@ -233,9 +230,7 @@ def test_nothing_is_said_and_no_random_state_is_touched(
     assert states() != before
 
 
-def test_items_are_counted_and_cut_as_lm_eval_encodes_them(
-    sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
+def test_items_are_counted_and_cut_as_lm_eval_encodes_them(sets: Sets, lm: Recording, tmp_path: Path) -> None:
     paths = write_items(sets, lm.tokenizer, tmp_path / "items")
     times = [p.stat().st_mtime_ns for p in paths]
     assert write_items(sets, lm.tokenizer, tmp_path / "items") == paths
@@ -253,9 +248,7 @@ def test_items_are_counted_and_cut_as_lm_eval_encodes_them(
                 check_pieces(lm, row, loaded.spec.continuation)
 
 
-def test_answers_without_a_word_are_refused_where_texts_are_compared(
-    sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
+def test_answers_without_a_word_are_refused_where_texts_are_compared(sets: Sets, lm: Recording, tmp_path: Path) -> None:
     wordless = replace(sets[0], test=(Item("1", "Who?", "Paris"), Item("2", "Smile!", "😀 …")))
     assert write_items((wordless,), lm.tokenizer, tmp_path / "a", ("test",), ("validation",))
     assert write_items((replace(wordless, role="holdout"),), lm.tokenizer, tmp_path / "b", ("test",), ("test",))
@@ -280,7 +273,7 @@ def check_pieces(lm: HFLM, row: dict[str, Any], generated: int) -> None:
     assert lm.tok_encode(row["prompt"] + row["continuation"]) == whole[: len(lm.tok_encode(row["prompt"])) + generated]
 
 
-def test_no_cut_where_the_beginning_alone_encodes_otherwise(tmp_path: Path, sets: tuple[LoadedSet, ...]) -> None:
+def test_no_cut_where_the_beginning_alone_encodes_otherwise(tmp_path: Path, sets: Sets) -> None:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -293,9 +286,7 @@ def test_no_cut_where_the_beginning_alone_encodes_otherwise(tmp_path: Path, sets
     assert json.loads(path.read_text(encoding="utf-8"))["pieces"] == ["abc", "a", "abc"]
 
 
-def test_of_long_answers_as_much_is_compared_as_can_be_written(
-    sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
+def test_of_long_answers_as_much_is_compared_as_can_be_written(sets: Sets, lm: Recording, tmp_path: Path) -> None:
     short, long = Item("1", "Who?", "Paris"), Item("2", "Who?", "Paris is the capital of France,\n東京 is not.")
     (path,) = write_items((replace(sets[0], test=(short, long)),), lm.tokenizer, tmp_path / "long", ("test",))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -304,9 +295,7 @@ def test_of_long_answers_as_much_is_compared_as_can_be_written(
     assert rows[1]["continuation"] == lm.tokenizer.decode(whole[len(lm.tok_encode("Who?")) :][:5]).strip()
 
 
-def test_generation_is_for_the_final_comparison_only(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
+def test_generation_is_for_the_final_comparison_only(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
     assert all(t.OUTPUT_TYPE != "generate_until" for t in built(sets, "test", recipe, lm, tmp_path).tasks.values())
     tasks = built(sets, "test", recipe, lm, tmp_path, generate=True)
     lengths = {n: t.config.generation_kwargs["max_gen_toks"] for n, t in tasks.tasks.items() if n.endswith(".rouge")}
@@ -330,7 +319,7 @@ def test_generation_is_for_the_final_comparison_only(
 
 
 def test_lm_evals_own_model_recites_in_the_final_comparison_only(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
+    recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path
 ) -> None:
     slow = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"engine": "hf"})})
     assert "utility.passages.memory" in built(sets, "validation", recipe, lm, tmp_path).tasks
@@ -339,7 +328,7 @@ def test_lm_evals_own_model_recites_in_the_final_comparison_only(
 
 
 def test_a_broken_model_is_an_error_that_names_the_task(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
+    recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path
 ) -> None:
     tasks = built(sets, "validation", recipe, lm, tmp_path)
     with torch.no_grad():
@@ -358,7 +347,7 @@ def test_a_broken_model_is_an_error_that_names_the_task(
         evaluate(lm, only, model_name="pico")
 
 
-def test_sets_without_items(recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path) -> None:
+def test_sets_without_items(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
     forget, retain, utility = sets
     with pytest.raises(EvaluationError, match=r"forget set 'near' has no test items: raise shares.test"):
         built((replace(forget, test=()), retain), "test", recipe, lm, tmp_path)
@@ -482,7 +471,7 @@ def test_a_shipped_group_is_scored_as_one(recipe: Recipe, lm: Recording, tmp_pat
 
 @pytest.mark.usefixtures("shelf")
 def test_chance_is_the_mean_of_one_in_so_many_choices(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
+    recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path
 ) -> None:
     """Beside accuracies of choices only: of the pack, of a task that lm-eval ships, and of a group over its tasks."""
     path = tmp_path / "shelf" / "part_two.yaml"
@@ -547,9 +536,7 @@ def test_shipped_tasks_that_cannot_be_scored(
         built((), "validation", change(recipe, tasks=[{"task": "letters"}] * 2), lm, tmp_path)
 
 
-def test_passages_are_scored_at_further_prefixes(
-    recipe: Recipe, sets: tuple[LoadedSet, ...], lm: Recording, tmp_path: Path
-) -> None:
+def test_passages_are_scored_at_further_prefixes(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
     plain = sets[2]
     spec = plain.spec.model_copy(update={"prefixes": (4, 20)})
     *_, base, short, long = at_prefixes([*sets[:2], replace(plain, spec=spec)], lm.tokenizer)

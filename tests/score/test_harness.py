@@ -39,6 +39,8 @@ from unlearn.vector.change import LowRank
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
 
+Items = dict[str, str]
+Found = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
@@ -114,10 +116,10 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def items(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def items(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Items:
     """A few items of each kind, as ``--metadata`` takes them."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    folder, kinds = tmp_path_factory.mktemp("items"), dict[str, list[dict[str, Any]]](mcq=[], qa=[], text=[])
+    folder, kinds = tmp_path_factory.mktemp("items"), dict[str, list[Found]](mcq=[], qa=[], text=[])
     for row in capital_rows(COUNTS["unlearn_mcq"]):
         prompt, choices, target = f"Question: {row['question']}\nAnswer:", list(row["choices"]), str(row["answer"])
         counts = [count_tokens(tokenizer, prompt, f" {choice}") for choice in choices]
@@ -136,7 +138,7 @@ def items(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return {kind: str(folder / f"{kind}.jsonl") for kind in kinds}
 
 
-def score(name: str, model: Path, pack: Path, items: dict[str, str], more: str = "", **options: Any) -> dict[str, Any]:
+def score(name: str, model: Path, pack: Path, items: Items, more: str = "", **options: Any) -> Found:
     manager = TaskManager(include_defaults=False, include_path=str(pack), metadata={"items": items})
     arguments = f"pretrained={model},dtype=float32,max_length={WINDOW}{more}"
     if name == "hf":
@@ -150,18 +152,18 @@ def score(name: str, model: Path, pack: Path, items: dict[str, str], more: str =
 
 
 @pytest.fixture(scope="module")
-def theirs(model: Path, pack: Path, items: dict[str, str]) -> dict[str, Any]:
+def theirs(model: Path, pack: Path, items: Items) -> Found:
     """What lm-eval's own model gives."""
     return score("hf", model, pack, items)
 
 
 @pytest.fixture(scope="module")
-def ours(model: Path, pack: Path, items: dict[str, str]) -> dict[str, Any]:
+def ours(model: Path, pack: Path, items: Items) -> Found:
     """The same from our model."""
     return score("unlearn", model, pack, items, ",batch_tokens=200")
 
 
-def assert_same(found: dict[str, Any], wanted: dict[str, Any], within: float = 1e-4) -> None:
+def assert_same(found: Found, wanted: Found, within: float = 1e-4) -> None:
     """The same tasks, scores and items, and for each item the same answers, greedy flags, texts and metrics."""
     assert found["results"].keys() == wanted["results"].keys() == found["samples"].keys() == wanted["samples"].keys()
     for task, scores in wanted["results"].items():
@@ -173,7 +175,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any], within: float = 1
             assert_close(samples[row["doc_id"]], row, within, f"{task} {row['doc_id']}")
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, Any], within: float, where: str) -> None:
+def assert_close(found: Found, wanted: Found, within: float, where: str) -> None:
     assert found.keys() == wanted.keys(), where
     for key in wanted.keys() - {"doc", "arguments", "target"}:  # as lm-eval writes them, they look different
         for a, b in zip(flat(found[key]), flat(wanted[key]), strict=True):
@@ -191,7 +193,7 @@ def flat(value: Any) -> list[float | str]:
         return [str(value)]
 
 
-def test_every_sample_is_as_with_lm_evals_own_model(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def test_every_sample_is_as_with_lm_evals_own_model(ours: Found, theirs: Found) -> None:
     assert_same(ours, theirs)
     assert {task: len(rows) for task, rows in ours["samples"].items()} == COUNTS
     assert ours["config"]["model"] == "unlearn"
@@ -199,9 +201,7 @@ def test_every_sample_is_as_with_lm_evals_own_model(ours: dict[str, Any], theirs
     assert len(accuracies) == 2, "where all answers are right, or all wrong, nothing is compared"
 
 
-def test_an_adapter_is_scored(
-    model: Path, pack: Path, items: dict[str, str], theirs: dict[str, Any], adapter: Path
-) -> None:
+def test_an_adapter_is_scored(model: Path, pack: Path, items: Items, theirs: Found, adapter: Path) -> None:
     options = {"more": f",peft={adapter}", "tasks": ["unlearn_mcq", "unlearn_qa_rouge"]}
     wanted = score("hf", model, pack, items, **options)
     assert_same(score("unlearn", model, pack, items, **options), wanted)
@@ -210,10 +210,10 @@ def test_an_adapter_is_scored(
 
 
 def test_answers_are_cached_by_model(
-    model: Path, pack: Path, items: dict[str, str], theirs: dict[str, Any], adapter: Path, tmp_path: Path
+    model: Path, pack: Path, items: Items, theirs: Found, adapter: Path, tmp_path: Path
 ) -> None:
     """The same file for all: each model finds its own answers, and no other one's."""
-    options: dict[str, Any] = {"use_cache": str(tmp_path / "answers"), "tasks": ["unlearn_qa", "whole"]}
+    options: Found = {"use_cache": str(tmp_path / "answers"), "tasks": ["unlearn_qa", "whole"]}
     subset = {key: {t: theirs[key][t] for t in options["tasks"]} for key in ("results", "samples", "n-samples")}
     assert_same(score("unlearn", model, pack, items, **options), subset)
     (file,) = tmp_path.iterdir()
@@ -241,7 +241,7 @@ def test_answers_are_cached_by_model(
     )
 
 
-def test_answers_are_cached_by_edit(phi: Loaded, pack: Path, items: dict[str, str], tmp_path: Path) -> None:
+def test_answers_are_cached_by_edit(phi: Loaded, pack: Path, items: Items, tmp_path: Path) -> None:
     """In float32 an edit is in the weights, else beside them, where no key could tell it."""
     vector = TaskVector({"model.layers.1.mlp.fc1": LowRank(torch.randn(2, 64), torch.randn(128, 2))})
     manager = TaskManager(include_defaults=False, include_path=str(pack), metadata={"items": items})
@@ -293,7 +293,7 @@ def refused(said: str, pretrained: Path, more: str = "", device: str | None = "c
         PackedLM.create_from_arg_string(f"pretrained={pretrained}{more}", {"device": device})
 
 
-def changed(adapter: Path, to: Path, change: Callable[[dict[str, Any]], Any], **config: Any) -> Path:
+def changed(adapter: Path, to: Path, change: Callable[[Found], Any], **config: Any) -> Path:
     """A copy of an adapter with other factors, or another configuration."""
     shutil.copytree(adapter, to)
     factors = load_file(to / "adapter_model.safetensors")
@@ -305,19 +305,19 @@ def changed(adapter: Path, to: Path, change: Callable[[dict[str, Any]], Any], **
 
 
 def test_adapters_that_do_not_fit_are_refused(model: Path, adapter: Path, tmp_path: Path) -> None:
-    def other_names(factors: dict[str, Any]) -> None:
+    def other_names(factors: Found) -> None:
         for name in list(factors):
             factors[name.replace(".layers.", ".blocks.")] = factors.pop(name)
 
-    def one_more(factors: dict[str, Any]) -> None:
+    def one_more(factors: Found) -> None:
         for name in [n for n in factors if "layers.1.self_attn.q_proj" in n]:
             factors[name.replace("q_proj", "k_proj")] = factors[name].clone()
 
-    def one_less(factors: dict[str, Any]) -> None:
+    def one_less(factors: Found) -> None:
         for name in [n for n in factors if "layers.1.mlp.fc1" in n]:
             del factors[name]
 
-    def narrow(factors: dict[str, Any]) -> None:
+    def narrow(factors: Found) -> None:
         name = next(n for n in factors if n.endswith("fc1.lora_A.weight"))
         factors[name] = factors[name][:, :10].clone()
 
@@ -384,7 +384,7 @@ def test_help_no_arguments_and_wrong_ones(capsys: pytest.CaptureFixture[str]) ->
     assert sys.argv is before
 
 
-def command(model: Path, pack: Path, items: dict[str, str], out: Path, more: str = "") -> list[str]:
+def command(model: Path, pack: Path, items: Items, out: Path, more: str = "") -> list[str]:
     return [
         *("--model", "unlearn", "--model_args", f"pretrained={model},dtype=float32,max_length={WINDOW}{more}"),
         *("--tasks", ",".join(TASKS), "--include_path", str(pack), "--metadata", json.dumps({"items": items})),
@@ -392,10 +392,10 @@ def command(model: Path, pack: Path, items: dict[str, str], out: Path, more: str
     ]
 
 
-def read(out: Path) -> dict[str, Any]:
+def read(out: Path) -> Found:
     """Results and samples as they were written; exactly one file of results."""
     (results,) = out.rglob("results_*.json")
-    found: dict[str, Any] = json.loads(results.read_text("utf-8"))
+    found: Found = json.loads(results.read_text("utf-8"))
     paths = {task: list(out.rglob(f"samples_{task}_2*.jsonl")) for task in found["results"]}
     found["samples"] = {t: [json.loads(x) for p in ps for x in p.read_bytes().splitlines()] for t, ps in paths.items()}
     assert all(len(ps) == 1 for ps in paths.values())
@@ -403,7 +403,7 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def test_lm_evals_options(
-    model: Path, pack: Path, items: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, pack: Path, items: Items, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--limit", "2", "--apply_chat_template", "--batch_size", "auto", "--seed", "7", "--gen_kwargs"]
     out = tmp_path / "out"
@@ -418,7 +418,7 @@ def test_lm_evals_options(
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(
-    model: Path, pack: Path, items: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    model: Path, pack: Path, items: Items, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["harness", *command(model, pack, items, tmp_path / "out", ",backend=seq2seq")]) == 2
     said = capfd.readouterr().err
@@ -453,7 +453,7 @@ def whole_index() -> TaskManager:
 
 
 def test_two_processes_give_what_one_gives(
-    model: Path, pack: Path, items: dict[str, str], ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path
+    model: Path, pack: Path, items: Items, ours: Found, theirs: Found, tmp_path: Path
 ) -> None:
     # One process has answered a part before: what it then need not ask, the other must not wait for.
     score("unlearn", model, pack, items, tasks=TASKS[:2], use_cache=str(tmp_path / "answers"))

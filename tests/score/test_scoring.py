@@ -48,6 +48,8 @@ from unlearn.vector.change import LowRank
 from unlearn.vector.edit import Edit
 from unlearn.vector.task_vector import TaskVector
 
+Patch = pytest.MonkeyPatch
+Log = pytest.LogCaptureFixture
 FAMILIES = ["phi", "llama", "gpt2", "qwen2", "gpt_neox"]
 Load = Callable[..., Loaded]
 Texts = list[tuple[str, str]]
@@ -207,13 +209,13 @@ def test_however_the_rows_are_batched(phi: Loaded, batch_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_however_the_head_is_chunked(phi: Loaded, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_the_head_is_chunked(phi: Loaded, chunk: int, monkeypatch: Patch) -> None:
     monkeypatch.setattr(forward, "_HEAD_BYTES", chunk * 4 * phi.model.get_output_embeddings().weight.shape[0])
     compare(phi, questions())
 
 
 @pytest.mark.parametrize("costs", [Costs(0.0, math.inf), Costs(1.0, 0.0), Costs(1.0, math.inf), Costs(0.01, 2.0)])
-def test_however_the_tree_is_cut(got: Loaded, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_the_tree_is_cut(got: Loaded, costs: Costs, monkeypatch: Patch) -> None:
     monkeypatch.setattr(Forward, "costs", lambda self: costs)
     compare(got, questions() + few_shot())
 
@@ -254,9 +256,7 @@ def test_rolling_log_likelihoods(got: Loaded) -> None:
 
 
 @pytest.mark.parametrize("engine", ["packed", "hf"])
-def test_prompts_with_and_without_a_beginning_token_in_one_batch(
-    phi: Loaded, engine: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_prompts_with_and_without_a_beginning_token_in_one_batch(phi: Loaded, engine: Any, caplog: Log) -> None:
     """Whether a prompt brings it itself is asked of each: lm-eval asks the first of a batch for all."""
     end, backend = phi.tokenizer.eos_token, phi.tokenizer.backend_tokenizer
     backend.post_processor = processors.TemplateProcessing(
@@ -283,7 +283,7 @@ def test_prompts_with_and_without_a_beginning_token_in_one_batch(
 
 
 @pytest.mark.parametrize("engine", ["packed", "hf"])
-def test_prompts_longer_than_the_window_are_told_of(phi: Loaded, engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_longer_than_the_window_are_told_of(phi: Loaded, engine: Any, caplog: Log) -> None:
     lm = interface(phi.model, phi.tokenizer, EvalSpec(engine=engine))
     pairs = [("far away " * 600, "Paris"), ("A dog", " barks")]
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
@@ -325,7 +325,7 @@ def test_an_edited_model_is_scored_as_edited(loaded: Load, pico_phi: Path, dtype
 
 
 @pytest.fixture
-def forwards(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def forwards(phi: Loaded, monkeypatch: Patch) -> list[tuple[int, int]]:
     """Shapes of the batches that the pico Phi's body is run on, as they come."""
     seen: list[tuple[int, int]] = []
     body = phi.model.model
@@ -339,9 +339,7 @@ def forwards(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, in
     return seen
 
 
-def test_batches_stay_within_the_budget(
-    phi: Loaded, forwards: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_stay_within_the_budget(phi: Loaded, forwards: list[tuple[int, int]], monkeypatch: Patch) -> None:
     monkeypatch.setattr(Forward, "costs", lambda self: Costs(1e-4, math.inf))  # no passes for trunks
     lm = packed(phi, batch_tokens=64)
     lm.loglikelihood(asked(questions()[:1]))
@@ -357,7 +355,7 @@ def test_batches_stay_within_the_budget(
     assert min(sizes) > 0.3 * max(sizes)  # of like cost
 
 
-def test_the_head_sees_scored_positions_only(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_sees_scored_positions_only(phi: Loaded, monkeypatch: Patch) -> None:
     texts = [(" ".join(corpus()[:8]), f" {city}") for city in ("Paris", "Rome", "Madrid", "Oslo")]
     lm = packed(phi)
     lm.loglikelihood(asked(texts))
@@ -375,9 +373,7 @@ def test_the_head_sees_scored_positions_only(phi: Loaded, monkeypatch: pytest.Mo
 # --- out of memory ---------------------------------------------------------------------------------------------------
 
 
-def limited(
-    body: nn.Module, limit: int, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
-) -> list[int]:
+def limited(body: nn.Module, limit: int, error: Callable[[], BaseException], monkeypatch: Patch) -> list[int]:
     """Let the body fail on more than ``limit`` tokens; returns the sizes it was asked for."""
     sizes: list[int] = []
     plain = body.forward
@@ -402,7 +398,7 @@ def limited(
     ],
 )
 def test_running_out_of_memory_loses_nothing(
-    phi: Loaded, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
+    phi: Loaded, error: Callable[[], BaseException], monkeypatch: Patch
 ) -> None:
     texts = [(text, answer) for text in corpus() for answer in (" Paris", " x")]
     wanted = reference(phi).loglikelihood(asked(texts), disable_tqdm=True)
@@ -418,7 +414,7 @@ def test_running_out_of_memory_loses_nothing(
     assert max(sizes) <= 300
 
 
-def test_what_torch_keeps_is_let_go_before_the_next_try(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_keeps_is_let_go_before_the_next_try(phi: Loaded, monkeypatch: Patch) -> None:
     """Smaller rows alone do not help a library that allocates past torch."""
     lm = packed(phi)
     wanted = lm.loglikelihood(asked(questions()))
@@ -436,7 +432,7 @@ def test_what_torch_keeps_is_let_go_before_the_next_try(phi: Loaded, monkeypatch
     assert not full
 
 
-def test_a_tree_that_does_not_fit_is_cut(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tree_that_does_not_fit_is_cut(phi: Loaded, monkeypatch: Patch) -> None:
     wanted = reference(phi).loglikelihood(asked(questions()), disable_tqdm=True)
     lm = packed(phi, batch_tokens=4000)
     monkeypatch.setattr(Forward, "costs", lambda self: Costs(0.0, math.inf))  # all questions in one tree
@@ -446,7 +442,7 @@ def test_a_tree_that_does_not_fit_is_cut(phi: Loaded, monkeypatch: pytest.Monkey
     assert sizes[0] > 100 >= sizes[-1]
 
 
-def test_one_row_that_does_not_fit_is_an_error(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_that_does_not_fit_is_an_error(phi: Loaded, monkeypatch: Patch) -> None:
     lm = packed(phi)
     lm.loglikelihood(asked(questions()))
     limited(phi.model.model, 10, lambda: torch.OutOfMemoryError("out of memory"), monkeypatch)
@@ -454,7 +450,7 @@ def test_one_row_that_does_not_fit_is_an_error(phi: Loaded, monkeypatch: pytest.
         lm.loglikelihood(asked([(" ".join(corpus()[:4]), " x")]))
 
 
-def test_other_errors_are_not_taken_for_it(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_taken_for_it(phi: Loaded, monkeypatch: Patch) -> None:
     lm = packed(phi)
     lm.loglikelihood(asked(questions()))
     sizes = limited(phi.model.model, 0, lambda: RuntimeError("expected all tensors on one device"), monkeypatch)
@@ -493,7 +489,7 @@ def small(config_type: type, phi: Loaded, **more: Any) -> Loaded:
     return Loaded(model, phi.tokenizer, "", torch.float32, torch.device("cpu"))
 
 
-def falls_back(model: Loaded, caplog: pytest.LogCaptureFixture) -> str:
+def falls_back(model: Loaded, caplog: Log) -> str:
     """Compare with lm-eval's numbers; returns what was said about the detour."""
     lm = packed(model)
     with caplog.at_level(logging.WARNING, "unlearn.score.packed"):
@@ -518,7 +514,7 @@ def test_a_model_that_caps_its_logits_and_its_attention(phi: Loaded) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 8, 30])
-def test_a_model_with_a_sliding_window(phi: Loaded, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_a_sliding_window(phi: Loaded, window: int, monkeypatch: Patch) -> None:
     model = small(MistralConfig, phi, sliding_window=window)
     wide = small(MistralConfig, phi, sliding_window=None)
     narrow = compare(model, questions() + few_shot())
@@ -540,7 +536,7 @@ def test_a_model_with_a_sliding_window(phi: Loaded, window: int, monkeypatch: py
     ],
 )
 def test_models_that_mix_tokens_in_other_ways(
-    phi: Loaded, family: type, own: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+    phi: Loaded, family: type, own: dict[str, Any], said: str, caplog: Log
 ) -> None:
     assert said in falls_back(small(family, phi, **own), caplog)
 
@@ -559,7 +555,7 @@ def exactly(model: Loaded, texts: Texts) -> list[float]:
 
 @pytest.mark.parametrize("way", ["engine hf", "no packed rows", "int8", "harness"])
 def test_long_answers_of_models_in_16_bits(
-    way: str, loaded: Load, pico_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, loaded: Load, pico_phi: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """lm-eval's own code would take log-softmax and sums in bfloat16, whose steps at -1,000 are of 4 nats and more."""
     phi = loaded(pico_phi, "bfloat16")
@@ -587,9 +583,7 @@ def test_long_answers_of_models_in_16_bits(
     ("trouble", "said"),
     [("refuses", "unexpected keyword 'position_ids'"), ("ignores", "rows differ by"), ("layout", "rows differ by")],
 )
-def test_a_body_that_goes_its_own_way(
-    phi: Loaded, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, trouble: str, said: str
-) -> None:
+def test_a_body_that_goes_its_own_way(phi: Loaded, caplog: Log, monkeypatch: Patch, trouble: str, said: str) -> None:
     """Answers that see each other would score wrongly without any error: the probe must notice."""
     plain = phi.model.model.forward
 
@@ -605,7 +599,7 @@ def test_a_body_that_goes_its_own_way(
     assert said in falls_back(phi, caplog)
 
 
-def test_a_probe_that_ends_in_nan_is_no_proof(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_ends_in_nan_is_no_proof(phi: Loaded, monkeypatch: Patch) -> None:
     monkeypatch.setattr(Forward, "score", lambda self, layout: [(i, math.nan, False, 1) for i in range(3)])
     assert not packed(phi).packs
 
@@ -690,9 +684,7 @@ def test_what_a_pass_takes_is_known_beforehand(
 
 
 @pytest.mark.parametrize(("kind", "room"), [("llama", 6_000_000), ("capped", 20_000_000)])
-def test_what_stands_before_many_rows_is_counted(
-    phi: Loaded, kind: str, room: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stands_before_many_rows_is_counted(phi: Loaded, kind: str, room: int, monkeypatch: Patch) -> None:
     """Each row of a pass has a copy of its trunk's keys and values: that of a long trunk outweighs short rows."""
     model = wide(kind, phi)
     texts = [(" ".join(corpus()[:40]) + f"\nThe capital of {name} is", " Paris") for name in range(150)]
