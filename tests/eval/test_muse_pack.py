@@ -262,12 +262,9 @@ def loaded(pack: ModuleType, model: Path, folder: Path, kind: str, **more: Any) 
     return pack.load_items("news", kind, "forget", muse=str(folder), **metadata)["test"]
 
 
-def test_passages_may_be_objects(items: ModuleType, model: Path, tmp_path: Path) -> None:
-    write(tmp_path / "news" / "privleak" / "forget.json", [{"text": text} for text in PASSAGES])
+def test_numbers_of_items(items: ModuleType, model: Path, data: Path, tmp_path: Path) -> None:
+    write(tmp_path / "news" / "privleak" / "forget.json", [{"text": text} for text in PASSAGES])  # or plain texts
     assert loaded(items, model, tmp_path, "privleak")["target"] == list(PASSAGES)
-
-
-def test_numbers_of_items(items: ModuleType, model: Path, data: Path) -> None:
     assert loaded(items, model, data, "knowmem", items=2)["id"] == ["0", "1"]
     assert loaded(items, model, data, "knowmem", items={"knowmem_forget": 1})["id"] == ["0"]
     assert len(loaded(items, model, data, "knowmem", items={"verbmem_forget": 1})) == 3
@@ -313,8 +310,5 @@ def test_missing_data(items: ModuleType, model: Path, tmp_path: Path) -> None:
         loaded(items, model, tmp_path, "knowmem")
     with pytest.raises(ValueError, match="muse-bench/MUSE-Books, knowmem, retain_qa, cannot be had from the hub"):
         items.load_items("books", "knowmem", "retain")
-
-
-def test_a_slow_tokenizer_is_refused(items: ModuleType) -> None:
     with pytest.raises(ValueError, match="needs a fast tokenizer"):
         items.passage(object(), "a dog barks", "here")

@@ -189,19 +189,15 @@ def test_white_space_that_merges_with_the_answer_is_part_of_it(
     task.config.process_results = lambda doc, losses: {"losses": losses}
     monkeypatch.setattr(task, "fewshot_context", lambda doc, num_fewshot: "Who?\n")
     assert task.process_results(doc, [(-6.0, False), (-10.0, False), (-2.0, False)]) == {"losses": [2.0, 2.0]}
+    task._encode = lambda text: [1]
+    with pytest.raises(ValueError, match="item 7: this tokenizer merges an answer into the prompt"):
+        task._asked({"id": "7", "answer": "a", "perturbed_answer": ["b"]}, "Who?")
 
 
 def built(tasks: ModuleType, lm: HFLM, tofu: Path, **more: Any) -> Any:
     config = load_yaml(FOLDER / "tofu_world_facts_prob.yaml")
     config["metadata"] = {**config["metadata"], "tofu": str(tofu), "tokenizer": lm.tokenizer.name_or_path, **more}
     return tasks.AnswerLosses(config)
-
-
-def test_an_answer_without_tokens_of_its_own(tasks: ModuleType, lm: HFLM, tofu: Path) -> None:
-    task = built(tasks, lm, tofu)
-    task._encode = lambda text: [1]
-    with pytest.raises(ValueError, match="item 7: this tokenizer merges an answer into the prompt"):
-        task._asked({"id": "7", "answer": "a", "perturbed_answer": ["b"]}, "Who?")
 
 
 def test_figures_by_hand(tasks: ModuleType) -> None:
@@ -251,10 +247,17 @@ def test_rouge_recall_and_f1(tasks: ModuleType) -> None:
     assert tasks.score_generation({"target": "the cities"}, ["The cities"]) == {"rougeL": 1, "rougeL_f1": 1}
 
 
+def managed(tofu: Path, **more: Any) -> TaskManager:
+    metadata = {"tofu": str(tofu), **more}
+    return TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=metadata)
+
+
 def test_how_answers_are_generated(tofu: Path) -> None:
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata={"tofu": str(tofu)})
-    (task,) = manager.load("tofu_forget01_rouge")["tasks"].values()
+    (task,) = managed(tofu).load("tofu_forget01_rouge")["tasks"].values()
     assert task.config.generation_kwargs == {"until": ["\nQuestion:"], "do_sample": False, "max_gen_toks": 200}
+    for tokens in (0, "many", True):
+        with pytest.raises(ValueError, match=r"max_tokens is .*; it must be a whole number, 1 or more"):
+            managed(tofu, max_tokens=tokens).load("tofu_retain_rouge")
 
 
 @pytest.mark.parametrize("engine", ["lm", "packed"])
@@ -366,18 +369,10 @@ GOOD = row(0, paraphrased=True)
         ([GOOD], {"tag": "answer"}, "tag is 'answer'; it must be prompt or scored"),
         ([GOOD, {**GOOD, "answer": " "}], {}, "row 2: 'answer' is missing or empty"),
         ([{**GOOD, "question": 3}], {}, "row 1: 'question' is missing or empty"),
-        (
-            [{k: v for k, v in GOOD.items() if k != "paraphrased_answer"}],
-            {},
-            "'paraphrased_answer' is missing or empty",
-        ),
-        ([{k: v for k, v in GOOD.items() if k != "perturbed_answer"}], {}, "'perturbed_answer' must be a list of ans"),
+        ([{**GOOD, "paraphrased_answer": None}], {}, "'paraphrased_answer' is missing or empty"),
+        ([{**GOOD, "perturbed_answer": None}], {}, "'perturbed_answer' must be a list of ans"),
         ([{**GOOD, "perturbed_answer": []}], {}, "'perturbed_answer' must be a list of answers"),
-        (
-            [{**GOOD, "perturbed_answer": ["a", ""]}],
-            {},
-            "'perturbed_answer' must be a list of answers, none of them em",
-        ),
+        ([{**GOOD, "perturbed_answer": ["a", ""]}], {}, "'perturbed_answer' must be a list of answers, none of them"),
         ([[1]], {}, "line 1: a row must be a JSON object"),
     ],
 )
@@ -425,11 +420,3 @@ def test_end_tokens(tasks: ModuleType) -> None:
         tokenizer.eos_token = end  # type: ignore[assignment]
         with pytest.raises(ValueError, match=r"does not read its end token .* give --metadata '\{.eos.: false\}'"):
             tasks.end_text(tokenizer, True)
-
-
-@pytest.mark.parametrize("tokens", [0, "many", True])
-def test_bad_numbers_of_tokens(tofu: Path, tokens: Any) -> None:
-    metadata = {"tofu": str(tofu), "max_tokens": tokens}
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=metadata)
-    with pytest.raises(ValueError, match=r"max_tokens is .*; it must be a whole number, 1 or more"):
-        manager.load("tofu_retain_rouge")

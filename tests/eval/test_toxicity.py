@@ -25,7 +25,6 @@ from pack_arena import imported
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from unlearn import run
-from unlearn.data.sets import load_sets
 from unlearn.errors import EvaluationError
 from unlearn.model import pico
 from unlearn.model.load import Loaded
@@ -49,9 +48,9 @@ def write_classifier(folder: Path, labels: Sequence[str], severals: bool = True)
     torch.manual_seed(0)
     size: dict[str, Any] = {
         "hidden_size": 32,
+        "intermediate_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
-        "intermediate_size": 32,
     }
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -90,12 +89,16 @@ def pack() -> ModuleType:
     return imported("toxicity_tasks")
 
 
+def managed(**metadata: Any) -> TaskManager:
+    """The pack's tasks, and what they read."""
+    return TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=metadata)
+
+
 def alone(lm: Any, classifier: str, seed: int = 1234, **metadata: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Scores and samples by lm-eval without anything of ours."""
     told = {"classifier": classifier, "samples": 7, "prompts": PROMPT, "max_tokens": 6, "batch": 3, **metadata}
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()), metadata=told)
     found = simple_evaluate(
-        model=lm, tasks=[TASK], task_manager=manager, bootstrap_iters=0, torch_random_seed=seed, batch_size=4
+        model=lm, tasks=[TASK], task_manager=managed(**told), bootstrap_iters=0, torch_random_seed=seed, batch_size=4
     )
     assert found is not None
     return found["results"][TASK], found["samples"][TASK]
@@ -171,15 +174,10 @@ def test_other_classifiers(
     )
 
 
-@pytest.mark.parametrize(
-    ("toxicity", "threshold", "toxic"), [(0.8, 0.8, 0.0), (0.81, 0.8, 1.0), (0.0, 0.0, 0.0), (1.0, 0.8, 1.0)]
-)
-def test_toxic_is_above_the_threshold(pack: ModuleType, toxicity: float, threshold: float, toxic: float) -> None:
-    assert pack.score_text({}, [toxicity, threshold]) == {"toxic": toxic, "toxicity": toxicity}
-
-
-def test_a_judge_without_a_verdict_is_no_acquittal(pack: ModuleType) -> None:
-    assert math.isnan(pack.score_text({}, [math.nan, 0.8])["toxic"])
+def test_toxic_is_above_the_threshold(pack: ModuleType) -> None:
+    for toxicity, threshold, toxic in ((0.8, 0.8, 0.0), (0.81, 0.8, 1.0), (0.0, 0.0, 0.0), (1.0, 0.8, 1.0)):
+        assert pack.score_text({}, [toxicity, threshold]) == {"toxic": toxic, "toxicity": toxicity}
+    assert math.isnan(pack.score_text({}, [math.nan, 0.8])["toxic"]), "a judge without a verdict is no acquittal"
 
 
 @pytest.mark.parametrize(
@@ -199,11 +197,8 @@ def test_a_judge_without_a_verdict_is_no_acquittal(pack: ModuleType) -> None:
     ],
 )
 def test_wrong_settings(classifier: str, metadata: dict[str, Any], message: str) -> None:
-    manager = TaskManager(
-        include_defaults=False, include_path=str(tasks_folder()), metadata={"classifier": classifier, **metadata}
-    )
     with pytest.raises(ValueError, match=message):
-        manager.load(TASK)
+        managed(**{"classifier": classifier, **metadata}).load(TASK)
 
 
 def test_folders_that_cannot_judge(tmp_path: Path, pack: ModuleType) -> None:
@@ -218,18 +213,14 @@ def test_folders_that_cannot_judge(tmp_path: Path, pack: ModuleType) -> None:
     message = r"cannot be loaded \((OSError|ValueError): .*name a local folder"
     with pytest.raises(ValueError, match=message):
         pack.load_judge(folder)
-    manager = TaskManager(
-        include_defaults=False, include_path=str(tasks_folder()), metadata={"classifier": folder, "samples": 1}
-    )
     with pytest.raises(ValueError, match=message):  # before anything is written
-        manager.load(TASK)
+        managed(classifier=folder, samples=1).load(TASK)
 
 
 def test_without_detoxify_it_says_what_to_install(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "detoxify", None)
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder()))
     with pytest.raises(ValueError, match=r"pip install detoxify, or name another classifier .*\"classifier\": "):
-        manager.load(TASK)
+        managed().load(TASK)
 
 
 PACKAGE = """
@@ -260,19 +251,15 @@ def test_detoxify_judges(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.M
 # --- sampling by a seed ----------------------------------------------------------------------------------------------
 
 
+def recipe_of(spec: dict[str, Any], seed: int = 0) -> Recipe:
+    forget = {"path": "none.jsonl", "kind": "text"}
+    made_of = {"name": "test", "seed": seed, "model": {"path": "pico:gpt2"}, "forget": forget}
+    return Recipe.model_validate({**made_of, "eval": {"tasks": [spec]}}, strict=False)
+
+
 def named(spec: dict[str, Any], loaded: Loaded, folder: Path, split: Split = "test", seed: int = 0) -> TaskSet:
     """A recipe's named task, without its own data."""
-    recipe = Recipe.model_validate(
-        {
-            "name": "test",
-            "seed": seed,
-            "model": {"path": "pico:gpt2"},
-            "forget": {"path": "none.jsonl", "kind": "text"},
-            "eval": {"tasks": [spec]},
-        },
-        strict=False,
-    )
-    return build_tasks((), split, recipe, loaded.tokenizer, folder, generate=split == "test")
+    return build_tasks((), split, recipe_of(spec, seed), loaded.tokenizer, folder, generate=split == "test")
 
 
 @pytest.fixture
@@ -309,12 +296,8 @@ DRAWN: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 def test_greedy_texts_among_drawn_ones(lm: HFLM, gpt2: Loaded, spec: dict[str, Any], tmp_path: Path) -> None:
     tasks = named(spec, gpt2, tmp_path).tasks.values()
-    requests = [
-        ask("A dog", do_sample=False),
-        ask("A dog", **DRAWN),
-        ask("Snow", do_sample=False),
-        ask("A dog", **DRAWN),
-    ]
+    greedy = {"do_sample": False}
+    requests = [ask("A dog", **greedy), ask("A dog", **DRAWN), ask("Snow", **greedy), ask("A dog", **DRAWN)]
     found = seeded(lm, tasks, 3).generate_until(requests)
     assert [found[0], found[2]] == lm.generate_until([requests[0], requests[2]])
     torch.manual_seed(3)
@@ -360,34 +343,19 @@ def test_a_task_of_the_pack_is_scored_whole(lm: HFLM, gpt2: Loaded, spec: dict[s
     half = named({**spec, "whole": False}, gpt2, tmp_path)
     assert len(half.samples[TASK]) == 3
     assert len(named({**spec, "limit": 2}, gpt2, tmp_path).samples[TASK]) == 2
-    recipe = Recipe.model_validate(
-        {
-            "name": "test",
-            "model": {"path": "pico:gpt2"},
-            "forget": {"path": "none.jsonl", "kind": "text"},
-            "eval": {"tasks": [{**spec, "set": "utility"}]},
-        },
-        strict=False,
-    )
-    assert kept_metrics(recipe, TaskSet({}, {}, {}, {})) == (), "the search does without it"
+    kept = recipe_of({**spec, "set": "utility"})
+    assert kept_metrics(kept, TaskSet({}, {}, {}, {})) == (), "the search does without it"
 
 
 @pytest.mark.usefixtures("no_index")
 def test_metadata_reach_the_tasks_of_a_benchmark(lm: HFLM, gpt2: Loaded, tmp_path: Path) -> None:
-    rows = [
-        {"question": f"Who is {name}?", "answer": f"{name} is a writer.", "option1": "a cook", "option2": "b"}
+    rows: list[dict[str, Any]] = [
+        {"question": f"Who is {name}?", "answer": f"{name} is a writer.", "perturbed_answer": [f"{name} cooks.", "No."]}
         for name in ("Ann", "Bob", "Cid", "Dee")
     ]
-    tofu = tmp_path / "tofu"
-    tofu.mkdir()
-    for row in rows:
-        row["perturbed_answer"] = [f"{row['answer'][:3]} is a cook.", "Nobody."]  # type: ignore[assignment]
-    (tofu / "real_authors_perturbed.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = {
-        "task": "tofu_real_authors_prob",
-        "metric": "prob_choice",
-        "metadata": {"tofu": str(tofu), "items": 4, "eos": False},
-    }
+    (tmp_path / "real_authors_perturbed.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = {"tofu": str(tmp_path), "items": 4, "eos": False}
+    spec = {"task": "tofu_real_authors_prob", "metric": "prob_choice", "metadata": told}
     parts = [named(spec, gpt2, tmp_path / "items", split) for split in ("validation", "test")]
     numbers = [list(part.samples["tofu_real_authors_prob"]) for part in parts]
     assert sorted(numbers[0] + numbers[1]) == [0, 1, 2, 3]
@@ -438,12 +406,6 @@ def test_a_group_of_the_pack_has_no_score(gpt2: Loaded, spec: dict[str, Any], tm
     ):
         named({**spec, "task": "both", "metadata": {}}, gpt2, tmp_path)
     named_tasks._pack.cache_clear()
-
-
-@pytest.mark.usefixtures("no_index")
-def test_a_name_that_is_nearly_one_of_the_pack(gpt2: Loaded, spec: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"no task 'unlearn_toxicty'; did you mean unlearn_toxicity"):
-        named({**spec, "task": "unlearn_toxicty"}, gpt2, tmp_path)
 
 
 # --- the road of recipes/gpt2_detox.yaml, small ----------------------------------------------------------------------
@@ -516,40 +478,21 @@ def test_the_road_in_small(small: Callable[..., Path], tmp_path: Path, classifie
     checked(report, folder, classifier)
     keys = {(r.set, r.name) for r in report.scores}
     assert {("forget", "toxic_comments"), ("utility", "wikitext_103")} <= keys
-    texts = {row["doc_id"]: row["resps"] for row in rows_of(folder / "eval" / "0" / "test")}
-    other = tmp_path / "again"
-    again = run(small(), out=other)
-    assert again is not None
-    assert {row["doc_id"]: row["resps"] for row in rows_of(other / "eval" / "0" / "test")} == texts
-    assert [(s.before, s.after) for s in again.scores] == [(s.before, s.after) for s in report.scores]
+    rows = (folder / "items" / "forget.toxic_comments.test.jsonl").read_text().splitlines()
+    asked = [row["prompt"] + row["target"] for row in map(json.loads, rows)]
+    assert len(asked) == 12, "only comments above the bound are forgotten"
+    assert all(text.startswith("You fool") for text in asked)
 
 
 def test_fine_tuned_on_what_is_not_toxic(small: Callable[..., Path], tmp_path: Path, classifier: str) -> None:
     """The row that is no vector: the set is learned, and the model taken at 1."""
-    learn = {
-        "name": "nontoxic",
-        "kind": "text",
-        "path": "comments.jsonl",
-        "where": {"toxicity": {"below": 0.2}},
-        "prefix": 1,
-        "shares": {"train": 0.6, "validation": 0.2, "test": 0.2},
-    }
+    learn = {"name": "nontoxic", "kind": "text", "path": "comments.jsonl", "where": {"toxicity": {"below": 0.2}}}
+    learn |= {"prefix": 1, "shares": {"train": 0.6, "validation": 0.2, "test": 0.2}}
     path = small(forget=None, learn=[learn], sweep={"coefficients": [1]})
     report = run(path, out=tmp_path / "run")
     assert report is not None
     assert report.chosen.coefficient == 1
     checked(report, tmp_path / "run", classifier)
-
-
-def test_only_comments_above_the_bound_are_forgotten(small: Callable[..., Path]) -> None:
-    path = small()
-    forget, wikitext = load_sets(load_recipe(str(path)).recipe, path.parent)
-    items = [i for split in (forget.train, forget.validation, forget.test) for i in split]
-    assert len(items) == 60
-    assert all((i.prompt + i.target).startswith("You fool") for i in items)
-    assert wikitext.train == ()
-    assert wikitext.validation
-    assert wikitext.test
 
 
 def test_the_rows_beside_it_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,8 @@ def attack(
 
 
 def steps(**more: Any) -> Sequence[str]:
-    made_of = {
-        "name": "r",
-        "model": {"path": "pico:phi"},
-        "forget": {"path": "f.jsonl", "kind": "qa"},
-        "retain": [{"path": "r.jsonl", "kind": "qa"}],
-        "teach": {},
-    }
+    qa = [{"path": f"{name}.jsonl", "kind": "qa"} for name in "fr"]
+    made_of = {"name": "r", "model": {"path": "pico:phi"}, "forget": qa[0], "retain": qa[1:], "teach": {}}
     return list(_evidence(Recipe.model_validate_json(json.dumps({**made_of, **more}))))
 
 

@@ -62,28 +62,17 @@ class Log(ABC):
 
 
 def read_samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """All records of one model's evaluations, by task, in order of ``doc_id``; of several files of a task the newest.
+    """All records of one model's evaluation, by task, in order of ``doc_id``; of several files of a task the newest.
 
-    ``folder`` has the files, or is around the folder of a single model that has them. As many records must be there as
-    the results file of the same evaluation says.
+    As many must be there as the results file of the same evaluation says.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give one in which lm-eval wrote results and samples")
-    where = folder
-    if not any(folder.glob("samples_*.jsonl")):
-        inner = sorted({path.parent for path in folder.glob("*/samples_*.jsonl")})
-        if len(inner) > 1:
-            models = ", ".join(p.name for p in inner)
-            raise DataError(f"{folder}: evaluations of {len(inner)} models ({models}); name one")
-        where = inner[0] if inner else folder
-    newest: dict[str, tuple[str, Path]] = {}
-    for path in where.glob("samples_*.jsonl"):
+    found = {}
+    for path in sorted(folder.rglob("samples_*.jsonl")):
         task, _, time = path.stem.removeprefix("samples_").rpartition("_")
-        if task:
-            newest[task] = max(newest.get(task, ("", path)), (time, path))
-    if not newest:
-        raise DataError(f"{where}: no samples_<task>_<time>.jsonl in it; evaluate with --log_samples")
-    return {task: _records(path, where / f"results_{time}.json", task) for task, (time, path) in sorted(newest.items())}
+        found[task] = _records(path, path.with_name(f"results_{time}.json"), task)
+    if not found:
+        raise DataError(f"{folder}: no samples_<task>_<time>.jsonl in it; run the recipe again")
+    return dict(sorted(found.items()))
 
 
 def _records(path: Path, results: Path, task: str) -> list[dict[str, Any]]:

@@ -80,13 +80,12 @@ class _Layers(Forward):
         states = self.config.hidden_size * self.dtype.itemsize * (self.count + 1)
         self.sizes = replace(self.sizes, token=self.sizes.token + states)
         self.norm = self._final_norm()
-        self.values: NDArray[np.float64] = np.zeros((self.count, 0))
-        self.greedy: NDArray[np.bool_] = np.ones((self.count, 0), dtype=bool)
+        self.start(0)
 
     def start(self, requests: int) -> None:
         """Make room for so many requests: (layers, requests) log-likelihoods, and whether they are greedy."""
-        self.values = np.zeros((self.count, requests))
-        self.greedy = np.ones((self.count, requests), dtype=bool)
+        self.values: NDArray[np.float64] = np.zeros((self.count, requests))
+        self.greedy: NDArray[np.bool_] = np.ones((self.count, requests), dtype=bool)
 
     def score(self, layout: Layout) -> list[Part]:
         """One pass; its scores are added up in ``values`` and ``greedy``, and the parts returned hold the tokens."""
@@ -153,9 +152,8 @@ class _LensLM(PackedLM):
             self._check(requests)
             self._place = {key: n for n, key in enumerate(dict.fromkeys(keys))}
             self._run([(list(context), list(continuation)) for context, continuation in self._place])
-        row = self.layer - 1
-        places = [self._place[key] for key in keys]
-        return [(float(self.layers.values[row, n]), bool(self.layers.greedy[row, n])) for n in places]
+        values, greedy = self.layers.values[self.layer - 1], self.layers.greedy[self.layer - 1]
+        return [(float(values[self._place[key]]), bool(greedy[self._place[key]])) for key in keys]
 
     def _run(self, pairs: list[tuple[list[int], list[int]]]) -> None:
         self.layers.start(len(pairs))
