@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_sixteen_bits_are_merged_by_one_rounding(loaded: Load, pico_gpt2: Path) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_bits_are_the_weights_read_back_by_hand(
-    family: str, request: pytest.FixtureRequest, loaded: Load, tmp_path: Path
+    family: str, request: pytest.FixtureRequest, loaded: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     arena = Arena(loaded(request.getfixturevalue(family)), tmp_path, "qa")
@@ -85,7 +86,8 @@ def test_four_bits_are_the_weights_read_back_by_hand(
     expected = edited_copy(twin, None, 0.0)
     work = tmp_path / "work"
     work.mkdir()
-    with quantised(twin, "nf4", work) as small:
+    monkeypatch.setattr(tempfile, "tempdir", str(work))
+    with quantised(twin, "nf4") as small:
         for name in linear_modules(model):
             layer = small.get_submodule(name)
             assert type(layer) is bnb.nn.Linear4bit
@@ -103,7 +105,7 @@ def test_four_bits_are_the_weights_read_back_by_hand(
     assert not list(work.iterdir())
     assert fingerprint(model) == before
     assert not getattr(twin.config, "quantization_config", None)
-    with pytest.raises(ZeroDivisionError), quantised(twin, "nf4", work):
+    with pytest.raises(ZeroDivisionError), quantised(twin, "nf4"):
         len(list(work.iterdir())) / 0
     assert not list(work.iterdir()), "a copy is gone after an error"
 

@@ -561,7 +561,7 @@ def test_long_answers_of_models_in_16_bits(
     phi = loaded(pico_phi, "bfloat16")
     lines = [line for line in corpus() if line.endswith(".")]
     texts = [("Once upon a time.", " " + " ".join(lines[n : n + 14])) for n in range(20)]
-    with quantised(phi.model, "int8", tmp_path) if way == "int8" else nullcontext(phi.model) as model:
+    with quantised(phi.model, "int8") if way == "int8" else nullcontext(phi.model) as model:
         one = replace(phi, model=model)
         monkeypatch.setattr(Forward, "probe", lambda self, max_length: math.inf)
         if way == "harness":

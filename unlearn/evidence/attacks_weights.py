@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -85,20 +84,13 @@ for _kind in get_args(Quantised):
 
 
 @contextmanager
-def quantised(model: PreTrainedModel, kind: Quantised, work: Path | None = None) -> Iterator[PreTrainedModel]:
-    """A quantised copy of a model as it is now; gone, with its files, after the ``with``.
+def quantised(model: PreTrainedModel, kind: Quantised) -> Iterator[PreTrainedModel]:
+    """A quantised copy of a model (:func:`edited_copy`); gone, with its temporary files, after the ``with``.
 
-    Args:
-        model: With the edit in its weights (:func:`edited_copy`); not changed.
-        kind: ``nf4`` (4-bit NormalFloat in blocks of 64, 2305.14314) or ``int8`` (LLM.int8(), 2208.07339). The head
-            and the embeddings stay as they are.
-        work: Folder that has room for the weights once more; the system's temporary one when not given.
+    ``nf4`` is 4-bit NormalFloat in blocks of 64 (2305.14314), ``int8`` LLM.int8() (2208.07339). The head and the
+    embeddings stay as they are.
     """
-    if find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "robustness.quantize: quantised copies need the package bitsandbytes: install it, or set quantize to []"
-        )
-    with tempfile.TemporaryDirectory(prefix="quantise-", dir=work) as folder:
+    with tempfile.TemporaryDirectory(prefix="quantise-") as folder:
         with progress(quantisation(kind), 2) as advance, quietly():
             _save(model, Path(folder))
             advance(1)
