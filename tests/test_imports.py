@@ -108,7 +108,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         *("errors", "results", "console", "plan.words", "cli", "execute"),
         *("recipe.schema", "recipe.load", "store.stages", "report.page"),
-        *("vector.command", "vector.apply", "evidence.boards", "cluster.command"),
+        *("vector.command", "evidence.boards", "cluster.command"),
     ],
 )
 def test_quick_commands_import_nothing_slow(name: str) -> None:

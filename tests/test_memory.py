@@ -26,10 +26,9 @@ from unlearn.recipe.methods import EthosSpec
 from unlearn.score.packed import PackedLM
 from unlearn.train.learned import gradients
 from unlearn.train.trainer import _Trainer
-from unlearn.vector.change import LowRank
+from unlearn.vector.change import LowRank, Survival
 from unlearn.vector.edit import Edit, weights_of
 from unlearn.vector.methods import Have, ethos
-from unlearn.vector.rounding import Survival
 from unlearn.vector.task_vector import TaskVector
 
 EXHAUSTED = [

@@ -22,8 +22,8 @@ from unlearn.cluster.command import compare, status, submit
 from unlearn.errors import UnlearnError
 from unlearn.evidence.boards import leaderboard
 from unlearn.store.files import unwritable
-from unlearn.vector.apply import apply_command
 from unlearn.vector.command import app as vector_app
+from unlearn.vector.command import apply_command
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130

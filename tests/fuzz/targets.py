@@ -41,8 +41,8 @@ from unlearn.report.page import render_html
 from unlearn.results import RunReport
 from unlearn.store.stages import damage_of, read_record, strangers_in
 from unlearn.text import clean
-from unlearn.vector.interop import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
-from unlearn.vector.task_vector import TaskVector
+from unlearn.vector.interop import ADAPTER_WEIGHTS, from_adapter
+from unlearn.vector.task_vector import ADAPTER_CONFIG, TaskVector
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = "name: x\nmodel: {path: pico:phi}\nforget: {kind: qa, path: d.jsonl}\nretain: [{kind: qa, path: r.jsonl}]\n"

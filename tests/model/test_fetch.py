@@ -18,9 +18,9 @@ from unlearn.model.locate import locate
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.score.packed import PackedLM
 from unlearn.store.cache import MANIFEST
-from unlearn.vector.apply import apply
 from unlearn.vector.change import LowRank
 from unlearn.vector.interop import from_checkpoints
+from unlearn.vector.streamed import apply
 from unlearn.vector.task_vector import TaskVector
 
 

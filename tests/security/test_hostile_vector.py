@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from unlearn import cli
 from unlearn.errors import VectorError
 from unlearn.vector.change import LowRank
-from unlearn.vector.interop import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_adapter
-from unlearn.vector.task_vector import TaskVector
+from unlearn.vector.interop import ADAPTER_WEIGHTS, from_adapter
+from unlearn.vector.task_vector import ADAPTER_CONFIG, TaskVector
 
 META = {"format": "unlearn.task_vector", "version": "2", "meta": "{}"}
 

@@ -22,9 +22,8 @@ from unlearn.data.items import Item
 from unlearn.errors import VectorError
 from unlearn.evidence.membership import token_scores
 from unlearn.model.load import Loaded
-from unlearn.vector.change import Dense, LowRank
+from unlearn.vector.change import Dense, LowRank, generator_for, round_stochastically
 from unlearn.vector.edit import applied, shape_of
-from unlearn.vector.rounding import generator_for, round_stochastically
 from unlearn.vector.task_vector import TaskVector
 from unlearn.vector.write import export_adapter, export_merged, require_finite, rescored, save_shards
 

@@ -21,18 +21,17 @@ from transformers.pytorch_utils import Conv1D
 from unlearn.errors import VectorError
 from unlearn.model.load import Loaded, linear_modules, model_of
 from unlearn.train.vectors import read_adapter
-from unlearn.vector.apply import apply, check
 from unlearn.vector.change import Dense, LowRank
 from unlearn.vector.edit import applied
 from unlearn.vector.interop import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     from_adapter,
     refuse_misfit,
     target_modules,
     to_adapter,
 )
-from unlearn.vector.task_vector import TaskVector
+from unlearn.vector.streamed import apply, check
+from unlearn.vector.task_vector import ADAPTER_CONFIG, TaskVector
 
 FAMILIES = ["phi", "llama", "gpt2"]
 Load = Callable[..., Loaded]

@@ -269,7 +269,7 @@ def test_mistakes_have_one_message(
         ),
         "no folder of a model": ("from-checkpoints", tmp_path, tmp_path, "-o", out),
         "Missing option '--out'": ("sum", a, b),
-        "give --rank R or --energy E": ("low-rank", a, "-o", out),
+        "give either rank or energy": ("low-rank", a, "-o", out),
         "Invalid value for 'C'": ("scale", "two", a, "-o", out),
         "'columns'": ("prune", a, "--keep", 0.5, "--by", "columns", "-o", out),
     }.items():

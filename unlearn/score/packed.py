@@ -34,7 +34,8 @@ from unlearn.score.decoding import greedy
 from unlearn.score.forward import Forward, NotPackableError, Part, run
 from unlearn.score.tree import Piece, pack
 from unlearn.store.cache import condensed, hub_away, model_in_cache
-from unlearn.vector.interop import ADAPTER_CONFIG, strangers
+from unlearn.vector.interop import strangers
+from unlearn.vector.task_vector import ADAPTER_CONFIG
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,17 @@
-"""The change of one weight matrix, ``(out, in)``: as two thin factors, or dense.
+"""The change of one weight matrix, ``(out, in)``, as two thin factors or dense, and what a number format keeps of it.
 
-Both kinds hold float32 and have the same operations, so that sums, norms and cosines need not ask which one it is.
-What can be computed on the factors is: ``B @ A`` is built only where the answer is itself a dense matrix.
+Both kinds hold float32 and have the same operations. What can be computed on the factors is: ``B @ A`` is built only
+where the answer is itself a dense matrix.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import reduce
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,10 @@ from unlearn.text import one_line
 
 LARGEST = 2**34  # elements of one weight; the largest ones in use have 2**31
 _LONGEST = 200  # characters of a name in a message
-_ROWS = 1024  # of a dense change that are in float64 at a time
+_ROWS = 1024  # of a matrix that are in float64 at a time
 _BLOCK = 2**19  # elements of a matrix that are edited at a time
 _FEWEST = 64  # rows of a block: thin products are computed another way
+LEAST = 0.9  # cosine to the intended change under which what is stored is not the edit that was scored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,12 +168,11 @@ def total(changes: Sequence[Change]) -> Change:
 def edited(pristine: Tensor, change: Change, coefficient: float, transposed: bool, out: Tensor | None = None) -> Tensor:
     """``pristine + coefficient * delta`` in float32, the one way it is computed wherever weights are edited.
 
-    On a CPU block by block of :func:`row_blocks`, which stay in its cache; so whoever edits a part of the rows, cut at
-    the same places, has the bits of the whole.
+    On a CPU block by block of :func:`row_blocks`, so that an edit of some of the blocks has the bits of the whole.
 
     Args:
         pristine: ``(out, in)``, or ``(in, out)`` where ``transposed`` (Conv1D of GPT-2), float32.
-        out: Write here instead of into new memory; may be ``pristine`` itself.
+        out: Where to write, if not into new memory; may be ``pristine`` itself.
     """
     out = torch.empty_like(pristine) if out is None else out
     rows, columns = pristine.shape
@@ -212,17 +214,18 @@ def _same_shape(one: Change, other: Change) -> None:
 # -- smaller changes
 
 
-def check_terms(rank: int | None, energy: float | None) -> None:
+def check_terms(rank: int | None, energy: float | None, *, required: bool) -> None:
     """Refuse what no truncation can mean."""
+    if (rank is not None and energy is not None) or (required and rank is None and energy is None):
+        raise VectorError("give either rank or energy, not both, to say how much is kept")
     if rank is not None and rank < 1:
         raise VectorError(f"rank must be at least 1, not {rank}")
-    if energy is not None:
-        check_share("energy", energy)
+    check_share("energy", energy)
 
 
-def check_share(what: str, value: float) -> None:
+def check_share(what: str, value: float | None) -> None:
     """Refuse a share outside (0, 1]."""
-    if not 0.0 < value <= 1.0:
+    if value is not None and not 0.0 < value <= 1.0:
         raise VectorError(f"{what} must be above 0 and at most 1, not {value}")
 
 
@@ -233,29 +236,33 @@ def check_rank(rank: int | None, shapes: Mapping[str, tuple[int, int]]) -> None:
         raise VectorError(f"rank {rank} is above what these matrices can have: {listed(small)}")
 
 
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``u, s, vh`` of a matrix, thin."""
+    try:
+        return tuple(torch.linalg.svd(matrix, full_matrices=False))
+    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined] # torch's stubs do not re-export it
+        raise VectorError(f"the singular value decomposition does not converge: {e}") from e
+
+
 def truncated(change: Change, rank: int | None = None, energy: float | None = None) -> LowRank:
     """The nearest change of a lower rank in Frobenius norm (Eckart-Young): the leading terms of the SVD.
 
-    Factors are taken apart by the QR of each, ``B = Q R`` and ``A^T = Q' R'``, and the SVD of the small ``R R'^T``;
-    only a dense change has an SVD of its whole matrix. In float64. The result's ``A`` has orthonormal rows, the
-    singular values are in ``B``. Factors of no more than ``rank`` terms come back as they are.
+    Of factors the SVD is that of the small ``R R'^T``, with ``B = Q R`` and ``A^T = Q' R'``. In float64. The result's
+    ``A`` has orthonormal rows, the singular values are in ``B``. Factors of at most ``rank`` terms come back unchanged.
 
     Args:
         rank: Terms to keep.
-        energy: Instead: keep as few terms as have this share of the squared Frobenius norm, in (0, 1]; at least one.
+        energy: Instead: the share of the squared Frobenius norm that the terms kept must have, in (0, 1].
     """
     if isinstance(change, LowRank) and rank is not None and rank >= change.rank:
         return change
-    try:
-        if isinstance(change, Dense):
-            u, s, vh = torch.linalg.svd(change.values.double(), full_matrices=False)
-        else:
-            left, b = torch.linalg.qr(change.B.double())
-            right, a = torch.linalg.qr(change.A.double().T)
-            u, s, vh = torch.linalg.svd(b @ a.T, full_matrices=False)
-            u, vh = left @ u, vh @ right.T
-    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined] # torch's stubs do not re-export it
-        raise VectorError(f"the singular value decomposition does not converge: {e}") from e
+    if isinstance(change, Dense):
+        u, s, vh = svd(change.values.double())
+    else:
+        left, b = torch.linalg.qr(change.B.double())
+        right, a = torch.linalg.qr(change.A.double().T)
+        u, s, vh = svd(b @ a.T)
+        u, vh = left @ u, vh @ right.T
     if rank is None:
         sums = s.square().cumsum(0)
         rank = int((sums < (1.0 if energy is None else energy) * sums[-1]).sum()) + 1 if sums[-1] else 1
@@ -293,3 +300,89 @@ def row_lengths(change: Change) -> Tensor:
         return torch.linalg.vector_norm(change.values, dim=1, dtype=torch.float64)
     a, b = change.A.double(), change.B.double()
     return ((b @ (a @ a.T)) * b).sum(dim=1).clamp_min(0.0).sqrt()
+
+
+# -- what a number format of 16 bits keeps
+
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Each element goes to one of its two neighbours in ``dtype``, with the probability that makes the mean exact.
+
+    ``P(up) = (x - down) / (up - down)`` (Gupta et al. 1502.02551, section 3). What ``dtype`` holds exactly stays as it
+    is, and so does what overflows.
+
+    Args:
+        x: float32, any shape, any device.
+        dtype: bfloat16 or float16.
+        generator: On the CPU: the same draws on every device.
+    """
+    nearest = x.to(dtype)
+    there = nearest.float()
+    # of one sign, 16-bit floats are ordered as the integers their bits spell, so the other neighbour is one bit away
+    step = torch.where(x.abs() > there.abs(), 1, -1).to(torch.int16)
+    bits = nearest.contiguous().view(torch.int16)
+    other = torch.where(x == there, bits, bits + step).view(dtype)
+    gap = other.float() - there
+    share = torch.where(gap == 0, 0.0, (x - there) / gap)
+    draw = torch.rand(x.shape, generator=generator).to(x.device)
+    # beside an infinity the share is 0 or not a number, and so nothing moves
+    return torch.where(draw < share, other, nearest)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for each weight, so that the order in which they are written does not matter."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """Sums over one weight, from which cosine, norm ratio and share follow; they add up over weights."""
+
+    dot: float
+    intended: float
+    realised: float
+    changed: int
+    elements: int
+
+    @classmethod
+    def of(cls, stored: Tensor, before: Tensor, intended: Tensor) -> Survival:
+        """Compare one weight as stored with the unedited one in the same dtype, and with the change meant for it."""
+        parts = []
+        for new, old, wish in zip(*(torch.split(t, _ROWS) for t in (stored, before, intended)), strict=True):
+            realised, wanted = new.cpu().double() - old.cpu().double(), wish.cpu().double()
+            dot, squares, length = (float(x.sum()) for x in (realised * wanted, wanted.square(), realised.square()))
+            parts.append(cls(dot, squares, length, int((realised != 0).sum()), realised.numel()))
+        return cls.total(parts)
+
+    @classmethod
+    def total(cls, parts: Sequence[Survival]) -> Survival:
+        """Of several weights, or parts of one."""
+        dot, intended, realised, changed, elements = zip(*map(astuple, parts), strict=True) if parts else ((),) * 5
+        return cls(math.fsum(dot), math.fsum(intended), math.fsum(realised), sum(changed), sum(elements))
+
+    def summary(self) -> dict[str, float | None]:
+        """Cosine and norm ratio (None where nothing was intended), and the share of changed elements."""
+        scale = math.sqrt(self.intended) * math.sqrt(self.realised)
+        return {
+            "cosine": None if self.intended == 0 else self.dot / scale if scale else 0.0,
+            "norm_ratio": None if self.intended == 0 else math.sqrt(self.realised / self.intended),
+            "changed": self.changed / self.elements,
+        }
+
+
+def summary_of(measured: Mapping[str, Survival]) -> dict[str, Any]:
+    """The overall summary, and under ``modules`` each module's own."""
+    total = Survival.total(list(measured.values()))
+    return {**total.summary(), "modules": {name: measured[name].summary() for name in sorted(measured)}}
+
+
+def lost(survived: Mapping[str, Any], ways_out: str) -> str:
+    """What to say where rounding to nearest has left another edit than the intended one; empty where it has not."""
+    cosine = survived["cosine"]
+    if cosine is None or cosine >= LEAST:
+        return ""
+    return (
+        f"rounded to the stored number format, the edit has cosine {cosine:.3f} to the intended one "
+        f"({survived['changed']:.1%} of the elements changed): these weights would be another model. {ways_out}"
+    )

@@ -1,6 +1,6 @@
-"""``unlearn vector``: arithmetic on task vectors from the command line.
+"""``unlearn vector``: arithmetic on task vectors from the command line; ``unlearn apply``: a vector on a checkpoint.
 
-Nothing here imports torch before a vector is read, so that ``--help`` answers at once.
+Nothing here imports torch before there is work to do, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -23,17 +24,20 @@ from typer.core import TyperGroup
 from unlearn import console
 from unlearn.errors import UnlearnError, VectorError
 from unlearn.processes import told
-from unlearn.store.files import no_space, sync, unique
+from unlearn.store.files import no_space, some, sync, unique
+from unlearn.text import counted, file_size, number, percent
 
 if TYPE_CHECKING:
-    from unlearn.vector.change import Change
     from unlearn.vector.interop import CheckpointReport
+    from unlearn.vector.streamed import Verdict
     from unlearn.vector.task_vector import TaskVector
 
 
+EXIT_DIFFERS = 1
 _SHOWN = 10  # modules in a table
+_WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_A_VECTOR = "a vector's file (vector.safetensors), or the folder of a LoRA adapter of PEFT's"
+_A_VECTOR = "a vector's file (vector.safetensors), its stage's folder, or the folder of a LoRA adapter of PEFT's"
 
 
 class _Commands(TyperGroup):
@@ -65,16 +69,36 @@ class By(StrEnum):
     rows = "rows"
 
 
+def _read(place: Path) -> TaskVector:
+    from unlearn.vector.task_vector import read_vector
+
+    return read_vector(place)
+
+
 @app.command()
 def info(vector: V, all_: All = False) -> None:
     """Show what a vector is and where it is largest."""
-    show_info(read_vector(vector), stdout(), None if all_ else _SHOWN)
+    show_info(_read(vector), _stdout(), None if all_ else _SHOWN)
 
 
 @app.command()
 def cosine(vector: V, other: Annotated[Path, typer.Argument(metavar="W", help="another")], all_: All = False) -> None:
     """Compare two vectors."""
-    show_cosine(read_vector(vector), read_vector(other), stdout(), None if all_ else _SHOWN)
+    one, two = _read(vector), _read(other)
+    cosines, norms = one.cosines(two), (one.norms(), two.norms())
+    alone = len(one.modules) - len(cosines), len(two.modules) - len(cosines)
+    facts = {
+        "cosine": f"{one.cosine(two):+.4f}",
+        "norms": f"{one.norm():.4g} and {two.norm():.4g}",
+        "modules": f"{len(cosines)} in both, {alone[0]} in the first only, {alone[1]} in the second only",
+    }
+    largest = sorted(cosines, key=lambda n: (-norms[0][n] * norms[1][n], n))
+    heads = ("module", "cosine", "norm", "norm of the second")
+
+    def row(name: str) -> Sequence[str]:
+        return name, f"{cosines[name]:+.4f}", f"{norms[0][name]:.4g}", f"{norms[1][name]:.4g}"
+
+    _print(facts, heads, largest, row, None if all_ else _SHOWN, _stdout())
 
 
 @app.command("sum")
@@ -91,7 +115,7 @@ def scale(
     factor: Annotated[float, typer.Argument(metavar="C", help="the number", show_default=False)], vector: V, out: Out
 ) -> None:
     """Multiply a vector by a number; -1 negates it."""
-    _keep(factor * read_vector(vector), out, f"{factor:g} times {vector.name}")
+    _keep(factor * _read(vector), out, f"{factor:g} times {vector.name}")
 
 
 @app.command()
@@ -111,9 +135,8 @@ def analogy(
 @app.command()
 def low_rank(vector: V, out: Out, rank: Rank = None, energy: Energy = None) -> None:
     """Truncate every module by its singular values."""
-    _check_size(rank, energy, required=True)
-    before = read_vector(vector)
-    how = f"rank {rank}" if rank is not None else f"energy {energy:g}"
+    before = _read(vector)
+    how = f"rank {rank}" if rank is not None else f"energy {energy}"
     _keep(before.to_low_rank(rank, energy), out, f"{vector.name} truncated to {how}", before)
 
 
@@ -125,7 +148,7 @@ def prune(
     by: Annotated[By, typer.Option(help="entries (the result is dense) or rows (factors stay factors)")] = By.magnitude,
 ) -> None:
     """Keep the largest part of every matrix, the rest zero."""
-    before = read_vector(vector)
+    before = _read(vector)
     _keep(before.prune(keep, by.value), out, f"{vector.name} pruned to {keep:g} by {by.value}", before)
 
 
@@ -156,10 +179,9 @@ def from_checkpoints(
     """Subtract two folders of safetensors."""
     from unlearn.vector.interop import from_checkpoints as subtract
 
-    _check_size(rank, energy, required=False)
     vector, report = subtract(base, finetuned, on_unequal="skip" if skip_unequal else "error", rank=rank, energy=energy)
     _keep(vector, out, f"{vector.meta['finetuned']} - {vector.meta['base']}")
-    _tell(report)
+    _say_skipped(report)
 
 
 @app.command()
@@ -171,11 +193,9 @@ def to_adapter(
     ],
 ) -> None:
     """Write a LoRA adapter for PEFT."""
-    from unlearn.vector.interop import require_factors
     from unlearn.vector.interop import to_adapter as write
 
-    found = read_vector(vector)
-    require_factors(found)
+    found = _read(vector)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise VectorError(f"{folder} exists and is not an empty folder: choose another one")
     with _whole(folder) as temporary:
@@ -185,20 +205,9 @@ def to_adapter(
     console.say(f"{folder}: an adapter of {len(found.modules)} modules for {base}")
 
 
-def _check_size(rank: int | None, energy: float | None, *, required: bool) -> None:
-    if rank is not None and energy is not None:
-        raise VectorError("--rank and --energy are two ways to say one thing: give one of them")
-    if required and rank is None and energy is None:
-        raise VectorError("give --rank R or --energy E")
-
-
 def _of_one_model(places: Sequence[Path], any_base: bool) -> list[TaskVector]:
-    """Vectors that can be added: of one model, as far as they say which.
-
-    Raises:
-        VectorError: two of them name different models.
-    """
-    vectors = [read_vector(place) for place in places]
+    """Vectors that can be added: of one model, as far as they say which."""
+    vectors = [_read(place) for place in places]
     named = [(place, v.meta["base"]) for place, v in zip(places, vectors, strict=True) if v.meta.get("base")]
     for place, base in named[1:]:
         if base != named[0][1] and not any_base:
@@ -212,18 +221,6 @@ def _of_one_model(places: Sequence[Path], any_base: bool) -> list[TaskVector]:
 def _short(base: str) -> str:
     """A model's name, or the beginning of its fingerprint."""
     return f"the model with fingerprint {base[:12]}" if _FINGERPRINT.fullmatch(base) else repr(base)
-
-
-def read_vector(place: Path) -> TaskVector:
-    """A vector from its file, or from an adapter's folder.
-
-    Raises:
-        VectorError: it is neither, or damaged.
-    """
-    from unlearn.vector.interop import from_adapter
-    from unlearn.vector.task_vector import TaskVector
-
-    return from_adapter(place) if place.is_dir() else TaskVector.load(place)
 
 
 def _keep(vector: TaskVector, out: Path, made: str, before: TaskVector | None = None) -> None:
@@ -249,7 +246,11 @@ def _whole(place: Path) -> Iterator[Path]:
         try:
             yield temporary
             for path in (temporary, *temporary.rglob("*")):
-                _to_disk(path)
+                if path.is_dir():
+                    sync(path)
+                else:
+                    with path.open("rb") as f:
+                        os.fsync(f.fileno())
             temporary.replace(place)
             sync(place.parent)
         finally:
@@ -264,21 +265,11 @@ def _whole(place: Path) -> Iterator[Path]:
         raise VectorError(f"{place}: cannot be written: {why}") from e
 
 
-def _to_disk(path: Path) -> None:
-    if path.is_dir():
-        sync(path)
-        return
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-
-
-def _tell(report: CheckpointReport) -> None:
+def _say_skipped(report: CheckpointReport) -> None:
     if report.unchanged:
         console.say(f"left out as unchanged: {len(report.unchanged)} tensors")
-    reasons: dict[str, list[str]] = {}
-    for name, why in report.unequal.items():
-        reasons.setdefault(why, []).append(name)
-    for why, names in reasons.items():
+    for why in dict.fromkeys(report.unequal.values()):
+        names = (name for name, reason in report.unequal.items() if reason == why)
         console.say(f"skipped ({why}): {', '.join(names)}", style="yellow")
     if report.left_out:
         console.say(f"norm of the skipped changes: {report.left_out:.4g}", style="yellow")
@@ -286,99 +277,129 @@ def _tell(report: CheckpointReport) -> None:
         console.say(f"! {warning}", style="yellow")
 
 
-# -- what ``unlearn vector info`` and ``cosine`` print
+# -- tables
 
 
-_WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it
-
-
-def stdout() -> Console:
-    """Standard output."""
+def _stdout() -> Console:
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_WIDE)
 
 
 def show_info(vector: TaskVector, console: Console, most: int | None) -> None:
     """Print what a vector is, and its ``most`` modules of the largest norm (None for all)."""
-    norms = vector.norms()
-    whole = vector.norm()
-    stored = sum(t.numel() for m in vector.modules.values() for t in m.tensors().values())
     from unlearn.vector.change import Dense
 
+    norms, whole = vector.norms(), vector.norm()
     dense = sum(isinstance(m, Dense) for m in vector.modules.values())
     kinds = [f"{n} {kind}" for n, kind in ((len(norms) - dense, "low-rank"), (dense, "dense")) if n]
-    facts = [
-        ("modules", f"{len(norms)} ({', '.join(kinds)})"),
-        ("largest rank", str(vector.rank())),
-        ("norm", _number(whole)),
-        ("numbers stored", f"{stored:,}"),
-        ("SHA-256", vector.digest()),
-        *((f"meta {key}", value) for key, value in sorted(vector.meta.items()) if value),
-    ]
-    _facts(facts, console)
-    largest = sorted(norms, key=lambda n: (-norms[n], n))[:most]
-    rows = [_info_row(name, vector.modules[name], norms[name], whole) for name in largest]
-    _table(("module", "out x in", "rank", "norm", "share"), rows, console)
-    _rest(len(norms) - len(rows), "modules of smaller norm", console)
+    facts = {
+        "modules": f"{len(norms)} ({', '.join(kinds)})",
+        "largest rank": str(vector.rank()),
+        "norm": f"{whole:.4g}",
+        "numbers stored": f"{sum(t.numel() for m in vector.modules.values() for t in m.tensors().values()):,}",
+        "SHA-256": vector.digest(),
+        **{f"meta {key}": value for key, value in sorted(vector.meta.items()) if value},
+    }
+
+    def row(name: str) -> Sequence[str]:
+        change, norm = vector.modules[name], norms[name]
+        rank = "dense" if isinstance(change, Dense) else str(change.rank)
+        share = f"{norm * norm / (whole * whole):.1%}" if whole else "0.0%"
+        return name, f"{change.shape[0]} x {change.shape[1]}", rank, f"{norm:.4g}", share
+
+    largest = sorted(norms, key=lambda n: (-norms[n], n))
+    _print(facts, ("module", "out x in", "rank", "norm", "share"), largest, row, most, console)
 
 
-def show_cosine(one: TaskVector, two: TaskVector, console: Console, most: int | None) -> None:
-    """Print how alike two vectors are, and the ``most`` modules in which both are largest (None for all)."""
-    cosines, norms = one.cosines(two), (one.norms(), two.norms())
-    alone = len(one.modules) - len(cosines), len(two.modules) - len(cosines)
-    facts = [
-        ("cosine", _signed(one.cosine(two))),
-        ("norms", f"{_number(one.norm())} and {_number(two.norm())}"),
-        ("modules", f"{len(cosines)} in both, {alone[0]} in the first only, {alone[1]} in the second only"),
-    ]
-    _facts(facts, console)
-    largest = sorted(cosines, key=lambda n: (-norms[0][n] * norms[1][n], n))[:most]
-    rows = [(n, _signed(cosines[n]), _number(norms[0][n]), _number(norms[1][n])) for n in largest]
-    _table(("module", "cosine", "norm", "norm of the second"), rows, console)
-    _rest(len(cosines) - len(rows), "modules of smaller norms", console)
+def _print(
+    facts: Mapping[str, str],
+    heads: Sequence[str],
+    names: Sequence[str],
+    row: Callable[[str], Iterable[str]],
+    most: int | None,
+    console: Console,
+) -> None:
+    """Facts, and a table with the first ``most`` of some modules."""
 
+    def safe(value: str) -> Text:
+        """Text of a file is no markup, moves no cursor, and must fit the terminal's encoding."""
+        known = value.encode(console.encoding, "replace").decode(console.encoding)
+        return Text("".join(c if c.isprintable() else "?" for c in known))
 
-def _info_row(name: str, change: Change, norm: float, whole: float) -> Sequence[str]:
-    from unlearn.vector.change import Dense
-
-    rank = "dense" if isinstance(change, Dense) else str(change.rank)
-    share = f"{norm * norm / (whole * whole):.1%}" if whole else "0.0%"
-    return name, f"{change.shape[0]} x {change.shape[1]}", rank, _number(norm), share
-
-
-def _facts(facts: Iterable[tuple[str, str]], console: Console) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in facts:
-        grid.add_row(_safe(name, console), _safe(value, console))
-    console.print(grid)
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
+    for name, value in facts.items():
+        grid.add_row(safe(name), safe(value))
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", pad_edge=False)
     for position, head in enumerate(heads):
         table.add_column(head, overflow="fold", justify="right" if position else "left")
-    for row in rows:
-        table.add_row(*(_safe(cell, console) for cell in row))
+    for name in names[:most]:
+        table.add_row(*map(safe, row(name)))
+    console.print(grid)
     console.print()
     console.print(table)
+    if most is not None and len(names) > most:
+        console.print(Text(f"and {len(names) - most} modules of smaller norm (--all shows them)", style="dim"))
 
 
-def _rest(count: int, what: str, console: Console) -> None:
-    if count > 0:
-        console.print(Text(f"and {count} {what} (--all shows them)", style="dim"))
+# -- unlearn apply
 
 
-def _safe(value: str, console: Console) -> Text:
-    """Text of a file is no markup, moves no cursor, and must fit the terminal's encoding."""
-    known = value.encode(console.encoding, "replace").decode(console.encoding)
-    return Text("".join(c if c.isprintable() else "?" for c in known))
+def apply_command(
+    vector: Annotated[Path, typer.Argument(metavar="VECTOR", help=_A_VECTOR)],
+    model: Annotated[Path, typer.Option(metavar="M", help="a folder with a model in safetensors", show_default=False)],
+    coefficient: Annotated[float, typer.Option(metavar="λ", help="how much is subtracted", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the edited model's folder", show_default=False)],
+    check_only: Annotated[
+        bool, typer.Option("--check", help="write nothing: is DIR exactly this edit, bit by bit?")
+    ] = False,
+    stochastic_rounding: Annotated[
+        bool, typer.Option("--stochastic-rounding", help="round edited 16-bit weights by chance, not to nearest")
+    ] = False,
+    accept_rounding: Annotated[
+        bool, typer.Option("--accept-rounding", help="write also what rounding has made another edit of")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of that chance")] = 0,
+) -> None:
+    """Write a model less a coefficient times a task vector, from disk to disk.
+
+    A model of any size in the memory of one tensor, with the bits of the same edit in memory. Run again, it goes on.
+    """
+    from unlearn.vector.streamed import apply, check
+
+    edit = (vector, model, coefficient, out)
+    try:
+        with told("apply", "stop what else runs there"):
+            if check_only:
+                verdict = check(*edit, stochastic_rounding=stochastic_rounding, seed=seed)
+                _say_verdict(out, coefficient, verdict)
+                return
+            done = apply(*edit, stochastic_rounding=stochastic_rounding, seed=seed, accept_rounding=accept_rounding)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise VectorError(f"{e.filename or model}: {e.strerror or e}") from e
+    if done.left_out:
+        console.say(f"left out: {some(done.left_out)}", style="yellow")
+    kept = f", {counted(done.kept, 'file')} of an earlier attempt kept" if done.kept else ""
+    tensors = f"{counted(done.edited, 'tensor')} edited, {done.copied} copied as they were"
+    console.say(f"{out}: {tensors}, {file_size(done.size)}{kept}")
+    survived = done.survived
+    if survived["cosine"] is not None:
+        console.say(
+            f"of the edit survived rounding: cosine {number(survived['cosine'])}, norm ratio "
+            f"{number(survived['norm_ratio'])}, {percent(survived['changed'])} of the elements changed"
+        )
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}"
+def _say_verdict(out: Path, coefficient: float, verdict: Verdict) -> None:
+    for name, why in verdict.wrong.items():
+        sys.stdout.write(f"{''.join(c if c.isprintable() else '?' for c in name)}: {why}\n")
+    sys.stdout.flush()
+    what = f"exactly the model less {coefficient!r} times the vector"
+    if verdict.wrong:
+        differ = f"{counted(len(verdict.wrong), 'difference')} in {verdict.tensors} tensors and config.json"
+        console.say(f"{out} is not {what}: {differ}", style="red")
+        raise typer.Exit(EXIT_DIFFERS)
+    console.say(f"{out} is {what}: {verdict.tensors} tensors, {verdict.edited} of them edited")

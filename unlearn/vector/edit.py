@@ -7,10 +7,11 @@ away where it is small, so there the change acts beside the weight, in float32, 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +30,18 @@ class Edit:
         vector: The change. It is moved to each module's device once.
 
     Raises:
-        VectorError: a module of the vector is not in the model, has another shape, is not linear, or shares its
-            weight with a module that the vector does not name; all of them are listed.
+        VectorError: see :func:`fit`.
     """
 
     def __init__(self, model: nn.Module, vector: TaskVector) -> None:
         self._model = model
         self._vector = vector
-        self._parts: list[_Part] = []
+        self._parts: list[_Merged | _Beside] = []
 
     def __enter__(self) -> Edit:
         for module, change in fit(self._model, self._vector).values():
             in_weights = type(module) in (nn.Linear, Conv1D) and module.weight.dtype == torch.float32
-            part = _Merged(module, change) if in_weights else _Beside(module, change)
-            self._parts.append(part)
+            self._parts.append(_Merged(module, change) if in_weights else _Beside(module, change))
         return self
 
     def set(self, coefficient: float) -> None:
@@ -66,30 +65,18 @@ def applied(model: nn.Module, vector: TaskVector, coefficient: float) -> Iterato
         yield
 
 
-class _Part(Protocol):
-    """One module under the vector."""
-
-    def set(self, coefficient: float) -> None:
-        """Put ``coefficient`` times the change on the pristine module."""
-
-    def restore(self) -> None:
-        """Leave the module as it was found."""
-
-
 class _Merged:
     """The change is added into a float32 weight; one pristine copy is kept."""
 
     def __init__(self, module: nn.Module, change: Change) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        self.weight = weight.data
+        self.weight: Tensor = module.get_parameter("weight").data
         self.pristine = self.weight.clone()
-        self.change = change.to(weight.device)
+        self.change = change.to(self.weight.device)
         self.transposed = isinstance(module, Conv1D)
 
     def set(self, coefficient: float) -> None:
         if coefficient == 0.0:
-            self.weight.copy_(self.pristine)  # not + 0 * delta: -0.0 must stay -0.0
+            self.restore()  # not + 0 * delta: -0.0 must stay -0.0
         else:
             edited(self.pristine, self.change, coefficient, self.transposed, out=self.weight)
 
@@ -102,8 +89,11 @@ class _Beside:
 
     def __init__(self, module: nn.Module, change: Change) -> None:
         self.change = change.to(next(module.parameters()).device)
-        self.coefficient = 0.0
-        self.handle = module.register_forward_hook(self._add)
+        self.set(0.0)
+        self.restore = module.register_forward_hook(self._add).remove
+
+    def set(self, coefficient: float) -> None:
+        self.coefficient = coefficient
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.coefficient == 0.0:
@@ -111,20 +101,14 @@ class _Beside:
         change = self.change.act(args[0].float())  # (..., out)
         return (output.float() + self.coefficient * change).to(output.dtype)
 
-    def set(self, coefficient: float) -> None:
-        self.coefficient = coefficient
-
-    def restore(self) -> None:
-        self.handle.remove()
-
 
 def fit(model: nn.Module, vector: TaskVector) -> dict[str, tuple[nn.Module, Change]]:
     """Pair every module of the vector with the model's, or raise one error that names all misfits."""
     found = dict(model.named_modules())
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[str]] = defaultdict(list)
     for name, module in found.items():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
+            owners[id(parameter)].append(name)
     fit: dict[str, tuple[nn.Module, Change]] = {}
     wrong: list[str] = []
     for name, change in vector.modules.items():
@@ -135,7 +119,7 @@ def fit(model: nn.Module, vector: TaskVector) -> dict[str, tuple[nn.Module, Chan
             wrong.append(f"{name}: {type(module).__name__} is not a linear layer")
         elif (shape := shape_of(module)) != change.shape:
             wrong.append(f"{name}: the vector changes {change.shape}, the model has {shape}")
-        elif len(shared := owners.get(id(module.weight), [])) > 1:
+        elif len(shared := owners[id(module.weight)]) > 1:
             wrong.append(f"{name}: its weight is shared by {', '.join(shared)} and would change twice")
         else:
             fit[name] = (module, change)
@@ -154,9 +138,5 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The weights of some linear modules as (out, in): views of what the model holds, in its number format."""
-    found = {}
-    for name in names:
-        module: Any = model.get_submodule(name)
-        weight = module.weight.detach()
-        found[name] = weight.T if isinstance(module, Conv1D) else weight
-    return found
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    return {n: m.weight.detach().T if isinstance(m, Conv1D) else m.weight.detach() for n, m in modules.items()}

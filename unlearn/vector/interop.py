@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unlearn.console import progress
 from unlearn.errors import VectorError
-from unlearn.model.checkpoint import Checkpoint, Stored, read_checkpoint
+from unlearn.model.checkpoint import read_checkpoint
 from unlearn.model.load import Architecture, architecture_of
 from unlearn.vector.change import Change, Dense, LowRank, check_rank, check_terms, listed, truncated
-from unlearn.vector.task_vector import UNREADABLE, TaskVector
+from unlearn.vector.task_vector import ADAPTER_CONFIG, UNREADABLE, TaskVector
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRANSPOSED = "fan_in_fan_out"  # metadata key: "true" where the base keeps its weights as (in, out), as GPT-2 does
 PREFIX = "base_model.model."
 _PICKLE = "adapter_model.bin"
@@ -37,7 +37,6 @@ _TOO_MUCH = 2**31  # for a rank or an alpha
 _LONGEST_PATTERN, _MOST_REPEATS, _MOST_GROUPS, _LONGEST_NAME = 500, 3, 4, 200
 _REACH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # what PEFT finds modules by
 _ROWS = 1024  # of a tensor that are compared at once
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Keys of a LoRA's configuration that are read here, or only matter while it is trained or found its modules.
 _KNOWN = frozenset(
@@ -67,75 +66,84 @@ def from_adapter(folder: Path) -> TaskVector:
             trained biases, ``modules_to_save``, embeddings, or a setting this program does not know; factors and
             configuration that do not belong together.
     """
-    config = _read_config(folder)
-    _refuse_more_than_lora(folder, config)
-    factors = _factors(folder, _read_weights(folder))
     try:
-        _refuse_unreached(folder, config, factors)
-        modules = {name: _module(name, a, b, config) for name, (a, b) in factors.items()}
+        config = _read_config(folder)
+        factors = _read_factors(folder)
+        _refuse_unreached(config, factors)
         meta = {
             "source": "adapter",
             "base": str(config.get("base_model_name_or_path") or ""),
             TRANSPOSED: "true" if config.get("fan_in_fan_out") else "false",
         }
-        return TaskVector(modules, meta)
+        return TaskVector({name: _change(name, a, b, config) for name, (a, b) in factors.items()}, meta)
     except VectorError as e:
         raise VectorError(f"{folder}: {e}") from e
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / ADAPTER_CONFIG
+    """The settings of a plain LoRA; anything more is refused."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
-        return config
     except FileNotFoundError as e:
-        raise VectorError(f"{folder}: no adapter of PEFT's: it has no {ADAPTER_CONFIG}") from e
+        raise VectorError(f"no adapter of PEFT's: it has no {ADAPTER_CONFIG}") from e
     except (OSError, ValueError, RecursionError) as e:
-        raise VectorError(f"{path}: damaged, or cannot be read: {e}") from e
-
-
-def _refuse_more_than_lora(folder: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    start = config.get("init_lora_weights")
+        raise VectorError(f"{ADAPTER_CONFIG}: damaged, or cannot be read: {e}") from e
+    kind, start, saved = (config.get(key) for key in ("peft_type", "init_lora_weights", "modules_to_save"))
     strange = sorted(key for key, value in config.items() if key not in _KNOWN and value)
-    whys = {
-        f"it is {kind or 'of no kind'}; only LORA is a sum with the weights": kind != "LORA",
-        "it is a DoRA, which rescales whole weights; a vector holds sums only": bool(config.get("use_dora")),
-        "it trained biases, which a vector cannot hold: train with bias none": (config.get("bias") or "none") != "none",
-        f"it holds whole modules (modules_to_save: {config.get('modules_to_save')}), which a vector cannot":
-            bool(config.get("modules_to_save")),
-        f"it starts with init_lora_weights {start!r}, which changes the base model's own weights as well: save it with "
-        "PEFT's path_initial_model_for_weight_conversion":
-            start not in _PLAIN_STARTS,
-        f"it uses {listed(strange)}, which this program does not know how to read": bool(strange),
-    }  # fmt: skip
-    for why, so in whys.items():
-        if so:
-            raise VectorError(f"{folder}: cannot become a task vector: {why}")
+    why = ""
+    if kind != "LORA":
+        why = f"it is {kind or 'of no kind'}; only LORA is a sum with the weights"
+    elif config.get("use_dora"):
+        why = "it is a DoRA, which rescales whole weights; a vector holds sums only"
+    elif (config.get("bias") or "none") != "none":
+        why = "it trained biases, which a vector cannot hold: train with bias none"
+    elif saved:
+        why = f"it holds whole modules (modules_to_save: {saved}), which a vector cannot"
+    elif start not in _PLAIN_STARTS:
+        why = (
+            f"it starts with init_lora_weights {start!r}, which changes the base model's own weights as well: save it "
+        )
+        why += "with PEFT's path_initial_model_for_weight_conversion"
+    elif strange:
+        why = f"it uses {listed(strange)}, which this program does not know how to read"
+    if why:
+        raise VectorError(f"cannot become a task vector: {why}")
+    return config
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> (A, B) as stored."""
     path, pickled = folder / ADAPTER_WEIGHTS, (folder / _PICKLE).exists()
     if path.is_file() and pickled:
-        raise VectorError(
-            f"{folder} holds two sets of factors, {ADAPTER_WEIGHTS} and {_PICKLE}, and which of them is the adapter "
-            "cannot be told: remove the old one"
-        )
+        raise VectorError(f"it holds two sets of factors, {ADAPTER_WEIGHTS} and {_PICKLE}: remove the old one")
     if pickled:
         raise VectorError(
-            f"{folder}: its weights are pickled ({_PICKLE}), which can run any code and is never opened: save it with "
-            "PEFT's safe_serialization"
+            f"its weights are pickled ({_PICKLE}), which can run any code and is never opened: save it with PEFT's "
+            "safe_serialization"
         )
     if not path.is_file():
-        raise VectorError(f"{folder}: {ADAPTER_WEIGHTS} is missing")
+        raise VectorError(f"{ADAPTER_WEIGHTS} is missing")
     try:
         with safe_open(path, framework="pt") as f:
             keys = set(f.keys())
-            return {key: f.get_tensor(key) for key in sorted(keys - _of_the_base(keys).keys())}
-    except (SafetensorError, OSError, *UNREADABLE) as e:
-        raise VectorError(f"{path}: damaged: {e}") from e
+            tensors = {key: f.get_tensor(key) for key in sorted(keys - _of_the_base(keys).keys())}
+    except UNREADABLE as e:
+        raise VectorError(f"{ADAPTER_WEIGHTS}: damaged: {e}") from e
+    found: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if match is None or not tensor.is_floating_point():
+            strange.append(key)
+        else:
+            found.setdefault(match[1], {})[match[2]] = tensor
+    if strange:
+        raise VectorError(f"it holds what is no factor of a linear layer: {listed(strange)}")
+    if alone := [name for name, pair in found.items() if len(pair) < 2]:
+        raise VectorError(f"a factor is missing for {listed(alone)}")
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
 def _of_the_base(keys: Collection[str]) -> dict[str, str]:
@@ -148,24 +156,7 @@ def _of_the_base(keys: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> (A, B) as stored."""
-    found: dict[str, dict[str, Tensor]] = {}
-    strange = []
-    for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-        if match is None or tensor.dtype not in _FLOATS:
-            strange.append(key)
-        else:
-            found.setdefault(match[1], {})[match[2]] = tensor
-    if strange:
-        raise VectorError(f"{folder}: it holds what is no factor of a linear layer: {listed(sorted(strange))}")
-    if alone := sorted(name for name, pair in found.items() if len(pair) < 2):
-        raise VectorError(f"{folder}: a factor is missing for {listed(alone)}")
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
-
-
-def _refuse_unreached(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> None:
+def _refuse_unreached(config: Mapping[str, Any], names: Collection[str]) -> None:
     """Refuse factors that PEFT would leave out, and targets that have none: by PEFT's own rule of what a target is."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -174,11 +165,12 @@ def _refuse_unreached(folder: Path, config: Mapping[str, Any], names: Collection
     if not names or targets is None or targets == "all-linear":
         return
     try:
-        for value in (config.get(key) for key in _REACH):
+        given = {key: config[key] for key in _REACH if config.get(key) is not None}
+        for value in given.values():
             for pattern in value if isinstance(value, list) else [value]:
                 if isinstance(pattern, str):
                     _check_pattern(pattern, max(names, key=len))
-        rule = LoraConfig(**{key: config.get(key) for key in _REACH if config.get(key) is not None})
+        rule = LoraConfig(**given)
         unreached = sorted(n for n in names if not check_target_module_exists(rule, n))
         entries = [] if isinstance(targets, str) else sorted(set(targets))
         empty = [e for e in entries if not any(n == e or n.endswith(f".{e}") for n in names)]
@@ -196,7 +188,7 @@ def _refuse_unreached(folder: Path, config: Mapping[str, Any], names: Collection
         raise VectorError("\n".join([f"its factors are not those that its {ADAPTER_CONFIG} means:", *lines]))
 
 
-def _module(name: str, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> LowRank:
+def _change(name: str, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> LowRank:
     rank, alpha = _setting(name, config, "r", "rank_pattern"), _setting(name, config, "lora_alpha", "alpha_pattern")
     if a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[1] != rank or rank < 1:
         raise VectorError(
@@ -239,17 +231,13 @@ def _check_pattern(pattern: str, name: str) -> None:
 
 
 def unlike_base(folder: Path, files: Mapping[str, Path]) -> list[str]:
-    """Weights that an adapter's folder keeps as they were in its base, and that are others in a model.
-
-    Args:
-        files: Name -> the file of safetensors that holds it, of the model.
-    """
+    """Weights that an adapter's folder keeps of its base, and that are others in a model, given as name -> file."""
     path = folder / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as ours:
             kept = {key: name for key, name in _of_the_base(set(ours.keys())).items() if name in files}
             return sorted(name for key, name in kept.items() if not same_values(ours.get_slice(key), files[name], name))
-    except (SafetensorError, *UNREADABLE) as e:
+    except UNREADABLE as e:
         raise VectorError(f"{path}: damaged: {e}") from e
 
 
@@ -283,13 +271,11 @@ def refuse_misfit(folder: Path, model: nn.Module) -> None:
 
 
 def strangers(model: Any, folder: str | Path, revision: str | None = None) -> str:
-    """What a model under an adapter of PEFT's has not taken of it, and what it lacks; empty where they fit.
+    """What a ``PeftModel`` has not taken of the adapter it was made with, and what it lacks; empty where they fit.
 
-    PEFT says so by a return value alone: factors for modules that its configuration does not reach are left out, and
-    modules without factors of theirs stay as they are in the base.
+    PEFT says so by a return value alone.
 
     Args:
-        model: A ``PeftModel`` that was made with the adapter.
         folder: The adapter's folder, or its name on the hub.
     """
     found = model.load_adapter(str(folder), "default", revision=revision)
@@ -319,10 +305,9 @@ def to_adapter(vector: TaskVector, folder: Path, base: str, *, transposed: bool 
     """
     if transposed is None:
         try:
-            config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            config = None
-        kind = config.get("model_type") if isinstance(config, dict) else None
+            kind = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))["model_type"]
+        except (OSError, ValueError, LookupError, TypeError):
+            kind = None
         transposed = vector.meta.get(TRANSPOSED) == "true" or kind in _TRANSPOSED_TYPES
     names = list(vector.modules)
     write_adapter(vector, folder, base, target_modules(names, names, short=False), transposed)
@@ -369,8 +354,7 @@ def write_adapter(vector: TaskVector, folder: Path, base: str, targets: Sequence
 
 def require_factors(vector: TaskVector) -> None:
     """Refuse a vector that cannot be an adapter, because a module is dense."""
-    dense = [name for name, m in vector.modules.items() if isinstance(m, Dense)]
-    if dense:
+    if dense := [name for name, m in vector.modules.items() if isinstance(m, Dense)]:
         raise VectorError(
             f"an adapter holds low-rank factors, but the change is dense in {len(dense)} modules: {listed(dense)}. "
             "Compress it with to_low_rank(rank) (unlearn vector low-rank) first, or export merged weights"
@@ -381,8 +365,8 @@ def target_modules(names: Sequence[str], present: Sequence[str], *, short: bool 
     """``target_modules`` that PEFT matches to exactly ``names``.
 
     An entry of a list also matches every module whose path ends with ``.entry``. So the last parts (``q_proj``) serve
-    when they mean just these modules, which is what other tools read best; else full paths; else, should a full
-    path be the end of another, one regular expression, which must match the whole path.
+    when they mean just these modules; else full paths; else, should a full path be the end of another, one regular
+    expression, which must match the whole path.
 
     Args:
         present: All modules of the model, as far as they are known.
@@ -403,7 +387,6 @@ def target_modules(names: Sequence[str], present: Sequence[str], *, short: bool 
 
 
 _STORED_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_STORED_16_BITS = frozenset({"F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -439,32 +422,37 @@ def from_checkpoints(
         on_unequal: What to do about tensors that differ but cannot be in a vector (norms, embeddings, biases, tied
             weights, no floating-point numbers, other shapes, in one checkpoint only): raise, or leave them out and
             name them in the report.
-        rank, energy: Truncate each difference at once (:func:`truncated`), so that no dense one is
-            kept; else the vector is dense and as large as the changed weights in float32.
+        rank, energy: Truncate each difference at once (:func:`truncated`); else the vector is dense and as large as
+            the changed weights in float32.
 
     Raises:
         ModelError: a folder that is no checkpoint in safetensors.
         VectorError: unequal tensors; nothing changed; a difference that is not finite; a rank above a matrix.
     """
-    if rank is not None and energy is not None:
-        raise VectorError("give rank or energy, not both, to say how much is kept")
-    check_terms(rank, energy)
+    check_terms(rank, energy, required=False)
     model = architecture_of(base)
-    pair = _Pair(_Weights(base, model), _Weights(finetuned, model), model)
+    old, new = _Weights(base, model), _Weights(finetuned, model)
+    names = list(dict.fromkeys((*old.stored, *new.stored)))
+    linear: dict[str, tuple[int, int]] = {}  # name -> (out, in)
     unchanged: list[str] = []
     unequal: dict[str, str] = {}
     squares = 0.0  # of the changes that are left out
-    with progress("comparing", len(pair.names)) as advance:
-        linear = []
-        for name in pair.names:
-            why = pair.misfit(name)
-            if why is None and pair.is_linear(name):
-                linear.append(name)
+    modules: dict[str, Change] = {}
+    broken, rounded, elements, same = [], 0, 0, 0
+    with progress("comparing", len(names)) as advance:
+        for name in names:
+            why, formats = _misfit(name, old, new, model), _formats(name, old, new)
+            if why is None and name in model.linear and formats <= _STORED_FLOATS and len(old.stored[name].shape) == 2:
+                rows, columns = old.stored[name].shape
+                linear[name] = (columns, rows) if model.linear[name] else (rows, columns)
                 continue
-            if why is None and (size := pair.square(name)) != 0.0:
-                squares += size if math.isfinite(size) else 0.0
-                formats = "/".join(dict.fromkeys(pair.formats(name)))
-                why = model.why_not(name) if pair.floating(name) else f"stored as {formats}"
+            if why is None and not _same_bits(one := old.read(name), two := new.read(name)):
+                if formats <= _STORED_FLOATS:
+                    size = float(_difference(one, two).double().square().sum())
+                    squares += size if math.isfinite(size) else 0.0
+                    why = model.why_not(name) if size else None
+                else:
+                    why = f"stored as {'/'.join(dict.fromkeys(w.stored[name].format for w in (old, new)))}"
             if why is None:
                 unchanged.append(name)
             else:
@@ -472,23 +460,21 @@ def from_checkpoints(
             advance(1)
         if on_unequal == "error" and unequal:
             raise VectorError(_unequal_message(base, finetuned, unequal))
-        check_rank(rank, {name: pair.shape(name) for name in linear})
-        modules: dict[str, Change] = {}
-        broken, rounded, elements, same = [], 0, 0, 0
+        check_rank(rank, linear)
         for name in linear:
-            difference = pair.difference(name)
+            module, difference = name.removesuffix(".weight"), _difference(old.read(name), new.read(name))
             differing = int(difference.count_nonzero())
             if not bool(torch.isfinite(difference).all()):
-                broken.append(name.removesuffix(".weight"))
+                broken.append(module)
             elif not differing:
                 unchanged.append(name)
             else:
-                if not _STORED_16_BITS.isdisjoint(pair.formats(name)):
+                if _formats(name, old, new) & {"F16", "BF16"}:
                     rounded, elements = rounded + 1, elements + difference.numel()
                     same += difference.numel() - differing
                 change = Dense((difference.T if model.linear[name] else difference).contiguous())
-                short = rank is not None or energy is not None
-                modules[name.removesuffix(".weight")] = truncated(change, rank, energy) if short else change
+                whole = rank is None and energy is None
+                modules[module] = change if whole else truncated(change, rank, energy)
             advance(1)
     if broken:
         raise VectorError(f"{finetuned} less {base} is not finite in {listed(broken)}")
@@ -512,8 +498,8 @@ class _Weights:
     """The tensors of a folder under the names the model gives them; each is read when it is asked for."""
 
     def __init__(self, folder: Path, model: Architecture) -> None:
-        self._checkpoint: Checkpoint = read_checkpoint(folder)
-        self.stored: dict[str, Stored] = {model.canonical(n): t for n, t in self._checkpoint.tensors.items()}
+        self._checkpoint = read_checkpoint(folder)
+        self.stored = {model.canonical(n): t for n, t in self._checkpoint.tensors.items()}
         for second, first in model.tied.items():
             if second in self.stored and first not in self.stored:
                 self.stored[first] = self.stored.pop(second)
@@ -528,53 +514,25 @@ class _Weights:
             return tensor
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Two checkpoints of one model, tensor by tensor."""
+def _misfit(name: str, old: _Weights, new: _Weights, model: Architecture) -> str | None:
+    """Why a tensor of one checkpoint cannot be compared with the other's, or None."""
+    one, two = old.stored.get(name), new.stored.get(name)
+    if one is not None and two is not None:
+        return None if one.shape == two.shape else f"shapes {one.shape} and {two.shape}"
+    place = "fine-tuned checkpoint" if one is None else "base"
+    if name in model.tied:
+        return f"stored in the {place} with other values than {model.tied[name]}, to which config.json ties it"
+    return f"in the {place} only"
 
-    old: _Weights
-    new: _Weights
-    model: Architecture
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.old.stored, *self.new.stored)))
+def _formats(name: str, old: _Weights, new: _Weights) -> set[str]:
+    return {weights.stored[name].format for weights in (old, new) if name in weights.stored}
 
-    def misfit(self, name: str) -> str | None:
-        """Why a tensor of one cannot be compared with the other's, or None."""
-        old, new = self.old.stored.get(name), self.new.stored.get(name)
-        first = self.model.tied.get(name)
-        if first is not None and (old is None or new is None):
-            folder = "base" if old is not None else "fine-tuned checkpoint"
-            return f"stored in the {folder} with other values than {first}, to which config.json ties it"
-        if old is None or new is None:
-            return "in the base only" if new is None else "in the fine-tuned checkpoint only"
-        return None if old.shape == new.shape else f"shapes {old.shape} and {new.shape}"
 
-    def formats(self, name: str) -> tuple[str, str]:
-        return self.old.stored[name].format, self.new.stored[name].format
-
-    def floating(self, name: str) -> bool:
-        return _STORED_FLOATS.issuperset(self.formats(name))
-
-    def is_linear(self, name: str) -> bool:
-        return name in self.model.linear and len(self.old.stored[name].shape) == 2 and self.floating(name)
-
-    def shape(self, name: str) -> tuple[int, int]:
-        """``(out, in)`` of a linear weight."""
-        rows, columns = self.old.stored[name].shape
-        return (columns, rows) if self.model.linear[name] else (rows, columns)
-
-    def difference(self, name: str) -> Tensor:
-        """In float32, as stored."""
-        wide = torch.float64 if "F64" in self.formats(name) else torch.float32
-        return (self.new.read(name).to(wide) - self.old.read(name).to(wide)).float()
-
-    def square(self, name: str) -> float:
-        """Squared norm of a tensor's change; infinite where there is one that cannot be subtracted."""
-        if _same_bits(self.old.read(name), self.new.read(name)):
-            return 0.0
-        return float(self.difference(name).double().square().sum()) if self.floating(name) else math.inf
+def _difference(one: Tensor, two: Tensor) -> Tensor:
+    """The second less the first in float32, computed in float64 where one of them is."""
+    wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
+    return (two.to(wide) - one.to(wide)).float()
 
 
 def _same_bits(one: Tensor, two: Tensor) -> bool:
@@ -588,9 +546,8 @@ def _unequal_message(base: Path, finetuned: Path, unequal: Mapping[str, str]) ->
     groups: dict[str, list[str]] = {}
     for name, why in unequal.items():
         groups.setdefault(why, []).append(name)
-    lines = [f"  {why} ({len(names)}): {listed(names)}" for why, names in groups.items()]
     first = (
         f"{finetuned} differs from {base} in {len(unequal)} tensors that a task vector cannot hold; skip them "
         "(--skip-unequal) to take the linear layers alone:"
     )
-    return "\n".join([first, *lines])
+    return "\n".join([first, *(f"  {why} ({len(names)}): {listed(names)}" for why, names in groups.items())])

@@ -29,7 +29,7 @@ from unlearn.recipe.methods import (
     PruneSpec,
     VectorSpec,
 )
-from unlearn.vector.change import Change, Dense, LowRank, listed, row_lengths, truncated
+from unlearn.vector.change import Change, Dense, LowRank, listed, row_lengths, svd, truncated
 from unlearn.vector.task_vector import TaskVector
 
 Matrices = Mapping[str, Tensor]  # module path -> (out, in)
@@ -58,11 +58,7 @@ class Have:
 
     @property
     def retain_vector(self) -> TaskVector:
-        """The retain vector, of the same model as the fitted one.
-
-        Raises:
-            VectorError: there is none, or it was made from another model.
-        """
+        """The retain vector, of the same model as the fitted one."""
         if self.retain is None:
             raise VectorError("this method needs a vector fitted on the retain sets")
         bases = [v.meta.get("base") for v in (self.fitted, self.retain)]
@@ -72,11 +68,7 @@ class Have:
 
 
 def shape(vector: TaskVector, spec: VectorSpec, have: Have) -> TaskVector:
-    """Work off the recipe's shapers, in order.
-
-    Raises:
-        VectorError: see the methods; the message begins with the method's name.
-    """
+    """Work off the recipe's shapers, in order."""
     for step in spec.steps()[1:]:
         before = vector.norm()
         with told(f"vector.method {step}", METHODS[step].less or f"leave {step} out of vector.method"):
@@ -106,26 +98,22 @@ def _check_pair(method: str, forget: TaskVector, retain: TaskVector) -> None:
     check_moved(method, "the forget vector", forget)
     check_moved(method, "the retain vector", retain)
     both = {n: (m.shape, retain.modules[n].shape) for n, m in forget.modules.items() if n in retain.modules}
-    if not both:
-        raise VectorError(
-            f"{method}: the forget and the retain vector share no module ({next(iter(forget.modules))}, ... and "
-            f"{next(iter(retain.modules))}, ...): make both from the same model with the same LoRA targets"
-        )
-    if clash := [f"{name} {one} and {two}" for name, (one, two) in both.items() if one != two]:
-        raise VectorError(f"{method}: the forget and the retain vector are of different models: {listed(clash)}")
+    clash = [f"{name} {one} and {two}" for name, (one, two) in both.items() if one != two]
+    if clash or not both:
+        why = f"are of different models: {listed(clash)}" if clash else "share no module: fit both with the same LoRA"
+        raise VectorError(f"{method}: the forget and the retain vector {why}")
 
 
 def _check_matrices(method: str, what: str, vector: TaskVector, matrices: Matrices) -> None:
     """Refuse anything but one finite matrix per module of the vector, of the shape of its change."""
-    if missing := [name for name in vector.modules if name not in matrices]:
-        raise VectorError(f"{method}: there is no {what} for {listed(missing)}")
+    shapes = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
     wrong = [
-        f"{name}: {tuple(matrices[name].shape)} where the vector changes {m.shape}"
+        f"{name}: {shapes.get(name)} where the vector changes {m.shape}"
         for name, m in vector.modules.items()
-        if tuple(matrices[name].shape) != m.shape
+        if shapes.get(name) != m.shape
     ]
     if wrong:
-        raise VectorError(f"{method}: a {what} must be (out, in) like the change of its module: {listed(wrong)}")
+        raise VectorError(f"{method}: every module needs a {what} of the shape of its change: {listed(wrong)}")
     if bad := [name for name in vector.modules if not bool(torch.isfinite(matrices[name]).all())]:
         raise VectorError(f"{method}: a {what} holds values that are not finite: {listed(bad)}")
 
@@ -134,23 +122,16 @@ def _check_matrices(method: str, what: str, vector: TaskVector, matrices: Matric
 
 
 def consensus(vectors: Sequence[TaskVector]) -> TaskVector:
-    """NegMerge (2410.05583): the mean of vectors of one task where the signs of all agree, else zero; dense.
-
-    Raises:
-        VectorError: a zero vector, other modules or shapes, or no entry on which they agree.
-    """
+    """NegMerge (2410.05583): the mean of vectors of one task where the signs of all agree, else zero; dense."""
     first = vectors[0]
     for number, vector in enumerate(vectors, 1):
         check_moved("consensus", f"vector {number} of {len(vectors)}", vector)
         one, two = ({n: m.shape for n, m in v.modules.items()} for v in (first, vector))
         if differing := sorted(n for n in one.keys() | two.keys() if one.get(n) != two.get(n)):
-            raise VectorError(
-                f"consensus: vectors 1 and {number} are not of the same modules: {listed(differing)} are missing in "
-                "one or have another shape"
-            )
+            raise VectorError(f"consensus: vectors 1 and {number} are not of the same modules: {listed(differing)}")
 
     def agreed(name: str, change: Change) -> Dense:
-        total, signs = torch.zeros(change.shape, device=change.device), torch.zeros(change.shape, device=change.device)
+        total, signs = torch.zeros(2, *change.shape, device=change.device)
         for delta in (vector.modules[name].delta() for vector in vectors):
             total += delta
             signs += delta.sign()
@@ -210,8 +191,7 @@ def contrast(vector: TaskVector, have: Have, mu: float) -> TaskVector:
 def ext_sub(vector: TaskVector, have: Have, how: None = None) -> TaskVector:
     """Extraction before subtraction (2308.08090): without the rows' parts along both vectors' common directions.
 
-    Low-rank vectors give one of rank at most r_f + r_r. Rows and modules that the retain vector leaves at zero have
-    nothing in common with it and are kept whole.
+    Rows that the retain vector leaves at zero are kept whole. Low-rank vectors give one of rank at most r_f + r_r.
     """
     retain = have.retain_vector
     _check_pair("ext-sub", vector, retain)
@@ -234,10 +214,9 @@ def ext_sub(vector: TaskVector, have: Have, how: None = None) -> TaskVector:
 
 @shaper
 def project(vector: TaskVector, have: Have, how: ProjectSpec) -> TaskVector:
-    """The part of the vector whose rows are orthogonal to the retain vector's leading row directions.
+    """The part of the vector whose rows are orthogonal to the retain vector's leading row directions, at least one.
 
-    Of a low-rank change only ``A`` is altered, and no matrix is built. However small ``energy``, it takes one
-    direction per module.
+    Of a low-rank change only ``A`` is altered, and no matrix is built.
     """
     retain = have.retain_vector
     _check_pair("project", vector, retain)
@@ -259,8 +238,7 @@ def project(vector: TaskVector, have: Have, how: ProjectSpec) -> TaskVector:
 def ethos(vector: TaskVector, have: Have, how: EthosSpec) -> TaskVector:
     """Ethos (2403.08994): without small components in the singular bases of the weights; dense.
 
-    Of a matrix that is not square the thin basis is used, and the part of the change outside of it, where the weight
-    has no component to be filtered by, is kept.
+    The part of a change outside the thin basis of a matrix that is not square is kept.
     """
     check_moved("ethos", "the vector", vector)
     assert have.weights is not None
@@ -269,10 +247,7 @@ def ethos(vector: TaskVector, have: Have, how: EthosSpec) -> TaskVector:
 
     def filtered(name: str, change: Change) -> Dense:
         delta = change.delta()  # (out, in)
-        try:
-            u, _, vh = torch.linalg.svd(weights[name].to(delta.device, torch.float32), full_matrices=False)
-        except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined] # torch's stubs do not re-export it
-            raise VectorError(f"ethos: the singular value decomposition of {name} does not converge: {e}") from e
+        u, _, vh = svd(weights[name].to(delta.device, torch.float32))
         components = u.T @ delta @ vh.T  # (k, k), k = min(out, in)
         small = components.abs() < how.threshold * components.abs().max()
         # subtracting what is dropped, rather than adding up what is kept, leaves the part outside the basis alone
@@ -303,16 +278,13 @@ def perta(vector: TaskVector, have: Have, how: PertaSpec) -> TaskVector:
 def lines(vector: TaskVector, have: Have, how: LinesSpec) -> TaskVector:
     """LiNeS (2410.17146): the change of layer l of L scaled by a + b * l / (L - 1)."""
     check_moved("lines", "the vector", vector)
-    depth = {name: layer_of(name) for name in vector.modules}
-    if outside := [name for name, layer in depth.items() if layer is None]:
+    numbers = {name: layer for name in vector.modules if (layer := layer_of(name)) is not None}
+    if outside := [name for name in vector.modules if name not in numbers]:
         raise VectorError(f"lines: no layer number in {listed(outside)}: leave these out of vector.lora.targets")
-    numbers = {name: layer for name, layer in depth.items() if layer is not None}
     layers = have.layers or max(numbers.values()) + 1
 
-    def scaled(name: str, change: Change) -> Change:
-        return change.scaled(how.a + how.b * numbers[name] / max(layers - 1, 1))
-
-    return check_left("lines", vector.map(scaled), vector, "raise a or b")
+    scales = {name: how.a + how.b * layer / max(layers - 1, 1) for name, layer in numbers.items()}
+    return check_left("lines", vector.map(lambda name, m: m.scaled(scales[name])), vector, "raise a or b")
 
 
 @shaper

@@ -13,17 +13,18 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from unlearn.console import progress, say
 from unlearn.errors import ModelError, RunFolderError, VectorError
@@ -32,16 +33,24 @@ from unlearn.model.locate import INDEX
 from unlearn.store.files import explained, some, sync, unique, write_json_atomic
 from unlearn.store.lock import Lock
 from unlearn.store.provenance import versions
-from unlearn.vector.change import Change, edited, row_blocks, rows_of
-from unlearn.vector.rounding import Survival, generator_for, lost, round_stochastically, summary_of
-from unlearn.vector.stored_names import Target, copies, refuse_adapter, targets_of
-from unlearn.vector.task_vector import TaskVector
+from unlearn.vector.change import (
+    Change,
+    Survival,
+    edited,
+    generator_for,
+    listed,
+    lost,
+    round_stochastically,
+    row_blocks,
+    rows_of,
+    summary_of,
+)
+from unlearn.vector.task_vector import ADAPTER_CONFIG, VECTOR_FILE, TaskVector, read_vector
 
-T = TypeVar("T")
-R = TypeVar("R")
+if TYPE_CHECKING:
+    from unlearn.model.load import Architecture
 
-RECORD, LOCK = "unlearn.json", ".unlearn-lock"
-CONFIG = "config.json"
+RECORD, LOCK, CONFIG = "unlearn.json", ".unlearn-lock", "config.json"
 _LAST = (CONFIG, INDEX)  # so that a folder that looks like a model is one
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".pyc"})
@@ -58,16 +67,6 @@ _CHUNK, _MB = 2**23, 10**6
 _SPARE = 64 * 2**20  # bytes that stay free
 _MEASURED_WHOLE = 2**20  # elements of a tensor of which every row is measured; of larger ones these are:
 _EVERY_BLOCK, _EVERY_ROW = 16, 4
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """How edited weights go to 16 bits: to nearest, or by chance with a seed."""
-
-    seed: int | None = None
-
-    def __str__(self) -> str:
-        return "to nearest" if self.seed is None else f"stochastically, seed {self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,36 +92,45 @@ class Verdict:
     wrong: Mapping[str, str]
 
 
-def write_edited(
-    vector: TaskVector,
-    model: Path,
+def apply(
+    vector: str | Path | TaskVector,
+    model: str | Path,
     coefficient: float,
-    out: Path,
-    rounding: Rounding = Rounding(),
+    out: str | Path,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
     accept_rounding: bool = False,
 ) -> Applied:
-    """Write ``theta - coefficient * tau`` to ``out``, or go on where an earlier attempt was cut off.
+    """Write ``theta - coefficient * tau`` to a folder, or go on where an earlier attempt was cut off.
 
     Args:
-        accept_rounding: Go on also where rounding to nearest has made another edit of it.
+        vector: A vector, its file, a folder with ``vector.safetensors``, or the folder of a LoRA adapter of PEFT's.
+        model: A folder with safetensors.
+        stochastic_rounding: Round edited weights to 16 bits by chance (``seed``) instead of to nearest.
+        accept_rounding: Write also what rounding to nearest has made another edit of.
 
     Raises:
         ModelError: the checkpoint is damaged, quantised, or none.
         VectorError: the vector does not fit it, the result is not finite, or too little of the edit survived rounding.
         RunFolderError: the output's folder is not for it, is full, or cannot be written.
     """
-    checkpoint = read_checkpoint(model)
-    targets = _targets(checkpoint, vector)
+    checkpoint = read_checkpoint(Path(model))
+    vector = _vector_for(vector, checkpoint, coefficient)
+    targets: dict[str, list[Target]] = {}
+    for target in sorted(targets_of(checkpoint, vector), key=lambda t: t.stored.begin):
+        targets.setdefault(target.stored.file, []).append(target)
     copies(checkpoint)
     others, left_out = _others(checkpoint)
     sources = {**checkpoint.files, **others}
-    edit = {"coefficient": coefficient, "vector_sha256": vector.digest(), "rounding": str(rounding)}
+    rounding = f"stochastically, seed {seed}" if stochastic_rounding else "to nearest"
+    edit = {"coefficient": coefficient, "vector_sha256": vector.digest(), "rounding": rounding}
     about = {
         **{"schema": 2, "made_by": "unlearn apply", "formula": "theta - coefficient * tau", **edit},
         **{"base": checkpoint.folder.name, "versions": versions(("lm-unlearn", "torch"))},
         "vector": {"modules": len(vector.modules), "rank": vector.rank(), "meta": dict(vector.meta)},
     }
-    with _opened(out.resolve(), checkpoint.folder, edit, sources) as (place, lock, files):
+    with _opened(Path(out).resolve(), checkpoint.folder, edit, sources) as (place, lock, files):
         kept = sum(name in files for name in checkpoint.files)
         todo = {name: path for name, path in sources.items() if name not in files}
         needed = sum(path.stat().st_size for path in todo.values())
@@ -140,13 +148,13 @@ def write_edited(
             keep()
         with progress("writing, MB", needed // _MB) as advance:
             for name, path in todo.items():
-                insists = accept_rounding or rounding.seed is not None
                 # before the configuration, without which the folder is no model
-                if name not in checkpoint.files and not insists and (said := lost(_survived(files), _WAYS_OUT)):
+                measured = name not in checkpoint.files and not (accept_rounding or stochastic_rounding)
+                if measured and (said := lost(_survived(files), _WAYS_OUT)):
                     raise VectorError(f"{out}: {said}")
-                works = [(target, vector.modules[target.module]) for target in targets.get(name, ())]
                 with explained(place), _hidden(place / name) as temporary:
-                    files[name] = _write(path, temporary, works, coefficient, rounding)
+                    chance = seed if stochastic_rounding else None
+                    files[name] = _write(path, temporary, targets.get(name, ()), coefficient, chance)
                     lock.check()
                     keep()  # first: a file under its name is always one that the record knows
                     temporary.replace(place / name)
@@ -160,10 +168,16 @@ def write_edited(
     return Applied(count, len(checkpoint.tensors) - count, size, kept, left_out, survived)
 
 
-def check_edited(
-    vector: TaskVector, model: Path, coefficient: float, out: Path, rounding: Rounding = Rounding()
+def check(
+    vector: str | Path | TaskVector,
+    model: str | Path,
+    coefficient: float,
+    out: str | Path,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
 ) -> Verdict:
-    """Compare the checkpoint in ``out``, however it is cut into files, with what it should be, bit by bit.
+    """Compare a checkpoint, however it is cut into files, with ``theta - coefficient * tau``, bit by bit.
 
     Its ``config.json``, by which the weights are read, must say the same as the base's.
 
@@ -171,13 +185,15 @@ def check_edited(
         ModelError: one of the checkpoints is damaged, or none, or an adapter lies in it.
         VectorError: the vector does not fit the base.
     """
-    if not out.is_dir():
+    if not Path(out).is_dir():
         raise RunFolderError(f"{out}: no such folder, so there is nothing to check")
-    base, other = read_checkpoint(model), read_checkpoint(out)
+    base, other = read_checkpoint(Path(model)), read_checkpoint(Path(out))
+    vector = _vector_for(vector, base, coefficient)
     refuse_adapter(other.folder)
-    works = {t.stored.name: (t, vector.modules[t.module]) for ts in _targets(base, vector).values() for t in ts}
+    targets = {target.stored.name: target for target in targets_of(base, vector)}
     heads = copies(base) ^ copies(other)  # a head that is a copy of the embeddings may be stored or not
     wrong = dict.fromkeys(other.tensors.keys() - base.tensors.keys() - heads, "the base has no such tensor")
+    chance = seed if stochastic_rounding else None
     with _one_thread(), progress("checking, tensors", len(base.tensors)) as advance:
         for name, mine in base.tensors.items():
             advance(1)
@@ -191,47 +207,231 @@ def check_edited(
                 with base.files[mine.file].open("rb") as one, other.files[theirs.file].open("rb") as two:
                     one.seek(mine.begin)
                     two.seek(theirs.begin)
-                    if differ := _differing(one, two, mine, works.get(name), coefficient, rounding):
+                    if differ := _differing(one, two, mine, targets.get(name), coefficient, chance):
                         wrong[name] = f"{differ} of {math.prod(mine.shape)} elements differ"
     if said := _other_config(base.folder, other.folder):
         wrong[CONFIG] = said
-    return Verdict(len(base.tensors), len(works), dict(sorted(wrong.items())))
+    return Verdict(len(base.tensors), len(targets), dict(sorted(wrong.items())))
 
 
-def _targets(checkpoint: Checkpoint, vector: TaskVector) -> dict[str, list[Target]]:
-    """File -> the tensors in it that the vector changes, in the file's order."""
-    found: dict[str, list[Target]] = {}
-    for target in targets_of(checkpoint, {name: change.shape for name, change in vector.modules.items()}):
-        found.setdefault(target.stored.file, []).append(target)
-    return {file: sorted(targets, key=lambda t: t.stored.begin) for file, targets in found.items()}
+def _vector_for(vector: str | Path | TaskVector, checkpoint: Checkpoint, coefficient: float) -> TaskVector:
+    """The vector from wherever it is. An adapter that PEFT would not put on the model in whole is refused."""
+    if not abs(coefficient) <= torch.finfo(torch.float32).max:
+        raise VectorError(f"the coefficient must be a number within float32, not {coefficient}")
+    if isinstance(vector, TaskVector):
+        return vector
+    place = Path(vector)
+    found = read_vector(place)
+    if place.is_dir() and not (place / VECTOR_FILE).is_file():
+        from unlearn.model.load import model_of
+        from unlearn.vector.interop import refuse_misfit, unlike_base
+
+        refuse_misfit(place, model_of(checkpoint.folder))
+        files = {name: checkpoint.files[stored.file] for name, stored in checkpoint.tensors.items()}
+        if others := unlike_base(place, files):
+            say(
+                f"{place} keeps weights of the model it was trained on, and they are not this model's: {some(others)}. "
+                "PEFT would put them in place of the model's; here its change goes on the model's own",
+                style="yellow",
+            )
+    return found
 
 
-# -- the arithmetic --------------------------------------------------------------------------------------------------
+# -- which stored tensor a module of the vector changes
+#
+# A checkpoint may name its tensors otherwise than the model does, may lack a weight that transformers puts together
+# from others, and may keep it as (in, out). The class that config.json names knows this without reading a weight.
 
-Work = tuple[Target, Change]
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+# Importing transformers and laying a model out takes seconds, more than editing a small one. For these families the
+# names say it all, which a test holds against what their classes say: model_type -> linear layers, stored as (out, in).
+_GATED = r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj"
+_LINEAR: Mapping[str, str] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _GATED),
+    "phi": r"self_attn\.([qkv]_proj|dense)|mlp\.fc[12]",
+}
+# no other name may be there: transformers would rename it, perhaps to one of these
+_STORED = re.compile(r"(model\.(layers\.\d+\.[a-z_.0-9]+|embed_tokens|norm|final_layernorm)|lm_head)\.(weight|bias)")
 
 
-def _write(source: Path, to: Path, works: Sequence[Work], coefficient: float, rounding: Rounding) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor that a module of the vector changes, and whether it is kept as (in, out), as GPT-2's Conv1D does."""
+
+    module: str
+    change: Change
+    stored: Stored
+    transposed: bool
+
+
+def targets_of(checkpoint: Checkpoint, vector: TaskVector) -> list[Target]:
+    """Find the tensor of every module of a vector; all that have none of their own, or a misfit, are named."""
+    refuse_adapter(checkpoint.folder)
+    there, config = checkpoint.tensors, _config(checkpoint.folder)
+    for key in _LAYERS:  # a configuration can ask for any number of layers, each of which takes time to lay out
+        if isinstance(count := config.get(key), int) and count > len(there):
+            raise ModelError(
+                f"{checkpoint.folder}: its config.json says {key} {count}, but there are only {len(there)} tensors"
+            )
+    if plain(config, there, vector.modules):
+        found = [Target(n, change, there[f"{n}.weight"], False) for n, change in vector.modules.items()]
+        if all(t.stored.shape == t.change.shape and t.stored.format in _DTYPES for t in found):
+            return found
+    return asked(checkpoint, vector)
+
+
+def plain(config: Mapping[str, Any], stored: Iterable[str], modules: Iterable[str]) -> bool:
+    """Whether every module is certainly a linear layer with a stored weight ``MODULE.weight`` of its own."""
+    linear, layers, names = _LINEAR.get(str(config.get("model_type"))), config.get("num_hidden_layers"), set(stored)
+    if linear is None or type(layers) is not int or config.get("quantization_config") or config.get("auto_map"):
+        return False
+    known = re.compile(rf"model\.layers\.(0|[1-9][0-9]*)\.({linear})")
+    found = [(known.fullmatch(module), f"{module}.weight" in names) for module in modules]
+    return all(map(_STORED.fullmatch, names)) and all(m and int(m[1]) < layers and there for m, there in found)
+
+
+def asked(checkpoint: Checkpoint, vector: TaskVector) -> list[Target]:
+    """:func:`targets_of` by the model's own class, whatever it is."""
+    from unlearn.model.load import lay_out, model_of
+
+    model = model_of(checkpoint.folder)
+    if getattr(model.config, "quantization_config", None):
+        raise ModelError(
+            f"{checkpoint.folder}: it is quantised (quantization_config in its config.json): give the model in full "
+            "precision"
+        )
+    layout = lay_out(model)
+    names, made = _names(model, checkpoint.tensors)
+    found: list[Target] = []
+    wrong: list[str] = []
+    taken: dict[str, str] = {}
+    for module, change in vector.modules.items():
+        weight = layout.canonical(f"{module}.weight")
+        owner = taken.setdefault(weight, module)
+        stored = [checkpoint.tensors[name] for name in names.get(weight, ())]
+        if owner != module:
+            wrong.append(f"{module}: the same weight as {owner}")
+        elif why := _misfit(weight, change.shape, layout, stored, made):
+            wrong.append(f"{module}: {why}")
+        else:
+            found.append(Target(module, change, stored[0], layout.linear[weight]))
+    if wrong:
+        raise VectorError(
+            f"the vector does not fit {checkpoint.folder}; was it made from another model? Nothing is written.\n  "
+            + "\n  ".join(wrong)
+        )
+    return found
+
+
+def _misfit(
+    weight: str,
+    shape: tuple[int, int],
+    layout: Architecture,
+    stored: list[Stored],
+    made: Mapping[str, list[str]],
+) -> str | None:
+    """Why a weight cannot be changed in the files, or None."""
+    if weight not in layout.linear:
+        return layout.why_not(weight)
+    if weight in made:
+        return f"transformers makes its weight out of {listed(made[weight])} on loading, so it is not in the files"
+    if len(stored) != 1:
+        found = f"{len(stored)} tensors, {listed([t.name for t in stored])}, for" if stored else "no"
+        more = "; transformers makes weights of this model out of others on loading" if made and not stored else ""
+        return f"the checkpoint holds {found} {weight}{more}"
+    tensor, wanted = stored[0], shape[::-1] if layout.linear[weight] else shape
+    if tensor.format not in _DTYPES:
+        advice = "edits are computed in float32: convert the model to it" if tensor.format == "F64" else "quantised?"
+        return f"its weight is stored as {tensor.format}; {advice}"
+    return None if tensor.shape == wanted else f"the vector changes {wanted}, the checkpoint has {tensor.shape}"
+
+
+def _names(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Stored names by the model's, as loading names them, and the weights that loading makes out of several."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    state: dict[str, Any] = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+    rules = get_model_conversion_mapping(model) or []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    found: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+    for name in sorted(stored, key=dot_natural_key):
+        loaded, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if loaded not in state and name in state:
+            loaded, pattern = rename_source_key(name, [], [], prefix, state)
+        found[pattern is not None].setdefault(loaded, []).append(name)
+    return found
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ModelError where an adapter lies beside the weights, which transformers loads with them unasked."""
+    if (folder / ADAPTER_CONFIG).exists():
+        raise ModelError(
+            f"{folder}: it holds an adapter ({ADAPTER_CONFIG}), which would be put on the edited weights whenever "
+            "they are loaded: merge it first, or move it elsewhere"
+        )
+
+
+def copies(checkpoint: Checkpoint) -> frozenset[str]:
+    """Tensors that are stored a second time, under the name of a head that ``config.json`` ties to the embeddings.
+
+    A head of other values is refused: transformers then does not tie it, other readers do.
+    """
+    there, files, config = checkpoint.tensors, checkpoint.files, _config(checkpoint.folder)
+    # the class is asked only where it must be: those of the families that are known tie nothing unless they are told to
+    tied = config.get("tie_word_embeddings", config.get("model_type") not in _LINEAR)
+    if tied is False or not any(name.endswith(_HEADS) for name in there):
+        return frozenset()
+    from unlearn.model.load import architecture_of
+    from unlearn.vector.interop import same_values
+
+    layout = architecture_of(checkpoint.folder)
+    stored = {layout.canonical(name): name for name in there}
+    found = {stored[two]: stored[one] for two, one in layout.tied.items() if two in stored and one in stored}
+    for second, first in found.items():
+        with safe_open(files[there[second].file], framework="pt") as file:
+            if not same_values(file.get_slice(second), files[there[first].file], first):
+                raise ModelError(
+                    f"{checkpoint.folder}: its config.json ties {second} to {first}, and both are stored, with other "
+                    "values: set tie_word_embeddings to false there if the stored head is meant, as transformers does"
+                )
+    return frozenset(found)
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """Of a configuration that cannot be read nothing; reading it for good says that better."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+# -- the arithmetic
+
+
+def _write(source: Path, to: Path, targets: Iterable[Target], coefficient: float, chance: int | None) -> dict[str, Any]:
     """Write one file with its tensors edited; what is to be recorded of it."""
     origin = source.stat()
-    survived: dict[str, Survival] = {}
+    survived: dict[str, Any] = {}
     with _one_thread(), source.open("rb") as old, to.open("xb") as new:
-        for target, change in works:
-            _copy(old, new, target.stored.begin - old.tell())
+        for target in targets:
+            for part in _bytes(old, target.stored.begin - old.tell()):
+                new.write(part)
             parts: list[Survival] = []
-            for rows in _edited(old, (target, change), coefficient, rounding, parts):
+            for rows in _edited(old, target, coefficient, chance, parts):
                 new.write(rows.view(torch.uint8).numpy().data)
-            survived[target.module] = Survival.total(parts)
-        _copy(old, new, origin.st_size - old.tell())
+            survived[target.module] = astuple(Survival.total(parts))
+        for part in _bytes(old, origin.st_size - old.tell()):
+            new.write(part)
         new.flush()
         os.fsync(new.fileno())
     if _state(source.stat()) != _state(origin):
         raise ModelError(f"{source}: it was changed while it was read: run the same command again")
-    return {
-        "made": _state(to.stat())[:3],
-        "base": _state(origin),
-        "survived": {name: astuple(sums) for name, sums in sorted(survived.items())},
-    }
+    return {"made": _state(to.stat())[:3], "base": _state(origin), "survived": dict(sorted(survived.items()))}
 
 
 @contextmanager
@@ -247,26 +447,26 @@ def _one_thread() -> Iterator[None]:
 
 
 def _edited(
-    file: BufferedReader, work: Work, coefficient: float, rounding: Rounding, measured: list[Survival] | None = None
+    file: BufferedReader, target: Target, coefficient: float, chance: int | None, measured: list[Survival] | None = None
 ) -> Iterator[Tensor]:
-    """The rows of an edited tensor as stored, block by block; ``file`` stands where the base's begin."""
-    target, change = work
-    stored = target.stored
-    dtype, columns = _DTYPES[stored.format], stored.shape[1]
-    by_chance = rounding.seed is not None and dtype != torch.float32
-    generator = generator_for(rounding.seed or 0, f"{target.module}.weight") if by_chance else None
-    whole = math.prod(stored.shape) <= _MEASURED_WHOLE
+    """The rows of an edited tensor as stored, block by block; ``file`` stands where the base's begin.
 
+    Blocks are read and edited by some threads while earlier ones are used.
+    """
+    stored, transposed = target.stored, target.transposed
+    dtype, columns = _DTYPES[stored.format], stored.shape[1]
+    by_chance = chance is not None and dtype != torch.float32
+    generator = generator_for(chance or 0, f"{target.module}.weight") if by_chance else None
+    whole = math.prod(stored.shape) <= _MEASURED_WHOLE
     beginning = file.tell()
 
-    def edit(block: tuple[int, tuple[int, int]]) -> tuple[Tensor, Survival | None]:
-        number, (first, end) = block
+    def edit(number: int, first: int, end: int) -> tuple[Tensor, Survival | None]:
         raw = bytearray((end - first) * columns * dtype.itemsize)
         if os.preadv(file.fileno(), [raw], beginning + first * columns * dtype.itemsize) < len(raw):
             raise ModelError(f"{file.name}: it was cut off while it was read")
         before = torch.frombuffer(raw, dtype=dtype).view(-1, columns)
-        part = rows_of(change, first, end, target.transposed)
-        exact = edited(before.float(), part, -coefficient, target.transposed)
+        part = rows_of(target.change, first, end, transposed)
+        exact = edited(before.float(), part, -coefficient, transposed)
         after = round_stochastically(exact, dtype, generator) if generator else exact.to(dtype)
         if not bool(torch.isfinite(torch.stack(torch.aminmax(exact)).to(dtype)).all()):
             raise VectorError(
@@ -276,54 +476,48 @@ def _edited(
         step = 1 if whole else 0 if number % _EVERY_BLOCK else _EVERY_ROW
         if measured is None or not step:
             return after, None
-        delta = part.delta().T if target.transposed else part.delta()
+        delta = part.delta().T if transposed else part.delta()
         return after, Survival.of(after[::step], before[::step], -coefficient * delta[::step])
 
-    workers = 1 if generator else _workers()
-    for after, survival in _side_by_side(edit, enumerate(row_blocks(*stored.shape)), workers):
-        if measured is not None and survival is not None:
-            measured.append(survival)
-        yield after
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = 1 if generator else processors  # one generator draws for one block after the other
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque[Future[tuple[Tensor, Survival | None]]] = deque()
+        blocks = enumerate(row_blocks(*stored.shape))
+        while True:
+            for number, (first, end) in blocks:
+                waiting.append(pool.submit(edit, number, first, end))
+                if len(waiting) > 2 * workers:  # more would only fill the memory
+                    break
+            if not waiting:
+                break
+            after, survival = waiting.popleft().result()
+            if measured is not None and survival is not None:
+                measured.append(survival)
+            yield after
     file.seek(stored.end)
 
 
-def _workers() -> int:
-    """As many threads as there are processors for this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _side_by_side(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """The results in order, each made by one of some threads while items are read and earlier results are used."""
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[R]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:  # more would only fill the memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def _differing(
-    one: BufferedReader, two: BufferedReader, stored: Stored, work: Work | None, coefficient: float, rounding: Rounding
+    one: BufferedReader,
+    two: BufferedReader,
+    stored: Stored,
+    target: Target | None,
+    coefficient: float,
+    chance: int | None,
 ) -> int:
     """How many elements of a tensor are not what they should be, bit by bit; both files stand at its beginning."""
     size = stored.end - stored.begin
     width = max(size // max(math.prod(stored.shape), 1), 1)
     parts: Iterator[Any] = _bytes(one, size)
-    if work is not None:
-        parts = (rows.view(torch.uint8).numpy().data for rows in _edited(one, work, coefficient, rounding))
+    if target is not None:
+        parts = (rows.view(torch.uint8).numpy().data for rows in _edited(one, target, coefficient, chance))
     differ = 0
     for part in parts:
         wanted, found = (np.frombuffer(p, np.uint8) for p in (part, two.read(memoryview(part).nbytes)))
         if not np.array_equal(wanted, found):
             differ += int((wanted.reshape(-1, width) != found.reshape(-1, width)).any(1).sum())
     return differ
-
-
-def _copy(old: BufferedReader, new: Any, count: int) -> None:
-    for part in _bytes(old, count):
-        new.write(part)
 
 
 def _bytes(file: BufferedReader, count: int) -> Iterator[bytes]:
@@ -336,13 +530,12 @@ def _bytes(file: BufferedReader, count: int) -> Iterator[bytes]:
         yield part
 
 
-# -- the folder ------------------------------------------------------------------------------------------------------
+# -- the folder
 
 
 def _survived(files: Mapping[str, Any]) -> dict[str, Any]:
     """What rounding has left of the edit in the files that are finished."""
-    measured = {n: Survival(*v) for entry in files.values() for n, v in entry["survived"].items()}
-    return summary_of(dict(sorted(measured.items())))
+    return summary_of({n: Survival(*sums) for entry in files.values() for n, sums in entry["survived"].items()})
 
 
 def _state(status: os.stat_result) -> list[int]:
@@ -374,11 +567,11 @@ def _opened(
     new = not place.exists()
     with explained(place):
         place.mkdir(parents=True, exist_ok=True)
-        _leftovers(place, read_record(place))  # before a lock is left in somebody's folder
+        _leftovers(place, _read_record(place))  # before a lock is left in somebody's folder
         lock = Lock.take(place / LOCK)
     try:
         with explained(place):
-            record = read_record(place)
+            record = _read_record(place)
             for path in _leftovers(place, record):
                 path.unlink(missing_ok=True)
             differs = [f"{k} {record[k]} there, {v} here" for k, v in edit.items() if record.get(k, v) != v]
@@ -405,7 +598,7 @@ def _opened(
                 place.rmdir()  # nothing came of it
 
 
-def read_record(place: Path) -> dict[str, Any]:
+def _read_record(place: Path) -> dict[str, Any]:
     """What an earlier attempt recorded, ``{"files": {}}`` where there was none."""
     path = place / RECORD
     try:

@@ -1,8 +1,8 @@
 """Task vectors: what a fine-tuning changed, as a value that can be added, scaled, compared and kept.
 
 A task vector is the change weight by weight: tau = theta_finetuned - theta (Ilharco et al. 2212.04089, section 2).
-After LoRA that change is ``B @ A`` per module, so it is kept as the two thin factors, in float32, with LoRA's scale
-alpha/r already folded into ``B``. After full fine-tuning it is dense.
+After LoRA it is ``B @ A`` per module, kept as the two thin factors, in float32, with LoRA's scale alpha/r folded into
+``B``. After full fine-tuning it is dense.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -38,83 +38,21 @@ from unlearn.vector.change import (
 
 FORMAT = "unlearn.task_vector"
 VERSION = "2"
-# What safetensors and torch say of a number format they do not know, of shapes beyond 64 bits and of a lack of memory.
-UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError)
-_LETTERS = {"1": "AB", "2": "ABW"}  # version -> what its tensors' names may end with
-
-
-def _write(path: Path, modules: Mapping[str, Change], meta: Mapping[str, str]) -> None:
-    """Write a vector in the current version: the same bytes each time."""
-    tensors = {f"{n}.{letter}": t for n, change in modules.items() for letter, t in change.tensors().items()}
-    head = {"format": FORMAT, "version": VERSION, "meta": json.dumps(dict(meta))}
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, path, head)
-    with path.open("r+b") as file:  # the library writes metadata in an order of chance
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length)) | {"__metadata__": head}
-        settled = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(settled) <= length
-        file.seek(8)
-        file.write(settled.ljust(length))
-
-
-def _read(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
-    """A vector's modules and metadata."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            head = f.metadata() or {}
-            if head.get("format") != FORMAT:
-                raise VectorError(f"{path}: not a task vector of this program")
-            version = str(head.get("version"))
-            if version not in _LETTERS:
-                raise VectorError(f"{path}: written as version {version}, this program reads up to {VERSION}")
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - a safe_open has no __iter__
-    except (SafetensorError, OSError, *UNREADABLE) as e:
-        raise VectorError(f"{path}: cannot be read as a task vector: {e}") from e
-    try:
-        return _changes(tensors, _LETTERS[version]), _read_meta(head.get("meta", "{}"))
-    except VectorError as e:
-        raise VectorError(f"{path}: {e}") from e
-
-
-def _changes(tensors: Mapping[str, Tensor], letters: str) -> dict[str, Change]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    strange = []
-    for key, tensor in tensors.items():
-        name, _, letter = key.rpartition(".")
-        if not name or len(letter) != 1 or letter not in letters:
-            strange.append(key)
-        parts.setdefault(name, {})[letter] = tensor
-    if strange:
-        raise VectorError(f"it holds tensors that are no part of a vector: {listed(sorted(strange))}")
-    missing = [n for n, found in parts.items() if "W" not in found and len(found) == 1]
-    if missing:
-        raise VectorError(f"a factor is missing for {listed(sorted(missing))}")
-    twice = [n for n, found in parts.items() if "W" in found and len(found) > 1]
-    if twice:
-        raise VectorError(f"both factors and a dense change are there for {listed(sorted(twice))}")
-    return {n: Dense(p["W"]) if "W" in p else LowRank(p["A"], p["B"]) for n, p in parts.items()}
-
-
-def _read_meta(text: str) -> dict[str, str]:
-    try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError):
-        meta = None
-    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
-        raise VectorError(f"its metadata is damaged: {text[:80]}")
-    return meta
-
-
-# -- task vectors
+VECTOR_FILE, ADAPTER_CONFIG = "vector.safetensors", "adapter_config.json"
+# What safetensors and torch say of a damaged file, an unknown number format, shapes beyond 64 bits, a lack of memory.
+UNREADABLE = (
+    *(SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError),
+    MemoryError,
+)
+_KINDS = {"1": [["A", "B"]], "2": [["A", "B"], ["W"]]}  # version -> what the tensors of a module may be called
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskVector:
     """A change of a model: module path -> :data:`Change`, with string metadata about where it came from.
 
-    Vectors add and scale as the dense changes they stand for. Sums of factors concatenate along r, so they stay
-    exact and low-rank; adding factors element by element, or negating both of them, would be wrong. A sum with a
-    dense change is dense. A module that only one operand names is unchanged by the other.
+    Vectors add and scale as the dense changes they stand for. Sums of factors concatenate along r, so they stay exact
+    and low-rank; a sum with a dense change is dense. A module that only one operand names is unchanged by the other.
 
     Raises:
         VectorError: no module, or a value that is not finite; also from every operation whose result would be so.
@@ -137,9 +75,7 @@ class TaskVector:
         return TaskVector({n: change(n, m) for n, m in self.modules.items()}, self.meta)
 
     def __mul__(self, c: float) -> TaskVector:
-        if not isinstance(c, Real):
-            return NotImplemented
-        return self.map(lambda _, m: m.scaled(float(c)))
+        return self.map(lambda _, m: m.scaled(float(c))) if isinstance(c, Real) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -154,31 +90,25 @@ class TaskVector:
         return -1.0 * self
 
     def __add__(self, other: TaskVector) -> TaskVector:
-        if not isinstance(other, TaskVector):
-            return NotImplemented
-        return TaskVector.sum((self, other))
+        return TaskVector.sum((self, other)) if isinstance(other, TaskVector) else NotImplemented
 
     def __radd__(self, other: Any) -> TaskVector:
         """``0 + vector``, with which the builtin ``sum()`` begins."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: TaskVector) -> TaskVector:
-        if not isinstance(other, TaskVector):
-            return NotImplemented
-        return TaskVector.sum((self, -other))
+        return TaskVector.sum((self, -other)) if isinstance(other, TaskVector) else NotImplemented
 
     @classmethod
     def sum(cls, vectors: Iterable[TaskVector]) -> TaskVector:
         """The exact sum (Ilharco et al., "addition"). Metadata are the first one's wherever several speak."""
-        summands = tuple(vectors)
-        if not summands:
-            raise VectorError("a sum of no task vectors at all has no modules")
         changes: dict[str, list[Change]] = {}
-        for vector in summands:
+        meta: dict[str, str] = {}
+        for vector in vectors:
+            meta = {**vector.meta, **meta}
             for name, m in vector.modules.items():
                 changes.setdefault(name, []).append(m)
         _refuse_clashes(changes, "added")
-        meta = {k: v for vector in reversed(summands) for k, v in vector.meta.items()}
         return cls({n: total(ms) for n, ms in changes.items()}, meta)
 
     def dot(self, other: TaskVector) -> float:
@@ -194,10 +124,7 @@ class TaskVector:
         return math.hypot(*self.norms().values())
 
     def cosine(self, other: TaskVector) -> float:
-        """Cosine similarity of two whole changes, of which Li et al.'s task correlation is the counterpart in outputs.
-
-        Modules that only one of them has count as zero in the other. 0 where one of the changes is zero.
-        """
+        """Cosine similarity of two whole changes; 0 where one of them is zero."""
         return _ratio(self.dot(other), self.norm() * other.norm())
 
     def cosines(self, other: TaskVector) -> dict[str, float]:
@@ -220,17 +147,12 @@ class TaskVector:
             rank: Terms to keep per module; one that has no more stays as it is.
             energy: Instead: the share of each module's squared norm to keep, in (0, 1].
         """
-        if (rank is None) == (energy is None):
-            raise VectorError("give either rank or energy to say how much is kept")
-        check_terms(rank, energy)
+        check_terms(rank, energy, required=True)
         check_rank(rank, {n: m.shape for n, m in self.modules.items()})
         return self.map(lambda _, m: truncated(m, rank, energy))
 
     def prune(self, keep: float, by: Literal["magnitude", "rows"] = "magnitude") -> TaskVector:
-        """The largest part of every matrix, the rest set to zero.
-
-        Shares are taken per matrix, so no module vanishes because its entries are smaller than another's, and one
-        dense matrix at a time is enough.
+        """The largest part of every matrix, the rest set to zero. Shares are taken per matrix, so no module vanishes.
 
         Args:
             keep: Share to keep, in (0, 1].
@@ -238,11 +160,8 @@ class TaskVector:
                 with the largest norm (Li et al. 2504.10957, Corollary 2); factors stay factors.
         """
         check_share("keep", keep)
-        if by == "magnitude":
-            return self.map(lambda _, m: largest_entries(m, keep))
-        if by == "rows":
-            return self.map(lambda _, m: largest_rows(m, keep))
-        raise VectorError(f"by must be magnitude or rows, not {by!r}")
+        smaller: Callable[[Change, float], Change] = {"magnitude": largest_entries, "rows": largest_rows}[by]
+        return self.map(lambda _, m: smaller(m, keep))
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and values (not metadata)."""
@@ -254,22 +173,74 @@ class TaskVector:
         return h.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write it as safetensors; read back it is the same bit for bit."""
-        _write(path, self.modules, self.meta)
+        """Write it as safetensors, the same bytes each time; read back it is the same bit for bit."""
+        tensors = {f"{n}.{letter}": t for n, m in self.modules.items() for letter, t in m.tensors().items()}
+        head = {"format": FORMAT, "version": VERSION, "meta": json.dumps(dict(self.meta))}
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, path, head)
+        with path.open("r+b") as file:  # the library writes metadata in an order of chance
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) | {"__metadata__": head}
+            settled = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(settled) <= length
+            file.seek(8)
+            file.write(settled.ljust(length))
 
     @classmethod
     def load(cls, path: Path) -> TaskVector:
         """Read what :meth:`save` wrote, now or in version 1."""
-        modules, meta = _read(path)
         try:
-            return cls(modules, meta)
+            with safe_open(path, framework="pt") as f:
+                head = f.metadata() or {}
+                if head.get("format") != FORMAT:
+                    raise VectorError("not a task vector of this program")
+                version = head.get("version")
+                if version not in _KINDS:
+                    raise VectorError(f"written as version {version}, this program reads up to {VERSION}")
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - a safe_open has no __iter__
+            return cls(_changes(tensors, _KINDS[version]), _meta(head.get("meta", "{}")))
         except VectorError as e:
             raise VectorError(f"{path}: {e}") from e
+        except UNREADABLE as e:
+            raise VectorError(f"{path}: cannot be read as a task vector: {e}") from e
+
+
+def read_vector(place: Path) -> TaskVector:
+    """A vector from its file, the folder of its stage, or that of a LoRA adapter of PEFT's."""
+    if place.is_dir() and not (place / VECTOR_FILE).is_file():
+        from unlearn.vector.interop import from_adapter  # brings transformers, which takes seconds
+
+        return from_adapter(place)
+    return TaskVector.load(place / VECTOR_FILE if place.is_dir() else place)
 
 
 def analogy(a: TaskVector, b: TaskVector, c: TaskVector) -> TaskVector:
     """tau_c + (tau_b - tau_a): "a is to b as c is to ..." (Ilharco et al. 2212.04089, section 5)."""
     return TaskVector.sum((c, b, -a))
+
+
+def _changes(tensors: Mapping[str, Tensor], kinds: Sequence[list[str]]) -> dict[str, Change]:
+    """The changes that a file's tensors, ``MODULE.A`` and ``MODULE.B`` or ``MODULE.W``, make up."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, letter = key.rpartition(".")
+        parts.setdefault(name, {})[letter] = tensor
+    if strange := [n for n, found in parts.items() if not n or sorted(found) not in kinds]:
+        keys = sorted(key for key in tensors if key.rpartition(".")[0] in strange)
+        needed = "A and B" + (", or W" if ["W"] in kinds else "")
+        raise VectorError(
+            f"of every module it must hold {needed}, and nothing else; it is otherwise for {listed(keys)}"
+        )
+    return {n: Dense(p["W"]) if "W" in p else LowRank(p["A"], p["B"]) for n, p in parts.items()}
+
+
+def _meta(text: str) -> dict[str, str]:
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise VectorError(f"its metadata is damaged: {text[:80]}")
+    return meta
 
 
 def _refuse_clashes(changes: Mapping[str, Iterable[Change]], done: str) -> None:

@@ -25,25 +25,12 @@ from unlearn.console import quietly
 from unlearn.errors import BrokenModelError, VectorError
 from unlearn.model.locate import INDEX, doubled_weights, index_shards
 from unlearn.processes import is_out_of_memory
-from unlearn.vector.change import edited
+from unlearn.vector.change import Survival, edited, generator_for, lost, round_stochastically, summary_of
 from unlearn.vector.edit import applied, fit
 from unlearn.vector.interop import require_factors, target_modules, write_adapter
-from unlearn.vector.rounding import Survival, generator_for, lost, round_stochastically, summary_of
 from unlearn.vector.task_vector import TaskVector
 
 _16_BITS = (torch.bfloat16, torch.float16)
-
-
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a weight that its number format cannot hold."""
-    finite = not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
-    if tensor.is_floating_point() and not finite:
-        raise VectorError(
-            f"{name}: as {_called(tensor.dtype)} it has values that are no finite numbers (or has them before): take "
-            "float32, or bfloat16, which reaches as far, or change less"
-        )
-
-
 # Nats per token that a forward pass in a number format may be off, and the share of an edit's effect that may be lost.
 _FORWARD = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _SHARE = 0.1
@@ -54,17 +41,10 @@ _WAYS_OUT = (
 Export = dict[str, Any]
 
 
-def export_adapter(
-    vector: TaskVector,
-    coefficient: float,
-    base_name: str,
-    model: nn.Module,
-    folder: Path,
-) -> Export:
+def export_adapter(vector: TaskVector, coefficient: float, base_name: str, model: nn.Module, folder: Path) -> Export:
     """Write ``theta - coefficient * tau`` as a LoRA adapter for plain ``PeftModel.from_pretrained(base, folder)``.
 
-    ``B' = -coefficient * B`` and ``A' = A`` per module, float32, with LoRA's scale alpha/r set to 1. (With both
-    factors negated the edit would be an addition.)
+    ``B' = -coefficient * B`` and ``A' = A`` per module, float32, with LoRA's scale alpha/r set to 1.
 
     Args:
         base_name: What the adapter is to be put on: a hub id or a folder.
@@ -72,16 +52,12 @@ def export_adapter(
 
     Returns:
         ``coefficient``, ``modules`` (how many), ``rank`` (the largest), ``bytes``, ``files``.
-
-    Raises:
-        VectorError: the vector does not fit the model, is dense, or scaled by ``coefficient`` is not finite.
     """
     require_factors(vector)
     scaled = -coefficient * vector
     fitted = fit(model, scaled)
     targets = target_modules(list(scaled.modules), [n for n, _ in model.named_modules()])
-    conv1d = any(isinstance(module, Conv1D) for module, _ in fitted.values())
-    write_adapter(scaled, folder, base_name, targets, conv1d)
+    write_adapter(scaled, folder, base_name, targets, any(isinstance(m, Conv1D) for m, _ in fitted.values()))
     done = {"coefficient": coefficient, "modules": len(scaled.modules), "rank": scaled.rank()}
     return {**done, **contents(folder)}
 
@@ -107,15 +83,14 @@ def export_merged(
         tokenizer: Saved beside the weights.
         dtype: Number format of all floating-point weights; None keeps each one's own.
         shard_size: Bytes (``5GB``) after which a new file begins. A larger single tensor gets a file of its own.
-        stochastic_rounding: Round edited weights to 16 bits by chance (``seed``), so that small changes survive on
-            average; the others to nearest.
+        stochastic_rounding: Round edited weights to 16 bits by chance (``seed``); the others to nearest.
         accept_rounding: Write also what rounding to nearest has made another edit of.
 
     Returns:
         ``coefficient``, ``dtype``, ``stochastic_rounding``, ``bytes``, ``files``, and ``survived``: ``cosine`` and
         ``norm_ratio`` of the realised against the intended change, ``changed`` (share of the elements of edited
-        weights), and the same per module under ``modules``. The realised change is the difference between what is
-        stored and the unedited weights stored in the same dtype (to nearest).
+        weights), and the same per module under ``modules``. The realised change is what is stored less the unedited
+        weights in the same dtype (to nearest).
 
     Raises:
         VectorError: the vector does not fit the model, or a weight it changes is quantised; a weight is not finite in
@@ -189,11 +164,7 @@ def rescored(
     Raises:
         VectorError: the reloaded model does not work, or (unless ``accept_rounding``) it is another one.
     """
-
-    def scored(one: PreTrainedModel) -> np.ndarray[Any, Any]:
-        return np.concatenate(log_probs(one))
-
-    before = scored(model)
+    before = np.concatenate(log_probs(model))
     with applied(model, vector, -coefficient):
         wanted = np.concatenate(rows := log_probs(model))
     with quietly():
@@ -202,11 +173,11 @@ def rescored(
     again.eval()
     try:
         try:
-            found = scored(again.to(model.device))
+            found = np.concatenate(log_probs(again.to(model.device)))
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
-            found = scored(again.to("cpu"))  # beside the other one there is no room for it
+            found = np.concatenate(log_probs(again.to("cpu")))  # beside the other one there is no room for it
     except BrokenModelError as e:
         raise VectorError(f"{folder}: read again as {again.dtype}, the merged model does not work: {e}") from e
     difference, edit = float(np.abs(found - wanted).mean()), float(np.abs(wanted - before).mean())
@@ -219,6 +190,16 @@ def rescored(
             "export.accept_rounding writes it all the same"
         )
     return {"items": len(rows), "difference": difference, "edit": edit, "allowed": allowed}
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight that its number format cannot hold."""
+    finite = not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+    if tensor.is_floating_point() and not finite:
+        raise VectorError(
+            f"{name}: as {_called(tensor.dtype)} it has values that are no finite numbers (or has them before): take "
+            "float32, or bfloat16, which reaches as far, or change less"
+        )
 
 
 def _called(dtype: torch.dtype) -> str:
