@@ -35,12 +35,13 @@ _REQUIRED: dict[str, dict[str, type]] = {
     "text": {"prompt": str, "target": str, "target_tokens": int},
 }
 _OPTIONAL: dict[str, dict[str, type]] = {
-    "mcq": {"choice_tokens": list},
-    "qa": {"continuation": str},
+    "mcq": {"choice_tokens": list, "others": list},
+    "qa": {"continuation": str, "others": list},
     "text": {"pieces": list, "continuation": str},
 }
 _NAMES = {str: "text", int: "a whole number", list: "a list"}
 MEMORY_TOKENS = 32
+SHORT = 8  # pieces of a text that tell how it goes on in this language, but not what this passage is
 
 
 # --- items -----------------------------------------------------------------------------------------------------------
@@ -116,6 +117,8 @@ def _check(row: dict[str, Any], kind: str, where: str) -> None:
         _check_choices(row, where)
     elif row["target_tokens"] < 1:
         raise ValueError(f"{where}: 'target_tokens' must be at least 1")
+    if "others" in row and not (row["others"] and all(isinstance(other, str) for other in row["others"])):
+        raise ValueError(f"{where}: 'others' must be at least one prompt")
     if "pieces" in row:
         pieces = row["pieces"]
         if not pieces or not all(isinstance(p, str) and p for p in pieces):
@@ -166,24 +169,54 @@ class Written(ConfigurableTask):
         return request
 
 
+class WithOthers(ConfigurableTask):
+    """The same answers after the prompts of other items too (``others``), from which pointwise information is made.
+
+    An empty one among them asks for the answer after nothing.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def construct_requests(self, doc: dict[str, Any], ctx: Any, **kwargs: Any) -> list[Instance]:
+        """As lm-eval does it, then for each of the others, in the same place of the context."""
+        made = super().construct_requests(doc, ctx, **kwargs)
+        requests: list[Instance] = made if isinstance(made, list) else [made]
+        before, _, after = ctx.rpartition(doc["prompt"])
+        answers = [request.args[1] for request in requests]
+        pairs = [(before + other + after, answer) for other in doc.get("others") or () for answer in answers]
+        return requests + _asked(doc, pairs, len(requests), kwargs)
+
+
 class PieceByPiece(ConfigurableTask):
-    """One request for each piece of the continuation, each after all the true text before it (teacher forcing)."""
+    """One request for each piece of the continuation, each after all the true text before it (teacher forcing).
+
+    Then one for every ``SHORT`` pieces, after as many before them and nothing else; after one less than there is
+    where that would be all, for lm-eval's model takes two requests of one text for the same.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def construct_requests(self, doc: dict[str, Any], ctx: Any, **kwargs: Any) -> list[Instance]:
         """Requests for the first ``memory_tokens`` pieces (task metadata; 32 by default)."""
-        kwargs.pop("apply_chat_template", None)
-        kwargs.pop("chat_template", None)
         limit = int((self.config.metadata or {}).get("memory_tokens", MEMORY_TOKENS))
-        requests, context = [], ctx
-        for index, piece in enumerate(memory_pieces(doc)[:limit]):
-            requests.append(
-                Instance(request_type="loglikelihood", doc=doc, arguments=(context, piece), idx=index, **kwargs)
-            )
-            context += piece
-        return requests
+        pieces = memory_pieces(doc)[:limit]
+        pairs = [(ctx + "".join(pieces[:k]), piece) for k, piece in enumerate(pieces)]
+        line = [*re.findall(r"\s*\S+(?:\s+$)?", doc["prompt"]), *pieces]
+        for k in range(0, len(pieces), SHORT):
+            at = len(line) - len(pieces) + k
+            pairs.append(("".join(line[max(1, at - SHORT) : at]), "".join(pieces[k : k + SHORT])))
+        return _asked(doc, pairs, 0, kwargs)
+
+
+def _asked(doc: dict[str, Any], pairs: Iterable[tuple[str, str]], first: int, how: Mapping[str, Any]) -> list[Instance]:
+    """A request for each (context, continuation); ``first`` is the number of the first among the item's requests."""
+    rest = {key: value for key, value in how.items() if key not in ("apply_chat_template", "chat_template")}
+    return [
+        Instance(request_type="loglikelihood", doc=doc, arguments=pair, idx=number, **rest)
+        for number, pair in enumerate(pairs, start=first)
+    ]
 
 
 # --- scores of one item ----------------------------------------------------------------------------------------------
@@ -193,9 +226,12 @@ def score_choices(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str
     """``acc`` and ``acc_norm`` as lm-eval has them (the second per character), and how likely the right answer is.
 
     ``logprob`` is its log-probability in nats. ``prob`` is P(answer)^(1/tokens), TOFU's probability
-    (arXiv 2401.06121, section 2.2.1), where the item has ``choice_tokens``.
+    (arXiv 2401.06121, section 2.2.1), where the item has ``choice_tokens``. Where it has ``others``, ``pmi`` is by how
+    many nats the answer is likelier after its own prompt than after theirs, on average, and ``acc_pmi`` whether no
+    other choice has more: a model that only says the answers less often, whatever it is asked, keeps both.
     """
-    logprobs = np.array([logprob for logprob, _ in results])  # (choices,)
+    answers = np.array([logprob for logprob, _ in results]).reshape(-1, len(doc["choices"]))  # (1 + others, choices)
+    logprobs = answers[0]
     lengths = np.array([float(len(choice)) for choice in doc["choices"]])
     right = doc["answer"]
     if np.isnan(logprobs).any():  # argmax would call NaN the best choice
@@ -208,14 +244,25 @@ def score_choices(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str
         }
     if doc.get("choice_tokens"):
         scores["prob"] = math.exp(logprobs[right] / doc["choice_tokens"][right])
+    if len(answers) > 1:
+        information = logprobs - answers[1:].mean(axis=0)
+        broken = np.isnan(information).any()
+        scores["pmi"] = float(information[right])
+        scores["acc_pmi"] = math.nan if broken else float(np.argmax(information) == right)
     return scores
 
 
 def score_answer(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str, float]:
-    """``prob`` (TOFU's P(answer)^(1/tokens)), ``loss`` (nats per token) and ``exact`` (greedy decoding says it)."""
-    ((logprob, greedy),) = results
+    """``prob`` (TOFU's P(answer)^(1/tokens)), ``loss`` (nats per token) and ``exact`` (greedy decoding says it).
+
+    With ``others`` also ``pmi``, as :func:`score_choices` has it.
+    """
+    (logprob, greedy), *others = results
     mean = logprob / doc["target_tokens"]
-    return {"prob": math.exp(mean), "loss": -mean, "exact": float(greedy)}
+    scores = {"prob": math.exp(mean), "loss": -mean, "exact": float(greedy)}
+    if others:
+        scores["pmi"] = logprob - sum(after for after, _ in others) / len(others)
+    return scores
 
 
 def score_passage(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str, Any]:
@@ -229,13 +276,20 @@ def score_memory(doc: Mapping[str, Any], results: Sequence[Answer]) -> dict[str,
 
     ``exact_memorisation`` is the share of such pieces. ``extraction_strength`` is 1 - k/N: of the N pieces, k is the
     length of the shortest beginning after which it would have written all the rest (0 where not even the last piece
-    is its own).
+    is its own). ``pmi``: by how many nats per piece all the text before makes it likelier than the last few pieces do,
+    so that knowing the language does not count as knowing the passage.
     """
     if any(math.isnan(logprob) for logprob, _ in results):
-        return {"exact_memorisation": math.nan, "extraction_strength": math.nan}
-    own = [greedy for _, greedy in results]
+        return dict.fromkeys(("exact_memorisation", "extraction_strength", "pmi"), math.nan)
+    count = len(results) * SHORT // (SHORT + 1)  # the others are one for each SHORT of them
+    own = [greedy for _, greedy in results[:count]]
     needed = max((index for index, right in enumerate(own, 1) if not right), default=0)
-    return {"exact_memorisation": sum(own) / len(own), "extraction_strength": 1 - needed / len(own)}
+    whole, short = (sum(logprob for logprob, _ in part) for part in (results[:count], results[count:]))
+    return {
+        "exact_memorisation": sum(own) / count,
+        "extraction_strength": 1 - needed / count,
+        "pmi": (whole - short) / count,
+    }
 
 
 # what the names of letters begin with in scripts that put no spaces between words

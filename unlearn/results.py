@@ -10,13 +10,14 @@ from typing import Any, Literal, TypeVar
 
 from unlearn.text import counted, listing, percent, short
 
-AttackKind = Literal["none", "quantise", "relearn", "probe", "sample", "lens"]
+AttackKind = Literal["none", "quantise", "relearn", "probe", "contrast", "sample", "lens"]
 Who = Literal["target", "edited", "reference"]
 Read = TypeVar("Read")
 
 PLAIN = "none"  # the attack of a score that was taken without one
 GREEDY = "greedy answers"  # without an attack as well: what samples are compared with
 LENS = "the logit lens"
+CONTRAST = "a choice beside the same question about others"
 _BEST = " (the best one)"
 _Z95 = 1.96
 _NOTHING = 1e-9  # a smaller difference of scores is rounding
@@ -30,11 +31,13 @@ _PROBES = {
 _METRICS = {
     "acc": "accuracy",
     "acc_norm": "accuracy",
+    "acc_pmi": "accuracy beside other prompts",
     "exact": "exact-answer rate",
     "exact_match": "exact-match rate",
     "exact_memorisation": "exact memorisation",
     "extraction_strength": "extraction strength",
     "logprob": "log-probability",
+    "pmi": "pointwise information",
     "prob": "answer probability",
     "rougeL": "ROUGE-L",
     "rougeL_f1": "ROUGE-L F1",

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from unlearn.data.items import SHORTEST_TARGET, Item, answer_index, normalise
-from unlearn.data.sets import LoadedSet, load_sets
+from unlearn.data.sets import LoadedSet, counterparts, load_sets
 from unlearn.errors import DataError
 from unlearn.recipe.data import SPLITS
 from unlearn.recipe.schema import Recipe
@@ -658,3 +658,16 @@ def test_a_hold_out_set_needs_items(tmp_path: Path) -> None:
     nothing = {"train": 0.0, "validation": 1.0, "test": 0.0}
     told = refused(tmp_path, forget=qa("f.jsonl"), holdout=qa("h.jsonl", shares=nothing))
     assert told == "holdout set 'h': shares.test is 0, but a hold-out set needs test items"
+
+
+def test_counterparts_ask_about_others_in_the_same_wording() -> None:
+    items = [Item(f"{n:016}", f"The capital of {n} is", f"city {n % 3}") for n in range(9)]
+    found = counterparts(items, "The capital of {country} is")
+    answers = {item.prompt: item.target for item in items}
+    for item in items:
+        assert len(set(found[item.id])) == 4
+        assert item.target not in {answers[prompt] for prompt in found[item.id]}
+    assert counterparts(items[::-1], "The capital of {country} is") == found, "whatever the order of the items"
+    # a prompt that is the question alone is no wording, and nobody else's answer is another one's
+    assert set(map(tuple, counterparts(items, "{question}").values())) == {("",)}
+    assert set(map(tuple, counterparts(items[::3], "The capital of {country} is").values())) == {("",)}

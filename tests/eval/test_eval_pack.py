@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,69 @@ def test_choices_agree_with_plain_forward_passes_and_with_lm_eval_itself(lm: HFL
     )
 
 
+def test_pmi_is_what_the_own_prompt_adds_to_others_prompts(lm: HFLM, tmp_path: Path) -> None:
+    """Choices and answers, against plain forward passes; an empty prompt among the others asks after nothing."""
+    rows, expected = [], []
+    for index, country in enumerate(COUNTRIES):
+        others = [question(other) for other in COUNTRIES if other != country][:2] + [""] * (index % 2)
+        after = [
+            [float(forward_after(lm, prompt, f" {city}").sum()) for city in CITIES]
+            for prompt in (question(country), *others)
+        ]
+        added = [own - sum(column) / len(others) for own, *column in zip(*after, strict=True)]
+        expected.append({"pmi": added[index], "acc_pmi": float(max(range(4), key=added.__getitem__) == index)})
+        row = {"prompt": question(country), "target": CITIES[index], "target_tokens": 1, "others": others}
+        rows.append({**row, "choices": CITIES, "answer": index})
+    items = write(tmp_path / "items.jsonl", rows)
+    result, samples = scored(lm, "unlearn_mcq", items=items)
+    for metric in ("pmi", "acc_pmi"):
+        values = [e[metric] for e in expected]
+        assert [s[metric] for s in samples] == pytest.approx(values, abs=TOLERANCE)
+        assert result[f"{metric},none"] == pytest.approx(sum(values) / len(values), abs=TOLERANCE)
+    _, answers = scored(lm, "unlearn_qa", items=items)
+    assert [s["pmi"] for s in answers] == pytest.approx([e["pmi"] for e in expected], abs=TOLERANCE)
+
+
+def forward_after(lm: HFLM, prompt: str, answer: str) -> torch.Tensor:
+    if prompt:
+        return forward(lm, prompt + answer, length(lm, prompt))[0]
+    ids = [lm.prefix_token_id, *lm.tokenizer(answer, add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        logprobs = lm.model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def test_a_model_that_only_says_all_answers_less_often_keeps_its_pmi(pack: ModuleType) -> None:
+    doc = {"choices": ["a", "b"], "answer": 0}
+    before = [(-1.0, True), (-3.0, False), (-4.0, False), (-4.0, False)]
+    pushed_down = [(-9.0, False), (-3.0, False), (-12.0, False), (-4.0, False)]
+    scores = [pack.score_choices(doc, results) for results in (before, pushed_down)]
+    assert [s["acc"] for s in scores] == [1.0, 0.0]
+    assert [(s["pmi"], s["acc_pmi"]) for s in scores] == [(3.0, 1.0), (3.0, 1.0)]
+
+
+def test_pmi_of_a_passage_is_what_a_long_context_adds_to_a_short_one(lm: HFLM, tmp_path: Path) -> None:
+    rows, expected = [], []
+    for prompt, target in PASSAGES:
+        pieces = [f" {word}" for word in (prompt + " " + target).split() * 2][:32]
+        head, text = "A dog barks. " + prompt.strip(), "".join(pieces)
+        line = [*re.findall(r"\s*\S+", head), *pieces]
+        whole = short = 0.0
+        for k, piece in enumerate(pieces):
+            context = head + "".join(pieces[:k])
+            whole += float(forward(lm, context + piece, length(lm, context))[0].sum())
+        for k in range(0, len(pieces), 8):
+            at = len(line) - len(pieces) + k
+            context = "".join(line[max(1, at - 8) : at])
+            short += float(forward_after(lm, context, "".join(pieces[k : k + 8])).sum())
+        expected.append((whole - short) / len(pieces))
+        rows.append({"prompt": head, "target": text, "target_tokens": len(pieces), "pieces": pieces})
+    items = write(tmp_path / "items.jsonl", rows)
+    result, samples = scored(lm, "unlearn_text_memory", items=items)
+    assert [s["pmi"] for s in samples] == pytest.approx(expected, abs=TOLERANCE)
+    assert result["pmi,none"] == pytest.approx(sum(expected) / len(expected), abs=TOLERANCE)
+
+
 def test_choices_without_token_counts_have_no_prob(lm: HFLM, tmp_path: Path) -> None:
     row = {"prompt": question("Chile"), "choices": list(CITIES), "answer": 1, "target": "Rome"}
     result, _ = scored(lm, "unlearn_mcq", items=write(tmp_path / "items.jsonl", [row, row]))
@@ -180,7 +244,8 @@ def test_memory_is_the_share_of_first_choices(lm: HFLM, tmp_path: Path, limit: i
     result, samples = scored(
         lm, "unlearn_text_memory", items=write(tmp_path / "items.jsonl", rows), memory_tokens=limit
     )
-    assert [len(s["resps"]) for s in samples] == [min(limit, len(r["pieces"])) for r in rows]
+    asked = [min(limit, len(r["pieces"])) for r in rows]
+    assert [len(s["resps"]) for s in samples] == [count + math.ceil(count / 8) for count in asked]
     assert [s["exact_memorisation"] for s in samples] == pytest.approx(expected)
     assert result["exact_memorisation,none"] == pytest.approx(sum(expected) / len(expected))
     assert 0 < sum(expected) < len(expected)
@@ -204,8 +269,8 @@ def test_memory_is_the_share_of_first_choices(lm: HFLM, tmp_path: Path, limit: i
     ],
 )
 def test_extraction_strength_by_hand(pack: ModuleType, own: str, strength: float) -> None:
-    scores = pack.score_memory({}, [(-1.0, sign == "+") for sign in own])
-    assert scores == {"exact_memorisation": own.count("+") / len(own), "extraction_strength": strength}
+    scores = pack.score_memory({}, [(-1.0, sign == "+") for sign in own] + [(-2.0 * len(own), False)])
+    assert scores == {"exact_memorisation": own.count("+") / len(own), "extraction_strength": strength, "pmi": 1.0}
 
 
 def test_memory_without_pieces_goes_word_by_word(pack: ModuleType) -> None:
@@ -327,7 +392,7 @@ def test_an_item_without_any_word_is_refused(pack: ModuleType, tmp_path: Path) -
 def test_a_broken_model_never_looks_like_a_number(pack: ModuleType) -> None:
     bad = (math.nan, True)
     doc = {"choices": ["a", "b"], "answer": 0, "target": "a", "target_tokens": 1}
-    scores = [pack.score_choices(doc, [bad, (-1.0, False)]), pack.score_memory(doc, [bad, (-1.0, True)])]
+    scores = [pack.score_choices(doc, [bad, (-1.0, False)]), pack.score_memory(doc, [bad, (-1.0, True), (-2.0, False)])]
     scores += [pack.score_answer(doc, [bad])]
     assert all(math.isnan(s[m]) for s in scores for m in s if m != "exact")
     assert pack.corpus_perplexity([(-1e6, 1)]) == math.inf
@@ -352,6 +417,8 @@ TEXT = {"prompt": "p", "target": "one two", "target_tokens": 2}
         ("mcq", [{**MCQ, "choices": ["", "b"]}], "none of them empty"),
         ("mcq", [{**MCQ, "choice_tokens": [1]}], "one whole number above 0 for each choice"),
         ("mcq", [{**MCQ, "choice_tokens": [1, 0]}], "one whole number above 0 for each choice"),
+        ("mcq", [{**MCQ, "others": []}], "'others' must be at least one prompt"),
+        ("qa", [{**TEXT, "others": ["p", 1]}], "'others' must be at least one prompt"),
         ("mcq", [{**MCQ, "choice_tokens": [1, 1]}, MCQ], "item 2: no 'choice_tokens', though other items have it"),
         ("qa", [{"prompt": "p", "target": "t"}], "qa items need 'target_tokens'"),
         ("qa", [{"prompt": "p", "target": "", "target_tokens": 1}], "'target' is empty"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from unlearn.data.encoding import count_tokens
 from unlearn.data.files import read_placed, shorten, source_label
-from unlearn.data.items import Item, Record, Tokenizer, build, columns_needed, digest
+from unlearn.data.items import Item, Record, Tokenizer, build, columns_needed, digest, normalise
 from unlearn.errors import DataError, EvaluationError, RunFolderError
-from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split
+from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split, render, template_fields
 from unlearn.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ def _others(count: int) -> str:
 
 
 MEMORY_TOKENS = 32  # pieces per passage; the pack's own default as well
+COUNTERPARTS = 4
 EVALUATED: tuple[Split, ...] = ("validation", "test")
 
 
@@ -328,7 +330,7 @@ def write_items(
             if not items:
                 continue
             path = items_path(folder, loaded, split)
-            rows = list(_rows(loaded, items, tokenizer))
+            rows = list(_rows(loaded, split, tokenizer))
             if split in written and loaded.spec.kind != "mcq" and loaded.role != "holdout":
                 _check_words(loaded, rows)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -364,16 +366,41 @@ def _moved(tokenizer: PreTrainedTokenizerFast, item: Item, prefix: int) -> Item:
     return replace(item, prompt=text[: ends[prefix - 1]], target=text[ends[prefix - 1] :])
 
 
-def _rows(loaded: LoadedSet, items: Sequence[Item], tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Any]]:
-    kind = loaded.spec.kind
+def counterparts(items: Sequence[Item], template: str) -> dict[str, list[str]]:
+    """For each item's id the prompts of four others with another answer, in the same wording: what a model says there
+    it says of anything. The order they are taken in is one for all items, so that they are nearly the same four.
+
+    Where the template is no wording of its own, or nobody has another answer: the empty prompt.
+    """
+    worded = any(map(str.isalnum, render(template, dict.fromkeys(template_fields(template), ""))))
+    order = sorted(items, key=lambda item: item.id) if worded else []
+    random.Random("counterparts").shuffle(order)
+    known = [(normalise(item.target), item.prompt) for item in order]
+    chosen = {}
+    for item in items:
+        target = normalise(item.target)
+        others = (prompt for answer, prompt in known if answer != target and prompt != item.prompt)
+        chosen[item.id] = list(itertools.islice(others, COUNTERPARTS)) or [""]
+    return chosen
+
+
+def _rows(loaded: LoadedSet, split: Split, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Any]]:
+    kind, items = loaded.spec.kind, loaded.items(split)
+    others = counterparts(items, loaded.spec.prompts(split)[0]) if kind != "text" else {}
     for item in items:
         row: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "target": item.target}
         if kind == "mcq":
             counts = [count_tokens(tokenizer, item.prompt, " " + choice) for choice in item.choices]
-            row |= {"choices": list(item.choices), "answer": item.answer, "choice_tokens": counts}
+            row |= {
+                "choices": list(item.choices),
+                "answer": item.answer,
+                "choice_tokens": counts,
+                "others": others[item.id],
+            }
         elif kind == "qa":
             counts = [count_tokens(tokenizer, item.prompt, " " + item.target)]
             row |= {"target_tokens": counts[0], **_beginning(tokenizer, item, " ", loaded.spec.continuation)}
+            row["others"] = others[item.id]
         else:
             counts = [count_tokens(tokenizer, item.prompt, item.target)]
             row |= {"target_tokens": counts[0], **_pieces(tokenizer, item)}

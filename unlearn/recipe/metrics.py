@@ -9,11 +9,11 @@ from unlearn.recipe.schema import Recipe
 
 # Metrics of each kind that need log-likelihoods only; the first is the one the choice of a coefficient rests on.
 METRICS: dict[Kind, tuple[str, ...]] = {
-    "mcq": ("acc", "acc_norm", "logprob", "prob"),
-    "qa": ("prob", "loss", "exact"),
-    "text": ("perplexity", "loss", "exact_memorisation", "extraction_strength"),
+    "mcq": ("acc", "acc_norm", "logprob", "prob", "pmi", "acc_pmi"),
+    "qa": ("prob", "loss", "exact", "pmi"),
+    "text": ("perplexity", "loss", "exact_memorisation", "extraction_strength", "pmi"),
 }
-RECITED = ("exact_memorisation", "extraction_strength")  # need a request for each token
+RECITED = ("exact_memorisation", "extraction_strength", "pmi")  # need a request for each token
 Key = tuple[str, str, str]  # set, name, metric
 
 

@@ -174,7 +174,7 @@ class _Seeded:
 
 # -- scores through lm-eval
 
-_OF_A_CHOICE = ("acc", "acc_norm")
+_OF_A_CHOICE = ("acc", "acc_norm", "acc_pmi")
 _NOT_METRICS = frozenset({"name", "alias", "sample_len", "sample_count"})
 
 
@@ -279,10 +279,11 @@ def _chance(name: str, samples: Mapping[str, list[dict[str, Any]]], tasks: TaskS
     under = [one for one, task in tasks.tasks.items() if any(task is member for member in members)]
     if any(tasks.tasks[one].OUTPUT_TYPE != "multiple_choice" for one in under):
         return None
-    # lm-eval asks twice for each choice where a metric sets it against the answer without its question
+    # more than once for each choice where a metric sets it against the answer without its question, or after others'
     asked = {one: 2 if "acc_mutual_info" in tasks.tasks[one].aggregation() else 1 for one in under}
     rows = [(row, asked[one]) for one in under for row in samples[one] if row["filter"] == samples[one][0]["filter"]]
-    return math.fsum(times / len(row["filtered_resps"]) for row, times in rows) / len(rows)
+    times = [count + len(row["doc"].get("others") or ()) for row, count in rows]
+    return math.fsum(n / len(row["filtered_resps"]) for n, (row, _) in zip(times, rows, strict=True)) / len(rows)
 
 
 _BROKEN = "the model is broken at this point; use smaller coefficients, or model.dtype float32"
