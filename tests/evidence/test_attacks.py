@@ -214,7 +214,7 @@ def test_the_table_has_every_attack_of_every_model_in_one_order(found: Robustnes
     per_model = [[place(s) for s in found.scores if s.who == who] for who in EVERYONE]
     assert per_model[0] == per_model[1] == per_model[2]
     kinds = [kind for kind, *_ in per_model[0]]
-    assert list(dict.fromkeys(kinds)) == ["none", "probe", "sample", "lens", "quantise", "relearn"]
+    assert list(dict.fromkeys(kinds)) == ["none", "probe", "contrast", "sample", "lens", "quantise", "relearn"]
     positions = [(s.kind, s.attack) for s in found.scores]
     assert [p for i, p in enumerate(positions) if i == 0 or positions[i - 1] != p] == list(dict.fromkeys(positions))
 
@@ -245,7 +245,14 @@ def small(compared: Path, tmp_path: Path) -> Iterator[Any]:
     return go
 
 
-NOTHING: dict[str, Any] = {"quantize": [], "relearn": None, "probes": [], "samples": 0, "lens": False}
+NOTHING: dict[str, Any] = {
+    "quantize": [],
+    "relearn": None,
+    "probes": [],
+    "contrast": False,
+    "samples": 0,
+    "lens": False,
+}
 
 
 def test_no_attack_at_all(small: Any, found: Robustness) -> None:

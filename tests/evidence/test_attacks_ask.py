@@ -15,9 +15,10 @@ from attack_arena import KINDS, Arena, write_lines
 from rouge_score import rouge_scorer
 
 from unlearn.data.items import Item
+from unlearn.data.sets import counterparts
 from unlearn.errors import EvaluationError
 from unlearn.evidence.attacks import ATTACKS
-from unlearn.evidence.attacks_ask import SHOTS, _AtStop, leaks, sample, wordings
+from unlearn.evidence.attacks_ask import SHOTS, _AtStop, choices, leaks, sample, wordings
 from unlearn.model.load import Loaded
 from unlearn.score.evaluate import evaluate
 from unlearn.score.scorer import complete
@@ -106,6 +107,46 @@ def test_mean_and_best_wording(kind: str, probe: Any, phi: Loaded, tmp_path: Pat
     wanted = [sum(alone) / len(alone), max(alone)]
     assert found == pytest.approx(wanted if len(alone) > 1 else wanted[:1])
     assert ATTACKS[probe].settings(arena.scene(probes=[])) is None
+
+
+# --- the same about others -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mcq", "qa"])
+def test_what_is_less_likely_after_every_prompt_comes_back_beside_others(
+    kind: str, phi: Loaded, tmp_path: Path
+) -> None:
+    """Against the differences of plain log-likelihoods; and pushing an answer down everywhere changes nothing."""
+    scene = Arena(phi, tmp_path, kind).scene()
+    found = ATTACKS["contrast"].run(scene)
+    assert [s.kind for s in found] == (["contrast"] if kind == "mcq" else ["none", "contrast"])
+    items = scene.judge.items if kind == "mcq" else choices(scene.judge.items)
+
+    def logprob(prompt: str, answer: str) -> float:
+        ids = phi.tokenizer(f"{prompt} {answer}", return_tensors="pt")["input_ids"]
+        start = len(phi.tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            logprobs = phi.model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+        return float(logprobs.gather(1, ids[0, start:, None]).sum())
+
+    right = plain = 0
+    for item in items:
+        others = counterparts(items, "Question: {question}")[item.id]
+        asked = [[logprob(prompt, choice) for choice in item.choices] for prompt in (item.prompt, *others)]
+        own, *beside = torch.tensor(asked, dtype=torch.float64)
+        right += int((own - torch.stack(beside).mean(0)).argmax()) == item.answer
+        plain += int(own.argmax()) == item.answer
+    assert found[-1].value == pytest.approx(right / len(items))
+    if kind == "qa":
+        assert (found[0].metric, found[0].value) == ("acc", pytest.approx(plain / len(items)))
+
+
+def test_answers_become_choices_among_each_other() -> None:
+    items = [replace(QUESTION, id=f"{n:016}", target=f"city {n % 5}") for n in range(7)]
+    for item, made in zip(items, choices(items), strict=True):
+        assert made.choices[made.answer] == item.target
+        assert len(set(made.choices)) == 4
+    assert choices(items) == choices(items)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

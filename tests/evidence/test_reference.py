@@ -295,7 +295,15 @@ def test_two_processes_score_the_same(compared: Path, tmp_path: Path, report: Ru
         one_s = alone[together.who, together.kind, together.attack, together.metric, together.steps, together.layer]
         # in 8 bits a score depends a little on what stands beside it in a batch
         assert together.value == pytest.approx(one_s.value, abs=0.02 if one_s.kind == "quantise" else 1e-3), one_s
-    assert {s.kind for s in found.robustness.scores} == {"none", "quantise", "relearn", "probe", "sample", "lens"}
+    assert {s.kind for s in found.robustness.scores} == {
+        "none",
+        "quantise",
+        "relearn",
+        "probe",
+        "contrast",
+        "sample",
+        "lens",
+    }
 
 
 def _environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from unlearn.plan.words import _evidence
 from unlearn.recipe.schema import Recipe
 from unlearn.report.assemble import left_out
-from unlearn.results import LENS, AttackScore, Robustness, Who, probing, relearning
+from unlearn.results import CONTRAST, LENS, AttackScore, Robustness, Who, probing, relearning
 
 
 def attack(
@@ -42,10 +42,11 @@ def test_the_plan_of_comparisons() -> None:
         "benchmark: tofu forget05 on 3 models, the first 30 items of every set",
         "membership: can the forget set be told from h, which no model has seen?",
         "attack 3 models: copies in nf4 and int8, 20 steps of relearning on 8 forget items, "
-        "other prompts (paraphrase, prefix, few-shot, template), the best of 8 samples and the logit lens",
+        "other prompts (paraphrase, prefix, few-shot, template), a choice beside other prompts, the best of 8 "
+        "samples and the logit lens",
     ]
     passages = {"path": "t.txt", "kind": "text"}
-    assert steps(utility=[passages], robustness={"quantize": [], "samples": 0, "lens": False}) == [
+    assert steps(utility=[passages], robustness={"quantize": [], "contrast": False, "samples": 0, "lens": False}) == [
         "attack 2 models: 20 steps of relearning on 8 forget items and on unrelated texts and other prompts "
         "(paraphrase, prefix, few-shot, template)"
     ]
@@ -57,18 +58,21 @@ def test_attacks_that_do_not_apply_are_neither_planned_nor_left_out_in_silence()
     asked = {"quantize": [], "samples": 0, "relearn": None}
     only = ["attack 2 models: other prompts (prefix) and the logit lens"]
     assert steps(forget=passages, robustness=asked) == only
-    assert steps(retain=[passages], robustness={**asked, "probes": ["prefix", "few_shot"]}) == only
+    asked |= {"contrast": False, "probes": ["prefix", "few_shot"]}
+    assert steps(retain=[passages], robustness=asked) == only
     plain = {"name": "r", "model": {"path": "pico:phi"}, "forget": passages, "robustness": {"quantize": []}}
     recipe = Recipe.model_validate_json(json.dumps(plain))
     scores = (attack("edited", 0.1), attack("edited", 0.2, "probe", probing("prefix")))
     (said,) = left_out(recipe, Robustness("t", "prob", scores))
     assert said == (
         "left out, because these data or this model do not allow it: other wordings, solved examples in the prompt, "
-        "templates in other languages, relearning on unrelated texts, the logit lens"
+        "templates in other languages, relearning on unrelated texts, a choice beside the same question about others, "
+        "the logit lens"
     )
     made = [probing(p) for p in ("paraphrase", "prefix", "few_shot", "template")]
     whole = [attack("edited", 0.2, "probe", name) for name in made]
     whole += [attack("edited", 0.2, "relearn", relearning(4, True)), attack("edited", 0.2, "lens", LENS, layer=1)]
+    whole.append(attack("edited", 0.2, "contrast", CONTRAST))
     assert left_out(recipe, Robustness("t", "prob", tuple(whole))) == left_out(recipe, None) == ()
 
 
@@ -87,7 +91,7 @@ def test_the_plan_of_other_references() -> None:
 
 
 def test_the_plan_of_some_attacks() -> None:
-    few: dict[str, Any] = {"quantize": [], "probes": ["few_shot"], "samples": 1, "lens": False}
+    few: dict[str, Any] = {"quantize": [], "probes": ["few_shot"], "contrast": False, "samples": 1, "lens": False}
     assert steps(robustness={**few, "relearn": {"items": 1, "steps": [1], "unrelated": False}}) == [
         "attack 2 models: 1 step of relearning on 1 forget item, other prompts (few-shot) and the best of 1 sample"
     ]

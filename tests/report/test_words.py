@@ -25,9 +25,9 @@ from reports import (
 )
 
 from unlearn.recipe.evaluation import ChooseSpec
-from unlearn.report.figures import final_shares, frontier, main_keys, share_kept, verdict
+from unlearn.report.figures import final_shares, frontier, main_keys, memory, share_kept, verdict
 from unlearn.report.page import render_html
-from unlearn.report.words import benchmark_line, evidence_facts, headline, membership_line, remarks
+from unlearn.report.words import benchmark_line, evidence_facts, headline, membership_line, memory_line, remarks
 from unlearn.results import Chosen, Robustness, RunReport
 from unlearn.score.search import bound_of, holds, judge
 from unlearn.text import duration, file_size, number, percent, tick_label
@@ -303,3 +303,20 @@ def test_facts_are_those_that_the_run_has() -> None:
     assert evidence_facts(make()) == []
     plain_only = Robustness("europe", "prob", ATTACKS.scores[:3])
     assert evidence_facts(make(robustness=plain_only)) == []  # nothing was attacked
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "pmi", "became"),
+    [(0.9, 8.0, "kept"), (0.458, 6.6, "suppressed"), (0.458, 1.6, "forgotten"), (0.3, -0.5, "forgotten")],
+)
+def test_what_is_only_said_less_often_is_suppressed(accuracy: float, pmi: float, became: str) -> None:
+    rows = (row("forget", "europe", 0.917, accuracy), row("forget", "europe", 8.0, pmi, "pmi"))
+    report = make(scores=(*rows, *make().scores[1:]))
+    found = memory(report, rows[0])
+    assert found is not None
+    assert (found.became, found.left) == (became, max(0.0, pmi / 8))
+    assert f"europe is {became}: " in memory_line(report)
+    assert ("memory", memory_line(report)) in evidence_facts(report)
+    unknown = replace(rows[1], before=score(0.05))
+    assert memory(make(scores=(rows[0], unknown)), rows[0]) is None, "it was not known before"
+    assert memory_line(make()) == ""

@@ -183,7 +183,13 @@ class Attack:
 
 
 ATTACKS: dict[str, Attack] = {}
-_FIRST = ("plain", *get_args(Probe), "samples", "lens")  # in the order of the table; after them, as registered
+_FIRST = (
+    "plain",
+    *get_args(Probe),
+    "contrast",
+    "samples",
+    "lens",
+)  # in the order of the table; after them, as registered
 
 
 def attack(

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from unlearn.console import progress
-from unlearn.data.items import Item, digest
+from unlearn.data.items import Item, digest, normalise
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import EvaluationError
 from unlearn.evidence.attacks import Judge, Judged, Scene, attack
@@ -28,7 +28,7 @@ from unlearn.processes import count, together
 from unlearn.recipe.data import Kind
 from unlearn.recipe.data import stops as stops_of
 from unlearn.recipe.evaluation import Probe
-from unlearn.results import GREEDY, AttackScore, probing, sampling
+from unlearn.results import CONTRAST, GREEDY, AttackScore, probing, sampling
 from unlearn.score.tasks import pack_config, quiet_harness, random_state_kept
 from unlearn.store.files import write_json_atomic
 
@@ -132,6 +132,44 @@ def _examples(sets: Sequence[LoadedSet], seed: int) -> list[str]:
     draws = [order[start : start + SHOTS] for start in range(0, SHOTS * DRAWS, SHOTS)]
     whole = [draw for draw in draws if len(draw) == SHOTS] or ([order] if order else [])
     return ["".join(f"{pool[n].prompt} {pool[n].target}\n\n" for n in draw) for draw in whole]
+
+
+# -- the same question about others, subtracted
+
+_CHOICES = 4
+
+
+def choices(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Questions as choices: each answer among those of three other items, or as many as have another one."""
+    order = sorted(items, key=lambda item: digest("choices", item.id))
+    found = []
+    for item in items:
+        others = [other.target for other in order if normalise(other.target) != normalise(item.target)]
+        options = [item.target, *dict.fromkeys(others)][:_CHOICES]
+        options.sort(key=lambda option: digest("choices", item.id, option))
+        found.append(replace(item, choices=tuple(options), answer=options.index(item.target)))
+    return tuple(found)
+
+
+def _contrasted(scene: Scene) -> list[Any] | None:
+    targets = {normalise(item.target) for item in scene.judge.items}
+    return [] if scene.spec.contrast and scene.judge.kind != "text" and len(targets) > 1 else None
+
+
+@attack("contrast", _contrasted)
+def contrast(scene: Scene) -> list[AttackScore]:
+    """The choice whose answer gains most by its own prompt over the same question about others.
+
+    What an edit has made unlikely after every prompt is as likely as before beside them. Where items are no choices
+    they are made into some, and then the plain score is the accuracy of those.
+    """
+    judge = scene.judge
+    if judge.kind == "qa":
+        as_choices = replace(judge.loaded, spec=judge.loaded.spec.model_copy(update={"kind": "mcq"}))
+        judge = Judge(as_choices, choices(judge.items), judge.tokenizer, scene.folder / "choices", judge.recipe)
+    found = judge.read(judge.lm(scene.model, "asking about others"))
+    scores = [replace(found["acc_pmi"], metric="acc").entry(scene.who, CONTRAST, "contrast")]
+    return scores if scene.judge.kind == "mcq" else [found["acc"].entry(scene.who), *scores]
 
 
 # -- samples

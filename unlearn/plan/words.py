@@ -217,6 +217,8 @@ def _attacks(recipe: Recipe, spec: RobustnessSpec) -> Iterator[str]:
         yield f"{steps} of relearning on {counted(spec.relearn.items, 'forget item')}{unrelated}"
     if probes:
         yield f"other prompts ({', '.join(probes).replace('_', '-')})"
+    if spec.contrast and questions:
+        yield "a choice beside other prompts"
     if spec.samples:
         yield f"the best of {counted(spec.samples, 'sample')}"
     if spec.lens:

@@ -78,6 +78,10 @@ class RobustnessSpec(Frozen):
         description="Other ways to ask: reworded, after a text that sets the scene, after solved examples from the "
         "retain sets, and under templates in other languages.",
     )
+    contrast: bool = Field(
+        True,
+        description="Ask the same about others and subtract: the choice that gains most by its own prompt is taken.",
+    )
     samples: Annotated[int, Field(ge=0)] = Field(
         8, description="Continuations sampled per item; the best one counts. 0: none are sampled."
     )

@@ -10,7 +10,7 @@ from unlearn.evidence.reference import Subjects
 from unlearn.recipe.data import DataSet
 from unlearn.recipe.metrics import Key
 from unlearn.recipe.schema import Recipe
-from unlearn.results import LENS, Benchmark, Chosen, Robustness, ScoreRow, SweepPoint, TaskScore, probing
+from unlearn.results import CONTRAST, LENS, Benchmark, Chosen, Robustness, ScoreRow, SweepPoint, TaskScore, probing
 from unlearn.score import search
 from unlearn.store import provenance
 from unlearn.text import counted
@@ -139,6 +139,8 @@ def left_out(recipe: Recipe, found: Robustness | None) -> tuple[str, ...]:
     lost = [probing(probe) for probe in spec.probes if probing(probe) not in names]
     if spec.relearn is not None and spec.relearn.unrelated and not any("unrelated" in name for name in names):
         lost.append("relearning on unrelated texts")
+    if spec.contrast and "contrast" not in kinds:
+        lost.append(CONTRAST)
     if spec.lens and "lens" not in kinds:
         lost.append(LENS)
     return (f"left out, because these data or this model do not allow it: {', '.join(lost)}",) if lost else ()

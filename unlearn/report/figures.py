@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from unlearn.recipe.metrics import KEPT, Key, is_perplexity
 from unlearn.results import Chosen, RunReport, Score, ScoreRow, SweepPoint, TaskScore
@@ -15,6 +16,7 @@ from unlearn.score.search import blind, holds, share_left
 from unlearn.text import MISSING, number, percent, signed
 
 Z95 = 1.96
+FORGOTTEN = 0.2  # of the pointwise information: a set that has more of it left is at best suppressed
 _UNIT = ("acc", "exact", "prob", "rouge", "f1")  # metrics between 0 and 1
 
 
@@ -238,3 +240,32 @@ def _share(report: RunReport, metric: str, higher: bool, before: Score, after: S
 def _at_zero(sweep: tuple[SweepPoint, ...]) -> dict[Key, TaskScore]:
     first = min(sweep, key=lambda p: p.coefficient, default=None)
     return {score.key: score for score in first.scores} if first and first.coefficient == 0 else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What became of the tie between a set's questions and answers, by pointwise information in nats."""
+
+    became: Literal["forgotten", "suppressed", "kept"]
+    row: ScoreRow  # of the pointwise information
+
+    @property
+    def left(self) -> float:
+        """The share of it that is left, not below 0."""
+        return max(0.0, self.row.after.value / self.row.before.value)
+
+
+def memory(report: RunReport, row: ScoreRow) -> Memory | None:
+    """Whether a set is forgotten, or is only said less often whatever is asked; None where that was not measured.
+
+    ``kept``: its score is no worse than chance explains. Otherwise ``forgotten`` where at most a fifth of the pointwise
+    information is left: asked about others and subtracted, the answer would come back from ``suppressed``.
+    """
+    found = next((r for r in report.scores if r.key == (row.set, row.name, "pmi")), None)
+    if found is None or not found.before.value > (margin(found.before) or 0.0):
+        return None
+    change = row.before.value - row.after.value
+    gone = change if row.higher_is_better else -change
+    if not gone > (margin_of_change(row) or 0.0):
+        return Memory("kept", found)
+    return Memory("forgotten" if found.after.value <= FORGOTTEN * found.before.value else "suppressed", found)

@@ -39,6 +39,7 @@ from unlearn.report.words import (
     headline,
     how_good,
     how_searched,
+    memory_line,
     of_report,
     reading,
     remarks,
@@ -85,7 +86,7 @@ def render_html(report: RunReport) -> str:
     for point in report.sweep:
         metrics |= {s.key: s for s in point.scores if s.key not in metrics}
     functions = (attack_rows, by_layer, changes, columns, end_of, headline, how_good, how_searched, kept_figure)
-    more = (kept_keys, losses, margin_of_change, remarks, same, spark, verdict, with_numbers)
+    more = (kept_keys, losses, margin_of_change, memory_line, remarks, same, spark, verdict, with_numbers)
     return render(
         "report.html.j2",
         **{function.__name__: function for function in (*functions, *more)},

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from unlearn.recipe.metrics import is_perplexity
-from unlearn.report.figures import bound_figure, goal_rows, kept_figure, kept_keys, margin_of_change, missed, unseeing
+from unlearn.report.figures import (
+    FORGOTTEN,
+    bound_figure,
+    goal_rows,
+    kept_figure,
+    kept_keys,
+    margin_of_change,
+    memory,
+    missed,
+    unseeing,
+)
 from unlearn.results import (
     Benchmark,
     Foresight,
@@ -197,7 +207,7 @@ NAMES: dict[Who, str] = {"target": "before", "edited": "after", "reference": "ne
 
 def evidence_facts(report: RunReport) -> list[tuple[str, str]]:
     """(name, sentence) of each comparison that the run has."""
-    facts = []
+    facts = [("memory", said)] if (said := memory_line(report)) else []
     if report.benchmark is not None:
         facts.append((report.benchmark.name, benchmark_line(report.benchmark)))
     if report.membership:
@@ -205,6 +215,19 @@ def evidence_facts(report: RunReport) -> list[tuple[str, str]]:
     if report.robustness is not None and (sentence := report.robustness.sentence()):
         facts.append(("robustness", sentence))
     return facts
+
+
+def memory_line(report: RunReport) -> str:
+    """Whether what was asked for is forgotten or suppressed, set by set; empty where nothing tells."""
+    parts = []
+    for row in goal_rows(report):
+        if row.set == "forget" and report.chosen.coefficient and (found := memory(report, row)) is not None:
+            before, after = short(found.row.before.value), short(found.row.after.value)
+            parts.append(
+                f"{row.name} is {found.became}: {percent(round(found.left, 2))} of what ties its answers to their own "
+                f"prompts is left ({before} to {after} nats; forgotten is {percent(FORGOTTEN)} or less)"
+            )
+    return "; ".join(parts)
 
 
 def benchmark_line(found: Benchmark) -> str:
