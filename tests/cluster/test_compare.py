@@ -358,6 +358,16 @@ def test_a_score_without_a_number_hides_nothing(tmp_path: Path) -> None:
     assert rows_of(tmp_path)[1]["forget_after"] == ""
 
 
+def test_no_coefficient_is_none_and_not_zero(tmp_path: Path) -> None:
+    folders = grid_of(
+        *(tmp_path, "vector__rank", (4,), (0, 1)),
+        lambda _, seed: report_of(str(seed), chosen=float(seed), met=seed == 1),
+    )
+    found, _ = compare(folders, tmp_path)
+    assert found[0].settings[0].cells()[:2] == ["2", "none 1"]
+    assert [row["lambda"] for row in rows_of(tmp_path)] == ["0.0", "1.0"]
+
+
 def test_unequal_seeds_are_marked_and_not_compared(tmp_path: Path) -> None:
     def made(rank: int, seed: int) -> dict[str, Any]:
         return report_of(str(seed), forget=0.2 + 0.1 * (rank != 16) + 0.3 * (seed == 3))

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
-from html.parser import HTMLParser
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reports import Page
 
+from unlearn.errors import RunFolderError
 from unlearn.report.charts import COLOURS, Axis, Chart, Point, Series, axis_of, chart, spark, style
 from unlearn.text import tick_label
 
 HOSTILE = '</svg><script>alert(1)</script><b onclick="x">\'&"]]>-->$\\frac{1}$<svg/onload=1>\x00\x1b\ud800 字'
-
-
-class Tags(HTMLParser):
-    """Every tag closed in order."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: set[str] = set()
-        self.feed(source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert not [name for name, _ in attrs if name.startswith("on")]
-        self.seen.add(tag)
-        self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.add(tag)
 
 
 def marks(source: str) -> list[tuple[float, float]]:
@@ -89,7 +71,9 @@ def test_hostile_names_stay_text() -> None:
     lines = [Series(points, name=HOSTILE), Series(points, name="$x", **style(1))]
     found = chart(lines, Axis(0, 1, HOSTILE), Axis(0, 1, HOSTILE), at=0.5, at_label=HOSTILE, size=(360, 380))
     source = found.svg(HOSTILE, HOSTILE, "u")
-    assert Tags(source).seen <= {"svg", "title", "desc", "g", "path", "defs", "use", "text", "clippath", "rect"}
+    page = Page(source)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert set(page.tags) <= {"svg", "title", "desc", "g", "path", "defs", "use", "text", "clippath", "rect"}
     assert not re.search(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]", source)
 
 
@@ -156,6 +140,36 @@ def test_files_for_papers_have_the_same_bytes_each_time(tmp_path: Path) -> None:
     assert chart(lines, Axis(0, 1), Axis(0, 1)).svg("t", "d", "u") == chart(lines, Axis(0, 1), Axis(0, 1)).svg(
         "t", "d", "u"
     )
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = drawn([Point(0, 0), Point(1, 1)])
+    found.save(tmp_path / "chart")
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(old) == {"chart.pdf", "chart.png"}
+
+    def half(self: object, path: Path, **how: object) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    with pytest.raises(RunFolderError):
+        found.save(tmp_path / "chart")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+def test_nothing_is_written_in_the_home_of_who_draws(tmp_path: Path) -> None:
+    code = (
+        "from unlearn.report.charts import *; import os\n"
+        "print(chart([], Axis(0, 1, 'x'), Axis(0, 1)).svg('t', 'd', 'u')[:4], os.environ['MPLCONFIGDIR'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "MPLCONFIGDIR" and "XDG" not in key}
+    environment |= {"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    drawing, folder = done.stdout.split()
+    assert drawing == "<svg"
+    assert not Path(folder).exists()  # it went with the process
+    assert not list(tmp_path.iterdir())
 
 
 def test_spark() -> None:

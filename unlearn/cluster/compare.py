@@ -200,7 +200,7 @@ class Setting:
 
     def cells(self) -> list[str]:
         """Its line of the table: runs, λ, before, after, kept, bound met."""
-        lambdas = " ".join(coefficient(c) for c in sorted(set(self.lambdas)))
+        lambdas = " ".join(coefficient(c) if c else "none" for c in sorted(set(self.lambdas)))
         figures = self.before.words(), self.after.words(), self.kept.words(percent)
         return [str(len(self.lambdas)), lambdas, *figures, f"{self.met} of {len(self.lambdas)}"]
 

@@ -6,18 +6,24 @@ differ in marker and dash, hollow points broke a bound, a cross is a collapse. m
 
 from __future__ import annotations
 
+import atexit
 import io
 import math
+import os
 import re
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup, escape
 
+from unlearn.store.files import explained, unique
 from unlearn.text import clean, number, tick_label
 
 if TYPE_CHECKING:
@@ -164,9 +170,19 @@ class Chart:
             for name in legend.get_texts():
                 name.set_parse_math(False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _quiet():
-            self.figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-            self.figure.savefig(path.with_suffix(".png"), facecolor="white", dpi=200, metadata={"Software": None})
+        ways: dict[str, dict[str, Any]] = {
+            "pdf": {"metadata": {"CreationDate": None}},
+            "png": {"facecolor": "white", "dpi": 200, "metadata": {"Software": None}},
+        }
+        for kind, how in ways.items():
+            whole = path.with_suffix(f".{kind}")
+            temporary = whole.with_name(f".{whole.name}.{unique()}.tmp")
+            with explained(whole), _quiet():
+                try:
+                    self.figure.savefig(temporary, format=kind, **how)
+                    temporary.replace(whole)
+                finally:
+                    temporary.unlink(missing_ok=True)
 
 
 def chart(
@@ -192,6 +208,7 @@ def chart(
         chance: A dotted line on y: what guessing scores.
         at: A vertical line.
     """
+    _own_folder()
     from matplotlib.figure import Figure
 
     large = size[1] > 250
@@ -358,6 +375,15 @@ def _room(
             taken.append(box)
             return x + dx, y + dy
     return None
+
+
+@cache
+def _own_folder() -> None:
+    """Keep matplotlib's settings and font cache out of the user's home, unless a place for them is named."""
+    if "MPLCONFIGDIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="unlearn-matplotlib-")
+        os.environ["MPLCONFIGDIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _decade(value: float, towards: Callable[[float], int]) -> float:

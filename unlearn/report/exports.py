@@ -94,7 +94,7 @@ def _push(spec: PushSpec, inputs: Sequence[Any], store: Store) -> dict[str, Any]
         return {"repo": spec.repo, "dry_run": True}
 
     def make(tmp: Path) -> None:
-        write_json_atomic(tmp / "pushed.json", {"repo": spec.repo, "url": push(folder, spec).url})
+        write_json_atomic(tmp / "pushed.json", {"repo": spec.repo, "url": push(folder, spec)})
 
     store.stage("export/hub", [*inputs, spec.model_dump(mode="json")], make)
     facts: dict[str, Any] = store.read("export/hub", "pushed.json")

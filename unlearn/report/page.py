@@ -122,11 +122,13 @@ def render_html(report: RunReport) -> str:
 
 def save_figures(report: RunReport, folder: Path) -> None:
     """The page's charts as PDF and PNG files in a folder, in place of earlier ones."""
-    for old in folder.glob("*.p[dn][fg]"):
-        old.unlink()
     whole = [frontier_chart(report, PAPER, "frontier")] if frontier_points(report) else []
-    for drawn in (*whole, *curves(report), *predictions(report), *relearning(report)):
+    charts = (*whole, *curves(report), *predictions(report), *relearning(report))
+    for drawn in charts:
         drawn.chart.save(folder / drawn.name)
+    for old in folder.glob("*.p[dn][fg]"):
+        if old.stem not in {drawn.name for drawn in charts}:
+            old.unlink()
 
 
 # -- charts

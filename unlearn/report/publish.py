@@ -199,49 +199,28 @@ class PushError(UnlearnError):
     """An export that cannot, or must not, be put on the hub."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """What went to the hub, or would go.
-
-    ``files``: (name in the repository, bytes), in order. ``url``: of the commit; None after a dry run.
-    """
-
-    repo: str
-    private: bool
-    files: tuple[tuple[str, int], ...]
-    url: str | None
-
-    def lines(self) -> list[str]:
-        """For a person: the repository, then a line for every file with its size."""
-        kind = "private" if self.private else "public"
-        whole = f"{counted(len(self.files), 'file')}, {file_size(sum(count for _, count in self.files))}"
-        head = f"{self.repo} (a {kind} model repository, made if there is none): {whole}"
-        width = max(len(name) for name, _ in self.files)
-        return [head, *(f"  {name:<{width}}  {file_size(count)}" for name, count in self.files)]
-
-
-def push(folder: Path, spec: PushSpec, *, dry_run: bool = False, endpoint: str | None = None) -> Pushed:
-    """Upload an export of a finished run, in a repository that is made if there is none.
+def push(folder: Path, spec: PushSpec) -> str | None:
+    """Upload an export of a finished run, in a repository that is made if there is none; returns the commit's address.
 
     Args:
         folder: ``<run>/export/adapter`` or ``<run>/export/merged``, as ``spec.what`` says; not changed.
-        dry_run: As ``spec.dry_run``: say what would go, and do not touch the network or ask for the token.
-        endpoint: Another hub than the client's own (``HF_ENDPOINT``).
+        spec: With ``dry_run`` nothing but a list of what would go: no network, no token, no address.
 
     Raises:
         PushError: no finished export, files among it that must not go, no token, offline, or the hub refused.
     """
     files = _files(folder, spec.what)
-    found = Pushed(spec.repo, spec.private, files, None)
-    if dry_run or spec.dry_run:
-        first, *rest = found.lines()
-        for line in (f"would push to {first}", *rest):
-            console.say(line)
-        return found
-    token = able(spec)
-    url = _upload(folder, spec, [name for name, _ in files], token, endpoint)
+    if spec.dry_run:
+        whole = f"{counted(len(files), 'file')}, {file_size(sum(files.values()))}"
+        kind = "private" if spec.private else "public"
+        console.say(f"would push to {spec.repo} (a {kind} model repository, made if there is none): {whole}")
+        width = max(map(len, files))
+        for name, count in files.items():
+            console.say(f"  {name:<{width}}  {file_size(count)}")
+        return None
+    url = _upload(folder, spec, list(files), able(spec))
     console.say(f"pushed {counted(len(files), 'file')} to {spec.repo}: {url}")
-    return Pushed(spec.repo, spec.private, files, url)
+    return url
 
 
 def able(spec: PushSpec) -> str:
@@ -264,7 +243,7 @@ def able(spec: PushSpec) -> str:
     return token
 
 
-def _files(folder: Path, what: Export) -> tuple[tuple[str, int], ...]:
+def _files(folder: Path, what: Export) -> dict[str, int]:
     """What of a sealed export goes to the hub, with sizes in bytes; PushError if it is none, damaged, or holds more."""
     record = read_record(folder) if folder.is_dir() else None
     if record is None:
@@ -288,14 +267,14 @@ def _files(folder: Path, what: Export) -> tuple[tuple[str, int], ...]:
         missing.append("*.safetensors")
     if missing:
         raise PushError(f"{folder} is no {what} export: {', '.join(missing)} is not there")
-    return tuple((name, present[name].stat().st_size) for name in names)
+    return {name: present[name].stat().st_size for name in names}
 
 
-def _upload(folder: Path, spec: PushSpec, names: list[str], token: str, endpoint: str | None) -> str:
+def _upload(folder: Path, spec: PushSpec, names: list[str], token: str) -> str:
     """Make the repository and commit the files; returns the commit's address."""
     from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=endpoint, token=token)
+    api = HfApi(token=token)
     try:
         with quietly(downloads=True):
             api.create_repo(spec.repo, private=spec.private, repo_type="model", exist_ok=True)
