@@ -26,6 +26,7 @@ from unlearn.data.items import Item
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, load_sets, write_items
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.model.pico import corpus
+from unlearn.recipe import metrics
 from unlearn.recipe.data import Split
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import Recipe
@@ -561,3 +562,12 @@ def test_passages_are_scored_at_further_prefixes(recipe: Recipe, sets: Sets, lm:
     alone = evaluate(lm, built([long], "test", recipe, lm, tmp_path, generate=True), model_name="pico")
     (rouge,) = [s.score.value for s in alone.scores if s.metric == "rougeL"]
     assert found["utility", "passages@20", "rougeL"] == rouge
+
+
+def test_metrics(recipe: Recipe) -> None:
+    """The choice rests on one of each set's kind, and on lm-eval's own tasks where they are to be kept."""
+    assert [metrics.default_metric(kind) for kind in ("mcq", "qa", "text")] == ["acc", "prob", "perplexity"]
+    assert metrics.goal_metrics(recipe) == (("forget", recipe.forget.label(), "prob"),)
+    assert metrics.kept_metrics(recipe) == (("retain", "far", "acc"), ("utility", "passages", "perplexity"))
+    with_tasks = change(recipe, tasks=[{"task": "wmdp_bio", "set": "forget"}, {"task": "piqa", "metric": "acc_norm"}])
+    assert metrics.kept_metrics(with_tasks)[2:] == (("utility", "piqa", "acc_norm"),)

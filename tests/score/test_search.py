@@ -707,3 +707,11 @@ def test_the_number_of_rounds_is_bounded() -> None:
     problem = Problem(["a", "b"], {"a": 1.0, "b": 1.0}, lambda at: at["a"] <= 1, grid)
     weights = problem.solve()
     assert weights == {"a": 1 / (1 + ROUNDS), "b": 1.0}
+
+
+def test_the_forget_set_may_lose_as_much_as_it_likes() -> None:
+    base, here = (
+        {s.key: s for s in (kept_score("forget", "far", "loss", nats), kept_score("retain", "near", "loss", 1.0))}
+        for nats in (1.0, 99.0)
+    )
+    assert collapsed(here, base, [("retain", "near", "loss")], 1.0) == ""

@@ -342,3 +342,27 @@ def test_misuse() -> None:
         answer_log_probability(logits, labels, numbers * 2)
     with pytest.raises(TrainingError, match="no token has a label"):
         gradient_ascent(logits[:0], labels[:0])
+
+
+def test_npo_points_where_ascent_does_as_beta_goes_to_0(
+    pico_phi: Path, first_step: Callable[..., tuple[float, Gradients]]
+) -> None:
+    rows = [row(20, 9, 4), row(40, 6, 4), row(70, 7, 4)]  # as many tokens each: both kinds of mean are one
+
+    def direction(objective: Against) -> Tensor:
+        _, gradients = first_step(pico_phi, objective, rows)
+        flat = torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+        return flat / flat.norm()
+
+    ascent = direction(against("gradient_ascent"))
+    assert float(ascent @ direction(against("npo", beta=1e-4))) > 0.9999
+    assert float(ascent @ direction(against("npo", beta=20.0))) < 0.99
+
+
+def test_the_weight_is_of_the_retain_term(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """At 0 it is ascent, retain rows or not."""
+    without = fit(loaded(pico_phi), against("gradient_ascent"), tmp_path / "1", steps=3)
+    zero = fit(loaded(pico_phi), against("gradient_difference", weight=0.0), tmp_path / "2", steps=3)
+    some = fit(loaded(pico_phi), against("gradient_difference", weight=1.0), tmp_path / "3", steps=3)
+    assert zero.cosine(without) > 0.999
+    assert some.cosine(without) < 0.99

@@ -617,3 +617,27 @@ def test_a_rank_above_the_matrices_is_refused_before_training(phi: Loaded, tmp_p
             *(0, tmp_path, "forget", {}),
         )
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+        (RuntimeError("expected all tensors on one device"), RuntimeError, "on one device"),
+    ],
+)
+def test_what_fails_within_a_training_leaves_no_adapter(
+    phi: Loaded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    raised: type[Exception],
+    said: str,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(phi.model.model, "forward", fail)
+    with pytest.raises(raised, match=said):
+        train(phi, tmp_path)
+    assert not any("lora" in name for name, _ in phi.model.named_modules())

@@ -174,3 +174,16 @@ def test_the_trained_loss_is_the_formula_s(
     extra = 3.0 * wanted_penalty(model, vector, 1.5 if sides == "two" else None)
     assert extra > 0.05
     assert log.losses[0] == pytest.approx(forget + extra, rel=1e-3)
+
+
+def test_the_adapter_s_scale_comes_back(loaded: Load, pico_phi: Path) -> None:
+    peft_model = adapted(loaded(pico_phi).model)
+    before = read_adapter(peft_model, {})
+
+    def fail_inside() -> None:
+        with scaled_rows(peft_model, [-2.0]):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_inside()
+    assert read_adapter(peft_model, {}).digest() == before.digest()
