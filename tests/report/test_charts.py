@@ -164,12 +164,14 @@ def test_nothing_is_written_in_the_home_of_who_draws(tmp_path: Path) -> None:
         "print(chart([], Axis(0, 1, 'x'), Axis(0, 1)).svg('t', 'd', 'u')[:4], os.environ['MPLCONFIGDIR'])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "MPLCONFIGDIR" and "XDG" not in key}
-    environment |= {"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    home, kept = tmp_path / "home", tmp_path / "cache"
+    home.mkdir()
+    environment |= {"HOME": str(home), "UNLEARN_CACHE": str(kept), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     drawing, folder = done.stdout.split()
     assert drawing == "<svg"
-    assert not Path(folder).exists()  # it went with the process
-    assert not list(tmp_path.iterdir())
+    assert Path(folder) == kept / "matplotlib"
+    assert not list(home.iterdir())
 
 
 def test_spark() -> None:

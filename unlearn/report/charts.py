@@ -6,23 +6,20 @@ differ in marker and dash, hollow points broke a bound, a cross is a collapse. m
 
 from __future__ import annotations
 
-import atexit
 import io
 import math
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup, escape
 
+from unlearn.store.cache import cache_folder
 from unlearn.store.files import explained, unique
 from unlearn.text import clean, number, tick_label
 
@@ -377,13 +374,9 @@ def _room(
     return None
 
 
-@cache
 def _own_folder() -> None:
-    """Keep matplotlib's settings and font cache out of the user's home, unless a place for them is named."""
-    if "MPLCONFIGDIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="unlearn-matplotlib-")
-        os.environ["MPLCONFIGDIR"] = folder
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """Keep matplotlib's settings and font list in our cache, not in the user's home, unless a place is named."""
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
 
 
 def _decade(value: float, towards: Callable[[float], int]) -> float:
