@@ -20,7 +20,6 @@ import unlearn
 from unlearn import console
 from unlearn.cluster.command import compare, status, submit
 from unlearn.errors import UnlearnError
-from unlearn.evidence.boards import leaderboard
 from unlearn.store.files import unwritable
 from unlearn.vector.command import app as vector_app
 from unlearn.vector.command import apply_command
@@ -257,9 +256,36 @@ def push(
     upload(run_folder / "export" / what, spec)
 
 
+@app.command()
+def leaderboard(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="the folder of a run whose recipe has a benchmark")
+    ] = None,
+    tofu_log: Annotated[
+        Path | None, typer.Option(metavar="LOG.json", help="a log of TOFU: prints its row as JSON")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|LOG.json",
+            help="the retain reference: a run that has one, a log of TOFU, or published (MUSE's authors' value); "
+            "the run's own when not given",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the files of leaderboards there")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the method's name in them (default: the run's name)")
+    ] = None,
+    submitted_by: Annotated[str, typer.Option(metavar="NAME", help="who submits (TOFU's column)")] = "",
+) -> None:
+    """Print rows of TOFU and MUSE, from the per-item files of runs or from a log of TOFU's authors."""
+    from unlearn.evidence.boards import print_rows
+
+    print_rows(runs or [], tofu_log, reference, out, method, submitted_by)
+
+
 app.add_typer(vector_app, name="vector")
 app.command("apply")(apply_command)
-app.command()(leaderboard)
 for command in (submit, status, compare):
     app.command()(command)
 

@@ -14,9 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -196,28 +195,15 @@ def csv_text(lines: Sequence[Row]) -> str:
 # -- the command
 
 
-def leaderboard(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="the folder of a run whose recipe has a benchmark")
-    ] = None,
-    tofu_log: Annotated[
-        Path | None, typer.Option(metavar="LOG.json", help="a log of TOFU: prints its row as JSON")
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|LOG.json",
-            help="the retain reference: a run that has one, a log of TOFU, or published (MUSE's authors' value); "
-            "the run's own when not given",
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the files of leaderboards there")] = None,
-    method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the method's name in them (default: the run's name)")
-    ] = None,
-    submitted_by: Annotated[str, typer.Option(metavar="NAME", help="who submits (TOFU's column)")] = "",
+def print_rows(
+    runs: Sequence[Path],
+    tofu_log: Path | None,
+    reference: str | None,
+    out: Path | None,
+    method: str | None,
+    submitted_by: str,
 ) -> None:
-    """Print rows of TOFU and MUSE, from the per-item files of runs or from a log of TOFU's authors."""
+    """What ``unlearn leaderboard`` does: rows of TOFU and MUSE, from the per-item files of runs or from one log."""
     if bool(runs) == (tofu_log is not None):
         raise UnlearnError("give either the folders of runs, or one log with --tofu-log LOG.json")
     if tofu_log is not None:
@@ -227,7 +213,7 @@ def leaderboard(
             _write(out, logs, rows, method, submitted_by)
         return
     # all are read before anything is printed or written: a mistake in the last one is said at once
-    found = [(run, *_compared(run, reference, method or run.name)) for run in map(read_run, runs or [])]
+    found = [(run, *_compared(run, reference, method or run.name)) for run in map(read_run, runs)]
     screen = Console(highlight=False)
     screen = screen if screen.is_terminal else Console(highlight=False, width=_WIDE)
     places = _places(out, [run.folder for run, _, _ in found])

@@ -15,8 +15,6 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from unlearn.errors import RunFolderError
 from unlearn.text import one_line
 
@@ -35,7 +33,7 @@ def fingerprint(*parts: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """The JSON form of what :func:`json.dumps` does not know."""
-    if isinstance(value, BaseModel):
+    if hasattr(value, "model_dump"):  # pydantic's, which is not imported where there is none of it
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
