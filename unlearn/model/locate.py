@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import stat
@@ -27,7 +28,6 @@ from typing import Any, Literal
 from unlearn.console import quietly, say
 from unlearn.errors import ModelError, UnlearnError
 from unlearn.model import pico
-from unlearn.processes import switched_on
 from unlearn.recipe.schema import ModelSpec
 from unlearn.store.cache import (
     NETWORK_LIBRARIES,
@@ -64,9 +64,13 @@ _INFLATION = 100  # times its packed size; weights hardly pack at all, and an ar
 # -- code that comes with a model
 
 
+def _trusted() -> bool:
+    return os.environ.get(_TRUST, "").lower() in ("1", "true", "yes", "on")
+
+
 def check_trust(spec: ModelSpec) -> None:
     """A recipe may come from anybody, so that it alone cannot have the code of a model run."""
-    if spec.trust_remote_code and not switched_on(_TRUST):
+    if spec.trust_remote_code and not _trusted():
         raise ModelError(
             f"model.trust_remote_code: a recipe alone cannot have the Python code of a model run: if you trust the "
             f"authors of {spec.path}, set {_TRUST}=1 in the environment too"
@@ -89,7 +93,7 @@ def no_foreign_code(what: str) -> Iterator[None]:
         )
 
     original = dynamic.get_class_in_module  # every way to such code ends in this function
-    dynamic.get_class_in_module = original if switched_on(_TRUST) else refuse
+    dynamic.get_class_in_module = original if _trusted() else refuse
     try:
         yield
     finally:
