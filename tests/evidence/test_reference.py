@@ -73,7 +73,7 @@ def test_reference_scores_are_those_of_bare_lm_eval(compared: Path, report: RunR
         assert found is not None
         scores = found["results"]["unlearn_qa"]
         rows = {r.metric: r for r in report.scores if (r.set, r.name) == (role, name)}
-        assert set(rows) == {"prob", "loss", "exact", "rougeL", "rougeL_f1"}
+        assert set(rows) == {"prob", "loss", "exact", "pmi", "rougeL", "rougeL_f1"}
         for metric in ("prob", "loss", "exact"):
             reference = rows[metric].reference
             assert reference is not None

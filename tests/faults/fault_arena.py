@@ -55,7 +55,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "reference": ("reference", "eval/reference"),
     "benchmark": tuple(f"benchmark/{who}" for who in _WHO),
     "membership": tuple(f"membership/{who}" for who in _WHO),
-    "robustness": tuple(f"robustness/{who}/{what}" for who in _WHO for what in ("plain", "prefix", "relearn")),
+    "robustness": tuple(
+        f"robustness/{who}/{what}" for who in _WHO for what in ("plain", "prefix", "contrast", "relearn")
+    ),
     "export": ("export/adapter", "export/merged"),
     "report": (),
 }

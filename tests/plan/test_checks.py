@@ -98,12 +98,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a log of more items": (
         {"reference": "long.json"},
         "reference: long.json: the reference has 9 forget items and the model 6: forget quality compares the two on "
-        "the same ones; TOFU's own reference for forget01 was trained on retain99",
+        "the same ones; set benchmark.items to the number that both have, or TOFU's own reference for forget01 was "
+        "trained on retain99",
     ),
     "a log of fewer items": (
         {"reference": "log5.json"},
-        "log5.json has 5 forget items and tofu forget01 6: forget quality compares two models on the same items; set "
-        "benchmark.items to 5",
+        "log5.json: the reference has 5 forget items and the model 6: forget quality compares the two on the same "
+        "ones; set benchmark.items to the number that both have",
     ),
     "a log of other questions": (
         {"reference": "other.json"},
@@ -111,8 +112,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a log beside the hub": (
         {"reference": "log300.json", **tofu(set="forget05", path=None)},
-        "has 300 forget items and the model 200: forget quality compares the two on the same ones; TOFU's own "
-        "reference for forget05 was trained on retain95",
+        "has 300 forget items and the model 200: forget quality compares the two on the same ones; set benchmark.items "
+        "to the number that both have, or TOFU's own reference for forget05 was trained on retain95",
     ),
     "itself": ({"reference": "pico:llama", "teach": None}, "reference: pico:llama is the model that is to forget"),
     "a run's reference": ({"reference": "earlier"}, "earlier/reference has no model.safetensors; in it: config.json"),

@@ -559,7 +559,7 @@ def test_one_coefficient() -> None:
 
 def test_which_scores_tie() -> None:
     tying = {metric for metrics in METRICS.values() for metric in metrics if may_tie(metric)}
-    assert tying == {"acc", "acc_norm", "exact", "exact_memorisation", "extraction_strength"}
+    assert tying == {"acc", "acc_norm", "acc_pmi", "exact", "exact_memorisation", "extraction_strength"}
     assert not may_tie("word_perplexity")
 
 

@@ -88,7 +88,8 @@ def test_a_job_whose_node_dies_is_done_by_the_other(
         int(seconds) for seconds in re.findall(r"on host node2, which has given no sign of life for (\d+) s", log)
     ]
     assert silent
-    assert min(silent) >= 15
+    assert silent[0] >= 15
+    assert min(silent) >= 7  # a machine that is known to be dead is waited for less
     assert "vectors/retain: as before" in log
 
     monkeypatch.setenv("UNLEARN_CACHE", str(session_cache))

@@ -88,7 +88,7 @@ class Judge:
         self.loaded, self.items, self.tokenizer, self.recipe = loaded, tuple(items), tokenizer, recipe
         self.kind: Kind = loaded.spec.kind
         self.metric = FORGET_METRIC[self.kind]
-        self._folder = folder
+        self.folder = folder
         self._others: dict[str, Judge] = {}
         # with the hf engine passages are recited only where that is asked for
         changed = {
@@ -124,7 +124,7 @@ class Judge:
         """A judge of the same set with other items or other prompts; the same one when it is asked for again."""
         name = _content(items)
         if name not in self._others:
-            self._others[name] = Judge(self.loaded, items, self.tokenizer, self._folder, self.recipe)
+            self._others[name] = Judge(self.loaded, items, self.tokenizer, self.folder, self.recipe)
         return self._others[name]
 
     def docs(self) -> list[dict[str, Any]]:

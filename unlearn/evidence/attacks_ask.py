@@ -166,7 +166,7 @@ def contrast(scene: Scene) -> list[AttackScore]:
     judge = scene.judge
     if judge.kind == "qa":
         as_choices = replace(judge.loaded, spec=judge.loaded.spec.model_copy(update={"kind": "mcq"}))
-        judge = Judge(as_choices, choices(judge.items), judge.tokenizer, scene.folder / "choices", judge.recipe)
+        judge = Judge(as_choices, choices(judge.items), judge.tokenizer, judge.folder / "choices", judge.recipe)
     found = judge.read(judge.lm(scene.model, "asking about others"))
     scores = [replace(found["acc_pmi"], metric="acc").entry(scene.who, CONTRAST, "contrast")]
     return scores if scene.judge.kind == "mcq" else [found["acc"].entry(scene.who), *scores]

@@ -273,7 +273,7 @@ def say_key(key: Key) -> str:
 
 def may_tie(metric: str) -> bool:
     """Whether two coefficients may well have the same forget score: shares of right answers do, likelihoods do not."""
-    return not metric.endswith(_CONTINUOUS)
+    return metric != "pmi" and not metric.endswith(_CONTINUOUS)
 
 
 def bisect(
