@@ -182,9 +182,16 @@ class WithOthers(ConfigurableTask):
         """As lm-eval does it, then for each of the others, in the same place of the context."""
         made = super().construct_requests(doc, ctx, **kwargs)
         requests: list[Instance] = made if isinstance(made, list) else [made]
-        before, _, after = ctx.rpartition(doc["prompt"])
+        others, prompt = doc.get("others") or (), doc["prompt"]
+        if prompt not in ctx:
+            prompt = prompt.strip()  # as some chat templates have it
+        if others and not (prompt and prompt in ctx):
+            raise ValueError(
+                f"item {doc['id']}: its prompt is not in what is asked, so no other can be put in its place"
+            )
+        before, _, after = ctx.rpartition(prompt) if others else ("", "", "")
         answers = [request.args[1] for request in requests]
-        pairs = [(before + other + after, answer) for other in doc.get("others") or () for answer in answers]
+        pairs = [(before + other + after, answer) for other in others for answer in answers]
         return requests + _asked(doc, pairs, len(requests), kwargs)
 
 

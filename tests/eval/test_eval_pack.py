@@ -147,6 +147,20 @@ def forward_after(lm: HFLM, prompt: str, answer: str) -> torch.Tensor:
     return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
+def test_others_stand_where_the_prompt_stood_or_nothing_is_asked(lm: HFLM, tmp_path: Path) -> None:
+    """Also within a chat template; an item without a prompt needs no others, and cannot have them."""
+    row = {"prompt": question("France"), "target": "Paris", "target_tokens": 1, "others": [question("Italy"), ""]}
+    _, (sample,) = scored(lm, "unlearn_qa", chat=True, items=write(tmp_path / "chat.jsonl", [row]))
+    contexts = [context for context, _ in sample["arguments"]]
+    assert contexts[1:] == [contexts[0].replace(row["prompt"], other) for other in row["others"]]
+    assert contexts[0] != row["prompt"], "there is a template"
+    bare = {"prompt": "", "target": "Paris", "target_tokens": 1}
+    result, _ = scored(lm, "unlearn_qa", items=write(tmp_path / "bare.jsonl", [bare]))
+    assert "pmi,none" not in result
+    with pytest.raises(ValueError, match="its prompt is not in what is asked"):
+        scored(lm, "unlearn_qa", items=write(tmp_path / "no.jsonl", [bare | {"others": ["p"]}]))
+
+
 def test_a_model_that_only_says_all_answers_less_often_keeps_its_pmi(pack: ModuleType) -> None:
     doc = {"choices": ["a", "b"], "answer": 0}
     before = [(-1.0, True), (-3.0, False), (-4.0, False), (-4.0, False)]

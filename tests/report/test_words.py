@@ -319,4 +319,6 @@ def test_what_is_only_said_less_often_is_suppressed(accuracy: float, pmi: float,
     assert ("memory", memory_line(report)) in evidence_facts(report)
     unknown = replace(rows[1], before=score(0.05))
     assert memory(make(scores=(rows[0], unknown)), rows[0]) is None, "it was not known before"
+    broken = replace(rows[1], after=score(math.nan))
+    assert memory(make(scores=(rows[0], broken)), rows[0]) is None
     assert memory_line(make()) == ""

@@ -20,7 +20,7 @@ from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.load import resolved_yaml
 from unlearn.recipe.run_folder import open_run
 from unlearn.recipe.schema import Recipe
-from unlearn.store.files import fingerprint, write_json_atomic, write_text_atomic
+from unlearn.store.files import fingerprint, unique, write_json_atomic, write_text_atomic
 from unlearn.store.stages import LOCK, TEMPORARY, WORK, RunFolder, StageRecord, read_record
 
 TEXT = "name: demo  # as written\n"
@@ -77,9 +77,16 @@ def test_default_place_and_what_is_written(tmp_path: Path) -> None:
     assert files_under(folder.root) >= {"recipe.yaml", "resolved.yaml"}
     (folder.root / f"{LOCK}").write_text("")  # what a kill may leave
     (folder.root / ".resolved.yaml.123-0a1b2c3d.tmp").write_text("half")
+    half = folder.root / "figures" / f".frontier.png.{unique()}.tmp"
+    half.parent.mkdir()
+    half.write_text("half")
     with open_run(folder.root, r, "name: demo # same recipe, other comment\n") as folder:
         assert folder.finished("vectors/forget", "k") == place
         assert "other comment" in (folder.root / "recipe.yaml").read_text()
+    assert not half.exists()
+    half.write_text("half")
+    open_run(folder.root, r, TEXT, fresh=True).close()
+    assert not half.exists(), "no stranger's"
     assert {name for name in files_under(folder.root) if "/" not in name} == {"recipe.yaml", "resolved.yaml"}
 
 

@@ -262,7 +262,7 @@ def memory(report: RunReport, row: ScoreRow) -> Memory | None:
     information is left: asked about others and subtracted, the answer would come back from ``suppressed``.
     """
     found = next((r for r in report.scores if r.key == (row.set, row.name, "pmi")), None)
-    if found is None or not found.before.value > (margin(found.before) or 0.0):
+    if found is None or not found.before.value > (margin(found.before) or 0.0) or not math.isfinite(found.after.value):
         return None
     change = row.before.value - row.after.value
     gone = change if row.higher_is_better else -change

@@ -172,7 +172,7 @@ def _clear(root: Path) -> None:
             subfolders[:] = [s for s in subfolders if s not in (TEMPORARY, WORK)]
             files = [p for p in files if p not in ours and not _passing(p.name)]
         elif here == root / "figures":
-            files = [p for p in files if p.suffix not in (".pdf", ".png")]
+            files = [p for p in files if p.suffix not in (".pdf", ".png") and not _passing(p.name)]
         strangers += [str(p.relative_to(root)) for p in files]
     if strangers:
         raise RunFolderError(
@@ -225,7 +225,7 @@ class RunFolder:
                 elif (place / "resolved.yaml").exists():
                     require_same(place, resolved)
                 shutil.rmtree(place / TEMPORARY, ignore_errors=True)  # what a killed run left half written
-                for child in place.iterdir():
+                for child in (*place.iterdir(), *(place / "figures").glob("*")):
                     if _HALF_WRITTEN.fullmatch(child.name):
                         child.unlink()
                 write_text_atomic(place / "resolved.yaml", resolved)
