@@ -110,6 +110,7 @@ class Place:
         """Remove stages (``load``: the cache) and the report, as a kill before them would have left it."""
         for name in REPORT:
             (self.run / name).unlink(missing_ok=True)
+        shutil.rmtree(self.run / "figures", ignore_errors=True)
         for folder in (self.run / kept for stage in stages for kept in STAGES[stage]):
             shutil.rmtree(folder)
         if "load" in stages:
