@@ -39,9 +39,7 @@ def _the_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def ran(recipe: str, out: Path, **parts: Any) -> RunReport:
-    report = run(recipe, set=parts, out=out)
-    assert report is not None
-    return report
+    return run(recipe, set=parts, out=out)
 
 
 def gain(report: RunReport, name: str, metric: str = "prob") -> float:
@@ -116,7 +114,6 @@ def test_two_authors_of_tofu_are_forgotten(tmp_path: Path, monkeypatch: pytest.M
     assert report.chosen.bound_met
     assert gain(report, "two_authors") <= -0.1
     assert gain(report, "three_authors") >= -0.08
-    assert report.benchmark is not None
     target, edited, reference = (report.benchmark.rows[w] for w in ("target", "edited", "reference"))
     assert reference["Forget Quality"] == 1.0
     assert 0 < number(edited["Forget Quality"]) < 1
@@ -125,7 +122,6 @@ def test_two_authors_of_tofu_are_forgotten(tmp_path: Path, monkeypatch: pytest.M
     auc = {(m.who, m.attack): m.auc for m in report.membership}
     assert auc["target", "loss"] > 0.9, "it was taught these very texts"
     assert abs(auc["reference", "loss"] - 0.5) < 0.2
-    assert report.robustness is not None
     assert {s.kind for s in report.robustness.scores} >= {"quantise", "relearn", "probe", "sample", "lens"}
 
 

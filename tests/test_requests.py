@@ -49,9 +49,7 @@ def start(tmp_path: Path, pico_phi: Path) -> Callable[..., RunReport]:
             **parts,
         }
         (tmp_path / f"{out}.json").write_text(json.dumps(recipe))
-        report = run(tmp_path / f"{out}.json", out=tmp_path / out)
-        assert report is not None
-        return report
+        return run(tmp_path / f"{out}.json", out=tmp_path / out)
 
     return begin
 

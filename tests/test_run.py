@@ -229,27 +229,6 @@ def test_bisection_agrees_with_the_grid_for_half_of_its_cost(tmp_path: Path, cap
     assert all(whole[p.coefficient] == p for p in report.sweep)
 
 
-def test_two_processes_work_together(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", str(folder)),
-            *("--set", "teach.batch_size=12", "--set", "vector.forget.batch_size=6"),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "2 processes share training and scoring" in done.stderr
-    report = RunReport.from_json(json.loads((folder / "report.json").read_text()))
-    assert report.chosen.coefficient > 0
-    assert [line["steps"] for line in report.training] == [60, 30, 30]
-
-
 MISTAKES: list[tuple[list[str], Sequence[str]]] = [
     (["--set", "vector.lora.rang=4"], ["rang", "rank"]),
     (["--set", "sweep.coefficients=a"], ["sweep.coefficients"]),

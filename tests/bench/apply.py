@@ -28,18 +28,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-# This process stays small on purpose: Linux counts a parent's memory into its child's peak.
+if TYPE_CHECKING:
+    import torch
 
-PARTS = Path(__file__).with_name("apply_parts.py")
+    from unlearn.vector.task_vector import TaskVector
+
+# No torch at import: Linux counts a parent's memory into its child's peak.
+
 COEFFICIENT = "0.75"
+RANK = 16
+ROWS = 256  # of every edited weight that are compared
+SHARD = "5GB"
+POOL = 2**24  # random numbers that a synthetic checkpoint is made of
 console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
 
 
@@ -56,7 +65,10 @@ class Ran:
 
 
 def main() -> None:
-    """Parse and run one of the two."""
+    """Parse and run one of the two, or one of the parts that need torch."""
+    if len(sys.argv) > 1 and sys.argv[1] in PARTS:
+        PARTS[sys.argv[1]](*sys.argv[2:])
+        return
     options = _options()
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
@@ -103,7 +115,7 @@ def _peers(options: argparse.Namespace, work: Path) -> list[Ran]:
 
     ours = [sys.executable, "-m", "unlearn", "apply", str(vector), "--model", str(base), "--out", str(out)]
     one("apply", [*ours, "--coefficient", COEFFICIENT], [base, vector])
-    one("PEFT", [sys.executable, str(PARTS), "peft", str(base), str(negated), str(out)], [base, negated])
+    one("PEFT", [sys.executable, __file__, "peft", str(base), str(negated), str(out)], [base, negated])
     if options.mergekit:
         config = {
             "merge_method": "task_arithmetic",
@@ -173,7 +185,7 @@ def _cool(path: Path, warm: bool) -> None:
 
 def _part(*arguments: str) -> str:
     """What a part in a process of its own prints last."""
-    done = subprocess.run([sys.executable, str(PARTS), *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return (done.stdout.splitlines() or [""])[-1]
 
 
@@ -210,6 +222,135 @@ def _options() -> argparse.Namespace:
         way.add_argument("--json", type=Path, help="write all figures here")
     return parser.parse_args()
 
+
+# -- parts that need torch, each a process of its own ------------------------------------------------------------------
+
+
+def _make(gigabytes: str, folder: str, vector: str) -> None:
+    """A checkpoint of about so many GB in the shape of a Llama, and its vector."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from unlearn.vector.write import save_shards
+
+    size, base = float(gigabytes), Path(folder)
+    width, inner, heads = (5120, 13824, 40) if size >= 8 else (2048, 5632, 16)
+    layer = 2 * (4 * width * width + 3 * width * inner)
+    outer = 2 * 2 * 32000 * width
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=max(1, round((size * 1e9 - outer) / layer)),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    base.mkdir()
+    config.save_pretrained(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    later = dict(model.named_parameters())
+    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+
+    def value(name: str) -> torch.Tensor:
+        count = later[name].numel()
+        return pool.roll(zlib.crc32(name.encode()) % POOL).repeat(-(-count // POOL))[:count].view(later[name].shape)
+
+    save_shards(later, value, base, SHARD)
+    _random_vector(base).save(Path(vector))
+
+
+def _random_vector(base: Path) -> TaskVector:
+    """Random factors on all linear layers but the head, large enough for bfloat16 to keep most of it."""
+    import torch
+
+    from unlearn.model.checkpoint import read_checkpoint
+    from unlearn.model.load import architecture_of
+    from unlearn.vector.change import LowRank
+    from unlearn.vector.task_vector import TaskVector
+
+    layout, stored = architecture_of(base), read_checkpoint(base).tensors
+    g = torch.Generator().manual_seed(1)
+    modules = {}
+    for name, transposed in layout.linear.items():
+        if name in stored and not name.startswith("lm_head"):
+            rows, columns = stored[name].shape[:: -1 if transposed else 1]
+            a, b = torch.randn(RANK, columns, generator=g), torch.randn(rows, RANK, generator=g)
+            modules[name.removesuffix(".weight")] = LowRank(a, b * 1e-3)
+    return TaskVector(modules)
+
+
+def _vector(base: str, place: str, adapter: str, negated: str, coefficient: str) -> None:
+    """A vector, the same as PEFT's adapter, and the adapter of minus ``coefficient`` times it."""
+    from unlearn.vector.interop import to_adapter
+
+    made = _random_vector(Path(base))
+    made.save(Path(place))
+    to_adapter(made, Path(adapter), base)
+    to_adapter(-float(coefficient) * made, Path(negated), base)
+
+
+def _peft(base: str, adapter: str, out: str) -> None:
+    """PEFT's way."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="1GB")
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+
+
+def _compare(base: str, place: str, coefficient: str, out: str) -> None:
+    """Print how far edited weights are from the exact ones rounded once, and whether the others are as they were."""
+    import torch
+    from safetensors import safe_open
+
+    from unlearn.model.checkpoint import read_checkpoint
+    from unlearn.vector.task_vector import TaskVector
+
+    def read(path: Path, name: str) -> torch.Tensor:
+        with safe_open(path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    made, old, new = TaskVector.load(Path(place)), read_checkpoint(Path(base)), read_checkpoint(Path(out))
+    differ = total = 0
+    largest = 0.0
+    untouched = True
+    for name in old.tensors:
+        before, after = (read(c.files[c.tensors[name].file], name) for c in (old, new))
+        change: Any = made.modules.get(name.removesuffix(".weight"))
+        if change is None:
+            untouched &= torch.equal(before.view(torch.int16), after.view(torch.int16))
+            continue
+        exact = before[:ROWS].double() - float(coefficient) * (change.B[:ROWS].double() @ change.A.double())
+        wanted = _rounded_once(exact)
+        largest = max(largest, float((after[:ROWS].double() - wanted.double()).abs().max()))
+        differ += int((after[:ROWS] != wanted).sum())
+        total += wanted.numel()
+    rest = "the rest untouched" if untouched else "other weights changed"
+    print(f"{differ / total:.3%} of elements differ, by {largest:.2g} at most; {rest}")
+
+
+def _rounded_once(exact: torch.Tensor) -> torch.Tensor:
+    """float64 to the nearest bfloat16. A cast goes through float32, which rounds twice."""
+    import torch
+
+    best = near = exact.to(torch.bfloat16)
+    gap = (near.double() - exact).abs()
+    for step in (-1, 1):
+        other = (near.view(torch.int16) + step).view(torch.bfloat16)
+        closer = (other.double() - exact).abs() < gap
+        best = torch.where(closer, other, best)
+        gap = torch.where(closer, (other.double() - exact).abs(), gap)
+    return best
+
+
+PARTS: dict[str, Callable[..., None]] = {"make": _make, "vector": _vector, "peft": _peft, "compare": _compare}
 
 if __name__ == "__main__":
     main()

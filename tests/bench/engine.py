@@ -23,13 +23,14 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from engine_table import Result, show, with_share
-from limits import Ran, count_work, measure_gemm, tokens_run
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -45,7 +46,11 @@ from measure import (
     run_child,
     write_json,
 )
+from rich.table import Table
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from unlearn.model.load import linear_modules
 from unlearn.recipe.evaluation import EvalSpec
 from unlearn.score.packed import PackedLM
 from unlearn.score.tasks import quiet_harness
@@ -55,7 +60,18 @@ if TYPE_CHECKING:
 
 SIZES = (1, 4, 8, 16, 32, 64)
 CLOSE = 1.1  # a batch size this much slower on some requests may still be the fastest on all
-
+GEMM_ROWS = (512, 1024, 2048)
+GEMM_REPEATS = 5
+SHARE_GOAL = 0.8
+SHARE_ROWS = ("zero-shot", "perplexity")  # prefill of text that hardly repeats itself
+_AGREEMENT = {
+    "largest_difference": ("max |Δ|", ".1e"),
+    "largest_relative_difference": ("relative", ".1e"),
+    "greedy_flags_that_differ": ("greedy ≠", ".0f"),
+    "equal_texts": ("equal texts", ".1%"),
+    "ours_from_float64": ("ours to float64", ".1e"),
+    "lm_eval_from_float64": ("lm-eval to float64", ".1e"),
+}
 Make = Callable[[], HFLM]
 
 
@@ -88,7 +104,7 @@ def main() -> None:
             console.print(f"\n{row.title}: most expensive operations of ours")
             console.print(_profile(row, ours, options), soft_wrap=True)
     facts = {"model": model, "threads": torch.get_num_threads(), "items": options.items, "environment": environment()}
-    write_json(options.json, {**facts, "gemm": gemm.to_json(), "rows": [with_share(r, gemm) for r in results]})
+    write_json(options.json, {**facts, "gemm": gemm.to_json(), "rows": [r.to_json(gemm) for r in results]})
 
 
 def _options() -> argparse.Namespace:
@@ -199,35 +215,30 @@ def _tokens(loaded: Loaded, row: Row, requests: Sequence[Instance]) -> tuple[lis
 
 
 def _agreement(row: Row, ours: Sequence[Any], theirs: Sequence[Any]) -> dict[str, float]:
+    if row.kind == "generate_until":
+        return {"equal_texts": sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)}
+    pairs = list(zip(_values(row, ours), _values(row, theirs), strict=True))
+    found = {  # a passage's is a sum over hundreds of tokens, hence the share
+        "largest_difference": max(abs(a - b) for a, b in pairs),
+        "largest_relative_difference": max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs),
+    }
     if row.kind == "loglikelihood":
-        pairs = list(zip(ours, theirs, strict=True))
-        return {
-            **_differences([(a[0], b[0]) for a, b in pairs]),
-            "greedy_flags_that_differ": sum(a[1] != b[1] for a, b in pairs),
-        }
-    if row.kind == "loglikelihood_rolling":
-        return _differences(list(zip(ours, theirs, strict=True)))
-    return {"equal_texts": sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)}
+        found["greedy_flags_that_differ"] = sum(a[1] != b[1] for a, b in zip(ours, theirs, strict=True))
+    return found
+
+
+def _values(row: Row, answers: Sequence[Any]) -> list[float]:
+    return [a[0] if row.kind == "loglikelihood" else a for a in answers]
 
 
 def _errors(row: Row, ours: Sequence[Any], theirs: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
     """How far each is from lm-eval's own code in float64, at most, where that was computed."""
 
     def furthest(answers: Sequence[Any]) -> float:
-        pairs = zip(answers, exact, strict=False)  # the first requests only
-        if row.kind == "loglikelihood":
-            return max(abs(a[0] - b[0]) for a, b in pairs)
+        pairs = zip(_values(row, answers), _values(row, exact), strict=False)  # the first requests only
         return max(abs(a - b) for a, b in pairs)
 
     return {"ours_from_float64": furthest(ours), "lm_eval_from_float64": furthest(theirs)}
-
-
-def _differences(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Largest, absolute and as a share of the number. A passage's is a sum over hundreds of tokens."""
-    return {
-        "largest_difference": max(abs(a - b) for a, b in pairs),
-        "largest_relative_difference": max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs),
-    }
 
 
 # -- memory and profile ------------------------------------------------------------------------------------------------
@@ -260,6 +271,218 @@ def _profile(row: Row, loaded: Loaded, options: argparse.Namespace) -> str:
         _ask(_packed(loaded), row, requests)
     averages: Any = profiler.key_averages()
     return str(averages.table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=40))
+
+
+# -- what requests cannot be answered without, what an engine ran, how fast this machine multiplies -------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a set of requests asks for, in tokens.
+
+    Attributes:
+        asked: tokens read by a model that takes every request by itself.
+        distinct: tokens of the prefix tree of all requests: fewer cannot be run.
+        scored: nodes of that tree at which the LM head is needed.
+    """
+
+    asked: int
+    distinct: int
+    scored: int
+
+
+def count_work(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], window: int) -> Work:
+    """Count (context, continuation) pairs, cut to the model's window from the left as lm-eval cuts them."""
+    cut = [(list(c) + list(t))[-(window + 1) :] for c, t in pairs]
+    asked = sum(len(tokens) - 1 for tokens in cut)
+    nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node; the root is 0
+    scored: set[int] = set()
+    for tokens, (_, continuation) in zip(cut, pairs, strict=True):
+        node, first = 0, len(tokens) - 1 - len(continuation)
+        for place, token in enumerate(tokens[:-1]):
+            node = nodes.setdefault((node, token), len(nodes) + 1)
+            if place >= first:
+                scored.add(node)
+    return Work(asked, len(nodes), len(scored))
+
+
+@dataclass
+class Ran:
+    """Tokens that went through a model's embedding, padding included; 0 if it was passed by."""
+
+    tokens: int = 0
+
+
+@contextmanager
+def tokens_run(model: nn.Module) -> Iterator[Ran]:
+    """Count what an engine really computes, whatever it is."""
+    ran = Ran()
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs["input"]
+        ran.tokens += ids.numel()
+
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embedding.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield ran
+    finally:
+        handle.remove()
+
+
+# -- the machine's limit -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How fast this machine multiplies at a model's shapes.
+
+    Attributes:
+        rates: (in, out) -> floating-point operations per second, the best over row counts.
+        counts: (in, out) -> linear layers of that shape in the model's body.
+        head: multiply-adds per scored position of the LM head.
+    """
+
+    rates: dict[tuple[int, int], float] = field(default_factory=dict)
+    counts: Counter[tuple[int, int]] = field(default_factory=Counter)
+    head: int = 0
+
+    @property
+    def body(self) -> int:
+        """Multiply-adds per token of the body's linear layers."""
+        return sum(i * o * n for (i, o), n in self.counts.items())
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of one pass through all linear layers, each at the best rate seen for its shape."""
+        seconds = sum(2 * i * o * n / self.rates[i, o] for (i, o), n in self.counts.items())
+        return 2 * self.body / seconds
+
+    def useful(self, work: Work) -> float:
+        """FLOPs that ``work`` cannot be answered without: body at distinct tokens, head at scored positions."""
+        return 2.0 * (self.body * work.distinct + self.head * work.scored)
+
+    def best(self, other: Gemm) -> Gemm:
+        """The better of two measurements, shape by shape."""
+        return Gemm({s: max(r, other.rates[s]) for s, r in self.rates.items()}, self.counts, self.head)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        shapes = [
+            {"in": i, "out": o, "layers": self.counts[i, o], "gflops": rate / 1e9}
+            for (i, o), rate in self.rates.items()
+        ]
+        return {"peak_gflops": self.peak / 1e9, "shapes": shapes}
+
+
+def measure_gemm(model: Any, device: torch.device) -> Gemm:
+    """Time the products of every linear layer's shape in the model's dtype: rows x in by in x out, both layouts."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for module in linear_modules(model).values():
+        weight: Any = module.weight
+        first, second = weight.shape
+        counts[(first, second) if isinstance(module, Conv1D) else (second, first)] += 1
+    rates = {shape: _rate(*shape, model.dtype, device) for shape in counts}
+    return Gemm(rates, counts, model.get_output_embeddings().weight.numel())
+
+
+def _rate(width: int, out: int, dtype: torch.dtype, device: torch.device) -> float:
+    best = 0.0
+    for rows in GEMM_ROWS:
+        x = torch.randn(rows, width, dtype=dtype, device=device)
+        weight = torch.randn(out, width, dtype=dtype, device=device)
+        flops = 2.0 * rows * width * out
+        for right in (weight.T, weight.T.contiguous()):  # as nn.Linear and as Conv1D keep it
+            torch.mm(x, right)
+            for _ in range(GEMM_REPEATS):
+                _finish(device)
+                started = time.perf_counter()
+                torch.mm(x, right)
+                _finish(device)
+                best = max(best, flops / (time.perf_counter() - started))
+    return best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- tables and JSON ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """One row, measured."""
+
+    row: Row
+    requests: int
+    batch_size: int
+    tried: dict[int, float]
+    ours: Seconds
+    theirs: Seconds
+    agreement: dict[str, float]
+    ran: tuple[int, int]
+    work: Work | None
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long lm-eval's model takes."""
+        return self.theirs.median / self.ours.median
+
+    def to_json(self, gemm: Gemm) -> dict[str, Any]:
+        """Plain JSON."""
+        share = gemm.useful(self.work) / self.ours.median / gemm.peak if self.work else None
+        return {
+            "share_of_gemm_peak": share,
+            "row": self.row.name,
+            "requests": self.requests,
+            "ours_s": asdict(self.ours),
+            "lm_eval_s": asdict(self.theirs),
+            "ratio": self.ratio,
+            "goal": self.row.goal,
+            "batch_size": self.batch_size,
+            "batch_sizes_tried_s": self.tried,
+            "agreement": self.agreement,
+            "tokens_run": {"ours": self.ran[0], "lm_eval": self.ran[1]},
+            "work": asdict(self.work) if self.work else None,
+            "memory": self.memory,
+        }
+
+
+def show(results: Sequence[Result], gemm: Gemm) -> None:
+    """Print everything."""
+    speed = Table("row", "ours s", "lm-eval s", "batch", "ratio", "goal", title="Speed")
+    agreed = _table("Agreement", [title for title, _ in _AGREEMENT.values()])
+    cost = _table(
+        "Memory beyond the model, and tokens",
+        ["ours MB", "lm-eval MB", "ours ran", "lm-eval ran", "requests have", "distinct"],
+    )
+    for r in results:
+        goal = "-" if r.row.goal is None else f"≥ {r.row.goal:g}"
+        speed.add_row(r.row.title, str(r.ours), str(r.theirs), str(r.batch_size), f"{r.ratio:.2f}", goal)
+        found = r.agreement
+        cells = [format(found[name], form) if name in found else "-" for name, (_, form) in _AGREEMENT.items()]
+        agreed.add_row(r.row.title, *cells)
+        megabytes = [f"{r.memory[side]['growth'] / 1e6:,.0f}" if r.memory else "-" for side in ("ours", "hf")]
+        tokens = [f"{n:,}" if n else "-" for n in r.ran]
+        tokens += [f"{r.work.asked:,}", f"{r.work.distinct:,}"] if r.work else ["-", "-"]
+        cost.add_row(r.row.title, *megabytes, *tokens)
+    console.print(speed, agreed, cost)
+    console.print(f"matrix products of the model's shapes: {gemm.peak / 1e9:,.1f} GFLOP/s on this machine")
+    for r in results:
+        if r.work and r.row.name in SHARE_ROWS:
+            rate = gemm.useful(r.work) / r.ours.median
+            share = f"{rate / gemm.peak:.1%} of that (goal: ≥ {SHARE_GOAL:.0%})"
+            console.print(f"  {r.row.title}: {rate / 1e9:,.1f} useful GFLOP/s, {share}")
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table("row", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 if __name__ == "__main__":

@@ -21,21 +21,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from measure import (
     Seconds,
     command_line,
     console,
     environment,
     find_model,
-    fit_line,
     load_model,
     peak_memory,
-    ratios,
     run_child,
     write_json,
 )
@@ -57,17 +55,7 @@ class Cell:
     items: int
     coefficients: int
     seconds: Seconds
-    memory: int
-
-    @property
-    def each(self) -> float:
-        """Seconds per item and coefficient."""
-        return self.seconds.median / self.items / self.coefficients
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        size = {"items": self.items, "coefficients": self.coefficients}
-        return {**size, "seconds": self.seconds.to_json(), "seconds_each": self.each, "peak_growth_bytes": self.memory}
+    peak_growth_bytes: int
 
 
 def main() -> None:
@@ -85,8 +73,9 @@ def main() -> None:
     by_coefficients = [cells[options.items, factor] for factor in FACTORS]
     table = Table("items", "coefficients", "seconds", "ms each", "peak growth MB", title="What a sweep costs")
     for cell in cells.values():
+        each = cell.seconds.median / cell.items / cell.coefficients
         numbers = f"{cell.items}", f"{cell.coefficients}", f"{cell.seconds}"
-        table.add_row(*numbers, f"{cell.each * 1e3:.2f}", f"{cell.memory / 1e6:,.1f}")
+        table.add_row(*numbers, f"{each * 1e3:.2f}", f"{cell.peak_growth_bytes / 1e6:,.1f}")
     console.print(table)
     ways = {"items": by_items, "coefficients": by_coefficients}
     fits = {name: _fit([getattr(c, name) for c in found], found) for name, found in ways.items()}
@@ -95,7 +84,7 @@ def main() -> None:
         line = f"seconds = {fit['a']:.3f} + {fit['b']:.5f} * {name}, off by at most {fit['deviation']:.1%}"
         memory = ", ".join(f"{step / 1e6:+,.1f}" for step in fit["memory_growth_bytes"])
         console.print(f"{name}: each x{FACTORS[1]} costs {steps}; {line}; memory {memory} MB")
-    result = {"cells": [cell.to_json() for cell in cells.values()], "fits": fits, "environment": environment()}
+    result = {"cells": [asdict(cell) for cell in cells.values()], "fits": fits, "environment": environment()}
     write_json(options.json, result)
 
 
@@ -113,10 +102,16 @@ def _options() -> argparse.Namespace:
 
 
 def _fit(amounts: Sequence[int], cells: Sequence[Cell]) -> dict[str, Any]:
-    seconds = [cell.seconds.median for cell in cells]
-    a, b, deviation = fit_line(amounts, seconds)
-    growth = [b.memory - a.memory for a, b in pairwise(cells)]
-    return {"ratios": ratios(seconds), "a": a, "b": b, "deviation": deviation, "memory_growth_bytes": growth}
+    """Least squares ``seconds = a + b * amount``, relative errors weighted alike; the largest of them."""
+    x, seconds = np.array(amounts), np.array([cell.seconds.median for cell in cells])
+    b, a = np.polyfit(x, seconds, 1, w=1 / seconds)
+    return {
+        "ratios": (seconds[1:] / seconds[:-1]).tolist(),
+        "a": float(a),
+        "b": float(b),
+        "deviation": float(np.abs((a + b * x) / seconds - 1).max()),
+        "memory_growth_bytes": np.diff([cell.peak_growth_bytes for cell in cells]).tolist(),
+    }
 
 
 def _apart(where: str, items: int, coefficients: int, options: argparse.Namespace) -> Cell:
@@ -133,7 +128,7 @@ def _apart(where: str, items: int, coefficients: int, options: argparse.Namespac
 
 def _measure(where: str, items: int, coefficients: int, options: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from sweeping import random_vector, sweep
+    from sweep_peers import random_vector, sweep
 
     from unlearn.score.packed import PackedLM
     from unlearn.vector.edit import Edit

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +75,6 @@ class Seconds:
         spread = f" ({low:.2f}..{high:.2f})" if len(self.runs) > 1 else ""
         return f"{self.median:.2f}{spread}"
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {"median": self.median, "runs": list(self.runs)}
-
 
 def environment() -> dict[str, Any]:
     """What was run, by which code, on which machine."""
@@ -98,19 +93,12 @@ def write_json(path: Path | None, result: Any) -> None:
 
 
 def run_child(command: Sequence[str]) -> dict[str, Any]:
-    """What a process of its own prints as its last line, in JSON; what it says to stderr is shown.
-
-    Raises:
-        UnlearnError: it failed.
-    """
+    """What a process of its own prints as its last line, in JSON; what it says to stderr is shown."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise UnlearnError(f"{' '.join(command[1:])} ended with code {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -128,11 +116,7 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Peak of the GPU's allocator on CUDA, else of the resident set, as the kernel keeps it.
-
-    Raises:
-        UnlearnError: for a CPU without Linux's ``/proc/self/clear_refs``, which sets the kernel's mark back.
-    """
+    """Peak of the GPU's allocator on CUDA, else of the resident set, as Linux keeps it and sets it back."""
     import gc
 
     gc.collect()
@@ -158,38 +142,3 @@ def resident(entry: str = "VmRSS") -> int:
     """Bytes of this process in memory, now (``VmRSS``) or at most since the mark was set back (``VmHWM``)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
-
-
-# -- scores ------------------------------------------------------------------------------------------------------------
-
-
-def items_of(sample: dict[str, Any]) -> dict[str, Any]:
-    """One item of lm-eval's samples: log-likelihood of each request, and each metric that is one number."""
-    likelihoods = [float(r[0] if isinstance(r, list | tuple) else r) for r in sample["filtered_resps"]]
-    numbers = {m: float(sample[m]) for m in sample["metrics"] if isinstance(sample[m], int | float)}
-    return {"likelihoods": likelihoods, "metrics": numbers}
-
-
-# -- growth ------------------------------------------------------------------------------------------------------------
-
-
-def fit_line(amounts: Sequence[float], costs: Sequence[float]) -> tuple[float, float, float]:
-    """Least squares ``cost = a + b * amount``, relative errors weighted alike.
-
-    Returns:
-        ``a``, ``b``, and the largest deviation of a point from the line, as a share of the point.
-    """
-    weights = [1 / c**2 for c in costs]
-    total = sum(weights)
-    x = sum(w * v for w, v in zip(weights, amounts, strict=True)) / total
-    y = sum(w * v for w, v in zip(weights, costs, strict=True)) / total
-    over = sum(w * (u - x) * (v - y) for w, u, v in zip(weights, amounts, costs, strict=True))
-    under = sum(w * (u - x) ** 2 for w, u in zip(weights, amounts, strict=True))
-    b = over / under
-    a = y - b * x
-    return a, b, max(abs(a + b * u - v) / v for u, v in zip(amounts, costs, strict=True))
-
-
-def ratios(values: Sequence[float]) -> list[float]:
-    """Each value over the one before."""
-    return [b / a for a, b in pairwise(values)]

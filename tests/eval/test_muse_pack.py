@@ -108,8 +108,7 @@ def f1(target: str, text: str) -> float:
     return value
 
 
-@pytest.mark.parametrize("name", ["hf", "packed"])
-@pytest.mark.parametrize("tokens", [5, 12])
+@pytest.mark.parametrize(("name", "tokens"), [("hf", 5), ("packed", 12)])
 def test_verbatim_memorisation(model: Path, data: Path, name: str, tokens: int) -> None:
     lm = engine(name, model)
     result, samples = scored(
@@ -126,8 +125,9 @@ def test_verbatim_memorisation(model: Path, data: Path, name: str, tokens: int) 
     assert len(set(wanted)) > 1
 
 
-@pytest.mark.parametrize("name", ["hf", "packed"])
-@pytest.mark.parametrize(("split", "chat"), [("forget", False), ("retain", False), ("forget", True)])
+@pytest.mark.parametrize(
+    ("name", "split", "chat"), [("packed", "forget", False), ("hf", "retain", False), ("packed", "forget", True)]
+)
 def test_knowledge(model: Path, data: Path, name: str, split: str, chat: bool) -> None:
     lm = engine(name, model)
     result, samples = scored(
@@ -160,9 +160,9 @@ def token_logprobs(lm: Any, text: str, begun: bool) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["hf", "packed"])
-@pytest.mark.parametrize("with_beginning", [False, True])
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("name", "with_beginning", "chat"), [("hf", False, False), ("packed", False, True), ("packed", True, False)]
+)
 def test_passages_agree_with_plain_forward_passes(
     request: pytest.FixtureRequest, data: Path, name: str, with_beginning: bool, chat: bool
 ) -> None:

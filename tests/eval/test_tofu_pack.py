@@ -129,10 +129,16 @@ def prompt_of(lm: Any, tag: str, chat: bool, question: str) -> tuple[str, str]:
     return text, " " if tag == "prompt" else "Answer: "
 
 
-@pytest.mark.parametrize("engine", ["lm", "packed"])
-@pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize(("tag", "eos"), [("prompt", True), ("scored", True), ("scored", False), ("prompt", False)])
-@pytest.mark.parametrize("name", ["forget10", "world_facts"])
+@pytest.mark.parametrize(
+    ("engine", "name", "tag", "eos", "chat"),
+    [
+        ("lm", "forget10", "prompt", True, False),
+        ("lm", "world_facts", "scored", False, True),
+        ("packed", "forget10", "scored", True, True),
+        ("packed", "world_facts", "prompt", False, False),
+        ("packed", "world_facts", "prompt", True, True),
+    ],
+)
 def test_answers_agree_with_plain_forward_passes(
     request: pytest.FixtureRequest, tofu: Path, engine: str, name: str, tag: str, eos: bool, chat: bool
 ) -> None:
@@ -260,8 +266,7 @@ def test_how_answers_are_generated(tofu: Path) -> None:
             managed(tofu, max_tokens=tokens).load("tofu_retain_rouge")
 
 
-@pytest.mark.parametrize("engine", ["lm", "packed"])
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(("engine", "chat"), [("lm", True), ("packed", False), ("packed", True)])
 def test_rouge_is_that_of_the_greedy_answer(
     request: pytest.FixtureRequest, tofu: Path, engine: str, chat: bool
 ) -> None:
@@ -293,7 +298,6 @@ def test_a_whole_group_as_lm_eval_runs_it(model: Path, tofu: Path, tmp_path: Pat
     found = simple_evaluate(
         model="hf", model_args=arguments, tasks=config.tasks, task_manager=manager, device="cpu", bootstrap_iters=10
     )
-    assert found is not None
     names = [f"tofu_{n}_{k}" for n in ("forget05", "retain", "real_authors", "world_facts") for k in ("prob", "rouge")]
     assert set(found["samples"]) == set(names)
     for name in names:

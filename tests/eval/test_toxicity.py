@@ -100,7 +100,6 @@ def alone(lm: Any, classifier: str, seed: int = 1234, **metadata: Any) -> tuple[
     found = simple_evaluate(
         model=lm, tasks=[TASK], task_manager=managed(**told), bootstrap_iters=0, torch_random_seed=seed, batch_size=4
     )
-    assert found is not None
     return found["results"][TASK], found["samples"][TASK]
 
 
@@ -474,7 +473,6 @@ def checked(report: RunReport, folder: Path, classifier: str) -> None:
 def test_the_road_in_small(small: Callable[..., Path], tmp_path: Path, classifier: str) -> None:
     folder = tmp_path / "run"
     report = run(small(), out=folder)
-    assert report is not None
     checked(report, folder, classifier)
     keys = {(r.set, r.name) for r in report.scores}
     assert {("forget", "toxic_comments"), ("utility", "wikitext_103")} <= keys
@@ -482,17 +480,6 @@ def test_the_road_in_small(small: Callable[..., Path], tmp_path: Path, classifie
     asked = [row["prompt"] + row["target"] for row in map(json.loads, rows)]
     assert len(asked) == 12, "only comments above the bound are forgotten"
     assert all(text.startswith("You fool") for text in asked)
-
-
-def test_fine_tuned_on_what_is_not_toxic(small: Callable[..., Path], tmp_path: Path, classifier: str) -> None:
-    """The row that is no vector: the set is learned, and the model taken at 1."""
-    learn = {"name": "nontoxic", "kind": "text", "path": "comments.jsonl", "where": {"toxicity": {"below": 0.2}}}
-    learn |= {"prefix": 1, "shares": {"train": 0.6, "validation": 0.2, "test": 0.2}}
-    path = small(forget=None, learn=[learn], sweep={"coefficients": [1]})
-    report = run(path, out=tmp_path / "run")
-    assert report is not None
-    assert report.chosen.coefficient == 1
-    checked(report, tmp_path / "run", classifier)
 
 
 def test_the_rows_beside_it_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:

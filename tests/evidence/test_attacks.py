@@ -97,7 +97,6 @@ def report(compared: Path) -> RunReport:
 
 @pytest.fixture(scope="module")
 def found(report: RunReport) -> Robustness:
-    assert report.robustness is not None
     return report.robustness
 
 
@@ -143,8 +142,6 @@ def test_without_an_attack_the_scores_are_the_report_s(report: RunReport, found:
         (row,) = [r for r in report.scores if (r.set, r.metric) == ("forget", metric)]
         for who, score in zip(EVERYONE, (row.before, row.after, row.reference), strict=True):
             plain = found.plain(who, metric)
-            assert plain is not None
-            assert score is not None
             assert plain.value == pytest.approx(score.value, abs=tolerance)
             assert plain.stderr == pytest.approx(score.stderr, abs=tolerance)
             assert plain.n == score.n == 6
@@ -163,8 +160,6 @@ def test_each_attack_is_that_attack_on_that_model(
     tmp_path: Path,
 ) -> None:
     spec = recipe.robustness
-    assert spec is not None
-    assert spec.relearn is not None
     again, scored = parted(sets[0], sets[0].test, spec.relearn.items, recipe.seed)
     assert scored == sets[0].test
     made: dict[Place, float] = {}
@@ -192,7 +187,6 @@ def test_an_attack_from_outside(
         return [scene.judge.asking(items).score(scene.model).entry(scene.who, "shouting", "probe")]
 
     try:
-        assert recipe.robustness is not None
         scene = Scene("target", models.target.model, judge, recipe.robustness, sets, (), tmp_path)
         (score,) = ATTACKS["shouted"].run(scene)
     finally:
@@ -205,7 +199,6 @@ def test_the_edited_model_is_the_target_under_the_edit(found: Robustness, models
     with applied(models.target.model, models.vector, -models.coefficient):
         under = judge.score(models.target.model)
     plain = found.plain("edited")
-    assert plain is not None
     assert plain.value == pytest.approx(under.value, abs=1e-5)
     assert judge.score(models.target.model).value > under.value + 0.05  # and it is taken off again
 
@@ -260,12 +253,6 @@ def test_no_attack_at_all(small: Any, found: Robustness) -> None:
     assert [(s.who, s.kind) for s in got.scores] == [("target", "none"), ("edited", "none")]
     assert [s.value for s in got.scores] == [found.plain(who).value for who in ("target", "edited")]  # type: ignore[union-attr]
     assert got.sentence() == ""
-
-
-def test_items_are_limited_and_one_item_has_no_error(small: Any) -> None:
-    got = small({**NOTHING, "items": 1, "lens": True})
-    assert {(s.n, s.stderr) for s in got.scores} == {(1, None)}
-    assert {s.kind for s in got.scores} == {"none", "lens"}
 
 
 def test_few_shots_need_a_retain_set_and_unrelated_texts_a_utility_set(small: Any) -> None:

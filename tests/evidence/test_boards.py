@@ -11,23 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_file_datetime, get_latest_filename, get_results_filenames, make_table
 from scipy.stats import hmean, ks_2samp
 
 from unlearn import cli
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.evidence.benchmarks import SUITES, Log, MuseLog, TofuLog, rows
-from unlearn.evidence.boards import read_run, write_boards
-from unlearn.recipe.load import tasks_folder
+from unlearn.evidence.boards import write_boards
 from unlearn.results import Who
-from unlearn.score.evaluate import write_files
-from unlearn.score.tasks import quiet_harness
 
 LOGS = os.environ.get("UNLEARN_TOFU_LOGS")
 LOSSES = {"target": 0.0, "edited": 1.0, "reference": 1.2}  # nats per token more than what is known by heart
@@ -209,37 +201,6 @@ def test_muse(made: Made, said: Said, tmp_path: Path) -> None:
     assert "so PrivLeak is absent" in err
 
 
-def test_a_reference_with_an_auc_of_0(made: Made, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PrivLeak divides by it: the figure is left out with the reason, and the others stay."""
-    monkeypatch.setitem(LOSSES, "reference", -1.0)  # every forget text is likelier to it than every hold-out text
-    run = made("muse", benchmark="muse", subset="books")
-    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
-    out, err = said()
-    table = shown(out)
-    assert table["privleak"] == ["-", "-", "-"]
-    assert table["verbmem_f"] == ["37.50"] * 3
-    assert f"{run}: PrivLeak is absent because the reference's AUC is 0" in " ".join(err.split())
-    assert (tmp_path / "out" / "muse.csv").read_text().splitlines()[1].startswith("target,37.5,,")
-
-
-def test_a_model_is_no_reference_for_itself(
-    made: Made, said: Said, write: Callable[[str, Any], str], tmp_path: Path
-) -> None:
-    """The same log, a copy, and a run whose reference is its own target: an error, and no forget quality of 1."""
-    log = write("log.json", a_log())
-    for same in (log, write("copy.json", json.dumps(a_log(), indent=1))):
-        refused(["--tofu-log", log, "--reference", same], said, f"{log} beside {same}", "this is one model")
-    run = made()
-    shutil.rmtree(run / "benchmark" / "reference")
-    shutil.copytree(run / "benchmark" / "target", run / "benchmark" / "reference")
-    refused([str(run), "--out", str(tmp_path / "out")], said, str(run), "this is one model", "(found with the target)")
-    assert not (tmp_path / "out").exists()
-    muse = made("muse", benchmark="muse", subset="books")
-    shutil.rmtree(muse / "benchmark" / "reference")
-    shutil.copytree(muse / "benchmark" / "edited", muse / "benchmark" / "reference")
-    refused([str(muse)], said, str(muse), "PrivLeak of 0", "(found with the edited model)")
-
-
 # -- logs --------------------------------------------------------------------------------------------------------
 
 
@@ -301,19 +262,6 @@ def test_a_log_alone(write: Callable[[str, Any], str], said: Said, tmp_path: Pat
     assert list((tmp_path / "out").iterdir()) != []
 
 
-def test_a_log_against_a_run(write: Callable[[str, Any], str], made: Made, said: Said) -> None:
-    data = a_log(items=5)
-    for column in data["eval_log_forget.json"].values():
-        for item, value in column.items():
-            column[item] = value[:2] if isinstance(value, list) else value
-    assert main(["--tofu-log", write("log.json", data), "--reference", str(made())]) == 0
-    row = json.loads(said()[0])
-    ours = [math.exp((5.0 - i / 4) / 2 - 0.75 - i / 8) for i in range(5)]
-    losses = [loss("forget", "reference", i) for i in range(5)]
-    theirs = [math.exp(sum(wrong) / 2 - reworded) for _, reworded, wrong in losses]
-    assert row["Forget Quality"] == pytest.approx(ks_2samp(ours, theirs).pvalue, rel=1e-12)
-
-
 @pytest.mark.skipif(not LOGS, reason="UNLEARN_TOFU_LOGS names the folder with the authors' logs, full and retain90")
 def test_the_authors_own_logs(said: Said) -> None:
     """Their leaderboard's row of Phi-1.5 before unlearning (forget10)."""
@@ -364,18 +312,6 @@ def test_a_run_that_is_not_finished(made: Made, said: Said) -> None:
     other = made("other", skip=("tofu_retain_rouge", "tofu_forget01_prob"))
     needs = "needs tasks that were not run: tofu_forget01_prob, tofu_retain_rouge; run the recipe again"
     refused([str(other)], said, needs)
-
-
-def test_damaged_samples(made: Made, said: Said) -> None:
-    run = made()
-    (path,) = (run / "benchmark" / "edited").rglob("samples_tofu_retain_prob_*.jsonl")
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]))
-    refused([str(run)], said, "4 items", "5 were scored")
-    record = json.loads(lines[-1])
-    del record["perturbed_losses"]
-    path.write_text("".join(lines[:-1]) + json.dumps(record) + "\n")
-    refused([str(run)], said, str(run / "benchmark" / "edited"), "tofu_retain_prob", "item '4'")
 
 
 def test_references_that_do_not_fit(made: Made, said: Said, write: Callable[[str, Any], str], tmp_path: Path) -> None:
@@ -512,7 +448,6 @@ def test_the_submission_is_what_the_authors_would_compute(logs: dict[Who, Log], 
 
 def test_the_summary_has_openunlearnings_names(logs: dict[Who, Log]) -> None:
     log, data = logs["edited"], random_log(1)
-    assert isinstance(log, TofuLog)
     found = log.summary(rows(logs, logs["reference"], "x")["edited"])
     kept = [f"{s}_Q_A_{m}" for s in ("ra", "wf") for m in ("PERT_Prob", "Prob", "Prob_normalised", "ROUGE")]
     kept += [f"retain_Q_A_{m}" for m in ("PARA_Prob", "PERT_Prob", "Prob", "ROUGE")]
@@ -574,66 +509,3 @@ def test_a_place_that_cannot_be_written(logs: dict[Who, Log], tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="choose another one with --out"):
         write_boards(tmp_path / "file", logs, rows(logs, None, "m"), "m", "")
-
-
-def test_a_pico_model_from_lm_eval_to_the_board(
-    pico_phi: Path, tmp_path: Path, capitals: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TOFU's tasks through lm-eval, files by its tracker, read by its own tools and by ours."""
-    data = tmp_path / "tofu"
-    data.mkdir()
-    cities = json.loads(capitals("all.json", 0, 20).read_text("utf-8"))
-    for at, name in enumerate(("forget01", "retain", "real_authors", "world_facts")):
-        lines = [
-            {
-                "question": row["question"],
-                "answer": row["answer"],
-                "perturbed_answer": [c for c in row["choices"] if c != row["answer"]],
-                **({"paraphrased_answer": f"It is {row['answer']}."} if at < 2 else {}),
-            }
-            for row in cities[at * 3 : at * 3 + 3]
-        ]
-        (data / f"{name}_perturbed.json").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    metadata = {"tofu": str(data), "tokenizer": str(pico_phi), "max_tokens": 4}
-    with quiet_harness():
-        found = simple_evaluate(
-            HFLM(pretrained=str(pico_phi), batch_size=8, device="cpu", dtype="float32"),
-            tasks=["tofu_forget01"],
-            task_manager=TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=metadata),
-            metadata=metadata,
-            bootstrap_iters=0,
-        )
-    assert found is not None
-    samples = found.pop("samples")
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "resolved.yaml").write_text("name: pico\nbenchmark:\n  name: tofu\n  set: forget01\n")
-    for who in ("target", "edited", "reference"):
-        path = write_files(run / "benchmark" / who, "pico", found, samples, 1.0)
-
-    # lm-eval finds the results, takes their time from the name, and makes its table of them
-    names = [str(p) for p in path.parent.iterdir()]
-    assert get_latest_filename(get_results_filenames(names)) == str(path)
-    written = json.loads(path.read_text("utf-8"))
-    assert get_file_datetime(path.name).startswith("20")
-    assert "truth_ratio_forget" in make_table(written)
-    # its card of results reads them so
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-    again = loaded["results"][0]
-    assert again["tofu_forget01_prob"]["prob,none"] == written["results"]["tofu_forget01_prob"]["prob,none"]
-
-    # and ours computes from the items what lm-eval computed
-    bench = read_run(run)
-    with pytest.raises(EvaluationError, match=r"this is one model.*\(found with the target\)"):
-        rows(bench.logs, bench.logs["reference"], "m")
-    row = rows(bench.logs, None, "m")["edited"]
-    results = written["results"]
-    for column, task, metric in (
-        ("Prob. Forget", "tofu_forget01_prob", "prob"),
-        ("Truth Ratio Forget", "tofu_forget01_prob", "truth_ratio_forget"),
-        ("Prob. Real World", "tofu_world_facts_prob", "prob_choice"),
-        ("ROUGE Retain", "tofu_retain_rouge", "rougeL"),
-    ):
-        assert row[column] == pytest.approx(results[task][f"{metric},none"], rel=1e-9)
-    assert 0 < float(row["Prob. Forget"] or 0) < 1

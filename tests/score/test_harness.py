@@ -146,9 +146,7 @@ def score(name: str, model: Path, pack: Path, items: Items, more: str = "", **op
         # two of the tasks do: the log-probabilities are read off from where the longer continuation begins.
         arguments += ",logits_cache=False"
     options = {"tasks": TASKS, "batch_size": 1, "device": "cpu", **options}
-    found = simple_evaluate(model=name, model_args=arguments, task_manager=manager, **options)
-    assert found is not None
-    return found
+    return simple_evaluate(model=name, model_args=arguments, task_manager=manager, **options)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +247,6 @@ def test_answers_are_cached_by_edit(phi: Loaded, pack: Path, items: Items, tmp_p
     def scored(**options: Any) -> float:
         lm = PackedLM(phi.model, phi.tokenizer, max_length=WINDOW)
         found = simple_evaluate(model=lm, tasks=["unlearn_qa"], task_manager=manager, **options)
-        assert found is not None
         value: float = found["results"]["unlearn_qa"]["loss,none"]
         return value
 

@@ -433,7 +433,6 @@ def test_a_sweep_goes_past_a_model_without_numbers(tmp_path: Path) -> None:
         tmp_path / "run",
         False,
     )
-    assert report is not None
     assert report.sweep[-1].collapsed
     assert report.chosen.coefficient != 100
     assert (tmp_path / "run" / "report.html").read_text().count("collapsed") >= 1
@@ -543,20 +542,6 @@ def test_noise_can_change_the_choice_but_not_what_is_asked_of_it(size: int, seed
     assert len(model.asked) <= max(size / 2, math.ceil(math.log2(size + 1)))
 
 
-def test_what_is_asked_for() -> None:
-    model = saturating(8, last=5, floor=8)
-    _, points = model.searched(ties=False)
-    assert model.asked == [4, 6, 5]
-    assert [(p.coefficient, p.within_bound) for p in points] == [(0, True), (1, True), (1.25, True), (1.5, False)]
-
-
-def test_one_coefficient() -> None:
-    for last in (0, 1):
-        model = saturating(1, last, 1)
-        assert model.searched()[0] == model.best() == last
-        assert model.asked == [1]
-
-
 def test_which_scores_tie() -> None:
     tying = {metric for metrics in METRICS.values() for metric in metrics if may_tie(metric)}
     assert tying == {"acc", "acc_norm", "acc_pmi", "exact", "exact_memorisation", "extraction_strength"}
@@ -648,15 +633,6 @@ def test_the_order_of_the_names_makes_no_difference(
     one, other = Problem(names, steep, within), Problem(names, steep, within)
     assert one.solve() == other.solve(data.draw(st.permutations(names)))
     assert one.asked == other.asked
-
-
-def test_it_ends_within_the_bounds_and_never_worse_than_the_diagonal() -> None:
-    problem = Problem(["a", "b"], {"a": 5.0, "b": 0.2}, lambda at: at["a"] + at["b"] <= 2.5)
-    weights = problem.solve()
-    assert weights == {"a": 1.0, "b": pytest.approx(2 / 3)}, "the first step that is an improvement is taken"
-    end = problem.point((1.5, 1.0))
-    assert end.within_bound
-    assert value_at(end) < min(value_at(p) for c in GRID if (p := problem.point((c, c))).within_bound)
 
 
 def test_a_start_outside_the_bounds_is_left_for_any_point_within() -> None:

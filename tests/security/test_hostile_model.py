@@ -114,20 +114,6 @@ def test_an_index_leads_to_safetensors_of_its_folder_only(folder: Path, canary: 
         from_checkpoints(folder, folder, on_unequal="error")
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["[]", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}', "[" * 100_000, "\x00", '{"weight_map": {"a": null}}'],
-    ids=lambda content: repr(content)[:40],
-)
-def test_an_index_that_makes_no_sense(folder: Path, content: str) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ModelError, match=r"model\.path"):
-        opened(folder)
-    with pytest.raises(ModelError):
-        from_checkpoints(folder, folder, on_unequal="error")
-
-
 @pytest.mark.parametrize("file", ["x" * 5000 + ".safetensors", "a\x00.safetensors", "a\nb.safetensors", 3, None, {}])
 def test_a_name_in_an_index_is_shown_as_text(folder: Path, file: Any) -> None:
     (folder / "model.safetensors").unlink()

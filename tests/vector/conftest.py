@@ -10,6 +10,4 @@ import pytest
 @pytest.fixture
 def folder(request: pytest.FixtureRequest) -> Path:
     """A pico model of the family that a test's module or parameter names (``indirect``)."""
-    path = request.getfixturevalue(f"pico_{request.param}")
-    assert isinstance(path, Path)
-    return path
+    return request.getfixturevalue(f"pico_{request.param}")

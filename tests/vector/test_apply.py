@@ -20,7 +20,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from vector_arena import DTYPES, LAMBDA, Load, factors, model_vector, same, tensors
@@ -34,7 +33,7 @@ from unlearn.store.lock import Lock
 from unlearn.vector.change import Dense, LowRank, edited, row_blocks
 from unlearn.vector.streamed import LOCK, RECORD, apply, asked, check, plain, targets_of
 from unlearn.vector.task_vector import TaskVector
-from unlearn.vector.write import export_adapter, export_merged, save_shards
+from unlearn.vector.write import export_adapter, export_merged
 
 Base = Callable[..., Path]
 
@@ -104,7 +103,7 @@ def test_every_tensor_is_that_of_the_edit_in_memory(
 ) -> None:
     folder = base(folder, dtype, shards)
     whole = loaded(folder, dtype)
-    vector = a_vector(whole.model)
+    vector = a_vector(whole.model, dense=not shards)
     said = export_merged(whole.model, vector, LAMBDA, None, tmp_path / "memory")
     done = apply(vector, folder, LAMBDA, out)
     assert same(tensors(out), tensors(tmp_path / "memory"))
@@ -122,16 +121,6 @@ def test_every_tensor_is_that_of_the_edit_in_memory(
         if key != "modules":
             assert done.survived[key] == pytest.approx(value, rel=1e-6)
     assert done.survived["modules"].keys() == vector.modules.keys()
-
-
-@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
-def test_a_dense_change(folder: Path, base: Base, loaded: Load, tmp_path: Path, out: Path) -> None:
-    folder = base(folder)
-    whole = loaded(folder, "bfloat16")
-    vector = a_vector(whole.model, dense=True)
-    export_merged(whole.model, vector, LAMBDA, None, tmp_path / "memory")
-    apply(vector, folder, LAMBDA, out)
-    assert same(tensors(out), tensors(tmp_path / "memory"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -169,8 +158,7 @@ def large(folder: Path, dtype: torch.dtype, odd: bool = False, **shape: int) -> 
     return model
 
 
-@pytest.mark.parametrize("odd", [False, True], ids=["aligned", "odd"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "odd"), [("float32", False), ("bfloat16", True)])
 def test_tensors_of_several_blocks(dtype: str, odd: bool, tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "base"
     model = large(folder, DTYPES[dtype], odd, vocab_size=3000, hidden_size=1000, intermediate_size=3001)
@@ -692,17 +680,6 @@ def test_no_room_is_said_before_anything_is_written(
     assert not out.exists()
 
 
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no file system in memory here")
-def test_a_file_system_in_memory(llama_base: Path, vector: TaskVector, out: Path) -> None:
-    place = Path("/dev/shm") / f"unlearn-test-{os.getpid()}"
-    try:
-        apply(vector, llama_base, LAMBDA, place)
-        apply(vector, llama_base, LAMBDA, out)
-        assert contents(place) == contents(out)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 # going on
 
 
@@ -815,7 +792,7 @@ EVERY = pytest.param(signal.SIGKILL, range(1, 1000), marks=pytest.mark.slow)
 @forks
 @pytest.mark.parametrize(
     ("number", "steps"),
-    [*((signal.SIGKILL, range(start, 1000, 20)) for start in range(1, 5)), (signal.SIGTERM, range(6, 1000, 19)), EVERY],
+    [(signal.SIGKILL, range(1, 1000, 17)), (signal.SIGTERM, range(6, 1000, 29)), EVERY],
 )
 def test_stopped_at_operations_on_files(
     number: signal.Signals, steps: range, llama_base: Path, vector: TaskVector, out: Path
@@ -825,23 +802,6 @@ def test_stopped_at_operations_on_files(
     ends = {-signal.SIGKILL} if number == signal.SIGKILL else {130, 0}  # 0: it came when all was done
     assert min(ends) in codes.values() or 130 in codes.values()
     assert set(codes.values()) <= ends
-
-
-@forks
-def test_killed_while_damage_is_mended(llama_base: Path, vector: TaskVector, out: Path) -> None:
-    codes = []
-    apply(vector, llama_base, LAMBDA, out)
-    whole = contents(out)
-    for step in range(3, 1000, 4):
-        flip(next(out.glob("*.safetensors")))
-        flip(out / "tokenizer.json")
-        codes.append(stopped_at(step, out, signal.SIGKILL, lambda: command(vector, out, LAMBDA)))
-        apply(vector, llama_base, LAMBDA, out)
-        assert contents(out) == whole, step
-        if codes[-1] == 100:
-            break
-    assert set(codes[:-1]) == {-signal.SIGKILL}
-    assert len(codes) > 4
 
 
 # --check
@@ -910,49 +870,3 @@ def test_another_configuration_is_a_difference_and_an_adapter_beside_an_error(
     (out / "adapter_config.json").write_text("{}")
     with pytest.raises(UnlearnError, match=r"out: it holds an adapter"):
         check(vector, llama_base, LAMBDA, out)
-
-
-# the shape of Phi-1.5
-
-# a small process between this large one and the command: a child begins with its parent's peak
-CHILD = """
-import os, subprocess, sys
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
-@pytest.mark.slow
-def test_phi15_at_its_full_size(tmp_path: Path, out: Path) -> None:
-    """Random weights of 2.8 GB in bfloat16: memory far below the model's, every bit right."""
-    config = AutoConfig.for_model(
-        "phi",
-        **{"vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24},
-        **{"num_attention_heads": 32, "partial_rotary_factor": 0.5, "tie_word_embeddings": False},
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    folder = tmp_path / "base"
-    config.save_pretrained(folder)
-    g = torch.Generator().manual_seed(0)
-    by_name = dict(model.named_parameters())
-    save_shards(by_name, lambda n: (torch.randn(by_name[n].shape, generator=g) * 0.02).bfloat16(), folder, "1GB")
-    vector = a_vector(model, (16,))
-    vector.save(tmp_path / "v.safetensors")
-    most = (tmp_path / "v.safetensors").stat().st_size + max(p.stat().st_size for p in folder.glob("*.safetensors"))
-    names = ["--model", str(folder), "--out", str(out), "--coefficient", str(LAMBDA)]
-    for more in ((), ("--check",)):
-        words = [sys.executable, "-m", "unlearn", "apply", str(tmp_path / "v.safetensors"), *names, *more]
-        done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True, check=True)
-        assert int(done.stdout.splitlines()[-1]) <= most + 300 * 10**6
-    with torch.no_grad():
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as old, safe_open(out / path.name, "pt") as new:
-                assert set(old.keys()) == set(new.keys())
-                for name in old.keys():  # noqa: SIM118 - a safe_open has no __iter__
-                    wanted, change = old.get_tensor(name), vector.modules.get(name.removesuffix(".weight"))
-                    if change is not None:
-                        wanted = edited(wanted.float(), change, -LAMBDA, False).to(wanted.dtype)
-                    assert torch.equal(wanted.view(torch.int16), new.get_tensor(name).view(torch.int16)), name

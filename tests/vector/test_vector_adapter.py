@@ -39,9 +39,7 @@ Load = Callable[..., Loaded]
 
 @pytest.fixture(params=FAMILIES)
 def folder(request: pytest.FixtureRequest) -> Path:
-    path = request.getfixturevalue(f"pico_{request.param}")
-    assert isinstance(path, Path)
-    return path
+    return request.getfixturevalue(f"pico_{request.param}")
 
 
 @torch.no_grad()
@@ -56,7 +54,6 @@ def trained(model: Any, **options: Any) -> PeftModel:
     conv = any(isinstance(m, Conv1D) for m in linear_modules(model).values())
     settings = {"r": 3, "lora_alpha": 7, "target_modules": targets, "fan_in_fan_out": conv} | options
     peft_model = get_peft_model(model, LoraConfig(**settings))
-    assert isinstance(peft_model, PeftModel)
     torch.manual_seed(0)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
@@ -109,7 +106,6 @@ def some_vector(model: nn.Module, only: str = "", fixed: int = 0) -> TaskVector:
     for number, (name, module) in enumerate(linear_modules(model).items()):
         if only in name:
             shape = module.weight.shape
-            assert isinstance(shape, torch.Size)
             rows, columns = shape[::-1] if isinstance(module, Conv1D) else shape
             rank = fixed or 1 + number % 3
             a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)

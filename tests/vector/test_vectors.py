@@ -84,15 +84,6 @@ def test_arithmetic(files: tuple[Path, Path, Path], tmp_path: Path, capsys: pyte
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_what_is_kept_of_it_is_said(
-    files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    x = a_vector(0)
-    assert run("prune", files[0], "--keep", 0.25, "--by", "rows", "-o", tmp_path / "out") == 0
-    share = x.prune(0.25, by="rows").norm() / x.norm()
-    assert f"{share:.1%} of what it was" in capsys.readouterr().err
-
-
 def test_a_result_may_take_the_place_of_what_it_was_made_from(files: tuple[Path, Path, Path]) -> None:
     """Read whole, then replaced: nothing is half written over."""
     a, b, _ = files
