@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +30,6 @@ SETS = (
     "world_facts",
 )
 PARAPHRASED = [name for name in SETS if name not in ("real_authors", "world_facts")]
-REAL = os.environ.get("UNLEARN_TOFU")
 FIGURES = ("loss", "paraphrased_loss", "prob", "prob_choice", "truth_ratio", "truth_ratio_forget", "truth_ratio_kept")
 
 
@@ -324,20 +322,6 @@ def test_every_set_has_its_tasks(items: ModuleType, tofu: Path, name: str, kind:
 def test_short_sets_count_whole(items: ModuleType, tofu: Path) -> None:
     assert len(items.load_items("world_facts", "prob", str(tofu), items=300)["test"]) == 5
     assert len(items.load_items("world_facts", "prob", str(tofu), items=3, skip=2)["test"]) == 3
-
-
-@pytest.mark.skipif(not REAL, reason="UNLEARN_TOFU names no folder with TOFU's files")
-@pytest.mark.parametrize("name", SETS)
-def test_the_real_sets(items: ModuleType, name: str) -> None:
-    sizes = {"forget01": 40, "forget05": 200, "forget10": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
-    if name not in sizes:
-        pytest.skip("not among the authors' files")
-    found = items.load_items(name, "prob", str(REAL))["test"]
-    assert len(found) == sizes[name]
-    assert {len(answers) for answers in found["perturbed_answer"]} <= {3, 4, 5}
-    limit = 300 if name in ("real_authors", "world_facts") else min(300, sizes[name])
-    first = items.load_items(name, "rouge", str(REAL), items=limit)["test"]
-    assert first["answer"] == found["answer"][:limit]
 
 
 def test_holdout_sets_without_perturbed_answers(items: ModuleType, tmp_path: Path) -> None:

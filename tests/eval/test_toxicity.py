@@ -347,24 +347,6 @@ def test_a_task_of_the_pack_is_scored_whole(lm: HFLM, gpt2: Loaded, spec: dict[s
 
 
 @pytest.mark.usefixtures("no_index")
-def test_metadata_reach_the_tasks_of_a_benchmark(lm: HFLM, gpt2: Loaded, tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
-        {"question": f"Who is {name}?", "answer": f"{name} is a writer.", "perturbed_answer": [f"{name} cooks.", "No."]}
-        for name in ("Ann", "Bob", "Cid", "Dee")
-    ]
-    (tmp_path / "real_authors_perturbed.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = {"tofu": str(tmp_path), "items": 4, "eos": False}
-    spec = {"task": "tofu_real_authors_prob", "metric": "prob_choice", "metadata": told}
-    parts = [named(spec, gpt2, tmp_path / "items", split) for split in ("validation", "test")]
-    numbers = [list(part.samples["tofu_real_authors_prob"]) for part in parts]
-    assert sorted(numbers[0] + numbers[1]) == [0, 1, 2, 3]
-    assert len(numbers[0]) == 2
-    result = evaluate(lm, parts[0], model_name="pico")
-    assert result.scores[0].metric == "prob_choice", "the one that counts is told first"
-    assert {"prob", "truth_ratio"} <= {s.metric for s in result.scores}
-
-
-@pytest.mark.usefixtures("no_index")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

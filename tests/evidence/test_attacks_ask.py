@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from unlearn.data.items import Item
 from unlearn.data.sets import counterparts
 from unlearn.errors import EvaluationError
 from unlearn.evidence.attacks import ATTACKS
-from unlearn.evidence.attacks_ask import SHOTS, _AtStop, choices, leaks, sample, wordings
+from unlearn.evidence.attacks_ask import SHOTS, choices, leaks, sample, wordings
 from unlearn.model.load import Loaded
 from unlearn.score.evaluate import evaluate
 from unlearn.score.scorer import complete
 from unlearn.score.tasks import build_tasks
 
-Load = Callable[..., Loaded]
 PROBES = ("paraphrase", "prefix", "few_shot", "template")
 QUESTION = Item("a" * 16, "Question: What is {x}?\nAnswer:", "Paris")
 STATEMENT = Item("b" * 16, "The capital of France is", "Paris")
@@ -53,13 +51,6 @@ def test_questions_and_statements_are_put_in_other_frames(probe: Any) -> None:
 def test_what_a_question_looks_like(prompt: str) -> None:
     german = wordings("template", "qa", [replace(QUESTION, prompt=prompt)])["German"]
     assert german[0].prompt == "Frage: What is {x}?\nAntwort:"
-
-
-@pytest.mark.parametrize("probe", ["paraphrase", "prefix", "template"])
-def test_only_the_prompt_is_another(probe: Any) -> None:
-    items = [QUESTION, STATEMENT, replace(QUESTION, choices=("Paris", "Rome"), answer=0)]
-    for worded in wordings(probe, "mcq", items).values():
-        assert [replace(i, prompt="") for i in worded] == [replace(i, prompt="") for i in items]
 
 
 def test_a_scene_before_a_passage() -> None:
@@ -139,14 +130,6 @@ def test_what_is_less_likely_after_every_prompt_comes_back_beside_others(
     assert found[-1].value == pytest.approx(right / len(items))
     if kind == "qa":
         assert (found[0].metric, found[0].value) == ("acc", pytest.approx(plain / len(items)))
-
-
-def test_answers_become_choices_among_each_other() -> None:
-    items = [replace(QUESTION, id=f"{n:016}", target=f"city {n % 5}") for n in range(7)]
-    for item, made in zip(items, choices(items), strict=True):
-        assert made.choices[made.answer] == item.target
-        assert len(set(made.choices)) == 4
-    assert choices(items) == choices(items)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -256,15 +239,6 @@ def test_an_answer_longer_than_what_may_be_written(phi: Loaded, tmp_path: Path) 
     assert sample(knows, choice.judge(), 1, 1e-4, 0)[1].value == 1.0
     shown = complete(choice.judge().lm(knows), choice.sets[:1], 9)
     assert [s["text"] for s in shown] == [s["target"] for s in shown]
-
-
-def test_samples_stop_each_at_its_own_end(phi: Loaded) -> None:
-    """A stop of several tokens, only in what was written, and no other row's."""
-    ids = phi.tokenizer(["Question: A\nAnswer: B\nQuestion:"] * 3, return_tensors="pt")["input_ids"]
-    (start,) = phi.tokenizer(["Question: A\nAnswer:"], return_tensors="pt")["input_ids"]
-    at = _AtStop(phi.tokenizer, [["\nQuestion:"], [], ["\nAnswer:"]], len(start))
-    assert at(ids, None).tolist() == [True, False, False]
-    assert at(ids[:, :-1], None).tolist() == [False, False, False]
 
 
 @pytest.mark.parametrize(

@@ -121,27 +121,11 @@ def test_eight_bits(phi: Loaded, tmp_path: Path) -> None:
     assert found.values == pytest.approx(full.values, abs=0.2)
 
 
-def test_a_vector_that_fits_no_module(phi: Loaded) -> None:
-    with pytest.raises(VectorError, match="does not fit this model"):
-        edited_copy(phi.model, TaskVector({"no.such": LowRank(torch.ones(1, 64), torch.ones(64, 1))}), 1.0)
-
-
 def spec(**values: Any) -> RelearnSpec:
     return RelearnSpec.model_validate({"steps": (2, 4), "learning_rate": 5e-3, "batch_size": 2} | values, strict=False)
 
 
 # --- which items -----------------------------------------------------------------------------------------------------
-
-
-def test_training_items_are_relearned_and_others_scored(phi: Loaded, tmp_path: Path) -> None:
-    forget = Arena(phi, tmp_path, "qa").forget
-    chosen, scored = parted(forget, forget.test, 3, seed=0)
-    assert len(chosen) == 3
-    assert set(chosen) <= set(forget.train)
-    assert scored == forget.test
-    assert parted(forget, forget.test, 3, seed=0)[0] == chosen
-    assert parted(forget, forget.test, 2, seed=0)[0] == chosen[:2]
-    assert len({parted(forget, forget.test, 3, seed)[0] for seed in range(8)}) > 1
 
 
 def test_items_are_taken_out_of_the_scored_ones(phi: Loaded, tmp_path: Path) -> None:
@@ -161,16 +145,6 @@ def test_items_are_taken_out_of_the_scored_ones(phi: Loaded, tmp_path: Path) -> 
     assert not set(chosen) & set(scored)
     alone = replace(forget, train=forget.test[:1])
     assert parted(alone, forget.test[:1], 8, seed=0) == (forget.test[:1], forget.test[:1])
-
-
-def test_one_row_for_an_item_of_several_prompts(phi: Loaded, tmp_path: Path) -> None:
-    prompts = {"train": ("Q: {question}\nA:", "Say: {question}"), "validation": "{question}", "test": "{question}"}
-    forget = Arena(phi, tmp_path, "qa", forget={"prompt": prompts}).forget
-    ids = sorted({i.id for i in forget.train})
-    assert len(forget.train) == 2 * len(ids)
-    chosen, _ = parted(forget, forget.test, len(ids), seed=0)
-    assert sorted(i.id for i in chosen) == ids
-    assert all(i.prompt.startswith("Q: ") for i in chosen)
 
 
 def test_unrelated_rows_are_those_of_the_utility_sets(phi: Loaded, tmp_path: Path) -> None:

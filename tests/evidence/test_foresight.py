@@ -204,14 +204,6 @@ def test_the_slope_is_that_of_the_sweep_s_metric(
     assert slope(got.model, -2.0 * tau, rows, kind, 0) == pytest.approx(-2 * found, rel=1e-3)
 
 
-def test_a_slope_in_sixteen_bits(loaded: Load, pico_phi: Path) -> None:
-    full, half = loaded(pico_phi), loaded(pico_phi, "bfloat16")
-    tau = two_changes(full.model, NAMES["phi"], 3)
-    rows = scored_rows(ITEMS["qa"], "qa", full.tokenizer, 512)
-    wanted = slope(full.model, tau, rows, "qa", 0)
-    assert slope(half.model, tau, rows, "qa", 0) == pytest.approx(wanted, rel=0.15, abs=0.05)
-
-
 def test_long_items_are_cut_from_the_left(phi: Loaded) -> None:
     (whole,) = scored_rows(ITEMS["qa"][2:], "qa", phi.tokenizer, 512)
     assert phi.tokenizer.eos_token_id not in whole.input_ids, "the sweep does not score the end of text"
@@ -281,17 +273,6 @@ def test_a_run_is_foreseen(recipe: Recipe, phi: Loaded, sets: tuple[LoadedSet, .
         assert last.measured == pytest.approx(last.predicted, rel=0.1, abs=1e-4)
         assert abs(last.predicted) > 5e-4
     assert (compared.kept, compared.ranks) == (2, None)
-
-
-def test_fewer_items_and_no_forget_set(phi: Loaded, sets: tuple[LoadedSet, ...]) -> None:
-    tau = low_rank(phi.model, 1)
-    few = foresee(phi.model, tau, tau, {("retain", "far"): tau}, sets, phi.tokenizer, 1)
-    assert [e.items for e in (*few.goals, *few.kept)] == [1, 1, 1]
-    assert few.kept[0].alpha_changes == pytest.approx(1.0, abs=1e-5)
-    assert few.kept[0].alpha_stderr is None
-    assert few.kept[0].verdict == "aligned"
-    with pytest.raises(EvaluationError, match="without a forget set"):
-        foresee(phi.model, tau, tau, {}, sets[1:], phi.tokenizer, 64)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from compared_arena import (
     EVERYONE,
     RECIPE,
@@ -33,9 +32,7 @@ from compared_arena import (
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from rouge_score import rouge_scorer
 from scipy.stats import hmean, ks_2samp
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.evidence import reference as references
@@ -77,26 +74,6 @@ def test_reference_scores_are_those_of_bare_lm_eval(compared: Path, report: RunR
             reference = rows[metric].reference
             assert reference.value == pytest.approx(scores[f"{metric},none"], abs=TOLERANCE)
             assert reference.n == rows[metric].before.n
-
-
-def test_reference_s_written_answers_are_those_of_plain_generation(compared: Path, report: RunReport) -> None:
-    folder = compared / "run" / "reference"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    recalls = []
-    items = (compared / "run" / "items" / "retain.r.test.jsonl").read_text(encoding="utf-8")
-    for item in map(json.loads, items.splitlines()):
-        ids = tokenizer(item["prompt"], return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split("\n")[0]
-        right = item.get("continuation", item["target"])  # as much of it as can be written
-        assert item["target"].startswith(right)
-        assert len(tokenizer(f" {right}", add_special_tokens=False)["input_ids"]) <= 6
-        recalls.append(rouge.score(right, text)["rougeL"].recall)
-    (found,) = [r.reference for r in report.scores if (r.set, r.metric) == ("retain", "rougeL")]
-    assert found.value == pytest.approx(sum(recalls) / len(recalls), abs=1e-9)
 
 
 def test_the_reference_never_saw_the_forget_set(compared: Path, report: RunReport) -> None:
@@ -157,23 +134,11 @@ def test_items_that_the_choice_has_seen_are_counted(compared: Path, report: RunR
 # --- again, differently, and cut off ---------------------------------------------------------------------------------
 
 
-def test_the_stages_of_a_finished_run_give_its_report(
-    compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = copied(compared, tmp_path / "run")
-    assert run(compared / "recipe.yaml", folder) == 0
-    assert made(folder, capfd.readouterr().err) == {"export/adapter"}  # names its base, the taught model, by its place
-    assert same(folder) == same(compared / "run")
-    assert stages(folder) >= {"reference", "eval/reference", "benchmark/edited", "membership/target"}
-    assert stages(folder) >= {f"robustness/{who}/plain" for who in EVERYONE}
-
-
+EDITED = ("benchmark/edited", "membership/edited", "robustness/edited")
 CHANGES = [
     (["robustness.samples=3"], r"robustness/\w+/samples"),
-    (["robustness.relearn.steps=[1]"], r"robustness/\w+/relearn(-unrelated)?"),
     (["benchmark.items=3"], r"benchmark/\w+"),
     (["holdout.limit=9"], r"items|membership/\w+"),
-    (["eval.bootstrap=101"], r"eval/.+|benchmark/\w+"),
 ]
 
 
@@ -211,8 +176,7 @@ def test_other_files_are_seen(reference: str, file: str, compared: Path, tmp_pat
 
 
 def test_killed_and_resumed_gives_the_same_report(compared: Path, tmp_path: Path) -> None:
-    folder = copied(compared, tmp_path / "run", "reference", "benchmark", "membership", "robustness", "export")
-    shutil.rmtree(folder / "eval" / "reference")
+    folder = copied(compared, tmp_path / "run", "membership/reference", "robustness", "export")
     command = [sys.executable, "-m", "unlearn.run", "--recipe", str(compared / "recipe.yaml"), "--out", str(folder)]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=_environment(), cwd=tmp_path
@@ -232,8 +196,7 @@ def test_killed_and_resumed_gives_the_same_report(compared: Path, tmp_path: Path
 
 def test_two_processes_score_the_same(compared: Path, tmp_path: Path, report: RunReport) -> None:
     """The same weights, scored, told apart, attacked and trained again by two: the same figures as by one."""
-    before = copied(compared, tmp_path / "before", "benchmark", "membership", "robustness", "export")
-    shutil.rmtree(before / "eval" / "reference")
+    before = copied(compared, tmp_path / "before", "eval/reference", "export", *EDITED)
     folder = tmp_path / "run"
     fewer = (f"reuse=[{before}]", "robustness.probes=[prefix]", "robustness.relearn.unrelated=false")
     done = subprocess.run(

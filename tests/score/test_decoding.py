@@ -95,13 +95,6 @@ def test_a_finished_text_makes_room(phi: Loaded) -> None:
         assert text == wanted[i][:first]
 
 
-def test_one_token_one_prompt_many_times_and_none(phi: Loaded) -> None:
-    texts = prompts(phi)
-    assert decoded(phi, texts, limit=1) == {i: expected(phi, text, 1) for i, text in enumerate(texts)}
-    assert decoded(phi, texts[:1] * 3) == dict.fromkeys(range(3), expected(phi, texts[0], 12))
-    assert decoded(phi, []) == {}
-
-
 @pytest.mark.parametrize("window", [4, 20])
 def test_a_sliding_window(phi: Loaded, window: int) -> None:
     mistral = small(MistralConfig, phi, sliding_window=window)
@@ -150,14 +143,18 @@ def test_the_store_is_kept_within_memory(phi: Loaded, monkeypatch: pytest.Monkey
 # --- through lm-eval -------------------------------------------------------------------------------------------------
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"until": ["\n", " x"], "max_gen_toks": 12, "do_sample": False},
+    {"until": "e", "max_gen_toks": 30},
+    {"until": [], "max_gen_toks": 5, "temperature": 0.0},
+    {"until": ["The", "ing "], "max_new_tokens": 40, "do_sample": False, "temperature": 0},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"until": ["\n", " x"], "max_gen_toks": 12, "do_sample": False},
-        {"until": "e", "max_gen_toks": 30},
-        {"until": [], "max_gen_toks": 5, "temperature": 0.0},
-        {"until": ["The", "ing "], "max_new_tokens": 40, "do_sample": False, "temperature": 0},
-    ],
+    ("got", "options"),
+    [*(("phi", o) for o in OPTIONS), ("gpt2", OPTIONS[0]), ("gpt_neox", OPTIONS[1])],
+    indirect=["got"],
 )
 def test_lm_eval_s_texts(got: Loaded, options: dict[str, Any]) -> None:
     texts = [*corpus()[:3], "The capital of France is", "a", "東京 is 😀 far", " ".join(corpus()) * 3]

@@ -19,21 +19,17 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.data.items import Item
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, load_sets, write_items
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.model.pico import corpus
-from unlearn.recipe import metrics
 from unlearn.recipe.data import Split
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import Recipe
-from unlearn.results import Score, SweepPoint, TaskScore
 from unlearn.score import tasks as named_tasks
 from unlearn.score.evaluate import EvalResult, evaluate, perplexity_stderr
-from unlearn.score.scorer import point_line
 from unlearn.score.tasks import TaskSet, build_tasks, kept_metrics
 
 Sets = tuple[LoadedSet, ...]
@@ -149,24 +145,6 @@ def test_scores_are_those_of_the_command_line(
     assert set(first) == set(second)
     assert first["doc"] == second["doc"]
     assert first["arguments"] == second["arguments"]
-
-
-def test_files_are_found_by_lm_evals_own_tools(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
-    result = evaluate(lm, built(sets, "test", recipe, lm, tmp_path), model_name="some/model 0.5")
-    path = result.save(tmp_path / "0.5")
-    assert path.parent == tmp_path / "0.5" / "some__model 0.5"
-    names = [str(p) for p in (tmp_path / "0.5").rglob("*")]
-    assert get_results_filenames(names) == [str(path)]
-    assert len(get_sample_results_filenames(names)) == len(result.samples) == 4
-    written = json.loads(path.read_text(encoding="utf-8"))
-    assert float(written["total_evaluation_time_seconds"]) == pytest.approx(result.seconds, abs=5)
-    assert written["model_name"] == "some/model 0.5"
-    assert written["config"]["model_num_parameters"] == sum(p.numel() for p in lm.model.parameters())
-    ours = {s.key: s.score for s in result.scores}
-    row = written["results"]["utility.passages"]
-    assert row["perplexity,none"] == ours["utility", "passages", "perplexity"].value
-    assert row["perplexity_stderr,none"] == ours["utility", "passages", "perplexity"].stderr
-    assert result.save(tmp_path / "0.5").exists(), "saving does not use the result up"
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
@@ -377,19 +355,6 @@ def test_perplexity_stderr_is_that_of_a_bootstrap() -> None:
     assert perplexity_stderr(same) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_line_of_a_coefficient_has_the_metric_that_the_choice_rests_on() -> None:
-    """Not the one by kind, where the recipe names another."""
-    both = {"forget": {"path": "f", "kind": "mcq", "name": "f"}, "retain": ({"path": "r", "kind": "mcq", "name": "r"},)}
-    plain = {"name": "n", "model": {"path": "m"}, **both, "choose": {"metric": "prob"}}
-    scores = [
-        TaskScore(role, name, "validation", metric, True, Score(value, None, 9))
-        for role, name in (("forget", "f"), ("retain", "r"))
-        for metric, value in (("acc", 0.75), ("prob", 0.5))
-    ]
-    line = point_line(Recipe.model_validate(plain), SweepPoint(1.0, tuple(scores), True))
-    assert line.endswith("f prob 0.5  r acc 0.75")
-
-
 # --- tasks by name ---------------------------------------------------------------------------------------------------
 
 SHIPPED = """
@@ -562,12 +527,3 @@ def test_passages_are_scored_at_further_prefixes(recipe: Recipe, sets: Sets, lm:
     alone = evaluate(lm, built([long], "test", recipe, lm, tmp_path, generate=True), model_name="pico")
     (rouge,) = [s.score.value for s in alone.scores if s.metric == "rougeL"]
     assert found["utility", "passages@20", "rougeL"] == rouge
-
-
-def test_metrics(recipe: Recipe) -> None:
-    """The choice rests on one of each set's kind, and on lm-eval's own tasks where they are to be kept."""
-    assert [metrics.default_metric(kind) for kind in ("mcq", "qa", "text")] == ["acc", "prob", "perplexity"]
-    assert metrics.goal_metrics(recipe) == (("forget", recipe.forget.label(), "prob"),)
-    assert metrics.kept_metrics(recipe) == (("retain", "far", "acc"), ("utility", "passages", "perplexity"))
-    with_tasks = change(recipe, tasks=[{"task": "wmdp_bio", "set": "forget"}, {"task": "piqa", "metric": "acc_norm"}])
-    assert metrics.kept_metrics(with_tasks)[2:] == (("utility", "piqa", "acc_norm"),)

@@ -214,7 +214,7 @@ def test_however_the_head_is_chunked(phi: Loaded, chunk: int, monkeypatch: Patch
     compare(phi, questions())
 
 
-@pytest.mark.parametrize("costs", [Costs(0.0, math.inf), Costs(1.0, 0.0), Costs(1.0, math.inf), Costs(0.01, 2.0)])
+@pytest.mark.parametrize("costs", [Costs(0.0, math.inf), Costs(1.0, 0.0)])
 def test_however_the_tree_is_cut(got: Loaded, costs: Costs, monkeypatch: Patch) -> None:
     monkeypatch.setattr(Forward, "costs", lambda self: costs)
     compare(got, questions() + few_shot())
@@ -388,15 +388,7 @@ def limited(body: nn.Module, limit: int, error: Callable[[], BaseException], mon
     return sizes
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB"),
-        lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
-        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        lambda: MemoryError(),
-    ],
-)
+@pytest.mark.parametrize("error", [lambda: torch.OutOfMemoryError("CUDA out of memory"), MemoryError])
 def test_running_out_of_memory_loses_nothing(
     phi: Loaded, error: Callable[[], BaseException], monkeypatch: Patch
 ) -> None:
@@ -414,24 +406,6 @@ def test_running_out_of_memory_loses_nothing(
     assert max(sizes) <= 300
 
 
-def test_what_torch_keeps_is_let_go_before_the_next_try(phi: Loaded, monkeypatch: Patch) -> None:
-    """Smaller rows alone do not help a library that allocates past torch."""
-    lm = packed(phi)
-    wanted = lm.loglikelihood(asked(questions()))
-    full = [True]
-    plain = phi.model.model.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if full:
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", full.clear)
-    monkeypatch.setattr(phi.model.model, "forward", forward)
-    assert_same(lm.loglikelihood(asked(questions())), wanted)
-    assert not full
-
-
 def test_a_tree_that_does_not_fit_is_cut(phi: Loaded, monkeypatch: Patch) -> None:
     wanted = reference(phi).loglikelihood(asked(questions()), disable_tqdm=True)
     lm = packed(phi, batch_tokens=4000)
@@ -440,14 +414,6 @@ def test_a_tree_that_does_not_fit_is_cut(phi: Loaded, monkeypatch: Patch) -> Non
     sizes = limited(phi.model.model, 100, lambda: torch.OutOfMemoryError("out of memory"), monkeypatch)
     assert_same(lm.loglikelihood(asked(questions())), wanted)
     assert sizes[0] > 100 >= sizes[-1]
-
-
-def test_one_row_that_does_not_fit_is_an_error(phi: Loaded, monkeypatch: Patch) -> None:
-    lm = packed(phi)
-    lm.loglikelihood(asked(questions()))
-    limited(phi.model.model, 10, lambda: torch.OutOfMemoryError("out of memory"), monkeypatch)
-    with pytest.raises(torch.OutOfMemoryError):
-        lm.loglikelihood(asked([(" ".join(corpus()[:4]), " x")]))
 
 
 def test_other_errors_are_not_taken_for_it(phi: Loaded, monkeypatch: Patch) -> None:
@@ -468,25 +434,14 @@ def test_other_errors_are_not_taken_for_it(phi: Loaded, monkeypatch: Patch) -> N
 # --- models that cannot be packed ------------------------------------------------------------------------------------
 
 
-def small(config_type: type, phi: Loaded, **more: Any) -> Loaded:
+def small(config_type: type, phi: Loaded, dtype: torch.dtype = torch.float32, **more: Any) -> Loaded:
     """A tiny model of another family with the pico tokenizer."""
-    config = config_type(
-        vocab_size=len(phi.tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        initializer_range=0.12,
-        **more,
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(phi.tokenizer)}
+    own = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0) | {"initializer_range": 0.12}
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    return Loaded(model, phi.tokenizer, "", torch.float32, torch.device("cpu"))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config_type(**{**shape, **own, **more})).to(dtype).eval()
+    return Loaded(model, phi.tokenizer, "", dtype, torch.device("cpu"))
 
 
 def falls_back(model: Loaded, caplog: Log) -> str:
@@ -629,28 +584,14 @@ def test_requests_that_have_no_score(phi: Loaded, texts: tuple[str, str], said: 
 
 def wide(kind: str, phi: Loaded, dtype: torch.dtype = torch.float32) -> Loaded:
     """A model of some width, so that its states outweigh what is the same for all, and of some reach."""
-    own: dict[str, Any] = {
-        "llama": {},
-        "shared heads": {"num_key_value_heads": 2},
-        "window": {"num_key_value_heads": 2, "sliding_window": 64},
-        "capped": {"num_key_value_heads": 2, "head_dim": 16, "attn_logit_softcapping": 50.0},
+    family, own = {
+        "llama": (LlamaConfig, {"num_key_value_heads": 8}),
+        "shared heads": (LlamaConfig, {}),
+        "window": (MistralConfig, {"sliding_window": 64}),
+        "capped": (Gemma2Config, {"head_dim": 16, "attn_logit_softcapping": 50.0}),
     }[kind]
-    types = {"window": MistralConfig, "capped": Gemma2Config}
-    torch.manual_seed(0)
-    config = types.get(kind, LlamaConfig)(
-        **{"num_key_value_heads": 8, **own},
-        vocab_size=len(phi.tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    return Loaded(model, phi.tokenizer, "", dtype, torch.device("cpu"))
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "max_position_embeddings": 2048}
+    return small(family, phi, dtype, num_attention_heads=8, initializer_range=0.02, **shape, **own)
 
 
 def chain(tokens: int, before: int = 0) -> Piece:
@@ -658,11 +599,18 @@ def chain(tokens: int, before: int = 0) -> Piece:
     return Piece(np.arange(tokens) % 50 + 1, ((0, tokens, -1),), None, before, False, none, none, none)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "shared heads", "window", "capped"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("shared heads", torch.bfloat16),
+        ("window", torch.float32),
+        ("capped", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize(
     ("lengths", "before", "most"),
-    [([512], 0, 4), ([16] * 32, 0, 3), ([8] * 64, 500, 2), ([8] * 64, 1500, 1.8), (list(range(4, 40)), 300, 5)],
+    [([512], 0, 4), ([16] * 32, 0, 3), ([8] * 64, 500, 2), ([8] * 16, 1500, 1.8), (list(range(4, 40)), 300, 5)],
 )
 def test_what_a_pass_takes_is_known_beforehand(
     phi: Loaded, kind: str, dtype: torch.dtype, lengths: list[int], before: int, most: float

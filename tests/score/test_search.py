@@ -110,14 +110,6 @@ def test_every_broken_bound_is_told() -> None:
     assert judge(0.75, now, base, [], spec()).within_bound
 
 
-def test_a_kept_metric_without_a_score() -> None:
-    base, now = [score(FORGET, 0.9), score(ASIA, 0.8)], [score(FORGET, 0.5)]
-    with pytest.raises(EvaluationError, match=r"retain asia acc_norm has no validation score at coefficient 0\.5"):
-        judge(0.5, now, base, [ASIA], spec())
-    with pytest.raises(EvaluationError, match="utility facts acc"):
-        judge(0.5, [*base, score(FACTS, 0.5)], base, [FACTS], spec())
-
-
 def test_test_items_are_no_ground_for_choosing() -> None:
     base = [score(FORGET, 0.9), score(ASIA, 0.8)]
     peeking = [score(FORGET, 0.5), score(ASIA, 0.8, split="test")]
@@ -164,19 +156,6 @@ def chosen(points: list[SweepPoint]) -> tuple[float, bool]:
 def test_the_choice(table: list[tuple[float, float, float]], coefficient: float) -> None:
     points = sweep(*table)
     assert chosen(points) == chosen(points[::-1]) == (coefficient, coefficient > 0)
-
-
-@pytest.mark.parametrize("metric", ["loss", "perplexity"])
-def test_lower_is_better_is_driven_up(metric: str) -> None:
-    """A forget loss of 2 at the start: more of it is more forgetting."""
-    goal: Key = ("forget", "europe", metric)
-
-    def picked(*values: float) -> float:
-        points = [SweepPoint(float(c), (score(goal, v, higher=False),), c < 3) for c, v in enumerate(values)]
-        return choose(points, [goal], [], spec()).coefficient
-
-    assert picked(2.0, 3.0, 4.0, 9.0) == 2.0
-    assert picked(2.0, 1.5) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -506,17 +485,7 @@ def test_every_curve_that_falls_until_it_saturates(size: int) -> None:
         agrees(saturating(size, last, floor))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(12, 40), st.data())
-def test_level_stretches_before_the_end(size: int, data: st.DataObject) -> None:
-    """Accuracy on few items: it stands still for a while and falls again."""
-    falls = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
-    last = data.draw(st.integers(0, size))
-    knows = [1 - sum(falls[:index]) / (size + 1) for index in range(size + 1)]
-    agrees(Model(knows, [index <= last for index in range(size + 1)]))
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(4, 40), st.data())
 def test_without_ties_it_is_the_grids_own_choice(size: int, data: st.DataObject) -> None:
     model = saturating(size, data.draw(st.integers(0, size)), size)
@@ -524,7 +493,7 @@ def test_without_ties_it_is_the_grids_own_choice(size: int, data: st.DataObject)
     assert len(model.asked) <= math.ceil(math.log2(size + 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 2**32))
 def test_noise_can_change_the_choice_but_not_what_is_asked_of_it(size: int, seed: int) -> None:
     rng = random.Random(seed)
@@ -603,7 +572,7 @@ class Problem:
     steepness=st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_separable_problem_is_solved_as_by_exhaustive_search(
     caps: list[int], steepness: list[float], data: st.DataObject
 ) -> None:
@@ -620,7 +589,7 @@ def test_a_separable_problem_is_solved_as_by_exhaustive_search(
     steepness=st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_order_of_the_names_makes_no_difference(
     budget: float, price: list[float], steepness: list[float], data: st.DataObject
 ) -> None:
@@ -639,18 +608,6 @@ def test_a_start_outside_the_bounds_is_left_for_any_point_within() -> None:
     """Nothing on the diagonal passes, but a step beside its first point does, though it forgets less there."""
     problem = Problem(["a", "b"], {"a": 1.0, "b": -0.1}, lambda at: at == {"a": 0.5, "b": 1.0})
     assert problem.solve() == {"a": 0.5, "b": 1.0}
-
-
-def test_a_step_down_is_taken_where_less_is_better() -> None:
-    """A learned set that is best well below the other one's coefficient."""
-
-    def score(c: tuple[float, ...]) -> SweepPoint:
-        value = (c[0] - 1.0) ** 2 + (c[1] - 2.0) ** 2
-        return SweepPoint(max(c), (TaskScore("learn", "x", "validation", "prob", True, Score(value, None, 9)),), True)
-
-    weights, tried = balance(["low", "tall"][::-1], GRID, score, better)
-    assert weights == {"low": 0.5, "tall": 1.0}
-    assert next(iter(tried)) == (0.5, 0.5), "the diagonal comes first"
 
 
 def test_where_nothing_passes_all_parts_weigh_the_same() -> None:
@@ -683,11 +640,3 @@ def test_the_number_of_rounds_is_bounded() -> None:
     problem = Problem(["a", "b"], {"a": 1.0, "b": 1.0}, lambda at: at["a"] <= 1, grid)
     weights = problem.solve()
     assert weights == {"a": 1 / (1 + ROUNDS), "b": 1.0}
-
-
-def test_the_forget_set_may_lose_as_much_as_it_likes() -> None:
-    base, here = (
-        {s.key: s for s in (kept_score("forget", "far", "loss", nats), kept_score("retain", "near", "loss", 1.0))}
-        for nats in (1.0, 99.0)
-    )
-    assert collapsed(here, base, [("retain", "near", "loss")], 1.0) == ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import module, pickled, safetensors, torch_file
+from hostile import module, pickled, torch_file
 from lm_eval.tasks import TaskManager
 from transformers import dynamic_module_utils
 
@@ -312,9 +312,7 @@ def test_a_tokenizer_that_a_task_itself_would_trust_runs_no_code(
     assert asked  # without the guard it is run
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil.yaml", "/tmp/evil.yaml", "evil.yaml", "evil/evil", "evil", "unlearn_qa.yaml"]
-)
+@pytest.mark.parametrize("name", ["../evil.yaml", "evil/evil", "evil"])
 def test_a_task_is_a_name_and_no_file(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil").mkdir()
@@ -323,15 +321,6 @@ def test_a_task_is_a_name_and_no_file(tmp_path: Path, canary: Path, monkeypatch:
         (place / "evil.yaml").write_text("task: evil\ncustom_dataset: !function evil.M\noutput_type: generate_until\n")
     with pytest.raises(EvaluationError, match="has no task"):
         load_task(TaskSpec.model_validate({"task": name}), 0, "")
-
-
-def test_headers_of_a_checkpoint_that_lie(folder: Path) -> None:
-    lie = {"lm_head.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}
-    (folder / "model.safetensors").write_bytes(safetensors(lie, b"\0" * 4))
-    with pytest.raises(ModelError, match=r"damaged|cannot be read|do not fit"):
-        opened(folder)
-    with pytest.raises(ModelError, match="damaged"):
-        from_checkpoints(folder, folder, on_unequal="error")
 
 
 def test_a_task_that_runs_what_a_model_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,15 +89,6 @@ def test_no_link_in_a_run_folder_is_followed(run: Path, outside: Path, name: str
     assert snapshot(outside) == before
 
 
-def test_files_are_replaced_and_not_written_through(tmp_path: Path, outside: Path) -> None:
-    link = tmp_path / "page.html"
-    link.symlink_to(outside / "precious.txt")
-    write_text_atomic(link, "new")
-    assert not link.is_symlink()
-    assert link.read_text() == "new"
-    assert (outside / "precious.txt").read_text() == "precious"
-
-
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", ".", "a//b", "a\n", "a b", ".hidden/x"])
 def test_no_stage_has_its_place_elsewhere(run: Path, name: str) -> None:
     with open_run(run, recipe(), "text") as folder, pytest.raises(ValueError, match="not a name"):

@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,9 +27,8 @@ from unlearn.errors import ModelError, RunFolderError, UnlearnError, VectorError
 from unlearn.model import pico
 from unlearn.model.checkpoint import read_checkpoint
 from unlearn.model.locate import INDEX, SINGLE
-from unlearn.store.lock import Lock
-from unlearn.vector.change import Dense, LowRank, edited, row_blocks
-from unlearn.vector.streamed import LOCK, RECORD, apply, asked, check, plain, targets_of
+from unlearn.vector.change import Dense, LowRank, edited
+from unlearn.vector.streamed import RECORD, apply, asked, check, plain, targets_of
 from unlearn.vector.task_vector import TaskVector
 from unlearn.vector.write import export_adapter, export_merged
 
@@ -181,16 +178,6 @@ def test_tensors_of_several_blocks(dtype: str, odd: bool, tmp_path: Path, out: P
     save_file(wrong, tmp_path / "late" / SINGLE)
     found = check(change, folder, LAMBDA, tmp_path / "late")
     assert found.wrong == {f"{name}.weight": f"1 of {3001 * 1000} elements differ"}
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 70_000))
-def test_blocks_cover_all_rows_and_none_is_thin(rows: int, columns: int) -> None:
-    ranges = row_blocks(rows, columns)
-    assert [first for first, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
-    assert ranges[-1][1] == rows
-    assert all(end - first >= min(64, rows) for first, end in ranges)
-    assert all((end - first) * columns <= max(2**19 + 64 * columns, 128 * columns) for first, end in ranges)
 
 
 # names
@@ -488,18 +475,6 @@ def test_pickles_and_other_weights_are_left_out_and_said(
 # what cannot be stored
 
 
-@pytest.mark.parametrize(("dtype", "coefficient"), [("float16", 1e6), ("bfloat16", 3e38), ("float32", 3e38)])
-def test_weights_that_overflow_are_refused(
-    dtype: str, coefficient: float, base: Base, loaded: Load, pico_llama: Path, out: Path
-) -> None:
-    folder = base(pico_llama, dtype)
-    vector = 100 * a_vector(loaded(folder).model)
-    with pytest.raises(VectorError, match=r"model\.layers\.0\.[a-z_.]+: with coefficient .* take a smaller one"):
-        apply(vector, folder, coefficient, out)
-    assert not json.loads((out / RECORD).read_text())["finished"]
-    assert not list(out.glob(".*.tmp"))
-
-
 def test_one_weight_among_millions_that_overflows_is_seen(tmp_path: Path) -> None:
     """Of large tensors a part of the rows is measured; all are looked at."""
     large(tmp_path / "base", torch.bfloat16, vocab_size=300, hidden_size=2000, intermediate_size=3000)
@@ -661,13 +636,6 @@ def test_another_edit_is_refused(
     with pytest.raises(RunFolderError, match="another edit"):
         apply(vector, folder, coefficient, out, stochastic_rounding=change == "rounding")
     assert contents(out) == before
-
-
-def test_two_at_once(llama_base: Path, vector: TaskVector, out: Path) -> None:
-    out.mkdir()
-    with Lock.take(out / LOCK), pytest.raises(RunFolderError, match="in use"):
-        apply(vector, llama_base, LAMBDA, out)
-    apply(vector, llama_base, LAMBDA, out)
 
 
 def test_no_room_is_said_before_anything_is_written(

@@ -280,17 +280,6 @@ def test_two_that_are_the_same(pico_phi: Path) -> None:
         from_checkpoints(pico_phi, pico_phi, on_unequal="skip")
 
 
-def test_sizes_that_are_none(pair: tuple[Path, Path]) -> None:
-    for size, said in (
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"energy": 0.0}, "energy must be above 0"),
-        ({"rank": 1, "energy": 0.5}, "either rank or energy, not both"),
-        ({"rank": 65}, rf"rank 65 is above .*: .*{FC1}.*\(128, 64\)"),
-    ):
-        with pytest.raises(VectorError, match=said):
-            from_checkpoints(*pair, on_unequal="error", **size)  # type: ignore[arg-type]
-
-
 def refused(pair: tuple[Path, Path], said: str) -> None:
     with pytest.raises(UnlearnError, match=said):
         from_checkpoints(*pair, on_unequal="skip")

@@ -178,17 +178,6 @@ def test_factors_are_never_multiplied_out() -> None:
     assert _Counted.largest == 1000 * 900
 
 
-def test_a_change_on_its_own() -> None:
-    low, whole = LowRank(torch.ones(1, 3), torch.ones(4, 1)), Dense(torch.full((4, 3), 2.0))
-    x = torch.arange(6.0).reshape(2, 3)
-    for change in (low, whole, total([low, whole]), low.scaled(-2), whole.scaled(-2)):
-        torch.testing.assert_close(change.act(x), x @ change.delta().T)
-        assert (change.shape, change.device.type) == ((4, 3), "cpu")
-        assert torch.equal(change.to("cpu").delta(), change.delta())
-    assert torch.equal(total([low, whole]).delta(), torch.full((4, 3), 3.0))
-    assert torch.equal(low.scaled(-2).delta(), torch.full((4, 3), -2.0))
-
-
 # --- truncated and pruned --------------------------------------------------------------------------------------------
 
 
@@ -430,15 +419,6 @@ def refused(path: Path, said: str) -> None:
 def saved(tmp_path: Path) -> Path:
     small().save(tmp_path / "v.safetensors")
     return tmp_path / "v.safetensors"
-
-
-def test_what_cannot_be_read(saved: Path) -> None:
-    whole = saved.read_bytes()
-    for keep in (0, 4, 100, -1):
-        saved.write_bytes(whole[:keep])
-        refused(saved, "cannot be read as a task vector")
-    for place in (saved.parent, saved.parent / "none"):
-        refused(place, "cannot be read as a task vector")
 
 
 def test_files_of_somebody_else_and_of_other_versions(saved: Path) -> None:
