@@ -171,6 +171,7 @@ BISECT = (
 )
 
 
+@pytest.mark.slow
 def test_bisection_agrees_with_the_grid_for_half_of_its_cost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder, cut, grid = tmp_path / "run", tmp_path / "cut", tmp_path / "grid"
     bisect = (*RECIPE, *BISECT, "--set", "sweep.search=bisect")

@@ -446,6 +446,7 @@ def whole_index() -> TaskManager:
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(
     model: Path, pack: Path, items: Items, ours: Found, theirs: Found, tmp_path: Path
 ) -> None:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from unlearn.vector.change import LowRank
 from unlearn.vector.task_vector import TaskVector
 
@@ -39,6 +41,7 @@ def start(place: Path, seed: int, recipe: str, *options: str) -> Path:
     return place / "run"
 
 
+@pytest.mark.slow  # the next one shows it for all but merged weights
 def test_two_runs_leave_the_same_bytes(tmp_path: Path) -> None:
     merged = ("--set", "export.merged=true", "--set", "export.shard_size=200KB")
     one, two = (files(start(tmp_path / f"{seed}", seed, "pico_smoke.yaml", *merged)) for seed in (1, 2))
