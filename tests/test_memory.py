@@ -212,7 +212,7 @@ def test_commands_say_so_too(
 def deep() -> PreTrainedModel:
     """Many small layers in bfloat16: one matrix is little of it."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 24}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 10}
     config = LlamaConfig(**sizes, vocab_size=64, num_key_value_heads=4, tie_word_embeddings=False)
     return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
 
@@ -231,7 +231,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
 
 
 ROWS = [Encoded(tuple(range(n, n + 6)), (IGNORE, *range(n + 1, n + 6))) for n in (1, 20)]
-MATRIX = 64 * 128 * 4  # bytes of the largest one in float32; the model has 168 of them or half of that
+MATRIX = 64 * 128 * 4  # bytes of the largest one in float32; the model has 70 of them or half of that
 
 
 def test_ethos_holds_few_matrices_beside_its_result(deep: PreTrainedModel) -> None:
@@ -239,7 +239,7 @@ def test_ethos_holds_few_matrices_beside_its_result(deep: PreTrainedModel) -> No
     with Live() as live:
         found = ethos(fitted, Have(fitted, weights=partial(weights_of, deep)), EthosSpec())
     result = size(t for change in found.modules.values() for t in change.tensors().values())
-    assert result > 100 * MATRIX  # it is dense
+    assert result > 40 * MATRIX  # it is dense
     assert live.peak < result + 16 * MATRIX
 
 

@@ -235,26 +235,14 @@ def test_no_better_point_was_passed_over(
 @pytest.mark.parametrize(
     ("goals", "kept", "values", "said", "unsaid"),
     [
-        (
-            "f",
-            "",
-            {},
-            "most forgetting of europe (acc_norm) on validation items; nothing was asked to be kept",
-            "on av",
-        ),
-        (
-            "fl",
-            "",
-            {},
-            "forgetting of europe (acc_norm) and learning of africa (acc) on validation items, on average",
-            "95",
-        ),
+        ("f", "", {}, "forgetting of europe (acc_norm) on validation items; nothing was asked to be kept", "on av"),
+        ("fl", "", {}, "forgetting of europe (acc_norm) and learning of africa (acc) on validation items, on av", "95"),
         (
             "f",
             "ap",
             {"keep": 0.9, "perplexity": 1.5},
-            "at least 90 % of the target model's score or at most +1.5 perpl",
-            "5 %",
+            "at least 90 % of the target model's score or at most +1.5",
+            "95 %",
         ),
         ("f", "a", {"keep": 0.975}, "at least 97.5 % of", "perplexity"),  # rounded, it would be another bound
         ("f", "p", {}, "at most +0.5 perplexity", "95 %"),
