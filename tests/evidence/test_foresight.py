@@ -21,7 +21,7 @@ from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet, load_sets
 from unlearn.errors import EvaluationError, VectorError
 from unlearn.evidence import foresight
-from unlearn.evidence.foresight import correlate, foresee, outputs, slope
+from unlearn.evidence.foresight import correlate, foresee, slope
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
 from unlearn.recipe.data import Kind
@@ -101,15 +101,6 @@ def said(model: nn.Module, one: Encoded) -> Tensor:
 def cosine(one: Tensor, two: Tensor) -> float:
     a, b = one - one.mean(), two - two.mean()
     return float(a @ b / (a.norm() * b.norm()))
-
-
-def test_outputs_are_the_model_s_own(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [*SETS[0], *SETS[1]]
-    whole = outputs(phi.model, rows, 0)
-    wanted = torch.cat([said(phi.model, one) for one in rows])
-    torch.testing.assert_close(whole, wanted, atol=1e-4, rtol=1e-4)
-    monkeypatch.setattr(foresight, "_TOKENS", 8)
-    torch.testing.assert_close(outputs(phi.model, rows, 0), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["phi", "gpt2"])
@@ -202,18 +193,6 @@ def test_the_slope_is_that_of_the_sweep_s_metric(
     monkeypatch.setattr(foresight, "_TOKENS_BACKWARD", 8)
     assert slope(got.model, tau, rows, kind, 0) == pytest.approx(found, rel=1e-3)
     assert slope(got.model, -2.0 * tau, rows, kind, 0) == pytest.approx(-2 * found, rel=1e-3)
-
-
-def test_long_items_are_cut_from_the_left(phi: Loaded) -> None:
-    (whole,) = scored_rows(ITEMS["qa"][2:], "qa", phi.tokenizer, 512)
-    assert phi.tokenizer.eos_token_id not in whole.input_ids, "the sweep does not score the end of text"
-    answer = sum(label != IGNORE for label in whole.labels)
-    (cut,) = scored_rows(ITEMS["qa"][2:], "qa", phi.tokenizer, answer + 1)
-    assert cut.input_ids == whole.input_ids[-answer - 1 :]
-    assert cut.labels == (IGNORE, *whole.labels[-answer:])
-    for items, limit in ((ITEMS["qa"][2:], answer), ([Item("1", "The capital", "")], 512)):
-        with pytest.raises(EvaluationError, match="cannot be scored by a model that reads"):
-            scored_rows(items, "qa" if items[0].target else "text", phi.tokenizer, limit)
 
 
 @pytest.fixture

@@ -79,22 +79,6 @@ def test_a_common_beginning_is_read_once(got: Loaded, monkeypatch: pytest.Monkey
     assert sum(read) < 0.7 * sum(len(text) for text in texts)
 
 
-def test_a_finished_text_makes_room(phi: Loaded) -> None:
-    """Texts of very different length through two slots."""
-    texts = prompts(phi) * 2
-    wanted = [expected(phi, text, 20) for text in texts]
-    stops = {i: 1 + 3 * (i % 5) for i in range(len(texts))}
-
-    def done(text: Any) -> bool:
-        return tuple(text) in ends
-
-    ends = {tuple(wanted[i][: stops[i]]) for i in stops}
-    found = decoded(phi, texts, limit=20, done=done, slots=2)
-    for i, text in found.items():
-        first = next(n for n in range(1, 21) if n == 20 or tuple(wanted[i][:n]) in ends)
-        assert text == wanted[i][:first]
-
-
 @pytest.mark.parametrize("window", [4, 20])
 def test_a_sliding_window(phi: Loaded, window: int) -> None:
     mistral = small(MistralConfig, phi, sliding_window=window)

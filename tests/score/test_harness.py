@@ -30,7 +30,6 @@ from unlearn.data.encoding import count_tokens
 from unlearn.errors import EvaluationError
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
-from unlearn.processes import shares
 from unlearn.recipe.load import tasks_folder
 from unlearn.score import harness
 from unlearn.score.packed import PackedLM
@@ -473,22 +472,6 @@ def test_two_processes_give_what_one_gives(
 
 def request(text: tuple[Any, ...], task: str | None = None, doc: int | None = None) -> Instance:
     return Instance("loglikelihood", {}, text, 0, (task, doc, 1))
-
-
-def test_shares_are_fair_and_keep_items_whole() -> None:
-    requests = [request((f"q{doc} " * (doc + 1), f" a{i}"), "t", doc) for doc in range(9) for i in range(4)]
-    requests += [request(("alone", {"until": []})), request(("x" * 50, "y"), "other", 3)]
-    parts = shares(requests, 3)
-    assert sorted(i for part in parts for i in part) == list(range(len(requests)))
-    owners = {(requests[i].task_name, requests[i].doc_id): n for n, part in enumerate(parts) for i in part}
-    for n, part in enumerate(parts):
-        assert part == sorted(part)
-        assert all(owners[requests[i].task_name, requests[i].doc_id] == n for i in part)
-    assert shares(requests, 1) == [list(range(len(requests)))]
-    even = shares(requests[:36], 3)
-    text = [sum(len(requests[i].args[0]) for i in part) for part in even]
-    assert max(text) < 1.2 * min(text)
-    assert sorted(map(len, shares(requests[:4], 3))) == [0, 0, 4]
 
 
 TOGETHER = """

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lm_eval.models.huggingface import HFLM
-from numpy.typing import NDArray
 
-from unlearn.model.load import Loaded
 from unlearn.score import tree
 from unlearn.score.tree import LONGEST_ROW, Costs, Piece, pack
 
@@ -95,32 +89,6 @@ def test_every_request_is_asked_for_exactly_once(pairs: list[Pair], max_length: 
 
 
 @quick
-@given(PAIRS, COSTS)
-def test_a_node_sees_itself_and_its_ancestors(pairs: list[Pair], costs: Costs) -> None:
-    for piece in pack(pairs, 16, costs):
-        size = len(piece.tokens)
-        mask: NDArray[np.bool_] = np.zeros((size, size), dtype=bool)
-        piece.fill_mask(mask)
-        wanted = np.eye(size, dtype=bool)
-        parent = parents(piece)
-        for node in range(size):
-            wanted[node, ancestors(node, parent)] = True
-        np.testing.assert_array_equal(mask, wanted)
-        assert piece.is_chain == np.array_equal(wanted, np.tri(size, dtype=bool))
-
-
-@quick
-@given(PAIRS)
-def test_where_passes_are_free_or_dear_every_prefix_is_computed_once(pairs: list[Pair]) -> None:
-    prefixes = {tuple(fed[: k + 1]) for fed in (model_input(p, 32) for p in pairs) for k in range(len(fed))}
-    for costs in (Costs(1e-9, 0.0), TREE):
-        pieces = pack(pairs, 32, costs)
-        assert sum(len(p.tokens) for p in pieces) == len(prefixes)
-    assert len(pieces) == len({fed[0] for fed in (model_input(p, 32) for p in pairs)})  # one tree per first token
-    assert not any(p.kept for p in pieces)
-
-
-@quick
 @given(PAIRS, st.sampled_from([0.02, 0.3, 2.0]), st.sampled_from([0.0, 1.0, 10.0]))
 def test_packing_never_costs_more_than_a_row_for_each(pairs: list[Pair], pair: float, launch: float) -> None:
     pieces = pack(pairs, 32, Costs(pair, launch))
@@ -158,26 +126,3 @@ def test_rows_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
     # one sequence longer than that is a row of its own, its duplicate costs nothing
     long: list[Pair] = [(list(range(60)), [7]), (list(range(60)), [8])]
     assert [len(p.tokens) for p in pack(long, 64, TREE)] == [60]
-
-
-@pytest.mark.parametrize("length", [5, 11, 12, 13, 40])
-def test_the_window_cuts_where_lm_eval_cuts(
-    length: int, loaded: Callable[..., Loaded], pico_phi: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rows that lm-eval's own model is really fed, recorded from it."""
-    got = loaded(pico_phi)
-    lm = HFLM(pretrained=got.model, tokenizer=got.tokenizer, max_length=12, batch_size=1, backend="causal")
-    fed = []
-    plain = lm._model_call
-
-    def record(inps: object, *args: object, **kwargs: object) -> object:
-        fed.append(inps[0].tolist())  # type: ignore[index]
-        return plain(inps, *args, **kwargs)
-
-    monkeypatch.setattr(lm, "_model_call", record)
-    pair = (list(range(20, 20 + length)), [3, 4, 5])
-    lm._loglikelihood_tokens([(("", ""), *pair)], disable_tqdm=True)
-    (piece,) = pack([pair], 12, TREE)
-    assert [piece.tokens.tolist()] == fed
-    assert piece.targets.tolist() == [3, 4, 5]
-    assert piece.nodes.tolist() == list(range(len(piece.tokens) - 3, len(piece.tokens)))

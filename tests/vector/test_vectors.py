@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
@@ -13,12 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from unlearn import cli
 from unlearn.model.load import Loaded, linear_modules
 from unlearn.vector.change import Dense, LowRank
-from unlearn.vector.command import show_info
 from unlearn.vector.interop import from_adapter, to_adapter
 from unlearn.vector.task_vector import TaskVector, analogy
 
@@ -182,17 +179,6 @@ def test_cosine(files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.C
         assert [name, f"{value:+.4f}", f"{x.norms()[name]:.4g}", f"{y.norms()[name]:.4g}"] in rows
     assert run("cosine", files[0], files[0]) == 0
     assert ["cosine", "+1.0000"] in lines(capsys.readouterr().out)
-
-
-def test_names_in_a_file_are_no_commands_to_the_terminal() -> None:
-    evil = TaskVector({"\x1b[2Jm\n[red]x[/red]τ": Dense(torch.ones(1, 1))}, {"base": "\x1b]0;title\x07"})
-    buffer = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    show_info(evil, Console(file=buffer, highlight=False, width=200), None)
-    buffer.seek(0)
-    text = buffer.read()
-    assert "?[2Jm?[red]x[/red]?" in text
-    assert "?]0;title?" in text
-    assert "\x1b" not in text
 
 
 def test_nothing_slow_before_it_is_needed_and_a_closed_pipe_is_no_mistake(files: tuple[Path, Path, Path]) -> None:
