@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -17,18 +16,15 @@ from unlearn.data.files import source_path
 from unlearn.evidence import reference as references
 from unlearn.model import locate
 from unlearn.plan import checks
-from unlearn.recipe.data import Source
 from unlearn.recipe.load import LoadedRecipe
 from unlearn.recipe.run_folder import open_run
 from unlearn.recipe.schema import Recipe
 from unlearn.report.terminal import render_table
 from unlearn.results import RunReport
 from unlearn.store import provenance
+from unlearn.store.cache import sha256
 from unlearn.store.files import fingerprint
 from unlearn.store.stages import Pool, RunFolder
-
-if TYPE_CHECKING:
-    from unlearn.store.stages import Store
 
 
 def execute(
@@ -52,7 +48,7 @@ def execute(
             if report is not None:
                 say("nothing has changed since this run was finished; --fresh runs it again")
             else:
-                report = _run(replace(loaded, recipe=recipe), folder, shared, key, prepare)
+                report = _run(recipe, loaded.source, folder, shared, key, prepare)
         finally:
             processes.leave()
         if report is not None and is_main_process():
@@ -61,21 +57,23 @@ def execute(
     return report
 
 
-def _run(loaded: LoadedRecipe, folder: RunFolder, pool: Pool | None, key: str, prepare: bool) -> RunReport | None:
-    recipe, base, began = loaded.recipe, loaded.source.parent, time.monotonic()
+def _run(
+    recipe: Recipe, source: Path, folder: RunFolder, pool: Pool | None, key: str, prepare: bool
+) -> RunReport | None:
+    base, began = source.parent, time.monotonic()
     checks.read_local(recipe.sets(), base)
     checks.check_reach(recipe, base)
     quiet_libraries()  # before they are imported
     from unlearn import pipeline
 
     checks.check(recipe, base, hub=not prepare)
-    store: Store = pipeline.open_store(recipe, base, folder, pool)
+    store = pipeline.open_store(recipe, base, folder, pool)
     if prepare:
         pipeline.prepare(recipe, store)
         return None
     report = pipeline.run(recipe, store)
     if report is not None:
-        report = pipeline.finish(report, key, loaded.source, folder, store)
+        report = pipeline.finish(report, key, source, folder, store)
         say(f"finished in {time.monotonic() - began:.0f} s", style="bold")
     return report
 
@@ -97,9 +95,8 @@ def _unchanged(folder: RunFolder, key: str) -> RunReport | None:
     try:
         sealed = json.loads(folder.path("provenance.json").read_text(encoding="utf-8"))
         text, page = (folder.path(name).read_bytes() for name in ("report.json", "report.html"))
-        if sealed["key"] != key or hashlib.sha256(text).hexdigest() != sealed["report_sha256"]:
-            return None
-        if hashlib.sha256(page).hexdigest() != sealed["page_sha256"]:
+        found = [key, *(hashlib.sha256(file).hexdigest() for file in (text, page))]
+        if found != [sealed["key"], sealed["report_sha256"], sealed["page_sha256"]]:
             return None
         report = RunReport.from_json(json.loads(text))
         if not report.provenance.items() <= sealed.items():
@@ -115,15 +112,13 @@ def _inputs(recipe: Recipe, base: Path) -> list[Any]:
     """What the recipe's files are now: SHA-256 of data files, size and time of model files. The hub counts by revision,
     and the device not at all: a finished report can be read on a machine without a GPU.
     """
-    sources: list[Source] = []
-    for _, data in recipe.sets():
-        sources += [data, *(s for s in (data.validation, data.test) if s is not None)]
     found: list[Any] = []
-    for source in sources:
-        path = source_path(source, base)
-        if not source.path.startswith("hub:") and path.is_file():
-            with path.open("rb") as f:
-                found.append([source.path, hashlib.file_digest(f, "sha256").hexdigest()])
+    for _, data in recipe.sets():
+        for source in (data, data.validation, data.test):
+            if source is None or source.path.startswith("hub:"):
+                continue
+            if (path := source_path(source, base)).is_file():
+                found.append([source.path, sha256(path)])
     clean = recipe.vector.msa.clean if recipe.vector.msa else None
     for model in (recipe.model.path, clean):
         place = locate.find(model.partition("#")[0], base) if model else None

@@ -24,23 +24,22 @@ from unlearn.errors import UnlearnError
 _PATIENCE = timedelta(minutes=30)  # a process that is not heard of for so long is taken for lost
 _MOST = 300  # characters of a library's complaint
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|socket", re.IGNORECASE)
-_SPREAD = {f"ACCELERATE_USE_{way.upper()}": f"--use_{way}" for way in ("fsdp", "deepspeed", "megatron_lm")}
-_SPREAD["ACCELERATE_USE_PARALLELISM_CONFIG"] = "--use_parallelism_config"
+_SPREAD = ("fsdp", "deepspeed", "megatron_lm", "parallelism_config")  # ways of accelerate to hold a part of a model
 # of these a Trainer here hears nothing: trainer_arguments.recipe_decides
-_UNHEEDED = {"ACCELERATE_MIXED_PRECISION": "--mixed_precision", "ACCELERATE_DYNAMO_BACKEND": "--dynamo_backend"}
+_UNHEEDED = ("mixed_precision", "dynamo_backend")
 
 
 def join() -> None:
     """Join the others, and wait until all of them are there."""
-    for name, flag in _SPREAD.items():
-        if switched_on(name):
+    for way in _SPREAD:
+        if switched_on(f"ACCELERATE_USE_{way.upper()}"):
             raise UnlearnError(
-                f"every process holds the whole model: start without {flag} (it may be in the "
+                f"every process holds the whole model: start without --use_{way} (it may be in the "
                 "configuration file of accelerate)"
             )
-    for name, flag in _UNHEEDED.items():
-        if (value := os.environ.get(name, "no").lower()) != "no":
-            say(f"{flag} {value} changes nothing: the recipe decides what is computed, and in which format", "yellow")
+    for flag in _UNHEEDED:
+        if (value := os.environ.get(f"ACCELERATE_{flag.upper()}", "no").lower()) != "no":
+            say(f"--{flag} {value} changes nothing: the recipe decides what is computed, and in which format", "yellow")
     if several():
         import torch
         from accelerate import PartialState
@@ -205,10 +204,9 @@ _GENERATION = 1000  # characters of prompt that take about as long as writing on
 def share_requests(lm: Any) -> None:
     """Until :func:`leave` every process answers a part of what ``lm`` is asked, and all of them get all answers.
 
-    So all processes have the same scores and decide the same. They must ask the same things in the same order. What
-    goes wrong in one is raised in all, so that nobody waits for it. lm-eval's evaluator is not told of the others:
-    where it deals out the items itself, each process draws other few-shot examples, tasks with fewer items than
-    processes fail, and some requests are made twice.
+    They must ask the same things in the same order, and so have the same scores and decide the same. lm-eval's
+    evaluator is not told of the others: where it deals out the items itself, each process draws other few-shot
+    examples, tasks with fewer items than processes fail, and some requests are made twice.
     """
     if several() and not set(_KINDS) & set(vars(lm)):  # the second time there is nothing left to do
         for name in _KINDS:
@@ -283,7 +281,7 @@ def _checksum(requests: Sequence[Any]) -> int:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ECHO = 2.0  # seconds: a batch system signals every process, and torchrun passes it on: one request, heard twice
+_ECHO = 2.0  # seconds: a batch system signals every process, and torchrun passes it on: heard twice
 
 
 class Hold:
@@ -304,10 +302,9 @@ class Hold:
 
 @contextmanager
 def handled(handler: Callable[[int, Any], None], signals: Sequence[int] = SIGNALS) -> Iterator[None]:
-    """Inside the ``with``, these signals go to a handler.
+    """Inside the ``with``, these signals go to a handler; those that are ignored (``nohup``) stay ignored.
 
-    Those that are ignored (``nohup``, a shell's background) stay ignored, and outside the main thread, which alone gets
-    signals, nothing is handled.
+    Outside the main thread, which alone gets signals, nothing is handled.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -323,13 +320,9 @@ def handled(handler: Callable[[int, Any], None], signals: Sequence[int] = SIGNAL
 
 @contextmanager
 def held() -> Iterator[Hold]:
-    """Inside the ``with``, SIGTERM and SIGINT only set :attr:`Hold.requested`; who works by steps looks after each.
+    """Inside the ``with``, SIGTERM and SIGINT only set :attr:`Hold.requested`, to be looked at after each step.
 
-    A second signal, more than two seconds after the first, raises KeyboardInterrupt at once. For those that are not
-    held at all, see :func:`handled`.
-
-    Raises:
-        KeyboardInterrupt: on leaving, if a signal has arrived.
+    KeyboardInterrupt is raised on leaving, and at once by a second signal more than two seconds after the first.
     """
     hold = Hold()
     with handled(hold):
@@ -342,12 +335,11 @@ def held() -> Iterator[Hold]:
 
 
 # In lower case, with blanks for underscores. A library's handle that was not created (CUBLAS_STATUS_NOT_INITIALIZED)
-# is none of them: it has other causes as well.
-_SIGNS = (
-    *("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "unable to allocate"),
-    *("bad alloc", "alloc failed", "allocation failed", "allocation failure", "rocblas status memory error"),
-    *("out of device memory", "out of host memory", "out of resources", "insufficient memory", "invalid buffer size"),
-    "no executable batch size found",  # accelerate, after it has tried a single row
+# is none of them: it has other causes as well. The last one is accelerate's, after it has tried a single row.
+_SIGNS = re.compile(
+    "out of (device |host )?memory|out of resources|(can't|cannot) allocate memory|unable to allocate"
+    "|(not enough|insufficient) memory|bad alloc|alloc failed|allocation fail|rocblas status memory error"
+    "|invalid buffer size|no executable batch size found"
 )
 _ELSEWHERE = "in another process"
 _LONGEST = 160  # characters of a library's own words
@@ -366,7 +358,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     said = str(error).lower().replace("_", " ")
     # not of every kind: other errors may quote the user's own texts
-    return (isinstance(error, RuntimeError | OSError) or kind == "SafetensorError") and any(s in said for s in _SIGNS)
+    return (isinstance(error, RuntimeError | OSError) or kind == "SafetensorError") and bool(_SIGNS.search(said))
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from unlearn.cluster.job import JobState, now
+from unlearn.cluster.job import JobState, Submission, now
 from unlearn.cluster.plan import FrozenRecipe, Grid, Job
-from unlearn.cluster.submit import Submission
 from unlearn.recipe.evaluation import ClusterSpec
 from unlearn.store.lock import started
 

@@ -30,8 +30,8 @@ from unlearn.errors import DataError, GridError, ModelError, RecipeError, Unlear
 from unlearn.evidence import boards as board_runs
 from unlearn.evidence import membership as member_files
 from unlearn.evidence.benchmarks import SETS, TofuLog, read_samples, rows
-from unlearn.model.checkpoint import read_checkpoint
-from unlearn.model.locate import WheelFile, check_folder, extract
+from unlearn.model.checkpoint import check_folder, read_checkpoint
+from unlearn.model.locate import WheelFile, extract
 from unlearn.recipe import data as template
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.data import Source

@@ -14,27 +14,29 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-
-from unlearn.model import pico
 
 CODE = """
-import sys
+import os, sys
 from pathlib import Path
 from unlearn.errors import UnlearnError
 from unlearn.model.locate import locate
 from unlearn.recipe.schema import ModelSpec
 spec = ModelSpec.model_validate({"path": "owner/name", "device": "cpu"})
 try:
-    if "harness" in sys.argv:
-        from unlearn.score.packed import PackedLM
-        PackedLM("owner/name")
     where = locate(spec, Path())
     print("found", where)
     if "load" in sys.argv:
         from unlearn.model.load import load
         print(type(load(spec, where).model).__name__)
+        os.environ["UNLEARN_OFFLINE"] = "1"
+        print(type(load(spec, where).model).__name__)
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+        from unlearn.score.packed import PackedLM
+        # transformers puts an adapter that comes with a model on it unasked, and drops what does not fit
+        lora = LoraConfig(r=2, target_modules=["fc1"], task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[2]), lora).save_pretrained(sys.argv[2])
+        PackedLM("owner/name")
 except UnlearnError as error:
     print("error", error)
 """
@@ -91,16 +93,11 @@ def test_downloaded_before_and_offline_or_out_of_reach_now(pico_phi: Path, tmp_p
     shutil.copytree(pico_phi, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    for away in ({"UNLEARN_OFFLINE": "1"}, {"HF_ENDPOINT": NOBODY}):
-        done = _run(tmp_path, "load", **away)
-        assert done.stdout.splitlines() == ["found owner/name", "PhiForCausalLM"]
-        assert done.stderr == ""
-    # transformers puts an adapter that comes with a model on it unasked, and drops what does not fit
-    lora = LoraConfig(r=2, target_modules=["fc1"], task_type="CAUSAL_LM")
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(pico_phi), lora)
-    tuned.save_pretrained(repository / "snapshots" / commit)
-    done = _run(tmp_path, "harness", HF_ENDPOINT=NOBODY)
-    assert "error pretrained=owner/name is an adapter, or holds one" in done.stdout
+    done = _run(tmp_path, "load", str(repository / "snapshots" / commit), HF_ENDPOINT=NOBODY)
+    *found, error = done.stdout.splitlines()
+    assert found == ["found owner/name", *["PhiForCausalLM"] * 2]
+    assert error.startswith("error pretrained=owner/name is an adapter, or holds one")
+    assert done.stderr == ""
 
 
 def _away(home: Path, endpoint: str) -> dict[str, str]:
@@ -119,16 +116,16 @@ def silent() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ("model.path=microsoft/phi-1_5", "error: model.path: there is no folder microsoft/phi-1_5 here"),
-        ("forget.path=hub:owner/data", "error: hub:owner/data: it is not on this machine"),
-        ("retain.0.path=hub:owner/data", "error: hub:owner/data: it is not on this machine"),
-        ("reference=owner/model", "error: reference: there is no folder owner/model here"),
-    ],
-)
-def test_a_run_says_so_before_it_begins(tmp_path: Path, given: str, silent: str, said: str) -> None:
+GIVEN = {
+    "model.path=microsoft/phi-1_5": "error: model.path: there is no folder microsoft/phi-1_5 here",
+    "forget.path=hub:owner/data": "error: hub:owner/data: it is not on this machine",
+    "retain.0.path=hub:owner/data": "error: hub:owner/data: it is not on this machine",
+    "reference=owner/model": "error: reference: there is no folder owner/model here",
+}
+
+
+@pytest.mark.parametrize("nobody", [True, False])
+def test_a_run_says_so_before_it_begins(tmp_path: Path, nobody: bool, silent: str) -> None:
     """Without the imports of a run, which take longer, and without the hub client's half a minute of retries."""
     rows = [{"question": f"Who is {n}?", "answer": f"{n}."} for n in range(30)]
     for name in ("forget", "retain"):
@@ -140,21 +137,21 @@ def test_a_run_says_so_before_it_begins(tmp_path: Path, given: str, silent: str,
         "retain": [{"kind": "qa", "path": "retain.jsonl"}],
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    code = "import sys; from unlearn.cli import main\nanswer = main(sys.argv[1:])\n"
-    code += "print('torch' in sys.modules); sys.exit(answer)"
+    code = "import sys; from unlearn.cli import main\n"
+    code += "print(*(main([*sys.argv[1:5], '--set', given]) for given in sys.argv[5:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
-    command += ["--set", given]
-    for endpoint in (NOBODY, silent):
-        env = _away(tmp_path, endpoint)
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
-        assert done.returncode == 2
-        assert done.stdout == "False\n"
-        _, message = done.stderr.splitlines()  # the first line names the run
+    endpoint = NOBODY if nobody else silent
+    done = subprocess.run(
+        [*command, *GIVEN], capture_output=True, text=True, env=_away(tmp_path, endpoint), timeout=60, check=False
+    )
+    assert done.stdout == "2 2 2 2 False\n"
+    messages = done.stderr.splitlines()[1::2]  # the other lines name the run
+    for message, said in zip(messages, GIVEN.values(), strict=True):
         assert message.startswith(said)
         assert f"the hub ({endpoint}) cannot be reached: " in message
 
 
-def test_data_of_lm_evals_tasks_out_of_reach(tmp_path: Path) -> None:
+def test_data_of_lm_evals_tasks_out_of_reach(pico_phi: Path, tmp_path: Path) -> None:
     (tmp_path / "far.yaml").write_text(
         "task: far\ndataset_path: owner/data\noutput_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n"
     )
@@ -166,25 +163,21 @@ def test_data_of_lm_evals_tasks_out_of_reach(tmp_path: Path) -> None:
         "tasks.SHIPPED = Path(folder).parent\n"
         "try: tasks.load(TaskSpec.model_validate({'task': 'far', 'set': 'utility', 'metric': 'acc'}), 0, '')\n"
         "except EvaluationError as e: print(e)\n"
-        "line = ['--model', 'unlearn', '--model_args', 'pretrained=' + sys.argv[2], *sys.argv[3:]]\n"
-        "sys.exit(cli.main(['harness', *line]))"
+        "for pretrained in sys.argv[2:]:\n"
+        "    line = ['--model', 'unlearn', '--model_args', 'pretrained=' + pretrained, '--tasks', 'far']\n"
+        "    assert cli.main(['harness', *line, '--include_path', folder]) == 2\n"
     )
-    env = _away(tmp_path, NOBODY)
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pico.build("phi", tmp_path / "model", 0)
-    options = ["--tasks", "far", "--include_path", str(tmp_path)]
-    for pretrained, said in (
-        ("owner/name", "error: pretrained=owner/name: there is no such folder, nothing of it in the hub's cache, and"),
-        (str(tmp_path / "model"), "error: the data of the tasks are not all on this machine, and the hub ("),
+    command = [sys.executable, "-c", code, str(tmp_path), "owner/name", str(pico_phi)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=_away(tmp_path, NOBODY), timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"eval.tasks: the data of 'far' are not on this machine, and the hub ({NOBODY}) can")
+    for said in (
+        "error: pretrained=owner/name: there is no such folder, nothing of it in the hub's cache, and",
+        "error: the data of the tasks are not all on this machine, and the hub (",
     ):
-        done = subprocess.run(
-            [*command, pretrained, *options], capture_output=True, text=True, env=env, timeout=120, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        assert done.stdout.startswith(
-            f"eval.tasks: the data of 'far' are not on this machine, and the hub ({NOBODY}) can"
-        )
-        assert done.stderr.count("error:") == 1
-        assert said in done.stderr
-        assert "Retrying" not in done.stderr
-        assert "Traceback" not in done.stderr
+        assert done.stderr.count(said) == 1
+    assert done.stderr.count("error:") == 2
+    assert "Retrying" not in done.stderr
+    assert "Traceback" not in done.stderr

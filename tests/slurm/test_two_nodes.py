@@ -65,6 +65,7 @@ def test_a_job_on_two_machines_saves_where_it_is_and_goes_on(pair: Pair) -> None
     assert not re.search(r'File ".*/unlearn/', pair.log(grid, name))  # torchrun has one of its own for a signal
 
 
+@pytest.mark.slow
 def test_a_job_whose_node_dies_is_done_by_the_other(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, session_cache: Path
 ) -> None:

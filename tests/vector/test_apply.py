@@ -25,8 +25,7 @@ from vector_arena import DTYPES, LAMBDA, Load, factors, model_vector, same, tens
 from unlearn import cli
 from unlearn.errors import ModelError, RunFolderError, UnlearnError, VectorError
 from unlearn.model import pico
-from unlearn.model.checkpoint import read_checkpoint
-from unlearn.model.locate import INDEX, SINGLE
+from unlearn.model.checkpoint import INDEX, SINGLE, read_checkpoint
 from unlearn.vector.change import Dense, LowRank, edited
 from unlearn.vector.streamed import RECORD, apply, asked, check, plain, targets_of
 from unlearn.vector.task_vector import TaskVector

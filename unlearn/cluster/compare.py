@@ -46,7 +46,7 @@ _LARGEST = 256 * 1024**2  # bytes; nothing of this size is a report
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A mean over runs and half of its 95 % interval: Student's t with n - 1 degrees of freedom; None of one run.
+    """A mean over n runs and half of its 95 % interval: Student's t with n - 1 degrees of freedom; None of one run.
 
     There is no mean where a run lacks the number: one of the rest would leave the broken runs out.
     """
@@ -78,90 +78,76 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished run: its recipe as dotted keys with JSON values, and its figures.
-
-    ``before`` and ``after`` are the score of what is forgotten on test items, of several goals the mean of what is left
-    of each; ``sign`` is 1 where it is to fall. ``kept`` is the share of the kept metric that suffered most there.
-    ``frontier`` has every coefficient tried, on validation items. What ``measured`` says must be the same in runs that
-    are averaged; ``splits`` are the digests of the data, which depend on the seed. ``unseeing`` are the kept metrics
-    that could have shown no harm.
-    """
+    """A finished run: its recipe as dotted keys with JSON values, and its figures."""
 
     name: str
     recipe: Mapping[str, str]
+    seed: str
     chosen: Chosen
     goal: str
-    sign: int
-    before: float | None
+    sign: int  # 1 where the goal's score is to fall, else -1
+    before: float | None  # on test items; of several goals the mean share that is left of each
     after: float | None
-    kept: float | None
+    kept: float | None  # the share of the kept metric that suffered most on test items
     met_on_test: bool
-    frontier: Mapping[float, FrontierPoint]
-    measured: Mapping[str, Any]
-    splits: Mapping[str, str]
+    frontier: Mapping[float, FrontierPoint]  # every coefficient tried, on validation items
+    measured: Mapping[str, Any]  # the same in runs that are averaged
+    splits: Mapping[str, str]  # digests of the data, which depend on the seed
     versions: Mapping[str, str]
-    unseeing: tuple[str, ...]
-
-    @property
-    def verb(self) -> str:
-        """What was asked of the model."""
-        asked = {key[0] for key in self.measured["metrics"][0]}
-        return {("forget",): "forgets", ("learn",): "learns"}.get(tuple(asked), "does")
-
-    @property
-    def seed(self) -> str:
-        return self.recipe["seed"]
+    unseeing: tuple[str, ...]  # the kept metrics that could have shown no harm
 
     @classmethod
     def of(cls, name: str, report: RunReport, recipe: Mapping[str, Any]) -> Run:
         rows, kept, chosen = goal_rows(report), sorted(kept_keys(report)), report.chosen
-        shares = [_share(row, chosen) for row in report.scores if row.key in kept]
-        known = [share for share in shares if share is not None]
         goals = [f"{row.name} {row.metric}" for row in rows]
-        told, taught = report.provenance, any(line.get("stage") == "teach" for line in report.training)
+        one = rows[0] if len(rows) == 1 else None
+        source, taught = report.provenance, any(line.get("stage") == "teach" for line in report.training)
+        keys = dict(_flat(recipe))
         return cls(
             name,
-            dict(_flat(recipe)),
+            keys,
+            keys["seed"],
             chosen,
-            goals[0] if len(goals) == 1 else f"mean share left of {', '.join(goals)}",
-            -1 if len(rows) == 1 and (rows[0].set == "forget") != rows[0].higher_is_better else 1,
-            rows[0].before.value if len(rows) == 1 else 1.0,
-            rows[0].after.value if len(rows) == 1 else mean_left(report),
-            min(known) if known and not any(map(math.isnan, known)) else None,
+            goals[0] if one else f"mean share left of {', '.join(goals)}",
+            -1 if one and (one.set == "forget") != one.higher_is_better else 1,
+            one.before.value if one else 1.0,
+            one.after.value if one else mean_left(report),
+            _least_kept([row for row in report.scores if row.key in kept], chosen),
             chosen.bound_met and not missed(report),
             {round(point.coefficient, 9): point for point in frontier(report)},
             {
-                "base model": told.get("base") or (None if taught else told.get("target")),
+                "base model": source.get("base") or (None if taught else source.get("target")),
                 "data": sorted([d["set"], d["name"], d.get("kind"), d.get("rows")] for d in report.data),
                 "metrics": [sorted(row.key for row in rows), kept],
                 "bound": [chosen.keep, chosen.perplexity],
             },
             {f"{d['set']} {d['name']}": str(d.get("digest")) for d in report.data},
-            {**(told.get("versions") or {}), "commit": str((told.get("code") or {}).get("commit"))[:12]},
+            {**(source.get("versions") or {}), "commit": str((source.get("code") or {}).get("commit"))[:12]},
             tuple(sorted(" ".join(key) for key in unseeing(report))),
         )
 
 
-def _share(row: ScoreRow, chosen: Chosen) -> float | None:
-    """What is left of a kept score; None where that has no meaning, NaN where a score is no number."""
-    before, after = row.before.value, row.after.value
-    if not (math.isfinite(before) and math.isfinite(after)):
-        return math.nan
-    return share_kept(row.metric, row.higher_is_better, before, after, chosen.keep, chosen.perplexity)
+def _least_kept(rows: Sequence[ScoreRow], chosen: Chosen) -> float | None:
+    """The smallest share of a kept score; None where one of them is no number, or none has a share."""
+    if not all(math.isfinite(value) for row in rows for value in (row.before.value, row.after.value)):
+        return None
+    shares = [
+        share_kept(
+            *(row.metric, row.higher_is_better, row.before.value, row.after.value), *(chosen.keep, chosen.perplexity)
+        )
+        for row in rows
+    ]
+    return min((share for share in shares if share is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Runs that differ in their seed alone, and their figures over the seeds that are compared.
-
-    ``compared``: whether it has all of these; else the figures are over those that it has. ``frontier`` has, at every
-    coefficient that all its runs were scored at, score and share kept on validation items.
-    """
+    """Runs that differ in their seed alone, and their figures over the seeds that are compared."""
 
     label: str
     settings: Mapping[str, str]
     runs: tuple[Run, ...]
-    compared: bool
+    compared: bool  # whether it has all of these seeds; else the figures are over those that it has
     lambdas: tuple[float, ...]
     before: Spread
     after: Spread
@@ -169,7 +155,7 @@ class Setting:
     validation: Spread
     met: int
     met_on_test: int
-    frontier: tuple[tuple[float, Spread, Spread], ...]
+    frontier: tuple[tuple[float, Spread, Spread], ...]  # score and share kept, where all its runs were scored
 
     @classmethod
     def of(cls, settings: Mapping[str, str], members: Sequence[Run], seeds: Sequence[str]) -> Setting:
@@ -209,8 +195,8 @@ class Setting:
 class Family:
     """Settings that are rivals, compared on the seeds that most of them have.
 
-    ``pareto`` and ``choice`` are indices. The Pareto set is of means on test items and describes what came out; the
-    choice is made on validation means, among the settings whose every run met its bound.
+    The Pareto set (indices) is of means on test items and describes what came out; the choice (an index) is made on
+    validation means, among the settings whose every run met its bound.
     """
 
     question: str
@@ -252,7 +238,8 @@ class Family:
         if len(settings) > 1 and choice is None:
             remarks.append("No setting met its bound in every run, so none is chosen.")
         elif len(settings) > 1 and choice is not None:
-            verb = runs[0].verb
+            asked = {key[0] for key in runs[0].measured["metrics"][0]}
+            verb = "forgets" if asked == {"forget"} else "learns" if asked == {"learn"} else "does"
             outside = "" if choice in best else "; it is not in the Pareto set of test means"
             remarks.append(f"On validation means {settings[choice].label} {verb} most within the bound{outside}.")
         goal = groups[0][1][0].goal
@@ -279,11 +266,7 @@ def pareto(points: Sequence[tuple[float, float] | None]) -> tuple[int, ...]:
 
 
 def families(runs: Sequence[Run]) -> tuple[Family, ...]:
-    """Runs as settings, and settings as families, in the order in which they were given.
-
-    Raises:
-        GridError: two runs are the same, or differ only in their seed and were not measured alike.
-    """
+    """Runs as settings, and settings as families, in the order in which they were given."""
     keys = dict.fromkeys(key for run in runs for key in run.recipe if not _NO_SETTING.match(key))
     varied = [key for key in keys if len({run.recipe.get(key) for run in runs}) > 1]
     groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
@@ -341,11 +324,7 @@ def _report(folder: Path) -> bytes:
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs of run folders and of grid folders, and of the latter what is not there, with the reason.
-
-    Raises:
-        GridError: a folder is neither, or its report cannot be used.
-    """
+    """The runs of run folders, all of which must be whole, and of grid folders; of these also what is missing."""
     runs: list[Run] = []
     missing: list[str] = []
     for folder in folders:

@@ -147,11 +147,7 @@ def _values(key: str, text: str) -> tuple[str, ...]:
 
 
 def plan_grid(recipes: Sequence[str], flags: Sequence[str], sets: Sequence[str] = ()) -> Grid:
-    """Every recipe (a file or a packaged name) times every setting, each read and checked.
-
-    Raises:
-        GridError: mistakes in the flags, or in the recipes that they make; all of these in one message.
-    """
+    """Every recipe (a file or a packaged name) times every setting, each checked; all mistakes in one message."""
     axes = read_axes(flags, sets)
     drafts = []
     for number, values in itertools.product(range(len(recipes)), itertools.product(*axes.values())):
@@ -165,20 +161,16 @@ def plan_grid(recipes: Sequence[str], flags: Sequence[str], sets: Sequence[str] 
         if a.name == b.name:
             raise GridError(f"{a.source} and {b.source} are both called {a.name}: leave one out, or rename it")
     width = max(4, len(str(len(drafts) - 1)))
-    for n, job in enumerate(drafts):
-        named = [frozen[job.recipe].name] if len(recipes) > 1 or not axes else []
-        name = f"{n:0{width}}-{file_name('_'.join([*named, *labels(job.settings)]))}".rstrip("-")
-        drafts[n] = replace(
-            job, name=name, overrides=tuple(text for text in job.overrides if not re.match(r"\s*cluster\b", text))
-        )
     seen: dict[str, str] = {}
-    for job, one in zip(drafts, loaded, strict=True):
+    for n, (job, one) in enumerate(zip(drafts, loaded, strict=True)):
+        named = [one.recipe.name] if len(recipes) > 1 or not axes else []
+        name = f"{n:0{width}}-{file_name('_'.join([*named, *labels(job.settings)]))}".rstrip("-")
+        overrides = tuple(text for text in job.overrides if not re.match(r"\s*cluster\b", text))
+        drafts[n] = replace(job, name=name, overrides=overrides)
         key = fingerprint(one.recipe.model_dump(mode="json", exclude={"cluster"}), str(one.source.parent))
-        if seen.setdefault(key, job.name) != job.name:
-            raise GridError(f"two jobs are the same run, {seen[key]} and {job.name}: leave out what makes them two")
-    blocks = [one.recipe.cluster for one in loaded if one.recipe.cluster is not None] or [
-        ClusterSpec.model_validate({})
-    ]
+        if seen.setdefault(key, name) != name:
+            raise GridError(f"two jobs are the same run, {seen[key]} and {name}: leave out what makes them two")
+    blocks = [one.recipe.cluster for one in loaded if one.recipe.cluster is not None]
     if any(block != blocks[0] for block in blocks):
         raise GridError(
             "the recipes ask the cluster for different things, and all jobs are submitted alike: leave the cluster "
@@ -186,7 +178,8 @@ def plan_grid(recipes: Sequence[str], flags: Sequence[str], sets: Sequence[str] 
         )
     preparations, jobs = _grouped(drafts, loaded)
     name = frozen[0].name if len(frozen) == 1 else f"{frozen[0].name}+{len(frozen) - 1}"
-    return Grid(name, str(Path.cwd()), tuple(frozen.values()), preparations, jobs, blocks[0])
+    cluster = blocks[0] if blocks else ClusterSpec.model_validate({})
+    return Grid(name, str(Path.cwd()), tuple(frozen.values()), preparations, jobs, cluster)
 
 
 def recluster(grid: Grid, sets: Sequence[str]) -> Grid:
@@ -206,7 +199,7 @@ def recluster(grid: Grid, sets: Sequence[str]) -> Grid:
 
 
 def _read(names: Sequence[str], drafts: Sequence[Job]) -> list[LoadedRecipe]:
-    """Every job's recipe, checked; each file is read once."""
+    """Every job's recipe, checked; each file is read once, and each data set and model is looked at once."""
     first: dict[int, LoadedRecipe] = {}
     loaded: list[LoadedRecipe] = []
     wrong: dict[str, list[str]] = {}
@@ -230,14 +223,14 @@ def _read(names: Sequence[str], drafts: Sequence[Job]) -> list[LoadedRecipe]:
     if wrong:
         lines = [f"nothing was submitted: {sum(map(len, wrong.values()))} of {len(drafts)} jobs cannot be run"]
         for problem, jobs in list(wrong.items())[:_MESSAGES]:
-            who = "all jobs" if len(jobs) == len(drafts) > 1 else some(jobs, 3)
-            lines.append(f"  {who}:\n    " + problem.replace("\n", "\n    "))
+            which = "all jobs" if len(jobs) == len(drafts) > 1 else some(jobs, 3)
+            lines.append(f"  {which}:\n    " + problem.replace("\n", "\n    "))
         raise GridError("\n".join(lines))
     return loaded
 
 
 def _problem(one: LoadedRecipe, checked: dict[str, str]) -> str:
-    """What is wrong with the recipe's data and model as they are here, or nothing; looked at once each."""
+    """What is wrong with the recipe's data and model as they are here, or nothing."""
     vector = one.recipe.vector
     clean = vector.msa.clean if vector.msa is not None and vector.uses("msa") else None
     plain = one.recipe.model_dump(mode="json", exclude=set(_NOT_CHECKED))

@@ -1,20 +1,113 @@
-"""A model's folder of safetensors: which tensor lies where, read from headers and index alone. Imports no torch."""
+"""A model's folder of safetensors: what it must hold, and which tensor lies where. No weight is read, and no torch."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from unlearn.errors import ModelError
-from unlearn.model.locate import INDEX, SINGLE, doubled_weights
 from unlearn.store.files import some
+from unlearn.text import one_line
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# not what Mistral's programs read (it comes beside), and not an adapter, which is refused as such; many a model on the
+# hub has its weights as pickles too, which nobody here opens
+_WEIGHTS = re.compile(r"(?!consolidated|adapter_model).*\.safetensors")
 _LARGEST_INDEX = 1_000_000_000  # bytes
+
+
+def check_folder(folder: Path) -> None:
+    """Say what a local folder lacks before transformers fails on it in its own words."""
+    if not folder.is_dir():
+        raise ModelError(f"model.path: {folder} is neither a folder nor a .gguf file")
+    names = sorted(path.name for path in folder.iterdir())
+    shown = some(names, 20) or "nothing"
+    problem = ""
+    if "adapter_config.json" in names and "config.json" in names:
+        # transformers would put the adapter on the model without a word
+        problem = (
+            "holds an adapter (adapter_config.json) beside the model: merge the two, or move the adapter into a folder "
+            "of its own"
+        )
+    elif "adapter_config.json" in names:
+        problem = "is an adapter, not a model: merge it into its base model first"
+    elif "config.json" not in names:
+        problem = f"has no config.json; in it: {shown}"
+    elif said := doubled_weights(folder):
+        raise ModelError(f"model.path: {said}")
+    elif (placed := read_index(folder)) is not None:
+        if missing := sorted(set(placed.values()) - set(names)):
+            problem = f"is incomplete: {one_line(some(missing))} missing"
+    elif SINGLE not in names:
+        problem = f"has no {SINGLE}; in it: {shown}"
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+            problem = (
+                "has its weights as pickles only, which can run code when opened: convert them to safetensors (load "
+                "where you trust them, then save_pretrained)"
+            )
+    if not problem and not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & set(names):
+        problem = f"has no tokenizer (tokenizer.json); in it: {shown}"
+    if problem:
+        raise ModelError(f"model.path: {folder} {problem}")
+
+
+def doubled_weights(folder: Path) -> str:
+    """What to say of a model's folder with more weights than a reader takes; empty where there is nothing to say.
+
+    transformers takes ``model.safetensors`` before an index, and of shards those that the index names. Of the others it
+    says nothing, and they may well be the new ones.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    placed = read_index(folder)
+    shards = set((placed or {}).values())
+    if SINGLE in names and placed is not None and shards != {SINGLE}:
+        return (
+            f"{folder} holds two sets of weights, {SINGLE} and the shards that {INDEX} names, and which of them is the "
+            f"model cannot be told: remove the old one, either {SINGLE}, or {INDEX} and "
+            f"{one_line(some(sorted(shards)))}"
+        )
+    read = {SINGLE} if placed is None else shards
+    others = [n for n in names if n not in read and _WEIGHTS.fullmatch(n)]
+    if not others or not read & set(names):
+        return ""
+    return (
+        f"{folder} holds weights beside those that are read ({SINGLE if placed is None else INDEX}), and which "
+        f"is the model cannot be told: remove or move {one_line(some(others))} or, if these are new, the others"
+    )
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """The file of every tensor, by its name, from the folder's index; None where there is no index."""
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    try:
+        if path.stat().st_size > _LARGEST_INDEX:
+            raise ValueError("it is too large for an index")
+        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(placed, dict) or not placed:
+            raise ValueError("its weight_map lists nothing")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path}: damaged, or no index of weights: {error}") from error
+    if strange := sorted({str(file) for file in placed.values() if not _plain_name(file)}):
+        raise ModelError(
+            f"{path}: it names files that are no plain names of .safetensors files in that folder: {some(strange)}"
+        )
+    return placed
+
+
+def _plain_name(name: object) -> bool:
+    """No path, no hidden file, no control character."""
+    if not isinstance(name, str) or name.startswith(".") or not name.endswith(".safetensors"):
+        return False
+    return name.isprintable() and not set(name) & set('/\\:*?"<>|')
+
+
+# -- every tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +133,20 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read and check all headers and the index; no weight is read. All that does not fit together is listed."""
+    """Read and check all headers and the index; all that does not fit together is listed."""
+    from safetensors import SafetensorError
+
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give a local folder with a model in safetensors")
     folder = folder.resolve()
-    placed = None if (folder / SINGLE).is_file() else _read_index(folder)
-    if said := doubled_weights(folder, () if placed is None else set(placed.values())):
+    if (folder / INDEX).is_symlink():
+        real_place(folder, folder / INDEX)
+    placed = None if (folder / SINGLE).is_file() else read_index(folder)
+    if placed is None and not (folder / SINGLE).is_file():
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        why = " (weights pickled as .bin or .pt can run any code and are never opened)" if pickled else ""
+        raise ModelError(f"{folder}: it has neither {SINGLE} nor {INDEX}{why}")
+    if said := doubled_weights(folder):
         raise ModelError(said)
     files: dict[str, Path] = {}
     tensors: dict[str, Stored] = {}
@@ -88,37 +189,10 @@ def real_place(folder: Path, path: Path) -> Path:
     raise ModelError(f"{path}: a link that leads out of the model's folder: put the file itself there")
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    if not path.exists() and not path.is_symlink():
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        why = " (weights pickled as .bin or .pt can run any code and are never opened)" if pickled else ""
-        raise ModelError(f"{folder}: it has neither {SINGLE} nor {INDEX}{why}")
-    place = real_place(folder, path)
-    try:
-        if place.stat().st_size > _LARGEST_INDEX:
-            raise ValueError("it is too large for an index")
-        placed = json.loads(place.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(placed, dict) or not placed:
-            raise ValueError("its weight_map lists nothing")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{path}: damaged, or no index of weights: {error}") from error
-    if strange := sorted({str(file) for file in placed.values() if not _plain_name(file)}):
-        raise ModelError(
-            f"{path}: it names files that are no plain names of .safetensors files in that folder: {some(strange)}"
-        )
-    return placed
-
-
-def _plain_name(name: object) -> bool:
-    """No path, no hidden file, no control character."""
-    if not isinstance(name, str) or name.startswith(".") or not name.endswith(".safetensors"):
-        return False
-    return name.isprintable() and not set(name) & set('/\\:*?"<>|')
-
-
 def _read_header(path: Path, name: str) -> dict[str, Stored]:
     """The tensors of one file. The format: 8 bytes with the header's length, the header in JSON, the tensors' bytes."""
+    from safetensors import safe_open
+
     if not path.is_file():
         raise ValueError("it is no regular file")
     with safe_open(path, framework="numpy"):

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.console import quietly
 from unlearn.errors import ModelError, VectorError
-from unlearn.model.locate import check_trust, doubled_weights, hub_failure, index_shards
+from unlearn.model.checkpoint import doubled_weights
+from unlearn.model.locate import check_trust, hub_failure
 from unlearn.processes import cpus_only, is_out_of_memory, told
 from unlearn.recipe.schema import ModelSpec
 from unlearn.store import files as atomic
@@ -76,10 +77,10 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
     dtype = number_format(spec.dtype, device)
     quantize = spec.quantize if for_training else "none"
     options = _options(spec, where)
-    if Path(where).is_dir() and (said := doubled_weights(Path(where), index_shards(Path(where)) or ())):
+    if Path(where).is_dir() and (said := doubled_weights(Path(where))):
         raise ModelError(f"model.path: {said}")
     with told(f"model.path: {where}", "choose a smaller model"), _explained(where, spec), quietly(downloads=True):
-        tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
+        tokenizer = _fast_tokenizer(where, options)
         model, report = _read_weights(where, options, dtype, device, quantize)
     _check_weights(where, report)
     _check_tokenizer(where, tokenizer, model)
@@ -94,8 +95,13 @@ def load_tokenizer(spec: ModelSpec, where: str) -> PreTrainedTokenizerFast:
     """The tokenizer alone of what :func:`unlearn.model.locate.locate` found."""
     check_trust(spec)
     with _explained(where, spec), quietly(downloads=True):
-        tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **_options(spec, where))
-    _check_fast(where, tokenizer)
+        return _fast_tokenizer(where, _options(spec, where))
+
+
+def _fast_tokenizer(where: str, options: dict[str, Any]) -> PreTrainedTokenizerFast:
+    tokenizer: Any = AutoTokenizer.from_pretrained(where, use_fast=True, **options)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"model.path: {where} has no fast tokenizer (tokenizer.json), which is needed")
     found: PreTrainedTokenizerFast = tokenizer
     return found
 
@@ -109,10 +115,10 @@ def _options(spec: ModelSpec, where: str) -> dict[str, Any]:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Have a model's configuration say so where its head is not tied though it should be.
+    """Have a model's configuration say so where its head is stored with other values than the embeddings.
 
-    transformers does not tie a head stored with other values than the embeddings, but leaves the configuration as it
-    is: ``tie_weights``, which lm-eval calls, or a reader of what is saved would then lose the head.
+    transformers leaves such a head untied and the configuration as it is: ``tie_weights``, which lm-eval calls, or a
+    reader of what is saved would then lose the head.
     """
     if not getattr(model.config, "tie_word_embeddings", False) or getattr(model, "all_tied_weights_keys", True):
         return
@@ -137,8 +143,7 @@ def place(name: str) -> torch.device:
             f"model.device: {name} is one GPU, and {processes} processes were started on this machine, which would all "
             "use it: set auto or cuda, and each has its own"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
         raise ModelError(f"model.device: there is no {name} here (CUDA devices: {there}); use cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError("model.device: there is no mps here; use cpu or auto")
@@ -170,8 +175,7 @@ def _read_weights(
         options = options | {"quantization_config": config, "device_map": {"": device}}
     # wrong shapes are ignored so that they come back in the report, all of them
     options = options | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    read: Any = AutoModelForCausalLM.from_pretrained
-    model, report = read(where, dtype=dtype, **options)
+    model, report = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
     return (model if quantize != "none" else model.to(device)), report
 
 
@@ -225,13 +229,7 @@ def _check_weights(where: str, report: Mapping[str, Any]) -> None:
         raise ModelError(f"model.path: the weights in {where} do not fit its config.json{''.join(problems)}")
 
 
-def _check_fast(where: str, tokenizer: Any) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"model.path: {where} has no fast tokenizer (tokenizer.json), which is needed")
-
-
 def _check_tokenizer(where: str, tokenizer: Any, model: Any) -> None:
-    _check_fast(where, tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(
@@ -246,33 +244,23 @@ def _check_tokenizer(where: str, tokenizer: Any, model: Any) -> None:
         )
 
 
-def _distinct(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state's tensors by sorted name; of tied ones the first."""
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and same in seen:
-            continue
-        seen.add(same)
-        yield name, tensor
-
-
-def _digest(name: str, tensor: torch.Tensor) -> bytes:
-    header = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    sha = hashlib.sha256(header)
-    sha.update(flat.numpy().data)
-    return sha.digest()
-
-
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 in hex over the hashes of every tensor of the state (name, dtype, shape, bytes), tied ones once."""
-    tensors = list(_distinct(model))
+    tensors: dict[object, tuple[str, torch.Tensor]] = {}
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
+            tensors.setdefault(same, (name, tensor))
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter
-        digests = pool.map(lambda item: _digest(*item), tensors)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(_digest, tensors.values()))).hexdigest()
+
+
+def _digest(named: tuple[str, torch.Tensor]) -> bytes:
+    name, tensor = named
+    sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    sha.update(flat.numpy().data)
+    return sha.digest()
 
 
 def _settings(model: Any) -> list[Any]:
@@ -342,10 +330,8 @@ def resolve_targets(
 ) -> tuple[str, ...]:
     """Full paths of the modules a recipe's ``vector.lora.targets`` means, in the model's order.
 
-    Args:
-        targets: ``all-linear``, or names: a full path or its end (``q_proj``, ``mlp.fc1``).
-        depth: Only layers l of L with depth[0] <= (l + .5) / L <= depth[1]; modules outside the layers only when the
-            whole depth is meant.
+    ``targets`` is ``all-linear``, or names: a full path or its end (``q_proj``, ``mlp.fc1``). Of L layers those with
+    depth[0] <= (l + .5) / L <= depth[1] are taken, and modules outside the layers only with the whole depth.
     """
     linear = tuple(linear_modules(model))
     if targets == "all-linear":
@@ -362,28 +348,22 @@ def resolve_targets(
             f"vector.lora.targets: no linear layer of this {type(model).__name__} is called {', '.join(named)}. "
             f"It has {', '.join(kinds) or 'none'}"
         )
-    return tuple(path for path in linear if path in chosen and path in _within(linear, depth))
+    if depth != (0.0, 1.0):
+        layers = {path: number for path in linear if (number := layer_of(path)) is not None}
+        count = 1 + max(layers.values(), default=-1)
+        within = {path for path, number in layers.items() if depth[0] <= (number + 0.5) / count <= depth[1]}
+        if not within:
+            raise ModelError(
+                f"vector.lora.depth: none of the {count} layers lies between {depth[0]:g} and {depth[1]:g} of the depth"
+            )
+        chosen &= within
+    return tuple(path for path in linear if path in chosen)
 
 
 def layer_of(name: str) -> int | None:
     """The layer number in a module path (``model.layers.3.mlp.fc1``, ``transformer.h.3.attn.c_attn``), from 0."""
     found = _LAYER.search(name)
     return int(found.group(1)) if found else None
-
-
-def _within(paths: Sequence[str], depth: tuple[float, float]) -> frozenset[str]:
-    """Those of some modules whose layer lies within a stretch of the depth."""
-    if depth == (0.0, 1.0):
-        return frozenset(paths)
-    layers = {path: layer_of(path) for path in paths}
-    count = 1 + max((n for n in layers.values() if n is not None), default=-1)
-    low, high = depth
-    found = frozenset(p for p, n in layers.items() if n is not None and low <= (n + 0.5) / count <= high)
-    if not found:
-        raise ModelError(
-            f"vector.lora.depth: none of the {count} layers lies between {low:g} and {high:g} of the depth"
-        )
-    return found
 
 
 # -- what a model folder's weights are, told from its configuration alone
@@ -411,7 +391,7 @@ class Architecture:
 
 
 def architecture_of(folder: Path) -> Architecture:
-    """Read ``config.json`` and lay the model out without memory."""
+    """The weights that a folder's ``config.json`` speaks of."""
     return lay_out(model_of(folder))
 
 
@@ -447,7 +427,7 @@ def _understood(folder: Path) -> Iterator[None]:
 def lay_out(model: nn.Module) -> Architecture:
     """The weights of a model by name, whatever device it is on."""
     linear, others = {}, {}
-    # of tied weights every name counts, hence all of them and not each tensor once
+    # of tied weights every name counts
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for path, module in model.named_modules(remove_duplicate=False):
         for short, tensor in (*module._parameters.items(), *module._buffers.items()):

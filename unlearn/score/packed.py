@@ -26,8 +26,8 @@ from torch import Tensor
 
 from unlearn.console import progress
 from unlearn.errors import EvaluationError, ModelError
+from unlearn.model.checkpoint import doubled_weights
 from unlearn.model.load import fingerprint, untie
-from unlearn.model.locate import doubled_weights, index_shards
 from unlearn.processes import is_out_of_memory, share_requests
 from unlearn.recipe.evaluation import EvalSpec
 from unlearn.score.decoding import greedy
@@ -316,9 +316,9 @@ def _look_at(pretrained: str, tokenizer: Any, options: Mapping[str, Any]) -> Non
         if key not in folders or not folder.is_dir() or options.get("gguf_file"):
             continue
         try:
-            said = doubled_weights(folder, index_shards(folder) or ())
+            said = doubled_weights(folder)
         except ModelError as e:
-            said = str(e).removeprefix("model.path: ")
+            said = str(e)
         if said:
             raise EvaluationError(f"{key}: {said}")
         if (folder / ADAPTER_CONFIG).exists():

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from unlearn.console import progress, say
 from unlearn.errors import ModelError, RunFolderError, VectorError
-from unlearn.model.checkpoint import Checkpoint, Stored, read_checkpoint, real_place
-from unlearn.model.locate import INDEX
+from unlearn.model.checkpoint import INDEX, Checkpoint, Stored, read_checkpoint, real_place
 from unlearn.store.files import explained, some, sync, unique, write_json_atomic
 from unlearn.store.lock import Lock
 from unlearn.store.provenance import versions

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.console import quietly
 from unlearn.errors import BrokenModelError, VectorError
-from unlearn.model.locate import INDEX, doubled_weights, index_shards
+from unlearn.model.checkpoint import INDEX, doubled_weights
 from unlearn.processes import is_out_of_memory
 from unlearn.vector.change import Survival, edited, generator_for, lost, round_stochastically, summary_of
 from unlearn.vector.edit import applied, fit
@@ -136,7 +136,7 @@ def export_merged(
         _save(model, state, value, folder, dtype, shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    if said := doubled_weights(folder, index_shards(folder) or ()):
+    if said := doubled_weights(folder):
         raise VectorError(said)
     done = {"coefficient": coefficient, "dtype": _called(dtype or model.dtype)}
     return {**done, "stochastic_rounding": stochastic_rounding, **contents(folder), "survived": survived}
