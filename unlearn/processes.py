@@ -176,22 +176,17 @@ def _shared_out(do: Callable[[], Sequence[Any]]) -> list[Sequence[Any]]:
     """What every process makes of it, by rank, in all of them; and so with what goes wrong in any of them."""
     if count() == 1:
         return [do()]
-    found, failure = [], None
+    found, failure, sent = [], None, None
     try:
         found = list(do())
     except Exception as e:
-        failure = e
-    parts = gathered((found, _portable(failure)))
+        failure = sent = e
+        if type(e).__module__.partition(".")[0] not in ("builtins", "unlearn"):  # some cannot be sent
+            sent = RuntimeError(f"{type(e).__name__} in another process: {e}")
+    parts = gathered((found, sent))
     if wrong := failure or next((other for _, other in parts if other is not None), None):
         raise wrong
     return [found if r == rank() else part for r, (part, _) in enumerate(parts)]
-
-
-def _portable(failure: Exception | None) -> Exception | None:
-    """An exception as it is sent to the other processes. Of other libraries' exceptions some cannot be sent."""
-    if failure is None or type(failure).__module__.partition(".")[0] in ("builtins", "unlearn"):
-        return failure
-    return RuntimeError(f"{type(failure).__name__} in another process: {failure}")
 
 
 # -- lm-eval's requests, shared out
@@ -208,11 +203,21 @@ def share_requests(lm: Any) -> None:
     evaluator is not told of the others: where it deals out the items itself, each process draws other few-shot
     examples, tasks with fewer items than processes fail, and some requests are made twice.
     """
-    if several() and not set(_KINDS) & set(vars(lm)):  # the second time there is nothing left to do
-        for name in _KINDS:
-            setattr(lm, name, _shared(getattr(lm, name)))
-        lm.set_cache_hook = _cache_for_all(lm.set_cache_hook)
-        lm._rank, lm._world_size = 0, 1  # to lm-eval
+    if not several() or set(_KINDS) & set(vars(lm)):  # the second time there is nothing left to do
+        return
+    for name in _KINDS:
+        setattr(lm, name, _shared(getattr(lm, name)))
+    set_hook = lm.set_cache_hook
+
+    def set_cache_hook(hook: Any) -> None:
+        """lm-eval's cache is a file for each process, and what one knows it does not ask: all must know it."""
+        set_hook(hook)  # first: it says which of the file's answers are this model's
+        if count() > 1 and hook.dbdict is not None:
+            for known in gathered(dict(hook.dbdict.items())):
+                hook.dbdict.update(known)
+
+    lm.set_cache_hook = set_cache_hook
+    lm._rank, lm._world_size = 0, 1  # to lm-eval
 
 
 def shares(requests: Sequence[Any], count: int) -> list[list[int]]:
@@ -256,25 +261,8 @@ def _shared(ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return ask_together
 
 
-def _cache_for_all(set_hook: Callable[[Any], None]) -> Callable[[Any], None]:
-    """lm-eval's cache of answers is a file for each process, and what one knows it does not ask: all must know it."""
-
-    def set_cache_hook(hook: Any) -> None:
-        set_hook(hook)  # first: it says which of the file's answers are this model's
-        if count() > 1 and hook.dbdict is not None:
-            for known in gathered(dict(hook.dbdict.items())):
-                hook.dbdict.update(known)
-
-    return set_cache_hook
-
-
 def _checksum(requests: Sequence[Any]) -> int:
-    value = len(requests)
-    for request in requests:
-        for argument in request.args:
-            text = argument if isinstance(argument, str) else repr(argument)
-            value = zlib.crc32(text.encode("utf-8", "surrogatepass"), value)
-    return value
+    return zlib.crc32(repr([request.args for request in requests]).encode())
 
 
 # -- a request to stop (sigterm, ctrl-c) that waits until the step at hand is done and kept

@@ -211,10 +211,10 @@ def test_the_choice_is_made_on_validation_means_whatever_the_test_items_say(tmp_
     unbound = grid_of(tmp_path / "b", "vector__rank", (4, 8), (0,), lambda r, s: report_of("0", met=False))
     (family,) = compared(unbound, tmp_path)
     assert family["choice"] is None
-    assert [r.partition(",")[0] for r in family["remarks"]] == [
-        "One run per setting",
-        "No setting met its bound in every run",
-    ]
+    assert [s[name]["half"] for s in family["settings"] for name in ("before", "after", "kept")] == [None] * 6
+    said = ["One run per setting", "No setting met its bound in every run"]
+    assert [r.partition(",")[0] for r in family["remarks"]] == said
+    assert "One run per setting, so no intervals" in " ".join((tmp_path / "report.html").read_text().split())
 
 
 @pytest.mark.parametrize("axis", ["model__path", "forget__where__continent", "choose__metric", "teach__steps"])
@@ -252,14 +252,6 @@ def test_recipes_that_differ_are_kept_apart_and_those_that_do_not_are_one(tmp_pa
         compare([*one, *runs("same", (0,))], tmp_path)
 
 
-def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
-    (family,) = compared(grid_of(tmp_path, "vector__rank", (4, 8), (0,), lambda *_: report_of("0")), tmp_path)
-    assert [s[name]["half"] for s in family["settings"] for name in ("before", "after", "kept")] == [None] * 6
-    assert family["remarks"][0].startswith("One run per setting, so no intervals")
-    page = " ".join((tmp_path / "report.html").read_text().split())
-    assert "One run per setting, so no intervals" in page
-
-
 def test_what_is_learned_or_is_a_perplexity_is_better_when_higher(tmp_path: Path) -> None:
     folders = grid_of(
         *(tmp_path, "vector__rank", (4, 8), (0,)),
@@ -269,13 +261,10 @@ def test_what_is_learned_or_is_a_perplexity_is_better_when_higher(tmp_path: Path
     assert (family["sign"], family["choice"], family["pareto"]) == (-1, 1, [1])
     assert family["remarks"][-1] == "On validation means rank=8 learns most within the bound."
     assert "forgets" not in (tmp_path / "report.html").read_text()
-    text = [run_folder(tmp_path / "t", report_of("0", forget=40.0, metric="perplexity", higher=False))]
-    assert compared(text, tmp_path)[0]["sign"] == -1
-
-
-def test_a_kept_perplexity_is_reckoned_by_its_bound(tmp_path: Path) -> None:
-    (family,) = compared([run_folder(tmp_path / "a", report_of("0", kept=1.0, kept_metric="perplexity"))], tmp_path)
-    # a rise of 0.2 of the 0.5 allowed
+    text = report_of("0", forget=40.0, metric="perplexity", higher=False, kept=1.0, kept_metric="perplexity")
+    (family,) = compared([run_folder(tmp_path / "t", text)], tmp_path)
+    assert family["sign"] == -1
+    # what is kept goes by the bound: a rise of 0.2 of the 0.5 allowed
     assert family["settings"][0]["kept"]["mean"] == pytest.approx(1 - 0.05 * 0.2 / 0.5)
 
 
@@ -323,17 +312,6 @@ def test_goals_of_unlike_units_weigh_alike(tmp_path: Path) -> None:
         assert setting["validation"]["mean"] == pytest.approx(share)
 
 
-def test_a_bound_that_test_items_break_is_counted(tmp_path: Path) -> None:
-    # 19 of 20 keep just .95, whatever floats make of it
-    folders = grid_of(
-        *(tmp_path, "vector__rank", (4, 8), (0, 1)),
-        lambda rank, seed: report_of(str(seed), kept=0.76 if rank == 4 else 0.75),
-    )
-    (family,) = compared(folders, tmp_path)
-    assert [(s["met"], s["met_on_test"]) for s in family["settings"]] == [(2, 2), (2, 0)]
-    assert [row["met_on_test"] for row in rows_of(tmp_path)] == ["True", "True", "False", "False"]
-
-
 @pytest.mark.parametrize(("second", "kept"), [(0.5, 0.5), (0.9, 0.9), (None, None), (1.2, 1.0)])
 def test_kept_is_what_suffered_most(tmp_path: Path, second: float | None, kept: float | None) -> None:
     """Of two kept sets: the smaller share; without a number in one of them there is none, whatever the other keeps."""
@@ -358,14 +336,16 @@ def test_a_score_without_a_number_hides_nothing(tmp_path: Path) -> None:
     assert rows_of(tmp_path)[1]["forget_after"] == ""
 
 
-def test_no_coefficient_is_none_and_not_zero(tmp_path: Path) -> None:
-    folders = grid_of(
-        *(tmp_path, "vector__rank", (4,), (0, 1)),
-        lambda _, seed: report_of(str(seed), chosen=float(seed), met=seed == 1),
-    )
-    found, _ = compare(folders, tmp_path)
-    assert found[0].settings[0].cells()[:2] == ["2", "none 1"]
-    assert [row["lambda"] for row in rows_of(tmp_path)] == ["0.0", "1.0"]
+def test_no_coefficient_is_none_and_a_bound_that_test_items_break_is_counted(tmp_path: Path) -> None:
+    def made(rank: int, seed: int) -> dict[str, Any]:
+        # 19 of 20 keep just .95, whatever floats make of it
+        return report_of(str(seed), kept=0.76 if rank == 4 else 0.75, chosen=float(seed or rank == 8), met=True)
+
+    (family,), _ = compare(grid_of(tmp_path, "vector__rank", (4, 8), (0, 1), made), tmp_path)
+    assert [s.cells()[:2] for s in family.settings] == [["2", "none 1"], ["2", "1"]]
+    assert [(s.met, s.met_on_test) for s in family.settings] == [(2, 2), (2, 0)]
+    found = [(row["lambda"], row["met_on_test"]) for row in rows_of(tmp_path)]
+    assert found == [("0.0", "True"), ("1.0", "True"), ("1.0", "False"), ("1.0", "False")]
 
 
 def test_unequal_seeds_are_marked_and_not_compared(tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
 """A Slurm cluster in a folder: own ports, own keys, nothing outside is touched, gone at the end.
 
-    python tests/slurm/throwaway.py FOLDER [-- COMMAND ...]
-
-starts one of one node, runs the command (or a shell) with SLURM_CONF set, and stops it. Needs Debian's ``slurm-wlm``
-and ``munge``, and root, as slurmd changes users. With :mod:`machines` it has a node on each of them.
+Needs Debian's ``slurm-wlm`` and ``munge``, and root, as slurmd changes users. With :mod:`machines` each is a node.
 """
 
 from __future__ import annotations
@@ -214,17 +211,3 @@ def _free_ports() -> tuple[int, int]:
         a.bind(("127.0.0.1", 0))
         b.bind(("127.0.0.1", 0))
         return a.getsockname()[1], b.getsockname()[1]
-
-
-def main() -> int:
-    """As a command."""
-    if reason := why_not():
-        print(f"skipped: {reason}", file=sys.stderr)
-        return 0
-    folder, _, *command = [*sys.argv[1:], "--"] if "--" not in sys.argv else sys.argv[1:]
-    with Throwaway(Path(folder)) as node:
-        return subprocess.run(command or [os.environ.get("SHELL", "sh")], env=node.environment).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
 SECONDS = 300
 SMALL = ("--set", "teach.steps=20", "--set", "sweep.coefficients=[1]", "--set", "vector.method=negate")
-LONG = (*SMALL, "--set", "vector.forget={steps: 120, batch_size: 12, learning_rate: 0.0001, save_every: 10}")
+LONG = (*SMALL, "--set", "vector.forget={steps: 120, batch_size: 12, learning_rate: 0.0001, save_every: 30}")
 
 
 @pytest.fixture(scope="module")

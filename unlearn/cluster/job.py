@@ -149,7 +149,12 @@ class Task:
         root = Path(self.root)
         grid = Grid.load(root)
         job = grid.job(self.name)
-        _print_to(job.log(root))
+        job.log(root).parent.mkdir(parents=True, exist_ok=True)
+        with job.log(root).open("ab") as log:  # what libraries print, too
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         if self.gpus:
             os.environ[_VISIBLE] = self.gpus
         if environment.num_tasks > 1:
@@ -196,16 +201,6 @@ class Task:
         if error is not None:
             raise RuntimeError(f"{job.name} failed: {error}; see {job.log(root)}")
         return ended
-
-
-def _print_to(log: Path) -> None:
-    """All that this process prints from now on, libraries' own output included, goes to the end of a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with log.open("ab") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
 
 
 def _announce(root: Path, job: Job, slurm: str | None) -> JobState:
