@@ -39,7 +39,8 @@ from unlearn.store.lock import Lock, started
 
 ROOT = Path(__file__).resolve().parents[2]
 PICO = str(ROOT / "recipes" / "pico_smoke.yaml")
-SETS = [part for text in ("teach.steps=10", "vector.forget.steps=4") for part in ("--set", text)]
+SMALL = ("teach.steps=10", "vector.forget.steps=4", "vector.method=negate", "sweep.coefficients=[1]")
+SETS = [part for text in (*SMALL, "export.adapter=false") for part in ("--set", text)]
 PATIENCE = 600.0  # seconds; a machine may be busy
 AGAIN = ["submit", "--resubmit", "all-missing"]
 ALL = [*AGAIN, "--set", "cluster.time=30:00"]

@@ -265,11 +265,11 @@ def test_tokenizer_of_another_model(copy: Path) -> None:
 def test_what_cannot_be_opened(copy: Path) -> None:
     content = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(content[:-1000])
-    with pytest.raises(ModelError, match="are damaged"):
+    with pytest.raises(ModelError, match="cannot be opened as a causal language model"):
         load(_spec(copy), str(copy))
     for kind in ("no_such_type", "vit"):
         _edit_json(copy / "config.json", model_type=kind)
-        with pytest.raises(ModelError, match=r"cannot open .* as a causal language model"):
+        with pytest.raises(ModelError, match="cannot be opened as a causal language model"):
             load(_spec(copy), str(copy))
     with pytest.raises(ModelError, match=r"owner/gone at revision abc is neither a local folder.*also takes") as caught:
         load(_spec("owner/gone", revision="abc"), "owner/gone")

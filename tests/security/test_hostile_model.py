@@ -90,7 +90,7 @@ def test_pickles_are_never_opened(folder: Path, canary: Path, make: Callable[[Pa
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="pickles only"):
         opened(folder)
-    with pytest.raises(ModelError, match=r"cannot be read|damaged"):
+    with pytest.raises(ModelError, match="cannot be opened"):
         load(spec(folder), str(folder))  # also where the folder was not looked at first
     with pytest.raises(ModelError, match="never opened"):
         from_checkpoints(folder, folder, on_unequal="error")

@@ -181,37 +181,29 @@ def _read_weights(
 
 @contextmanager
 def _explained(where: str, spec: ModelSpec) -> Iterator[None]:
+    """Turn a failure that a user can mend into one message."""
     try:
         yield
     except Exception as error:
-        message = _explain(error, where, spec)
-        if message is None:
+        gone, whole = vanished(where), str(error)
+        library, kind = type(error).__module__.split(".")[0], type(error).__name__
+        if gone:
+            raise ModelError(f"model.path: {gone}") from error
+        if is_out_of_memory(error):
             raise
-        raise ModelError(message) from error
-
-
-def _explain(error: Exception, where: str, spec: ModelSpec) -> str | None:
-    """The message for a failure that a user can mend; None for anything else."""
-    if gone := vanished(where):
-        return f"model.path: {gone}"
-    whole, said = str(error), condensed(error)
-    library = type(error).__module__.split(".")[0]
-    if is_out_of_memory(error):
-        return None
-    if isinstance(error, ImportError):
-        return f"model.path: loading {where} needs a package that is missing: {said}"
-    if "trust_remote_code" in whole and not spec.trust_remote_code:
-        return (
-            f"model.path: {where} comes with Python code of its own. If you trust its authors, set "
-            "model.trust_remote_code to true and UNLEARN_TRUST_REMOTE_CODE=1 in the environment"
-        )
-    if library == "safetensors_rust" or "SafetensorError" in type(error).__name__:
-        return f"model.path: the weights in {where} are damaged ({said}): download or save them anew"
-    if isinstance(error, OSError) or library in NETWORK_LIBRARIES:
-        return f"model.path: {where} cannot be read: {said}" if Path(where).is_dir() else hub_failure(spec, error)
-    if any(sign in whole for sign in _NO_LANGUAGE_MODEL):
-        return f"model.path: transformers cannot open {where} as a causal language model: {said}"
-    return None
+        if "trust_remote_code" in whole and not spec.trust_remote_code:
+            raise ModelError(
+                f"model.path: {where} comes with Python code of its own. If you trust its authors, set "
+                "model.trust_remote_code to true and UNLEARN_TRUST_REMOTE_CODE=1 in the environment"
+            ) from error
+        if (isinstance(error, OSError) or library in NETWORK_LIBRARIES) and not Path(where).is_dir():
+            raise ModelError(hub_failure(spec, error)) from error
+        signs = isinstance(error, ImportError | OSError) or kind == "SafetensorError"
+        if signs or library in NETWORK_LIBRARIES or any(sign in whole for sign in _NO_LANGUAGE_MODEL):
+            raise ModelError(
+                f"model.path: {where} cannot be opened as a causal language model: {condensed(error)}"
+            ) from error
+        raise
 
 
 def _check_weights(where: str, report: Mapping[str, Any]) -> None:
