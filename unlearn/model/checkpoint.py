@@ -22,37 +22,40 @@ _LARGEST_INDEX = 1_000_000_000  # bytes
 
 def check_folder(folder: Path) -> None:
     """Say what a local folder lacks before transformers fails on it in its own words."""
+    try:
+        problem = _problem(folder)
+    except ModelError as error:
+        problem = str(error)
+    if problem:
+        raise ModelError(f"model.path: {problem}")
+
+
+def _problem(folder: Path) -> str:
     if not folder.is_dir():
-        raise ModelError(f"model.path: {folder} is neither a folder nor a .gguf file")
+        return f"{folder} is neither a folder nor a .gguf file"
     names = sorted(path.name for path in folder.iterdir())
     shown = some(names, 20) or "nothing"
-    problem = ""
     if "adapter_config.json" in names and "config.json" in names:
         # transformers would put the adapter on the model without a word
-        problem = (
-            "holds an adapter (adapter_config.json) beside the model: merge the two, or move the adapter into a folder "
-            "of its own"
-        )
-    elif "adapter_config.json" in names:
-        problem = "is an adapter, not a model: merge it into its base model first"
-    elif "config.json" not in names:
-        problem = f"has no config.json; in it: {shown}"
-    elif said := doubled_weights(folder):
-        raise ModelError(f"model.path: {said}")
-    elif (placed := read_index(folder)) is not None:
-        if missing := sorted(set(placed.values()) - set(names)):
-            problem = f"is incomplete: {one_line(some(missing))} missing"
-    elif SINGLE not in names:
-        problem = f"has no {SINGLE}; in it: {shown}"
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-            problem = (
-                "has its weights as pickles only, which can run code when opened: convert them to safetensors (load "
-                "where you trust them, then save_pretrained)"
-            )
-    if not problem and not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & set(names):
-        problem = f"has no tokenizer (tokenizer.json); in it: {shown}"
-    if problem:
-        raise ModelError(f"model.path: {folder} {problem}")
+        merge = "merge the two, or move the adapter into a folder of its own"
+        return f"{folder} holds an adapter (adapter_config.json) beside the model: {merge}"
+    if "adapter_config.json" in names:
+        return f"{folder} is an adapter, not a model: merge it into its base model first"
+    if "config.json" not in names:
+        return f"{folder} has no config.json; in it: {shown}"
+    if said := doubled_weights(folder):
+        return said
+    placed = read_index(folder)
+    if missing := sorted(set((placed or {}).values()) - set(names)):
+        return f"{folder} is incomplete: {one_line(some(missing))} missing"
+    if placed is None and SINGLE not in names:
+        if not any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+            return f"{folder} has no {SINGLE}; in it: {shown}"
+        convert = "convert them to safetensors (load where you trust them, then save_pretrained)"
+        return f"{folder} has its weights as pickles only, which can run code when opened: {convert}"
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & set(names):
+        return f"{folder} has no tokenizer (tokenizer.json); in it: {shown}"
+    return ""
 
 
 def doubled_weights(folder: Path) -> str:

