@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -405,7 +405,7 @@ def _cell(value: Any) -> Any:
 
 
 def _page(found: Sequence[Family], missing: Sequence[str]) -> str:
-    from unlearn.report.charts import Axis, Key, Point, Series, axis_of, chart, style
+    from unlearn.report.charts import Key, Point, Series, axis_of, chart, style
     from unlearn.report.page import render
 
     parts = []
@@ -431,15 +431,14 @@ def _page(found: Sequence[Family], missing: Sequence[str]) -> str:
             ]
             lines.append(Series(steps, dash=look["dash"], **named))
         drawings = []
+        keep = family.settings[0].runs[0].chosen.keep
         for series, items in ((spots, "test"), (lines, "validation")):
             points = [point for one in series for point in one.points]
             x = axis_of([point.x for point in points], f"score of what was asked: {family.goal}")
-            kept = axis_of([point.y for point in points], "kept at worst")
-            y = Axis(kept.low, kept.high, kept.title, percent=True)
-            keep = family.settings[0].runs[0].chosen.keep
+            y = replace(axis_of([point.y for point in points], "kept at worst"), percent=True, kind="linear")
             drawing = chart(series, x, y, size=(460, 300), bound=keep, bound_label="bound", shaded=True)
-            told = "; ".join(point.tip for point in points[:20])
-            drawings.append((items, drawing.svg(f"{family.goal} against what is kept", told, f"f{n}-{items}")))
+            tips = "; ".join(point.tip for point in points[:20])
+            drawings.append((items, drawing.svg(f"{family.goal} against what is kept", tips, f"f{n}-{items}")))
         rows = [[s.label, *s.cells(), family.marks(i)] for i, s in enumerate(family.settings)]
         parts.append({"family": family, "rows": rows, "drawings": drawings, "legend": legend})
     return render("compare.html.j2", parts=parts, missing_runs=missing)
