@@ -72,14 +72,8 @@ app = typer.Typer(
     "differences), 2 a mistake to mend, 130 interrupted.",
 )
 
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="RECIPE [KEY=VALUE]...",
-        help="a recipe, or the name of one that comes with the program; then keys to change (seed=1)",
-        show_default=False,
-    ),
-]
+_WORDS = "a recipe, or the name of one that comes with the program; then keys to change (seed=1)"
+Words = Annotated[list[str] | None, typer.Argument(metavar="RECIPE [KEY=VALUE]...", help=_WORDS, show_default=False)]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="the recipe, by a flag")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key (sweep.coefficients=[1,2])")
@@ -263,6 +257,12 @@ def push(
     upload(run_folder / "export" / what, spec)
 
 
+_REFERENCE = (
+    "the retain reference: a run that has one, a log of TOFU, or published (MUSE's authors' value); the run's own when "
+    "not given"
+)
+
+
 @app.command()
 def leaderboard(
     runs: Annotated[
@@ -271,14 +271,7 @@ def leaderboard(
     tofu_log: Annotated[
         Path | None, typer.Option(metavar="LOG.json", help="a log of TOFU: prints its row as JSON")
     ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|LOG.json",
-            help="the retain reference: a run that has one, a log of TOFU, or published (MUSE's authors' value); "
-            "the run's own when not given",
-        ),
-    ] = None,
+    reference: Annotated[str | None, typer.Option(metavar="RUN|LOG.json", help=_REFERENCE)] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the files of leaderboards there")] = None,
     method: Annotated[
         str | None, typer.Option(metavar="NAME", help="the method's name in them (default: the run's name)")
@@ -308,8 +301,7 @@ def submit(
     jobs: Annotated[int | None, typer.Option(min=1, help="with --local: so many jobs at a time")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check and list every job; write nothing")] = False,
     again: Annotated[
-        str | None,
-        typer.Option("--resubmit", metavar="WHAT", help="of a grid's folder: failed (or lost), lost, or all-missing"),
+        str | None, typer.Option("--resubmit", metavar="WHAT", help="of a grid: failed (or lost), lost, or all-missing")
     ] = None,
     cancel: Annotated[bool, typer.Option("--cancel", help="of a grid's folder: take it out of the queue")] = False,
 ) -> None:
