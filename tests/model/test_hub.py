@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 CODE = """
-import os, sys
+import os, sys, warnings
 from pathlib import Path
 from unlearn.errors import UnlearnError
 from unlearn.model.locate import locate
@@ -32,10 +32,13 @@ try:
         print(type(load(spec, where).model).__name__)
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
+        from unlearn.console import quietly
         from unlearn.score.packed import PackedLM
         # transformers puts an adapter that comes with a model on it unasked, and drops what does not fit
         lora = LoraConfig(r=2, target_modules=["fc1"], task_type="CAUSAL_LM")
-        get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[2]), lora).save_pretrained(sys.argv[2])
+        warnings.simplefilter("ignore")
+        with quietly():
+            get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[2]), lora).save_pretrained(sys.argv[2])
         PackedLM("owner/name")
 except UnlearnError as error:
     print("error", error)
@@ -138,11 +141,16 @@ def test_a_run_says_so_before_it_begins(tmp_path: Path, nobody: bool, silent: st
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     code = "import sys; from unlearn.cli import main\n"
-    code += "print(*(main([*sys.argv[1:5], '--set', given]) for given in sys.argv[5:]), 'torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
+    code += (
+        "answers = [main(['run', sys.argv[1], given, '--out', f'out{n}']) for n, given in enumerate(sys.argv[2:])]\n"
+    )
+    code += "print(*answers, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path / "recipe.yaml")]
     endpoint = NOBODY if nobody else silent
     done = subprocess.run(
-        [*command, *GIVEN], capture_output=True, text=True, env=_away(tmp_path, endpoint), timeout=60, check=False
+        [*command, *GIVEN],
+        **{"capture_output": True, "text": True, "cwd": tmp_path, "env": _away(tmp_path, endpoint), "timeout": 60},
+        check=False,
     )
     assert done.stdout == "2 2 2 2 False\n"
     messages = done.stderr.splitlines()[1::2]  # the other lines name the run
