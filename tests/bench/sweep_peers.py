@@ -135,10 +135,17 @@ def _compare(options: argparse.Namespace, work: Path) -> bool:
         for road in roads:
             console.print(f"{road.name}: coefficient {coefficient:g}")
             _walk(road, coefficient, work, facts, options)
-    agreements = {road.name: _agreement(road, ours["points"], facts["tasks"]) for road in roads}
-    _show(ran, ours, roads, agreements, facts, options)
-    write_json(options.json, _to_json(ran, ours, roads, agreements, facts, options))
-    return any(largest > TOLERANCE for found in agreements.values() for largest in found.values())
+    costs = {}
+    for road in roads:
+        found = _agreement(road, ours["points"], facts["tasks"])
+        costs[road.name] = {**road.costs(len(grid), ran.seconds), "largest_difference": found}
+    worst = max(largest for cost in costs.values() for largest in cost["largest_difference"].values())
+    _show(ran, ours, costs, worst, facts, options)
+    points = [{name: value for name, value in point.items() if name != "items"} for point in ours["points"]]
+    whole = {name: getattr(options, name) for name in ("coefficients", "batch_size", "threads")}
+    whole["ours"] = {**ours, "points": points, "seconds": ran.seconds, "peak_bytes": ran.peak}
+    write_json(options.json, {**whole, "roads": costs, "facts": facts, "environment": environment()})
+    return worst > TOLERANCE
 
 
 def _grid(number: int) -> list[float]:
@@ -166,15 +173,13 @@ class Road:
     scoring: list[Ran] = field(default_factory=list)
     items: dict[float, dict[str, list[Any]]] = field(default_factory=dict)
 
-    @property
-    def seconds(self) -> float:
-        """Per coefficient, on average."""
-        return statistics.mean(m.seconds + s.seconds for m, s in zip(self.merging, self.scoring, strict=True))
-
-    @property
-    def peak(self) -> int:
-        """Largest of all its processes."""
-        return max(r.peak for r in (*self.merging, *self.scoring))
+    def costs(self, coefficients: int, ours: float) -> dict[str, Any]:
+        """Seconds of each process and of a whole sweep, beside ``ours``, and the most memory of all its processes."""
+        merging, scoring = ([r.seconds for r in way] for way in (self.merging, self.scoring))
+        whole = coefficients * (statistics.mean(merging) + statistics.mean(scoring))
+        peak = max(r.peak for r in (*self.merging, *self.scoring))
+        shown = {"coefficients": list(self.items), "merge_s": merging, "score_s": scoring}
+        return {**shown, "whole_sweep_s": whole, "ratio": whole / ours, "peak_bytes": peak}
 
 
 def _walk(road: Road, coefficient: float, work: Path, facts: Mapping[str, Any], options: argparse.Namespace) -> None:
@@ -291,8 +296,8 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
 def _show(
     ran: Ran,
     ours: Mapping[str, Any],
-    roads: Sequence[Road],
-    agreements: Mapping[str, Mapping[str, float]],
+    costs: Mapping[str, Mapping[str, Any]],
+    worst: float,
     facts: Mapping[str, Any],
     options: argparse.Namespace,
 ) -> None:
@@ -304,13 +309,12 @@ def _show(
     on = [point["set_seconds"] for point in ours["points"]]
     each = f"{statistics.median(on):.3f}", f"{statistics.median(scoring):.2f}"
     table.add_row("ours", *each, f"{ran.seconds:.1f}", "1", f"{ran.peak / 1e6:,.0f}", "-", "-")
-    for road in roads:
-        cells = [f"{statistics.mean(r.seconds for r in way):.2f}" for way in (road.merging, road.scoring)]
-        whole, found = road.seconds * number, agreements[road.name]
-        cells += [f"{whole:.1f}", f"{whole / ran.seconds:.2f}", f"{road.peak / 1e6:,.0f}"]
-        table.add_row(road.name, *cells, f"{found['log-likelihood']:.1e}", f"{found['metric']:.1e}")
+    for name, cost in costs.items():
+        cells = [f"{statistics.mean(cost[way]):.2f}" for way in ("merge_s", "score_s")]
+        cells += [f"{cost['whole_sweep_s']:.1f}", f"{cost['ratio']:.2f}", f"{cost['peak_bytes'] / 1e6:,.0f}"]
+        table.add_row(name, *cells, *(f"{value:.1e}" for value in cost["largest_difference"].values()))
     console.print(table)
-    if (measured := len(roads[0].scoring)) < number:
+    if (measured := len(next(iter(costs.values()))["score_s"])) < number:
         console.print(f"The slow roads were measured at {measured} of {number} coefficients and scaled to all.")
     console.print(f"Goal: mergekit + lm_eval takes ≥ {GOAL:g} times as long as ours. Batch size {options.batch_size}.")
     console.print(f"ours: {ours['load_seconds']:.2f} s until the model is loaded and the requests can be built, once")
@@ -324,7 +328,6 @@ def _show(
         f"memory: model {sizes['model']}; an edit added {sizes['edit']} (factors {sizes['factors']}, weights they "
         f"change {sizes['touched']})"
     )
-    worst = max(largest for found in agreements.values() for largest in found.values())
     verdict = "All roads agree" if worst <= TOLERANCE else f"THE ROADS DIFFER by {worst:.1e}"
     first, last = (  # agreement says little where nothing changes
         [value for rows in ours["points"][at]["items"].values() for row in rows for value in row["likelihoods"]]
@@ -332,37 +335,6 @@ def _show(
     )
     moved = max(abs(a - b) for a, b in zip(first, last, strict=True))
     console.print(f"{verdict}; from the first coefficient to the last a log-likelihood moved by {moved:.1e}")
-
-
-def _to_json(
-    ran: Ran,
-    ours: Mapping[str, Any],
-    roads: Sequence[Road],
-    agreements: Mapping[str, Mapping[str, float]],
-    facts: Mapping[str, Any],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    points = [{name: value for name, value in point.items() if name != "items"} for point in ours["points"]]
-    return {
-        "coefficients": options.coefficients,
-        "batch_size": options.batch_size,
-        "threads": options.threads,
-        "ours": {**ours, "points": points, "seconds": ran.seconds, "peak_bytes": ran.peak},
-        "roads": {
-            road.name: {
-                "coefficients": list(road.items),
-                "merge_s": [r.seconds for r in road.merging],
-                "score_s": [r.seconds for r in road.scoring],
-                "whole_sweep_s": road.seconds * options.coefficients,
-                "ratio": road.seconds * options.coefficients / ran.seconds,
-                "peak_bytes": road.peak,
-                "largest_difference": dict(agreements[road.name]),
-            }
-            for road in roads
-        },
-        "facts": facts,
-        "environment": environment(),
-    }
 
 
 # -- parts that load a model, each in a process of its own -------------------------------------------------------------
