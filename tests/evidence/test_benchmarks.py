@@ -113,18 +113,6 @@ def test_a_broken_models_losses_do_not_overflow() -> None:
     assert found[1] == 1.0  # though all four ratios are 0 in float64
 
 
-def test_a_log_survives_its_file() -> None:
-    log = TofuLog.from_json(made_up(), "log.json")
-    again = TofuLog.from_json(json.loads(json.dumps(log.to_json())), "again.json")
-    assert again.row(another()) == log.row(another())
-    for name, s in log.sets.items():
-        other = again.sets[name]
-        assert other.items == s.items
-        for column in ("loss", "paraphrased_loss", "perturbed_losses", "rouge"):
-            assert np.array_equal(getattr(s, column), getattr(other, column))
-            assert getattr(other, column).dtype == np.float64
-
-
 def drop(*path: str) -> Callable[[Any], None]:
     return put(None, *path)
 

@@ -175,6 +175,7 @@ def test_other_files_are_seen(reference: str, file: str, compared: Path, tmp_pat
     assert references.state(recipe, tmp_path) != before
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_report(compared: Path, tmp_path: Path) -> None:
     folder = copied(compared, tmp_path / "run", "membership/reference", "robustness", "export")
     command = [sys.executable, "-m", "unlearn.run", "--recipe", str(compared / "recipe.yaml"), "--out", str(folder)]
