@@ -94,6 +94,7 @@ def test_one_run_wanted_by_both_is_made_once(pair: Machines, tmp_path: Path) -> 
     assert same_as_alone(place, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_grid_of_one_machine_is_seen_from_the_other(pair: Machines) -> None:
     grid = ("submit", "pico_smoke.yaml", "--grid", "seed=0", *SMALL, "--local", "--out", str(pair.disk / "grid"))
     runner = started(pair.all[0], pair.disk, "unlearn", *grid)
