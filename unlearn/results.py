@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from unlearn.text import counted, listing, percent, short
+from unlearn.text import counted
 
 AttackKind = Literal["none", "quantise", "relearn", "probe", "contrast", "sample", "lens"]
 Who = Literal["target", "edited", "reference"]
@@ -18,8 +18,7 @@ PLAIN = "none"  # the attack of a score that was taken without one
 GREEDY = "greedy answers"  # without an attack as well: what samples are compared with
 LENS = "the logit lens"
 CONTRAST = "a choice beside the same question about others"
-_BEST = " (the best one)"
-_Z95 = 1.96
+BEST = " (the best one)"
 _NOTHING = 1e-9  # a smaller difference of scores is rounding
 _QUANTISATIONS = {"nf4": "4-bit quantisation", "int8": "8-bit quantisation"}
 _PROBES = {
@@ -63,7 +62,7 @@ def relearning(items: int, unrelated: bool = False) -> str:
 def probing(probe: str, best: bool = False) -> str:
     """The name of the attack by other prompts: the mean over its wordings, or the wording that brings back most."""
     name = _PROBES.get(probe, probe)
-    return f"{name}{_BEST}" if best else name
+    return f"{name}{BEST}" if best else name
 
 
 def sampling(samples: int) -> str:
@@ -86,11 +85,10 @@ class AttackScore:
     steps: int | None = None  # of relearning
     layer: int | None = None  # the one that the lens looked at, from 1; the last is the model's own answer
 
-    def described(self) -> str:
-        """The attack with its steps or its layer."""
-        if self.steps is not None:
-            return f"{counted(self.steps, 'step')} of {self.attack}"
-        return self.attack if self.layer is None else f"layer {self.layer} of {self.attack}"
+    @property
+    def under(self) -> tuple[AttackKind, str, str, int | None, int | None]:
+        """What the scores of all models under one attack have in common."""
+        return self.kind, self.attack, self.metric, self.steps, self.layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +104,6 @@ class Robustness:
         """A model's score without an attack; of the main metric when none is named."""
         wanted = (who, metric or self.metric, "none")
         return next((s for s in self.scores if (s.who, s.metric, s.kind) == wanted), None)
-
-    def same(self, score: AttackScore, who: Who) -> AttackScore | None:
-        """Another model's score under the same attack."""
-        return next((s for s in self.scores if s.who == who and _what(s) == _what(score)), None)
 
     def recovered(self, score: AttackScore) -> float | None:
         """(score - the same model's plain score) / (plain target - plain edited): 0 nothing comes back, 1 all of it.
@@ -128,90 +122,6 @@ class Robustness:
         if not (forgotten if before.higher_is_better else -forgotten) > max(noise, _NOTHING):
             return None
         return (score.value - base.value) / forgotten
-
-    def worst(self) -> AttackScore | None:
-        """The attack that brings most of it back to the edited model, the first of several; None if none can tell."""
-        found = [(r, s) for s in self._attacks() if (r := self.recovered(s)) is not None]
-        return max(found, key=lambda pair: pair[0])[1] if found else None
-
-    def sentence(self) -> str:
-        """What the attacks bring back, in plain English; empty where nothing was attacked.
-
-        Of relearning the last step counts, of the lens the layer that shows most. A change smaller than 1.96 standard
-        errors (of both scores, as if their items were different ones) cannot be told from chance, and such attacks are
-        only counted.
-        """
-        shown = self._shown()
-        if not shown:
-            return ""
-        before, after = self.plain("target"), self.plain("edited")
-        if before is None or after is None:
-            return "What the attacks bring back cannot be told: a score without an attack is missing."
-        guess = "" if self.chance is None else f", chance {short(self.chance)}"
-        fell = f"{plain_metric(self.metric)} {short(before.value)} to {short(after.value)}{guess}"
-        shares = [(s, r) for s in shown if (r := self.recovered(s)) is not None]
-        if not shares:
-            return f"The edit forgot nothing that can be told from chance ({fell}), so nothing can come back."
-        # of the wordings of a probe their mean counts here: the best of several is high by chance alone
-        shares = [(s, r) for s, r in shares if not s.attack.endswith(_BEST)] or shares
-        strong = [(s, r) for s, r in shares if round(r, 2) > 0 and not self._within_chance(s)]
-        weak = len(shares) - len(strong)
-        if not strong:
-            none = "the one attack brings" if weak == 1 else f"none of {weak} attacks brings"
-            back = "nothing back" if weak == 1 else "anything back"
-            return f"Of what was forgotten ({fell}), {none} {back} that can be told from chance."
-        backs = [" comes back", *[""] * (len(strong) - 1)]
-        ranked = sorted(strong, key=lambda t: -t[1])
-        parts = [
-            f"{percent(round(r, 2))}{self._metric_of(s)}{back} with {s.described()}"
-            for back, (s, r) in zip(backs, ranked, strict=True)
-        ]
-        rest = f"; with {counted(weak, 'other attack')} nothing that can be told from chance" if weak else ""
-        said = f"Of what was forgotten ({fell}), {listing(parts)}{rest}."
-        return " ".join([said, *self._of_the_reference([s for s, _ in strong])])
-
-    def _attacks(self) -> Iterator[AttackScore]:
-        return (s for s in self.scores if s.who == "edited" and s.kind != "none")
-
-    def _shown(self) -> list[AttackScore]:
-        """One score of the edited model for each attack; the lens's last layer is its own answer and no attack."""
-        groups: dict[tuple[str, str, str], list[AttackScore]] = {}
-        own = max((s.layer for s in self._attacks() if s.layer is not None), default=None)
-        for score in self._attacks():
-            if own is None or score.layer != own:
-                groups.setdefault((score.kind, score.attack, score.metric), []).append(score)
-
-        def says_most(score: AttackScore) -> tuple[float, float]:
-            return score.steps or 0, score.value if score.higher_is_better else -score.value
-
-        return [max(scores, key=says_most) for scores in groups.values()]
-
-    def _metric_of(self, score: AttackScore) -> str:
-        return "" if score.metric == self.metric else f" ({plain_metric(score.metric)})"
-
-    def _within_chance(self, score: AttackScore) -> bool:
-        base = self.plain(score.who, score.metric)
-        if base is None or score.stderr is None or base.stderr is None:
-            return False
-        return abs(score.value - base.value) < _Z95 * math.hypot(score.stderr, base.stderr)
-
-    def _of_the_reference(self, strong: Sequence[AttackScore]) -> Iterator[str]:
-        """What a model that never knew it makes of the attacks that bring something back: it can learn as well."""
-        pairs = [(s, self.same(s, "reference"), self.plain("reference", s.metric)) for s in strong]
-        known = [(s, there, base) for s, there, base in pairs if there is not None and base is not None]
-        if not known:
-            return
-        steps = [
-            f"from {short(base.value)} to {short(there.value)} under {s.described()}{self._metric_of(s)}"
-            for s, there, base in known
-        ]
-        yield f"The retain reference, which never knew it, goes {listing(steps)}."
-        if any((self.recovered(there) or 0.0) > 0 and not self._within_chance(there) for _, there, _ in known):
-            yield "What it gains as well is learned anew, not brought back."
-
-
-def _what(score: AttackScore) -> tuple[Any, ...]:
-    return score.kind, score.attack, score.metric, score.steps, score.layer
 
 
 # -- what a run found
@@ -431,8 +341,3 @@ def read(kind: type[Read], data: Any) -> Read:
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"not a report: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-def foresight_from_json(data: Mapping[str, Any]) -> Foresight:
-    """Inverse of ``dataclasses.asdict``."""
-    return read(Foresight, data)

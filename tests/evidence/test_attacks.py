@@ -21,6 +21,7 @@ from unlearn.evidence.attacks_weights import edited_copy, parted
 from unlearn.model.load import Loaded, load
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.schema import ModelSpec, Recipe
+from unlearn.report.words import attacks_line
 from unlearn.results import GREEDY, LENS, AttackScore, Robustness, RunReport, Who, quantisation, relearning, sampling
 from unlearn.score.evaluate import evaluate
 from unlearn.score.tasks import build_tasks
@@ -224,7 +225,7 @@ def test_no_attack_at_all(small: Any, found: Robustness) -> None:
     got = small(NOTHING)
     assert [(s.who, s.kind) for s in got.scores] == [("target", "none"), ("edited", "none")]
     assert [s.value for s in got.scores] == [found.plain(who).value for who in ("target", "edited")]  # type: ignore[union-attr]
-    assert got.sentence() == ""
+    assert attacks_line(got) == ""
 
 
 def test_few_shots_need_a_retain_set_and_unrelated_texts_a_utility_set(small: Any) -> None:
@@ -253,7 +254,6 @@ def test_recovered_by_hand() -> None:
     assert found.recovered(PLAIN[1]) == 0.0
     assert found.recovered(PLAIN[0]) == 0.0  # its own plain score
     assert found.recovered(score("edited", 0.414, "x", "probe")) == pytest.approx(-0.1)
-    assert found.worst() == RELEARNT[1]  # not the last step
 
 
 def test_where_lower_is_better() -> None:
@@ -263,8 +263,7 @@ def test_where_lower_is_better() -> None:
     found = Robustness("passages", "perplexity", (*plain, away, back))
     assert found.recovered(back) == pytest.approx(0.75)
     assert found.recovered(away) == pytest.approx(-1.0)
-    assert found.worst() == back
-    assert found.sentence() == (
+    assert attacks_line(found) == (
         "Of what was forgotten (perplexity 10.00 to 50.00), 75 % comes back with a; with 1 other attack nothing that "
         "can be told from chance."
     )
@@ -289,22 +288,20 @@ def test_nothing_comes_back_of_nothing(target: float, edited: float, stderr: flo
         "s", "acc", (score("target", target, stderr=stderr), score("edited", edited, stderr=stderr), attack)
     )
     assert (found.recovered(attack) is not None) is told
-    assert (found.worst() is not None) is told
-    assert ("forgot nothing that can be told from chance" in found.sentence()) is not told
+    assert ("forgot nothing that can be told from chance" in attacks_line(found)) is not told
 
 
 def test_missing_scores() -> None:
-    assert Robustness("s", "acc", ()).sentence() == ""
-    assert Robustness("s", "acc", PLAIN).worst() is None
-    assert Robustness("s", "acc", PLAIN).sentence() == ""  # no attack, nothing to say
+    assert attacks_line(Robustness("s", "acc", ())) == ""
+    assert attacks_line(Robustness("s", "acc", PLAIN)) == ""  # no attack, nothing to say
     for only in PLAIN:
         found = Robustness("s", "acc", (only, NF4))
         assert found.recovered(NF4) is None
-        assert "is missing" in found.sentence()
+        assert "is missing" in attacks_line(found)
     other = replace(NF4, metric="leak")  # a metric without plain scores of its own
     found = Robustness("s", "acc", (*PLAIN, other, RELEARNT[0]))
     assert found.recovered(other) is None
-    assert "leak" not in found.sentence()
+    assert "leak" not in attacks_line(found)
 
 
 def test_the_sentence() -> None:
@@ -313,7 +310,7 @@ def test_the_sentence() -> None:
     layers = tuple(score("edited", v, LENS, "lens", layer=n) for n, v in ((1, 0.1), (2, 0.69), (3, 0.46)))
     greedy = (score("target", 0.8, GREEDY, **rouge), score("edited", 0.3, GREEDY, **rouge))
     found = Robustness("capitals", "acc", (*PLAIN, *greedy, NF4, *RELEARNT, samples, *layers))
-    assert found.sentence() == (
+    assert attacks_line(found) == (
         "Of what was forgotten (accuracy 0.92 to 0.46), 85 % comes back with 20 steps of relearning on 8 forgotten "
         "items, 50 % with layer 2 of the logit lens and 40 % (ROUGE-L) with the best of 8 samples; with 1 other attack "
         "nothing that can be told from chance."
@@ -323,11 +320,11 @@ def test_the_sentence() -> None:
         replace(NF4, who="reference", value=0.41),
         *(replace(s, who="reference", value=s.value - 0.1) for s in RELEARNT),
     )
-    told = Robustness("capitals", "acc", (*found.scores, *knew_nothing)).sentence()
-    assert told.startswith(found.sentence())
-    assert told.removeprefix(found.sentence()) == (
+    told = attacks_line(Robustness("capitals", "acc", (*found.scores, *knew_nothing)))
+    assert told.startswith(attacks_line(found))
+    assert told.removeprefix(attacks_line(found)) == (
         " The retain reference, which never knew it, goes from 0.40 to 0.75 under 20 steps of relearning on 8 "
         "forgotten items. What it gains as well is learned anew, not brought back."
     )
-    nothing = Robustness("capitals", "acc", (*PLAIN, NF4, *knew_nothing[:2])).sentence()
+    nothing = attacks_line(Robustness("capitals", "acc", (*PLAIN, NF4, *knew_nothing[:2])))
     assert nothing.endswith("the one attack brings nothing back that can be told from chance."), "nor is it named"

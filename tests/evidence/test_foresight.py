@@ -26,8 +26,8 @@ from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
 from unlearn.recipe.data import Kind
 from unlearn.recipe.schema import Recipe
-from unlearn.report.words import MeanError, compare, how_good, reading, spearman
-from unlearn.results import Foresight, Role, Score, SetForesight, SweepPoint, TaskScore, foresight_from_json, verdict
+from unlearn.report.words import loss_changes, reading
+from unlearn.results import Foresight, Role, Score, SetForesight, SweepPoint, TaskScore, read, verdict
 from unlearn.score.evaluate import evaluate
 from unlearn.score.tasks import build_tasks
 from unlearn.vector.change import Change, Dense, LowRank
@@ -246,12 +246,10 @@ def test_a_run_is_foreseen(recipe: Recipe, phi: Loaded, sets: tuple[LoadedSet, .
         for coefficient in (0.0, 0.005):
             on.set(-coefficient)
             points.append(SweepPoint(coefficient, evaluate(lm, tasks, model_name="pico").scores, True))
-    compared = compare(found, points, 0.005)
-    for said in (*compared.goals, *compared.sets):
-        last = said.at(0.005)
+    for said in (*found.goals, *found.kept):
+        last = loss_changes(said, points)[-1]
         assert last.measured == pytest.approx(last.predicted, rel=0.1, abs=1e-4)
         assert abs(last.predicted) > 5e-4
-    assert (compared.kept, compared.ranks) == (2, None)
 
 
 @pytest.mark.parametrize(
@@ -276,86 +274,6 @@ def entry(role: Role, name: str, slope: float, alpha: float | None = None, metri
     return SetForesight(role, name, metric, slope, 40, 0.99, alpha, 0.05, 0.3, {}, verdict(alpha, 0.05))
 
 
-def test_spearman() -> None:
-    assert spearman([1.0, 2.0, 3.0], [10.0, 20.0, 1000.0]) == pytest.approx(1.0)
-    assert spearman([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]) == pytest.approx(-1.0)
-    # 1 - 6 * (0 + 1 + 1 + 0 + 0) / (5 * 24)
-    assert spearman([1, 2, 3, 4, 5], [0.1, 0.3, 0.2, 0.4, 0.5]) == pytest.approx(0.9)
-    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
-    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(22.5))
-    assert spearman([1.0, 2.0], [1.0, 2.0]) is None
-    assert spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
-    assert spearman([1.0, 2.0, 3.0], [1.0, 2.0, math.nan]) is None
-
-
-def point(c: float, losses: dict[tuple[Role, str], float]) -> SweepPoint:
-    """Losses in nats; ``logprob`` for sets called m, and a perplexity beside every loss, which must not be used."""
-    scores = []
-    for (role, name), loss in losses.items():
-        metric, value = ("logprob", -loss) if name == "m" else ("loss", loss)
-        scores.append(TaskScore(role, name, "validation", "perplexity", False, Score(math.exp(9 * loss), None, 9)))
-        scores.append(TaskScore(role, name, "validation", metric, metric == "logprob", Score(value, 0.1, 9)))
-    return SweepPoint(c, tuple(scores), True)
-
-
-KEPT: tuple[tuple[Role, str], ...] = (("retain", "m"), ("retain", "b"), ("utility", "c"), ("retain", "a"))
-SWEEP = (
-    point(1.0, {("forget", "f"): 5.0, KEPT[0]: 3.5, KEPT[1]: 2.2, KEPT[2]: 3.0, KEPT[3]: 3.5}),
-    point(0.0, {("forget", "f"): 1.0, KEPT[0]: 2.0, KEPT[1]: 2.0, KEPT[2]: 3.0, KEPT[3]: 2.0}),
-)
-FORESEEN = Foresight(
-    (entry("forget", "f", 3.0),),
-    (entry("retain", "m", 1.0, 0.5, "logprob"), entry("retain", "b", 0.5, 0.2), entry("utility", "c", 0.1, 0.3)),
-)
-ALIKE = Foresight(FORESEEN.goals, (entry("retain", "a", 1.0, 0.5), *FORESEEN.kept[1:]))  # a is m in other units
-
-
-def test_the_comparison_by_hand() -> None:
-    found = compare(ALIKE, SWEEP, 1.0)
-    assert [(p.coefficient, p.measured, p.predicted) for p in found.sets[0].points] == [(0, 0, 0), (1, 1.5, 1)]
-    assert [(p.coefficient, p.measured, p.predicted) for p in found.goals[0].points] == [(0, 0, 0), (1, 4, 3)]
-    assert found.sets[1].points[1].measured == pytest.approx(0.2)
-    assert (found.kept, found.compared) == (3, 3)
-    assert found.errors == (MeanError("nats per token", 3, pytest.approx((0.5 + 0.3 + 0.1) / 3)),)
-    assert found.ranks == pytest.approx(1.0)
-    # alpha ranks a 3, b 1, c 2; nats lost a 1.5, b .2, c 0: ranks 3, 2, 1
-    assert found.alpha_ranks == pytest.approx(0.5)
-    words = " ".join(how_good(found))
-    assert "At λ = 1 the straight line was off by 0.300 nats per token on average over 3 kept sets." in words
-    assert "+1.000" in words
-    assert "+0.500" in words
-
-
-def test_nats_of_an_answer_and_of_a_token_are_not_averaged() -> None:
-    found = compare(FORESEEN, SWEEP, 1.0)
-    assert found.errors == (
-        MeanError("nats per answer", 1, pytest.approx(0.5)),
-        MeanError("nats per token", 2, pytest.approx((0.3 + 0.1) / 2)),
-    )
-    assert found.ranks is found.alpha_ranks is None
-    assert how_good(found) == (
-        "At λ = 1 the straight line was off by 0.500 nats per answer on average over 1 kept set and 0.200 nats per "
-        "token on average over 2 kept sets.",
-        "Sets measured in unlike units have no order of loss to predict.",
-    )
-
-
-def test_too_few_sets_are_said_to_be_too_few() -> None:
-    two = Foresight(ALIKE.goals, ALIKE.kept[:2])
-    found = compare(two, SWEEP, 1.0)
-    assert found.ranks is found.alpha_ranks is None
-    words = " ".join(how_good(found))
-    assert "Of fewer than 3 kept sets there is no order" in words
-    assert "cannot be said of fewer than 3 sets" in words
-    nothing = compare(FORESEEN, SWEEP[1:2], 0.0)
-    assert nothing.coefficient is None
-    assert nothing.errors == ()
-    assert how_good(nothing) == ("The sweep has no loss of a kept set to hold against the prediction.",)
-    assert compare(FORESEEN, SWEEP, 0.0).coefficient == 1.0, "nothing was chosen: the smallest coefficient tried"
-    assert compare(FORESEEN, SWEEP, 2.0).kept == 0, "a coefficient that was not scored"
-    assert compare(FORESEEN, SWEEP[:1], 1.0).sets[0].points == (), "without λ = 0 there is no change"
-
-
 def test_what_is_no_number_is_left_out_with_the_reason(
     recipe: Recipe, phi: Loaded, sets: tuple[LoadedSet, ...], tmp_path: Path
 ) -> None:
@@ -376,10 +294,10 @@ def test_what_is_no_number_is_left_out_with_the_reason(
     assert far.alpha_changes is not None
     assert (passages.slope, passages.alpha_changes, passages.verdict) == (None, None, None)
     assert "no finite number" in reading(passages)
-    again = foresight_from_json(json.loads(json.dumps(asdict(found), allow_nan=False)))
+    again = read(Foresight, json.loads(json.dumps(asdict(found), allow_nan=False)))
     assert again == found
     scored = [
         [TaskScore(e.set, e.name, "validation", e.metric, False, Score(c, None, 9)) for e in found.kept] for c in (0, 1)
     ]
     points = [SweepPoint(float(c), tuple(scores), True) for c, scores in enumerate(scored)]
-    assert [len(s.points) for s in compare(found, points, 1.0).sets] == [2, 0]
+    assert [len(loss_changes(entry, points)) for entry in found.kept] == [2, 0]

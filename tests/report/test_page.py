@@ -33,7 +33,7 @@ from reports import (
 
 from unlearn.report.figures import frontier
 from unlearn.report.page import changes, render_html, save_figures
-from unlearn.report.words import headline, how_searched, remarks
+from unlearn.report.words import attacks_line, headline, how_searched, remarks
 from unlearn.results import Chosen, Example, Robustness, RunReport, Score, SweepPoint, relearning, sampling
 from unlearn.text import coefficient, number
 
@@ -221,7 +221,7 @@ def test_attacks_and_what_comes_back() -> None:
     assert not [name for name in shown if "lens" in name], "folded away below the table"
     assert cells(page, "The logit lens")[1:] == [["the logit lens, layer 1", "–", f"0.080 {margin}", "–", "nothing"]]
     text = Page(page).text
-    assert ATTACKS.sentence() in text
+    assert attacks_line(ATTACKS) in text
     assert "80 % comes back with 20 steps of relearning" in text
     assert "after: 0: 0.100, 1: 0.300, 20: 0.740" in text, "the curve"
     without = replace(ATTACKS, scores=tuple(s for s in ATTACKS.scores if s.who != "edited"))
@@ -239,7 +239,7 @@ def test_attacks_scored_otherwise_name_their_metric_and_chance() -> None:
     assert shown["the best of 8 samples (rougeL)"] == "37.5 %"
     choices = tuple(replace(s, metric="acc") for s in ATTACKS.scores)
     found = replace(ATTACKS, metric="acc", scores=choices, chance=0.25)
-    assert "Of what was forgotten (accuracy 0.90 to 0.10, chance 0.25)" in found.sentence()
+    assert "Of what was forgotten (accuracy 0.90 to 0.10, chance 0.25)" in attacks_line(found)
     page = render_html(
         with_evidence(scores=tuple(replace(s, chance=0.25) for s in with_evidence().scores), robustness=found)
     )

@@ -22,7 +22,7 @@ from unlearn.recipe.data import Kind
 from unlearn.recipe.methods import METHODS
 from unlearn.recipe.metrics import KEPT
 from unlearn.recipe.schema import Recipe
-from unlearn.results import Foresight, Role, SetForesight, foresight_from_json, verdict
+from unlearn.results import Foresight, Role, SetForesight, read, verdict
 from unlearn.score.scorer import digests
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
@@ -284,7 +284,7 @@ def foresee_cost(
     others = [[*key, one.digest()] for key, one in sorted(near.items())]
     inputs = [target.fingerprint, edit.digest(), vector.digest(), others, digests(sets), spec.items]
     store.stage("foresight", inputs, make)
-    return foresight_from_json(store.read("foresight", "foresight.json"))
+    return read(Foresight, store.read("foresight", "foresight.json"))
 
 
 def _near(

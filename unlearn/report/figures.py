@@ -1,14 +1,11 @@
-"""The few figures derived from a report that the page, the terminal, the grids and a model card all show.
-
-Intervals of scores; what is left of a kept metric and its bound; the frontier of a sweep.
-"""
+"""The few figures derived from a report that the page, the terminal, comparisons and a model card all show."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from unlearn.recipe.metrics import KEPT, Key, is_perplexity
 from unlearn.results import Chosen, RunReport, Score, ScoreRow, SweepPoint, TaskScore
@@ -20,24 +17,15 @@ FORGOTTEN = 0.2  # of the pointwise information: a set that has more of it left 
 _UNIT = ("acc", "exact", "prob", "rouge", "f1")  # metrics between 0 and 1
 
 
-@dataclass(frozen=True, slots=True)
-class FrontierPoint:
-    """One coefficient of the sweep: the goal's score, and per kept set the share left of its score at 0.
-
-    Of several goals ``forget`` is the mean of what is left of each, as the rule counts it.
-    """
-
-    coefficient: float
-    forget: Score | None
-    shares: Mapping[str, float]
-    within_bound: bool
-    broken: tuple[str, ...]
-    collapsed: str = ""
+class Result(Protocol):
+    """A choice and what came of it: a report, or what a model card is made from."""
 
     @property
-    def worst(self) -> float | None:
-        """The smallest share, None when nothing is kept."""
-        return min(self.shares.values(), default=None)
+    def chosen(self) -> Chosen: ...
+    @property
+    def scores(self) -> tuple[ScoreRow, ...]: ...
+    @property
+    def sweep(self) -> tuple[SweepPoint, ...]: ...
 
 
 def margin(score: Score) -> float | None:
@@ -72,6 +60,12 @@ def margin_of_change(row: ScoreRow) -> float | None:
     return Z95 * math.hypot(row.before.stderr or 0.0, row.after.stderr or 0.0)
 
 
+def gone(row: ScoreRow) -> float:
+    """By how much a score got worse."""
+    change = row.before.value - row.after.value
+    return change if row.higher_is_better else -change
+
+
 def share_kept(
     metric: str, higher_is_better: bool, before: float, after: float, keep: float | None, perplexity: float | None
 ) -> float | None:
@@ -95,35 +89,20 @@ def share_kept(
     return before / after if not higher_is_better and before > 0 and after > 0 else None
 
 
-def kept_keys(report: RunReport) -> tuple[Key, ...]:
-    """What the rule's bound was put on."""
-    if report.chosen.kept:
-        return report.chosen.kept
-    scores = report.sweep[0].scores if report.sweep else ()
-    return tuple(s.key for s in scores if s.set in KEPT)
+def _share(chosen: Chosen, line: ScoreRow | TaskScore, before: Score, after: Score) -> float | None:
+    bounds = chosen.keep, chosen.perplexity
+    return share_kept(line.metric, line.higher_is_better, before.value, after.value, *bounds)
 
 
-def main_keys(report: RunReport) -> tuple[Key, ...]:
-    """One key per (set, name) of the sweep: the forget metric, or the metric of the rule, or else the first scored."""
-    kept = kept_keys(report)
-    groups: dict[tuple[str, str], list[Key]] = {}
-    for point in report.sweep:
-        for score in point.scores:
-            keys = groups.setdefault((score.set, score.name), [])
-            if score.key not in keys:
-                keys.append(score.key)
-    return tuple(
-        min(keys, key=lambda k: (k[2] != report.chosen.forget_metric, k not in kept)) for keys in groups.values()
-    )
+# -- what was asked for
 
 
-def goal_rows(report: RunReport) -> tuple[ScoreRow, ...]:
-    """The lines of the before/after table that the rule drove down (forget) or up (learn)."""
-    return rows_of_goals(report.chosen, report.scores)
+def goal_rows(result: Result) -> tuple[ScoreRow, ...]:
+    """The lines of the before/after table that the rule drove down (forget) or up (learn).
 
-
-def rows_of_goals(chosen: Chosen, scores: Sequence[ScoreRow]) -> tuple[ScoreRow, ...]:
-    """The same of a choice. Where its goals are not recorded: the first line of a forget set, or all learned ones."""
+    Where its goals are not recorded: the first line of a forget set, or all learned ones.
+    """
+    chosen, scores = result.chosen, result.scores
     if chosen.goals:
         return tuple(row for goal in chosen.goals for row in scores if row.key == goal)
     forget = [row for row in scores if row.set == "forget"]
@@ -138,6 +117,114 @@ def mean_left(report: RunReport) -> float | None:
     return math.fsum(s for s in shares if s is not None) / len(shares) if shares and None not in shares else None
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What became of the tie between a set's questions and answers, by pointwise information in nats."""
+
+    became: Literal["forgotten", "suppressed", "kept"]
+    row: ScoreRow  # of the pointwise information
+
+    @property
+    def left(self) -> float:
+        """The share of it that is left, not below 0."""
+        return max(0.0, self.row.after.value / self.row.before.value)
+
+
+def memory(result: Result, row: ScoreRow) -> Memory | None:
+    """Whether a set is forgotten, or is only said less often whatever is asked; None where that was not measured.
+
+    ``kept``: its score is no worse than chance explains. Otherwise ``forgotten`` where at most a fifth of the pointwise
+    information is left: asked about others and subtracted, the answer would come back from ``suppressed``.
+    """
+    found = next((r for r in result.scores if r.key == (row.set, row.name, "pmi")), None)
+    if found is None or not found.before.value > (margin(found.before) or 0.0) or not math.isfinite(found.after.value):
+        return None
+    if not gone(row) > (margin_of_change(row) or 0.0):
+        return Memory("kept", found)
+    return Memory("forgotten" if found.after.value <= FORGOTTEN * found.before.value else "suppressed", found)
+
+
+# -- what was to be kept
+
+
+def kept_keys(result: Result) -> tuple[Key, ...]:
+    """What the rule's bound was put on."""
+    if result.chosen.kept:
+        return result.chosen.kept
+    scores = result.sweep[0].scores if result.sweep else ()
+    return tuple(s.key for s in scores if s.set in KEPT)
+
+
+def missed(result: Result) -> tuple[ScoreRow, ...]:
+    """The kept metrics that are out of their bound in the before/after table, by the rule's own measure."""
+    chosen, kept, found = result.chosen, kept_keys(result), []
+    for row in result.scores:
+        bound = chosen.perplexity if is_perplexity(row.metric) else chosen.keep
+        scored = row.metric, row.higher_is_better, row.before.value, row.after.value
+        if row.key in kept and bound is not None and not holds(*scored, chosen.keep, chosen.perplexity):
+            found.append(row)
+    return tuple(found)
+
+
+def worst_kept(report: RunReport) -> ScoreRow | None:
+    """The kept metric with the smallest share left; of those out of bounds where there are any."""
+    chosen, kept, out = report.chosen, kept_keys(report), missed(report)
+    shares = [(row, _share(chosen, row, row.before, row.after)) for row in report.scores if row.key in kept]
+    known = [(row not in out, share, n) for n, (row, share) in enumerate(shares) if share is not None]
+    return shares[min(known)[2]][0] if known else None
+
+
+def kept_figure(report: RunReport, row: ScoreRow) -> str:
+    """What is left of a bounded metric, as the rule counts it: a percentage, or the rise of a perplexity."""
+    share = _share(report.chosen, row, row.before, row.after)
+    if share is None or row.key not in kept_keys(report):
+        return "was 0" if row.before.value == 0 else MISSING
+    return signed(row.after.value - row.before.value) if is_perplexity(row.metric) else percent(share)
+
+
+def bound_figure(report: RunReport, metric: str) -> str | None:
+    """The bound in the same terms; None when the report does not record it."""
+    chosen = report.chosen
+    if is_perplexity(metric):
+        return None if chosen.perplexity is None else f"+{number(chosen.perplexity)}"
+    return None if chosen.keep is None else percent(chosen.keep)
+
+
+def unseeing(report: RunReport) -> frozenset[Key]:
+    """The kept metrics that can show no harm, on validation or on test items."""
+    kept, keep = kept_keys(report), report.chosen.keep
+    found: list[tuple[ScoreRow | TaskScore, float]] = [(s, s.score.value) for s in _at_zero(report.sweep).values()]
+    found += [(row, row.before.value) for row in report.scores]
+    return frozenset(
+        line.key
+        for line, value in found
+        if line.key in kept and blind(line.metric, line.higher_is_better, value, line.chance, keep)
+    )
+
+
+# -- the frontier
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """One coefficient of the sweep: the goal's score, and per kept set the share left of its score at 0.
+
+    Of several goals ``forget`` is the mean of what is left of each, as the rule counts it.
+    """
+
+    coefficient: float
+    forget: Score | None
+    shares: Mapping[str, float]
+    within_bound: bool
+    broken: tuple[str, ...]
+    collapsed: str = ""
+
+    @property
+    def worst(self) -> float | None:
+        """The smallest share, None when nothing is kept."""
+        return min(self.shares.values(), default=None)
+
+
 def frontier(report: RunReport) -> tuple[FrontierPoint, ...]:
     """Every coefficient's goal score against what is left of each kept set (its worst metric), validation items."""
     kept, goals = kept_keys(report), [row.key for row in goal_rows(report)]
@@ -146,11 +233,9 @@ def frontier(report: RunReport) -> tuple[FrontierPoint, ...]:
     for point in sorted(report.sweep, key=lambda p: p.coefficient):
         shares: dict[str, float] = {}
         for score in point.scores:
-            start = base.get(score.key)
-            if score.key not in kept or start is None:
+            if score.key not in kept or score.key not in base:
                 continue
-            share = _share(report, score.metric, score.higher_is_better, start.score, score.score)
-            label = f"{score.set}/{score.name}"
+            share, label = _share(report.chosen, score, base[score.key].score, score.score), f"{score.set}/{score.name}"
             if share is not None:
                 shares[label] = min(share, shares.get(label, math.inf))
         done = _goal({s.key: s for s in point.scores}, base, goals)
@@ -170,102 +255,11 @@ def _goal(here: Mapping[Key, TaskScore], base: Mapping[Key, TaskScore], goals: S
     return Score(math.fsum(known) / len(known), None, sum(s.score.n for s in found)) if known else None
 
 
-def verdict(report: RunReport, row: ScoreRow) -> bool | None:
-    """Whether a line of the before/after table is within its bound, by the rule's own measure; None without a bound."""
-    return verdict_of(report.chosen, kept_keys(report), row)
-
-
-def verdict_of(chosen: Chosen, kept: Sequence[Key], row: ScoreRow) -> bool | None:
-    """The same of a choice."""
-    bound = chosen.perplexity if is_perplexity(row.metric) else chosen.keep
-    if row.key not in kept or bound is None:
-        return None
-    before, after = row.before.value, row.after.value
-    return holds(row.metric, row.higher_is_better, before, after, chosen.keep, chosen.perplexity)
-
-
-def missed(report: RunReport) -> tuple[ScoreRow, ...]:
-    """The kept metrics that are out of their bound in the before/after table."""
-    return tuple(row for row in report.scores if verdict(report, row) is False)
-
-
-def unseeing(report: RunReport) -> frozenset[Key]:
-    """The kept metrics that can show no harm, on validation or on test items."""
-    kept, keep = kept_keys(report), report.chosen.keep
-    first = [s for s in _at_zero(report.sweep).values() if s.key in kept]
-    rows = [r for r in report.scores if r.key in kept]
-    return frozenset(
-        [s.key for s in first if blind(s.metric, s.higher_is_better, s.score.value, s.chance, keep)]
-        + [r.key for r in rows if blind(r.metric, r.higher_is_better, r.before.value, r.chance, keep)]
-    )
-
-
-def final_shares(report: RunReport) -> tuple[tuple[ScoreRow, float], ...]:
-    """Per bounded kept metric of the before/after table, the share left; those out of bounds first, smallest first."""
-    found = [(row, share) for row in report.scores if (share := _share_of_row(report, row)) is not None]
-    return tuple(sorted(found, key=lambda pair: (verdict(report, pair[0]) is not False, pair[1])))
-
-
-def kept_figure(report: RunReport, row: ScoreRow) -> str:
-    """What is left of a bounded metric, as the rule counts it: a percentage, or the rise of a perplexity."""
-    share = _share_of_row(report, row)
-    if share is None:
-        return "was 0" if row.before.value == 0 else MISSING
-    return signed(row.after.value - row.before.value) if is_perplexity(row.metric) else percent(share)
-
-
-def bound_figure(report: RunReport, metric: str) -> str | None:
-    """The bound in the same terms; None when the report does not record it."""
-    chosen = report.chosen
-    if is_perplexity(metric):
-        return None if chosen.perplexity is None else f"+{number(chosen.perplexity)}"
-    return None if chosen.keep is None else percent(chosen.keep)
+def _at_zero(sweep: Sequence[SweepPoint]) -> dict[Key, TaskScore]:
+    first = min(sweep, key=lambda p: p.coefficient, default=None)
+    return {score.key: score for score in first.scores} if first and first.coefficient == 0 else {}
 
 
 def total_seconds(report: RunReport) -> float:
     """The run's time: its own total where it recorded one, else the sum of its stages."""
     return report.seconds.get("total", sum(report.seconds.values()))
-
-
-def _share_of_row(report: RunReport, row: ScoreRow) -> float | None:
-    """None where the rule put no bound on it."""
-    bounded = row.key in kept_keys(report)
-    return _share(report, row.metric, row.higher_is_better, row.before, row.after) if bounded else None
-
-
-def _share(report: RunReport, metric: str, higher: bool, before: Score, after: Score) -> float | None:
-    return share_kept(metric, higher, before.value, after.value, report.chosen.keep, report.chosen.perplexity)
-
-
-def _at_zero(sweep: tuple[SweepPoint, ...]) -> dict[Key, TaskScore]:
-    first = min(sweep, key=lambda p: p.coefficient, default=None)
-    return {score.key: score for score in first.scores} if first and first.coefficient == 0 else {}
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What became of the tie between a set's questions and answers, by pointwise information in nats."""
-
-    became: Literal["forgotten", "suppressed", "kept"]
-    row: ScoreRow  # of the pointwise information
-
-    @property
-    def left(self) -> float:
-        """The share of it that is left, not below 0."""
-        return max(0.0, self.row.after.value / self.row.before.value)
-
-
-def memory(report: RunReport, row: ScoreRow) -> Memory | None:
-    """Whether a set is forgotten, or is only said less often whatever is asked; None where that was not measured.
-
-    ``kept``: its score is no worse than chance explains. Otherwise ``forgotten`` where at most a fifth of the pointwise
-    information is left: asked about others and subtracted, the answer would come back from ``suppressed``.
-    """
-    found = next((r for r in report.scores if r.key == (row.set, row.name, "pmi")), None)
-    if found is None or not found.before.value > (margin(found.before) or 0.0) or not math.isfinite(found.after.value):
-        return None
-    change = row.before.value - row.after.value
-    gone = change if row.higher_is_better else -change
-    if not gone > (margin_of_change(row) or 0.0):
-        return Memory("kept", found)
-    return Memory("forgotten" if found.after.value <= FORGOTTEN * found.before.value else "suppressed", found)

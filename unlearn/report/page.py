@@ -17,34 +17,37 @@ from unlearn.report.charts import DASHES, Axis, Chart, Key, Mark, Point, Series,
 from unlearn.report.figures import (
     FrontierPoint,
     bound_figure,
-    final_shares,
     frontier,
     goal_rows,
     interval,
     kept_figure,
     kept_keys,
-    main_keys,
     margin,
     margin_of_change,
     mean_left,
+    missed,
     total_seconds,
-    verdict,
     with_margin,
+    worst_kept,
 )
 from unlearn.report.words import (
     CAVEAT,
     FORESIGHT_CAVEAT,
     NAMES,
+    attacks_line,
     chance_of,
+    foreseen_at,
     headline,
     how_good,
     how_searched,
+    loss_changes,
     memory_line,
-    of_report,
+    point_at,
     reading,
     remarks,
 )
-from unlearn.results import AttackScore, Robustness, RunReport, Score, TaskScore, Who, plain_metric
+from unlearn.report.words import Point as Change
+from unlearn.results import AttackScore, Robustness, RunReport, Score, SetForesight, TaskScore, Who, plain_metric
 from unlearn.score.search import bound_of
 from unlearn.text import MISSING, clean, coefficient, counted, duration, file_size, listing, number, percent, signed
 
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 Size = tuple[float, float]
+Spot = tuple[FrontierPoint, Score, float]  # with the goal's score and what is kept at worst
 T = TypeVar("T")
 WIDE, NARROW, PAPER = (1000.0, 460.0), (360.0, 380.0), (560.0, 400.0)
 TOP = 1.5  # largest share on the frontier's axis: a tiny score at λ = 0 makes huge ones
@@ -78,18 +82,13 @@ def render(template: str, **values: Any) -> str:
 
 def render_html(report: RunReport) -> str:
     """The report as a self-contained HTML document (UTF-8 text)."""
-    foreseen, foresight = of_report(report), report.foresight
-    entries = [*foresight.goals, *foresight.kept] if foresight else []
-    date = report.provenance.get("date")
-    points = frontier_points(report)
-    metrics: dict[Any, TaskScore] = {}
-    for point in report.sweep:
-        metrics |= {s.key: s for s in point.scores if s.key not in metrics}
-    functions = (attack_rows, by_layer, changes, columns, end_of, headline, how_good, how_searched, kept_figure)
-    more = (kept_keys, losses, margin_of_change, memory_line, remarks, same, spark, verdict, with_numbers)
+    entries, date, points = _foreseen(report), report.provenance.get("date"), frontier_points(report)
+    sizes = {"wide": WIDE, "narrow": NARROW} if points else {}
+    functions = (attack_rows, attacks_line, by_layer, changes, columns, end_of, headline, how_good, how_searched)
+    more = (kept_figure, kept_keys, losses, margin_of_change, memory_line, missed, point_at, remarks, same, spark)
     return render(
         "report.html.j2",
-        **{function.__name__: function for function in (*functions, *more)},
+        **{function.__name__: function for function in (*functions, *more, with_numbers)},
         isfinite=math.isfinite,
         is_hash=re.compile(r"(sha256:)?[0-9a-f]{24,}").fullmatch,
         label_of=lambda key: str(key)[:1].upper() + str(key)[1:].replace("_", " "),
@@ -101,33 +100,31 @@ def render_html(report: RunReport) -> str:
         date=date[:16].replace("T", " ") if isinstance(date, str) else "",
         cards=_cards(report),
         frontier_intro=_frontier_intro(report, points) if points else "",
-        frontiers=[frontier_chart(report, size, f"frontier-{n}") for n, size in (("wide", WIDE), ("narrow", NARROW))]
-        if points
-        else [],
+        frontiers=[frontier_chart(report, size, f"frontier-{name}") for name, size in sizes.items()],
         keys=frontier_keys(report, points),
         curves=curves(report),
         guessed=any(s.chance is not None for p in report.sweep for s in p.scores),
-        foreseen=foreseen,
-        entries=list(zip(entries, (*foreseen.goals, *foreseen.sets), strict=True)) if foreseen else [],
-        readings=_grouped(foresight.kept if foresight else (), reading),
+        entries=entries,
+        compared_at=foreseen_at(report),
+        readings=_grouped(report.foresight.kept if report.foresight else (), reading),
         foresight_caveat=FORESIGHT_CAVEAT,
         predictions=predictions(report),
         relearning=relearning(report),
         changed=lambda examples: sum(not same(e.before, e.after) for e in examples),
         examples=_grouped(report.examples, lambda e: (e.set, e.name)),
-        metrics=_grouped(metrics.values(), lambda s: (s.set, s.name)),
+        metrics=_metrics(report),
         stages=_stages(report),
     )
 
 
 def save_figures(report: RunReport, folder: Path) -> None:
     """The page's charts as PDF and PNG files in a folder, in place of earlier ones."""
-    whole = [frontier_chart(report, PAPER, "frontier")] if frontier_points(report) else []
-    charts = (*whole, *curves(report), *predictions(report), *relearning(report))
-    for drawn in charts:
-        drawn.chart.save(folder / drawn.name)
+    frontiers = [frontier_chart(report, PAPER, "frontier")] if frontier_points(report) else []
+    charts = {one.name: one.chart for one in (*frontiers, *curves(report), *predictions(report), *relearning(report))}
+    for name, drawn in charts.items():
+        drawn.save(folder / name)
     for old in folder.glob("*.p[dn][fg]"):
-        if old.stem not in {drawn.name for drawn in charts}:
+        if old.stem not in charts:
             old.unlink()
 
 
@@ -149,9 +146,10 @@ class Drawn:
         return self.chart.svg(self.title, self.described, self.name)
 
 
-def frontier_points(report: RunReport) -> list[FrontierPoint]:
+def frontier_points(report: RunReport) -> list[Spot]:
     """What of the sweep can be drawn: points with a goal's score and something kept."""
-    return [p for p in frontier(report) if p.forget and math.isfinite(p.forget.value) and p.worst is not None]
+    return [(p, p.forget, p.worst) for p in frontier(report)
+            if p.forget and math.isfinite(p.forget.value) and p.worst is not None]  # fmt: skip
 
 
 def frontier_chart(report: RunReport, size: Size, name: str) -> Drawn:
@@ -159,55 +157,61 @@ def frontier_chart(report: RunReport, size: Size, name: str) -> Drawn:
     points, keep = frontier_points(report), report.chosen.keep
     metric, hint, _ = _goal_axis(report)
     room = int((size[0] - 38) / 6.6) - len(hint) - 3  # characters that fit around the middle of the frame
-    x = axis_of([_goal(p).value for p in points], unit=False)
-    low, high = x.low, x.high
-    if x.kind == "linear" and all(0 <= _goal(p).value <= 1 for p in points):
-        low, high = max(0.0, low), min(1.0, high)
     title = f"{metric if len(metric) <= room else f'{metric[: max(room - 1, 1)]}…'}   {hint}"
-    marks = [s for p in points for s in p.shares.values() if math.isfinite(s)] + [1.0 if keep is None else keep, 1.0]
-    lo, hi = max(min(marks), 0.0), min(max(marks), TOP)
-    space = max(0.08 * (hi - lo), 0.012)
-    y = Axis(max(lo - space, 0.0), hi + space, "kept: share of the score at λ = 0", percent=True)
-    drawn = []
+    x = axis_of([goal.value for _, goal, _ in points], title, unit=False)
+    if x.kind == "linear" and all(0 <= goal.value <= 1 for _, goal, _ in points):
+        x = Axis(max(0.0, x.low), min(1.0, x.high), title)
+    marks = [s for p, *_ in points for s in p.shares.values() if math.isfinite(s)]
+    marks += [1.0 if keep is None else keep, 1.0]
+    low, high = max(min(marks), 0.0), min(max(marks), TOP)
+    space = max(0.08 * (high - low), 0.012)
+    y = Axis(max(low - space, 0.0), high + space, "kept: share of the score at λ = 0", percent=True)
+    lines = []
     for index, kept in enumerate(_kept_names(points)):
-        line = [Point(_goal(p).value, p.shares[kept]) for p in points if kept in p.shares]
-        drawn.append(Series(line, name=kept, size=5.5, **style(index)))
-    spots = [_spot(p, p.coefficient == report.chosen.coefficient) for p in points]
-    drawn.append(Series(spots, name="worst kept set", width=2.2, size=9))
-    described = "; ".join(
-        f"λ {coefficient(p.coefficient)}: forget {with_margin(_goal(p))}, kept {percent(p.worst)}"
-        + ("" if p.within_bound else ", outside the bound")
-        + (", predictions collapsed" if p.collapsed else "")
-        for p in points
-    )
-    whole = chart(
-        drawn, Axis(low, high, title, kind=x.kind, threshold=x.threshold), y, size=size, bound=keep, shaded=True,
-        bound_label="" if keep is None else f"bound {percent(keep)}",
-    )  # fmt: skip
-    return Drawn(name, "Frontier of forgetting against keeping", described, None, whole)
+        line = [Point(goal.value, p.shares[kept]) for p, goal, _ in points if kept in p.shares]
+        lines.append(Series(line, name=kept, size=5.5, **style(index)))
+    spots, said = [], []
+    for p, goal, worst in points:
+        value, chosen = coefficient(p.coefficient), p.coefficient == report.chosen.coefficient
+        tip = f"λ = {value}: forget {with_margin(goal)}, worst kept {percent(worst)}"
+        tip += f"; bound broken: {'; '.join(p.broken)}" if p.broken else ""
+        tip += f"; predictions collapsed: {p.collapsed}" if p.collapsed else ""
+        mark: Mark = "cross" if p.collapsed else "full" if p.within_bound else "hollow"
+        label = f"λ = {value}" if chosen else value
+        spots.append(Point(goal.value, worst, label=label, tip=tip, ring=chosen, mark=mark))
+        outside = ("" if p.within_bound else ", outside the bound") + (", predictions collapsed" if p.collapsed else "")
+        said.append(f"λ {value}: forget {with_margin(goal)}, kept {percent(worst)}{outside}")
+    lines.append(Series(spots, name="worst kept set", width=2.2, size=9))
+    bound = "" if keep is None else f"bound {percent(keep)}"
+    drawn = chart(lines, x, y, size=size, bound=keep, shaded=True, bound_label=bound)
+    return Drawn(name, "Frontier of forgetting against keeping", "; ".join(said), None, drawn)
 
 
-def frontier_keys(report: RunReport, points: Sequence[FrontierPoint]) -> list[Key]:
+def frontier_keys(report: RunReport, points: Sequence[Spot]) -> list[Key]:
     """What the frontier's marks mean."""
-    names, keep, only = _kept_names(points), report.chosen.keep, [name for p in points for name in p.shares][:1]
+    names, keep, only = _kept_names(points), report.chosen.keep, [name for p, *_ in points for name in p.shares][:1]
     worst = "worst kept set" if names else f"{only[0]} (the only kept set)" if only else "kept"
     keys = [Key(worst, marker="o", dash="-"), *(Key(name, **style(n)) for n, name in enumerate(names))]
     keys.append(Key(f"chosen, λ = {coefficient(report.chosen.coefficient)}", marker="o", ring=True))
-    if any(not p.within_bound and not p.collapsed for p in points):
+    if any(not p.within_bound and not p.collapsed for p, *_ in points):
         keys.append(Key("bound broken", marker="o", mark="hollow"))
-    if any(p.collapsed for p in points):
+    if any(p.collapsed for p, *_ in points):
         keys.append(Key("predictions collapsed", marker="o", mark="cross"))
     return [*keys, *([Key(f"within the bound (≥ {percent(keep)})", "bound", region=True)] if keep is not None else [])]
 
 
 def curves(report: RunReport) -> list[Drawn]:
-    """One metric of each set against the coefficient with 95 % error bars."""
-    found = []
-    for index, key in enumerate(main_keys(report)):
+    """One metric of each set (the rule's, where it has it) against the coefficient, with 95 % error bars."""
+    chosen, kept, found = report.chosen, kept_keys(report), []
+    for index, metrics in enumerate(_metrics(report).values()):
+        key = min(metrics, key=lambda s: (s.metric != chosen.forget_metric, s.key not in kept)).key
         pairs = [(p.coefficient, s) for p in report.sweep for s in p.scores if s.key == key]
         pairs.sort(key=lambda pair: pair[0])
         known = [(c, s.score) for c, s in pairs if math.isfinite(s.score.value)]
-        values, first, bound = [s.value for _, s in known], pairs[0][1], _limit(report, pairs)
+        (start, first), bound = pairs[0], None
+        if start == 0 and first.key in kept:
+            bound = bound_of(first.metric, first.higher_is_better, first.score.value, chosen.keep, chosen.perplexity)
+        values = [s.value for _, s in known]
         if not all(0 <= v <= 1 for v in values):
             ends = [s.value + side * (margin(s) or 0.0) for _, s in known for side in (-1, 1)]
             values += [v for v in ends if v > 0 or min(values) <= 0] + ([bound] if bound else [])
@@ -222,50 +226,55 @@ def curves(report: RunReport) -> list[Drawn]:
 
 def predictions(report: RunReport) -> list[Drawn]:
     """Change of each set's loss against λ: measured (solid), and by the slope at 0 alone (dashed), in nats."""
-    foreseen, found = of_report(report), []
-    for index, one in enumerate((*foreseen.goals, *foreseen.sets) if foreseen else ()):
-        known = [p for p in one.points if math.isfinite(p.measured) and math.isfinite(p.predicted)]
-        if len(one.points) < 2:
+    found = []
+    for index, (entry, points) in enumerate(_foreseen(report)):
+        if len(points) < 2:
             continue
+        known = [p for p in points if math.isfinite(p.measured) and math.isfinite(p.predicted)]
         values = [v for p in known for v in (p.measured, p.predicted)] + [0.0]
-        lo, hi = min(values), max(values)
+        low, high = min(values), max(values)
         # both are changes from 0, so the axis is linear: only there is a straight line straight
-        room = 0.06 * (hi - lo) or 1.0
-        y = Axis(lo - room * (lo < 0), hi + room, "nats")
-        both = [f"measured {signed(p.measured)}, predicted {signed(p.predicted)}" for p in known]
+        room = 0.06 * (high - low) or 1.0
+        y = Axis(low - room * (low < 0), high + room, "nats")
+        said = [(coefficient(p.coefficient), f"measured {signed(p.measured)}, predicted {signed(p.predicted)}")
+                for p in known]  # fmt: skip
         line = Series([Point(p.coefficient, p.predicted) for p in known], "muted", "predicted", dash=DASHES[1], size=0)
-        marks = [Point(p.coefficient, p.measured, tip=f"λ = {coefficient(p.coefficient)}: {words}")
-                 for p, words in zip(known, both, strict=True)]  # fmt: skip
-        drawn = _over_coefficients(report, [line, Series(marks, one.set, "measured")], y)
-        described = "; ".join(f"λ {coefficient(p.coefficient)}: {words}" for p, words in zip(known, both, strict=True))
-        title = f"{one.set}/{one.name}, change of loss against λ, measured and predicted"
-        found.append(Drawn(_file_name("foresight", index, f"{one.set}-{one.name}"), title, described, one, drawn))
+        marks = [Point(p.coefficient, p.measured, tip=f"λ = {c}: {words}")
+                 for p, (c, words) in zip(known, said, strict=True)]  # fmt: skip
+        drawn = _over_coefficients(report, [line, Series(marks, entry.set, "measured")], y)
+        described = "; ".join(f"λ {c}: {words}" for c, words in said)
+        title = f"{entry.set}/{entry.name}, change of loss against λ, measured and predicted"
+        name = _file_name("foresight", index, f"{entry.set}-{entry.name}")
+        found.append(Drawn(name, title, described, entry, drawn))
     return found
+
+
+def _foreseen(report: RunReport) -> list[tuple[SetForesight, tuple[Change, ...]]]:
+    entries = (*report.foresight.goals, *report.foresight.kept) if report.foresight else ()
+    return [(entry, loss_changes(entry, report.sweep)) for entry in entries]
 
 
 def relearning(report: RunReport) -> list[Drawn]:
     """Forget score against steps of relearning, one line for each model."""
-    attacks, found = report.robustness, []
-    for index, name in enumerate(
-        dict.fromkeys(s.attack for s in attacks.scores if s.kind == "relearn") if attacks else ()
-    ):
-        assert attacks is not None
+    if (attacks := report.robustness) is None:
+        return []
+    scores, found = [s for s in attacks.scores if s.kind == "relearn"], []
+    for index, name in enumerate(dict.fromkeys(s.attack for s in scores)):
         lines: dict[Who, list[tuple[int, float]]] = {}
-        for w in NAMES:
-            start = attacks.plain(w)
-            steps = [(s.steps or 0, s.value) for s in attacks.scores
-                     if (s.attack, s.who, s.kind) == (name, w, "relearn")]  # fmt: skip
+        for who in NAMES:
+            start = attacks.plain(who)
+            steps = [(s.steps or 0, s.value) for s in scores if (s.attack, s.who) == (name, who)]
             if steps or start:
-                lines[w] = [*([(0, start.value)] if start else []), *steps]
+                lines[who] = [*([(0, start.value)] if start else []), *steps]
         values = [v for line in lines.values() for _, v in line if math.isfinite(v)] + [0.0]
-        lo, hi = min(values), max(values) or 1.0
+        low, high = min(values), max(values) or 1.0
         last = max(steps for line in lines.values() for steps, _ in line)
         drawn = [Series([Point(n, v, tip=f"{NAMES[w]}, {n} steps: {number(v)}") for n, v in line], _ROLES[w], NAMES[w])
                  for w, line in lines.items()]  # fmt: skip
         described = "; ".join(
             f"{NAMES[w]}: {', '.join(f'{n}: {number(v)}' for n, v in line)}" for w, line in lines.items()
         )
-        whole = chart(drawn, Axis(0, last or 1, "steps"), Axis(lo, hi + 0.06 * (hi - lo)))
+        whole = chart(drawn, Axis(0, last or 1, "steps"), Axis(low, high + 0.06 * (high - low)))
         title = f"{attacks.metric} while relearning: {name}"
         found.append(Drawn(_file_name("relearning", index, name), title, described, name, whole))
     return found
@@ -285,26 +294,10 @@ def _file_name(kind: str, index: int, what: str) -> str:
     return f"{kind}-{index + 1}-{re.sub('[^A-Za-z0-9]+', '-', what)[:60].strip('-')}".rstrip("-")
 
 
-def _kept_names(points: Sequence[FrontierPoint]) -> list[str]:
+def _kept_names(points: Sequence[Spot]) -> list[str]:
     """The kept sets that get a line of their own: all, of several."""
-    names = list(dict.fromkeys(name for p in points for name in p.shares))
+    names = list(dict.fromkeys(name for p, *_ in points for name in p.shares))
     return names if len(names) > 1 else []
-
-
-def _goal(point: FrontierPoint) -> Score:
-    assert point.forget is not None
-    return point.forget
-
-
-def _spot(point: FrontierPoint, chosen: bool) -> Point:
-    assert point.worst is not None
-    value = coefficient(point.coefficient)
-    tip = f"λ = {value}: forget {with_margin(_goal(point))}, worst kept {percent(point.worst)}"
-    tip += f"; bound broken: {'; '.join(point.broken)}" if point.broken else ""
-    tip += f"; predictions collapsed: {point.collapsed}" if point.collapsed else ""
-    mark: Mark = "cross" if point.collapsed else "full" if point.within_bound else "hollow"
-    label = f"λ = {value}" if chosen else value
-    return Point(_goal(point).value, point.worst, label=label, tip=tip, ring=chosen, mark=mark)
 
 
 def _goal_axis(report: RunReport) -> tuple[str, str, str]:
@@ -320,15 +313,7 @@ def _goal_axis(report: RunReport) -> tuple[str, str, str]:
     return f"{row.set} score: {row.name} {row.metric}", f"← more {done}" if falls else f"more {done} →", knows
 
 
-def _limit(report: RunReport, found: Sequence[tuple[float, TaskScore]]) -> float | None:
-    """The bound of a kept metric, from its score at λ = 0."""
-    (start, first), chosen = found[0], report.chosen
-    if start != 0 or first.key not in kept_keys(report):
-        return None
-    return bound_of(first.metric, first.higher_is_better, first.score.value, chosen.keep, chosen.perplexity)
-
-
-def _frontier_intro(report: RunReport, points: Sequence[FrontierPoint]) -> str:
+def _frontier_intro(report: RunReport, points: Sequence[Spot]) -> str:
     chosen = report.chosen
     intro = (
         f"Each large point is the model with λ times the task vector subtracted. Across: {_goal_axis(report)[2]}. Up: "
@@ -336,9 +321,9 @@ def _frontier_intro(report: RunReport, points: Sequence[FrontierPoint]) -> str:
     )
     if any(is_perplexity(key[2]) for key in kept_keys(report)) and chosen.keep and chosen.perplexity is not None:
         intro += f" Perplexities are scaled so that a rise of {number(chosen.perplexity)} lies on the bound."
-    if any(share < 0 or share > TOP for p in points for share in p.shares.values()):
+    if any(share < 0 or share > TOP for p, *_ in points for share in p.shares.values()):
         intro += " Points beyond the axis are drawn on its edge."
-    if any(p.collapsed for p in points):
+    if any(p.collapsed for p, *_ in points):
         intro += " A cross: there the model's predictions have collapsed, so what it forgot says nothing."
     return intro
 
@@ -358,29 +343,27 @@ class Card:
 
 
 def _cards(report: RunReport) -> list[Card]:
-    chosen, shares, stages = report.chosen, final_shares(report), _stages(report)
-    cards = _goal_card(report)
-    if shares:
-        row, _ = shares[0]
+    chosen, stages, cards = report.chosen, _stages(report), _goal_cards(report)
+    if row := worst_kept(report):
         limit = bound_figure(report, row.metric)
         figures = f"{number(row.before.value)} → {number(row.after.value)}, {row.split} items, n = {row.after.n}"
         notes = [f"{figures}{chance_of(row.chance, '; {}')}"]
-        notes += [f"bound {limit}{', not met here' if verdict(report, row) is False else ''}"] if limit else []
+        notes += [f"bound {limit}{', not met here' if row in missed(report) else ''}"] if limit else []
         where = f"of {row.set}/{row.name} {row.metric}"
         cards.append(Card("Kept, at worst", (kept_figure(report, row),), where, notes, "retain"))
     note = "no change" if chosen.coefficient == 0 else "chosen on validation items"
     searched = [words] if (words := how_searched(report)) else []
     cards.append(Card("Coefficient", (f"λ = {coefficient(chosen.coefficient)}",), note, [chosen.rule, *searched]))
     if stages:
-        longest = max(stages, key=lambda stage: stage[2])
-        notes = [f"longest stage: {longest[0]}, {duration(longest[1])}"]
+        name, seconds, _ = max(stages, key=lambda stage: stage[2])
+        notes = [f"longest stage: {name}, {duration(seconds)}"]
         cards.append(Card("Time", (duration(total_seconds(report)),), counted(len(stages), "stage"), notes))
     return cards
 
 
-def _goal_card(report: RunReport) -> list[Card]:
+def _goal_cards(report: RunReport) -> list[Card]:
     """What the edit was for: before and after of one set, of several what is left of them on average."""
-    rows = goal_rows(report)
+    rows, cards = goal_rows(report), []
     title = f"Asked to {listing(dict.fromkeys(row.set for row in rows))}"
     if len(rows) > 1:
         notes = [
@@ -390,7 +373,6 @@ def _goal_card(report: RunReport) -> list[Card]:
         ]
         left = ("100 %", percent(mean_left(report)))
         return [Card(title, left, f"left of {len(rows)} sets, on average", notes, "forget")]
-    cards = []
     for row in rows:
         ranges = interval(row.before, row.metric), interval(row.after, row.metric)
         notes = [f"95 % CI {ranges[0]} → {ranges[1]}"] if all(ranges) else []
@@ -411,7 +393,7 @@ def attack_rows(found: Robustness, lens: bool) -> list[tuple[AttackScore, dict[W
     """For each attack one score of it, the scores of all models under it, and the share of it that comes back."""
     table = []
     scores = [s for s in found.scores if (s.kind == "lens") == lens]
-    for under in _grouped(scores, lambda s: (s.kind, s.attack, s.metric, s.steps, s.layer)).values():
+    for under in _grouped(scores, lambda s: s.under).values():
         back = [found.recovered(s) for s in under if s.who == "edited" and s.kind != "none"]
         table.append((under[0], {s.who: Score(s.value, s.stderr, s.n) for s in under}, back[0] if back else None))
     return table
@@ -421,6 +403,14 @@ def with_numbers(rows: Mapping[Who, Mapping[str, Any]]) -> list[str]:
     """The columns that have a number in any row."""
     columns = dict.fromkeys(column for row in rows.values() for column in row)
     return [c for c in columns if any(isinstance(row.get(c), int | float) for row in rows.values())]
+
+
+def _metrics(report: RunReport) -> dict[Any, list[TaskScore]]:
+    """The first score of every metric of the sweep, by set and name."""
+    first: dict[Any, TaskScore] = {}
+    for score in (score for point in report.sweep for score in point.scores):
+        first.setdefault(score.key, score)
+    return _grouped(first.values(), lambda s: (s.set, s.name))
 
 
 def _grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:

@@ -20,10 +20,10 @@ from unlearn.recipe.evaluation import PushSpec
 from unlearn.recipe.methods import GREEK, formula, phrases
 from unlearn.recipe.metrics import KEPT
 from unlearn.recipe.schema import Recipe
-from unlearn.report.figures import rows_of_goals, verdict_of
+from unlearn.report.figures import goal_rows, missed
 from unlearn.report.page import templates
 from unlearn.report.words import outcome
-from unlearn.results import Chosen, ScoreRow
+from unlearn.results import Chosen, ScoreRow, SweepPoint
 from unlearn.store.cache import NETWORK_LIBRARIES, condensed, offline
 from unlearn.store.files import some
 from unlearn.store.provenance import tidy
@@ -47,15 +47,16 @@ _BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What a card says beside what the export itself knows.
-
-    ``license`` is the hub's identifier (``mit``, ``apache-2.0``); None leaves the field to the user.
-    """
+    """What a card says beside what the export itself knows."""
 
     recipe: Recipe
     chosen: Chosen
     scores: tuple[ScoreRow, ...]
-    license: str | None = None
+
+    @property
+    def sweep(self) -> tuple[SweepPoint, ...]:
+        """A card rests on the choice and the scores alone."""
+        return ()
 
 
 def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str, Any] | None = None) -> str:
@@ -67,8 +68,8 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
     """
     recipe, chosen = facts.recipe, facts.chosen
     met = "met on validation items" if chosen.bound_met else "not met by any λ > 0"
-    if chosen.bound_met and (out := [r for r in facts.scores if verdict_of(chosen, chosen.kept, r) is False]):
-        met += f"; on test items not by {listing(f'{r.set} {r.name} {r.metric}' for r in out)}"
+    if chosen.bound_met and (out := missed(facts)):
+        met += f"; on test items not by {listing(' '.join(row.key) for row in out)}"
     labels = {role: [d.label() for r, d in recipe.goals() if r == role] for role in ("forget", "learn")}
     kept = [f"{d.label()} ({role})" for role, d in recipe.sets() if role in KEPT]
     together = ["the weights w were found together, on validation items"] if len(recipe.goals()) > 1 else []
@@ -83,7 +84,7 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
         adapter=export == "adapter",
         base=base_name,
         goals=[("Asked to forget", labels["forget"]), ("Asked to learn", labels["learn"])],
-        came=outcome(rows_of_goals(chosen, facts.scores)),
+        came=outcome(goal_rows(facts)),
         kept=[*kept, *(f"{t.task} ({t.set})" for t in recipe.eval.tasks if t.set in KEPT)],
         formula=formula(recipe, GREEK),
         how=[*phrases(recipe.vector), *together],
@@ -112,7 +113,6 @@ def _header(facts: CardFacts, export: Export, base_name: str) -> str:
         library_name="peft" if export == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=_TAGS if facts.recipe.forget is not None else _TAGS[2:],
-        license=facts.license,
         model_name=facts.recipe.name,
         eval_results=eval_results(facts.recipe, facts.scores),
     )

@@ -9,15 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from unlearn.report.figures import (
-    final_shares,
     kept_figure,
     kept_keys,
     margin_of_change,
+    missed,
     total_seconds,
-    verdict,
     with_margin,
+    worst_kept,
 )
-from unlearn.report.words import dearest, evidence_facts, headline, how_good, of_report, remarks
+from unlearn.report.words import dearest, evidence_facts, headline, how_good, remarks
 from unlearn.results import RunReport, Score, ScoreRow
 from unlearn.text import coefficient, duration, short, signed
 
@@ -41,12 +41,12 @@ def render_table(report: RunReport, console: Console) -> None:
         write.line(f"± is half of a 95 % confidence interval; kept is the share of the score before{guess}.", "dim")
         write.line()
     facts = [("coefficient", f"λ = {coefficient(report.chosen.coefficient)}"), ("rule", report.chosen.rule)]
-    if shares := final_shares(report):
-        row = shares[0][0]
+    if row := worst_kept(report):
         facts.append(
             ("kept at worst", f"{kept_figure(report, row)} ({row.set}/{row.name} {row.metric}, {row.split} items)")
         )
-    facts += _foreseen(report)
+    if foreseen := dearest(report):
+        facts += [("foreseen", foreseen), ("prediction", how_good(report)[0])]
     facts += evidence_facts(report)
     facts += [(name.replace("_", " "), place) for name, value in report.exports.items() if (place := _place(value))]
     facts.append(("time", duration(total_seconds(report))))
@@ -56,12 +56,6 @@ def render_table(report: RunReport, console: Console) -> None:
     for name, value in facts:
         grid.add_row(write.text(name), write.text(value))
     console.print(grid)
-
-
-def _foreseen(report: RunReport) -> list[tuple[str, str]]:
-    """What was known before the edit of the kept set that was to lose most, and how good the predictions were."""
-    line, found = dearest(report), of_report(report)
-    return [] if line is None or found is None else [("foreseen", line), ("prediction", how_good(found)[0])]
 
 
 def _place(export: object) -> str | None:
@@ -110,7 +104,7 @@ def _scores(report: RunReport, write: _Writer) -> Table:
 
 
 def _cells(report: RunReport, row: ScoreRow, repeated: bool, guessed: bool) -> list[tuple[str, str]]:
-    change, noise, low = row.after.value - row.before.value, margin_of_change(row), verdict(report, row) is False
+    change, noise, low = row.after.value - row.before.value, margin_of_change(row), row in missed(report)
     kept = kept_figure(report, row) if row.key in kept_keys(report) else ""
     n = str(row.after.n) if row.before.n == row.after.n else f"{row.before.n}/{row.after.n}"
     return [

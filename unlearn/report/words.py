@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from unlearn.recipe.metrics import is_perplexity
 from unlearn.report.figures import (
     FORGOTTEN,
+    Z95,
+    Result,
     bound_figure,
     goal_rows,
+    gone,
     kept_figure,
     kept_keys,
     margin_of_change,
@@ -19,10 +22,11 @@ from unlearn.report.figures import (
     unseeing,
 )
 from unlearn.results import (
+    BEST,
+    AttackScore,
     Benchmark,
-    Foresight,
     Membership,
-    Role,
+    Robustness,
     RunReport,
     ScoreRow,
     SetForesight,
@@ -47,41 +51,42 @@ def chance_of(chance: float | None, form: str = "{}") -> str:
 
 def headline(report: RunReport) -> str:
     """What happened, in one sentence."""
-    chosen, rows = report.chosen, goal_rows(report)
+    chosen = report.chosen
     if chosen.coefficient == 0:
         if chosen.bound_met:
             return "Nothing was subtracted: no coefficient did better than none. The model is unchanged."
         return "No coefficient passed the rule; the model is unchanged."
-    what = outcome(rows) or "The task vector was subtracted"
+    what = outcome(goal_rows(report)) or "The task vector was subtracted"
     return f"{what} at λ = {coefficient(chosen.coefficient)}; {_kept_clause(report)}."
 
 
 def outcome(rows: Sequence[ScoreRow]) -> str:
     """What came of the goals in words to take home: what the model still knows, beside what guessing would give."""
     if len(rows) == 1 and rows[0].set == "forget":
-        row = rows[0]
-        if little := _little(row):
-            return f"The model {little}: {row.name} {_moved(row, _verb(row))}{_guess(row, ' ({})')}"
-        return f"The model {_left(row, 'what it was asked to forget')}: {row.name} {_moved(row, _verb(row))}"
+        row, little = rows[0], _little(rows[0])
+        change, metric = row.after.value - row.before.value, plain_metric(row.metric)
+        before, after = short(row.before.value), short(row.after.value)
+        moved = f"{'rose' if change > 0 else 'fell'} from {before} to {after}"
+        moved = moved if change > 0 or change < 0 else f"stayed at {before}"
+        guess = _guess(row, " ({})") if little else ""
+        return f"The model {little or _left(row, 'what it was asked to forget')}: {row.name} {metric} {moved}{guess}"
     return f"The model {listing(map(_done, rows))}" if rows else ""
 
 
 def _done(row: ScoreRow) -> str:
     """What came of one of several goals, after "the model"."""
-    figures = f"({_moved(row)}{_guess(row, ', {}')})"
+    moved = f"{plain_metric(row.metric)} {short(row.before.value)} to {short(row.after.value)}"
     if row.set == "learn":
-        return f"{_learned(row)} {figures}"
+        noise = margin_of_change(row)
+        said = f"learned {row.name}"
+        if not -gone(row) > 0:
+            said = f"did not learn {row.name}"
+        elif noise is not None and -gone(row) <= noise:
+            said = f"learned no more of {row.name} than chance may explain"
+        return f"{said} ({moved}{_guess(row, ', {}')})"
     if little := _little(row):
-        return f"{little}{' of' if 'no more' in little else ''} {row.name} {figures}"
-    return f"{_left(row, row.name)} ({_moved(row)})"
-
-
-def _moved(row: ScoreRow, verb: str = "") -> str:
-    """``accuracy 0.92 to 0.46``, with a verb ``accuracy fell from 0.92 to 0.46``."""
-    metric, before, after = plain_metric(row.metric), short(row.before.value), short(row.after.value)
-    if verb == "stayed":
-        return f"{metric} stayed at {before}"
-    return f"{metric} {verb} from {before} to {after}" if verb else f"{metric} {before} to {after}"
+        return f"{little}{' of' if 'no more' in little else ''} {row.name} ({moved}{_guess(row, ', {}')})"
+    return f"{_left(row, row.name)} ({moved})"
 
 
 def _guess(row: ScoreRow, form: str) -> str:
@@ -89,63 +94,36 @@ def _guess(row: ScoreRow, form: str) -> str:
     return "" if row.chance is None else form.format(f"guessing gives {short(row.chance)}")
 
 
-def _verb(row: ScoreRow) -> str:
-    change = row.after.value - row.before.value
-    return "rose" if change > 0 else "fell" if change < 0 else "stayed"
-
-
-def _gone(row: ScoreRow) -> float:
-    """By how much a score got worse."""
-    change = row.before.value - row.after.value
-    return change if row.higher_is_better else -change
-
-
 def _little(row: ScoreRow) -> str:
     """That a set was not forgotten, or not beyond doubt; empty where it was."""
-    if not _gone(row) > 0:  # also for a missing value
+    if not gone(row) > 0:  # also for a missing value
         return "did not forget"
     noise = margin_of_change(row)
-    return "forgot no more than chance may explain" if noise is not None and _gone(row) <= noise else ""
+    return "forgot no more than chance may explain" if noise is not None and gone(row) <= noise else ""
 
 
 def _left(row: ScoreRow, what: str) -> str:
     """``still answers 46 % of …, where guessing would give 25 %``."""
-    value, metric = row.after.value, row.metric
+    before, value, metric = row.before.value, row.after.value, row.metric
     if row.chance is not None and value <= row.chance:
         return f"answers {_share(value)} of {what}, no more than the {_share(row.chance)} that guessing would give"
-    guess = "" if row.chance is None else f", where guessing would give {_share(row.chance)}"
-    if metric.startswith(("acc", "exact")) and metric != "exact_memorisation":
-        return f"still answers {_share(value)} of {what}{guess}"
     if metric == "exact_memorisation":
         return f"still recites {_share(value)} of {what}"
+    if metric.startswith(("acc", "exact")):
+        guess = "" if row.chance is None else f", where guessing would give {_share(row.chance)}"
+        return f"still answers {_share(value)} of {what}{guess}"
     if metric == "prob":
         return f"still gives {what} a probability of {_share(value)}"
-    times = _times_less_likely(row)
-    if times is not None:
-        return f"now finds {what} {short(times)} times less likely"
+    if is_perplexity(metric) and before > 0:  # per token, as a loss; a log-probability is of a whole answer
+        return f"now finds {what} {short(value / before)} times less likely"
+    nats = {"loss": value - before, "logprob": before - value}.get(metric, math.inf)
+    if abs(nats) < _NATS:
+        return f"now finds {what} {short(math.exp(nats))} times less likely"
     return f"still scores {short(value)} on {what}"
-
-
-def _times_less_likely(row: ScoreRow) -> float | None:
-    """By what factor a likelihood fell, per token (perplexity, loss) or per answer (logprob)."""
-    before, after = row.before.value, row.after.value
-    if is_perplexity(row.metric):
-        return after / before if before > 0 else None
-    nats = {"loss": after - before, "logprob": before - after}.get(row.metric)
-    return None if nats is None or not abs(nats) < _NATS else math.exp(nats)
 
 
 def _share(value: float) -> str:
     return "less than 1 %" if 0 < value < 0.01 else percent(round(value, 2))
-
-
-def _learned(row: ScoreRow) -> str:
-    gain, noise = -_gone(row), margin_of_change(row)
-    if not gain > 0:
-        return f"did not learn {row.name}"
-    if noise is not None and gain <= noise:
-        return f"learned no more of {row.name} than chance may explain"
-    return f"learned {row.name}"
 
 
 def _kept_clause(report: RunReport) -> str:
@@ -155,8 +133,7 @@ def _kept_clause(report: RunReport) -> str:
     if not report.chosen.bound_met:
         at = report.chosen.coefficient
         broken = next((p.broken for p in report.sweep if math.isclose(p.coefficient, at, abs_tol=1e-12)), ())
-        why = f" ({listing(broken)})" if broken else ""
-        return f"but the bound was not met{why}"
+        return f"but the bound was not met{f' ({listing(broken)})' if broken else ''}"
     if len(cannot) == len(keys):
         return "but no kept set could have shown harm"
     kept = "every kept metric stayed within its bound"
@@ -177,13 +154,13 @@ def remarks(report: RunReport) -> tuple[str, ...]:
             )
         why = f"{at} the bound was broken: {listing(first.broken)}."
         return (f"{why} A smaller coefficient, or method: contrast, may pass.",)
-    under = [
+    out = [
         f"{row.set}/{row.name} {row.metric} ({kept_figure(report, row)}, bound {bound_figure(report, row.metric)})"
         for row in missed(report)
     ]
-    if not report.chosen.bound_met or not under:
+    if not report.chosen.bound_met or not out:
         return ()
-    return (f"Every bound was met on validation items, where λ is chosen; on test items not that of {listing(under)}.",)
+    return (f"Every bound was met on validation items, where λ is chosen; on test items not that of {listing(out)}.",)
 
 
 def how_searched(report: RunReport) -> str | None:
@@ -207,21 +184,20 @@ NAMES: dict[Who, str] = {"target": "before", "edited": "after", "reference": "ne
 
 def evidence_facts(report: RunReport) -> list[tuple[str, str]]:
     """(name, sentence) of each comparison that the run has."""
-    facts = [("memory", said)] if (said := memory_line(report)) else []
+    facts = [("memory", memory_line(report))]
     if report.benchmark is not None:
         facts.append((report.benchmark.name, benchmark_line(report.benchmark)))
-    if report.membership:
-        facts.append(("membership", membership_line(report.membership)))
-    if report.robustness is not None and (sentence := report.robustness.sentence()):
-        facts.append(("robustness", sentence))
-    return facts
+    facts.append(("membership", membership_line(report.membership)))
+    if report.robustness is not None:
+        facts.append(("robustness", attacks_line(report.robustness)))
+    return [(name, said) for name, said in facts if said]
 
 
-def memory_line(report: RunReport) -> str:
+def memory_line(result: Result) -> str:
     """Whether what was asked for is forgotten or suppressed, set by set; empty where nothing tells."""
     parts = []
-    for row in goal_rows(report):
-        if row.set == "forget" and report.chosen.coefficient and (found := memory(report, row)) is not None:
+    for row in goal_rows(result):
+        if row.set == "forget" and result.chosen.coefficient and (found := memory(result, row)) is not None:
             before, after = short(found.row.before.value), short(found.row.after.value)
             parts.append(
                 f"{row.name} is {found.became}: {percent(round(found.left, 2))} of what ties its answers to their own "
@@ -240,11 +216,94 @@ def benchmark_line(found: Benchmark) -> str:
     return "; ".join(parts) + (f". {found.missing}" if found.missing else "")
 
 
-def membership_line(found: tuple[Membership, ...]) -> str:
-    """The area under the ROC curve of the main attack, for every model."""
+def membership_line(found: Sequence[Membership]) -> str:
+    """The area under the ROC curve of the main attack, for every model; empty without one."""
     rows = [m for who in NAMES for m in found if m.who == who and m.attack == "min_k"]
     shown = [f"{NAMES[m.who]} {number(m.auc)} ({number(m.low)} to {number(m.high)})" for m in rows]
-    return f"AUC by Min-k: {', '.join(shown)}; .5 is a coin"
+    return f"AUC by Min-k: {', '.join(shown)}; .5 is a coin" if found else ""
+
+
+def attacks_line(found: Robustness) -> str:
+    """What the attacks bring back, in plain English; empty where nothing was attacked.
+
+    Of relearning the last step counts, of the lens the layer that shows most. A change smaller than 1.96 standard
+    errors (of both scores, as if their items were different ones) cannot be told from chance, and such attacks are only
+    counted.
+    """
+    attacks = _of_each_attack(found)
+    if not attacks:
+        return ""
+    before, after = found.plain("target"), found.plain("edited")
+    if before is None or after is None:
+        return "What the attacks bring back cannot be told: a score without an attack is missing."
+    fell = (
+        f"{plain_metric(found.metric)} {short(before.value)} to {short(after.value)}{chance_of(found.chance, ', {}')}"
+    )
+    shares = [(s, share) for s in attacks if (share := found.recovered(s)) is not None]
+    if not shares:
+        return f"The edit forgot nothing that can be told from chance ({fell}), so nothing can come back."
+    # of the wordings of a probe their mean counts here: the best of several is high by chance alone
+    shares = [(s, share) for s, share in shares if not s.attack.endswith(BEST)] or shares
+    strong = [(s, share) for s, share in shares if round(share, 2) > 0 and not _within_chance(found, s)]
+    weak = len(shares) - len(strong)
+    if not strong:
+        back = "the one attack brings nothing back" if weak == 1 else f"none of {weak} attacks brings anything back"
+        return f"Of what was forgotten ({fell}), {back} that can be told from chance."
+    ranked = sorted(strong, key=lambda pair: -pair[1])
+    parts = [f"{percent(round(share, 2))}{_metric(found, s)} with {_described(s)}" for s, share in ranked]
+    parts[0] = parts[0].replace(" with ", " comes back with ", 1)
+    rest = f"; with {counted(weak, 'other attack')} nothing that can be told from chance" if weak else ""
+    said = f"Of what was forgotten ({fell}), {listing(parts)}{rest}."
+    return " ".join([said, *_of_the_reference(found, [s for s, _ in strong])])
+
+
+def _of_each_attack(found: Robustness) -> list[AttackScore]:
+    """One score of the edited model for each attack; the lens's last layer is its own answer and no attack."""
+    edited = [s for s in found.scores if s.who == "edited" and s.kind != "none"]
+    own = max((s.layer for s in edited if s.layer is not None), default=0)
+    groups: dict[tuple[str, str, str], list[AttackScore]] = {}
+    for score in edited:
+        if score.layer is None or score.layer != own:
+            groups.setdefault((score.kind, score.attack, score.metric), []).append(score)
+
+    def says_most(score: AttackScore) -> tuple[float, float]:
+        return score.steps or 0, score.value if score.higher_is_better else -score.value
+
+    return [max(scores, key=says_most) for scores in groups.values()]
+
+
+def _metric(found: Robustness, score: AttackScore) -> str:
+    return "" if score.metric == found.metric else f" ({plain_metric(score.metric)})"
+
+
+def _described(score: AttackScore) -> str:
+    """The attack with its steps or its layer."""
+    if score.steps is not None:
+        return f"{counted(score.steps, 'step')} of {score.attack}"
+    return score.attack if score.layer is None else f"layer {score.layer} of {score.attack}"
+
+
+def _within_chance(found: Robustness, score: AttackScore) -> bool:
+    base = found.plain(score.who, score.metric)
+    if base is None or score.stderr is None or base.stderr is None:
+        return False
+    return abs(score.value - base.value) < Z95 * math.hypot(score.stderr, base.stderr)
+
+
+def _of_the_reference(found: Robustness, strong: Sequence[AttackScore]) -> Iterator[str]:
+    """What a model that never knew it makes of the attacks that bring something back: it can learn as well."""
+    never = {s.under: s for s in found.scores if s.who == "reference"}
+    pairs = [(never[s.under], found.plain("reference", s.metric)) for s in strong if s.under in never]
+    known = [(there, base) for there, base in pairs if base is not None]
+    if not known:
+        return
+    steps = [
+        f"from {short(base.value)} to {short(there.value)} under {_described(there)}{_metric(found, there)}"
+        for there, base in known
+    ]
+    yield f"The retain reference, which never knew it, goes {listing(steps)}."
+    if any((found.recovered(there) or 0.0) > 0 and not _within_chance(found, there) for there, _ in known):
+        yield "What it gains as well is learned anew, not brought back."
 
 
 # -- what the theory says of a measured correlation, and how good the first-order prediction was
@@ -268,48 +327,6 @@ class Point:
     predicted: float
 
 
-@dataclass(frozen=True, slots=True)
-class SetComparison:
-    """One set's changes of loss over the sweep, with λ = 0 among them; empty where the sweep has no such score."""
-
-    set: Role
-    name: str
-    points: tuple[Point, ...]
-
-    def at(self, value: float) -> Point | None:
-        """The point of one coefficient."""
-        return next((p for p in self.points if math.isclose(p.coefficient, value, abs_tol=1e-12)), None)
-
-
-@dataclass(frozen=True, slots=True)
-class MeanError:
-    """By how many nats per token, or per answer, the prediction was off on average over some sets."""
-
-    unit: str
-    sets: int
-    nats: float
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """How good the prediction was.
-
-    The summary is taken at ``coefficient`` (None: no such point), over the ``kept`` kept sets measured there:
-    ``errors`` are the means of |measured - predicted|, each over the sets of one unit, ``ranks`` Spearman's correlation
-    of the two. ``alpha_ranks`` is Spearman's between ``alpha_changes`` and the nats that sets lost, over ``compared``
-    sets. None where fewer than three sets, sets of several units, or all equal ones, leave nothing to rank.
-    """
-
-    goals: tuple[SetComparison, ...]
-    sets: tuple[SetComparison, ...]
-    coefficient: float | None
-    kept: int
-    errors: tuple[MeanError, ...]
-    ranks: float | None
-    compared: int
-    alpha_ranks: float | None
-
-
 def reading(entry: SetForesight) -> str:
     """The verdict in a sentence, with the range of λ ≥ 0 that the theory gives."""
     if entry.slope is None:
@@ -329,35 +346,32 @@ def reading(entry: SetForesight) -> str:
     )
 
 
-def compare(foresight: Foresight, points: Sequence[SweepPoint], chosen: float) -> Comparison:
-    """Measured against predicted changes of loss, from the sweep's ``logprob`` and ``loss`` scores.
+def loss_changes(entry: SetForesight, sweep: Sequence[SweepPoint]) -> tuple[Point, ...]:
+    """Measured and predicted changes of a set's loss over the sweep, from its ``logprob`` or ``loss`` scores.
 
-    The summary is taken at the chosen coefficient, where that is 0 at the smallest above it.
+    λ = 0 is among them; empty where the sweep has no such score.
     """
-    whole = sorted(points, key=lambda p: p.coefficient)
-    goals, sets = (tuple(_over(entry, whole) for entry in entries) for entries in (foresight.goals, foresight.kept))
-    at = chosen if chosen > 0 else next((p.coefficient for p in whole if p.coefficient > 0), None)
-    here = [(entry, p) for entry, found in zip(foresight.kept, sets, strict=True) if at and (p := found.at(at))]
-    off: dict[str, list[float]] = {}
-    for entry, p in here:
-        off.setdefault(_UNITS.get(entry.metric, entry.metric), []).append(abs(p.measured - p.predicted))
-    lost = [(entry.alpha_changes, p.measured) for entry, p in here if entry.alpha_changes is not None]
-    alike = len(off) == 1  # else nats of an answer would be set against those of a token
-    return Comparison(
-        goals=goals,
-        sets=sets,
-        coefficient=at,
-        kept=len(here),
-        errors=tuple(MeanError(unit, len(nats), math.fsum(nats) / len(nats)) for unit, nats in off.items()),
-        ranks=spearman([p.predicted for _, p in here], [p.measured for _, p in here]) if alike else None,
-        compared=len(lost),
-        alpha_ranks=spearman([alpha for alpha, _ in lost], [nats for _, nats in lost]) if alike else None,
-    )
+    losses = [
+        (p.coefficient, -s.score.value if s.higher_is_better else s.score.value)
+        for p in sorted(sweep, key=lambda p: p.coefficient)
+        for s in p.scores
+        if s.key == (entry.set, entry.name, entry.metric) and math.isfinite(s.score.value)
+    ]
+    start = next((loss for c, loss in losses if c == 0), None)
+    if start is None or entry.slope is None:
+        return ()
+    return tuple(Point(c, loss - start, c * entry.slope) for c, loss in losses)
 
 
-def of_report(report: RunReport) -> Comparison | None:
-    """The comparison of a whole run; None where nothing was foreseen."""
-    return compare(report.foresight, report.sweep, report.chosen.coefficient) if report.foresight else None
+def foreseen_at(report: RunReport) -> float | None:
+    """Where predictions are compared: the chosen coefficient, where that is 0 the smallest above it."""
+    above = [p.coefficient for p in report.sweep if p.coefficient > 0]
+    return report.chosen.coefficient or min(above, default=None)
+
+
+def point_at(points: Sequence[Point], value: float | None) -> Point | None:
+    """The point of one coefficient."""
+    return next((p for p in points if value is not None and math.isclose(p.coefficient, value, abs_tol=1e-12)), None)
 
 
 def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
@@ -369,61 +383,58 @@ def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
     return float(spearmanr(one, two).statistic)
 
 
-def how_good(comparison: Comparison) -> tuple[str, ...]:
-    """How good the prediction was, in sentences."""
-    if comparison.coefficient is None or not comparison.errors:
+def how_good(report: RunReport) -> tuple[str, ...]:
+    """How good the predictions were for the kept sets, in sentences: mean |measured - predicted|, and order."""
+    at = foreseen_at(report)
+    points = [
+        (e, point_at(loss_changes(e, report.sweep), at)) for e in (report.foresight.kept if report.foresight else ())
+    ]
+    here = [(entry, point) for entry, point in points if point is not None]
+    if at is None or not here:
         return ("The sweep has no loss of a kept set to hold against the prediction.",)
-    off = [f"{number(e.nats)} {e.unit} on average over {counted(e.sets, 'kept set')}" for e in comparison.errors]
-    said = [f"At λ = {coefficient(comparison.coefficient)} the straight line was off by {listing(off)}."]
+    off: dict[str, list[float]] = {}
+    for entry, p in here:
+        off.setdefault(_UNITS.get(entry.metric, entry.metric), []).append(abs(p.measured - p.predicted))
+    means = [
+        f"{number(math.fsum(nats) / len(nats))} {unit} on average over {counted(len(nats), 'kept set')}"
+        for unit, nats in off.items()
+    ]
+    said = [f"At λ = {coefficient(at)} the straight line was off by {listing(means)}."]
     if len(off) > 1:
         return (*said, "Sets measured in unlike units have no order of loss to predict.")
-    if comparison.kept < _FEWEST:
+    ranks = spearman([p.predicted for _, p in here], [p.measured for _, p in here])
+    if len(here) < _FEWEST:
         said.append(f"Of fewer than {_FEWEST} kept sets there is no order to predict.")
-    elif comparison.ranks is not None:
-        said.append(f"It put them in order of their loss with a rank correlation of {signed(comparison.ranks)}.")
-    if comparison.compared < _FEWEST:
+    elif ranks is not None:
+        said.append(f"It put them in order of their loss with a rank correlation of {signed(ranks)}.")
+    lost = [(entry.alpha_changes, p.measured) for entry, p in here if entry.alpha_changes is not None]
+    ranks = spearman([alpha for alpha, _ in lost], [nats for _, nats in lost])
+    if len(lost) < _FEWEST:
         said.append(
             f"Whether the correlation α tells who will lose most cannot be said of fewer than {_FEWEST} sets with both."
         )
-    elif comparison.alpha_ranks is not None:
+    elif ranks is not None:
         said.append(
-            f"The correlation α put {counted(comparison.compared, 'set')} in order of their loss with a rank "
-            f"correlation of {signed(comparison.alpha_ranks)}."
+            f"The correlation α put {counted(len(lost), 'set')} in order of their loss with a rank "
+            f"correlation of {signed(ranks)}."
         )
     return tuple(said)
 
 
-def dearest(report: RunReport) -> str | None:
-    """The kept set that was foreseen to lose most, of each unit one, in a line; None where nothing was foreseen."""
-    found = of_report(report)
-    if found is None or report.foresight is None:
-        return None
-    pairs = [(e, s) for e, s in zip(report.foresight.kept, found.sets, strict=True) if e.slope is not None]
-    pairs.sort(key=lambda pair: -(pair[0].slope or 0.0))
-    first = {entry.metric: (entry, measured) for entry, measured in reversed(pairs)}
-    return "; ".join(_foreseen(*pair, found.coefficient) for pair in pairs if first[pair[0].metric] == pair) or None
-
-
-def _foreseen(entry: SetForesight, measured: SetComparison, at: float | None) -> str:
-    said = f"{entry.set}/{entry.name}"
-    if entry.verdict is not None and entry.alpha_changes is not None:
-        said += f" {entry.verdict} (α {signed(entry.alpha_changes)})"
-    point = measured.at(at) if at is not None else None
-    if point is None:
-        return f"{said}, {signed(entry.slope)} nats per unit of λ"
-    figures = f"{signed(point.predicted)} nats predicted, {signed(point.measured)} measured"
-    return f"{said}, {figures} at λ = {coefficient(point.coefficient)}"
-
-
-def _over(entry: SetForesight, points: Iterable[SweepPoint]) -> SetComparison:
-    """The points of one set, from the sweep's scores of its loss."""
-    losses = [
-        (p.coefficient, -s.score.value if s.higher_is_better else s.score.value)
-        for p in points
-        for s in p.scores
-        if s.key == (entry.set, entry.name, entry.metric) and math.isfinite(s.score.value)
-    ]
-    start = next((loss for c, loss in losses if c == 0), None)
-    if start is None or entry.slope is None:
-        return SetComparison(entry.set, entry.name, ())
-    return SetComparison(entry.set, entry.name, tuple(Point(c, loss - start, c * entry.slope) for c, loss in losses))
+def dearest(report: RunReport) -> str:
+    """The kept set that was foreseen to lose most, of each unit one, in a line; empty where nothing was foreseen."""
+    known = [(e.slope, e) for e in (report.foresight.kept if report.foresight else ()) if e.slope is not None]
+    first: dict[str, SetForesight] = {}
+    for _, entry in sorted(known, key=lambda pair: -pair[0]):
+        first.setdefault(entry.metric, entry)
+    parts = []
+    for entry in first.values():
+        verdict = ""
+        if entry.verdict is not None and entry.alpha_changes is not None:
+            verdict = f" {entry.verdict} (α {signed(entry.alpha_changes)})"
+        figures = f"{signed(entry.slope)} nats per unit of λ"
+        if point := point_at(loss_changes(entry, report.sweep), foreseen_at(report)):
+            figures = f"{signed(point.predicted)} nats predicted, {signed(point.measured)} measured"
+            figures += f" at λ = {coefficient(point.coefficient)}"
+        parts.append(f"{entry.set}/{entry.name}{verdict}, {figures}")
+    return "; ".join(parts)
