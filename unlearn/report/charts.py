@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from markupsafe import Markup, escape
 
 from unlearn.store.cache import cache_folder
-from unlearn.store.files import explained, unique
+from unlearn.store.files import written_whole
 from unlearn.text import clean, number, tick_label
 
 if TYPE_CHECKING:
@@ -172,14 +172,8 @@ class Chart:
             "png": {"facecolor": "white", "dpi": 200, "metadata": {"Software": None}},
         }
         for kind, how in ways.items():
-            whole = path.with_suffix(f".{kind}")
-            temporary = whole.with_name(f".{whole.name}.{unique()}.tmp")
-            with explained(whole), _quiet():
-                try:
-                    self.figure.savefig(temporary, format=kind, **how)
-                    temporary.replace(whole)
-                finally:
-                    temporary.unlink(missing_ok=True)
+            with written_whole(path.with_suffix(f".{kind}")) as temporary, _quiet():
+                self.figure.savefig(temporary, format=kind, **how)
 
 
 def chart(
@@ -205,7 +199,8 @@ def chart(
         chance: A dotted line on y: what guessing scores.
         at: A vertical line.
     """
-    _own_folder()
+    # matplotlib's settings and font list in our cache, not in the user's home, unless a place is named
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
     from matplotlib.figure import Figure
 
     large = size[1] > 250
@@ -329,19 +324,12 @@ def _draw(
     if one.dash is not None and len(spots) > 1:
         axes.plot([s[1] for s in spots], [s[2] for s in spots], color=colour, lw=one.width, ls=one.dash, zorder=order,
                   label=clean(one.name), clip_on=False)  # fmt: skip
+    bars: dict[str, Any] = {"fmt": "none", "color": colour, "alpha": 0.55, "elinewidth": 1.2, "capsize": 3}
     for p, px, py in spots:
-        bars: dict[str, Any] = {
-            "fmt": "none",
-            "color": colour,
-            "alpha": 0.55,
-            "elinewidth": 1.2,
-            "capsize": 3,
-            "zorder": order,
-        }
         if p.error:
-            axes.errorbar([px], [py], yerr=_bar(py, p.error, y), **bars)
+            axes.errorbar([px], [py], yerr=_bar(py, p.error, y), zorder=order, **bars)
         if p.x_error:
-            axes.errorbar([px], [py], xerr=_bar(px, p.x_error, x), **bars)
+            axes.errorbar([px], [py], xerr=_bar(px, p.x_error, x), zorder=order, **bars)
         marks: dict[str, Any] = {"clip_on": False, "zorder": order + 0.3}
         if p.ring:
             axes.plot([px], [py], "o", mfc="none", mec=COLOURS["accent"], ms=one.size + 9, mew=2.6, **marks)
@@ -372,11 +360,6 @@ def _room(
             taken.append(box)
             return x + dx, y + dy
     return None
-
-
-def _own_folder() -> None:
-    """Keep matplotlib's settings and font list in our cache, not in the user's home, unless a place is named."""
-    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
 
 
 def _decade(value: float, towards: Callable[[float], int]) -> float:

@@ -22,7 +22,7 @@ from unlearn.recipe.metrics import KEPT
 from unlearn.recipe.schema import Recipe
 from unlearn.report.figures import goal_rows, missed
 from unlearn.report.page import templates
-from unlearn.report.words import outcome
+from unlearn.report.words import memory_line, outcome
 from unlearn.results import Chosen, ScoreRow, SweepPoint
 from unlearn.store.cache import NETWORK_LIBRARIES, condensed, offline
 from unlearn.store.files import some
@@ -85,6 +85,7 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
         base=base_name,
         goals=[("Asked to forget", labels["forget"]), ("Asked to learn", labels["learn"])],
         came=outcome(goal_rows(facts)),
+        memory=memory_line(facts),
         kept=[*kept, *(f"{t.task} ({t.set})" for t in recipe.eval.tasks if t.set in KEPT)],
         formula=formula(recipe, GREEK),
         how=[*phrases(recipe.vector), *together],

@@ -44,20 +44,24 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 so that ``path`` holds either the old content or the new one, also after a power cut."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which holds the old content or the new one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{unique()}.tmp")
     with explained(path):
         try:
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
+            yield temporary
+            sync(temporary)
             temporary.replace(path)
             sync(path.parent)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write UTF-8 by :func:`written_whole`."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json_atomic(path: Path, data: Any) -> None:
@@ -65,11 +69,11 @@ def write_json_atomic(path: Path, data: Any) -> None:
     write_text_atomic(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
 
 
-def sync(folder: Path) -> None:
-    """Bring a folder's names to disk."""
+def sync(place: Path) -> None:
+    """Bring a file's content, or a folder's names, to disk."""
     if os.name == "nt":
         return
-    fd = os.open(folder, os.O_RDONLY)
+    fd = os.open(place, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as e:

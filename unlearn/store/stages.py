@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +58,9 @@ def seal(folder: Path, key: str, seconds: float) -> None:
     """Bring all files to disk, then write ``stage.json``."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            sync(path)
-        elif path.is_file():
-            with path.open("rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-                os.fsync(f.fileno())
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        sync(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     record = {"schema": STAGE_SCHEMA, "key": key, "seconds": round(seconds, 3), "files": files}
     write_json_atomic(folder / STAGE_FILE, {**record, "seal": fingerprint(record)})
 
@@ -115,14 +110,28 @@ def _whole(place: Path, key: str, verify: Literal["sha256", "size"] = "sha256") 
 def strangers_in(place: Path, root: Path | None = None) -> list[str]:
     """Files in a stage that its seal does not list. With a damaged seal none can be told apart, so none are named."""
     record = read_record(place)
-    if record is None:
-        return []
-    files = [p for p in place.rglob("*") if p.is_symlink() or not p.is_dir()]
-    return [
-        str(p.relative_to(root or place))
-        for p in files
-        if p.relative_to(place).as_posix() not in record.files and p != place / STAGE_FILE
-    ]
+    files = [p for p in place.rglob("*") if p.is_symlink() or not p.is_dir()] if record is not None else []
+    ours = {place / STAGE_FILE, *(place / name for name in (record.files if record is not None else ()))}
+    return [str(p.relative_to(root or place)) for p in files if p not in ours]
+
+
+def _take(found: Path, to: Path, names: Iterable[str], link: bool) -> None:
+    """Bring sealed files of a stage into another folder: as second names (where the file system has them), or copied.
+
+    Stages are never written in place, so that one name cannot change what is under the other.
+    """
+    for name in names:
+        source, target = found / name, to / name
+        if not source.resolve().is_relative_to(found.resolve()) or source.is_symlink() or ".." in Path(name).parts:
+            raise RunFolderError(f"{found} is no stage that a run made: {some([name])} leads out of it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if link:
+                target.hardlink_to(source)
+                continue
+        except OSError:
+            pass
+        shutil.copyfile(source, target)
 
 
 # -- whose a folder is
@@ -259,8 +268,8 @@ class RunFolder:
 
     def finished(self, name: str, key: str, verify: Literal["sha256", "size"] = "sha256") -> Path | None:
         """The folder of a stage that was completed under ``key`` and is undamaged (:func:`damage_of`), else None."""
-        with explained(self.root):
-            return _whole(self.path(name), key, verify)
+        with explained(self.root):  # a name may come from a damaged file
+            return _whole(self.root / name, key, verify) if _STAGE_NAME.fullmatch(name) else None
 
     @contextmanager
     def writing(self, name: str, key: str) -> Iterator[Path]:
@@ -383,7 +392,8 @@ class Pool:
         temporary = self.root / f"{beside}{unique()}"
         with explained(self.root):
             try:
-                link_tree(stage, temporary)
+                record = read_record(stage)
+                _take(stage, temporary, (STAGE_FILE, *(record.files if record is not None else ())), link=True)
                 lock.check()
                 if place.exists():
                     place.rename(self.root / f"{beside}{unique()}")
@@ -393,23 +403,6 @@ class Pool:
                 # what was replaced, and what others of this key were killed over: the lock is ours
                 for rest in self.root.glob(f"{beside}*"):
                     shutil.rmtree(rest, ignore_errors=True)
-
-
-def link_tree(source: Path, to: Path, leave_out: frozenset[str] = frozenset()) -> None:
-    """A second name for every file of a folder, or a copy where the file system has no hard links.
-
-    Stages are never written in place, so that one name cannot change what is under the other.
-    """
-    to.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.rglob("*")):
-        target = to / path.relative_to(source)
-        if path.is_dir():
-            target.mkdir(exist_ok=True)
-        elif path.relative_to(source).as_posix() not in leave_out:
-            try:
-                target.hardlink_to(path)
-            except OSError:
-                shutil.copy2(path, target)
 
 
 # -- the stages of one run, found by key
@@ -462,10 +455,8 @@ class Store:
             with self._folder.writing(name, key) as tmp:
                 if found is None:
                     make(tmp)
-                elif is_main_process() and found == pooled:
-                    link_tree(found, tmp, frozenset({STAGE_FILE}))
-                elif is_main_process():  # another run's folder is its owner's: nothing is shared with it
-                    _copy_stage(found, tmp)
+                elif is_main_process() and (record := read_record(found)) is not None:
+                    _take(found, tmp, record.files, link=found == pooled)  # another run's folder is its owner's
             wait()
             if pool is not None and pooled is None and lock is not None:
                 pool.put(key, self._folder.path(name), lock)
@@ -520,14 +511,3 @@ class Store:
                 if record is not None and record.key == key and not damage_of(found.parent, record, "sha256"):
                     return found.parent
         return None
-
-
-def _copy_stage(found: Path, to: Path) -> None:
-    """Copy what a stage's seal lists. Whatever else lies there, links above all, is not of the stage."""
-    record = read_record(found)
-    for name in record.files if record is not None else ():
-        source = found / name
-        if not source.resolve().is_relative_to(found.resolve()) or source.is_symlink() or ".." in Path(name).parts:
-            raise RunFolderError(f"reuse: {found} is no stage that a run made: {some([name])} leads out of it")
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, to / name)
