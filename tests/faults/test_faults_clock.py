@@ -20,7 +20,7 @@ def dated(root: Path, seconds: int) -> None:
         os.utime(path, (seconds, seconds), follow_symlinks=False)
 
 
-@pytest.mark.parametrize("jump", JUMPS)
+@pytest.mark.parametrize("jump", some("back", slow=["forward"]))
 def test_a_clock_that_jumps_midway(jump: str, bench: Bench, tmp_path: Path) -> None:
     """In the middle of training, before everything else is done."""
     place = bench.copy(tmp_path / "place").without("teach", "test", "membership")
@@ -40,7 +40,7 @@ def test_resumed_under_another_clock(jump: str, bench: Bench, tmp_path: Path) ->
     assert bench.verdict(place, ended) == SAME
 
 
-@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("time", some("2100", slow=["1970"]))
 def test_files_and_remains_of_another_time(time: str, bench: Bench, tmp_path: Path) -> None:
     """A finished run, and one that was killed while the cache was filled and in training."""
     place = bench.copy(tmp_path / "place")
@@ -55,7 +55,7 @@ def test_files_and_remains_of_another_time(time: str, bench: Bench, tmp_path: Pa
     assert bench.verdict(place, bench.run(place)) == SAME
 
 
-@pytest.mark.parametrize("jump", JUMPS)
+@pytest.mark.parametrize("jump", some("back", slow=["forward"]))
 def test_two_machines_whose_clocks_differ_fill_one_cache(jump: str, bench: Bench, tmp_path: Path) -> None:
     """Neither takes what the other is writing for something that was left years ago."""
     places = [bench.copy(tmp_path / name).without("report") for name in ("one", "other")]

@@ -86,7 +86,7 @@ def on_disk(bench: Bench, root: Path, disk: Disks, *without: str, kept: str = "r
 # --- full --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", some("data", "sweep", "report", slow=("teach", "reference", "robustness", "export")))
+@pytest.mark.parametrize("stage", some("data", "report", slow=("teach", "sweep", "reference", "robustness", "export")))
 def test_the_disk_fills_up_in_a_stage(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
     there.leave(8)
@@ -155,7 +155,7 @@ def test_an_unfinished_run_on_a_read_only_disk(bench: Bench, disk: Disks, tmp_pa
     assert bench.again(place, fault) == THEN_SAME
 
 
-@pytest.mark.parametrize("stage", some("data", "test", "report", slow=("teach", "finetune", "robustness", "export")))
+@pytest.mark.parametrize("stage", some("test", "report", slow=("data", "teach", "finetune", "robustness", "export")))
 def test_read_only_midway(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
     plan = place.plan(1, match=of_stage(stage), action=there.read_only())
@@ -217,7 +217,7 @@ def test_a_read_only_cache_is_enough_if_it_is_whole(bench: Bench, disk: Disks, t
 # --- vanished ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", some("load", "data", "reference", slow=("teach", "robustness", "export")))
+@pytest.mark.parametrize("stage", some("load", slow=("data", "reference", "teach", "robustness", "export")))
 def test_the_cache_s_disk_vanishes(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, "report" if stage == "load" else stage, kept="cache")
     if stage == "load":

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fault_arena import SAME, Bench, Place, broken, facts, of_stage
+from fault_arena import SAME, Bench, Place, broken, facts, of_stage, some
 
 
 def test_copied_by_another_tool_and_renamed(bench: Bench, tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_copied_by_another_tool_and_renamed(bench: Bench, tmp_path: Path) -> Non
     assert facts(place.root / "another name") == bench.expected
 
 
-@pytest.mark.parametrize("linked", ["run", "parent"])
+@pytest.mark.parametrize("linked", some("run", slow=["parent"]))
 def test_through_a_link(linked: str, bench: Bench, tmp_path: Path) -> None:
     """With a stage to be made again, so that something is written through it."""
     place = seen = bench.copy(tmp_path / "place").without("sweep")
@@ -37,7 +37,7 @@ def test_through_a_link(linked: str, bench: Bench, tmp_path: Path) -> None:
     assert broken(place) == []
 
 
-@pytest.mark.parametrize("stage", ["finetune", "export"])
+@pytest.mark.parametrize("stage", some("finetune", slow=["export"]))
 def test_moved_after_a_kill(stage: str, bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without(stage)
     assert bench.run(place, plan=place.plan(20, match=of_stage(stage))).code == -9

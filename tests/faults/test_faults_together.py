@@ -8,7 +8,7 @@ import pytest
 from fault_arena import MESSAGE, SAME, WRONG, Bench, broken, digest, of_stage, some
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", some(2, slow=[8]))
 def test_in_one_folder(count: int, bench: Bench, tmp_path: Path) -> None:
     place = bench.copy(tmp_path / "place").without("teach", "sweep")
     found = bench.server.run(*[place.job() for _ in range(count)])
@@ -21,7 +21,7 @@ def test_in_one_folder(count: int, bench: Bench, tmp_path: Path) -> None:
     assert len(made) == 1, "only one of them did the work"
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", some(2, slow=[8]))
 def test_in_folders_of_their_own_with_one_cold_cache(count: int, bench: Bench, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     places = [bench.copy(tmp_path / str(number)).without("report") for number in range(count)]

@@ -129,10 +129,6 @@ def reversed_rows(bench: Bench, _: object) -> None:
     path.write_text("".join(sorted(path.read_text().splitlines(keepends=True), reverse=True)))
 
 
-def renamed(old: str, new: str) -> Change:
-    return lambda bench, _: (bench.place / old).rename(bench.place / new)
-
-
 # input -> (how it is changed, by what settings), and the stages that depend on it
 UTILITY = ("items", "foresight", "eval/*", "robustness/*/relearn-unrelated")
 INPUTS: dict[str, tuple[tuple[Change | None, tuple[str, ...]], tuple[str, ...]]] = {
@@ -183,18 +179,6 @@ INPUTS: dict[str, tuple[tuple[Change | None, tuple[str, ...]], tuple[str, ...]]]
     ),
     "a variable": (done(lambda _, patch: patch.setenv("NVIDIA_TF32_OVERRIDE", "1")), ("*",)),
     "default number format": (done(lambda *_: torch.set_default_dtype(torch.float64)), ("*",)),
-    # no input of any stage
-    "nothing": (setting(), ()),
-    "layout of the model's files": (edited("model/config.json", transformers_version="4.0", _name_or_path="x"), ()),
-    "where it runs": (setting("cluster={gpus: 2, time: '1:00:00'}"), ()),
-    "other runs": (setting("reuse=[run]"), ()),
-    "other exports": (setting("export.dtype=float16", "export.shard_size=1MB"), ()),
-    "place of the benchmark's files": (done(renamed("tofu", "other"), "benchmark.path=other"), ()),
-    "place of the model": (done(renamed("model", "moved"), "model.path=moved"), ()),
-    "order of rows": (done(reversed_rows), ()),
-    "TF32, which no run uses": (done(lambda *_: torch.set_float32_matmul_precision("high")), ()),
-    "threads": (done(lambda *_: torch.set_num_threads(2)), ()),
-    "other variables": (done(lambda _, patch: patch.setenv("TOKENIZERS_PARALLELISM", "true")), ()),
 }
 
 
@@ -223,6 +207,21 @@ def test_a_stage_s_key_changes_with_its_inputs_and_with_nothing_else(
     assert all(any(fnmatch.fnmatch(name, pattern) for name in before) for pattern in patterns)
 
 
+@pytest.mark.usefixtures("as_told")
+def test_what_is_no_input_changes_no_key(bench: Bench, before: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layout and place of files, order of rows, where and beside what it runs, how else it is exported."""
+    bench.edit("model/config.json", transformers_version="4.0", _name_or_path="x")
+    reversed_rows(bench, None)
+    for old, new in (("tofu", "other"), ("model", "moved")):
+        (bench.place / old).rename(bench.place / new)
+    torch.set_float32_matmul_precision("high")  # which no run uses
+    torch.set_num_threads(2)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    exports = "export.dtype=float16", "export.shard_size=1MB"
+    places = "benchmark.path=other", "model.path=moved", "reuse=[run]"
+    assert bench.keys("cluster={gpus: 2, time: '1:00:00'}", *exports, *places) == before
+
+
 def test_examples_depend_on_how_much_is_written_of_them(bench: Bench) -> None:
     """Also where nothing is compared by its words, and the answers are shorter than that."""
     one, two = (bench.keys("eval.generate=none", f"utility.0.continuation={tokens}") for tokens in (60, 64))
@@ -239,13 +238,14 @@ MERGED = {
 }
 
 
-@pytest.mark.parametrize("changed", MERGED)
-def test_whole_weights_depend_on_how_they_are_written(changed: str, bench: Bench) -> None:
+def test_whole_weights_depend_on_how_they_are_written(bench: Bench) -> None:
     place = bench.place / "run" / "export" / "merged"
     place.mkdir()
     (place / "export.json").write_text('{"coefficient": 1.0}')
-    plain, other = bench.keys("export.merged=true"), bench.keys("export.merged=true", MERGED[changed])
-    assert plain["export/merged"] != other["export/merged"]
+    keys = [
+        bench.keys("export.merged=true", *more)["export/merged"] for more in ((), *((one,) for one in MERGED.values()))
+    ]
+    assert len(set(keys)) == len(keys), dict(zip(("nothing", *MERGED), keys, strict=True))
 
 
 def test_the_finished_run_had_these_keys(whole: Path, before: dict[str, str]) -> None:
@@ -280,6 +280,7 @@ SMALL: dict[str, Any] = {
 SMALL |= {"name": "small", "model": {"path": "model"}, "sweep": {"coefficients": [1.0]}}
 
 
+@pytest.mark.slow  # that the keys change is shown above
 def test_nothing_is_taken_over_from_a_model_with_another_end_token(
     tmp_path: Path, pico_llama: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_two_machines_share_a_run(pair: Machines, tmp_path: Path) -> None:
     assert [t["steps"] for t in shared.training] == [t["steps"] for t in alone.training]
 
 
+@pytest.mark.slow  # on one machine it is shown by others
 def test_one_run_wanted_by_both_is_made_once(pair: Machines, tmp_path: Path) -> None:
     place = pair.stored / "wanted"
     first = pico(pair.all[0], pair.disk, "wanted", *LONG)

@@ -125,6 +125,7 @@ def test_runs_take_what_a_preparation_made(
     assert taken() == set()  # another seed is another teaching
 
 
+@pytest.mark.slow  # two processes, 20 seconds
 def test_two_runs_at_once_make_a_shared_stage_once(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     (tmp_path / "shared.yaml").write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))

@@ -167,13 +167,10 @@ class Chart:
             for name in legend.get_texts():
                 name.set_parse_math(False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        ways: dict[str, dict[str, Any]] = {
-            "pdf": {"metadata": {"CreationDate": None}},
-            "png": {"facecolor": "white", "dpi": 200, "metadata": {"Software": None}},
-        }
-        for kind, how in ways.items():
-            with written_whole(path.with_suffix(f".{kind}")) as temporary, _quiet():
-                self.figure.savefig(temporary, format=kind, **how)
+        with written_whole(path.with_suffix(".pdf")) as file, _quiet():
+            self.figure.savefig(file, format="pdf", metadata={"CreationDate": None})
+        with written_whole(path.with_suffix(".png")) as file, _quiet():
+            self.figure.savefig(file, format="png", facecolor="white", dpi=200, metadata={"Software": None})
 
 
 def chart(

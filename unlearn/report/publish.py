@@ -230,17 +230,15 @@ def able(spec: PushSpec) -> str:
 
     if spec.dry_run:
         return ""
-    way_out = "or set dry_run: true to see what would go"
-    token = get_token()
+    why, token = "", get_token() or ""
     if not token:
-        raise PushError(
-            f"export.push_to_hub: no token: set HF_TOKEN to one that may write, log in with hf auth login, {way_out}"
+        why = "no token: set HF_TOKEN to one that may write, log in with hf auth login"
+    elif offline():
+        why = (
+            f"going online is forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE), so {spec.repo} cannot be reached; unset it"
         )
-    if offline():
-        raise PushError(
-            f"export.push_to_hub: going online is forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE), so {spec.repo} cannot "
-            f"be reached; unset it, {way_out}"
-        )
+    if why:
+        raise PushError(f"export.push_to_hub: {why}, or set dry_run: true to see what would go")
     return token
 
 

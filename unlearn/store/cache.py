@@ -166,7 +166,12 @@ def _fill(cache: Path, key: str, fill: Callable[[Path], object], lock: Lock) -> 
         _sweep(cache, key)
         temporary.mkdir()
         fill(temporary)
-        _write_manifest(temporary)
+        files = {}
+        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            found = path.stat()
+            about = {"size": found.st_size, "times": [found.st_mtime_ns, found.st_ctime_ns], "sha256": sha256(path)}
+            files[path.relative_to(temporary).as_posix()] = about
+        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", "utf-8")
         if lock.lost():
             return False
         if (folder := cache / key).exists() or folder.is_symlink():  # others may still be reading it
@@ -184,15 +189,6 @@ def _fill(cache: Path, key: str, fill: Callable[[Path], object], lock: Lock) -> 
         raise ModelError(f"{key} could not be put into the cache ({error}): {_unreachable(cache)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        found = path.stat()
-        about = {"size": found.st_size, "times": [found.st_mtime_ns, found.st_ctime_ns], "sha256": sha256(path)}
-        files[path.relative_to(folder).as_posix()] = about
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", "utf-8")
 
 
 def _sweep(cache: Path, key: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,10 @@ LIBRARIES = (
 )
 # Variables by which libraries compute otherwise, whatever a program asks for.
 _VARIABLES = (
-    "NVIDIA_TF32_OVERRIDE",
-    "ONEDNN_DEFAULT_FPMATH_MODE",
-    "DNNL_DEFAULT_FPMATH_MODE",
-    "PYTORCH_MPS_FAST_MATH",
-    "TRANSFORMERS_SDPA_FORCE_GQA",
+    *("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+    *("PYTORCH_MPS_FAST_MATH", "TRANSFORMERS_SDPA_FORCE_GQA"),
 )
-_NAMES = (
-    r"(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|auth|authorization"
-    r"|credentials?)"
-)
+_NAMES = r"(?:token|secret|pass(?:word|wd|phrase)|(?:api|access|private)[_-]?key|auth|authorization|credentials?)"
 _VALUE_OF = re.compile(rf"(?i)({_NAMES}[\"']?\s*[=:]\s*).+", re.DOTALL)
 _FLAG = re.compile(rf"(?i)--?[\w.-]*?{_NAMES}")
 _GIT_SECONDS = 10
@@ -64,10 +59,9 @@ def collect(recipe_source: Path | str, argv: Sequence[str], extra: Mapping[str, 
 
 def command(argv: Sequence[str]) -> list[str]:
     """A command line without secrets: ``token=...``, ``--token ...``, keys known by their form, logins in URLs."""
-    before = ("", *argv)
     return [
         HIDDEN if _FLAG.fullmatch(flag) and not argument.startswith("-") else tidy(argument)
-        for flag, argument in zip(before, argv, strict=False)
+        for flag, argument in pairwise(("", *argv))
     ]
 
 
@@ -107,15 +101,11 @@ def checkout(package: Path = _PACKAGE) -> dict[str, Any] | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git answers, stripped; None when it fails or there is no git."""
     # GIT_DIR and friends, as set inside hooks, would point to another repository
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
+    line = ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments]
     try:
         answer = subprocess.run(
-            ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=_GIT_SECONDS,
-            env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+            line, check=False, capture_output=True, text=True, timeout=_GIT_SECONDS, env=environment
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
