@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 from compared_arena import read
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reports import (
     ATTACKS,
     FORESIGHT,
@@ -330,14 +328,6 @@ def test_hostile_strings_in_every_field_stay_text(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
     save_figures(hostile(), tmp_path / "figures")
     assert all(p.parent == tmp_path / "figures" for p in tmp_path.rglob("*") if p.is_file())
-
-
-@settings(max_examples=12, deadline=None)
-@given(st.text(), st.text(), st.text())
-def test_any_text_gives_a_whole_page(name: str, before: str, after: str) -> None:
-    example = Example("forget", name, before, after, before, after)
-    report = make(name=name, examples=(example,), scores=(row("forget", name, 0.9, 0.5),), warnings=(before,))
-    Page(render_html(report)).text.encode("utf-8")
 
 
 # --- missing pieces and extremes ---

@@ -103,15 +103,6 @@ class Lock:
         lock = cls(path)
         return lock if lock._attempt() else None
 
-    @staticmethod
-    def alive(path: Path) -> Literal["free", "held", "unknown"]:
-        """Whether a process holds a lock, as far as can be told at once; ``unknown`` of one on another host."""
-        lock = Lock(path)
-        if not os.path.lexists(path):
-            return "free"
-        known: dict[str, Literal["free", "held"]] = {"there": "held", "gone": "free"}
-        return known.get(lock._process(), "unknown")
-
     def check(self) -> None:
         """Make sure that the lock is still this process's.
 

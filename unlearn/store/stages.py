@@ -379,8 +379,6 @@ class Pool:
             try:
                 return Lock.take(path, wait=_TURN)
             except RunFolderError:
-                if Lock.alive(path) == "free":  # that is not the reason
-                    raise
                 return None
 
     def put(self, key: str, stage: Path, lock: Lock) -> None:
