@@ -30,7 +30,7 @@ def report(
         data=(),
         vector={},
         training=(),
-        exports={"adapter": {"path": "runs/q/export/adapter", "bytes": 12}, "merged": None, "folder": "runs/q/export"},
+        exports={"adapter": {"path": "runs/q/export/adapter", "bytes": 12}, "hub": {"repo": "a/b"}, "merged": None},
         seconds={"load": 4.0, "search": 129.0},
         provenance={},
         warnings=("Two rows were cut.",),

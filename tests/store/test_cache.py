@@ -150,7 +150,7 @@ def test_of_six_processes_one_makes_it_also_after_one_that_was_killed(tmp_path: 
     assert _places(cache) == ["k"]
 
 
-@pytest.mark.parametrize("then", ["pass", "(folder / 'b.txt').write_text('x')"])
+@pytest.mark.parametrize("then", ["pass", pytest.param("(folder / 'b.txt').write_text('x')", marks=pytest.mark.slow)])
 def test_a_maker_that_is_stopped_and_wakes_after_another_took_over(tmp_path: Path, then: str) -> None:
     """What it has half made goes; it takes the other's and replaces nothing."""
     cache, marks = tmp_path / "cache", tmp_path / "marks"

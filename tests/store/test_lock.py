@@ -134,7 +134,7 @@ print("fine")
     assert names(path) == ["marks"]
 
 
-@pytest.mark.parametrize("exchanges", [True, False], ids=["", "no exchange of names"])
+@pytest.mark.parametrize("exchanges", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_silent_holder_far_away_is_followed_after_the_timeout(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], exchanges: bool
 ) -> None:

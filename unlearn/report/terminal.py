@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -48,7 +46,7 @@ def render_table(report: RunReport, console: Console) -> None:
     if foreseen := dearest(report):
         facts += [("foreseen", foreseen), ("prediction", how_good(report)[0])]
     facts += evidence_facts(report)
-    facts += [(name.replace("_", " "), place) for name, value in report.exports.items() if (place := _place(value))]
+    facts += [(name, value["path"]) for name, value in report.exports.items() if value and "path" in value]
     facts.append(("time", duration(total_seconds(report))))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -56,13 +54,6 @@ def render_table(report: RunReport, console: Console) -> None:
     for name, value in facts:
         grid.add_row(write.text(name), write.text(value))
     console.print(grid)
-
-
-def _place(export: object) -> str | None:
-    """Where an export lies: the report gives a path, or a mapping that holds one."""
-    if isinstance(export, Mapping):
-        export = export.get("path") or export.get("folder")
-    return export if isinstance(export, str) and export else None
 
 
 class _Writer:
