@@ -42,7 +42,7 @@ from unlearn.report.words import (
 )
 from unlearn.results import Chosen, Foresight, Robustness, Role, RunReport, SetForesight, SweepPoint
 from unlearn.results import verdict as correlation_verdict
-from unlearn.score.search import bound_of, holds, judge
+from unlearn.score.search import holds, judge
 from unlearn.text import duration, file_size, number, percent, tick_label
 
 
@@ -211,17 +211,6 @@ def test_a_kept_set_that_cannot_show_harm_is_in_the_headline_and_its_row() -> No
 def test_share_kept(metric: str, higher: bool, before: float, after: float, share: float | None) -> None:
     found = share_kept(metric, higher, before, after, 0.95, 0.5)
     assert found == (None if share is None else pytest.approx(share))
-
-
-@pytest.mark.parametrize(
-    ("metric", "higher", "before"),
-    [("acc", True, 0.8), ("loss", False, 2.0), ("logprob", True, -3.0), ("perplexity", False, 30.0)],
-)
-def test_the_bound_and_the_share_agree(metric: str, higher: bool, before: float) -> None:
-    bound = bound_of(metric, higher, before, 0.95, 0.5)
-    assert bound is not None
-    assert share_kept(metric, higher, before, bound, 0.95, 0.5) == pytest.approx(0.95)
-    assert bound_of(metric, higher, before, None, None) is None
 
 
 def test_frontier_takes_the_worst_kept_metric_against_zero() -> None:
