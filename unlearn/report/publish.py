@@ -211,16 +211,17 @@ def push(folder: Path, spec: PushSpec) -> str | None:
         PushError: no finished export, files among it that must not go, no token, offline, or the hub refused.
     """
     files = _files(folder, spec.what)
+    whole = counted(len(files), "file")
     if spec.dry_run:
-        whole = f"{counted(len(files), 'file')}, {file_size(sum(files.values()))}"
         kind = "private" if spec.private else "public"
-        console.say(f"would push to {spec.repo} (a {kind} model repository, made if there is none): {whole}")
+        console.say(f"would push to {spec.repo} (a {kind} model repository, made if there is none): "
+                    f"{whole}, {file_size(sum(files.values()))}")  # fmt: skip
         width = max(map(len, files))
         for name, count in files.items():
             console.say(f"  {name:<{width}}  {file_size(count)}")
         return None
     url = _upload(folder, spec, list(files), able(spec))
-    console.say(f"pushed {counted(len(files), 'file')} to {spec.repo}: {url}")
+    console.say(f"pushed {whole} to {spec.repo}: {url}")
     return url
 
 
@@ -300,10 +301,7 @@ def _failure(repo: str, error: Exception, token: str) -> str:
     if status == 401:
         return f"the hub does not accept the token for {repo} (401): {why}. Renew HF_TOKEN"
     if status in (403, 404):
-        return (
-            f"the token may not write to {repo} ({status}): {why}. It needs the right to write there; check the "
-            "owner's name as well"
-        )
+        return f"the token may not write to {repo} ({status}): {why}. Check its rights and the owner's name"
     if status is not None:
         return f"the hub refused {repo} ({status}): {why}"
     return (

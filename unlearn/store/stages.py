@@ -211,10 +211,7 @@ class RunFolder:
     def open(
         cls, place: Path, resolved: str, text: str, require_same: Callable[[Path, str], None], fresh: bool = False
     ) -> RunFolder:
-        """Make or reopen a run's folder and take its lock.
-
-        Processes other than the main one get the path at once and no lock, and wait for the main one (a barrier) before
-        they look for finished stages.
+        """Make or reopen a run's folder and take its lock; processes other than the main one get the path at once.
 
         Args:
             resolved: The recipe with every default filled in, kept as ``resolved.yaml``.
