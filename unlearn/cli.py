@@ -394,7 +394,7 @@ def compare(
     found, missing = write([run.absolute() for run in runs], place)
     terminal = _terminal()
     for family in found:
-        table = _table("setting", "runs", "λ", f"{family.goal} before", "after", "kept", "bound met", "")
+        table = _table("setting", "runs", "λ", f"{family.goal} before", "after", "memory", "kept", "bound met", "")
         for n, setting in enumerate(family.settings):
             table.add_row(*map(one_line, (setting.label, *setting.cells(), family.marks(n))))
         terminal.print(*([f"\n{one_line(family.question)}"] if family.question else []), table, sep="\n")

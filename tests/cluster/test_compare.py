@@ -509,6 +509,20 @@ def test_hostile_names_stay_text(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "\x1b" not in "".join(found)
 
 
+def test_whether_it_is_forgotten_is_counted_over_the_seeds(tmp_path: Path) -> None:
+    def made(_: Any, seed: int) -> Mapping[str, Any]:
+        report = report_of(str(seed))
+        before, after = ({"value": value, "stderr": 0.1, "n": 60} for value in (8.0, 1.0 if seed else 6.0))
+        told = report["scores"][0] | {"metric": "pmi", "before": before, "after": after}
+        return report | {"scores": [*report["scores"], told]}
+
+    for seeds, words in (((0, 1), "suppressed 1, forgotten 1"), ((1, 2), "forgotten")):
+        folders = grid_of(tmp_path / str(seeds), "vector__rank", [4], seeds, made)
+        assert compare(folders, tmp_path / "out")[0][0].settings[0].cells()[4] == words
+    untold = grid_of(tmp_path / "untold", "vector__rank", [4], [0], lambda _, seed: report_of(str(seed)))
+    assert compare(untold, tmp_path / "out")[0][0].settings[0].cells()[4] == "–"
+
+
 def test_many_runs_make_a_page_of_bounded_size(tmp_path: Path) -> None:
     folders = grid_of(tmp_path, "vector__rank", range(60), (0, 1), lambda r, s: report_of(str(s)))
     compared(folders, tmp_path)

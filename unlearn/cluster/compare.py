@@ -28,13 +28,14 @@ from unlearn.report.figures import (
     goal_rows,
     kept_keys,
     mean_left,
+    memory,
     missed,
     share_kept,
     unseeing,
 )
 from unlearn.results import Chosen, RunReport, ScoreRow
 from unlearn.store.files import explained, some, write_json_atomic, write_text_atomic
-from unlearn.text import coefficient, number, one_line, percent, visible
+from unlearn.text import MISSING, coefficient, number, one_line, percent, visible
 
 # Keys that make the question another one, so that runs which differ in them are no rivals.
 _QUESTION = re.compile(
@@ -95,6 +96,7 @@ class Run:
     splits: Mapping[str, str]  # digests of the data, which depend on the seed
     versions: Mapping[str, str]
     unseeing: tuple[str, ...]  # the kept metrics that could have shown no harm
+    memory: tuple[str, ...]  # what became of each set to forget, where its pointwise information was scored
 
     @classmethod
     def of(cls, name: str, report: RunReport, recipe: Mapping[str, Any]) -> Run:
@@ -124,6 +126,7 @@ class Run:
             {f"{d['set']} {d['name']}": str(d.get("digest")) for d in report.data},
             {**(source.get("versions") or {}), "commit": str((source.get("code") or {}).get("commit"))[:12]},
             tuple(sorted(" ".join(key) for key in unseeing(report))),
+            tuple(found.became for row in rows if row.set == "forget" and (found := memory(report, row)) is not None),
         )
 
 
@@ -155,6 +158,7 @@ class Setting:
     validation: Spread
     met: int
     met_on_test: int
+    memory: Mapping[str, int]  # sets to forget, over the runs, by what became of them
     frontier: tuple[tuple[float, Spread, Spread], ...]  # score and share kept, where all its runs were scored
 
     @classmethod
@@ -181,13 +185,16 @@ class Setting:
             validation=Spread.of(p.forget.value if p is not None and p.forget else None for p in chosen),
             met=sum(run.chosen.bound_met for run in runs),
             met_on_test=sum(run.met_on_test for run in runs),
+            memory=dict(Counter(word for run in runs for word in run.memory)),
             frontier=tuple(steps),
         )
 
     def cells(self) -> list[str]:
-        """Its line of the table: runs, λ, before, after, kept, bound met."""
+        """Its line of the table: runs, λ, before, after, memory, kept, bound met."""
         lambdas = " ".join(coefficient(c) if c else "none" for c in sorted(set(self.lambdas)))
-        figures = self.before.words(), self.after.words(), self.kept.words(percent)
+        became = ", ".join(f"{word} {count}" for word, count in self.memory.items()) or MISSING
+        became = next(iter(self.memory)) if len(self.memory) == 1 else became
+        figures = self.before.words(), self.after.words(), became, self.kept.words(percent)
         return [str(len(self.lambdas)), lambdas, *figures, f"{self.met} of {len(self.lambdas)}"]
 
 
