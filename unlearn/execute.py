@@ -119,8 +119,8 @@ def _inputs(recipe: Recipe, base: Path) -> list[Any]:
                 continue
             if (path := source_path(source, base)).is_file():
                 found.append([source.path, sha256(path)])
-    clean = recipe.vector.msa.clean if recipe.vector.msa else None
-    for model in (recipe.model.path, clean):
+    clean = recipe.vector.clean()
+    for model in (recipe.model.path, clean[1] if clean else None):
         place = locate.find(model.partition("#")[0], base) if model else None
         found.append([] if place is None else references.files_of(place))
     return [*found, *references.state(recipe, base)]

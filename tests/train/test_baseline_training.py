@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +24,7 @@ from unlearn.train.batches import answers
 from unlearn.train.losses import (
     Against,
     Keep,
+    Teacher,
     answer_log_probability,
     gradient_ascent,
     gradient_difference,
@@ -36,6 +38,7 @@ from unlearn.vector.task_vector import TaskVector
 Load = Callable[..., Loaded]
 Gradients = dict[str, Tensor]
 LOSSES = ("gradient_ascent", "gradient_difference", "npo")
+TAUGHT = (*LOSSES, "ignorance", "ignorance that grows")
 WEIGHT, BETA = 2.5, 0.4
 
 
@@ -49,7 +52,18 @@ FORGET = [row(20, 9, 4), row(40, 3, 1), row(50, 7, 5)]
 RETAIN = [row(60, 12, 7), row(90, 8, 2)]
 
 
+def instead(r: Encoded, start: int) -> Encoded:
+    """The same answer after another prompt."""
+    answer = [label for label in r.labels if label != IGNORE]
+    return Encoded((*range(start, start + 4), *answer), (*[IGNORE] * 4, *answer))
+
+
+ASKED = {r.input_ids: [(instead(r, 3),), (instead(r, 70),)] for r in FORGET}
+
+
 def against(loss: Any, **values: Any) -> Against:
+    if loss.startswith("ignorance"):
+        return Against("ignorance", weight=WEIGHT * loss.endswith("grows"), teacher=Teacher(ASKED, each=2))
     retain = RETAIN if loss == "gradient_difference" else ()
     return Against(loss, **({"retain": retain, "weight": WEIGHT, "beta": BETA} | values))
 
@@ -80,8 +94,32 @@ def tokens(rows: list[Encoded]) -> int:
     return sum(label != IGNORE for r in rows for label in r.labels)
 
 
+def said(model: nn.Module, r: Encoded) -> Tensor:
+    """Log-probabilities (L, V) at the places that predict the answer of a row."""
+    places = [t - 1 for t, label in enumerate(r.labels) if label != IGNORE]
+    return functional.log_softmax(model(torch.tensor([r.input_ids])).logits[0, places], dim=-1)
+
+
+def ignorance_of(model: PeftModel, grows: bool) -> Tensor:
+    total = torch.zeros(())
+    for r in FORGET:
+        with torch.no_grad(), model.disable_adapter():
+            q = torch.stack([said(model, other).exp() for (other,) in ASKED[r.input_ids]]).mean(0)
+        total = total + (q * (q.log() - said(model, r))).sum()
+    if grows:
+        layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        for layer in layers:
+            layer.scaling["default"] *= -1
+        total = total + WEIGHT * torch.stack(nlls(model, FORGET)).sum()
+        for layer in layers:
+            layer.scaling["default"] *= -1
+    return total / tokens(FORGET)
+
+
 def wanted(model: PeftModel, loss: Any) -> Tensor:
     """The formulas written out, from separate passes with the adapter and without it."""
+    if loss.startswith("ignorance"):
+        return ignorance_of(model, loss.endswith("grows"))
     now = nlls(model, FORGET)
     if loss == "npo":
         with torch.no_grad(), model.disable_adapter():
@@ -125,7 +163,7 @@ def first_step(loaded: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return go
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", TAUGHT)
 @pytest.mark.parametrize("family", ["phi", "llama"])
 @pytest.mark.parametrize(
     "spec",
@@ -210,7 +248,7 @@ def test_bad_rows_and_two_objectives(phi: Loaded, tmp_path: Path) -> None:
 
     with pytest.raises(TrainingError, match="x: npo needs rows with a token to be predicted"):
         go([*FORGET, Encoded((1, 2), (1, IGNORE))], None)
-    with pytest.raises(ValueError, match="keep adds to the cross-entropy that against replaces"):
+    with pytest.raises(ValueError, match="keep adds to the cross-entropy that a baseline replaces"):
         go(FORGET, Keep(RETAIN, RetainKLSpec(sides="one")))
     for retain in ([], [Encoded((1, 2), (1, IGNORE))]):
         with pytest.raises(TrainingError, match="gradient_difference needs retain rows with an answer"):

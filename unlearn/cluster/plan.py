@@ -231,8 +231,7 @@ def _read(names: Sequence[str], drafts: Sequence[Job]) -> list[LoadedRecipe]:
 
 def _problem(one: LoadedRecipe, checked: dict[str, str]) -> str:
     """What is wrong with the recipe's data and model as they are here, or nothing."""
-    vector = one.recipe.vector
-    clean = vector.msa.clean if vector.msa is not None and vector.uses("msa") else None
+    clean = one.recipe.vector.clean()
     plain = one.recipe.model_dump(mode="json", exclude=set(_NOT_CHECKED))
     key = fingerprint(plain, clean, one.recipe.teach is None, str(one.source.parent))
     if key not in checked:

@@ -68,14 +68,14 @@ def _check_reuse(recipe: Recipe, base: Path) -> None:
 
 
 def _check_clean(recipe: Recipe, base: Path) -> None:
-    """The checkpoint that vectors are fitted on where that is not the model."""
-    given = recipe.vector.msa.clean if recipe.vector.uses("msa") and recipe.vector.msa is not None else None
+    """The model that never saw the forget set, where the recipe gives one."""
+    key, given = recipe.vector.clean() or ("", None)
     if given is None:
         return
     try:
         model_place(recipe.model.model_copy(update={"path": given, "revision": None}), base)
     except ModelError as error:
-        raise ModelError(str(error).replace("model.path", "vector.msa.clean")) from error
+        raise ModelError(str(error).replace("model.path", key)) from error
 
 
 def _check_bitsandbytes(recipe: Recipe) -> None:

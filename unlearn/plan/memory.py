@@ -202,6 +202,8 @@ def memory(loaded: LoadedRecipe) -> str:
     if kept is not None:
         logits = 3 if kept.sides == "two" else 2
         beside = kept.batch_size * logits
+    if source == "ignorance":
+        logits = max(logits, 2)
     if source != "retain_only":
         stages["finetune"] = fit(vector.forget, vector.lora, "forget", "learn", "term", beside=beside, logits=logits)
     if vector.needs("retain_vector"):

@@ -162,16 +162,17 @@ def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
     """Every fine-tuning that the methods need; the first says what is trained, the others that it is the same."""
     vector, source, kept = recipe.vector, recipe.vector.steps()[0], recipe.penalty()
     against = {"gradient_ascent": "gradient ascent", "gradient_difference": "gradient difference", "npo": "NPO"}
+    against["ignorance"] = "the divergence from ignorance"
     how = f"train by {against[source]} on" if source in against else "fine-tune on"
     lora, clean, more = f": {_lora(vector.lora)}; ", "", ""
-    if source == "msa":
-        given = vector.msa.clean if vector.msa is not None else None
-        clean = f", from the clean checkpoint {given}" if given else ", from the model before the teaching"
+    if (never := vector.clean()) is not None:
+        how_used = "from" if source == "msa" else "toward"
+        clean = f", {how_used} the " + (f"clean checkpoint {never[1]}" if never[1] else "model before the teaching")
     if vector.uses("consensus"):
         runs = vector.settings("consensus").runs
         more += f"; {_several(runs, 'time')}, with different seeds"
     if kept is not None:
-        more += f"; with {penalty(kept)}, {_several(kept.batch_size, 'retain example')} in every step"
+        more += f"; with {penalty(kept, source)}, {_several(kept.batch_size, 'retain example')} in every step"
     if source != "retain_only":
         trained = [(r, d) for r, d in recipe.sets() if r in ("forget", "term") or (r == "learn" and not recipe.analogy)]
         for role, data in trained:

@@ -105,7 +105,9 @@ class RetainKLSpec(Frozen):
     """Keep the model's predictions on retain data while the forget vector is fitted."""
 
     sides: Literal["one", "two"] = Field(
-        "two", description="one: KL(theta || theta + tau). two: also KL(theta || theta - c*tau), the side deployed."
+        "two",
+        description="one: KL(theta || theta + tau). two: also KL(theta || theta - c*tau), the side deployed. "
+        "With ignorance, which is fitted on the side deployed, plus and minus are exchanged.",
     )
     weight: Above = Field(1.0, description="Weight of the penalty against the forget loss.")
     coefficients: tuple[AtLeast0, Above] | None = Field(
@@ -114,6 +116,11 @@ class RetainKLSpec(Frozen):
         "given.",
     )
     batch_size: Positive = Field(8, description="Retain examples per step.")
+    temperature: Above = Field(
+        1.0,
+        description="Divides the logits of both, as in distillation: above 1 the unlikely tokens count too, which hold "
+        "what a model says of one subject against what it says of others.",
+    )
 
     @field_validator("coefficients")
     @classmethod
@@ -139,6 +146,31 @@ class ConsensusSpec(Frozen):
     """NegMerge (2410.05583): the mean of several fine-tunings where their signs agree."""
 
     runs: Annotated[int, Field(ge=2, le=32)] = Field(3, description="Fine-tunings, of seeds one after another.")
+
+
+class IgnoranceSpec(Frozen):
+    """Fit toward ignorance: KL(q || theta - tau) on the forget rows, q what a model says that never knew."""
+
+    teacher: Literal["other", "blank", "short", "clean"] = Field(
+        "other",
+        description="q. other: the mean over prompts of other forget items in the same wording. blank: the wording "
+        "with nothing filled in. short (text): the last 8 tokens only. clean: a model that never saw the forget set.",
+    )
+    others: Positive = Field(2, description="other: prompts that the mean is over, drawn anew for every row and step.")
+    clean: str | None = Field(
+        None,
+        description="teacher clean: that model, of the same tokenizer; with teach it is the model before the teaching, "
+        "and nothing is to be given.",
+    )
+    grow: AtLeast0 = Field(
+        0.0, description="Weight of the forget rows' cross-entropy under theta + tau, on the side not deployed."
+    )
+
+    @model_validator(mode="after")
+    def _of_a_clean_one(self) -> IgnoranceSpec:
+        if self.clean is not None and self.teacher != "clean":
+            raise ValueError(f"clean names a model that teacher: {self.teacher} does not ask: set teacher to clean")
+        return self
 
 
 class GradientDifferenceSpec(Frozen):
@@ -178,6 +210,22 @@ class PertaSpec(Frozen):
     def kind(self) -> str:
         """What the importance is, in words."""
         return "mean |gradient|" if self.importance == "grad" else "mean squared gradient"
+
+
+class ShrinkSpec(Frozen):
+    """Shrinking on the input side (SAGE 2606.18309; by rank AlphaEdit 2410.02355)."""
+
+    mu: Above = Field(1000.0, description="Weight of the retain items' activations, against their mean square.")
+    rank: Positive | None = Field(
+        None, description="Remove so many leading directions of these activations instead, and nothing else."
+    )
+
+    @property
+    def how(self) -> str:
+        """What is done to a module's input side, in words."""
+        if self.rank is not None:
+            return f"take off the {counted(self.rank, 'leading direction')} of what it reads on retain items"
+        return f"shrink it along what it reads on retain items, mu {number(self.mu)}"
 
 
 class LinesSpec(Frozen):
@@ -235,9 +283,9 @@ class PruneSpec(Frozen):
         return "rows" if self.by == "rows" else "entries"
 
 
-# What a method can ask for beside the fitted vector: training rows of the forget and the retain sets, items to train on
-# in a retain set, or a vector fitted on them.
-Need = Literal["rows", "retain", "retain_vector"]
+# What a method can ask for beside the fitted vector: training rows of the forget and the retain sets, what the model
+# computes on those of the retain sets, items to train on in a retain set, or a vector fitted on them.
+Need = Literal["rows", "activations", "retain", "retain_vector"]
 _VECTOR: tuple[Need, ...] = ("retain", "retain_vector")
 _ROWS: tuple[Need, ...] = ("retain", "rows")
 
@@ -271,6 +319,9 @@ METHODS: dict[str, Method] = {
         "source", "the mean of {0.runs:fine-tuning} of different seeds where the signs of all agree", "2410.05583",
         ConsensusSpec, dense=True,
     ),
+    "ignorance": Method(
+        "source", "fit toward what a model says that never knew (teacher {0.teacher})", settings=IgnoranceSpec
+    ),
     "random": Method("baseline", "a random vector with tau_f's norm in every module, a control"),
     "gradient_ascent": Method(
         "baseline", "a baseline: train to make the forget set less likely, and go as far as c says", "2210.01504"
@@ -294,6 +345,7 @@ METHODS: dict[str, Method] = {
         "shaper", "take off what lies in the retain vector's row space ({0.energy:%} of its squared norm)",
         settings=ProjectSpec, needs=_VECTOR,
     ),
+    "shrink": Method("shaper", "{0.how}", "2606.18309", ShrinkSpec, ("retain", "activations")),
     "ethos": Method(
         "shaper", "in the singular basis of the weights drop components below {0.threshold:%} of the largest",
         "2403.08994", EthosSpec, dense=True,
@@ -358,8 +410,10 @@ def _registered(value: Any, handler: Callable[[Any], Any]) -> Any:
 
 # The package's own, as they stand in the schema of recipes and in messages; what others registered is taken as well.
 _Baseline = Literal["random", "gradient_ascent", "gradient_difference", "npo", "retain_only"]
-_Source = Literal["negate", "msa", "consensus", _Baseline]
-_Form = Literal["contrast", "ext_sub", "project", "ethos", "perta", "lines", "learned", "low_rank", "prune", "rescale"]
+_Source = Literal["negate", "msa", "consensus", "ignorance", _Baseline]
+_Form = Literal[
+    "contrast", "ext_sub", "project", "shrink", "ethos", "perta", "lines", "learned", "low_rank", "prune", "rescale"
+]
 Name = Annotated[Literal[_Source, _Form], WrapValidator(_registered)]
 
 
@@ -380,17 +434,20 @@ class VectorSpec(Frozen):
     method: Annotated[Name | tuple[Name, ...], PlainSerializer(lambda given: given)] = Field(
         "negate",
         description="What is subtracted. A source (negate: the forget vector itself, which a list need not say; msa; "
-        "consensus; or a baseline: random, gradient_ascent, gradient_difference, npo, retain_only), then shapers, in "
-        "this order: contrast, ext_sub, project, ethos, perta, lines, learned, low_rank, prune, rescale.",
+        "consensus; ignorance; or a baseline: random, gradient_ascent, gradient_difference, npo, retain_only), then "
+        "shapers, in this order: contrast, ext_sub, project, shrink, ethos, perta, lines, learned, low_rank, prune, "
+        "rescale.",
     )
     mu: AtLeast0 | None = Field(
         None, description="contrast: weight of the retain vector, theta - c*(tau_f - mu*tau_r); 1 when not given."
     )
     msa: MsaSpec | None = Field(None, description="Settings of msa.")
     consensus: ConsensusSpec | None = Field(None, description="Settings of consensus.")
+    ignorance: IgnoranceSpec | None = Field(None, description="Settings of ignorance.")
     gradient_difference: GradientDifferenceSpec | None = Field(None, description="Settings of gradient_difference.")
     npo: NpoSpec | None = Field(None, description="Settings of npo.")
     project: ProjectSpec | None = Field(None, description="Settings of project.")
+    shrink: ShrinkSpec | None = Field(None, description="Settings of shrink.")
     ethos: EthosSpec | None = Field(None, description="Settings of ethos.")
     perta: PertaSpec | None = Field(None, description="Settings of perta.")
     lines: LinesSpec | None = Field(None, description="Settings of lines.")
@@ -401,6 +458,11 @@ class VectorSpec(Frozen):
         "none",
         description="Penalty at the fitting of the forget vector that makes it, or its negation too, harmless on "
         "retain items; a mapping sets its weight and range.",
+    )
+    inside: Above | None = Field(
+        None,
+        description="Fit the LoRA of the forget vector inside the shrinking: A is kept as A(I + inside * C/d)^-1, C "
+        "the second moments of what the layer reads on retain items, d the mean of C's diagonal; 1000 is a good start.",
     )
     correlation: CorrelationSpec | None = Field(
         default_factory=CorrelationSpec,
@@ -438,6 +500,18 @@ class VectorSpec(Frozen):
         kind, given = METHODS[method].settings, getattr(self, method, None)
         return kind() if given is None and kind is not None else given
 
+    def beside(self) -> tuple[str, ...]:
+        """The keys that put retain rows beside the forget rows of a fitting."""
+        given = {"retain_kl": self.penalty(), "inside": self.inside}
+        return tuple(key for key, value in given.items() if value is not None)
+
+    def clean(self) -> tuple[str, str | None] | None:
+        """The key and the path of the model that never saw the forget set, where the source asks for one."""
+        source = self.source()
+        if source == "msa" or (source == "ignorance" and self.settings("ignorance").teacher == "clean"):
+            return f"vector.{source}.clean", self.settings(source).clean
+        return None
+
     def penalty(self) -> RetainKLSpec | None:
         """The retain penalty as written, its range not yet filled in."""
         if isinstance(self.retain_kl, RetainKLSpec):
@@ -464,9 +538,10 @@ class VectorSpec(Frozen):
                 )
         if "low_rank" in steps and self.low_rank is None:
             raise ValueError("vector.method low_rank needs vector.low_rank: {rank: ...} or {energy: ...}")
-        if METHODS[steps[0]].role == "baseline" and steps[0] != "random" and self.penalty() is not None:
+        if METHODS[steps[0]].role == "baseline" and steps[0] != "random" and self.beside():
             raise ValueError(
-                f"vector.retain_kl belongs to the forget vector's fitting, and the baseline {steps[0]} has none"
+                f"vector.{self.beside()[0]} belongs to the forget vector's fitting, and the baseline {steps[0]} has "
+                "none"
             )
         return self
 
@@ -584,11 +659,13 @@ def phrases(vector: VectorSpec) -> tuple[str, ...]:
     return tuple(f"{step}: {words}" for step, words in told if words)
 
 
-def penalty(spec: RetainKLSpec) -> str:
+def penalty(spec: RetainKLSpec, source: str = "negate") -> str:
     """The retain penalty of the fitting in a clause. ``spec`` is :meth:`unlearn.recipe.schema.Recipe.penalty`'s."""
     weight = "" if spec.weight == 1 else f", weight {number(spec.weight)}"
+    weight += "" if spec.temperature == 1 else f", temperature {number(spec.temperature)}"
+    one, other = ("+", "-") if source != "ignorance" else ("-", "+")
     if spec.sides == "one" or spec.coefficients is None:
-        return f"KL(theta || theta + tau) on retain items held down{weight}"
+        return f"KL(theta || theta {one} tau) on retain items held down{weight}"
     low, high = (number(c) for c in spec.coefficients)
     c = f"c = {low}" if low == high else f"c drawn from {low} to {high}"
-    return f"KL(theta || theta + tau) and KL(theta || theta - c * tau) on retain items held down, {c}{weight}"
+    return f"KL(theta || theta {one} tau) and KL(theta || theta {other} c * tau) on retain items held down, {c}{weight}"

@@ -165,15 +165,18 @@ class Recipe(Frozen):
         needy = next((m for m in steps if "retain" in METHODS[m].needs), None)
         if needy and not self.retain:
             return f"vector.method {needy} needs a retain set: add one, or leave {needy} out"
-        if vector.penalty() is not None and not self.retain:
-            return "vector.retain_kl needs a retain set: add one, or leave it out"
-        if "msa" in steps and self.teach is None and (vector.msa is None or vector.msa.clean is None):
-            return (
-                "vector.method msa fits its vectors on a checkpoint that never saw the forget set: give it as "
-                "vector.msa.clean, or teach, or use method: contrast"
-            )
-        if "msa" in steps and self.teach is not None and vector.msa is not None and vector.msa.clean is not None:
-            return "vector.msa.clean: with teach, the clean checkpoint is the model before the teaching; leave it out"
+        if (beside := vector.beside()) and not self.retain:
+            return f"vector.{beside[0]} needs a retain set: add one, or leave it out"
+        if (clean := vector.clean()) is not None:
+            key, path = clean
+            if self.teach is None and path is None:
+                instead = "use method: contrast" if steps[0] == "msa" else "use another teacher"
+                return (
+                    f"vector.method {steps[0]} needs a checkpoint that never saw the forget set: give it as {key}, or "
+                    f"teach, or {instead}"
+                )
+            if self.teach is not None and path is not None:
+                return f"{key}: with teach, the clean checkpoint is the model before the teaching; leave it out"
         addable = [name for name, method in METHODS.items() if method.addable]
         unfit = next((m for m in steps if m not in addable), None)
         if self.learn and unfit:
@@ -183,8 +186,8 @@ class Recipe(Frozen):
                 else "fitted against what must be forgotten"
             )
             return f"vector.method {unfit} is {which}; sets of learn take {', '.join(addable)}"
-        if self.learn and vector.penalty() is not None:
-            return "vector.retain_kl makes the subtraction of a vector harmless; sets of learn are added: leave it out"
+        if self.learn and beside:
+            return f"vector.{beside[0]} makes a subtraction harmless; sets of learn are added: leave it out"
         return ""
 
     def _compared(self) -> str:

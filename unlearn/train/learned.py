@@ -25,6 +25,7 @@ from unlearn.errors import TrainingError, VectorError
 from unlearn.recipe.methods import LearnedSpec
 from unlearn.train.batches import Pad
 from unlearn.train.losses import answer_logits, frozen, kl, with_answers
+from unlearn.train.moments import second_moments
 from unlearn.train.trainer import range_for_gradients
 from unlearn.vector.change import Change, LowRank
 from unlearn.vector.edit import fit, weights_of
@@ -53,7 +54,11 @@ def materials(
         return weights
 
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    return Have(fitted, retain, layers, partial(weights_of, model), importances, coefficients)
+
+    def moments(names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
+        return second_moments(model, retain_rows, names, pad_id)
+
+    return Have(fitted, retain, layers, partial(weights_of, model), importances, moments, coefficients)
 
 
 # -- learned coefficients

@@ -82,13 +82,23 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def kl(reference: Tensor, logits: Tensor) -> Tensor:
-    """Mean KL(p || q) in nats over positions; p is the untouched model, q the one under the vector."""
-    p, q = (functional.log_softmax(x.float(), dim=-1) for x in (reference, logits))
-    return functional.kl_div(q, p, reduction="batchmean", log_target=True)
+def kl(reference: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL(p || q) in nats over positions; p is the untouched model, q the one under the vector.
+
+    At a temperature T it is T^2 KL of both at logits / T (Hinton et al. 1503.02531, 2.1), which for a large T is half
+    the variance over the vocabulary of what the logits changed by.
+    """
+    p, q = (functional.log_softmax(x.float() / temperature, dim=-1) for x in (reference, logits))
+    return functional.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
 
 
-def penalty(logits: Tensor, copies: int) -> Tensor:
+def ignorance(logits: Tensor, ignorant: Tensor, tokens: float | None = None) -> Tensor:
+    """KL(q || p) in nats, its mean over ``tokens``, N when not given; q are the ignorant's probabilities, (N, V)."""
+    each = functional.kl_div(functional.log_softmax(logits.float(), dim=-1), ignorant, reduction="none").sum(-1)
+    return each.sum() / (len(each) if tokens is None else tokens)
+
+
+def penalty(logits: Tensor, copies: int, temperature: float = 1.0) -> Tensor:
     """The divergences of every side from the untouched model, added up.
 
     Args:
@@ -96,7 +106,7 @@ def penalty(logits: Tensor, copies: int) -> Tensor:
     """
     *sides, untouched = logits.chunk(copies)
     reference = untouched.detach()
-    return torch.stack([kl(reference, side) for side in sides]).sum()
+    return torch.stack([kl(reference, side, temperature) for side in sides]).sum()
 
 
 def multiples(forget: int, retain: int, coefficient: float | None) -> list[float]:
@@ -192,17 +202,18 @@ class Keep:
 
 @dataclass(frozen=True)
 class Against:
-    """A baseline's loss in place of the forget set's cross-entropy.
+    """Another loss in place of the forget set's cross-entropy, a baseline's or that of a fit toward ignorance.
 
     gradient_difference alone uses ``retain`` rows with ``weight``, ``batch_size`` beside each batch; ``beta`` is NPO's
-    inverse temperature.
+    inverse temperature. ignorance has a ``teacher``, and ``weight`` is that of the cross-entropy on the other side.
     """
 
-    loss: Literal["gradient_ascent", "gradient_difference", "npo"]
+    loss: Literal["gradient_ascent", "gradient_difference", "npo", "ignorance"]
     retain: Sequence[Encoded] = ()
     weight: float = 1.0
     beta: float = 0.1
     batch_size: int = 8
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         if self.loss == "gradient_difference" and not with_answers(self.retain):
@@ -214,13 +225,41 @@ class Against:
     @property
     def advice(self) -> str:
         """What to do about a loss that is no number."""
-        if self.loss == "npo":
+        if self.loss in ("npo", "ignorance"):
             return ADVICE
         return f"lower learning_rate or steps, since {self.loss} has no lower bound"
 
 
 ADVICE = "lower learning_rate, or use dtype: float32"
 BESIDE = "beside"  # where a batch has its Share.beside
+TEACHER = "teacher"  # where it has the rows that the ignorant are asked
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who does not know the forget rows' answers.
+
+    Attributes:
+        rows: By the tokens of a forget row what can be asked instead: rows which, one after another, have that row's
+            labels after something else than its prompt.
+        each: How many of these are drawn for a row, of whose answers the mean is taken.
+        model: Who is asked; None: the model that is trained, as it was.
+    """
+
+    rows: Mapping[tuple[int, ...], Sequence[tuple[Encoded, ...]]]
+    each: int = 1
+    model: nn.Module | None = None
+
+    def draw(self, forget: Mapping[str, Tensor], draw: random.Random) -> list[Encoded]:
+        """What is asked beside a batch: each time for all its rows, in their order."""
+        chosen = []
+        for ids, mask, labels in zip(*(forget[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
+            if bool((labels[1:] != IGNORE).any()):
+                known = self.rows[tuple(ids[mask.bool()].tolist())]
+                chosen.append(
+                    draw.sample(known, self.each) if len(known) >= self.each else draw.choices(known, k=self.each)
+                )
+        return [row for time in range(self.each) for pick in chosen for row in pick[time]]
 
 
 @dataclass(frozen=True)
@@ -242,14 +281,15 @@ class Share:
 
 
 class Objective:
-    """The loss of ``keep`` or ``against``, of which one is given.
+    """The loss of ``keep`` or ``against``, of which one is given; both only where that is ignorance.
 
     What is drawn beside a batch is drawn alike by all processes, and ``part`` is this one's.
     """
 
     def __init__(self, keep: Keep | None, against: Against | None, part: Part) -> None:
-        if (keep is None) == (against is None):
-            raise ValueError("keep adds to the cross-entropy that against replaces: give one of them")
+        self._teacher = against.teacher if against is not None else None
+        if (keep is None) == (against is None) and self._teacher is None:
+            raise ValueError("keep adds to the cross-entropy that a baseline replaces: give one of them")
         self._keep, self._against, self._part = keep, against, part
         if keep is not None:
             self._retain, self._size = keep.rows, keep.spec.batch_size
@@ -266,6 +306,8 @@ class Objective:
             draw: Of this batch of this step alone; nothing else may decide what is drawn.
         """
         rows = len(forget["input_ids"])
+        if self._teacher is not None:
+            return self._toward_ignorance(forget, self._teacher, pad, draw)
         if self._against is not None and self._against.loss == "gradient_ascent":
             return dict(forget), [1.0] * rows
         if self._against is not None and self._against.loss == "npo":
@@ -277,18 +319,70 @@ class Objective:
             factors = multiples(rows, len(retain["input_ids"]), c)
         return {**beside(forget, retain, self._copies, pad.pad_id), BESIDE: weight}, factors
 
-    def loss(self, logits: Tensor, targets: Tensor, rows: Tensor, forget: int, share: Share) -> Tensor:
+    def _toward_ignorance(
+        self, forget: Mapping[str, Tensor], teacher: Teacher, pad: Pad, draw: random.Random
+    ) -> tuple[dict[str, Any], list[float]]:
+        """The forget rows, once more under the adapter's negation where it shall grow, and what is drawn to keep."""
+        assert self._against is not None
+        batch, factors = dict[str, Any](forget), [1.0] * len(forget["input_ids"])
+        if self._against.weight:
+            batch = {k: torch.cat([v, v]) for k, v in forget.items()}
+            factors += [-1.0] * len(factors)
+        asked = teacher.draw(forget, draw)
+        if self._keep is not None:
+            retain, weight = _drawn(self._retain, self._size, pad, draw, self._part)
+            c = draw.uniform(*self._range) if self._range is not None else None
+            factors += multiples(0, len(retain["input_ids"]), c)
+            batch = {**beside(batch, retain, self._copies, pad.pad_id), BESIDE: weight}
+        return {**batch, **({TEACHER: pad(asked)} if asked else {})}, factors
+
+    @torch.no_grad()
+    def reference(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+        """What the ignorant say of the labelled forget tokens of a batch: probabilities (N, V), or None."""
+        if self._teacher is None or TEACHER not in batch:
+            return None
+        asked = batch[TEACHER]
+        if self._teacher.model is not None:
+            logits, *_ = answer_logits(self._teacher.model, asked)
+        else:
+            with model.disable_adapter():  # type: ignore[operator]
+                logits, *_ = answer_logits(model, asked)
+        return logits.float().softmax(-1).reshape(self._teacher.each, -1, logits.shape[-1]).mean(0)
+
+    def loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        rows: Tensor,
+        forget: int,
+        share: Share,
+        reference: Tensor | None = None,
+    ) -> Tensor:
         """The loss of a batch whose first ``forget`` rows are the forget set's.
 
         Args:
             logits: (N, V) at the labelled tokens (N,), which are in rows (N,) of the batch.
+            reference: Of :meth:`reference`.
         """
         at = int((rows < forget).sum())
         ours, theirs = logits[:at], logits[at:]
+        learned = ours.sum()  # 0, of the same graph, for a process that has none of the rows
+        if self._teacher is not None and at:
+            assert reference is not None
+            assert self._against is not None
+            fitted = ours[: len(reference)]
+            learned = ignorance(fitted, reference.to(fitted.device), share.tokens)
+            if self._against.weight:
+                grown = slice(len(reference), at)
+                learned = learned + self._against.weight * retain_only(ours[grown], targets[grown], share.tokens)
+        elif self._against is None and at:
+            learned = retain_only(ours, targets[:at], share.tokens)
         if self._keep is not None:
-            extra = self._keep.spec.weight * share.beside * penalty(theirs, self._copies)
-            learned = retain_only(ours, targets[:at], share.tokens) if at else ours.sum()
+            spec = self._keep.spec
+            extra = spec.weight * share.beside * penalty(theirs, self._copies, spec.temperature)
             return learned + extra / share.batches
+        if self._teacher is not None:
+            return learned
         assert self._against is not None
         if self._against.loss == "gradient_difference":
             weight = self._against.weight * share.beside / share.batches

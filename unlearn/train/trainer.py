@@ -402,6 +402,7 @@ class _Trainer(Trainer):
         """The objective's loss, from the positions that predict a label."""
         if self._objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        reference = self._objective.reference(self.accelerator.unwrap_model(model), inputs)
         positions, targets, rows = answers(all_labels(inputs))
         with only_at(self.accelerator.unwrap_model(model), positions):
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits  # (N, V)
@@ -411,7 +412,7 @@ class _Trainer(Trainer):
             processes = self._part.count if self.args.average_tokens_across_devices else 1
             tokens, answered = num_items_in_batch / processes, self._rows / self._part.count
             share = Share(tokens, answered, self._batches, share.beside)
-        return self._objective.loss(logits, targets, rows, len(inputs["labels"]), share)
+        return self._objective.loss(logits, targets, rows, len(inputs["labels"]), share, reference)
 
 
 class _Watch(TrainerCallback):

@@ -28,13 +28,15 @@ from unlearn.model import locate
 from unlearn.model.load import Loaded, drops_out, resolve_targets
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
-from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec, VectorSpec
+from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
 from unlearn.text import counted
 from unlearn.train.learned import materials
 from unlearn.train.losses import Against, Keep
+from unlearn.train.moments import Inside, put_inside, shrinkers
+from unlearn.train.teacher import ignorant
 from unlearn.train.trainer import TrainingLog, float32_weights, mixed_precision, range_for_gradients, train
 from unlearn.vector.change import LowRank, check_rank
 from unlearn.vector.edit import fit, shape_of
@@ -87,6 +89,7 @@ def train_vector(
     meta: Mapping[str, str],
     keep: Keep | None = None,
     against: Against | None = None,
+    inside: tuple[Sequence[Encoded], float] | None = None,
 ) -> tuple[TaskVector, TrainingLog]:
     """LoRA on ``rows``; the model comes back without the adapter, its own weights untouched.
 
@@ -97,8 +100,13 @@ def train_vector(
         keep: Retain rows on which the model's predictions must not change.
         against: A baseline's loss in place of cross-entropy. With these losses theta + tau is the model that has
             forgotten ``rows``: who subtracts vectors negates it first.
+        inside: Retain rows by whose activations the adapter is shrunk while it is fitted, and mu.
     """
     targets = lora_modules(model, lora)
+    shrunk = None
+    if inside is not None:
+        say(f"    {label}: reading the activations of {counted(len(inside[0]), 'retain row')}")
+        shrunk = shrinkers(model, inside[0], targets, tokenizer.pad_token_id, inside[1])
     quantised = bool(getattr(model, "is_quantized", False))
     mixed = mixed_precision(model)
     if quantised:
@@ -116,6 +124,8 @@ def train_vector(
     with range_for_gradients(model) if mixed == "no" else nullcontext():
         peft_model = get_peft_model(model, config)
         assert isinstance(peft_model, PeftModel)
+        if shrunk is not None:
+            put_inside(peft_model, shrunk)
         try:
             log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep, against, mixed)
             vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})
@@ -148,7 +158,10 @@ def read_adapter(model: nn.Module, meta: Mapping[str, str]) -> TaskVector:
     modules: dict[str, LowRank] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-            a = layer.lora_A["default"].weight.detach().float().cpu().clone()  # (r, in)
+            inner = layer.lora_A["default"]
+            a = (
+                (inner.shrunk() if isinstance(inner, Inside) else inner.weight).detach().float().cpu().clone()
+            )  # (r, in)
             b = layer.lora_B["default"].weight.detach().float().cpu() * layer.scaling["default"]  # (out, r)
             modules[name.removeprefix("base_model.model.")] = LowRank(a, b)
     return TaskVector(modules, meta)
@@ -174,7 +187,7 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet]) -> 
             lora_modules(base.model, lora)
     near = [s for s in sets if s.role == "retain" and s.train]
     needy = next((f"vector.method {m}" for m in spec.steps() if "retain" in METHODS[m].needs), None)
-    needy = needy or ("vector.retain_kl" if spec.penalty() is not None else None)
+    needy = needy or next((f"vector.{key}" for key in ("retain_kl", "inside") if key in spec.beside()), None)
     if needy and not near:
         raise DataError(
             f"no retain set has items to train on, and {needy} needs some: raise shares.train of a retain set"
@@ -198,21 +211,27 @@ def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
         found.append(spec.forget)
     if one.role == "retain" and spec.needs("retain"):
         found.append(spec.retain or spec.forget)
-    if one.role == "retain" and (recipe.penalty() is not None or spec.uses("gradient_difference")):
+    if one.role == "retain" and (spec.beside() or spec.uses("gradient_difference")):
         found.append(spec.forget)
     return found if one.train else []
 
 
 def clean_checkpoint(recipe: Recipe, base: Path) -> tuple[ModelSpec, str] | None:
-    """The clean checkpoint that ``msa`` was given, and where it is, fetched where needed; None without one."""
-    given = recipe.vector.msa
-    if not recipe.vector.uses("msa") or given is None or given.clean is None:
+    """The clean checkpoint that the recipe gives, and where it is, fetched where needed; None without one."""
+    key, given = recipe.vector.clean() or ("", None)
+    if given is None:
         return None
-    spec = recipe.model.model_copy(update={"path": given.clean, "revision": None})
+    spec = recipe.model.model_copy(update={"path": given, "revision": None})
     try:
         return spec, locate.locate(spec, base)
     except ModelError as error:
-        raise ModelError(str(error).replace("model.path", "vector.msa.clean")) from error
+        raise ModelError(str(error).replace("model.path", key)) from error
+
+
+def load_clean(recipe: Recipe, base: Path) -> Loaded:
+    """The model that never saw the forget set: the checkpoint given, or the base before the teaching."""
+    spec, where = clean_checkpoint(recipe, base) or (recipe.model, locate.locate(recipe.model, base))
+    return models.load(spec, where)
 
 
 # -- rows
@@ -337,12 +356,15 @@ def fit_vector(
         kind: What the stage's key calls it, where several names stand for one sort of vector.
     """
     digests, lora, seed = [s.digest for s in sets], recipe.vector.lora, recipe.seed + run
-    penalty = recipe.penalty() if near and not against else None
+    penalty = recipe.penalty() if near and against in ("", "ignorance") else None
     stage = f"vectors/{name}"
 
     def make(tmp: Path) -> None:
         rows = training_rows(sets, trainee.tokenizer, spec)
-        beside = training_rows(near, trainee.tokenizer, spec) if penalty is not None or (against and near) else []
+        inside = recipe.vector.inside if near else None
+        needed = penalty is not None or against or inside is not None
+        beside = training_rows(near, trainee.tokenizer, spec) if near and needed else []
+        other = _against(recipe, against, beside, sets[0], trainee, store) if against else None
         work = store.work(stage)
         wait()
         vector, log = train_vector(
@@ -356,7 +378,8 @@ def fit_vector(
             f"{name} set",
             {"base": target, "data": json.dumps(digests), "lora": json.dumps(lora.model_dump(mode="json"))},
             Keep(beside, penalty) if penalty is not None else None,
-            _against(recipe.vector, against, beside) if against else None,
+            other,
+            (beside, inside) if inside is not None else None,
         )
         wait()
         vector.save(tmp / VECTOR_FILE)
@@ -370,6 +393,8 @@ def fit_vector(
     if against:
         settings = getattr(recipe.vector, against, None)
         inputs += [against, settings, [s.digest for s in near]]
+    if near and recipe.vector.inside is not None:
+        inputs += ["inside", recipe.vector.inside, [s.digest for s in near]]
     inputs += masks(trainee.model, lora)
     own = recipe.vector.retain is not None and (name == "retain" or name.startswith("near-"))
     with told(stage, less_training("vector.retain" if own else "vector.forget")):
@@ -398,9 +423,8 @@ def _trainee(target: Loaded, recipe: Recipe, store: Store) -> tuple[str, Loaded]
         if spec.quantize == "none":
             return target.fingerprint, target
         return target.fingerprint, models.load(spec, target.path, for_training=True)
-    spec, where = clean_checkpoint(recipe, store.base) or (spec, locate.locate(spec, store.base))
-    clean = models.load(spec, where)
-    trainee = clean if spec.quantize == "none" else models.load(spec, where, for_training=True)
+    clean = load_clean(recipe, store.base)
+    trainee = clean if spec.quantize == "none" else models.load(spec, clean.path, for_training=True)
     return clean.fingerprint, trainee
 
 
@@ -418,7 +442,7 @@ def _source(
     source, name = spec.steps()[0], _stage_name(one, recipe)
 
     def fit(run: int = 0, against: str = "") -> TaskVector:
-        beside = near if one.role == "forget" and against in ("", "gradient_difference") else ()
+        beside = near if one.role == "forget" and against in ("", "gradient_difference", "ignorance") else ()
         label = f"{name}-run{run}" if run else name
         asked = (label, clean, trainee, [one], spec.forget, recipe, store, beside)
         return fit_vector(*asked, run=run, against=against, kind=one.role)
@@ -426,7 +450,7 @@ def _source(
     if source == "retain_only":
         assert retain is not None  # the recipe is checked
         return -retain
-    if source in ("gradient_ascent", "gradient_difference", "npo"):
+    if source in ("gradient_ascent", "gradient_difference", "npo", "ignorance"):
         return -fit(against=source)  # theta + its vector is the method's model; what we subtract is minus that
     if source == "consensus":
         return consensus([fit(run) for run in range(spec.settings("consensus").runs)])
@@ -440,8 +464,17 @@ def _source(
     return vector
 
 
-def _against(spec: VectorSpec, loss: str, retain: Sequence[Encoded]) -> Against:
-    size = spec.forget.batch_size
+def _against(
+    recipe: Recipe, loss: str, retain: Sequence[Encoded], one: LoadedSet, trainee: Loaded, store: Store
+) -> Against:
+    spec, size = recipe.vector, recipe.vector.forget.batch_size
+    if loss == "ignorance":
+        how = spec.settings("ignorance")
+        clean = load_clean(recipe, store.base) if how.teacher == "clean" else None
+        if clean is not None and clean.words != trainee.words:
+            raise ModelError(f"vector.ignorance.clean: {clean.path} has another tokenizer than the model")
+        teacher = ignorant(one, trainee.tokenizer, spec.forget, how, clean.model if clean is not None else None)
+        return Against("ignorance", weight=how.grow, teacher=teacher)
     if loss == "gradient_difference":
         return Against(
             "gradient_difference", retain, weight=spec.settings("gradient_difference").weight, batch_size=size
@@ -471,7 +504,7 @@ def _shaped(
     def make(tmp: Path) -> None:
         forget_rows: Sequence[Encoded] = ()
         retain_rows: Sequence[Encoded] = ()
-        if spec.needs("rows"):
+        if spec.needs("rows", "activations"):
             forget_rows = encoded([one], target.tokenizer, spec.forget)
             retain_rows = encoded(near, target.tokenizer, spec.retain or spec.forget)
         pad = target.tokenizer.pad_token_id

@@ -27,6 +27,7 @@ from unlearn.recipe.methods import (
     PertaSpec,
     ProjectSpec,
     PruneSpec,
+    ShrinkSpec,
     VectorSpec,
 )
 from unlearn.vector.change import Change, Dense, LowRank, listed, row_lengths, svd, truncated
@@ -46,6 +47,8 @@ class Have:
         weights: Of module paths: the target model's weights.
         importances: Of module paths, a kind and a number of items: how much each weight matters for the forget and for
             the retain items.
+        moments: Of module paths: the second moments (in, in) of what modules read on retain items, in groups that
+            read the same.
         coefficients: Of a vector and settings: module path -> weights of its components that forget and keep best.
     """
 
@@ -54,6 +57,7 @@ class Have:
     layers: int | None = None
     weights: Callable[[Iterable[str]], Matrices] | None = None
     importances: Callable[[Sequence[str], str, int], tuple[Matrices, Matrices]] | None = None
+    moments: Callable[[Sequence[str]], Iterable[tuple[Sequence[str], Tensor]]] | None = None
     coefficients: Callable[[TaskVector, LearnedSpec], Matrices] | None = None
 
     @property
@@ -232,6 +236,50 @@ def project(vector: TaskVector, have: Have, how: ProjectSpec) -> TaskVector:
 
     advice = "it lies in the retain vector's row space, so lower energy or use contrast"
     return check_left("project", vector.map(without), vector, advice)
+
+
+@shaper
+def shrink(vector: TaskVector, have: Have, how: ShrinkSpec) -> TaskVector:
+    """A -> A P with P = (I + mu C / d)^-1, or I - U U^T for the leading ``rank`` eigenvectors U of C.
+
+    The closest change whose square on the retain activations is held down by mu (SAGE 2606.18309), and its hard form
+    (AlphaEdit 2410.02355).
+    """
+    check_moved("shrink", "the vector", vector)
+    if have.moments is None:
+        raise VectorError("shrink needs the activations of retain items")
+    made: dict[str, Change] = {}
+    for names, moment in have.moments(list(vector.modules)):
+        p = shrinker(moment, how.mu) if how.rank is None else without_leading(moment, how.rank)
+        for name in names:
+            change = vector.modules[name]
+            p = p.to(change.device)
+            if isinstance(change, LowRank):
+                made[name] = LowRank(change.A @ p, change.B)
+            else:
+                made[name] = Dense(change.delta() @ p)
+    return check_left("shrink", vector.map(lambda name, _: made[name]), vector, "lower mu, or rank")
+
+
+def shrinker(moment: Tensor, mu: float) -> Tensor:
+    """P = (I + mu C / d)^-1, (in, in), d the mean of C's diagonal (SAGE 2606.18309).
+
+    A P minimises |D - BA|^2 + mu / d * tr(D C D^T) over all changes D.
+    """
+    size = float(moment.diagonal().mean())
+    if size == 0.0:
+        return torch.eye(len(moment), device=moment.device)
+    inverse = torch.linalg.inv(torch.eye(len(moment), dtype=torch.float64) + moment.double().cpu() * (mu / size))
+    return inverse.float().to(moment.device)
+
+
+def without_leading(moment: Tensor, rank: int) -> Tensor:
+    """I - U U^T, (in, in), U the eigenvectors of the ``rank`` largest eigenvalues."""
+    if rank >= len(moment):
+        raise VectorError(f"shrink: rank {rank} is all of a layer that reads {len(moment)} values; lower it")
+    _, vectors = torch.linalg.eigh(moment.double().cpu())
+    u = vectors[:, len(moment) - rank :]
+    return (torch.eye(len(moment), dtype=torch.float64) - u @ u.T).float().to(moment.device)
 
 
 @shaper

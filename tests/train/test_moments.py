@@ -1,0 +1,239 @@
+"""Activations of retain rows, and the shrinking, against dense algebra; a fit inside it; the ignorant teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from unlearn.data.encoding import IGNORE, Encoded, encode
+from unlearn.data.items import Item
+from unlearn.data.sets import LoadedSet
+from unlearn.errors import DataError, VectorError
+from unlearn.model.load import Loaded
+from unlearn.recipe.data import DataSet
+from unlearn.recipe.methods import IgnoranceSpec, LoraSpec, RetainKLSpec, ShrinkSpec, TrainSpec
+from unlearn.train import moments
+from unlearn.train.losses import Against, Keep, Teacher, kl
+from unlearn.train.moments import second_moments, shrinkers
+from unlearn.train.teacher import ignorant
+from unlearn.train.vectors import train_vector
+from unlearn.vector.change import Dense, LowRank
+from unlearn.vector.methods import Have, shrink, shrinker, without_leading
+from unlearn.vector.task_vector import TaskVector
+
+Load = Callable[..., Loaded]
+ROWS = [Encoded(tuple(range(a, a + n)), tuple(range(a, a + n))) for a, n in ((20, 9), (60, 4), (90, 13), (7, 2))]
+Q, K, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.fc2"
+
+
+def read_one_by_one(model: nn.Module, name: str) -> Tensor:
+    """Every row alone and without padding: the mean of x x^T over its tokens but the first."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append(args[0][0, 1:].double()))
+    with torch.no_grad():
+        for row in ROWS:
+            model(torch.tensor([row.input_ids]))
+    hook.remove()
+    x = torch.cat(seen)
+    return (x.T @ x / len(x)).float()
+
+
+@pytest.mark.parametrize("at_once", [2**30, 1])
+def test_moments_are_those_of_rows_read_alone(
+    loaded: Load, pico_phi: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "_AT_ONCE", at_once)
+    phi = loaded(pico_phi)
+    found = list(second_moments(phi.model, ROWS, [DOWN, Q, K], phi.tokenizer.pad_token_id))
+    assert sorted(sorted(names) for names, _ in found) == [[K, Q], [DOWN]]
+    for names, moment in found:
+        torch.testing.assert_close(moment, read_one_by_one(phi.model, names[0]), rtol=1e-4, atol=1e-6)
+    with pytest.raises(VectorError, match="no retain row has more than one token"):
+        list(second_moments(phi.model, [Encoded((1,), (1,))], [Q], 0))
+    with torch.no_grad():
+        phi.model.get_submodule(DOWN.replace("fc2", "fc1")).get_parameter("bias")[0] = torch.nan
+    with pytest.raises(VectorError, match=rf"the activations that {DOWN} reads are not finite"):
+        list(second_moments(phi.model, ROWS, [DOWN], phi.tokenizer.pad_token_id))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000), st.integers(1, 12), st.sampled_from([1e-2, 1.0, 1e3]))
+def test_shrinking_is_the_solution_of_its_problem(seed: int, tokens: int, mu: float) -> None:
+    """With fewer tokens than dimensions, too: the gradient of |D - T|^2 + mu/d tr(D C D^T) is zero at T P."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 8, generator=draw)
+    moment, tau = x.T @ x / tokens, torch.randn(5, 8, generator=draw).double()
+    p = shrinker(moment, mu).double()
+    delta = (tau @ p).requires_grad_()
+    scale = mu / moment.diagonal().mean().double()
+    objective = (delta - tau).square().sum() + scale * (delta @ moment.double() @ delta.T).trace()
+    (gradient,) = torch.autograd.grad(objective, delta)
+    assert float(gradient.abs().max()) < 1e-3 * (1 + mu)
+    identity = torch.eye(8).double()
+    torch.testing.assert_close(
+        p, torch.linalg.solve(identity + scale * moment.double(), identity), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_shrink_as_a_method() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 6, generator=draw)
+    low, dense = LowRank(torch.randn(2, 6, generator=draw), torch.randn(4, 2, generator=draw)), torch.randn(4, 6)
+    vector = TaskVector({"a": low, "b": Dense(dense)})
+    have = Have(vector, moments=lambda names: [(("a", "b"), x.T @ x / 3)])
+    soft, hard = (shrink(vector, have, how) for how in (ShrinkSpec(mu=50.0), ShrinkSpec(rank=3)))
+    p = shrinker(x.T @ x / 3, 50.0)
+    torch.testing.assert_close(soft.modules["a"].delta(), low.delta() @ p)
+    torch.testing.assert_close(soft.modules["b"].delta(), dense @ p)
+    # three directions span what the three tokens brought: nothing is answered to them any more
+    for change in hard.modules.values():
+        assert float(change.act(x).abs().max()) < 1e-5 < float(vector.modules["a"].act(x).abs().max())
+    inside = TaskVector({name: LowRank(x[:2], torch.randn(4, 2)) for name in "ab"})
+    with pytest.raises(VectorError, match="shrink: nothing is left of the vector; lower mu, or rank"):
+        shrink(inside, have, ShrinkSpec(rank=3))
+    with pytest.raises(VectorError, match="rank 6 is all of a layer that reads 6 values"):
+        without_leading(x.T @ x, 6)
+    with pytest.raises(VectorError, match="shrink needs the activations"):
+        shrink(vector, Have(vector), ShrinkSpec())
+
+
+def test_a_fit_inside_leaves_what_retain_rows_bring_alone(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """The vector's A is in the range of P; resumed after a kill it is the same; the model is as it was."""
+    forget = [Encoded(tuple(range(30 + i, 38 + i)), (*[IGNORE] * 4, *range(34 + i, 38 + i))) for i in range(6)]
+    lora, phi = LoraSpec(rank=4, alpha=8), loaded(pico_phi)
+    before = {k: v.clone() for k, v in phi.model.state_dict().items()}
+
+    def fit(work: str, steps: int = 4, mu: float | None = 1e4) -> TaskVector:
+        spec = TrainSpec(steps=4, batch_size=3, learning_rate=1e-2, save_every=2)
+        inside = None if mu is None else (ROWS, mu)
+        args = (phi.model, phi.tokenizer, forget, spec, lora, 0, tmp_path / work, "x", {})
+        return train_vector(*args, inside=inside)[0]
+
+    shrunk, plain = fit("a"), fit("b", mu=None)
+    ps = shrinkers(phi.model, ROWS, list(shrunk.modules), phi.tokenizer.pad_token_id, 1e4)
+    moment = dict(_each(second_moments(phi.model, ROWS, [Q], phi.tokenizer.pad_token_id)))[Q]
+
+    def answer(vector: TaskVector) -> float:
+        """How much of the change retain rows see, of what they would see of its mean direction."""
+        delta = vector.modules[Q].delta()
+        return float((delta @ moment @ delta.T).trace() / delta.square().sum())
+
+    assert answer(shrunk) < 0.01 * answer(plain)
+    a = shrunk.modules[Q]
+    assert isinstance(a, LowRank)
+    raw = torch.linalg.solve(ps[Q].double(), a.A.double().T).T  # what was trained: A, of the usual size
+    assert 0.3 < float(raw.norm()) < 30
+    assert all(torch.equal(v, before[k]) for k, v in phi.model.state_dict().items())
+    again = fit("a")  # from the last checkpoint, which has A and not A P
+    torch.testing.assert_close(again.modules[Q].delta(), shrunk.modules[Q].delta())
+
+
+def _each(found: Any) -> Any:
+    return ((name, moment) for names, moment in found for name in names)
+
+
+def test_at_a_temperature_unlikely_tokens_count() -> None:
+    draw = torch.Generator().manual_seed(1)
+    p, q = (torch.randn(3, 50, generator=draw, dtype=torch.float64) * 5 for _ in range(2))
+    by_hand = [
+        4.0 * (torch.softmax(a / 2, 0) * (torch.log_softmax(a / 2, 0) - torch.log_softmax(b / 2, 0))).sum()
+        for a, b in zip(p, q, strict=True)
+    ]
+    torch.testing.assert_close(kl(p, q, 2.0).double(), torch.stack(by_hand).mean(), rtol=1e-5, atol=1e-6)
+    # for a large T half the variance of the change of the logits
+    half = ((q - p).var(dim=-1, correction=0) / 2).mean()
+    torch.testing.assert_close(kl(p, q, 3e3).double(), half, rtol=5e-2, atol=0.0)
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def capitals(**changes: Any) -> LoadedSet:
+    wordings = ["The capital of {question} is", "In {question} the capital is"]
+    known = [("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"), ("Kenya", "Nairobi")]
+    items = [Item(f"{k}", t.format(question=q), a) for k, (q, a) in enumerate(known) for t in wordings]
+    prompt = {"train": tuple(wordings), "validation": wordings[0], "test": wordings[0]}
+    spec = DataSet.model_validate({"path": "x.jsonl", "kind": "qa", "prompt": prompt})
+    one = LoadedSet("forget", "capitals", spec, tuple(items), (), (), "d", {})
+    return replace(one, **changes)
+
+
+HOW = TrainSpec(steps=1, max_length=48)
+
+
+def test_the_others_are_asked_in_the_same_wording(loaded: Load, pico_phi: Path) -> None:
+    tokenizer = loaded(pico_phi).tokenizer
+    one = capitals()
+    teacher = ignorant(one, tokenizer, HOW, IgnoranceSpec(others=3))
+    rows = encode(one.train, "qa", tokenizer, 48)
+    assert teacher.each == 3
+    assert set(teacher.rows) == {row.input_ids for row in rows}
+    for item, row in zip(one.train, rows, strict=True):
+        asked = [tokenizer.decode(other.input_ids) for (other,) in teacher.rows[row.input_ids]]
+        others = {o.prompt for o in one.train if o.target != item.target and o.prompt[:2] == item.prompt[:2]}
+        assert {text.partition(f" {item.target}")[0] for text in asked} == others
+        assert all(labels(other) == labels(row) for (other,) in teacher.rows[row.input_ids])
+
+
+def labels(row: Encoded) -> list[int]:
+    return [label for label in row.labels[1:] if label != IGNORE]
+
+
+def test_a_blank_wording_and_short_passages(loaded: Load, pico_phi: Path) -> None:
+    tokenizer = loaded(pico_phi).tokenizer
+    one = capitals()
+    blank = ignorant(one, tokenizer, HOW, IgnoranceSpec(teacher="blank"))
+    row = encode(one.train, "qa", tokenizer, 48)[1]
+    (((asked,),),) = [blank.rows[row.input_ids]]
+    assert tokenizer.decode(asked.input_ids).startswith("In the capital is Paris")
+    text = "once there was a miller who had three sons and a mill and an ass and a cat and nothing more than that"
+    passages = capitals(spec=one.spec.model_copy(update={"kind": "text"}), train=(Item("0", "", text),))
+    short = ignorant(passages, tokenizer, TrainSpec(steps=1), IgnoranceSpec(teacher="short"))
+    (whole,) = encode(passages.train, "text", tokenizer, 512)
+    (blocks,) = short.rows[whole.input_ids]
+    assert [label for block in blocks for label in labels(block)] == labels(whole)
+    assert max(len(labels(block)) for block in blocks) == 8
+    assert max(len(block.input_ids) for block in blocks) <= 17
+    assert len(blocks) > 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "how", "said"),
+    [
+        ({"train": capitals().train[:2]}, {}, "2 of 2 training items .* no other item with another answer"),
+        ({"train": tuple(replace(i, target="Paris") for i in capitals().train)}, {}, "8 of 8 training items"),
+        ({}, {"teacher": "short"}, "short does not fit forget set 'capitals' of kind qa: take other or blank"),
+    ],
+)
+def test_what_cannot_be_asked(loaded: Load, pico_phi: Path, changes: Any, how: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        ignorant(capitals(**changes), loaded(pico_phi).tokenizer, HOW, IgnoranceSpec(**how))
+
+
+def test_a_clean_teacher_and_a_penalty_beside_it(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """The model that is trained comes nearer to the clean one on the forget rows, and stays what it is elsewhere."""
+    phi, clean = loaded(pico_phi), loaded(pico_phi)
+    with torch.no_grad():
+        for parameter in clean.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    one = capitals()
+    rows, kept = encode(one.train[:4], "qa", phi.tokenizer, 48), encode(one.train[4:], "qa", phi.tokenizer, 48)
+    teacher = ignorant(
+        replace(one, train=one.train[:4]), phi.tokenizer, HOW, IgnoranceSpec(teacher="clean"), clean.model
+    )
+    assert isinstance(teacher, Teacher)
+    spec = TrainSpec(steps=30, batch_size=4, learning_rate=1e-2, max_length=48)
+    keep = Keep(kept, RetainKLSpec(sides="one", temperature=2.0, batch_size=4))
+    against = Against("ignorance", teacher=teacher)
+    _, log = train_vector(
+        phi.model, phi.tokenizer, rows, spec, LoraSpec(rank=8, alpha=16), 0, tmp_path, "x", {}, keep, against
+    )
+    assert log.losses[-1] < 0.3 * log.losses[0]
