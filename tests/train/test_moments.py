@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import unlearn
 from unlearn.data.encoding import IGNORE, Encoded, encode
 from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet
@@ -237,3 +238,17 @@ def test_a_clean_teacher_and_a_penalty_beside_it(loaded: Load, pico_phi: Path, t
         phi.model, phi.tokenizer, rows, spec, LoraSpec(rank=8, alpha=16), 0, tmp_path, "x", {}, keep, against
     )
     assert log.losses[-1] < 0.3 * log.losses[0]
+
+
+@pytest.mark.parametrize("teacher", ["other", "clean"])
+def test_a_recipe_fits_toward_ignorance(teacher: str, tmp_path: Path) -> None:
+    """The whole road: taught, fitted inside the shrinking, swept, exported; the answers go and others stay."""
+    settings = ["vector.method=ignorance", f"vector.ignorance.teacher={teacher}", "vector.inside=1"]
+    settings += ["vector.retain_kl={sides: one, temperature: 2}", "sweep.coefficients=[0.5, 1]", "vector.forget.learning_rate=0.03"]
+    report = unlearn.run("pico_smoke.yaml", set=settings, out=tmp_path / "run")
+    assert report is not None
+    fell = {row.name: row.after.value / row.before.value for row in report.scores if row.metric == "prob"}
+    assert fell["europe"] < 0.5
+    assert fell["africa"] > fell["europe"]
+    line = next(line for line in report.training if line["stage"] == "forget")
+    assert line["loss_last"] < 0.7 * line["loss_first"]

@@ -493,6 +493,7 @@ HAVE = Have(
     lambda names: base_weights(1),
     lambda names, kind, samples: (importances(samples), importances(len(kind))),
     lambda vector, how: {n: torch.tensor([how.scale]) for n in vector.modules},
+    lambda names: (((n,), torch.ones(2 * [SHAPES[n][1]])) for n in names),
 )
 CASES: dict[str, tuple[dict[str, Any], Callable[[], TaskVector]]] = {
     "contrast": ({"mu": 0.5}, lambda: FORGET - 0.5 * RETAIN),
@@ -503,6 +504,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], TaskVector]]] = {
         {"perta": {"importance": "fisher", "alpha": 2.0, "samples": 3}},
         lambda: perta(FORGET, importances(3), importances(6), 2.0),
     ),
+    "shrink": ({"shrink": {"rank": 1}}, lambda: FORGET.map(lambda n, m: Dense(m.delta() - m.delta().mean(1, True)))),
     "lines": ({"lines": {"a": 0.1, "b": 2.0}}, lambda: lines(FORGET, 0.1, 2.0, 9)),
     "learned": ({"learned": {"scale": 0.5}}, lambda: 0.5 * FORGET),
     "low_rank": ({"low_rank": {"rank": 1}}, lambda: FORGET.to_low_rank(rank=1)),

@@ -58,7 +58,7 @@ def materials(
     def moments(names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
         return second_moments(model, retain_rows, names, pad_id)
 
-    return Have(fitted, retain, layers, partial(weights_of, model), importances, moments, coefficients)
+    return Have(fitted, retain, layers, partial(weights_of, model), importances, coefficients, moments)
 
 
 # -- learned coefficients

@@ -47,9 +47,9 @@ class Have:
         weights: Of module paths: the target model's weights.
         importances: Of module paths, a kind and a number of items: how much each weight matters for the forget and for
             the retain items.
+        coefficients: Of a vector and settings: module path -> weights of its components that forget and keep best.
         moments: Of module paths: the second moments (in, in) of what modules read on retain items, in groups that
             read the same.
-        coefficients: Of a vector and settings: module path -> weights of its components that forget and keep best.
     """
 
     fitted: TaskVector
@@ -57,8 +57,8 @@ class Have:
     layers: int | None = None
     weights: Callable[[Iterable[str]], Matrices] | None = None
     importances: Callable[[Sequence[str], str, int], tuple[Matrices, Matrices]] | None = None
-    moments: Callable[[Sequence[str]], Iterable[tuple[Sequence[str], Tensor]]] | None = None
     coefficients: Callable[[TaskVector, LearnedSpec], Matrices] | None = None
+    moments: Callable[[Sequence[str]], Iterable[tuple[Sequence[str], Tensor]]] | None = None
 
     @property
     def retain_vector(self) -> TaskVector:
