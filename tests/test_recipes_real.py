@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from unlearn import run
-from unlearn.recipe.load import LoadedRecipe, load_recipe
-from unlearn.recipe.run_folder import open_run
+from unlearn.recipe.load import LoadedRecipe, load_recipe, open_run
 from unlearn.results import RunReport
 from unlearn.store.cache import cache_folder
 from unlearn.vector.task_vector import TaskVector

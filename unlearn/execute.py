@@ -16,8 +16,7 @@ from unlearn.data.files import source_path
 from unlearn.evidence import reference as references
 from unlearn.model import locate
 from unlearn.plan import checks
-from unlearn.recipe.load import LoadedRecipe
-from unlearn.recipe.run_folder import open_run
+from unlearn.recipe.load import LoadedRecipe, open_run
 from unlearn.recipe.schema import Recipe
 from unlearn.report.terminal import render_table
 from unlearn.results import RunReport

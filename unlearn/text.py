@@ -1,4 +1,4 @@
-"""Numbers as people read them: no NaN, no 0.30000000000000004, no 1e+12."""
+"""Numbers and words as people read them: no NaN, no 0.30000000000000004, no 1e+12, no secret, no control character."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from urllib.parse import quote, quote_plus
 
 MISSING = "–"
@@ -77,15 +78,22 @@ def file_size(count: int) -> str:
     return f"{size:.1f} {units[0]}"
 
 
-def counted(n: int, noun: str) -> str:
-    """``1 metric``, ``3 metrics``."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+def counted(n: float, noun: str) -> str:
+    """``1 metric``, ``1.5 epochs``, ``3,000 metrics``."""
+    return f"{f'{n:,}' if isinstance(n, int) else f'{n:g}'} {noun}{'' if n == 1 else 's'}"
 
 
 def listing(items: Iterable[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     *head, last = list(items) or [""]
     return f"{', '.join(head)} and {last}" if head else last
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
+    """``; did you mean 'mcq'?`` of the known words that are near to this one, or nothing."""
+    lowered = {one.lower(): one for one in known}
+    near = get_close_matches(word.lower().replace("-", "_"), lowered, n=most, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(lowered[one]) for one in near)}?" if near else ""
 
 
 def tick_label(value: float) -> str:

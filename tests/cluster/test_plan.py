@@ -121,8 +121,8 @@ def test_all_mistakes_are_told_before_anything_is_submitted(tmp_path: Path) -> N
         plan_grid([PICO], ["seed=0,-1", "vector.lora.rank=2,none", f"forget.path=data/capitals.jsonl,{tmp_path}/no"])
     text = str(told.value)
     assert text.startswith("nothing was submitted: 7 of 8 jobs cannot be run")
-    assert "--grid seed: expected a whole number" in text
-    assert "--grid vector.lora.rank: expected a whole number" in text
+    assert "--grid seed: must be a whole number" in text
+    assert "--grid vector.lora.rank: must be a whole number" in text
     assert f"{tmp_path}/no" in text
     assert "seed=0, vector.lora.rank=2, forget.path=" in text  # the job by its settings
     with pytest.raises(GridError) as told:
@@ -144,7 +144,7 @@ def test_settings_that_name_what_is_not_there(tmp_path: Path) -> None:
         (f"forget.path=data/capitals.jsonl,{bad}", [], r"bad\.jsonl"),
         (f"reuse=[{earlier}],[{earlier}r]", [], "reuse: there is no run folder .*earlierr"),
         ("vector={},{method: msa, msa: {clean: ./none}}", ["teach=null"], "there is no folder ./none"),
-        ("eval.tasks=[],[{task: wmdp_bioo}]", [], "no task 'wmdp_bioo'; did you mean wmdp_bio"),
+        ("eval.tasks=[],[{task: wmdp_bioo}]", [], "no task 'wmdp_bioo'; did you mean 'wmdp_bio"),
     ):
         with pytest.raises(GridError, match=rf"1 of 2 jobs(.|\n)*{said}"):
             plan_grid([PICO], [flag], sets)

@@ -13,7 +13,7 @@ from unlearn.errors import DataError, EvaluationError, ModelError
 from unlearn.model import locate as fetch
 from unlearn.plan.words import plan
 from unlearn.recipe.load import load_recipe
-from unlearn.recipe.metrics import METRICS, goal_metrics, kept_metrics
+from unlearn.recipe.schema import METRICS, goal_metrics, kept_metrics
 from unlearn.store import cache
 
 RECIPE = """\

@@ -488,7 +488,7 @@ def test_standard_errors_without_resampling(recipe: Recipe, lm: Recording, tmp_p
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"task": "leters"}, r"lm-eval has no task 'leters'; did you mean letters"),
+        ({"task": "leters"}, r"lm-eval has no task 'leters'; did you mean 'letters'"),
         ({"task": "unreachable"}, "the data of 'unreachable' are not on this machine"),
         ({"task": "bundle"}, r"'bundle' is a tag for 1 tasks; name them: tagged"),
         ({"task": "single"}, r"single has 1 items: too few"),

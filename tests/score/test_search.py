@@ -18,7 +18,7 @@ from unlearn.errors import EvaluationError
 from unlearn.execute import execute
 from unlearn.recipe.evaluation import ChooseSpec
 from unlearn.recipe.load import load_recipe
-from unlearn.recipe.metrics import METRICS, Key
+from unlearn.recipe.schema import METRICS, Key
 from unlearn.results import Role, Score, SweepPoint, TaskScore
 from unlearn.score.search import (
     BROKEN,

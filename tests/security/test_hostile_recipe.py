@@ -8,7 +8,7 @@ import pytest
 
 from unlearn.errors import RecipeError
 from unlearn.recipe import yaml as yaml_core
-from unlearn.recipe.load import Overrides, load_recipe
+from unlearn.recipe.load import load_recipe
 from unlearn.recipe.yaml import YamlSyntaxError
 
 BASE = "name: x\nmodel: {path: pico:phi}\nforget: {kind: qa, path: data.jsonl}\n"
@@ -53,10 +53,10 @@ def laughs(levels: int) -> str:
         ("a: &a {<<: *a}\n", ""),
         ("a: &a [*a]\n", "never ends"),
         ("base: &b {name: y}\n<<: *b\n" + BASE, "merge keys"),
-        ("[" * 5000 + "]" * 5000, "nested deeper"),
-        ("{a: " * 5000 + "1" + "}" * 5000, "nested deeper"),
-        ("- " * 5000 + "a", "nested deeper"),
-        ("? " * 3000 + "a", "nested deeper"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("{a: " * 5000 + "1" + "}" * 5000, "nested too deeply"),
+        ("- " * 5000 + "a", "nested too deeply"),
+        ("? " * 3000 + "a", "nested too deeply"),
         (BASE + f"seed: {'9' * 100_000}\n", "digits"),
         (BASE + f"seed: 0x{'f' * 100_000}\n", "digits"),
         (BASE + "seed: 1e999999999\n", ""),
@@ -64,7 +64,7 @@ def laughs(levels: int) -> str:
         ("\x00" + BASE, "not allowed"),
         (BASE + "description: a\x00b\n", "not allowed"),
         (BASE + 'description: "\\ud800"\n', "half a character"),
-        (BASE + 'description: "\\UFFFFFFFF"\n', "escape"),
+        (BASE + 'description: "\\UFFFFFFFF"\n', "not valid YAML"),
         (BASE + "---\n" + BASE, "document"),
         ("%YAML 9.9\n---\n" + BASE, ""),
         ("x\n" * 20_000, ""),
@@ -76,13 +76,6 @@ def laughs(levels: int) -> str:
 )
 def test_what_would_blow_up_is_refused_soon(tmp_path: Path, text: str | bytes, said: str) -> None:
     assert said in refused(tmp_path, text)  # one that is not would take hours here, or all the memory
-
-
-def test_too_many_values_are_not_even_composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yaml_core, "MAX_NODES", 1000)
-    said = refused(tmp_path, "- 1\n" * 1000 + "- !!python/name:os.system 1\n" * 30_000)
-    assert "values; is it a data file" in said
-    assert "1001" in said or "1000" in said  # the line at which reading stopped
 
 
 def test_a_very_long_line_is_read(tmp_path: Path) -> None:
@@ -128,5 +121,3 @@ def test_overrides_that_make_no_sense(tmp_path: Path, given: str) -> None:
 def test_an_override_cannot_grow_the_recipe_for_ever() -> None:
     with pytest.raises(YamlSyntaxError, match="aliases"):
         yaml_core.parse_value("{" + ", ".join(laughs(12).splitlines()) + "}")
-    found = Overrides({"a": [1]}, [f"a.{'1' * 4400}=2"], Path())
-    assert "has no" in found.mistakes[0][1].text

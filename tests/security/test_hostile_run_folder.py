@@ -15,8 +15,8 @@ from hostile import ESCAPES, pickled, snapshot, torch_file
 from unlearn.data.encoding import Encoded
 from unlearn.errors import RunFolderError, TrainingError
 from unlearn.model.load import Loaded
+from unlearn.recipe.load import open_run
 from unlearn.recipe.methods import TrainSpec
-from unlearn.recipe.run_folder import open_run
 from unlearn.recipe.schema import Recipe
 from unlearn.store.files import write_text_atomic
 from unlearn.store.stages import Store, seal

@@ -17,8 +17,7 @@ from waiting import running, start
 
 from unlearn.errors import RunFolderError
 from unlearn.recipe import yaml as yaml_core
-from unlearn.recipe.load import resolved_yaml
-from unlearn.recipe.run_folder import open_run
+from unlearn.recipe.load import open_run, resolved_yaml
 from unlearn.recipe.schema import Recipe
 from unlearn.store.files import fingerprint, unique, write_json_atomic, write_text_atomic
 from unlearn.store.stages import LOCK, TEMPORARY, WORK, RunFolder, StageRecord, read_record
@@ -27,7 +26,7 @@ TEXT = "name: demo  # as written\n"
 PRELUDE = """
 from pathlib import Path
 from unlearn.recipe.schema import Recipe
-from unlearn.recipe.run_folder import open_run
+from unlearn.recipe.load import open_run
 
 recipe = Recipe.model_validate({"name": "demo", "model": {"path": "m"}, "forget": {"path": "f.txt", "kind": "text"}})
 root = Path(sys.argv[1])

@@ -20,8 +20,7 @@ from unlearn.model import load as models
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import Kind
 from unlearn.recipe.methods import METHODS
-from unlearn.recipe.metrics import KEPT
-from unlearn.recipe.schema import Recipe
+from unlearn.recipe.schema import KEPT, Recipe
 from unlearn.results import Foresight, Role, SetForesight, read, verdict
 from unlearn.score.scorer import digests
 from unlearn.store.files import write_json_atomic

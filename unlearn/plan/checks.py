@@ -18,9 +18,8 @@ from unlearn.model.locate import model_place
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source
 from unlearn.recipe.evaluation import TaskSpec
 from unlearn.recipe.load import tasks_folder
-from unlearn.recipe.metrics import goal_metrics
-from unlearn.recipe.schema import Recipe
-from unlearn.recipe.task_names import has_task, no_such_task, shipped_tasks, task_files, task_names
+from unlearn.recipe.schema import Recipe, goal_metrics
+from unlearn.recipe.task_names import no_such_task, shipped_tasks, task_files, task_names, unheard_of
 from unlearn.store.cache import check_data
 
 
@@ -88,16 +87,12 @@ def _check_bitsandbytes(recipe: Recipe) -> None:
 
 
 def _check_tasks(specs: Sequence[TaskSpec]) -> None:
-    """Whether tasks by name are there. Building lm-eval's index takes many seconds; reading names takes a fraction."""
-    if not specs:
-        return
-    pack = set(task_names(task_files(tasks_folder())))
+    """Whether tasks by name are there, without lm-eval's index, which takes many seconds to build."""
+    pack = set(task_names(task_files(tasks_folder()))) if specs else set()
     others = [spec.task for spec in specs if spec.task not in pack]
-    if others:
-        shipped = task_files(shipped_tasks())
-        for name in others:
-            if not has_task(shipped, name):
-                raise no_such_task(name, {*pack, *task_names(shipped)})
+    shipped = task_files(shipped_tasks()) if others else []
+    for name in unheard_of(shipped, others):
+        raise no_such_task(name, {*pack, *task_names(shipped)})
     for spec in specs:
         if spec.task in pack:
             _check_files(spec)

@@ -21,8 +21,7 @@ from unlearn.recipe.data import DataSet, SetRole
 from unlearn.recipe.evaluation import RobustnessSpec
 from unlearn.recipe.load import LoadedRecipe
 from unlearn.recipe.methods import LoraSpec, TeachSpec, TrainSpec, formula, penalty, phrases
-from unlearn.recipe.metrics import goal_metrics, kept_metrics
-from unlearn.recipe.schema import Recipe
+from unlearn.recipe.schema import Recipe, goal_metrics, kept_metrics
 from unlearn.score.search import rule
 from unlearn.text import counted, listing, shown
 

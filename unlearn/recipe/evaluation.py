@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
 from unlearn.recipe.data import Frozen, Positive, Scalar, Share
+from unlearn.text import did_you_mean
 
 Quantised = Literal["nf4", "int8"]
 Probe = Literal["paraphrase", "prefix", "few_shot", "template"]
@@ -49,9 +49,9 @@ class BenchmarkSpec(Frozen):
     @model_validator(mode="after")
     def _known(self) -> BenchmarkSpec:
         if self.set not in _SETS[self.name]:
-            near = get_close_matches(self.set, _SETS[self.name], n=1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"{self.name} has no set {self.set!r}; it has {', '.join(_SETS[self.name])}{meant}")
+            known = _SETS[self.name]
+            guess = did_you_mean(self.set, known)
+            raise ValueError(f"{self.name} has no set {self.set!r}; it has {', '.join(known)}{guess}")
         return self
 
 
@@ -208,7 +208,9 @@ class ExportSpec(Frozen):
         False,
         description="merged in 16 bits: write it also where rounding has made another model of it than was scored.",
     )
-    shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Largest shard of the merged weights.")
+    shard_size: str = Field(
+        "5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Largest shard of merged weights: 500MB, 5GB."
+    )
     push_to_hub: PushSpec | None = Field(None, description="Where an export is pushed to; null: nowhere.")
 
     @model_validator(mode="after")

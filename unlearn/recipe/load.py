@@ -6,13 +6,11 @@ A message reads ``file.yaml:LINE: key.path: what is wrong``; what came from the 
 
 from __future__ import annotations
 
-import copy
-import difflib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,12 +18,14 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from unlearn.errors import RecipeError, UnlearnError
+from unlearn.errors import RecipeError, RunFolderError
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.methods import METHODS
 from unlearn.recipe.schema import Recipe
-from unlearn.recipe.yaml import Document, KeyPath, YamlSyntaxError, parse_value, scalar_of
-from unlearn.text import is_secret
+from unlearn.recipe.yaml import Document, KeyPath, YamlSyntaxError
+from unlearn.store.files import fingerprint
+from unlearn.store.stages import RunFolder
+from unlearn.text import did_you_mean, is_secret
 
 _SUFFIXES = (".yaml", ".yml")
 _MAX_BYTES = 1_000_000
@@ -45,7 +45,7 @@ class LoadedRecipe:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), text: str | None = None) -> LoadedRecipe:
-    """Read, override and check a recipe.
+    """Read, override and check a recipe, or raise a RecipeError that lists all mistakes.
 
     Args:
         name_or_path: a file; or a bare name, with or without ``.yaml``, meaning the file in the current folder, else
@@ -54,20 +54,19 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), text: str | No
             them are as seen from the current folder: ``model.path`` and the ``path`` of a data set become absolute
             when such a file exists there. Otherwise they count from the recipe's folder like those in the file.
         text: what the file said at another time, read in its place; ``name_or_path`` is then its absolute path.
-
-    Raises:
-        RecipeError: there is no such file, or it holds mistakes; the message lists all of them.
     """
     source = Path(name_or_path) if text is not None else _find(name_or_path)
     text = _read(source) if text is None else text
-    place = _as_typed(source)
+    file = _as_typed(source)
     try:
         document = _parsed(text)
     except YamlSyntaxError as error:
-        raise RecipeError(f"{place}:{error.line}: {error}") from None
+        raise RecipeError(f"{file}:{error.line}: {error}") from None
     if not isinstance(document.data, dict):
-        raise RecipeError(f"{place}:1: {_not_a_mapping(document.data)}")
-    return LoadedRecipe(_check(document, overrides, place), source, text)
+        what = "the file is empty" if document.data is None else f"found {_shown(document.data)}"
+        raise RecipeError(f"{file}:1: expected 'key: value' lines (name, model, forget, ...) at the top; {what}")
+    places = {path: _Place(line, f"{file}:{line}") for path, line in document.lines.items()}
+    return LoadedRecipe(_check(document.data, overrides, places), source, text)
 
 
 def from_recipe(recipe: Recipe) -> LoadedRecipe:
@@ -83,7 +82,7 @@ def resolved_yaml(recipe: Recipe) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {**head, **_schema(), "title": "lm-unlearn recipe"}
+    return {**head, **_schema(tuple(METHODS)), "title": "lm-unlearn recipe"}
 
 
 def recipes_folder() -> Path:
@@ -98,43 +97,17 @@ def tasks_folder() -> Path:
 
 def _folder(name: str) -> Path:
     """A folder that lies in the package when it is installed, and beside it in a checkout."""
-    places = (_PACKAGE / name, _PACKAGE.parent / name)
-    for place in places:
-        if place.is_dir():
-            return place
-    looked = " and ".join(str(place) for place in places)
-    raise UnlearnError(f"this installation is incomplete: no folder '{name}' (looked at {looked}); install it again")
+    return _PACKAGE / name if (_PACKAGE / name).is_dir() else _PACKAGE.parent / name
 
 
 def list_recipes() -> tuple[tuple[str, str], ...]:
-    """``(file name, first line of its description)`` of every packaged recipe; a broken one says so in its line."""
-    return tuple((path.name, _description(path)) for path in _packaged())
-
-
-def _description(path: Path) -> str:
-    try:
-        data = yaml_core.parse(_read(path)).data
-    except (RecipeError, YamlSyntaxError) as error:
-        return f"(cannot be read: {str(error).splitlines()[0]})"
-    text = data.get("description") if isinstance(data, dict) else None
-    return text.strip().splitlines()[0] if isinstance(text, str) and text.strip() else ""
+    """``(file name, first line of its description)`` of every packaged recipe."""
+    texts = {path.name: yaml_core.parse(_read(path)).data.get("description", "") for path in _packaged()}
+    return tuple((name, text.strip().partition("\n")[0]) for name, text in texts.items())
 
 
 def _packaged() -> list[Path]:
-    try:
-        folder = recipes_folder()
-    except UnlearnError:  # a recipe given by path needs no packaged ones
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
-
-
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that ``word`` was probably meant to be."""
-    if word in known:
-        return word
-    lowered = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), lowered, n=1, cutoff=0.6)
-    return lowered[close[0]] if close else None
+    return sorted(recipes_folder().glob("*.yaml"))
 
 
 # -- finding and reading the file
@@ -143,23 +116,18 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
 def _find(name: str) -> Path:
     """The file that ``name`` means, absolute."""
     here = Path.cwd()
-    bare = name not in ("", "..") and Path(name).name == name
     names = (name,) if name.endswith(_SUFFIXES) else (name, *(name + suffix for suffix in _SUFFIXES))
-    places = [here / n for n in names if n]
-    if bare:
-        places += [packaged for n in names for packaged in _packaged() if packaged.name == n]
-    for place in places:
-        if os.path.isfile(place):  # noqa: PTH113 - unlike Path.is_file it takes names that no file system would
-            return place
+    bare = Path(name).name == name
+    for folder in (here, recipes_folder()) if bare else (here,):
+        for place in (folder / one for one in names):
+            if os.path.isfile(place):  # noqa: PTH113 - unlike Path.is_file it takes names that no file system would
+                return place
     if name and os.path.isdir(here / name):  # noqa: PTH112
-        inside = sorted(path.name for path in Path(name).iterdir() if path.name.endswith(_SUFFIXES))
-        there = f" (in it: {', '.join(inside[:10])})" if inside else ""
-        raise RecipeError(f"{name} is a folder; --recipe takes one YAML file{there}")
+        raise RecipeError(f"{name} is a folder; --recipe takes one YAML file")
     packaged = [path.name for path in _packaged()]
-    guess = nearest(name, packaged) or nearest(name + ".yaml", packaged)
-    meant = f"; did you mean '{guess}'?" if guess else ""
-    known = f" (packaged recipes: {', '.join(packaged)})" if packaged else ""
-    raise RecipeError(f"there is no recipe {name!r}{' in ' + str(here) if bare else ''}{meant}{known}")
+    guess = did_you_mean(name, packaged) or did_you_mean(name + ".yaml", packaged)
+    where = f" in {here}" if bare else ""
+    raise RecipeError(f"there is no recipe {name!r}{where}{guess} (packaged recipes: {', '.join(packaged)})")
 
 
 def _read(source: Path) -> str:
@@ -190,105 +158,65 @@ def _as_typed(source: Path) -> str:
     return str(source) if relative.startswith("..") else relative
 
 
-def _not_a_mapping(data: Any) -> str:
-    if data is None:
-        return "the file is empty; a recipe needs at least name, model and forget"
-    kind = "a list" if isinstance(data, list) else "a single value"
-    return f"expected 'key: value' lines (name, model, forget, ...) at the top, found {kind}"
-
-
 # -- overrides: --set a.b=value
 
-_FORM = "write --set key.path=value, for example --set vector.forget.steps=50"
-_DATA = ("forget", "also_forget", "learn", "analogy", "retain", "utility", "holdout")
-_MAX_DIGITS = 9  # of an index; Python refuses to read numbers of thousands of them
-_ELSEWHERE = re.compile(r"(hub|wheel|pico):")
 
+class _Place(NamedTuple):
+    """Where something was said: a line of the file, or a flag, which comes after all lines."""
 
-class Mistake(NamedTuple):
-    """What is wrong at one key, as a sentence without place. ``whole``: several keys below it disagree."""
-
-    path: KeyPath
+    line: float
     text: str
-    whole: bool = False
 
 
-class Overrides:
-    """A copy of recipe data with overrides applied in order.
-
-    Attributes:
-        data: plain data.
-        origin: place in ``data`` -> the flag that put the value there (``--set a.b``).
-        mistakes: overrides that could not be applied, each with its flag.
-    """
-
-    def __init__(self, data: Any, overrides: Sequence[str], folder: Path) -> None:
-        """Apply ``overrides``; relative paths in them that exist under ``folder`` become absolute."""
-        self.data = copy.copy(data) if not overrides else json.loads(json.dumps(data))  # parts what an alias had joined
-        self.origin: dict[KeyPath, str] = {}
-        self.mistakes: list[tuple[str, Mistake]] = []
-        for override in overrides:
-            name, equals, text = override.partition("=")
-            keys = tuple(name.strip().split("."))
-            flag = f"--set {name.strip() if equals else override}"
-            if not equals or not all(keys):
-                self.mistakes.append((flag, Mistake((), f"not an override; {_FORM}")))
-                continue
-            try:
-                self._anchor(self._set(keys, parse_value(text), flag), folder)
-            except YamlSyntaxError as error:
-                why = str(error) if str(error).startswith("not ") else f"refused: {error}"
-                self.mistakes.append((flag, Mistake(keys, f"the value {text[:60]!r} is {why}")))
-            except _UnreachableError as error:
-                self.mistakes.append((flag, Mistake(keys, str(error))))
-
-    def _set(self, keys: Sequence[str], value: Any, flag: str) -> KeyPath:
-        """Put ``value`` at ``keys``, making mappings on the way, and return the place."""
-        path: KeyPath = ()
-        node = self.data
-        for i, key in enumerate(keys):
-            step = _step(node, key, path)
-            path = (*path, step)
-            last = i == len(keys) - 1
-            if last or value_at(node, (step,)) is None:
-                if not last and keys[i + 1].isdigit():
-                    list_at = ".".join(keys[: i + 1])
-                    raise _UnreachableError(f"there is no list at {list_at} to change; set it as a whole")
-                # what lay below a replaced value has no origin any more
-                self.origin = {at: by for at, by in self.origin.items() if at[: len(path)] != path}
-                node[step] = value if last else {}
-                self.origin[path] = flag
-            node = node[step]
-        return path
-
-    def _anchor(self, changed: KeyPath, folder: Path) -> None:
-        """Make paths of files that lie under ``folder`` absolute, of what was set at ``changed``."""
-        for place, value in list(_leaves(value_at(self.data, changed), changed)):
-            names_a_file = place == ("model", "path") or (place[0] in _DATA and place[-1] == "path")
-            if not names_a_file or {"where", "columns"} & set(place) or not isinstance(value, str):
-                continue
-            file, mark, digest = value.partition("#")
-            if file and not _ELSEWHERE.match(value) and os.path.exists(folder / file):  # noqa: PTH110
-                value_at(self.data, place[:-1])[place[-1]] = f"{folder / file}{mark}{digest}"
+_Places = dict[KeyPath, _Place]
+_NO_FILES = {"where", "columns", "benchmark", "eval"}  # a ``path`` in these is no data file
 
 
-class _UnreachableError(Exception):
-    """An override that points at a place the recipe cannot have."""
+def _override(data: dict[str, Any], override: str, places: _Places) -> str:
+    """Change ``data`` and ``places`` by one ``key.path=value``; returns what is wrong with it, or nothing."""
+    name, equals, text = override.partition("=")
+    flag = f"--set {name.strip() if equals else override}"
+    keys: list[str | int] = [*name.strip().split(".")]
+    if not equals or not all(keys):
+        return f"{flag}: not an override; write --set key.path=value, for example --set vector.forget.steps=50"
+    try:
+        value = yaml_core.parse_value(text)
+    except YamlSyntaxError as error:
+        return f"{flag}: {error}"
+    node: Any = data
+    made = len(keys)
+    for i, key in enumerate(keys):
+        at = _dotted(keys[:i])
+        if isinstance(node, list):
+            index = int(key) if str(key).isdecimal() and len(str(key)) < 9 else len(node)
+            if index >= len(node):
+                return f"{flag}: {at} is a list of {len(node)}, counted from 0, so it has no '{key}'"
+            keys[i] = key = index
+        elif not isinstance(node, dict):
+            return f"{flag}: {at} is a single value, not a mapping, so it has no '{key}'; set it as a whole"
+        if i == len(keys) - 1:
+            node[key] = _anchored(value, tuple(keys))
+        elif value_at(node, (key,)) is None:
+            node[key], made = {}, min(made, i + 1)
+        node = node[key]
+    new = tuple(keys[:made])
+    for place in [place for place in places if place[:made] == new]:
+        del places[place]
+    places[new] = _Place(math.inf, flag)
+    return ""
 
 
-def _step(node: Any, key: str, path: KeyPath) -> str | int:
-    """``key`` as it is used on ``node``: an index on a list, the key itself on a mapping."""
-    if isinstance(node, dict):
-        return key
-    at = _dotted(path)
-    if isinstance(node, list):
-        if key.isdecimal() and len(key) < _MAX_DIGITS and int(key) < len(node):
-            return int(key)
-        items = f"items 0 to {len(node) - 1}" if node else "no items"
-        raise _UnreachableError(f"{at} is a list with {items}, so it has no '{key}'")
-    raise _UnreachableError(
-        f"{at or 'the recipe'} is a single value, not a mapping, so it has no '{key}'; set it as a whole"
-    )
+def _anchored(value: Any, place: KeyPath) -> Any:
+    """A value from the command line; paths of files that lie in the current folder are made absolute."""
+    if isinstance(value, dict):
+        return {key: _anchored(item, (*place, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_anchored(item, (*place, i)) for i, item in enumerate(value)]
+    if isinstance(value, str) and place[-1] == "path" and not _NO_FILES & set(place):
+        file, mark, digest = value.partition("#")
+        if file and os.path.exists(file):  # noqa: PTH110
+            return f"{Path.cwd() / file}{mark}{digest}"
+    return value
 
 
 def value_at(data: Any, path: Sequence[str | int]) -> Any:
@@ -301,12 +229,21 @@ def value_at(data: Any, path: Sequence[str | int]) -> Any:
     return data
 
 
-def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if pairs is None:
-        yield path, value
-    for key, item in pairs or ():
+def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """What a person would call one setting each; a list of plain values is one."""
+    inner: list[tuple[str | int, Any]] = []
+    if isinstance(value, dict):
+        inner = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        inner = list(enumerate(value))
+    for key, item in inner:
         yield from _leaves(item, (*path, key))
+    if not inner:
+        yield path, value
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    return ".".join(map(str, path))
 
 
 # -- checking, and a place for every mistake
@@ -317,223 +254,135 @@ _SECRET = (
 )
 
 
-def _check(document: Document, overrides: Sequence[str], file: str) -> Recipe:
-    changed = Overrides(document.data, overrides, Path.cwd())
-    recipe, found = _validate(changed.data)
-    lines: list[tuple[float, str]] = [(math.inf, f"{flag}: {mistake.text}") for flag, mistake in changed.mistakes]
-    lines += [_placed(mistake, document, changed, file) for mistake in found]
-    messages = [text for _, text in sorted(lines, key=lambda pair: pair[0])]
-    if messages or recipe is None:
-        head = [f"{len(messages)} mistakes in the recipe:"] if len(messages) > 1 else []
-        raise RecipeError("\n  ".join([*head, *messages]))
+class _Mistake(NamedTuple):
+    """What is wrong at one key, as a sentence without place. ``whole``: several keys below it disagree."""
+
+    path: KeyPath
+    text: str
+    whole: bool = False
+
+
+def _check(data: dict[str, Any], overrides: Sequence[str], places: _Places) -> Recipe:
+    data = json.loads(json.dumps(data)) if overrides else data  # parts what an alias had joined
+    wrong = [text for text in (_override(data, override, places) for override in overrides) if text]
+    found = [_Mistake(path, _SECRET) for path, value in _leaves(data) if is_secret(str(value))]
+    for block in ("vector", "teach"):
+        path = (block, "lora", "targets")
+        if value_at(data, path) == []:
+            found.append(_Mistake(path, "the list is empty; name at least one module, or write all-linear"))
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        typed = _mistakes(error, data)
+        found = [*typed, *(one for one in found if one.path not in {other.path for other in typed})]
+    placed = sorted([*((math.inf, text) for text in wrong), *(_placed(one, places) for one in found)], key=_line)
+    if placed:
+        head = [f"{len(placed)} mistakes in the recipe:"] if len(placed) > 1 else []
+        raise RecipeError("\n  ".join([*head, *(text for _, text in placed)]))
     return recipe
 
 
-def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[Mistake]]:
-    texts = [(place, value) for place, value in _leaves(data, ()) if isinstance(value, str)]
-    more = [Mistake(place, _SECRET) for place, value in texts if is_secret(value)]
-    empty = "the list is empty; name at least one module, or write all-linear"
-    targets: tuple[KeyPath, ...] = (("vector", "lora", "targets"), ("teach", "lora", "targets"))
-    more += [Mistake(path, empty) for path in targets if value_at(data, path) == []]
-    try:
-        return Recipe.model_validate_json(json.dumps(data)), more
-    except ValidationError as error:
-        typed = mistakes(error, data)
-        return None, [*typed, *(m for m in more if m.path not in {t.path for t in typed})]
+def _line(placed: tuple[float, str]) -> float:
+    return placed[0]
 
 
-def _placed(mistake: Mistake, document: Document, changed: Overrides, file: str) -> tuple[float, str]:
-    """(sort key, message) of a mistake, at the line or the flag nearest to it."""
-    flag = _origin(mistake.path, changed)
-    if flag:
-        key = "" if flag == f"--set {_dotted(mistake.path)}" else _prefix(mistake.path)
-        return math.inf, f"{flag}: {key}{mistake.text}"
-    line = _line(mistake, document)
-    below = sorted({flag for place, flag in changed.origin.items() if place[: len(mistake.path)] == mistake.path})
-    also = f" (with {', '.join(below)})" if below and mistake.path else ""
-    return line, f"{file}:{line}: {_prefix(mistake.path)}{mistake.text}{also}"
-
-
-def _origin(path: KeyPath, changed: Overrides) -> str | None:
-    """The override that a place came from: its own, or that of the nearest mapping around it."""
-    ends = range(len(path), 0, -1)
-    return next((changed.origin[path[:end]] for end in ends if path[:end] in changed.origin), None)
-
-
-def _line(mistake: Mistake, document: Document) -> int:
-    """Line of the key. A mistake about a whole mapping goes to the first of its keys that the message names."""
+def _placed(mistake: _Mistake, places: _Places) -> tuple[float, str]:
+    """A mistake's line and message. One of a whole mapping goes to the first of its keys that the message names."""
     words = mistake.text.split() if mistake.whole else []
-    named = [(*mistake.path, *word.strip("(.,:;)").split(".")) for word in words]
-    around = [mistake.path[:end] for end in range(len(mistake.path), -1, -1)]
-    return next((document.lines[place] for place in (*named, *around) if place in document.lines), 1)
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(str(key) for key in path)
-
-
-def _prefix(path: KeyPath) -> str:
-    return f"{_dotted(path)}: " if path else ""
+    named: list[KeyPath] = [(*mistake.path, *word.strip("(.,:;)").split(".")) for word in words]
+    named = [path for path in named if path in places and places[path].line < math.inf]
+    around = [mistake.path[:end] for end in range(len(mistake.path), -1, -1) if mistake.path[:end] in places]
+    line, where = places[[*named, *around][0]]
+    key = _dotted(mistake.path)
+    prefix = f"{key}: " if key and where != f"--set {key}" else ""
+    below = {p.text for path, p in places.items() if p.line == math.inf and path[: len(mistake.path)] == mistake.path}
+    also = f" (with {', '.join(sorted(below))})" if below and key and line < math.inf else ""
+    return line, f"{where}: {prefix}{mistake.text}{also}"
 
 
 # -- pydantic's errors in plain words, with what the JSON schema says of the place
 
-Node = dict[str, Any]  # of the JSON schema
-PATTERNS = {
-    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "text of letters, digits, '.', '_' and '-' that begins with a letter or digit",
-    r"^(auto|cpu|mps|cuda(:\d+)?)$": "one of auto, cpu, mps, cuda, or cuda:NUMBER",
-    r"^\d+(\.\d+)?[KMGT]B$": "a size such as 500MB or 5GB",
-    r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$": "a time such as 4:00:00 (hours) or 1-12:00:00 (days and hours)",
-    r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$": "a name on the hub, OWNER/NAME",
+_Node = dict[str, Any]  # of the JSON schema
+_EXPECTED = {
+    **dict.fromkeys(("bool_type", "bool_parsing"), "be true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "be a number"),
+    **dict.fromkeys(("tuple_type", "list_type"), "be a list"),
+    **dict.fromkeys(("model_type", "dict_type", "model_attributes_type"), "be a mapping"),
+    "string_type": "be text",
 }
-_PLAIN = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
-_BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "of at most", "exclusiveMaximum": "below"}
 
 
-class _Found(NamedTuple):
-    """A pydantic error at a place freed of the names of union alternatives."""
-
-    path: KeyPath
-    kinds: list[Node]
-    error: Mapping[str, Any]
-    unfit: bool  # it speaks of an alternative that the given value does not resemble
-
-
-def mistakes(error: ValidationError, data: Any) -> list[Mistake]:
-    """Every mistake that ``error`` reports about ``data``, one message per key."""
-    groups: dict[KeyPath, list[_Found]] = {}
-    for one in error.errors():
-        item = _place(one, data)
-        groups.setdefault(item.path, []).append(item)
-    # "required key" says nothing new where an unknown key beside it is that key misspelt
-    unknown = [i for group in groups.values() for i in group if i.error["type"] == "extra_forbidden"]
-    meant = {(*i.path[:-1], nearest(str(i.path[-1]), tuple(fields(i.kinds)))) for i in unknown}
-    result = []
-    for path, group in groups.items():
-        fit = [item for item in group if not item.unfit]
-        first = (fit or group)[0]
-        kind = first.error["type"]
-        deeper = any(p[: len(path)] == path for p in groups if len(p) > len(path))
-        if (deeper and (not fit or kind == "too_short")) or (kind == "missing" and path in meant):
-            continue
-        result.append(Mistake(path, _sentence(first, data), whole=kind == "value_error"))
-    return result
+def _mistakes(error: ValidationError, data: Any) -> list[_Mistake]:
+    """One mistake per key, of all that pydantic says about the alternatives that it may be."""
+    groups: dict[KeyPath, list[Mapping[str, Any]]] = {}
+    for one in error.errors(include_url=False):
+        groups.setdefault(_path(one, data), []).append(one)
+    found = []
+    unknown = [path for path, errors in groups.items() if errors[0]["type"] == "extra_forbidden"]
+    for path, errors in groups.items():
+        if errors[0]["type"] == "missing" and any(
+            path[:-1] == other[:-1] and f"'{path[-1]}'" in did_you_mean(str(other[-1]), _keys_beside(other))
+            for other in unknown
+        ):
+            continue  # an unknown key beside it is that key misspelt
+        if any(len(other) > len(path) and other[: len(path)] == path for other in groups):
+            continue  # of the alternatives, it is the one that something below is said of
+        whole = any(one["type"] == "value_error" for one in errors)
+        found.append(_Mistake(path, _sentence(path, errors, value_at(data, path)), whole))
+    return found
 
 
-def _place(error: Mapping[str, Any], data: Any) -> _Found:
-    kinds, loc = alternatives(_schema()), error["loc"]
+def _path(error: Mapping[str, Any], data: Any) -> KeyPath:
+    """Where an error is, freed of the names of union alternatives."""
     path: KeyPath = ()
-    for i, key in enumerate(loc):
-        if i == len(loc) - 1 and error["type"] == "extra_forbidden":
-            return _Found((*path, key), kinds, error, False)
-        inner = _below(kinds, key)
-        if inner:
-            path, kinds, data = (*path, key), inner, value_at(data, (key,))
-        elif not _resembles(str(key), data, kinds):
-            return _Found(path, kinds, error, True)
-    return _Found(path, kinds, error, False)
+    for key in error["loc"][:-1] if error["type"] == "missing" else error["loc"]:
+        inside = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int)
+        if inside:
+            path, data = (*path, key), data[key]
+    return (*path, error["loc"][-1]) if error["type"] == "missing" else path
 
 
-def _resembles(alternative: str, value: Any, kinds: Sequence[Node]) -> bool:
-    """Whether the union alternative that pydantic names is of the shape (mapping, list, scalar) of the value."""
-    if any(kind.get("title") == alternative and "properties" in kind for kind in kinds):
-        return isinstance(value, dict)
-    return not isinstance(value, dict) and isinstance(value, list) == ("tuple[" in alternative)
+def _sentence(path: KeyPath, errors: Sequence[Mapping[str, Any]], value: Any) -> str:
+    kinds = {one["type"]: one for one in errors}
+    if "extra_forbidden" in kinds:
+        return _unknown_key(path)
+    if "missing" in kinds:
+        return f"this key is required: {_described(path)}"
+    if "value_error" in kinds:
+        return str(kinds["value_error"]["ctx"]["error"])
+    wanted = dict.fromkeys(_EXPECTED.get(one["type"]) or one["msg"].partition(" should ")[2] for one in errors)
+    options = [option for one in errors for option in str(one.get("ctx", {}).get("expected", "")).split("'")[1::2]]
+    guess = did_you_mean(value, options) if isinstance(value, str) else ""
+    form = f" ({_described(path)})" if "string_pattern_mismatch" in kinds else ""
+    return f"must {' or '.join(wanted)}, got {_shown(value)}{guess}{form}"
 
 
-def _sentence(item: _Found, data: Any) -> str:
-    kind = item.error["type"]
-    if kind == "extra_forbidden":
-        return _unknown_key(str(item.path[-1]), item.kinds)
-    if kind == "value_error":
-        return str(item.error["ctx"]["error"])
-    if kind == "missing":
-        node: Node = {}
-        for key in item.path:
-            node = fields(alternatives(node or _schema())).get(str(key), {}) if isinstance(key, str) else _item(node)
-        return "this key is required: " + (node.get("description") or words(item.kinds))
-    value = value_at(data, item.path)
-    return f"expected {words(item.kinds)}, got {show(value)}{_hint(value, item.kinds)}"
+def _unknown_key(path: KeyPath) -> str:
+    key, beside = str(path[-1]), _keys_beside(path)
+    guess, allowed = did_you_mean(key, beside), f"allowed here: {', '.join(beside)}"
+    elsewhere = [".".join(other) for other in _keys(tuple(METHODS)) if other[-1] == key]
+    if elsewhere and not guess:
+        return f"unknown key here; it belongs at {' or '.join(elsewhere[:3])} ({allowed})"
+    return f"unknown key{guess} ({allowed})"
 
 
-def _unknown_key(key: str, kinds: Sequence[Node]) -> str:
-    known = tuple(fields(kinds))
-    allowed = f"allowed here: {', '.join(known)}"
-    if guess := nearest(key, known):
-        return f"unknown key; did you mean '{guess}'? ({allowed})"
-    if places := [".".join(path) for path in _places_of(key, _schema(), ())]:
-        return f"unknown key here; it belongs at {' or '.join(places[:3])} ({allowed})"
-    return f"unknown key; {allowed}"
-
-
-def show(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value as it is quoted in a message."""
-    if value is None:
-        return "nothing (the key has no value)"
     if isinstance(value, dict | list):
         kind = "mapping" if isinstance(value, dict) else "list"
         return f"a {kind}" if value else f"an empty {kind}"
     if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
-    if isinstance(value, float) and not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "an infinite number"
-    return json.dumps(value)
-
-
-def _hint(value: Any, kinds: Sequence[Node]) -> str:
-    free = [kind for kind in kinds if not {"enum", "const", "pattern"} & kind.keys()]
-    types = {kind.get("type") for kind in free}
-    inner = [node for kind in kinds if kind.get("type") == "array" for node in alternatives(_item(kind))]
-    as_list = "; write it as a list: [{}]" if inner else ""
-    if isinstance(value, str):
-        return _hint_for_text(value, kinds, types) or as_list.format(value)
-    if isinstance(value, bool | int | float) and "string" in types and not types & {"boolean", "integer", "number"}:
-        return f"; put it in quotes: '{json.dumps(value)}'"
-    if isinstance(value, float) and value.is_integer() and "integer" in types:
-        return f"; write {int(value)}"
-    if isinstance(value, dict) and any("properties" in node for node in inner):
-        return "; put '- ' before its first key, so that it is an item of a list"
-    return as_list.format(json.dumps(value)) if isinstance(value, bool | int | float) else ""
-
-
-def _hint_for_text(value: str, kinds: Sequence[Node], types: set[Any]) -> str:
-    if types & {"integer", "number"}:
-        if _is_number(value.strip()):
-            return "; this is text: remove the quotes to make it a number"
-        bare = value.replace("_", "").replace(",", "")
-        return f"; write {bare}" if _is_number(bare) else ""
-    if "boolean" in types:
-        if isinstance(scalar_of(value), bool):
-            return "; this is text: remove the quotes"
-        lowered = value.lower()
-        return (
-            "; write true"
-            if lowered in ("on", "yes", "y")
-            else "; write false"
-            if lowered in ("off", "no", "n")
-            else ""
-        )
-    guess = nearest(value, [str(option) for kind in kinds for option in _options(kind)])
-    return f"; did you mean '{guess}'?" if guess else ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return isinstance(scalar_of(text), int | float) and not isinstance(scalar_of(text), bool)
-    except ValueError:
-        return False
+        return f"the text {value if len(value) <= 60 else value[:57] + '...'!r}"
+    return "nothing (the key has no value)" if value is None else json.dumps(value)
 
 
 # -- the JSON schema
 
 
-def _schema() -> Node:
-    """The schema of recipes, with the settings of methods from outside the package."""
-    return _schema_with(tuple(METHODS))
-
-
 @lru_cache(maxsize=2)
-def _schema_with(methods: tuple[str, ...]) -> Node:
+def _schema(methods: tuple[str, ...]) -> _Node:
+    """The schema of recipes, with the settings of methods from outside the package."""
     schema = Recipe.model_json_schema()
     for name in methods:
         if (settings := METHODS[name].settings) is not None:
@@ -541,77 +390,84 @@ def _schema_with(methods: tuple[str, ...]) -> Node:
     return schema
 
 
-def alternatives(node: Node) -> list[Node]:
-    """What a place may hold: references followed, unions taken apart."""
-    if "$ref" in node:
-        return [_schema()["$defs"][node["$ref"].rpartition("/")[2]]]
-    return [kind for member in node.get("anyOf", ()) for kind in alternatives(member)] or [node]
+@lru_cache(maxsize=2)
+def _keys(methods: tuple[str, ...]) -> dict[tuple[str, ...], _Node]:
+    """Every key of a recipe with its schema: an item of a list is 0, a key of any name is *."""
+    schema = _schema(methods)
+
+    def walk(node: _Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], _Node]]:
+        for kind in node.get("anyOf", [node]):
+            kind = schema["$defs"][kind["$ref"].rpartition("/")[2]] if "$ref" in kind else kind
+            for name, inner in kind.get("properties", {}).items():
+                yield (*path, name), inner
+                yield from walk(inner, (*path, name))
+            for step, inner in (("0", kind.get("items")), ("*", kind.get("additionalProperties"))):
+                if isinstance(inner, dict):
+                    yield from walk(inner, (*path, step))
+
+    return dict(walk(schema, ()))
 
 
-def fields(kinds: Sequence[Node]) -> dict[str, Node]:
-    """The keys that a mapping of one of these alternatives may have."""
-    return {name: node for kind in kinds for name, node in kind.get("properties", {}).items()}
+def _keys_beside(path: KeyPath) -> list[str]:
+    """The keys that the mapping around ``path`` may have."""
+    return [key[-1] for key in _keys(tuple(METHODS)) if len(key) == len(path) and _same(path[:-1], key)]
 
 
-def _item(kind: Node) -> Node:
-    """What a list holds."""
-    found: Node = kind["items"] if isinstance(kind.get("items"), dict) else kind["prefixItems"][0]
-    return found
+def _described(path: KeyPath) -> str:
+    nodes = (node for key, node in _keys(tuple(METHODS)).items() if len(key) == len(path) and _same(path, key))
+    return str(next(nodes, {}).get("description", ""))
 
 
-def _options(kind: Node) -> list[Any]:
-    return kind.get("enum") or ([kind["const"]] if "const" in kind else [])
+def _same(path: KeyPath, key: tuple[str, ...]) -> bool:
+    return all(k in (str(p), "*") or (k == "0" and isinstance(p, int)) for p, k in zip(path, key, strict=False))
 
 
-def _below(kinds: Sequence[Node], key: str | int) -> list[Node]:
-    """The alternatives of what lies at ``key``; none where no alternative has such a key."""
-    if key in (known := fields(kinds)):
-        return alternatives(known[str(key)])
-    for kind in kinds:
-        if isinstance(key, str) and isinstance(kind.get("additionalProperties"), dict):
-            return alternatives(kind["additionalProperties"])
-        if isinstance(key, int) and kind.get("type") == "array":
-            return alternatives(_item(kind))
-    return []
+# -- the run folder of a recipe
 
 
-def _places_of(key: str, node: Node, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Every place in the schema where ``key`` is a field."""
-    for name, inner in node.get("properties", {}).items():
-        if name == key:
-            yield (*path, name)
-        for kind in alternatives(inner):
-            many = kind.get("type") == "array"
-            for one in alternatives(_item(kind)) if many else [kind]:
-                yield from _places_of(key, one, (*path, name, "0") if many else (*path, name))
+def open_run(root: Path | None, recipe: Recipe, text: str, fresh: bool = False, base: Path = Path("runs")) -> RunFolder:
+    """Make or reopen the folder of a recipe and take its lock (:meth:`unlearn.store.stages.RunFolder.open`).
+
+    Args:
+        root: The folder itself (``--out``); None for ``base/<recipe name>-<first 8 hex of its fingerprint>``.
+        recipe: With every default filled in; decides whether an existing folder is this run's.
+        text: The recipe as the user wrote it.
+        fresh: Remove what an earlier run left here, of whatever recipe.
+        base: Where folders without a name of their own go.
+    """
+    what = recipe.model_dump(mode="json", exclude={"cluster"})  # what a batch system gives is no part of a run
+    place = root if root is not None else base / f"{recipe.name}-{fingerprint(what)[:8]}"
+    return RunFolder.open(place, resolved_yaml(recipe), text, _require_same_recipe, fresh)
 
 
-def words(kinds: Sequence[Node]) -> str:
-    """What a place takes, as the object of "expected"."""
-    parts = dict.fromkeys(_described(kind) for kind in kinds if kind.get("type") != "null")
-    if any(kind.get("type") == "null" for kind in kinds):
-        parts["null"] = None
-    *others, last = parts
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _described(kind: Node) -> str:
-    if options := _options(kind):
-        return f"'{options[0]}'" if len(options) == 1 else f"one of {', '.join(map(str, options))}"
-    if kind["type"] == "array":
-        least = kind.get("minItems") if "items" in kind else None
-        inner = alternatives(_item(kind))
-        item = "a mapping" if "properties" in inner[0] else words(inner)
-        return f"a list{f' with at least {least} item' if least else ''} (each: {item})"
-    if kind["type"] == "object":
-        return (
-            f"a mapping (keys: {', '.join(kind['properties'])})" if "properties" in kind else "a mapping (key: value)"
+def _require_same_recipe(place: Path, resolved: str) -> None:
+    """Compare the folder's ``resolved.yaml`` with ``resolved``: keys that came later count as today's defaults."""
+    try:
+        old = yaml_core.parse((place / "resolved.yaml").read_text(encoding="utf-8")).data
+        there = {key: value for key, value in old.items() if key != "cluster"}  # where it runs never matters
+    except (YamlSyntaxError, UnicodeDecodeError, AttributeError) as e:
+        raise RunFolderError(
+            f"{place / 'resolved.yaml'} cannot be read any more, so it is unclear whose run this is: "
+            "use another --out, or --fresh to start over"
+        ) from e
+    with suppress(ValidationError):  # of another version, which had other keys
+        there = Recipe.model_validate_json(json.dumps(there)).model_dump(mode="json")
+    here = yaml_core.parse(resolved).data
+    one, other = ({_dotted(path): value for path, value in _leaves(data)} for data in (there, here))
+    absent = object()
+    differs = [k for k in dict.fromkeys([*other, *one]) if one.get(k, absent) != other.get(k, absent)]
+    # another search is another way of going about the same run: what is finished is used again
+    differs = [k for k in differs if k != "sweep.search" and k.partition(".")[0] != "cluster"]
+    if differs:
+        lines = [f"  {key}: {_short(one, key)} there, {_short(other, key)} here" for key in differs[:5]]
+        more = [f"  and {len(differs) - 5} more"] if len(differs) > 5 else []
+        raise RunFolderError(
+            f"{place} holds a run of another recipe:\n"
+            + "\n".join([*lines, *more])
+            + "\nUse another --out, or --fresh to remove that run and start over"
         )
-    if "pattern" in kind:
-        return PATTERNS.get(kind["pattern"], f"text that matches {kind['pattern']}")
-    if "minLength" in kind:
-        return "text that is not empty"
-    limits = {name: kind[name] for name in _BOUNDS if name in kind}
-    if {"minimum", "maximum"} <= limits.keys():
-        return f"{_PLAIN[kind['type']]} from {limits['minimum']} to {limits['maximum']}"
-    return " ".join([_PLAIN[kind["type"]], " and ".join(f"{_BOUNDS[k]} {v}" for k, v in limits.items())]).rstrip()
+
+
+def _short(leaves: Mapping[str, Any], key: str) -> str:
+    text = repr(leaves[key]) if key in leaves else "not set"
+    return text if len(text) <= 60 else text[:57] + "..."

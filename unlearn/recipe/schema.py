@@ -11,13 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from unlearn.recipe.data import (
-    DataSet,
-    Frozen,
-    HoldoutSet,
-    SetRole,
-    UtilitySet,
-)
+from unlearn.errors import EvaluationError
+from unlearn.recipe.data import DataSet, Frozen, HoldoutSet, Kind, SetRole, UtilitySet
 from unlearn.recipe.evaluation import (
     BenchmarkSpec,
     ChooseSpec,
@@ -27,12 +22,8 @@ from unlearn.recipe.evaluation import (
     RobustnessSpec,
     SweepSpec,
 )
-from unlearn.recipe.methods import (
-    METHODS,
-    RetainKLSpec,
-    TeachSpec,
-    VectorSpec,
-)
+from unlearn.recipe.methods import METHODS, RetainKLSpec, TeachSpec, VectorSpec
+from unlearn.text import did_you_mean
 
 
 class ModelSpec(Frozen):
@@ -73,7 +64,9 @@ class AnalogySpec(Frozen):
 class Recipe(Frozen):
     """One experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Names the run folder.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="The run folder's: letters, digits, ., _ and -."
+    )
     description: str = Field("", description="One line for the report.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Splits, initialisation and data order.")
     model: ModelSpec = Field(description="The model that knows too much.")
@@ -222,3 +215,55 @@ def _same_names(sets: Sequence[tuple[SetRole, DataSet]]) -> str:
             role, _, name = label.partition(".")
             return f"two {role} sets are called {name!r}: give them names"
     return ""
+
+
+# -- which metrics each kind of data has, and which of them the choice of a coefficient rests on
+
+
+# Metrics of each kind that need log-likelihoods only; the first is the one the choice of a coefficient rests on.
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "mcq": ("acc", "acc_norm", "logprob", "prob", "pmi", "acc_pmi"),
+    "qa": ("prob", "loss", "exact", "pmi"),
+    "text": ("perplexity", "loss", "exact_memorisation", "extraction_strength", "pmi"),
+}
+RECITED = ("exact_memorisation", "extraction_strength", "pmi")  # need a request for each token
+Key = tuple[str, str, str]  # set, name, metric
+
+
+def default_metric(kind: Kind) -> str:
+    """The metric that stands for a set: accuracy (mcq), answer probability (qa), perplexity (text)."""
+    return METRICS[kind][0]
+
+
+KEPT = ("retain", "utility")  # roles whose scores must stay
+
+
+def goal_metrics(recipe: Recipe) -> tuple[Key, ...]:
+    """Keys of the scores the edit is for, in report order: to be driven down (forget) or up (learn).
+
+    ``choose.metric`` names the metric of the sets of the first one's kind; others have the default of their kind.
+
+    Raises:
+        EvaluationError: the recipe names one that this kind of data does not have in the search.
+    """
+    goals = recipe.goals()
+    kind = goals[0][1].kind
+    metric = recipe.choose.metric or default_metric(kind)
+    if metric not in METRICS[kind]:
+        guess = did_you_mean(metric, METRICS[kind])
+        raise EvaluationError(
+            f"choose.metric: {kind} data have no {metric!r} in the search{guess} (there are {', '.join(METRICS[kind])})"
+        )
+    return tuple((role, d.label(), metric if d.kind == kind else default_metric(d.kind)) for role, d in goals)
+
+
+def kept_metrics(recipe: Recipe) -> tuple[Key, ...]:
+    """Keys of the scores that must stay within the bound: one for each retain and utility set, and lm-eval's tasks."""
+    own = [(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role in KEPT]
+    shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set in KEPT and not spec.whole]
+    return (*own, *shipped)
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric is bounded by how much it rises, not by the share it keeps."""
+    return metric.endswith("perplexity")

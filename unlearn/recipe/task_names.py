@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from unlearn.errors import EvaluationError
+from unlearn.text import did_you_mean
 
 # A line of lm-eval's YAML that gives a task, group or tag its name, alone or as an item of a list.
 _NAMED = re.compile(
     rb"""^[ \t]*(?:-[ \t]*)?["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s#"'\[\]{}|>]+)""", re.MULTILINE
 )
-_LISTED = re.compile(rb"""(?:^[ \t]*-[ \t]*|[\[,][ \t]*)["']?([^\s#"'\[\]{},:]+)["']?[ \t]*(?:#.*)?(?=$|[\],])""", re.M)
-
 _INCLUDED = re.compile(rb"""^include:[ \t]*["']?(\.\.[^\s"'#]+)""", re.MULTILINE)
 
 
-def shipped_tasks() -> Path | None:
+def shipped_tasks() -> Path:
     """The folder of the tasks that come with lm-eval."""
     found = importlib.util.find_spec("lm_eval")
-    return Path((found.submodule_search_locations or [""])[0]) / "tasks" if found is not None else None
+    return Path((found.submodule_search_locations or [""])[0] if found is not None else "/nowhere") / "tasks"
 
 
-def task_files(folder: Path | None) -> list[str]:
+def task_files(folder: Path) -> list[str]:
     """The YAML files below a folder, and what they include, which has no ending there."""
-    walked = ((at, name) for at, _, names in os.walk(folder or "/nowhere") for name in names)
+    walked = ((at, name) for at, _, names in os.walk(folder) for name in names)
     return [f"{at}/{name}" for at, name in walked if name.endswith(".yaml") or "." not in name]
 
 
@@ -38,16 +36,15 @@ def task_names(files: Iterable[str]) -> Iterator[str]:
         yield from (name.decode(errors="replace") for name in _NAMED.findall(Path(path).read_bytes()))
 
 
-def has_task(files: Sequence[str], name: str) -> bool:
-    """Whether one of the files is called so or names such a task; those of its family are looked at first."""
-    if any(path.endswith(f"/{name}.yaml") for path in files):
-        return True
-    family, wanted = name.partition("_")[0], name.encode()
-    for path in sorted(files, key=lambda path: (family not in path, len(path))):
-        content = Path(path).read_bytes()
-        if wanted in content and any(wanted in pattern.findall(content) for pattern in (_NAMED, _LISTED)):
-            return True
-    return False
+def unheard_of(files: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of the names that no file mentions or is called by."""
+    missing = {name: _mention([name]) for name in names}
+    for path in map(Path, files):
+        if not missing:
+            break
+        content = path.read_bytes()
+        missing = {name: word for name, word in missing.items() if name != path.stem and not word.search(content)}
+    return list(missing)
 
 
 def families(folder: Path, names: Iterable[str]) -> set[Path]:
@@ -55,8 +52,7 @@ def families(folder: Path, names: Iterable[str]) -> set[Path]:
 
     And those with files that include one of theirs: they may have a tag from there.
     """
-    words = "|".join(re.escape(name).replace(r"\*", r"[\w.-]*").replace(r"\?", r"[\w.-]") for name in names)
-    mention = re.compile(rf"(?<![\w.-])(?:{words})(?![\w.-])".encode())
+    mention = _mention(names)
     found: set[Path] = set()
     including: set[tuple[Path, Path]] = set()
     for path in map(Path, task_files(folder)):
@@ -71,9 +67,13 @@ def families(folder: Path, names: Iterable[str]) -> set[Path]:
     return found
 
 
+def _mention(names: Iterable[str]) -> re.Pattern[bytes]:
+    words = "|".join(re.escape(name).replace(r"\*", r"[\w.-]*").replace(r"\?", r"[\w.-]") for name in names)
+    return re.compile(rf"(?<![\w.-])(?:{words})(?![\w.-])".encode())
+
+
 def no_such_task(name: str, known: Iterable[str]) -> EvaluationError:
     """The message about a name in ``eval.tasks`` that is none of those known."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:8])}, ..."
-    return EvaluationError(f"eval.tasks: lm-eval has no task {name!r}; {hint}")
+    guess = did_you_mean(name, names, 3) or f"; there are {', '.join(names[:8])}, ..."
+    return EvaluationError(f"eval.tasks: lm-eval has no task {name!r}{guess}")

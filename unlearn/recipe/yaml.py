@@ -12,26 +12,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
-from yaml.composer import ComposerError
-from yaml.reader import ReaderError
-from yaml.scanner import ScannerError
 
 KeyPath = tuple[str | int, ...]
-MAX_DEPTH = 40
 MAX_NODES = 100_000
 _MAX_DIGITS = 40
-_TOO_MANY = f"more than {MAX_NODES} values; is it a data file?"
 _TAG = "tag:yaml.org,2002:"
-_KINDS = frozenset({"null", "bool", "int", "float", "str", "seq", "map"})
-_HINTS = (
-    (r"'\\t'", "indent with spaces, not tabs"),
-    (r"mapping values are not allowed", "a value that contains ': ' needs quotes around it, or the indentation is off"),
-    (r"found another document", "keep one recipe per file: remove the '---' between them"),
-    (r"expected <block end>", "the indentation does not match the lines above, or a quote is not closed"),
-    (r"cannot start any token", "put a value that begins with this character in quotes"),
-    (r"found unexpected end of stream", "a quote is not closed"),
-    (r"could not find expected ':'", "write 'key: value', with a space after the colon"),
-)
+_HINTS = {
+    "mapping values are not allowed": "a value that contains ': ' needs quotes around it, or the indentation is off",
+    "expected <block end>": "the indentation does not match the lines above, or a quote is not closed",
+    "'\\t'": "indent with spaces, not tabs",
+}
 
 
 class YamlSyntaxError(ValueError):
@@ -64,37 +54,17 @@ _RESOLVERS = {
     char: [(_TAG + name, form) for name, form in _FORMS.items() if char in _FIRST[name]]
     for char in {char for chars in _FIRST.values() for char in chars}
 }
+_KINDS = {yaml.MappingNode: ("map",), yaml.SequenceNode: ("seq",), yaml.ScalarNode: ("str", *_FORMS)}
 
 
-class CoreLoader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
     """Composes nodes only; nothing is constructed by PyYAML."""
 
     yaml_implicit_resolvers = _RESOLVERS
-    _depth = _count = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose one node, refusing nesting that would exhaust Python's stack."""
-        self._depth += 1
-        self._count += 1
-        try:
-            if self._depth > MAX_DEPTH or self._count > MAX_NODES:
-                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-                much = f"nested deeper than {MAX_DEPTH} levels" if self._depth > MAX_DEPTH else _TOO_MANY
-                raise ComposerError(None, None, much, mark)
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
-
-    def scan_flow_scalar_non_spaces(self, double: bool, start_mark: Any) -> Any:
-        """Turn PyYAML's bare ``chr()`` failure on escapes such as ``\\UFFFFFFFF`` into a syntax error."""
-        try:
-            return super().scan_flow_scalar_non_spaces(double, start_mark)
-        except (ValueError, OverflowError):
-            raise ScannerError(None, None, "an escape in a quoted text is no character", self.get_mark()) from None
 
 
-class CoreDumper(yaml.SafeDumper):
-    """Writes text so that :class:`CoreLoader` reads the same value back (``'1e-4'`` keeps its quotes)."""
+class _Dumper(yaml.SafeDumper):
+    """Writes text so that :func:`parse` reads the same value back (``'1e-4'`` keeps its quotes)."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
@@ -108,29 +78,40 @@ class CoreDumper(yaml.SafeDumper):
         return self.represent_scalar(_TAG + "str", text, style='"' if unusual else None)
 
 
-CoreDumper.add_representer(str, CoreDumper.represent_text)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def dump(data: Any) -> str:
     """Block-style YAML in the given key order, readable by :func:`parse`."""
-    return str(yaml.dump(data, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=110))
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def parse(text: str) -> Document:
     """Read one YAML document, or raise a YamlSyntaxError, whose message names no file."""
+    line = 1
     try:
-        root = CoreLoader(text).get_single_node()
-    except ReaderError as error:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+        finally:
+            line = loader.line + 1
+        builder = _Builder()
+        return Document(None if root is None else builder.build(root, ()), {**builder.lines, (): 1})
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark or error.context_mark, error.problem or str(error)
+        hint = next((f"; {hint}" for part, hint in _HINTS.items() if part in problem), "")
+        raise YamlSyntaxError(mark.line + 1 if mark else 1, f"not valid YAML: {problem}{hint}") from None
+    except RecursionError:
+        raise YamlSyntaxError(
+            line, "nested too deeply, or an alias (*name) stands inside the value it names, which never ends"
+        ) from None
+    except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise YamlSyntaxError(line, f"not valid YAML: the character U+{error.character:04X} is not allowed") from None
-    except yaml.MarkedYAMLError as error:
-        raise _plain(error) from None
-    except (ValueError, OverflowError, yaml.YAMLError) as error:
-        raise YamlSyntaxError(1, f"not valid YAML: {error}") from None
-    if root is None:
-        return Document(None, {(): 1})
-    builder = _Builder()
-    return Document(builder.build(root, ()), {**builder.lines, (): 1})
+    except YamlSyntaxError:
+        raise
+    except (ValueError, OverflowError, yaml.YAMLError) as error:  # such as an escape that is no character
+        raise YamlSyntaxError(line, f"not valid YAML: {error}") from None
 
 
 def parse_value(text: str) -> Any:
@@ -138,27 +119,13 @@ def parse_value(text: str) -> Any:
     return parse(text).data
 
 
-def scalar_of(text: str) -> Any:
-    """What ``text`` means when it is written without quotes."""
-    tags = (tag for tag, pattern in _RESOLVERS.get(text[:1], ()) if pattern.match(text))
-    return _scalar(next(tags, _TAG + "str"), text)
-
-
-def _plain(error: yaml.MarkedYAMLError) -> YamlSyntaxError:
-    mark, start = error.problem_mark or error.context_mark, error.context_mark
-    problem = error.problem or str(error)
-    began = error.context and start and error.context.startswith("while")
-    since = f" {error.context} that began on line {start.line + 1}," if began and start else ""
-    hint = next((f"; {hint}" for pattern, hint in _HINTS if re.search(pattern, problem)), "")
-    return YamlSyntaxError(mark.line + 1 if mark else 1, f"not valid YAML:{since} {problem}{hint}")
-
-
-def _scalar(tag: str, text: str) -> Any:
+def _scalar(kind: str, text: str) -> Any:
     """The value of a scalar; a ValueError if its text does not have the form that its tag asks for."""
-    kind = tag.removeprefix(_TAG)
     if kind == "str":
-        # JSON writes a character beyond 16 bits as two escapes; half of one alone is a UnicodeDecodeError
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        try:  # JSON writes a character beyond 16 bits as two escapes
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError:
+            raise ValueError("an escape in this text is half a character (a lone surrogate)") from None
     if not (_FORMS[kind].match(text) or (kind == "float" and _FORMS["int"].match(text))):
         raise ValueError(f"{text[:40]!r} is no {kind}")
     if kind in ("null", "bool"):
@@ -175,41 +142,29 @@ class _Builder:
 
     def __init__(self) -> None:
         self.lines: dict[KeyPath, int] = {}
-        self._open: set[int] = set()
         self._count = 0
 
-    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+    def build(self, node: yaml.Node, path: KeyPath, is_key: bool = False) -> Any:
         self._count += 1
-        kind = node.tag.removeprefix(_TAG)
-        wanted = {"map": yaml.MappingNode, "seq": yaml.SequenceNode}.get(kind, yaml.ScalarNode)
         if self._count > MAX_NODES:
-            raise _refused(node, (), f"aliases (*name) make this file larger than {MAX_NODES} values; write it out")
-        if id(node) in self._open:
-            raise _refused(node, path, "an alias (*name) stands inside the value it names, which never ends")
-        if len(path) > MAX_DEPTH:
-            raise _refused(node, path, f"nested deeper than {MAX_DEPTH} levels")
-        if kind not in _KINDS:
+            raise _refused(node, (), f"more than {MAX_NODES} values: is it a data file, or do aliases repeat others?")
+        kind = node.tag.removeprefix(_TAG)
+        if kind not in _KINDS[type(node)]:
             tag = f"!!{kind}" if node.tag.startswith(_TAG) else kind
             raise _refused(node, path, f"the tag {tag} is refused: a recipe holds plain values only; remove it")
-        if not isinstance(node, wanted):
-            raise _refused(node, path, f"the tag !!{kind} does not fit this value; remove it")
         if isinstance(node, yaml.ScalarNode):
-            return _value(node, node.tag, path, "text")
-        self._open.add(id(node))
-        data: Any = self._mapping(node, path) if kind == "map" else self._sequence(node, path)
-        self._open.discard(id(node))
-        return data
-
-    def _sequence(self, node: yaml.Node, path: KeyPath) -> list[Any]:
-        self.lines |= {(*path, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
-        return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
-
-    def _mapping(self, node: yaml.Node, path: KeyPath) -> dict[str, Any]:
+            try:  # a key is text as it is written: the column 1 is the column '1'
+                return _scalar("str" if is_key else kind, node.value)
+            except ValueError as error:
+                raise _refused(node, path, str(error)) from None
+        if is_key:
+            raise _refused(node, path, "a key must be plain text")
+        if isinstance(node, yaml.SequenceNode):
+            self.lines |= {(*path, i): item.start_mark.line + 1 for i, item in enumerate(node.value)}
+            return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.removeprefix(_TAG) not in _KINDS:
-                raise _refused(key_node, (*path, "?"), "a key must be plain text")
-            key = _value(key_node, _TAG + "str", (*path, "?"), "key")  # as written: the column 1 is the column '1'
+            key = self.build(key_node, (*path, "?"), is_key=True)
             here = (*path, key)
             if key in data:
                 raise _refused(key_node, here, f"given twice: on line {self.lines[here]} and again here; keep one")
@@ -218,15 +173,6 @@ class _Builder:
             self.lines[here] = key_node.start_mark.line + 1
             data[key] = self.build(value_node, here)
         return data
-
-
-def _value(node: yaml.ScalarNode, tag: str, path: KeyPath, what: str) -> Any:
-    try:
-        return _scalar(tag, node.value)
-    except UnicodeDecodeError:
-        raise _refused(node, path, f"an escape in this {what} is half a character (a lone surrogate)") from None
-    except ValueError as error:
-        raise _refused(node, path, str(error)) from None
 
 
 def _refused(node: yaml.Node, path: KeyPath, text: str) -> YamlSyntaxError:

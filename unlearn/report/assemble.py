@@ -8,8 +8,7 @@ from typing import Any
 from unlearn.data.sets import LoadedSet
 from unlearn.evidence.reference import Subjects
 from unlearn.recipe.data import DataSet
-from unlearn.recipe.metrics import Key
-from unlearn.recipe.schema import Recipe
+from unlearn.recipe.schema import Key, Recipe
 from unlearn.results import CONTRAST, LENS, Benchmark, Chosen, Robustness, ScoreRow, SweepPoint, TaskScore, probing
 from unlearn.score import search
 from unlearn.store import provenance

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from unlearn.recipe.metrics import KEPT, Key, is_perplexity
+from unlearn.recipe.schema import KEPT, Key, is_perplexity
 from unlearn.results import Chosen, RunReport, Score, ScoreRow, SweepPoint, TaskScore
 from unlearn.score.search import blind, holds, share_left
 from unlearn.text import MISSING, number, percent, signed

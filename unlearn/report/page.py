@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup, escape
 
-from unlearn.recipe.metrics import is_perplexity
+from unlearn.recipe.schema import is_perplexity
 from unlearn.report.charts import DASHES, Axis, Chart, Key, Mark, Point, Series, axis_of, chart, spark, style
 from unlearn.report.figures import (
     FrontierPoint,

@@ -18,8 +18,7 @@ from unlearn.console import quietly
 from unlearn.errors import UnlearnError
 from unlearn.recipe.evaluation import PushSpec
 from unlearn.recipe.methods import GREEK, formula, phrases
-from unlearn.recipe.metrics import KEPT
-from unlearn.recipe.schema import Recipe
+from unlearn.recipe.schema import KEPT, Recipe
 from unlearn.report.figures import goal_rows, missed
 from unlearn.report.page import templates
 from unlearn.report.words import memory_line, outcome

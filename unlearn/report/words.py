@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from unlearn.recipe.metrics import is_perplexity
+from unlearn.recipe.schema import is_perplexity
 from unlearn.report.figures import (
     FORGOTTEN,
     Z95,

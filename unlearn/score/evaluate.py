@@ -29,7 +29,7 @@ from lm_eval.loggers.utils import add_env_info, add_tokenizer_info
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from unlearn.errors import BrokenModelError, EvaluationError, RunFolderError
-from unlearn.recipe.metrics import Key
+from unlearn.recipe.schema import Key
 from unlearn.results import Score, TaskScore
 from unlearn.score.tasks import TaskInfo, TaskSet, environment, quiet_harness, random_state_kept
 from unlearn.store.provenance import checkout

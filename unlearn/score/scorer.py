@@ -19,8 +19,7 @@ from unlearn.data.sets import LoadedSet
 from unlearn.errors import BrokenModelError
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import SetRole, Split, stops
-from unlearn.recipe.metrics import KEPT, Key, default_metric, goal_metrics
-from unlearn.recipe.schema import Recipe
+from unlearn.recipe.schema import KEPT, Key, Recipe, default_metric, goal_metrics
 from unlearn.results import Chosen, Example, Score, SweepPoint, TaskScore
 from unlearn.score import search, tasks
 from unlearn.score.evaluate import evaluate

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from unlearn.errors import EvaluationError
 from unlearn.recipe.evaluation import ChooseSpec
-from unlearn.recipe.metrics import Key, is_perplexity
+from unlearn.recipe.schema import Key, is_perplexity
 from unlearn.results import Chosen, SweepPoint, TaskScore
 from unlearn.text import listing, number, percent
 

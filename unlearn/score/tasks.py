@@ -32,12 +32,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, write_items
 from unlearn.errors import EvaluationError
 from unlearn.model.locate import no_foreign_code
-from unlearn.recipe import metrics
+from unlearn.recipe import schema
 from unlearn.recipe.data import Split, stops
 from unlearn.recipe.evaluation import TaskSpec
 from unlearn.recipe.load import tasks_folder
-from unlearn.recipe.metrics import RECITED, Key
-from unlearn.recipe.schema import Recipe
+from unlearn.recipe.schema import RECITED, Key, Recipe
 from unlearn.recipe.task_names import families, no_such_task, shipped_tasks, task_files, task_names
 from unlearn.results import Role
 from unlearn.store.cache import hub_away
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-SHIPPED = shipped_tasks() or Path()
+SHIPPED = shipped_tasks()
 
 
 # -- lm-eval without what it says, and without a touch to anyone's random numbers
@@ -308,7 +307,7 @@ class TaskSet:
 def kept_metrics(recipe: Recipe, built: TaskSet) -> tuple[Key, ...]:
     """Keys of the scores that must stay within the bound, of those that ``built``, the tasks of the search, gives."""
     scored = {(info.set, info.name) for info in built.info.values()}
-    return tuple(key for key in metrics.kept_metrics(recipe) if key[:2] in scored)
+    return tuple(key for key in schema.kept_metrics(recipe) if key[:2] in scored)
 
 
 def build_tasks(
