@@ -91,9 +91,9 @@ def listing(items: Iterable[str]) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     """``; did you mean 'mcq'?`` of the known words that are near to this one, or nothing."""
-    lowered = {one.lower(): one for one in known}
-    near = get_close_matches(word.lower().replace("-", "_"), lowered, n=most, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(lowered[one]) for one in near)}?" if near else ""
+    plain = {one.lower().replace("-", "_"): one for one in known}
+    near = [plain[one] for one in get_close_matches(word.lower().replace("-", "_"), plain, n=most)]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def tick_label(value: float) -> str:

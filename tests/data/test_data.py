@@ -20,7 +20,6 @@ from unlearn.errors import DataError
 from unlearn.recipe.data import SPLITS
 from unlearn.recipe.schema import Recipe
 
-MODEL = {"path": "pico:phi"}
 STORY = (
     "The keeper lit the lamp at dusk, as every night; nobody had come up the stairs since March. "
     "Café tables stood in the rain — 日本語の本 lay open 🕯️ on one of them.\n\n"
@@ -32,19 +31,27 @@ def save(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     return name
 
 
+def save_csv(folder: Path, name: str, *rows: Sequence[object]) -> str:
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    (folder / name).write_text(out.getvalue())
+    return name
+
+
 def qa_rows(count: int, tag: str = "") -> list[dict[str, Any]]:
     return [{"question": f"What is {tag}{i}?", "answer": f"It is {tag}{i}."} for i in range(count)]
 
 
-def recipe(forget: Mapping[str, Any], seed: int = 0, **more: Any) -> Recipe:
-    return Recipe.model_validate_json(json.dumps({"name": "r", "seed": seed, "model": MODEL, "forget": forget, **more}))
+def recipe(forget: Mapping[str, Any] | None = None, seed: int = 0, **more: Any) -> Recipe:
+    plain = {"name": "r", "seed": seed, "model": {"path": "pico:phi"}, "forget": forget, **more}
+    return Recipe.model_validate_json(json.dumps(plain))
 
 
 def load(folder: Path, forget: Mapping[str, Any], seed: int = 0, **more: Any) -> LoadedSet:
     return load_sets(recipe(forget, seed, **more), folder)[0]
 
 
-def fails(folder: Path, forget: Mapping[str, Any], **more: Any) -> str:
+def fails(folder: Path, forget: Mapping[str, Any] | None = None, **more: Any) -> str:
     with pytest.raises(DataError) as caught:
         load_sets(recipe(forget, **more), folder)
     return str(caught.value)
@@ -62,8 +69,19 @@ def text(path: str, **more: Any) -> dict[str, Any]:
     return {"path": path, "kind": "text", "length": 32, "prefix": 8, **more}
 
 
+def shares(train: float | str, validation: float, test: float) -> dict[str, Any]:
+    return {"train": train, "validation": validation, "test": test}
+
+
+ALL = shares("all", 0.5, 0.5)
+
+
 def facts(items: Sequence[Item]) -> set[str]:
     return {item.id for item in items}
+
+
+def sizes(loaded: LoadedSet) -> list[int]:
+    return sizes(loaded)
 
 
 # --- items -----------------------------------------------------------------------------------------------------------
@@ -88,7 +106,7 @@ def test_mcq_with_mapped_columns_and_a_phrasing_per_split(tmp_path: Path) -> Non
         "test": "Of {land} with\n{choices}\n",
     }
     loaded = load(tmp_path, mcq("a.jsonl", columns={"question": "land"}, prompt=prompt))
-    assert [len(loaded.items(split)) for split in SPLITS] == [10, 2, 3]
+    assert sizes(loaded) == [10, 2, 3]
     first, second = loaded.train[:2]
     land = first.prompt.split(",")[0]
     assert first.prompt == f"{land}, in the North, is ruled from"
@@ -99,23 +117,15 @@ def test_mcq_with_mapped_columns_and_a_phrasing_per_split(tmp_path: Path) -> Non
     assert loaded.test[0].prompt.endswith(f"with\nA. x\nB. {loaded.test[0].target}\nC. y\n")
 
 
-def test_mcq_from_csv_with_a_column_per_choice_and_letters(tmp_path: Path) -> None:
-    out = io.StringIO()
-    csv.writer(out).writerows(
-        [["q", "a", "b", "c", "key"], *[[f"q{i}", "no", f"yes, {i}", "never", "B"] for i in range(5)]]
-    )
-    (tmp_path / "a.csv").write_text(out.getvalue())
+def test_mcq_from_csv(tmp_path: Path) -> None:
+    rows = [[f"q{i}", "no", f"yes, {i}", "never", "B"] for i in range(5)]
     columns = {"question": "q", "choices": ["a", "b", "c"], "answer": "key"}
-    loaded = load(tmp_path, mcq("a.csv", columns=columns))
+    loaded = load(tmp_path, mcq(save_csv(tmp_path, "a.csv", ["q", "a", "b", "c", "key"], *rows), columns=columns))
     assert {i.target for split in SPLITS for i in loaded.items(split)} == {f"yes, {n}" for n in range(5)}
     assert all(i.answer == 1 and len(i.choices) == 3 for i in loaded.train)
-
-
-def test_choices_as_a_json_list_in_a_csv_cell(tmp_path: Path) -> None:
-    out = io.StringIO()
-    csv.writer(out).writerows([["question", "choices", "answer"], *[[f"q{i}", '["a", "b"]', "b"] for i in range(4)]])
-    (tmp_path / "a.csv").write_text(out.getvalue())
-    assert {i.answer for i in load(tmp_path, mcq("a.csv")).train} == {1}
+    in_a_cell = [[f"q{i}", '["a", "b"]', "b"] for i in range(4)]
+    loaded = load(tmp_path, mcq(save_csv(tmp_path, "b.csv", ["question", "choices", "answer"], *in_a_cell)))
+    assert {i.answer for i in loaded.train} == {1}
 
 
 @pytest.mark.parametrize(
@@ -139,15 +149,15 @@ def test_answers_as_index_letter_or_text(value: object, choices: list[object], i
 @pytest.mark.parametrize(
     ("value", "choices", "message"),
     [
-        (2, ["a", "b"], "the answer 2 is out of range: 2 choices are counted 0 to 1"),
-        (-1, ["a", "b"], "out of range"),
-        ("4", ["a", "b", "c", "d"], "out of range"),
-        ("E", ["w", "x", "y", "z"], "not among the choices w, x, y, z"),
-        ("paris", ["Paris", "Rome"], "not among the choices Paris, Rome"),
-        (True, ["a", "b"], "is no index, letter or text"),
-        (None, ["a", "b"], "is no index, letter or text"),
-        (0.5, ["a", "b"], "not a whole number"),
-        (float("inf"), ["a", "b"], "not a whole number"),
+        (2, ["a", "b"], "the answer 2 is none of the 2 choices a, b: give its text, its index from 0 or its letter"),
+        (-1, ["a", "b"], "none of the"),
+        ("4", ["a", "b", "c", "d"], "none of the"),
+        ("E", ["w", "x", "y", "z"], "none of the"),
+        ("paris", ["Paris", "Rome"], "the answer 'paris' is none of the 2 choices Paris, Rome"),
+        (True, ["a", "b"], "none of the"),
+        (None, ["a", "b"], "none of the"),
+        (0.5, ["a", "b"], "none of the"),
+        (float("inf"), ["a", "b"], "none of the"),
         ("A", ["B", "A"], "may mean the choice 'B' or 'A'"),
         ("1", ["1", "2"], "may mean the choice '1' or '2'"),
         (1, [1, 2], "may mean the choice '1' or '2'"),
@@ -162,13 +172,14 @@ def test_answers_that_are_refused(value: object, choices: list[object], message:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "q", "choices": ["a", "b"], "answer": 5}, "line 2: the answer 5 is out of range"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 5}, "line 2: the answer 5 is none of the 2 choices"),
         ({"question": "q", "choices": ["a"], "answer": 0}, "line 2: 1 choices; at least 2 are needed"),
         ({"question": "q", "choices": ["a", "b", " a"], "answer": 1}, "line 2: a choice is given twice: a, b, a"),
         ({"question": "q", "choices": "a or b", "answer": 1}, "line 2: the choices are 'a or b', not a list"),
+        ({"question": "q", "choices": "[a", "answer": 1}, "line 2: the choices are '[a', not a list"),
         ({"question": "q", "choices": ["a", None], "answer": 0}, "line 2: the choice B is empty"),
         ({"question": " ", "choices": ["a", "b"], "answer": 0}, "line 2: the question is empty"),
-        ({"question": "q", "choices": ["a", "b"], "answer": ""}, "line 2: the answer is empty"),
+        ({"question": "q", "choices": ["a", "b"], "answer": ""}, "line 2: the answer '' is none of"),
         ({"question": ["q"], "choices": ["a", "b"], "answer": 0}, "line 2: the question is ['q'], not text"),
         ({"question": "\ud800", "choices": ["a", "b"], "answer": 0}, "line 2: the question holds half a character"),
     ],
@@ -260,7 +271,7 @@ def passages(loaded: LoadedSet) -> list[str]:
 
 def load_text(folder: Path, document: str, tokenizer: Any, **more: Any) -> LoadedSet:
     (folder / "book.txt").write_text(document, encoding="utf-8")
-    shares = {"train": "all", "validation": 0.5, "test": 0.5}
+    shares = ALL
     return load_sets(recipe(text("book.txt", shares=shares, **more)), folder, tokenizer)[0]
 
 
@@ -307,7 +318,7 @@ def test_any_text_is_cut_into_exact_passages(
     tmp_path: Path, tokenizer: Any, document: str, prefix: int, length: int
 ) -> None:
     save(tmp_path, "a.jsonl", [{"text": f"begin {i} of it: {document}"} for i in range(2)])
-    spec = text("a.jsonl", prefix=prefix, length=length, shares={"train": "all", "validation": 0.5, "test": 0.5})
+    spec = text("a.jsonl", prefix=prefix, length=length, shares=ALL)
     try:
         loaded = load_sets(recipe(spec), tmp_path, tokenizer)[0]
     except DataError as error:
@@ -347,17 +358,12 @@ def test_texts_too_short_for_one_passage(tmp_path: Path, tokenizer: Any) -> None
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
-def test_default_shares(tmp_path: Path) -> None:
-    save(tmp_path, "a.jsonl", qa_rows(20))
-    loaded = load(tmp_path, qa("a.jsonl"))
-    assert [len(loaded.items(split)) for split in SPLITS] == [10, 4, 6]
+def test_shares_of_a_file(tmp_path: Path) -> None:
+    loaded = load(tmp_path, qa(save(tmp_path, "a.jsonl", qa_rows(20))))
+    assert sizes(loaded) == [10, 4, 6]
     assert len(facts(loaded.train) | facts(loaded.validation) | facts(loaded.test)) == 20
-
-
-def test_train_all(tmp_path: Path) -> None:
-    save(tmp_path, "a.jsonl", qa_rows(10))
-    loaded = load(tmp_path, qa("a.jsonl", shares={"train": "all", "validation": 0.4, "test": 0.6}))
-    assert [len(loaded.items(split)) for split in SPLITS] == [10, 4, 6]
+    loaded = load(tmp_path, qa(save(tmp_path, "b.jsonl", qa_rows(10)), shares=shares("all", 0.4, 0.6)))
+    assert sizes(loaded) == [10, 4, 6]
     assert facts(loaded.validation) | facts(loaded.test) == facts(loaded.train)
     assert not facts(loaded.validation) & facts(loaded.test)
 
@@ -384,10 +390,10 @@ def test_files_of_their_own(tmp_path: Path) -> None:
     save(tmp_path, "v.jsonl", qa_rows(5, "v"))
     save(tmp_path, "t.jsonl", qa_rows(5, "t"))
     both = load(tmp_path, qa("a.jsonl", validation={"path": "v.jsonl"}, test={"path": "t.jsonl", "limit": 3}))
-    assert [len(both.items(split)) for split in SPLITS] == [10, 5, 3]
+    assert sizes(both) == [10, 5, 3]
     assert all("v" in item.target for item in both.validation)
     one = load(tmp_path, qa("a.jsonl", test={"path": "t.jsonl"}))
-    assert [len(one.items(split)) for split in SPLITS] == [5, 2, 5]
+    assert sizes(one) == [5, 2, 5]
     assert all("t" in item.target for item in one.test)
     assert (one.counts["rows"], one.counts["unused"]) == (15, 3)
 
@@ -433,47 +439,32 @@ def test_the_same_item_forgotten_and_kept(tmp_path: Path, role: str) -> None:
     assert "more like it" not in told
 
 
-def test_a_document_forgotten_and_kept_is_found_whatever_the_cut(tmp_path: Path) -> None:
-    save(tmp_path, "f.jsonl", [{"text": f"{i} the forgotten words " * 30} for i in range(4)])
-    save(tmp_path, "k.jsonl", [{"text": "9 kept " * 60}, {"text": "2 The forgotten  words " * 30}])
-    told = fails(tmp_path, text("f.jsonl"), retain=[text("k.jsonl", length=24)])
-    assert "forgotten and kept" in told
-    assert f"{tmp_path / 'k.jsonl'}, line 2, passage 1" in told
-
-
 def test_too_few_rows(tmp_path: Path) -> None:
     save(tmp_path, "a.jsonl", qa_rows(2))
     told = fails(tmp_path, qa("a.jsonl"))
     assert "2 different rows are too few for the validation share of 0.2" in told
     assert str(tmp_path / "a.jsonl") in told
     save(tmp_path, "b.jsonl", qa_rows(3))
-    assert [len(load(tmp_path, qa("b.jsonl")).items(split)) for split in SPLITS] == [1, 1, 1]
+    assert sizes(load(tmp_path, qa("b.jsonl"))) == [1, 1, 1]
 
 
 def test_shares_of_zero(tmp_path: Path) -> None:
-    save(tmp_path, "a.jsonl", qa_rows(10))
-    save(tmp_path, "k.jsonl", qa_rows(10, "k"))
-    unscored = {"train": 0.0, "validation": 0.0, "test": 1.0}
-    told = fails(tmp_path, qa("a.jsonl", shares=unscored))
-    assert "shares.train is 0, but a forget set needs train, validation and test items" in told
-    sets = load_sets(recipe(qa("a.jsonl"), retain=[qa("k.jsonl", shares=unscored)]), tmp_path)
-    assert [len(sets[1].items(split)) for split in SPLITS] == [0, 0, 10]
-    assert [(s.role, s.name) for s in sets] == [("forget", "a"), ("retain", "k")]
-
-
-def test_zero_train_stays_zero_beside_own_files(tmp_path: Path) -> None:
     for name in "fkvt":
-        save(tmp_path, f"{name}.jsonl", qa_rows(8, name))
+        save(tmp_path, f"{name}.jsonl", qa_rows(10, name))
+    unscored = qa("k.jsonl", shares=shares(0.0, 0.0, 1.0))
+    sets = load_sets(recipe(qa("f.jsonl"), retain=[unscored]), tmp_path)
+    assert sizes(sets[1]) == [0, 0, 10]
+    assert [(s.role, s.name) for s in sets] == [("forget", "f"), ("retain", "k")]
     kept = qa("k.jsonl", shares={"train": 0.0}, validation={"path": "v.jsonl"}, test={"path": "t.jsonl"}, name="kept")
     assert load_sets(recipe(qa("f.jsonl"), retain=[kept]), tmp_path)[1].train == ()
 
 
 contents = st.lists(st.sampled_from([f"{c}{c}" for c in "abcdefghijklmnop"]), min_size=4, max_size=40)
-shares = st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(1, 10), st.integers(0, 10))
+parts_of_all = st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(1, 10), st.integers(0, 10))
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(contents, shares, st.integers(0, 2**31 - 1), st.booleans(), st.randoms(use_true_random=False))
+@given(contents, parts_of_all, st.integers(0, 2**31 - 1), st.booleans(), st.randoms(use_true_random=False))
 def test_splits_are_disjoint_stable_and_blind_to_order(
     tmp_path: Path, words: list[str], parts: tuple[int, ...], seed: int, everything: bool, rng: random.Random
 ) -> None:
@@ -507,35 +498,7 @@ def test_splits_are_disjoint_stable_and_blind_to_order(
     assert (again.digest, dict(again.counts)) == (loaded.digest, dict(loaded.counts))
 
 
-def test_the_quickstart_data_is_sound() -> None:
-    folder = Path(__file__).parents[2] / "recipes" / "data"
-    capitals = {"path": "capitals.jsonl", "kind": "mcq", "columns": {"question": "country"}}
-    keep = [{**capitals, "name": c, "where": {"continent": c}} for c in ("Asia", "Africa", "Americas", "Oceania")]
-    utility = [{"path": "general.jsonl", "kind": "mcq", "prompt": "{question}"}]
-    forget = {**capitals, "where": {"continent": "Europe"}, "prompt": "The capital of {country} is"}
-    sets = load_sets(recipe(forget, retain=keep, utility=utility), folder)
-    assert [s.counts["rows"] for s in sets] == [40, 41, 45, 30, 13, 129]
-    assert all(s.counts["duplicates"] == s.counts["unused"] == 0 for s in sets)
-    rows = [json.loads(line) for line in (folder / "capitals.jsonl").read_text(encoding="utf-8").splitlines()]
-    capital_of = {row["capital"]: row["continent"] for row in rows}
-    assert len(capital_of) == len({row["country"] for row in rows}) == len(rows)
-    for row in rows:
-        assert row["choices"][row["answer"]] == row["capital"]
-        assert len(row["choices"]) == 4
-        assert {capital_of[choice] for choice in row["choices"]} == {row["continent"]}
-
-
-# several requests, addition, analogy
-
-
-def whole(**parts: Any) -> Recipe:
-    return Recipe.model_validate_json(json.dumps({"name": "r", "model": MODEL, **parts}))
-
-
-def refused(folder: Path, **parts: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        load_sets(whole(**parts), folder)
-    return str(caught.value)
+# --- several requests, addition, analogy ----------------------------------------------------------------------------
 
 
 def terms(folder: Path, **more: Any) -> dict[str, Any]:
@@ -547,7 +510,7 @@ def terms(folder: Path, **more: Any) -> dict[str, Any]:
 def test_an_item_may_be_in_two_requests(tmp_path: Path) -> None:
     save(tmp_path, "f.jsonl", qa_rows(10))
     save(tmp_path, "g.jsonl", qa_rows(12))
-    sets = load_sets(whole(forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")]), tmp_path)
+    sets = load_sets(recipe(forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")]), tmp_path)
     assert [(s.role, s.name, s.counts["rows"]) for s in sets] == [("forget", "f", 10), ("forget", "g", 12)]
     assert all(s.train and s.validation and s.test for s in sets)
 
@@ -557,55 +520,62 @@ def test_every_request_is_compared_with_what_must_not_go(tmp_path: Path, role: s
     save(tmp_path, "f.jsonl", qa_rows(10))
     save(tmp_path, "g.jsonl", qa_rows(10, "g"))
     save(tmp_path, "k.jsonl", [*qa_rows(9, "k"), *qa_rows(1, "g")])
-    told = refused(tmp_path, forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")], **{role: [qa("k.jsonl")]})
+    told = fails(tmp_path, forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")], **{role: [qa("k.jsonl")]})
     assert told.startswith(f"{role} set 'k': the same item is to be forgotten and {fate}:\n")
     assert f"forget set 'g': {tmp_path / 'g.jsonl'}, line 1" in told
     assert f"{tmp_path / 'k.jsonl'}, line 10" in told
 
 
-def test_a_set_to_learn_needs_all_splits(tmp_path: Path) -> None:
-    save(tmp_path, "l.jsonl", qa_rows(10))
-    assert all(load_sets(whole(learn=[qa("l.jsonl")]), tmp_path)[0].items(split) for split in SPLITS)
-    told = refused(tmp_path, learn=[qa("l.jsonl", shares={"train": 0.0})])
-    assert told == "learn set 'l': shares.train is 0, but a learn set needs train, validation and test items"
-
-
 def test_terms_are_only_trained_on_and_what_they_teach_is_only_scored(tmp_path: Path) -> None:
     save(tmp_path, "d.jsonl", qa_rows(10, "d"))
-    learned = load_sets(whole(analogy=terms(tmp_path), learn=[qa("d.jsonl")]), tmp_path)
+    learned = load_sets(recipe(analogy=terms(tmp_path), learn=[qa("d.jsonl")]), tmp_path)
     assert [(s.role, s.name) for s in learned] == [("learn", "d"), ("term", "a"), ("term", "b"), ("term", "c")]
     goal, *three = learned
     assert not goal.train
     assert (len(goal.validation), len(goal.test), goal.counts["unused"]) == (2, 3, 5)
     for term in three:
         assert (len(term.train), term.validation, term.test, term.counts["unused"]) == (4, (), (), 4)
-    all_of_it = {"train": 1.0, "validation": 0.0, "test": 0.0}
-    scored = qa("d.jsonl", shares={"train": 0.0, "validation": 0.4, "test": 0.6})
-    goal, *three = load_sets(whole(analogy=terms(tmp_path, shares=all_of_it), learn=[scored]), tmp_path)
+    all_of_it = shares(1.0, 0.0, 0.0)
+    scored = qa("d.jsonl", shares=shares(0.0, 0.4, 0.6))
+    goal, *three = load_sets(recipe(analogy=terms(tmp_path, shares=all_of_it), learn=[scored]), tmp_path)
     assert [len(t.train) for t in three] == [8, 8, 8]
     assert (len(goal.validation), len(goal.test)) == (4, 6)
 
 
-def test_an_analogy_s_parts_that_cannot_do_their_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("learn", "learn set 'd': shares.train is 0, but a learn set needs train, validation and test items"),
+        ("term", "term set 'a': shares.train is 0, but a term of an analogy needs train items"),
+        ("goal", "learn set 'd': shares.test is 0, but the set that an analogy should teach needs validation and test"),
+        ("holdout", "holdout set 'd': shares.test is 0, but a hold-out set needs test items"),
+        ("forget", "forget set 'a': shares.train is 0, but a forget set needs train, validation and test items"),
+    ],
+)
+def test_what_a_role_cannot_do_without(tmp_path: Path, what: str, said: str) -> None:
     save(tmp_path, "d.jsonl", qa_rows(10, "d"))
-    nothing = {"train": 0.0, "validation": 0.5, "test": 0.5}
-    told = refused(tmp_path, analogy=terms(tmp_path, shares=nothing), learn=[qa("d.jsonl")])
-    assert told == "term set 'a': shares.train is 0, but a term of an analogy needs train items"
-    untested = qa("d.jsonl", shares={"train": 0.5, "validation": 0.5, "test": 0.0})
-    told = refused(tmp_path, analogy=terms(tmp_path), learn=[untested])
-    assert "shares.test is 0, but the set that an analogy should teach needs validation and test items" in told
+    untrained, untested = shares(0.0, 0.5, 0.5), shares(0.5, 0.5, 0.0)
+    abc = terms(tmp_path)
+    parts: dict[str, Any] = {
+        "learn": {"learn": [qa("d.jsonl", shares=untrained)]},
+        "term": {"analogy": {n: abc[n] | {"shares": untrained} for n in "abc"}, "learn": [qa("d.jsonl")]},
+        "goal": {"analogy": abc, "learn": [qa("d.jsonl", shares=untested)]},
+        "holdout": {"forget": abc["a"], "holdout": qa("d.jsonl", shares=untested)},
+        "forget": {"forget": abc["a"] | {"shares": untrained}},
+    }[what]
+    assert fails(tmp_path, **parts).startswith(said)
 
 
 def test_an_analogy_is_not_taught_to_the_test(tmp_path: Path) -> None:
     analogy = terms(tmp_path)
     save(tmp_path, "d.jsonl", [*qa_rows(9, "d"), *qa_rows(1, "c")])
-    told = refused(tmp_path, analogy=analogy, learn=[qa("d.jsonl")])
+    told = fails(tmp_path, analogy=analogy, learn=[qa("d.jsonl")])
     assert told.startswith("term set 'c': the same item is to be reached by analogy and trained on:\n")
     assert f"learn set 'd': {tmp_path / 'd.jsonl'}, line 10" in told
     assert f"term set 'c': {tmp_path / 'c.jsonl'}, line 1" in told
     save(tmp_path, "d.jsonl", qa_rows(9, "d"))
     save(tmp_path, "b.jsonl", qa_rows(8, "a"))  # terms may have items in common: a and b differ in form only
-    assert len(load_sets(whole(analogy=analogy, learn=[qa("d.jsonl")]), tmp_path)) == 4
+    assert len(load_sets(recipe(analogy=analogy, learn=[qa("d.jsonl")]), tmp_path)) == 4
 
 
 # --- held out --------------------------------------------------------------------------------------------------------
@@ -615,12 +585,12 @@ def test_a_hold_out_set_is_all_test_items_and_comes_last(tmp_path: Path) -> None
     save(tmp_path, "f.jsonl", qa_rows(10))
     save(tmp_path, "u.jsonl", qa_rows(10, "u"))
     save(tmp_path, "h.jsonl", qa_rows(7, "h"))
-    sets = load_sets(whole(forget=qa("f.jsonl"), utility=[qa("u.jsonl")], holdout=qa("h.jsonl")), tmp_path)
+    sets = load_sets(recipe(forget=qa("f.jsonl"), utility=[qa("u.jsonl")], holdout=qa("h.jsonl")), tmp_path)
     assert [(s.role, s.name) for s in sets] == [("forget", "f"), ("utility", "u"), ("holdout", "h")]
     held = sets[-1]
     assert (held.train, held.validation, len(held.test)) == ((), (), 7)
     assert held.counts["unused"] == 0
-    some = whole(forget=qa("f.jsonl"), holdout=qa("h.jsonl", limit=3))
+    some = recipe(forget=qa("f.jsonl"), holdout=qa("h.jsonl", limit=3))
     assert len(load_sets(some, tmp_path)[-1].test) == 3
 
 
@@ -629,35 +599,20 @@ def test_what_a_model_was_trained_on_is_not_held_out(tmp_path: Path, role: str) 
     save(tmp_path, "f.jsonl", qa_rows(10))
     save(tmp_path, "k.jsonl", qa_rows(10, "k"))
     save(tmp_path, "h.jsonl", [*qa_rows(3, "h"), *qa_rows(10, "k")[5:6]])
-    told = refused(tmp_path, forget=qa("f.jsonl"), holdout=qa("h.jsonl"), **{role: [qa("k.jsonl")]})
+    told = fails(tmp_path, forget=qa("f.jsonl"), holdout=qa("h.jsonl"), **{role: [qa("k.jsonl")]})
     assert told.startswith("holdout set 'h': the same item is held out and in a set that a model has seen:\n")
     assert f"{role} set 'k': {tmp_path / 'k.jsonl'}, line 6" in told
     assert f"{tmp_path / 'h.jsonl'}, line 4" in told
-    fine = load_sets(whole(forget=qa("f.jsonl"), utility=[qa("k.jsonl")], holdout=qa("h.jsonl")), tmp_path)
+    fine = load_sets(recipe(forget=qa("f.jsonl"), utility=[qa("k.jsonl")], holdout=qa("h.jsonl")), tmp_path)
     assert fine[-1].role == "holdout"  # what is only scored has taught nobody
 
 
-def test_what_is_forgotten_is_not_held_out(tmp_path: Path) -> None:
-    """Nor what any further request forgets; and a document is found in whatever passages."""
-    save(tmp_path, "f.jsonl", qa_rows(10))
-    save(tmp_path, "g.jsonl", qa_rows(10, "g"))
-    save(tmp_path, "h.jsonl", [*qa_rows(3, "h"), *qa_rows(1, "g")])
-    told = refused(tmp_path, forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")], holdout=qa("h.jsonl"))
-    assert told.startswith("holdout set 'h': the same item is to be forgotten and held out:\n")
-    assert f"forget set 'g': {tmp_path / 'g.jsonl'}, line 1" in told
+def test_a_forgotten_document_is_not_held_out_whatever_the_cut(tmp_path: Path) -> None:
     save(tmp_path, "f.jsonl", [{"text": f"{i} the forgotten words " * 30} for i in range(4)])
     save(tmp_path, "h.jsonl", [{"text": "9 held " * 60}, {"text": "2 The forgotten  words " * 30}])
-    told = refused(tmp_path, forget=text("f.jsonl"), holdout=text("h.jsonl", length=24))
-    assert "to be forgotten and held out" in told
+    told = fails(tmp_path, forget=text("f.jsonl"), holdout=text("h.jsonl", length=24))
+    assert told.startswith("holdout set 'h': the same item is to be forgotten and held out:\n")
     assert f"{tmp_path / 'h.jsonl'}, line 2, passage 1" in told
-
-
-def test_a_hold_out_set_needs_items(tmp_path: Path) -> None:
-    save(tmp_path, "f.jsonl", qa_rows(10))
-    save(tmp_path, "h.jsonl", qa_rows(7, "h"))
-    nothing = {"train": 0.0, "validation": 1.0, "test": 0.0}
-    told = refused(tmp_path, forget=qa("f.jsonl"), holdout=qa("h.jsonl", shares=nothing))
-    assert told == "holdout set 'h': shares.test is 0, but a hold-out set needs test items"
 
 
 def test_counterparts_ask_about_others_in_the_same_wording() -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from unlearn import text as redact
 from unlearn.cluster.job import JobState
 from unlearn.cluster.plan import Grid
-from unlearn.data.files import read_file, read_rows
+from unlearn.data.files import read_file, read_placed
 from unlearn.data.sets import load_sets
 from unlearn.errors import DataError, GridError, ModelError, RecipeError, UnlearnError, VectorError
 from unlearn.evidence import boards as board_runs
@@ -111,7 +111,7 @@ def data(ending: str) -> Callable[[bytes, Path], None]:
                 assert isinstance(row.values, Mapping)
         for where in ({}, {"question": "x"}, {"n": 1}, {"n": {"above": 0.5}}, {"n": True}):
             with suppress(DataError):
-                read_rows(Source.model_validate({"path": f"d{ending}", "where": where}), folder)
+                read_placed(Source.model_validate({"path": f"d{ending}", "where": where}), folder)
         kind = {"kind": "text"} if ending == ".txt" else {"kind": "mcq"}
         forget = {"path": f"d{ending}", "shares": {"train": "all", "validation": 0.5, "test": 0.5}, **kind}
         for one in (forget, {**forget, "kind": "qa"} if ending != ".txt" else forget):

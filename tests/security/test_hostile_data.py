@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hostile import ESCAPES, JINJA, SCRIPT, Touch, pickled, torch_file
 
-from unlearn.data.files import read_file, read_rows
+from unlearn.data.files import read_file, read_placed
 from unlearn.data.sets import load_sets
 from unlearn.errors import DataError
 from unlearn.recipe import data as template
@@ -61,14 +61,14 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
 def test_numbers_beyond_any_float_are_compared_all_the_same(tmp_path: Path, value: str) -> None:
     path = write(tmp_path / "d.jsonl", f'{{"n": {value}, "q": "a"}}\n{{"n": 1, "q": "b"}}\n')
     for where in ({"n": 1}, {"n": 1.0}, {"n": {"above": 0.5, "below": 2.5}}):
-        rows = read_rows(Source.model_validate_json(json.dumps({"path": str(path), "where": where})), tmp_path)
-        assert [row["q"] for row in rows] == ["b"]
+        rows = read_placed(Source.model_validate_json(json.dumps({"path": str(path), "where": where})), tmp_path)
+        assert [row.values["q"] for row in rows] == ["b"]
 
 
 @pytest.mark.parametrize("name", ["hub:..", "hub:../..", "hub:/etc", "hub:.", "hub:a/..", "hub:a/b/c", "hub:./a"])
 def test_a_hub_name_is_no_way_to_local_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="is written hub:OWNER/NAME"):
-        read_rows(Source(path=name), tmp_path)
+        read_placed(Source(path=name), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError) as caught:
         open_run(tmp_path, other, TEXT)
     message = str(caught.value)
-    for part in ("seed: 0 there, 7 here", "retain[0].path: not set there, 'r.txt' here", " more\n", "--out", "--fresh"):
+    for part in ("seed: 0 there, 7 here", "retain.0.path: not set there, 'r.txt' here", " more\n", "--out", "--fresh"):
         assert part in message
     assert message.count(" there, ") == 5
     assert not (tmp_path / LOCK).exists()  # refused, so nobody's
@@ -120,7 +120,7 @@ OTHER_FILES: dict[str, tuple[Callable[[Data], object] | str, Data, str]] = {
     "a key that came later and is no default here": (
         lambda d: (d.pop("holdout"), d.pop("seed")),
         MINE | {"seed": 3},
-        r"\n  seed: not set there, 3 here\nUse another",
+        r"\n  seed: 0 there, 3 here\nUse another",
     ),
     "no default": (lambda d: d["model"].pop("path"), MINE, r"model\.path: not set there, 'm' here"),
     "a newer key": (lambda d: d.update(quantum=True), MINE, r"\n  quantum: True there, not set here\nUse"),

@@ -9,17 +9,17 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from unlearn.errors import DataError
 from unlearn.recipe.data import Between, Scalar, Source
 from unlearn.store.cache import hub_away, no_data
+from unlearn.text import did_you_mean
 
-_BOM = b"\xef\xbb\xbf"
-_WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
+HUB = "hub:"
 _LARGEST_CELL = 2**31 - 1  # characters; Python's own limit of 131072 refuses a chapter in one cell
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,179 +28,6 @@ class Row:
 
     place: str
     values: Mapping[str, Any]
-
-
-def read_file(path: Path) -> list[Row]:
-    """Every row of one file; the format is told by the name's ending. A .txt file is one row, ``{"text": ...}``."""
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: cannot tell the format from the name; use one of {', '.join(ENDINGS)}")
-    try:
-        if path.exists() and not path.is_file():  # a device or a pipe may never end
-            raise DataError(f"{path}: not a regular file")
-        return reader(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
-
-
-def numbered(entries: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a source that has no lines, counted from 1."""
-    return [Row(f"row {number}", entry) for number, entry in enumerate(entries, start=1)]
-
-
-def shorten(text: str, width: int = 80) -> str:
-    """One line of at most ``width`` characters, for messages."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, to be quoted in one of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _text(path: Path) -> str:
-    """The whole file as text, without its byte-order mark."""
-    data = path.read_bytes()
-    if data.startswith(_WIDE_BOMS):
-        raise DataError(f"{path}: not UTF-8 but UTF-16 (byte 0); save it as UTF-8")
-    skipped = len(_BOM) if data.startswith(_BOM) else 0
-    try:
-        text = data[skipped:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start + skipped
-        line = data.count(b"\n", 0, offset) + 1
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 at byte {offset} (0x{data[offset]:02x}); save the file as UTF-8"
-        ) from error
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty")
-    return text
-
-
-def _read_text(path: Path) -> list[Row]:
-    return [Row("line 1", {"text": _text(path).replace("\r\n", "\n")})]
-
-
-def _read_json(path: Path) -> list[Row]:
-    text = _text(path)
-    try:
-        whole = _loads(text, path)
-    except json.JSONDecodeError as error:
-        # TOFU's files are called .json and hold one object per line: then the first value ends before the text does.
-        if error.msg == "Extra data":
-            return _read_jsonl(path)
-        raise _broken(path, error, error.lineno) from error
-    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
-        whole = whole["data"]
-    entries = whole if isinstance(whole, list) else [whole]
-    return [_object(entry, path, f"row {number}") for number, entry in enumerate(entries, start=1)]
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    # Not str.splitlines: that would also cut at U+2028 and its like, which JSON strings may hold as they are.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(_object(_loads(line, path, number), path, f"line {number}"))
-            except json.JSONDecodeError as error:
-                raise _broken(path, error, number) from error
-    return rows
-
-
-def _loads(text: str, path: Path, line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except (RecursionError, ValueError) as error:  # Python reads no whole numbers of thousands of digits
-        why = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-        raise DataError(f"{path}, line {line}, column 1: broken JSON: {why}") from error
-
-
-def _broken(path: Path, error: json.JSONDecodeError, line: int) -> DataError:
-    return DataError(f"{path}, line {line}, column {error.colno}: broken JSON: {error.msg}")
-
-
-def _object(entry: Any, path: Path, place: str) -> Row:
-    if isinstance(entry, dict):
-        return Row(place, entry)
-    names = {bool: "true or false", str: "a string", list: "a list", int: "a number", float: "a number"}
-    raise DataError(f"{path}, {place}: expected an object like {{...}}, found {names.get(type(entry), 'null')}")
-
-
-def _read_csv(path: Path) -> list[Row]:
-    text = _text(path)
-    first = next(line for line in text.splitlines() if line.strip())
-    unquoted = re.sub(r'"[^"]*"', "", first)
-    delimiter = max((",", ";", "\t"), key=unquoted.count)
-    previous = csv.field_size_limit(_LARGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        return _csv_rows(reader, path)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
-    finally:
-        csv.field_size_limit(previous)
-
-
-def _csv_rows(reader: Any, path: Path) -> list[Row]:
-    header: list[str] = []
-    rows, start = [], 1
-    for cells in reader:
-        place, start = start, reader.line_num + 1  # a quoted cell may span lines: name the one it starts on
-        if not any(cell.strip() for cell in cells):
-            continue
-        if not header:
-            header = [cell.strip() for cell in cells]
-            if doubled := sorted({name for name in header if header.count(name) > 1 and name}):
-                raise DataError(f"{path}, line {place}: the header names {', '.join(doubled)} more than once")
-            if "" in header:
-                raise DataError(f"{path}, line {place}: column {header.index('') + 1} of the header has no name")
-        elif len(cells) == len(header):
-            rows.append(Row(f"line {place}", dict(zip(header, cells, strict=True))))
-        else:
-            raise DataError(f"{path}, line {place}: {len(cells)} cells, but the header has {len(header)} columns")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-    try:
-        # A file object: given a name, pyarrow would read a path like "year=2024/a.parquet" as one more column.
-        with path.open("rb") as file:
-            entries = pyarrow.parquet.read_table(file).to_pylist()
-    # a damaged file may claim more than memory holds, or hold times that Python has no value for
-    except (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
-    return numbered(entries)
-
-
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}
-ENDINGS = tuple(_READERS)
-
-
-# -- what a recipe calls a source
-
-
-HUB = "hub:"
-_SHOWN = 20
-
-
-def read_rows(source: Source, base: Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of ``source`` that pass its ``where``; like :func:`read_placed` without the places."""
-    return [dict(row.values) for row in read_placed(source, base, columns)]
 
 
 def read_placed(source: Source, base: Path, columns: Sequence[str] = ()) -> list[Row]:
@@ -236,20 +63,169 @@ def source_path(source: Source, base: Path) -> Path:
     return base / given if (base / given).exists() or not given.exists() else given.absolute()
 
 
+def shorten(text: str, width: int = 80) -> str:
+    """One line of at most ``width`` characters, for messages."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+# -- files, one reader for each ending
+
+
+def read_file(path: Path) -> list[Row]:
+    """Every row of one file; the format is told by the name's ending. A .txt file is one row, ``{"text": ...}``."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: cannot tell the format from the name; use one of {', '.join(_READERS)}")
+    try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise DataError(f"{path}: not a regular file")
+        return reader(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or _first_line(error)}") from error
+
+
 def _read_local(source: Source, base: Path) -> list[Row]:
     path = source_path(source, base)
     if path.is_dir():
-        raise DataError(f"{path}: this is a folder; give one data file ({', '.join(ENDINGS)})")
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: no such file; its folder does not exist either")
+        raise DataError(f"{path}: this is a folder; give one data file ({', '.join(_READERS)})")
     if not path.exists():
-        near = get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir() if p.is_file()), cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise DataError(f"{path}: no such file{hint}")
+        beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such file{did_you_mean(path.name, beside, 3)}")
     for key in ("config", "split", "revision"):
         if getattr(source, key) is not None:
             raise DataError(f"{path}: '{key}' is for hub data sets (path: hub:OWNER/NAME); remove it for a file")
     return read_file(path)
+
+
+def _numbered(entries: Iterable[Mapping[str, Any]]) -> list[Row]:
+    return [Row(f"row {number}", entry) for number, entry in enumerate(entries, start=1)]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _text(path: Path) -> str:
+    """The whole file as text, without its byte-order mark."""
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: not UTF-8 but UTF-16; save the file as UTF-8")
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        at = error.start
+        line = data.count(b"\n", 0, at) + 1
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 at byte {at} (0x{data[at]:02x}); save the file as UTF-8"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
+    return text
+
+
+def _read_text(path: Path) -> list[Row]:
+    return [Row("line 1", {"text": _text(path).replace("\r\n", "\n")})]
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = _text(path)
+    try:
+        whole = _loads(text, path)
+    except json.JSONDecodeError as error:
+        # TOFU's files are called .json and hold one object per line: then the first value ends before the text does.
+        if error.msg == "Extra data":
+            return _read_jsonl(path)
+        raise _broken(path, error.lineno, error.colno, error.msg) from error
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        whole = whole["data"]
+    entries = whole if isinstance(whole, list) else [whole]
+    return [_object(entry, path, f"row {number}") for number, entry in enumerate(entries, start=1)]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    # Not str.splitlines: that would also cut at U+2028 and its like, which JSON strings may hold as they are.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(_object(_loads(line, path, number), path, f"line {number}"))
+            except json.JSONDecodeError as error:
+                raise _broken(path, number, error.colno, error.msg) from error
+    return rows
+
+
+def _loads(text: str, path: Path, line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # Python reads no whole numbers of thousands of digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise _broken(path, line, 1, why) from error
+
+
+def _broken(path: Path, line: int, column: int, why: str) -> DataError:
+    return DataError(f"{path}, line {line}, column {column}: broken JSON: {why}")
+
+
+def _object(entry: Any, path: Path, place: str) -> Row:
+    if not isinstance(entry, dict):
+        raise DataError(f"{path}, {place}: expected an object like {{...}}, found {shorten(json.dumps(entry), 40)}")
+    return Row(place, entry)
+
+
+def _read_csv(path: Path) -> list[Row]:
+    text = _text(path)
+    first = next(line for line in text.splitlines() if line.strip())
+    delimiter = max((",", ";", "\t"), key=re.sub(r'"[^"]*"', "", first).count)
+    previous = csv.field_size_limit(_LARGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    rows, start = [], 1
+    try:
+        for cells in reader:
+            place, start = f"line {start}", reader.line_num + 1  # of a cell that spans lines, where it starts
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+                if len(set(header)) < len(header) or "" in header:
+                    raise DataError(f"{path}, {place}: the header needs names, each once: {', '.join(header)}")
+            elif len(cells) == len(header):
+                rows.append(Row(place, dict(zip(header, cells, strict=True))))
+            else:
+                raise DataError(f"{path}, {place}: {len(cells)} cells, but the header has {len(header)} columns")
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
+    finally:
+        csv.field_size_limit(previous)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # A file object: given a name, pyarrow would read a path like "year=2024/a.parquet" as one more column.
+        with path.open("rb") as file:
+            return _numbered(pyarrow.parquet.read_table(file).to_pylist())
+    # a damaged file may claim more than memory holds, or hold times that Python has no value for
+    except (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+
+
+# -- the hub
 
 
 def _read_hub(source: Source) -> list[Row]:
@@ -261,32 +237,19 @@ def _read_hub(source: Source) -> list[Row]:
     away = hub_away()
     split = source.split or "train"
     try:
-        found = datasets.load_dataset(name, source.config, split=split, revision=source.revision)
-        return _from_hub(found, source)
+        return _numbered(datasets.load_dataset(name, source.config, split=split, revision=source.revision).to_list())
     except Exception as error:  # any library under it may raise here: HTTP client, hub client, Arrow, file system
         asked = f"config {source.config or 'default'}, split {split}, revision {source.revision or 'newest'}"
         if away and isinstance(error, ConnectionError):
             raise DataError(no_data(f"{source.path} ({asked})", away)) from error
         raise DataError(
-            f"{source.path} ({asked}): cannot be loaded: {type(error).__name__}: {first_line(error)}. "
+            f"{source.path} ({asked}): cannot be loaded: {type(error).__name__}: {_first_line(error)}. "
             "If the hub is out of reach, download the file elsewhere and give it in this set's `path` "
             "(.json, .jsonl, .csv or .parquet; remove config, split and revision)"
         ) from error
 
 
-def _from_hub(found: Any, source: Source) -> list[Row]:
-    """Rows of a hub data set. Conditions on numbers are tried on the columns first: there may be millions of rows."""
-    wanted = {c: w for c, w in source.where.items() if isinstance(w, Between) and c in found.column_names}
-    if not wanted or source.rows is not None:
-        return numbered(found.to_list())
-    fits = [
-        all(_within(cell, bounds) for cell, bounds in zip(cells, wanted.values(), strict=True))
-        for cells in zip(*(found[c] for c in wanted), strict=True)
-    ]
-    kept = [n for n, fit in enumerate(fits) if fit]
-    if not kept:
-        return numbered(found.to_list())  # for the message, which shows what there is
-    return [Row(f"row {n + 1}", entry) for n, entry in zip(kept, found.select(kept).to_list(), strict=True)]
+# -- which rows, and what they must have
 
 
 def _where(rows: list[Row], where: Mapping[str, Scalar | tuple[Scalar, ...] | Between], label: str) -> list[Row]:
@@ -296,8 +259,7 @@ def _where(rows: list[Row], where: Mapping[str, Scalar | tuple[Scalar, ...] | Be
             raise DataError(f"{label}: 'where' names the column '{column}'; {_columns(rows, column)}")
         if isinstance(wanted, Between):
             kept = [row for row in rows if _within(row.values.get(column), wanted)]
-            bounds = {"above": wanted.above, "below": wanted.below}
-            asked = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
+            asked = " and ".join(f"{name} {bound}" for name, bound in wanted.model_dump(exclude_none=True).items())
         else:
             options = wanted if isinstance(wanted, tuple) else (wanted,)
             kept = [row for row in rows if any(_equal(row.values.get(column), option) for option in options)]
@@ -314,14 +276,9 @@ def _where(rows: list[Row], where: Mapping[str, Scalar | tuple[Scalar, ...] | Be
 
 def _within(cell: Any, wanted: Between) -> bool:
     """Whether a cell is a number between the bounds; what is no number is not."""
-    if isinstance(cell, bool):
-        return False
-    try:
-        value = float(cell)
-    except (TypeError, ValueError, OverflowError):
-        return False
-    above = wanted.above is None or value > wanted.above
-    return above and (wanted.below is None or value < wanted.below)
+    value = math.nan if isinstance(cell, bool) else _number(cell)
+    above = value > (-math.inf if wanted.above is None else wanted.above)
+    return above and value < (math.inf if wanted.below is None else wanted.below)
 
 
 def _equal(cell: Any, wanted: Scalar) -> bool:
@@ -332,10 +289,15 @@ def _equal(cell: Any, wanted: Scalar) -> bool:
         return str(cell) == wanted
     if isinstance(wanted, bool):
         return str(cell).strip().casefold() == str(wanted).casefold()
+    return math.isclose(_number(cell), wanted, rel_tol=1e-12)
+
+
+def _number(cell: Any) -> float:
+    """What a cell has for a number; NaN, which is neither equal nor beyond anything, where it has none."""
     try:
-        return math.isclose(float(cell), wanted, rel_tol=1e-12)
+        return float(cell)
     except (TypeError, ValueError, OverflowError):
-        return False
+        return math.nan
 
 
 def _require(rows: Sequence[Row], columns: Sequence[str], label: str) -> None:
@@ -354,5 +316,4 @@ def _require(rows: Sequence[Row], columns: Sequence[str], label: str) -> None:
 
 def _columns(rows: Sequence[Row], wanted: str) -> str:
     names = list(dict.fromkeys(str(name) for row in rows for name in row.values))
-    near = get_close_matches(wanted, names, n=1)
-    return f"the columns are {', '.join(names) or 'none'}" + (f" (did you mean {near[0]}?)" if near else "")
+    return f"the columns are {', '.join(names) or 'none'}{did_you_mean(wanted, names)}"

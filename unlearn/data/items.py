@@ -11,6 +11,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -99,10 +100,7 @@ def columns_needed(spec: DataSet, templates: Sequence[str]) -> tuple[str, ...]:
         column = spec.columns.get(field, field)
         needed.extend([column] if isinstance(column, str) else column)
     for template in templates:
-        try:
-            needed.extend(name for name in template_fields(template) if name not in fields)
-        except ValueError as error:
-            raise DataError(f"prompt {template!r}: {error}") from error
+        needed.extend(name for name in template_fields(template) if name not in fields)
     return tuple(dict.fromkeys(needed))
 
 
@@ -155,8 +153,6 @@ def answer_index(value: object, choices: Sequence[object]) -> int:
     """Which choice is right, from a 0-based index, a letter (A, B, ...) or the choice's own text."""
     texts = [str(choice).strip() for choice in choices]
     readings: set[int] = set()
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"the answer {shorten(repr(value))} is no index, letter or text of a choice")
     if isinstance(value, str):
         said = value.strip()
         readings.update(i for i, text in enumerate(texts) if text == said)
@@ -164,20 +160,19 @@ def answer_index(value: object, choices: Sequence[object]) -> int:
             readings.add(LETTERS.index(said.upper()))
         elif said.isascii() and said.isdigit():
             readings.add(int(said))
-    else:
-        if isinstance(value, float) and not value.is_integer():
-            raise ValueError(f"the answer {value} is not a whole number")
+    elif isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0:
         readings.add(int(value))
         readings.update(i for i, choice in enumerate(choices) if not isinstance(choice, str) and choice == value)
     valid = {index for index in readings if 0 <= index < len(texts)}
     if len(valid) > 1:
         both = " or ".join(repr(texts[index]) for index in sorted(valid))
         raise ValueError(f"the answer {value!r} may mean the choice {both}; write a letter instead, A being the first")
-    if valid:
-        return valid.pop()
-    if readings and not (isinstance(value, str) and value.strip().isalpha()):
-        raise ValueError(f"the answer {value} is out of range: {len(texts)} choices are counted 0 to {len(texts) - 1}")
-    raise ValueError(f"the answer {shorten(repr(value))} is not among the choices {shorten(', '.join(texts))}")
+    if not valid:
+        raise ValueError(
+            f"the answer {shorten(repr(value))} is none of the {len(texts)} choices {shorten(', '.join(texts))}: give "
+            "its text, its index from 0 or its letter from A"
+        )
+    return valid.pop()
 
 
 def _question(row: Row, spec: DataSet, templates: Sequence[str]) -> Record:
@@ -191,10 +186,7 @@ def _question(row: Row, spec: DataSet, templates: Sequence[str]) -> Record:
             raise ValueError(f"{len(choices)} choices; at least 2 are needed")
         if len(set(choices)) < len(choices):
             raise ValueError(f"a choice is given twice: {shorten(', '.join(choices))}")
-        value = row.values[_column(spec, "answer")]
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise ValueError("the answer is empty")
-        answer = answer_index(value, raw)
+        answer = answer_index(row.values[_column(spec, "answer")], raw)
         target = choices[answer]
     else:
         target = _string(row.values[_column(spec, "answer")], "answer")
@@ -213,10 +205,8 @@ def _raw_choices(row: Row, spec: DataSet) -> list[object]:
         return [row.values[name] for name in column]
     value = row.values[column]
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV cell
-        try:
+        with suppress(json.JSONDecodeError, RecursionError):
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"the choices are not a JSON list: {error}") from error
     if not isinstance(value, list | tuple):
         raise ValueError(f"the choices are {shorten(repr(value))}, not a list; name one column each in columns.choices")
     return list(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -192,7 +191,7 @@ class HoldoutSet(DataSet):
 # -- prompt templates
 
 
-_FORMAT_MARKS = {".": "attribute access", "[": "index access", "!": "a conversion", ":": "a format spec"}
+_TOKEN = re.compile(r"\{\{|\}\}|\{(?P<name>[^{}]*)\}|[{}]|[^{}]+")
 
 
 def template_fields(template: str) -> tuple[str, ...]:
@@ -217,37 +216,21 @@ def stops(template: str) -> list[str]:
 
 
 def _value(name: str, row: Mapping[str, object]) -> str:
-    if name not in row:
-        columns = ", ".join(str(column) for column in row) or "none"
-        raise ValueError(f"the prompt uses {{{name}}}, but there is no column '{name}' (columns: {columns})")
-    value = row[name]
-    if value is None:
-        raise ValueError(f"the prompt uses {{{name}}}, but the column '{name}' is empty in this row")
-    return str(value)
+    if row.get(name) is None:
+        what = f"the column '{name}' is empty in this row" if name in row else f"there is no column '{name}'"
+        raise ValueError(f"the prompt uses {{{name}}}, but {what}")
+    return str(row[name])
 
 
 def _parts(template: str) -> Iterator[tuple[bool, str]]:
     """Yield (is a field, its name or the literal text) from left to right."""
-    try:
-        parsed = list(Formatter().parse(template))
-    except ValueError as error:
-        brace = "}" if "'}' encountered" in str(error) else "{"
-        raise ValueError(
-            f"there is a single '{brace}' without its partner; write '{brace}{brace}' for a literal one"
-        ) from None
-    for literal, name, spec, conversion in parsed:
-        if literal:
-            yield False, literal
+    for found in _TOKEN.finditer(template):
+        name, text = found["name"], found[0]
         if name is not None:
-            _check_name(name + ("!" if conversion else "") + (":" if spec else ""))
+            if name != name.strip() or not name or set(name) & set(".[!:"):
+                raise ValueError(f"the field '{text}' is not the plain name of a column, as {{question}} is")
             yield True, name
-
-
-def _check_name(name: str) -> None:
-    for mark, what in _FORMAT_MARKS.items():
-        if mark in name:
-            raise ValueError(f"the field '{{{name}}}' uses {what} ('{mark}'); only plain {{column}} fields are allowed")
-    if not name.strip():
-        raise ValueError("there is an empty field '{}'; name a column, as in {question}")
-    if name != name.strip():
-        raise ValueError(f"the field '{{{name}}}' has spaces around the name; write {{{name.strip()}}}")
+        elif text in "{}":
+            raise ValueError(f"there is a single '{text}' without its partner; write '{text}{text}' for a literal one")
+        else:
+            yield False, text[0] if text in ("{{", "}}") else text
