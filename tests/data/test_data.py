@@ -333,9 +333,7 @@ def test_any_text_is_cut_into_exact_passages(
 
 
 def test_without_a_tokenizer_four_characters_are_a_token(tmp_path: Path) -> None:
-    document = "".join(
-        f"{i:07d} " for i in range(100)
-    )  # 800 characters, 200 tokens, 6 passages of 32 and 8 more tokens
+    document = "".join(f"{i:07d} " for i in range(100))  # 200 tokens, 6 passages of 32 and 8 more tokens
     loaded = load_text(tmp_path, document, None)
     assert (len(loaded.train), loaded.counts["short"]) == (6, 1)
     assert all(len(item.prompt) == 32 and len(item.target) == 95 for item in loaded.train)
@@ -358,105 +356,200 @@ def test_texts_too_short_for_one_passage(tmp_path: Path, tokenizer: Any) -> None
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
-def test_shares_of_a_file(tmp_path: Path) -> None:
-    loaded = load(tmp_path, qa(save(tmp_path, "a.jsonl", qa_rows(20))))
-    assert sizes(loaded) == [10, 4, 6]
-    assert len(facts(loaded.train) | facts(loaded.validation) | facts(loaded.test)) == 20
-    loaded = load(tmp_path, qa(save(tmp_path, "b.jsonl", qa_rows(10)), shares=shares("all", 0.4, 0.6)))
-    assert sizes(loaded) == [10, 4, 6]
-    assert facts(loaded.validation) | facts(loaded.test) == facts(loaded.train)
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with files of ten questions each, ``a.jsonl`` and so on."""
+    for name in "abcdfghkltuv":
+        save(tmp_path, f"{name}.jsonl", qa_rows(10, name))
+    return tmp_path
+
+
+V, T = {"path": "v.jsonl"}, {"path": "t.jsonl"}
+UNTRAINED, UNTESTED = shares(0.0, 0.5, 0.5), shares(0.5, 0.5, 0.0)
+ABC = {name: qa(f"{name}.jsonl") for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "found", "unused"),
+    [
+        (qa("a.jsonl"), [5, 2, 3], 0),
+        (qa("a.jsonl", shares=shares("all", 0.4, 0.6)), [10, 4, 6], 0),
+        (qa("a.jsonl", limit=3), [1, 1, 1], 7),
+        (qa("a.jsonl", shares=shares(0.5, 0.2, 0.1)), [5, 2, 1], 2),
+        (qa("a.jsonl", validation=V, test=T | {"limit": 3}), [10, 10, 3], 7),
+        (qa("a.jsonl", test=T), [5, 2, 10], 3),
+        (qa("a.jsonl", shares={"train": "all"}, validation={"path": "a.jsonl", "limit": 4}, test=V), [10, 4, 10], 0),
+    ],
+)
+def test_how_files_are_divided(here: Path, spec: dict[str, Any], found: list[int], unused: int) -> None:
+    loaded = load(here, spec)
+    assert sizes(loaded) == found
+    assert loaded.counts["unused"] == unused
     assert not facts(loaded.validation) & facts(loaded.test)
+    for split, own in (("validation", "v"), ("test", "t")):
+        if spec.get(split, {}).get("path") == f"{own}.jsonl":
+            assert all(item.target.startswith(f"It is {own}") for item in getattr(loaded, split))
 
 
-def test_limit_picks_by_seed(tmp_path: Path) -> None:
-    save(tmp_path, "a.jsonl", qa_rows(50))
-    picks = [load(tmp_path, qa("a.jsonl", limit=10), seed) for seed in (1, 1, 2)]
+def test_the_seed_moves_limit_split_and_digest(here: Path) -> None:
+    picks = [load(here, qa("a.jsonl", limit=5), seed) for seed in (1, 1, 2)]
     sets = [frozenset().union(*(facts(pick.items(split)) for split in SPLITS)) for pick in picks]
-    assert [len(s) for s in sets] == [10, 10, 10]
+    assert [len(s) for s in sets] == [5, 5, 5]
     assert sets[0] == sets[1] != sets[2]
-    assert picks[0].counts["unused"] == 40
-
-
-def test_the_seed_moves_the_split_and_the_digest(tmp_path: Path) -> None:
-    save(tmp_path, "a.jsonl", qa_rows(20))
-    one, other = load(tmp_path, qa("a.jsonl"), 1), load(tmp_path, qa("a.jsonl"), 2)
+    one, other = load(here, qa("a.jsonl"), 1), load(here, qa("a.jsonl"), 2)
     assert facts(one.train) != facts(other.train)
     assert one.digest != other.digest
-    assert one.digest != load(tmp_path, qa("a.jsonl", prompt="{question}"), 1).digest
-
-
-def test_files_of_their_own(tmp_path: Path) -> None:
-    save(tmp_path, "a.jsonl", qa_rows(10))
-    save(tmp_path, "v.jsonl", qa_rows(5, "v"))
-    save(tmp_path, "t.jsonl", qa_rows(5, "t"))
-    both = load(tmp_path, qa("a.jsonl", validation={"path": "v.jsonl"}, test={"path": "t.jsonl", "limit": 3}))
-    assert sizes(both) == [10, 5, 3]
-    assert all("v" in item.target for item in both.validation)
-    one = load(tmp_path, qa("a.jsonl", test={"path": "t.jsonl"}))
-    assert sizes(one) == [5, 2, 5]
-    assert all("t" in item.target for item in one.test)
-    assert (one.counts["rows"], one.counts["unused"]) == (15, 3)
+    assert one.digest != load(here, qa("a.jsonl", prompt="{question}"), 1).digest
 
 
 def test_files_of_their_own_need_only_their_own_columns(tmp_path: Path) -> None:
     save(tmp_path, "a.jsonl", [{**row, "land": "x"} for row in qa_rows(4)])
     save(tmp_path, "t.jsonl", [{**row, "region": "y"} for row in qa_rows(2, "t")])
     prompt = {"train": "{land} {question}", "validation": "{land} {question}", "test": "{region} {question}"}
-    loaded = load(tmp_path, qa("a.jsonl", prompt=prompt, test={"path": "t.jsonl"}))
+    loaded = load(tmp_path, qa("a.jsonl", prompt=prompt, test=T))
     assert all(item.prompt.startswith("y ") for item in loaded.test)
 
 
-def test_the_same_item_in_two_files(tmp_path: Path) -> None:
-    save(tmp_path, "a.jsonl", qa_rows(10))
-    save(tmp_path, "v.jsonl", qa_rows(3, "v"))
-    save(tmp_path, "t.jsonl", [*qa_rows(2, "t"), {"question": "what  IS v1?", "answer": "it is V1."}])
-    files = {"validation": {"path": "v.jsonl"}, "test": {"path": "t.jsonl"}}
-    told = fails(tmp_path, qa("a.jsonl", shares={"train": "all"}, **files))
+def test_roles(here: Path) -> None:
+    kept = qa("k.jsonl", shares=shares(0.0, 0.0, 1.0))
+    own = qa("l.jsonl", shares={"train": 0.0}, validation=V, test=T)
+    parts = {
+        "also_forget": [qa("a.jsonl")],
+        "retain": [kept, own],
+        "utility": [qa("u.jsonl")],
+        "holdout": qa("h.jsonl"),
+    }
+    sets = load_sets(recipe(qa("f.jsonl"), **parts), here)
+    assert [(s.role, s.name, sizes(s)) for s in sets] == [
+        ("forget", "f", [5, 2, 3]),
+        ("forget", "a", [5, 2, 3]),
+        ("retain", "k", [0, 0, 10]),
+        ("retain", "l", [0, 10, 10]),
+        ("utility", "u", [0, 4, 6]),
+        ("holdout", "h", [0, 0, 10]),
+    ]
+    save(here, "a.jsonl", qa_rows(10, "f"))  # an item may be in two requests
+    assert sizes(load_sets(recipe(qa("f.jsonl"), also_forget=[qa("a.jsonl")]), here)[1]) == [5, 2, 3]
+    # terms are only trained on, and what they teach is only scored
+    sets = load_sets(recipe(analogy=ABC, learn=[qa("d.jsonl")]), here)
+    assert [(s.role, s.name, sizes(s)) for s in sets] == [
+        ("learn", "d", [0, 2, 3]),
+        *(("term", name, [5, 0, 0]) for name in "abc"),
+    ]
+    assert [s.counts["unused"] for s in sets] == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (
+            {"learn": [qa("d.jsonl", shares=UNTRAINED)]},
+            "learn set 'd': shares.train is 0, but a learn set needs train, validation and test items",
+        ),
+        (
+            {"analogy": ABC | {"a": qa("a.jsonl", shares=UNTRAINED)}, "learn": [qa("d.jsonl")]},
+            "term set 'a': shares.train is 0, but a term of an analogy needs train items",
+        ),
+        (
+            {"analogy": ABC, "learn": [qa("d.jsonl", shares=UNTESTED)]},
+            "learn set 'd': shares.test is 0, but the set that an analogy should teach needs validation and test items",
+        ),
+        (
+            {"forget": ABC["a"], "holdout": qa("d.jsonl", shares=UNTESTED)},
+            "holdout set 'd': shares.test is 0, but a hold-out set needs test items",
+        ),
+        (
+            {"forget": qa("a.jsonl", shares=UNTRAINED)},
+            "forget set 'a': shares.train is 0, but a forget set needs train, validation and test items",
+        ),
+        ({"forget": qa("a.jsonl", rows=[0, 2])}, "2 different rows are too few for the validation share of 0.2"),
+    ],
+)
+def test_what_a_role_cannot_do_without(here: Path, parts: dict[str, Any], said: str) -> None:
+    assert said in fails(here, **parts)
+
+
+def test_the_same_item_in_two_files(here: Path) -> None:
+    save(here, "t.jsonl", [*qa_rows(2, "t"), {"question": "what  IS v1?", "answer": "it is V1."}])
+    told = fails(here, qa("a.jsonl", shares={"train": "all"}, validation=V, test=T))
     assert "the same item is in validation and in test" in told
-    assert "what  IS v1?".replace("  ", " ") in told
-    assert f"{tmp_path / 'v.jsonl'}, line 2" in told
-    assert f"{tmp_path / 't.jsonl'}, line 3" in told
-
-    told = fails(tmp_path, qa("a.jsonl", validation={"path": "a.jsonl"}, test={"path": "v.jsonl"}))
-    assert "the same item is in train and in validation" in told
-    assert "and 9 more like it" in told
-    assert "shares.train to all" in told
-    scored = qa(
-        "a.jsonl", shares={"train": "all"}, validation={"path": "a.jsonl", "limit": 4}, test={"path": "v.jsonl"}
-    )
-    assert len(load(tmp_path, scored).validation) == 4
+    for part in ("what IS v1?", f"{here / 'v.jsonl'}, line 2", f"{here / 't.jsonl'}, line 3"):
+        assert part in told
+    told = fails(here, qa("a.jsonl", validation={"path": "a.jsonl"}, test=V))
+    for part in ("the same item is in train and in validation", "and 9 more like it", "shares.train to all"):
+        assert part in told
 
 
-@pytest.mark.parametrize("role", ["retain", "utility"])
-def test_the_same_item_forgotten_and_kept(tmp_path: Path, role: str) -> None:
-    save(tmp_path, "f.jsonl", qa_rows(6))
-    kept = {"question": "WHAT is\n 4?", "choices": ["no", "It is 4."], "answer": 1}
-    save(tmp_path, "k.jsonl", [{"question": f"k{i}", "choices": ["a", "b"], "answer": 0} for i in range(5)] + [kept])
-    told = fails(tmp_path, qa("f.jsonl"), **{role: [mcq("k.jsonl", prompt="{question} ->")]})
-    assert told.startswith(f"{role} set 'k': the same item is to be forgotten and kept:\n  WHAT is 4? -> It is 4.\n")
-    assert f"forget set 'f': {tmp_path / 'f.jsonl'}, line 5" in told
-    assert f"{tmp_path / 'k.jsonl'}, line 6" in told
-    assert "more like it" not in told
+SAME = {"question": "WHAT is\n f4?", "choices": ["no", "It is f4."], "answer": 1}
+OTHERS = [{"question": f"k{i}", "choices": ["a", "b"], "answer": 0} for i in range(9)]
+BOOKS = [{"text": f"{i} the forgotten words " * 30} for i in range(10)]
+CUT = [
+    {"text": "9 held " * 60},
+    *[{"text": f"more {i} " * 60} for i in range(8)],
+    {"text": "4 The forgotten  words " * 30},
+]
+# set k holds at its end what another set has too: the other set's rows and k's, the recipe, and the message
+OVERLAPS: dict[str, tuple[list[Any], list[Any], dict[str, Any], str, str]] = {
+    **{
+        f"kept, {role}": (
+            *(
+                qa_rows(10, "f"),
+                [*OTHERS, SAME],
+                {"forget": qa("f.jsonl"), role: [mcq("k.jsonl", prompt="{question} >")]},
+            ),
+            *(
+                f"{role} set 'k': the same item is to be forgotten and kept:\n  WHAT is f4? > It is f4.\n",
+                "forget set 'f'",
+            ),
+        )
+        for role in ("retain", "utility")
+    },
+    **{
+        f"another request, {role}": (
+            *(qa_rows(10, "f"), [*qa_rows(9, "k"), qa_rows(5, "f")[4]]),
+            {"forget": qa("a.jsonl"), "also_forget": [qa("f.jsonl")], role: [qa("k.jsonl")]},
+            *(f"{role} set 'k': the same item is to be forgotten and {fate}:\n", "forget set 'f'"),
+        )
+        for role, fate in (("learn", "learned"), ("retain", "kept"))
+    },
+    "reached by analogy": (
+        *(qa_rows(10, "f"), [*qa_rows(9, "k"), qa_rows(5, "f")[4]]),
+        {"analogy": ABC | {"c": qa("k.jsonl")}, "learn": [qa("f.jsonl")]},
+        *("term set 'k': the same item is to be reached by analogy and trained on:\n", "learn set 'f'"),
+    ),
+    **{
+        f"held out, {role}": (
+            *(qa_rows(10, "f"), [*qa_rows(9, "k"), qa_rows(5, "f")[4]]),
+            {"forget": qa("a.jsonl"), "holdout": qa("k.jsonl"), role: [qa("f.jsonl")]},
+            *("holdout set 'k': the same item is held out and in a set that a model has seen:\n", f"{role} set 'f'"),
+        )
+        for role in ("retain", "learn")
+    },
+    "a document, whatever the cut": (
+        *(BOOKS, CUT, {"forget": text("f.jsonl"), "holdout": text("k.jsonl", length=24)}),
+        *("holdout set 'k': the same item is to be forgotten and held out:\n", "forget set 'f'"),
+    ),
+}
 
 
-def test_too_few_rows(tmp_path: Path) -> None:
-    save(tmp_path, "a.jsonl", qa_rows(2))
-    told = fails(tmp_path, qa("a.jsonl"))
-    assert "2 different rows are too few for the validation share of 0.2" in told
-    assert str(tmp_path / "a.jsonl") in told
-    save(tmp_path, "b.jsonl", qa_rows(3))
-    assert sizes(load(tmp_path, qa("b.jsonl"))) == [1, 1, 1]
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_one_item_cannot_have_two_fates(here: Path, name: str) -> None:
+    others, own, parts, said, other = OVERLAPS[name]
+    save(here, "f.jsonl", others)
+    save(here, "k.jsonl", own)
+    told = fails(here, **parts)
+    assert told.startswith(said)
+    assert f"{other}: {here / 'f.jsonl'}, line 5" in told
+    assert f"{here / 'k.jsonl'}, line 10" in told
+    save(here, "k.jsonl", own[:9])
+    load_sets(recipe(**parts), here)
 
 
-def test_shares_of_zero(tmp_path: Path) -> None:
-    for name in "fkvt":
-        save(tmp_path, f"{name}.jsonl", qa_rows(10, name))
-    unscored = qa("k.jsonl", shares=shares(0.0, 0.0, 1.0))
-    sets = load_sets(recipe(qa("f.jsonl"), retain=[unscored]), tmp_path)
-    assert sizes(sets[1]) == [0, 0, 10]
-    assert [(s.role, s.name) for s in sets] == [("forget", "f"), ("retain", "k")]
-    kept = qa("k.jsonl", shares={"train": 0.0}, validation={"path": "v.jsonl"}, test={"path": "t.jsonl"}, name="kept")
-    assert load_sets(recipe(qa("f.jsonl"), retain=[kept]), tmp_path)[1].train == ()
+def test_what_may_be_in_two_sets(here: Path) -> None:
+    save(here, "b.jsonl", qa_rows(8, "a"))  # terms: a and b differ in form only
+    assert len(load_sets(recipe(analogy=ABC, learn=[qa("d.jsonl")]), here)) == 4
+    save(here, "h.jsonl", qa_rows(10, "u"))  # what is only scored has taught nobody
+    assert len(load_sets(recipe(qa("f.jsonl"), utility=[qa("u.jsonl")], holdout=qa("h.jsonl")), here)) == 3
 
 
 contents = st.lists(st.sampled_from([f"{c}{c}" for c in "abcdefghijklmnop"]), min_size=4, max_size=40)
@@ -496,123 +589,6 @@ def test_splits_are_disjoint_stable_and_blind_to_order(
     again = load(tmp_path, spec, seed)
     assert [again.items(split) for split in SPLITS] == [loaded.items(split) for split in SPLITS]
     assert (again.digest, dict(again.counts)) == (loaded.digest, dict(loaded.counts))
-
-
-# --- several requests, addition, analogy ----------------------------------------------------------------------------
-
-
-def terms(folder: Path, **more: Any) -> dict[str, Any]:
-    for name in "abc":
-        save(folder, f"{name}.jsonl", qa_rows(8, name))
-    return {name: qa(f"{name}.jsonl", **more) for name in "abc"}
-
-
-def test_an_item_may_be_in_two_requests(tmp_path: Path) -> None:
-    save(tmp_path, "f.jsonl", qa_rows(10))
-    save(tmp_path, "g.jsonl", qa_rows(12))
-    sets = load_sets(recipe(forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")]), tmp_path)
-    assert [(s.role, s.name, s.counts["rows"]) for s in sets] == [("forget", "f", 10), ("forget", "g", 12)]
-    assert all(s.train and s.validation and s.test for s in sets)
-
-
-@pytest.mark.parametrize(("role", "fate"), [("learn", "learned"), ("retain", "kept")])
-def test_every_request_is_compared_with_what_must_not_go(tmp_path: Path, role: str, fate: str) -> None:
-    save(tmp_path, "f.jsonl", qa_rows(10))
-    save(tmp_path, "g.jsonl", qa_rows(10, "g"))
-    save(tmp_path, "k.jsonl", [*qa_rows(9, "k"), *qa_rows(1, "g")])
-    told = fails(tmp_path, forget=qa("f.jsonl"), also_forget=[qa("g.jsonl")], **{role: [qa("k.jsonl")]})
-    assert told.startswith(f"{role} set 'k': the same item is to be forgotten and {fate}:\n")
-    assert f"forget set 'g': {tmp_path / 'g.jsonl'}, line 1" in told
-    assert f"{tmp_path / 'k.jsonl'}, line 10" in told
-
-
-def test_terms_are_only_trained_on_and_what_they_teach_is_only_scored(tmp_path: Path) -> None:
-    save(tmp_path, "d.jsonl", qa_rows(10, "d"))
-    learned = load_sets(recipe(analogy=terms(tmp_path), learn=[qa("d.jsonl")]), tmp_path)
-    assert [(s.role, s.name) for s in learned] == [("learn", "d"), ("term", "a"), ("term", "b"), ("term", "c")]
-    goal, *three = learned
-    assert not goal.train
-    assert (len(goal.validation), len(goal.test), goal.counts["unused"]) == (2, 3, 5)
-    for term in three:
-        assert (len(term.train), term.validation, term.test, term.counts["unused"]) == (4, (), (), 4)
-    all_of_it = shares(1.0, 0.0, 0.0)
-    scored = qa("d.jsonl", shares=shares(0.0, 0.4, 0.6))
-    goal, *three = load_sets(recipe(analogy=terms(tmp_path, shares=all_of_it), learn=[scored]), tmp_path)
-    assert [len(t.train) for t in three] == [8, 8, 8]
-    assert (len(goal.validation), len(goal.test)) == (4, 6)
-
-
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("learn", "learn set 'd': shares.train is 0, but a learn set needs train, validation and test items"),
-        ("term", "term set 'a': shares.train is 0, but a term of an analogy needs train items"),
-        ("goal", "learn set 'd': shares.test is 0, but the set that an analogy should teach needs validation and test"),
-        ("holdout", "holdout set 'd': shares.test is 0, but a hold-out set needs test items"),
-        ("forget", "forget set 'a': shares.train is 0, but a forget set needs train, validation and test items"),
-    ],
-)
-def test_what_a_role_cannot_do_without(tmp_path: Path, what: str, said: str) -> None:
-    save(tmp_path, "d.jsonl", qa_rows(10, "d"))
-    untrained, untested = shares(0.0, 0.5, 0.5), shares(0.5, 0.5, 0.0)
-    abc = terms(tmp_path)
-    parts: dict[str, Any] = {
-        "learn": {"learn": [qa("d.jsonl", shares=untrained)]},
-        "term": {"analogy": {n: abc[n] | {"shares": untrained} for n in "abc"}, "learn": [qa("d.jsonl")]},
-        "goal": {"analogy": abc, "learn": [qa("d.jsonl", shares=untested)]},
-        "holdout": {"forget": abc["a"], "holdout": qa("d.jsonl", shares=untested)},
-        "forget": {"forget": abc["a"] | {"shares": untrained}},
-    }[what]
-    assert fails(tmp_path, **parts).startswith(said)
-
-
-def test_an_analogy_is_not_taught_to_the_test(tmp_path: Path) -> None:
-    analogy = terms(tmp_path)
-    save(tmp_path, "d.jsonl", [*qa_rows(9, "d"), *qa_rows(1, "c")])
-    told = fails(tmp_path, analogy=analogy, learn=[qa("d.jsonl")])
-    assert told.startswith("term set 'c': the same item is to be reached by analogy and trained on:\n")
-    assert f"learn set 'd': {tmp_path / 'd.jsonl'}, line 10" in told
-    assert f"term set 'c': {tmp_path / 'c.jsonl'}, line 1" in told
-    save(tmp_path, "d.jsonl", qa_rows(9, "d"))
-    save(tmp_path, "b.jsonl", qa_rows(8, "a"))  # terms may have items in common: a and b differ in form only
-    assert len(load_sets(recipe(analogy=analogy, learn=[qa("d.jsonl")]), tmp_path)) == 4
-
-
-# --- held out --------------------------------------------------------------------------------------------------------
-
-
-def test_a_hold_out_set_is_all_test_items_and_comes_last(tmp_path: Path) -> None:
-    save(tmp_path, "f.jsonl", qa_rows(10))
-    save(tmp_path, "u.jsonl", qa_rows(10, "u"))
-    save(tmp_path, "h.jsonl", qa_rows(7, "h"))
-    sets = load_sets(recipe(forget=qa("f.jsonl"), utility=[qa("u.jsonl")], holdout=qa("h.jsonl")), tmp_path)
-    assert [(s.role, s.name) for s in sets] == [("forget", "f"), ("utility", "u"), ("holdout", "h")]
-    held = sets[-1]
-    assert (held.train, held.validation, len(held.test)) == ((), (), 7)
-    assert held.counts["unused"] == 0
-    some = recipe(forget=qa("f.jsonl"), holdout=qa("h.jsonl", limit=3))
-    assert len(load_sets(some, tmp_path)[-1].test) == 3
-
-
-@pytest.mark.parametrize("role", ["retain", "learn"])
-def test_what_a_model_was_trained_on_is_not_held_out(tmp_path: Path, role: str) -> None:
-    save(tmp_path, "f.jsonl", qa_rows(10))
-    save(tmp_path, "k.jsonl", qa_rows(10, "k"))
-    save(tmp_path, "h.jsonl", [*qa_rows(3, "h"), *qa_rows(10, "k")[5:6]])
-    told = fails(tmp_path, forget=qa("f.jsonl"), holdout=qa("h.jsonl"), **{role: [qa("k.jsonl")]})
-    assert told.startswith("holdout set 'h': the same item is held out and in a set that a model has seen:\n")
-    assert f"{role} set 'k': {tmp_path / 'k.jsonl'}, line 6" in told
-    assert f"{tmp_path / 'h.jsonl'}, line 4" in told
-    fine = load_sets(recipe(forget=qa("f.jsonl"), utility=[qa("k.jsonl")], holdout=qa("h.jsonl")), tmp_path)
-    assert fine[-1].role == "holdout"  # what is only scored has taught nobody
-
-
-def test_a_forgotten_document_is_not_held_out_whatever_the_cut(tmp_path: Path) -> None:
-    save(tmp_path, "f.jsonl", [{"text": f"{i} the forgotten words " * 30} for i in range(4)])
-    save(tmp_path, "h.jsonl", [{"text": "9 held " * 60}, {"text": "2 The forgotten  words " * 30}])
-    told = fails(tmp_path, forget=text("f.jsonl"), holdout=text("h.jsonl", length=24))
-    assert told.startswith("holdout set 'h': the same item is to be forgotten and held out:\n")
-    assert f"{tmp_path / 'h.jsonl'}, line 2, passage 1" in told
 
 
 def test_counterparts_ask_about_others_in_the_same_wording() -> None:

@@ -32,7 +32,11 @@ ROWS, TOKENS, LABELS, RANK = 4, 48, 5, 4
 
 
 def builder(config: Any) -> plan_memory.Build:
-    return lambda dtype: AutoModelForCausalLM.from_config(config, dtype=dtype)
+    def build(dtype: torch.dtype) -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    return build
 
 
 def held(model: nn.Module) -> int:

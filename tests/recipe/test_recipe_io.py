@@ -79,13 +79,9 @@ def test_a_good_recipe(here: Path) -> None:
     loaded = load_recipe(write(here, GOOD))
     assert loaded.recipe.vector.forget.learning_rate == 1e-4
     assert [d.path for d in loaded.recipe.retain] == ["near.jsonl", "far.jsonl"]
-    assert loaded.source == here / "r.yaml"
-    assert loaded.text == GOOD
-
-
-def test_windows_line_ends_and_byte_order_mark(here: Path) -> None:
-    (here / "r.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
-    assert load_recipe("r.yaml").recipe == load_recipe(write(here, GOOD, "s.yaml")).recipe
+    assert (loaded.source, loaded.text) == (here / "r.yaml", GOOD)
+    (here / "windows.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert load_recipe("windows.yaml").recipe == loaded.recipe
 
 
 STEPS, TEXT, VECTOR = "steps: 3", "    kind: text", "vector:"  # lines after which a table's row adds one
@@ -119,7 +115,6 @@ MISTAKES: list[tuple[str, str, int, str]] = [  # what to replace in GOOD, by wha
     (TEXT, TEXT + "\n    prompt: {train: a, validation: b}", 15, "prompt.test: this key is required: Template of"),
     (VECTOR, "sweep: {coefficients: []}\nvector:", 15, "have at least 1 item after validation, not 0, got"),
     (VECTOR, "sweep: {coefficients: [1, 1]}\nvector:", 15, "sweep.coefficients: a coefficient is given twice"),
-    (VECTOR, "vector:\n  lora: {targets: []}", 16, "targets: the list is empty"),
     (VECTOR, "export: {shard_size: 5}\nvector:", 15, "shard_size: must be text, got 5"),
     ("near.jsonl", "far.jsonl", 10, "two retain sets are called 'far': give them names"),
     ("name: tiny\n", "", 1, "name: this key is required: The run folder's"),
@@ -129,12 +124,7 @@ MISTAKES: list[tuple[str, str, int, str]] = [  # what to replace in GOOD, by wha
     ("kind: qa", 'kind: qa\n  "path": x', 9, "forget.path: given twice: on line 7 and again here"),
     ("kind: qa", "kind: qa\n  <<: {limit: 3}", 9, "merge keys (<<) are not part of YAML 1.2"),
     ("kind: qa", "kind: qa\n  ? [a]\n  : 3", 9, "a key must be plain text"),
-    ("tiny", "!!python/object/apply:os.system [exit]", 1, "the tag !!python/object/apply:os.system is refused"),
-    ("tiny", "!secret x", 1, "name: the tag !secret is refused"),
     ("tiny", "!!int x", 1, "name: 'x' is no int"),
-    ("tiny", '"\\ud800"', 1, "name: an escape in this text is half a character"),
-    (STEPS, "report_to: &a [*a]", 19, "an alias (*name) stands inside the value"),
-    ("1e-4", "9" * 50, 17, "has more than 40 digits"),
 ]  # fmt: skip
 
 
@@ -147,85 +137,61 @@ def test_one_mistake_one_message_with_its_line(here: Path, old: str, new: str, l
 
 TOFU = "benchmark: {name: tofu, set: forget10}\n"
 MUSE = "benchmark: {name: muse, set: news}\n"
+HOLDOUT = "holdout: {path: h.jsonl, kind: qa}\n"
 COMPARED = [
     ("reference: train\n", "reference: train teaches a model the retain sets alone, and there is no teach"),
-    ("reference: published\n", "reference: published means MUSE's published figures"),
     (TOFU + "reference: published\n", "reference: published means MUSE's published figures"),
     (MUSE + "reference: log.json\n", "reference: a log only serves TOFU's forget quality"),
-    ("reference: log.json\n", "reference: a log only serves TOFU's forget quality"),
     ("holdout: {path: h.jsonl, kind: text}\n", "holdout is of kind text, forget of kind qa: they cannot be compared"),
     ("benchmark: {name: tofu, set: news}\n", "tofu has no set 'news'; it has forget01, forget05, forget10"),
     ("robustness: {quantize: [int4]}\n", "robustness.quantize.0: must be 'nf4' or 'int8'"),
     ("robustness: {probes: [prefixes]}\n", "did you mean 'prefix'?"),
-    ("robustness: {relearn: {steps: []}}\n", "robustness.relearn.steps: "),
     ("export: {push_to_hub: {repo: me}}\n", "got the text 'me' (OWNER/NAME on the hub.)"),
     ("export: {push_to_hub: {repo: me/it, what: merged}}\n", "push_to_hub wants the merged export: set merged to true"),
 ]
+ADDS = GOOD.replace("forget:\n  path", "learn:\n - path").replace("  kind: qa\n  prompt", "   kind: qa\n   prompt", 1)
+FORGETTING = {"reference": "reference: o/m\n", "benchmark": TOFU, "robustness": "robustness: {}\n", "holdout": HOLDOUT}
 
 
-@pytest.mark.parametrize(("more", "said"), COMPARED, ids=[str(n) for n in range(len(COMPARED))])
-def test_comparisons_that_cannot_be_made(here: Path, more: str, said: str) -> None:
-    (told,) = fails(write(here, GOOD + more))
-    assert said in told
-
-
-@pytest.mark.parametrize("name", ["reference", "benchmark", "robustness", "holdout"])
-def test_comparisons_are_about_forgetting(here: Path, name: str) -> None:
-    value = {
-        "reference": "some/model",
-        "benchmark": "{name: tofu, set: forget10}",
-        "robustness": "{}",
-        "holdout": "{path: h.jsonl, kind: qa}",
-    }[name]
-    adds = with_line("forget:\n  path", "learn:\n - path").replace("  kind: qa\n  prompt", "   kind: qa\n   prompt", 1)
-    assert load_recipe(write(here, adds)).recipe.forget is None
-    (told,) = fails(write(here, f"{adds}{name}: {value}\n"))
-    assert f"{name} is about forgetting, and there is no forget set" in told
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(GOOD + more, said) for more, said in COMPARED]
+    + [(ADDS + more, f"{key} is about forgetting, and there is no forget set") for key, more in FORGETTING.items()],
+    ids=range(len(COMPARED) + len(FORGETTING)),
+)
+def test_comparisons_that_cannot_be_made(here: Path, text: str, said: str) -> None:
+    (message,) = fails(write(here, text))
+    assert said in message
 
 
 def test_comparisons_that_can_be_made(here: Path) -> None:
+    assert load_recipe(write(here, ADDS)).recipe.forget is None
     teach = "teach: {steps: 3}\nreference: train\n"
-    held = "holdout: {path: h.jsonl, kind: qa}\nrobustness: {}\n"
-    recipe = load_recipe(write(here, GOOD + TOFU + teach + held)).recipe
+    recipe = load_recipe(write(here, GOOD + TOFU + teach + HOLDOUT + "robustness: {}\n")).recipe
     assert recipe.robustness is not None
     assert recipe.robustness.relearn is not None  # {}: all attacks
     assert (recipe.robustness.quantize, recipe.robustness.samples) == (("nf4", "int8"), 8)
     assert [role for role, _ in recipe.sets()] == ["forget", "retain", "retain", "holdout"]
     assert load_recipe(write(here, resolved_yaml(recipe), "again.yaml")).recipe == recipe
-    none = load_recipe("r.yaml", ["robustness.relearn=null"]).recipe.robustness
-    assert none is not None
-    assert none.relearn is None
     for more in (MUSE + "reference: published\n", TOFU + "reference: log.json\n", "reference: org/model\n"):
         assert load_recipe(write(here, GOOD + more)).recipe.reference == more.split()[-1]
 
 
-@pytest.mark.parametrize(
-    ("template", "part"),
-    [
-        ("{question", "single '{'"),
-        ("question}", "single '}'"),
-        ("{}", "empty field"),
-        ("{a.b}", "attribute access"),
-        ("{a[0]}", "index access"),
-        ("{a!r}", "a conversion"),
-        ("{a:>9}", "a format spec"),
-        ("{ a }", "spaces around the name; write {a}"),
-    ],
-)
-def test_templates(here: Path, template: str, part: str) -> None:
+@pytest.mark.parametrize("template", ["{question", "question}", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{ a }"])
+def test_templates(here: Path, template: str) -> None:
     quoted = json.dumps(template)
-    assert fails(write(here, with_line('"Q: {question}\\nA:"', quoted)))[0].startswith("r.yaml:9: forget.prompt: ")
-    assert part in fails("r.yaml")[0]
+    (message,) = fails(write(here, with_line('"Q: {question}\\nA:"', quoted)))
+    lone = template in ("{question", "question}")
+    assert message.startswith(f"r.yaml:9: forget.prompt: {'there is a single' if lone else 'the field'} '")
     split = f"{{train: [ok, {quoted}], validation: v, test: t}}"
-    assert fails(write(here, with_line("kind: mcq", f"kind: mcq\n    prompt: {split}")))[0].startswith(
-        "r.yaml:13: retain.0.prompt.train.1: "
-    )
+    (message,) = fails(write(here, with_line("kind: mcq", f"kind: mcq\n    prompt: {split}")))
+    assert message.startswith("r.yaml:13: retain.0.prompt.train.1: ")
 
 
 def test_template_rendering() -> None:
     assert template_fields("{{x}} {a} {b c} {a}}}") == ("a", "b c")
     assert render("{{x}} {a} {b c} {a}}}", {"a": 1, "b c": "{a}"}) == "{x} 1 {a} 1}"
-    with pytest.raises(ValueError, match=r"uses \{q\}, but there is no column 'q' \(columns: a, b\)"):
+    with pytest.raises(ValueError, match=r"uses \{q\}, but there is no column 'q'"):
         render("{q}", {"a": 1, "b": 2})
     with pytest.raises(ValueError, match="column 'q' is empty"):
         render("{q}", {"q": None})
@@ -307,7 +273,6 @@ def test_plain_anchors_work(here: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "part"),
     [
-        ("# only a comment\n", 1, "the file is empty"),
         ("- a\n- b\n", 1, "at the top; found a list"),
         ("just words\n", 1, "found the text 'just words'"),
         ("a: 1\nb: [1,\nc: 3\n", 4, "not valid YAML"),
@@ -317,10 +282,6 @@ def test_plain_anchors_work(here: Path) -> None:
         ("a: 1\nb: @x\n", 2, "found character '@' that cannot start any token"),
         ("a: 1\n---\nb: 2\n", 2, "found another document"),
         ("a: 1\nb: *x\n", 2, "undefined alias 'x'"),
-        ("a: 1\nb: \x07\n", 2, "the character U+0007 is not allowed"),
-        ('a: 1\nb: "\\UFFFFFFFF"\n', 2, "not valid YAML: "),
-        ("a: 1\nb: " + "[" * 5000 + "\n", 2, "nested too deeply"),
-        ("%YAML 9.0\n---\na: 1\n", 1, "not valid YAML"),
     ],
 )
 def test_not_a_recipe_at_all(here: Path, text: str, line: int, part: str) -> None:
@@ -328,12 +289,6 @@ def test_not_a_recipe_at_all(here: Path, text: str, line: int, part: str) -> Non
     assert len(messages) == 1
     assert messages[0].startswith(f"r.yaml:{line}: ")
     assert part in messages[0]
-
-
-def test_alias_bomb(here: Path) -> None:
-    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    lines += [f"{k}: &{k} [{', '.join(['*' + chr(ord(k) - 1)] * 10)}]" for k in "bcdefghi"]
-    assert "do aliases repeat others?" in fails(write(here, "\n".join(lines)))[0]
 
 
 def test_files_that_cannot_be_read(here: Path) -> None:
@@ -363,8 +318,10 @@ def test_bare_names(here: Path, tmp_path: Path) -> None:
 def test_overrides(here: Path) -> None:
     (here / "mine.jsonl").write_text("{}")
     (here / "weights").mkdir()
+    (here / "near.jsonl").write_text("{}")
+    assert load_recipe(write(here, GOOD), ["seed=1"]).recipe.retain[0].path == "near.jsonl"  # as the file has it
     recipe = load_recipe(
-        write(here, GOOD),
+        "r.yaml",
         [
             "seed=7",
             "retain.0.path=mine.jsonl",
@@ -395,11 +352,6 @@ def test_overrides(here: Path) -> None:
     assert recipe.sweep.coefficients == (0.25, 1.0)
     assert recipe.model.path == str(here / "weights")
     assert recipe.description == "a = b"
-
-
-def test_paths_in_the_file_stay_relative_to_it(here: Path) -> None:
-    (here / "near.jsonl").write_text("{}")
-    assert load_recipe(write(here, GOOD), ["seed=1"]).recipe.retain[0].path == "near.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -470,37 +422,6 @@ def test_any_value_survives_writing_and_reading(description: str, where: dict[st
     recipe = Recipe.model_validate_json(json.dumps({**data, "description": description}))
     document = yaml_core.parse(resolved_yaml(recipe))
     assert Recipe.model_validate_json(json.dumps(document.data)) == recipe
-
-
-_YAML = st.lists(
-    st.one_of(
-        st.sampled_from(GOOD.splitlines(keepends=True)),
-        st.sampled_from(
-            ["\n", "  ", "\t", "- ", ": ", "? ", "&a ", "*a", "!!x ", "!<", "[", "]", "{", "}", "'", '"', "|+9", "#"]
-        ),
-        st.sampled_from(
-            ["prompt: ", "where: ", "retain:", "null", "1e-4", "---\n", "%TAG ", "\\U", "\x85", "\ufeff", "\0"]
-        ),
-        st.text(max_size=5),
-    ),
-    max_size=30,
-).map("".join)
-
-
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    content=st.one_of(st.binary(), _YAML.map(lambda t: t.encode("utf-8", "surrogatepass"))),
-    overrides=st.lists(
-        st.one_of(st.text(), st.sampled_from(["seed=1", "retain.0=", "forget.where.a.b=1", "x"])), max_size=2
-    ),
-)
-def test_whatever_the_file_holds_it_loads_or_is_refused(here: Path, content: bytes, overrides: list[str]) -> None:
-    (here / "any.yaml").write_bytes(content)
-    try:
-        outcome: object = load_recipe("any.yaml", overrides).recipe
-    except RecipeError as error:
-        outcome = str(error)
-    assert isinstance(outcome, Recipe) or (isinstance(outcome, str) and outcome)
 
 
 def test_json_schema() -> None:

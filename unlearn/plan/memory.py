@@ -1,8 +1,8 @@
 """``unlearn plan --memory``: bytes that a run's stages hold, from its model laid out without weights.
 
-A model of any architecture is built of arrays without content. The largest batch of every training goes through it and
-back while the bytes of the arrays that are alive are counted. They are bounds: under a GPU's autocast activations take
-half of them, and rows are seldom all as long as the longest.
+A model of any architecture is built of arrays without content (on the meta device). The largest batch of every training
+goes through it and back while the bytes of the arrays that are alive are counted. They are bounds: under a
+GPU's autocast activations take half of them, and rows are seldom all as long as the longest.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -73,8 +73,7 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def weights(build: Build, dtype: torch.dtype) -> int:
     """Bytes of a model's parameters and buffers."""
-    with FakeTensorMode():
-        return Tally(build(dtype)).peak
+    return Tally(build(dtype)).peak
 
 
 def training(
@@ -88,15 +87,16 @@ def training(
         tokens, labels: Of a row.
         sets: Of logits that an objective's divergences are between; 0: plain cross-entropy.
     """
-    with FakeTensorMode():
-        model = build(dtype if lora is not None else torch.float32).requires_grad_(lora is None)
-        if spec.gradient_checkpointing:
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        if lora is not None:
-            names = list(resolve_targets(model, lora.targets, lora.depth))
-            turned = isinstance(model.get_submodule(names[0]), Conv1D)
-            model = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=names, fan_in_fan_out=turned))
-        tally = Tally(model.train())
+    model = build(dtype if lora is not None else torch.float32).requires_grad_(lora is None)
+    if spec.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if lora is not None:
+        names = list(resolve_targets(model, lora.targets, lora.depth))
+        turned = isinstance(model.get_submodule(names[0]), Conv1D)
+        model = get_peft_model(model, LoraConfig(r=lora.rank, target_modules=names, fan_in_fan_out=turned))
+    mode = FakeTensorMode()
+    tally = Tally(_faked(model.train(), mode))
+    with mode:
         learned = [p for p in model.parameters() if p.requires_grad]
         moments = [tally.hold(torch.empty_like(p)) for p in learned for _ in range(2)]  # AdamW's
         for parameter in learned if spec.accumulation > 1 else ():
@@ -118,20 +118,34 @@ def training(
 def scoring(build: Build, dtype: torch.dtype, recipe: Recipe) -> tuple[int, int]:
     """Bytes of the vector on a model (in float32, and of a float32 model its weights as they were), and of a pass."""
     vector = recipe.vector
-    with FakeTensorMode(), torch.no_grad():
-        model = build(dtype).eval()
-        changed = [model.get_submodule(name) for name in resolve_targets(model, vector.lora.targets, vector.lora.depth)]
-        tally = Tally(model)
+    model = build(dtype).eval()
+    sizes = [shape_of(model.get_submodule(n)) for n in resolve_targets(model, vector.lora.targets, vector.lora.depth)]
+    dense, thin = 4 * sum(a * b for a, b in sizes), 4 * vector.lora.rank * sum(a + b for a, b in sizes)
+    several = max(len(recipe.goals()), 3 if recipe.analogy else 1) * (2 if vector.needs("retain_vector") else 1)
+    change = dense if any(METHODS[m].dense for m in vector.steps()) else thin * several
+    mode = FakeTensorMode()
+    tally = Tally(_faked(model, mode))
+    with mode, torch.no_grad():
         held = tally.now
         _head_at(model, max(1, _LOGITS // (4 * model.get_output_embeddings().weight.shape[0])))
         with tally:
             ids = torch.zeros(1, recipe.eval.batch_tokens or _PASS, dtype=torch.long)
             torch.logsumexp(model(input_ids=ids, use_cache=False).logits.float(), -1)
-    sizes = [shape_of(module) for module in changed]
-    dense, thin = 4 * sum(a * b for a, b in sizes), 4 * vector.lora.rank * sum(a + b for a, b in sizes)
-    several = max(len(recipe.goals()), 3 if recipe.analogy else 1) * (2 if vector.needs("retain_vector") else 1)
-    change = dense if any(METHODS[m].dense for m in vector.steps()) else thin * several
     return change + dense * (dtype == torch.float32), tally.peak - held
+
+
+def _faked(model: Any, mode: FakeTensorMode) -> Any:
+    """The model's arrays, which are on the meta device, as if they were in memory: with what CPUs do to them."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and id(tensor) not in found:
+                    fake = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+                    learns = tensor.requires_grad
+                    found[id(tensor)] = nn.Parameter(fake, learns) if isinstance(tensor, nn.Parameter) else fake
+                own[name] = found.get(id(tensor))
+    return model
 
 
 def _head_at(model: Any, places: int) -> None:
@@ -156,7 +170,7 @@ def memory(loaded: LoadedRecipe) -> str:
         ) from e
 
     def build(dtype: torch.dtype) -> Any:
-        with quietly():
+        with quietly(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
     dtype = number_format(spec.dtype, place("auto") if spec.dtype == "auto" else torch.device("cpu"))
@@ -192,13 +206,14 @@ def memory(loaded: LoadedRecipe) -> str:
     change, passing = scoring(build, dtype, recipe)
     stages["sweep, test"] = {"weights": held, "the edit": change, "a pass": passing}
     if spec.quantize != "none":
-        with FakeTensorMode():
-            linear = sum(math.prod(shape_of(module)) for module in linear_modules(build(dtype)).values())
-        packed = int(linear * _QUANTISED[spec.quantize])
+        linear = (math.prod(shape_of(m)) for m in linear_modules(build(dtype)).values())
+        packed = sum(linear) * _QUANTISED[spec.quantize]
         for name in stages.keys() & {"finetune", "finetune, retain"}:
-            stages[name] = {**stages[name], f"a copy in {spec.quantize}, at least": packed}
-    lines = [f"at most, in {str(dtype).removeprefix('torch.')}; what learns is counted with AdamW's moments"]
-    lines.append("not counted: the libraries' own, texts that are written, a reference, attacks")
+            stages[name] = {**stages[name], f"a copy in {spec.quantize}, at least": int(packed)}
+    lines = [
+        f"at most, in {str(dtype).removeprefix('torch.')}; what learns is counted with AdamW's moments",
+        "not counted: the libraries' own, texts that are written, a reference, attacks",
+    ]
     for name, parts in stages.items():
         told = ", ".join(f"{part} {file_size(count)}" for part, count in parts.items())
         lines.append(f"{name:16}  {file_size(sum(parts.values())):>9}  {told}")

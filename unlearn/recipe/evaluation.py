@@ -101,11 +101,9 @@ class PushSpec(Frozen):
     @classmethod
     def _nameable(cls, repo: str) -> str:
         """The hub's own rules: what it refuses is better known before the training."""
-        if len(repo.rpartition("/")[2]) > 96 or "--" in repo or ".." in repo or repo.endswith((".git", "-", ".")):
-            raise ValueError(
-                f"the hub takes no name like {repo!r}: at most 96 characters after OWNER/, no -- and no .. in it, and "
-                "no -, . or .git at its end"
-            )
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        validate_repo_id(repo)
         return repo
 
 

@@ -266,24 +266,17 @@ def _check(data: dict[str, Any], overrides: Sequence[str], places: _Places) -> R
     data = json.loads(json.dumps(data)) if overrides else data  # parts what an alias had joined
     wrong = [text for text in (_override(data, override, places) for override in overrides) if text]
     found = [_Mistake(path, _SECRET) for path, value in _leaves(data) if is_secret(str(value))]
-    for block in ("vector", "teach"):
-        path = (block, "lora", "targets")
-        if value_at(data, path) == []:
-            found.append(_Mistake(path, "the list is empty; name at least one module, or write all-linear"))
     try:
         recipe = Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
         typed = _mistakes(error, data)
         found = [*typed, *(one for one in found if one.path not in {other.path for other in typed})]
-    placed = sorted([*((math.inf, text) for text in wrong), *(_placed(one, places) for one in found)], key=_line)
+    placed = [*((math.inf, text) for text in wrong), *(_placed(one, places) for one in found)]
+    placed.sort(key=lambda pair: pair[0])
     if placed:
         head = [f"{len(placed)} mistakes in the recipe:"] if len(placed) > 1 else []
         raise RecipeError("\n  ".join([*head, *(text for _, text in placed)]))
     return recipe
-
-
-def _line(placed: tuple[float, str]) -> float:
-    return placed[0]
 
 
 def _placed(mistake: _Mistake, places: _Places) -> tuple[float, str]:
