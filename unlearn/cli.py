@@ -216,8 +216,8 @@ def recipes() -> None:
 @app.command()
 def tasks(word: Annotated[str, typer.Argument(help="only names that hold this word", show_default=False)] = "") -> None:
     """List tasks for eval.tasks: those of the pack, and of lm-eval's own those that hold a word."""
+    from unlearn.recipe.evaluation import shipped_tasks, task_files, task_names
     from unlearn.recipe.load import tasks_folder
-    from unlearn.recipe.task_names import shipped_tasks, task_files, task_names
 
     pack = set(task_names(task_files(tasks_folder())))
     others = set(task_names(task_files(shipped_tasks()))) if word else set()

@@ -13,7 +13,7 @@ import pytest
 from compared_arena import RECIPE, rows, run, write_data, write_recipe, write_rows
 
 from unlearn.model import pico
-from unlearn.recipe import task_names
+from unlearn.recipe import evaluation
 
 BENCHMARK = RECIPE["benchmark"]
 HALVES = {"train": "all", "validation": 0.5, "test": 0.5}
@@ -216,7 +216,7 @@ def test_what_takes_the_model_to_know_is_said_before_anything_is_trained(
 def test_names_of_tasks_are_looked_up_without_lm_eval(here: Path) -> None:
     """Nothing slow is imported for it, though a name is looked for in all of lm-eval's files."""
     code = (
-        "import sys; from unlearn.recipe.task_names import *\n"
+        "import sys; from unlearn.recipe.evaluation import *\n"
         "print(unheard_of(task_files(shipped_tasks()), ['hellaswag', 'mmlu', 'wmdp_bio', 'unlearn_mcq', 'mmluu']))\n"
         "print(sorted({'lm_eval', 'torch', 'datasets', 'numpy'} & set(sys.modules)))"
     )
@@ -230,7 +230,7 @@ def test_no_task_of_lm_eval_is_refused() -> None:
     """lm-eval's own index, which it takes ten seconds to build."""
     from lm_eval.tasks import TaskManager
 
-    files = task_names.task_files(task_names.shipped_tasks())
-    index = set(TaskManager().task_index) - {*task_names.task_names(files), *(Path(path).stem for path in files)}
+    files = evaluation.task_files(evaluation.shipped_tasks())
+    index = set(TaskManager().task_index) - {*evaluation.task_names(files), *(Path(path).stem for path in files)}
     assert 100 < len(index) < 1000
-    assert task_names.unheard_of(files, index) == []
+    assert evaluation.unheard_of(files, index) == []

@@ -16,10 +16,9 @@ from unlearn.evidence import reference as references
 from unlearn.model.locate import check_reach as check_reach_of
 from unlearn.model.locate import model_place
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source
-from unlearn.recipe.evaluation import TaskSpec
+from unlearn.recipe.evaluation import TaskSpec, no_such_task, shipped_tasks, task_files, task_names, unheard_of
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import Recipe, goal_metrics
-from unlearn.recipe.task_names import no_such_task, shipped_tasks, task_files, task_names, unheard_of
 from unlearn.store.cache import check_data
 
 

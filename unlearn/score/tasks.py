@@ -34,10 +34,9 @@ from unlearn.errors import EvaluationError
 from unlearn.model.locate import no_foreign_code
 from unlearn.recipe import schema
 from unlearn.recipe.data import Split, stops
-from unlearn.recipe.evaluation import TaskSpec
+from unlearn.recipe.evaluation import TaskSpec, families, no_such_task, shipped_tasks, task_files, task_names
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import RECITED, Key, Recipe
-from unlearn.recipe.task_names import families, no_such_task, shipped_tasks, task_files, task_names
 from unlearn.results import Role
 from unlearn.store.cache import hub_away
 
