@@ -81,7 +81,7 @@ def facts(items: Sequence[Item]) -> set[str]:
 
 
 def sizes(loaded: LoadedSet) -> list[int]:
-    return sizes(loaded)
+    return [len(loaded.items(split)) for split in SPLITS]
 
 
 # --- items -----------------------------------------------------------------------------------------------------------
