@@ -121,7 +121,7 @@ def test_all_mistakes_are_told_before_anything_is_submitted(tmp_path: Path) -> N
         plan_grid([PICO], ["seed=0,-1", "vector.lora.rank=2,none", f"forget.path=data/capitals.jsonl,{tmp_path}/no"])
     text = str(told.value)
     assert text.startswith("nothing was submitted: 7 of 8 jobs cannot be run")
-    assert "--grid seed: must be a whole number" in text
+    assert "--grid seed: must be greater than or equal to 0" in text
     assert "--grid vector.lora.rank: must be a whole number" in text
     assert f"{tmp_path}/no" in text
     assert "seed=0, vector.lora.rank=2, forget.path=" in text  # the job by its settings
