@@ -129,6 +129,10 @@ def test_the_plan_says_it_by_stages(capsys: pytest.CaptureFixture[str], pico_phi
     assert "12 rows of 23 tokens" in said
     assert cli.main(line) == 0
     assert "\nmemory" not in capsys.readouterr().out
+    inside = ("--set", "vector.method=ignorance", "--set", "vector.inside=1000")
+    assert cli.main([*line, *inside, "--memory"]) == 0
+    read = 2 * (5 * 64**2 + 128**2)  # of each layer q, k, v, dense and fc1, and fc2
+    assert f"the shrinking {file_size(4 * read)}" in capsys.readouterr().out
 
 
 def test_of_a_model_on_the_hub_configuration_and_tokenizer_suffice(pico_llama: Path, tmp_path: Path) -> None:

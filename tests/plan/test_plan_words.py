@@ -135,6 +135,21 @@ PLANS: dict[str, tuple[list[str], list[str], list[str]]] = {  # changes, what th
         ["fine-tune on the forget set, from the clean checkpoint some/where:", "theta - c * (1.5 * tau_f - 1 * tau_r)"],
         [],
     ),
+    "toward ignorance": (
+        [
+            *("vector.method=[ignorance, shrink]", "vector.ignorance={teacher: clean, clean: a/b}", "vector.inside=50"),
+            "vector.retain_kl={sides: one, temperature: 4}",
+        ],
+        [
+            "train by the divergence from ignorance on the forget set, toward the clean checkpoint a/b:",
+            "with KL(theta || theta - tau) on retain items held down, temperature 4, 8 retain examples in every step; "
+            "inside the shrinking by what layers read on retain items (50)",
+            "ignorance: fit toward what a model says that never knew (teacher clean)",
+            "shrink: shrink it along what it reads on retain items, mu 1000",
+            "theta - c * shrink(tau_f)",
+        ],
+        [],
+    ),
     "foresight": (
         ["vector.correlation={steps: 7, items: 33}"],
         ["3. foresee, on at most 33 items of each set, what the edit will cost; for that 7 steps of"],

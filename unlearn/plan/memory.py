@@ -201,6 +201,11 @@ def memory(loaded: LoadedRecipe) -> str:
         logits = max(logits, 2)
     if source != "retain_only":
         stages["finetune"] = fit(vector.forget, vector.lora, "forget", "learn", "term", beside=beside, logits=logits)
+        if vector.inside is not None:  # a matrix for each layer's input; layers that read the same share one
+            bare = build(dtype)
+            names = resolve_targets(bare, vector.lora.targets, vector.lora.depth)
+            read = [shape_of(bare.get_submodule(n))[1] for n in names]
+            stages["finetune"] = {**stages["finetune"], "the shrinking": 4 * sum(width**2 for width in read)}
     if vector.needs("retain_vector"):
         stages["finetune, retain"] = fit(vector.retain or vector.forget, vector.lora, "retain")
     change, passing = scoring(build, dtype, recipe)

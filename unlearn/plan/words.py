@@ -146,6 +146,8 @@ def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
         more = f"; {counted(vector.settings(source).runs, 'time')}, with different seeds"
     if kept is not None:
         more += f"; with {penalty(kept, source)}, {counted(kept.batch_size, 'retain example')} in every step"
+    if vector.inside is not None:
+        more += f"; inside the shrinking by what layers read on retain items ({vector.inside:g})"
     roles = ("forget", "term") if recipe.analogy is not None else ("forget", "learn")
     trained = [(role, data) for role, data in recipe.sets() if role in roles and source != "retain_only"]
     for role, data in trained:
