@@ -51,6 +51,14 @@ def test_a_list_begins_with_its_source(tmp_path: Path, method: str, steps: tuple
         ("{method: low_rank, low_rank: {rank: 2, energy: .5}}", ["give either rank or energy"]),
         ("{method: gradient_ascent, retain_kl: two_sided}", ["the baseline gradient_ascent has none"]),
         ("{method: msa}", ["vector.msa.clean", "teach"]),
+        ("{method: ignorance, ignorance: {teacher: clean}}", ["give it as vector.ignorance.clean", "another teacher"]),
+        (
+            "{method: ignorance, ignorance: {teacher: short}}",
+            ["short does not fit the forget set"],
+        ),
+        ("{method: ignorance, ignorance: {clean: a/b}}", ["clean names a model that teacher: other does not ask"]),
+        ("{method: npo, inside: 10}", ["vector.inside belongs to the forget vector's fitting"]),
+        ("{inside: 0}", ["vector.inside", "greater than 0"]),
         ("{method: projekt}", ["projekt", "project"]),
         ("{retain_kl: both}", ["must be 'none', 'one_sided' or 'two_sided' or be a mapping"]),
         ("{lora: {depth: [.9, .1]}}", ["depth must go from a lower share"]),
@@ -66,12 +74,15 @@ def test_what_cannot_be_composed_is_one_message_with_its_line(tmp_path: Path, ve
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("method", ["contrast", "ext_sub", "project", "perta", "learned", "gradient_difference"])
+@pytest.mark.parametrize(
+    "method", ["contrast", "ext_sub", "project", "shrink", "perta", "learned", "gradient_difference"]
+)
 def test_what_spares_needs_something_to_spare(tmp_path: Path, method: str) -> None:
     with pytest.raises(UnlearnError, match=rf"vector\.method {method} needs a retain set"):
         read(tmp_path, f"{START}vector: {{method: {method}}}\n")
-    with pytest.raises(UnlearnError, match=r"vector\.retain_kl needs a retain set"):
-        read(tmp_path, f"{START}vector: {{retain_kl: one_sided}}\n")
+    for given in ("retain_kl: one_sided", "inside: 1000"):
+        with pytest.raises(UnlearnError, match=rf"vector\.{given.partition(':')[0]} needs a retain set"):
+            read(tmp_path, f"{START}vector: {{{given}}}\n")
 
 
 def test_the_clean_checkpoint_is_given_once(tmp_path: Path) -> None:

@@ -160,6 +160,14 @@ class Recipe(Frozen):
             return f"vector.method {needy} needs a retain set: add one, or leave {needy} out"
         if (beside := vector.beside()) and not self.retain:
             return f"vector.{beside[0]} needs a retain set: add one, or leave it out"
+        if steps[0] == "ignorance" and (teacher := vector.settings("ignorance").teacher) != "clean":
+            fits = {"short": ("text",), "other": ("qa", "mcq"), "blank": ("qa", "mcq")}[teacher]
+            for data in (d for role, d in self.goals() if role == "forget" and d.kind not in fits):
+                instead = "short" if data.kind == "text" else "other or blank"
+                return (
+                    f"vector.ignorance.teacher {teacher} does not fit the forget set {data.label()}, which is of kind "
+                    f"{data.kind}: take {instead}, or clean"
+                )
         if (clean := vector.clean()) is not None:
             key, path = clean
             if self.teach is None and path is None:

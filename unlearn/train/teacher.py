@@ -31,15 +31,12 @@ def ignorant(
     """The teacher for a set's training rows.
 
     Raises:
-        DataError: the set has no such prompts: a text no wording, too few items, or all with one answer.
+        DataError: the set has no such prompts: too few items, or all with one answer.
     """
     if how.teacher == "clean":
         rows = encode(one.train, one.spec.kind, tokenizer, training.max_length)
         return Teacher({row.input_ids: [(row,)] for row in rows}, model=clean)
-    key, kind = f"vector.ignorance.teacher: {how.teacher}", one.spec.kind
-    if (how.teacher == "short") != (kind == "text"):
-        fit = "short" if kind == "text" else "other or blank"
-        raise DataError(f"{key} does not fit {one.role} set {one.name!r} of kind {kind}: take {fit}, or clean")
+    key = f"vector.ignorance.teacher: {how.teacher}"
     if how.teacher == "short":
         return Teacher({row.input_ids: [_short(row, tokenizer)] for row in _rows(one.train, one, tokenizer, training)})
     prompts = _others(one) if how.teacher == "other" else _blank(one)

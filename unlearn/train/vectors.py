@@ -197,6 +197,9 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet]) -> 
             "vector.method learned fits its coefficients on the training items of the retain sets, and without "
             "validation items nothing would show that it overfits: raise shares.validation of a retain set"
         )
+    if spec.uses("ignorance") and (how := spec.settings("ignorance")).teacher != "clean":
+        for one in (s for s in sets if s.role == "forget"):
+            ignorant(one, base.tokenizer, spec.forget, how)
     for one in sets:
         for training in _trainings(recipe, one):
             encoded([one], base.tokenizer, training)
