@@ -28,7 +28,7 @@ from unlearn.model import locate
 from unlearn.model.load import Loaded, drops_out, resolve_targets
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
-from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec
+from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec, VectorSpec
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
@@ -361,13 +361,15 @@ def fit_vector(
     digests, lora, seed = [s.digest for s in sets], recipe.vector.lora, recipe.seed + run
     penalty = recipe.penalty() if near and against in ("", "ignorance") else None
     stage = f"vectors/{name}"
+    asks_clean = against == "ignorance" and recipe.vector.settings(against).teacher == "clean"
+    clean = load_clean(recipe, store.base) if asks_clean else None
 
     def make(tmp: Path) -> None:
         rows = training_rows(sets, trainee.tokenizer, spec)
         inside = recipe.vector.inside if near else None
         needed = penalty is not None or against or inside is not None
         beside = training_rows(near, trainee.tokenizer, spec) if near and needed else []
-        other = _against(recipe, against, beside, sets[0], trainee, store) if against else None
+        other = _against(recipe.vector, against, beside, sets[0], trainee, clean) if against else None
         work = store.work(stage)
         wait()
         vector, log = train_vector(
@@ -396,6 +398,8 @@ def fit_vector(
     if against:
         settings = getattr(recipe.vector, against, None)
         inputs += [against, settings, [s.digest for s in near]]
+    if clean is not None:
+        inputs.append(clean.fingerprint)
     if near and recipe.vector.inside is not None:
         inputs += ["inside", recipe.vector.inside, [s.digest for s in near]]
     inputs += masks(trainee.model, lora)
@@ -468,12 +472,11 @@ def _source(
 
 
 def _against(
-    recipe: Recipe, loss: str, retain: Sequence[Encoded], one: LoadedSet, trainee: Loaded, store: Store
+    spec: VectorSpec, loss: str, retain: Sequence[Encoded], one: LoadedSet, trainee: Loaded, clean: Loaded | None
 ) -> Against:
-    spec, size = recipe.vector, recipe.vector.forget.batch_size
+    size = spec.forget.batch_size
     if loss == "ignorance":
         how = spec.settings("ignorance")
-        clean = load_clean(recipe, store.base) if how.teacher == "clean" else None
         if clean is not None and clean.words != trainee.words:
             raise ModelError(f"vector.ignorance.clean: {clean.path} has another tokenizer than the model")
         teacher = ignorant(one, trainee.tokenizer, spec.forget, how, clean.model if clean is not None else None)
