@@ -58,7 +58,7 @@ def instead(r: Encoded, start: int) -> Encoded:
     return Encoded((*range(start, start + 4), *answer), (*[IGNORE] * 4, *answer))
 
 
-ASKED = {r.input_ids: [(instead(r, 3),), (instead(r, 70),)] for r in FORGET}
+ASKED = {(r.input_ids, r.labels): [(instead(r, 3),), (instead(r, 70),)] for r in FORGET}
 
 
 def against(loss: Any, **values: Any) -> Against:
@@ -104,7 +104,7 @@ def ignorance_of(model: PeftModel, grows: bool) -> Tensor:
     total = torch.zeros(())
     for r in FORGET:
         with torch.no_grad(), model.disable_adapter():
-            q = torch.stack([said(model, other).exp() for (other,) in ASKED[r.input_ids]]).mean(0)
+            q = torch.stack([said(model, other).exp() for (other,) in ASKED[r.input_ids, r.labels]]).mean(0)
         total = total + (q * (q.log() - said(model, r))).sum()
     if grows:
         layers = [m for m in model.modules() if isinstance(m, LoraLayer)]

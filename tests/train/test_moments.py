@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from unlearn.model.load import Loaded
 from unlearn.recipe.data import DataSet
 from unlearn.recipe.methods import IgnoranceSpec, LoraSpec, RetainKLSpec, ShrinkSpec, TrainSpec
 from unlearn.train import moments
-from unlearn.train.losses import Against, Keep, Teacher, kl
+from unlearn.train.batches import Pad, Part
+from unlearn.train.losses import Against, Keep, Objective, Teacher, kl
 from unlearn.train.moments import second_moments, shrinkers
 from unlearn.train.teacher import ignorant
 from unlearn.train.vectors import train_vector
@@ -176,12 +178,12 @@ def test_the_others_are_asked_in_the_same_wording(loaded: Load, pico_phi: Path) 
     teacher = ignorant(one, tokenizer, HOW, IgnoranceSpec(others=3))
     rows = encode(one.train, "qa", tokenizer, 48)
     assert teacher.each == 3
-    assert set(teacher.rows) == {row.input_ids for row in rows}
+    assert set(teacher.rows) == {(row.input_ids, row.labels) for row in rows}
     for item, row in zip(one.train, rows, strict=True):
-        asked = [tokenizer.decode(other.input_ids) for (other,) in teacher.rows[row.input_ids]]
+        asked = [tokenizer.decode(other.input_ids) for (other,) in teacher.rows[row.input_ids, row.labels]]
         others = {o.prompt for o in one.train if o.target != item.target and o.prompt[:2] == item.prompt[:2]}
         assert {text.partition(f" {item.target}")[0] for text in asked} == others
-        assert all(labels(other) == labels(row) for (other,) in teacher.rows[row.input_ids])
+        assert all(labels(other) == labels(row) for (other,) in teacher.rows[row.input_ids, row.labels])
 
 
 def labels(row: Encoded) -> list[int]:
@@ -193,13 +195,13 @@ def test_a_blank_wording_and_short_passages(loaded: Load, pico_phi: Path) -> Non
     one = capitals()
     blank = ignorant(one, tokenizer, HOW, IgnoranceSpec(teacher="blank"))
     row = encode(one.train, "qa", tokenizer, 48)[1]
-    (((asked,),),) = [blank.rows[row.input_ids]]
+    (((asked,),),) = [blank.rows[row.input_ids, row.labels]]
     assert tokenizer.decode(asked.input_ids).startswith("In the capital is Paris")
     text = "once there was a miller who had three sons and a mill and an ass and a cat and nothing more than that"
     passages = capitals(spec=one.spec.model_copy(update={"kind": "text"}), train=(Item("0", "", text),))
     short = ignorant(passages, tokenizer, TrainSpec(steps=1), IgnoranceSpec(teacher="short"))
     (whole,) = encode(passages.train, "text", tokenizer, 512)
-    (blocks,) = short.rows[whole.input_ids]
+    (blocks,) = short.rows[whole.input_ids, whole.labels]
     assert [label for block in blocks for label in labels(block)] == labels(whole)
     assert max(len(labels(block)) for block in blocks) == 8
     assert max(len(block.input_ids) for block in blocks) <= 17
@@ -210,12 +212,41 @@ def test_a_blank_wording_and_short_passages(loaded: Load, pico_phi: Path) -> Non
     ("changes", "how", "said"),
     [
         ({"train": capitals().train[:2]}, {}, "2 of 2 training items .* no other item with another answer"),
+        (
+            {"spec": capitals().spec.model_copy(update={"kind": "text"}), "train": (Item("0", "", "a few words"),)},
+            {"teacher": "short"},
+            "no passage of forget set 'capitals' has more than 17 tokens",
+        ),
         ({"train": tuple(replace(i, target="Paris") for i in capitals().train)}, {}, "8 of 8 training items"),
     ],
 )
 def test_what_cannot_be_asked(loaded: Load, pico_phi: Path, changes: Any, how: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         ignorant(capitals(**changes), loaded(pico_phi).tokenizer, HOW, IgnoranceSpec(**how))
+
+
+def test_two_processes_draw_what_one_draws() -> None:
+    """The same rows are asked for each forget row, the same retain rows are kept, at the same multiple."""
+    forget = [Encoded((k, k + 1, k + 2), (IGNORE, IGNORE, k + 2)) for k in range(10, 15)]
+    asked = {
+        (row.input_ids, row.labels): [(Encoded((n, *row.input_ids[1:]), row.labels),) for n in range(30, 37)]
+        for row in forget
+    }
+    kept = [Encoded((k, k + 1, k + 2, k + 3), (IGNORE, k + 1, k + 2, k + 3)) for k in range(100, 140, 4)]
+    keep = Keep(kept, RetainKLSpec(sides="two", coefficients=(0.5, 1.5), batch_size=4))
+    against = Against("ignorance", teacher=Teacher(asked, each=2))
+
+    def drawn(part: Part) -> tuple[set[Any], set[Any], float]:
+        pad = Pad(0)
+        batch, factors = Objective(keep, against, part).batch(pad(part.of(forget)), pad, random.Random(7))
+        retain = {tuple(row) for row in batch["retain_labels"].tolist()}
+        return {tuple(row) for row in batch["teacher"]["input_ids"].tolist()}, retain, min(factors)
+
+    one, (first, second) = drawn(Part()), (drawn(Part(k, 2)) for k in range(2))
+    assert first[0] | second[0] == one[0]
+    assert not first[0] & second[0]
+    assert first[1] | second[1] == one[1]
+    assert first[2] == second[2] == one[2] < -0.5
 
 
 def test_a_clean_teacher_and_a_penalty_beside_it(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:

@@ -198,10 +198,13 @@ def memory(loaded: LoadedRecipe) -> str:
         logits = 3 if kept.sides == "two" else 2
         beside = kept.batch_size * logits
     if source == "ignorance":
-        logits = max(logits, 2)
+        how = vector.settings(source)
+        logits, beside = max(logits, 2), beside + size * (how.others + (how.grow > 0))
     if source != "retain_only":
         stages["finetune"] = fit(vector.forget, vector.lora, "forget", "learn", "term", beside=beside, logits=logits)
-        if vector.inside is not None:  # a matrix for each layer's input; layers that read the same share one
+        if source == "ignorance" and how.teacher == "clean":
+            stages["finetune"] = {**stages["finetune"], "the clean model": held}
+        if vector.inside is not None:  # at most: a matrix for each layer, and layers that read the same share one
             bare = build(dtype)
             names = resolve_targets(bare, vector.lora.targets, vector.lora.depth)
             read = [shape_of(bare.get_submodule(n))[1] for n in names]

@@ -156,7 +156,8 @@ def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
         lora = ", the same LoRA; "
     if vector.needs("retain_vector"):
         retain = _training(vector.retain or vector.forget, recipe, sets, ("retain",))
-        yield f"fine-tune on the retain sets{clean}{lora}{retain}"
+        start = clean if source == "msa" else ""
+        yield f"fine-tune on the retain sets{start}{lora}{retain}"
 
 
 def _evidence(recipe: Recipe) -> Iterator[str]:

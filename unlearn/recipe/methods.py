@@ -154,7 +154,8 @@ class IgnoranceSpec(Frozen):
     teacher: Literal["other", "blank", "short", "clean"] = Field(
         "other",
         description="q. other: the mean over prompts of other forget items in the same wording. blank: the wording "
-        "with nothing filled in. short (text): the last 8 tokens only. clean: a model that never saw the forget set.",
+        "with nothing filled in. short (text): 8 tokens at a time after no more than as many. clean: a model that "
+        "never saw the forget set.",
     )
     others: Positive = Field(2, description="other: prompts that the mean is over, drawn anew for every row and step.")
     clean: str | None = Field(

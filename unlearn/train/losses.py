@@ -240,25 +240,27 @@ class Teacher:
     """Who does not know the forget rows' answers.
 
     Attributes:
-        rows: By the tokens of a forget row what can be asked instead: rows which, one after another, have that row's
-            labels after something else than its prompt.
+        rows: By the tokens and labels of a forget row what can be asked instead: rows which, one after another, have
+            that row's labels after something else than its prompt.
         each: How many of these are drawn for a row, of whose answers the mean is taken.
         model: Who is asked; None: the model that is trained, as it was.
     """
 
-    rows: Mapping[tuple[int, ...], Sequence[tuple[Encoded, ...]]]
+    rows: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Sequence[tuple[Encoded, ...]]]
     each: int = 1
     model: nn.Module | None = None
 
-    def draw(self, forget: Mapping[str, Tensor], draw: random.Random) -> list[Encoded]:
-        """What is asked beside a batch: each time for all its rows, in their order."""
+    def draw(self, forget: Mapping[str, Tensor], seed: int) -> list[Encoded]:
+        """What is asked beside a batch: each time for all its rows, in their order. A row's own share of the draw
+        depends on nothing but the seed and the row, so that several processes ask what one would.
+        """
         chosen = []
         for ids, mask, labels in zip(*(forget[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
             if bool((labels[1:] != IGNORE).any()):
-                known = self.rows[tuple(ids[mask.bool()].tolist())]
-                chosen.append(
-                    draw.sample(known, self.each) if len(known) >= self.each else draw.choices(known, k=self.each)
-                )
+                row = tuple(ids[mask.bool()].tolist()), tuple(labels[mask.bool()].tolist())
+                known, draw = self.rows[row], random.Random(f"{seed} {row}")
+                enough = len(known) >= self.each
+                chosen.append(draw.sample(known, self.each) if enough else draw.choices(known, k=self.each))
         return [row for time in range(self.each) for pick in chosen for row in pick[time]]
 
 
@@ -328,7 +330,7 @@ class Objective:
         if self._against.weight:
             batch = {k: torch.cat([v, v]) for k, v in forget.items()}
             factors += [-1.0] * len(factors)
-        asked = teacher.draw(forget, draw)
+        asked = teacher.draw(forget, draw.getrandbits(63))
         if self._keep is not None:
             retain, weight = _drawn(self._retain, self._size, pad, draw, self._part)
             c = draw.uniform(*self._range) if self._range is not None else None
@@ -345,7 +347,7 @@ class Objective:
         if self._teacher.model is not None:
             logits, *_ = answer_logits(self._teacher.model, asked)
         else:
-            with model.disable_adapter():  # type: ignore[operator]
+            with frozen(model), model.disable_adapter():  # type: ignore[operator]
                 logits, *_ = answer_logits(model, asked)
         return logits.float().softmax(-1).reshape(self._teacher.each, -1, logits.shape[-1]).mean(0)
 

@@ -135,6 +135,11 @@ def _by_input(model: nn.Module, row: Encoded, names: Sequence[str], pad_id: int)
         seen.append((x, [name]))
 
     _read(model, Pad(pad_id)([row]), dict.fromkeys(names), note)
+    if unread := set(names) - {name for _, group in seen for name in group}:
+        raise VectorError(
+            f"{sorted(unread)[0]} reads nothing of a retain row, and so has no activations to shrink by: leave such "
+            "modules out of vector.lora.targets"
+        )
     return [tuple(group) for _, group in seen]
 
 

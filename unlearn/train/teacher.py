@@ -6,7 +6,7 @@ A model that never knew an answer gives it the probability that it gives it for 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +22,6 @@ from unlearn.train.losses import Teacher
 
 SHORT = 8  # tokens that are asked about, after as many; as the eval pack measures a passage's pmi
 
-Asked = Mapping[tuple[int, ...], Sequence[tuple[Encoded, ...]]]
-
 
 def ignorant(
     one: LoadedSet, tokenizer: Any, training: TrainSpec, how: IgnoranceSpec, clean: nn.Module | None = None
@@ -35,26 +33,32 @@ def ignorant(
     """
     if how.teacher == "clean":
         rows = encode(one.train, one.spec.kind, tokenizer, training.max_length)
-        return Teacher({row.input_ids: [(row,)] for row in rows}, model=clean)
+        return Teacher({_name(row): [(row,)] for row in rows}, model=clean)
     key = f"vector.ignorance.teacher: {how.teacher}"
     if how.teacher == "short":
-        return Teacher({row.input_ids: [_short(row, tokenizer)] for row in _rows(one.train, one, tokenizer, training)})
-    prompts = _others(one) if how.teacher == "other" else _blank(one)
+        rows = _rows(one.train, one, tokenizer, training)
+        if not any(len(row.input_ids) > 1 + 2 * SHORT for row in rows):
+            raise DataError(
+                f"{key}: no passage of {one.role} set {one.name!r} has more than {1 + 2 * SHORT} tokens, so that "
+                "none is asked about with less before it than it has: take longer ones (length, max_length), or clean"
+            )
+        return Teacher({_name(row): [_short(row, tokenizer)] for row in rows})
+    prompts = _others(one, max(12, how.others)) if how.teacher == "other" else _blank(one)
     if alone := [item for item, found in zip(one.train, prompts, strict=True) if not found]:
         raise DataError(
             f"{key}: {len(alone)} of {len(one.train)} training items of {one.role} set {one.name!r} have no other item "
             f"with another answer in the same wording, such as {alone[0].prompt!r}: add items, or take teacher: blank"
         )
-    asked: dict[tuple[int, ...], list[tuple[Encoded, ...]]] = {}
+    asked: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Encoded, ...]]] = {}
     for item, row, found in zip(one.train, _rows(one.train, one, tokenizer, training), prompts, strict=True):
         several = _rows([replace(item, prompt=prompt) for prompt in found], one, tokenizer, training)
-        same = [(other,) for other in several if _labels(other) == _labels(row)]
+        same = [(other,) for other in several if _labels(other) == _labels(row) and other.input_ids != row.input_ids]
         if not same:
             raise DataError(
-                f"{key}: the answer of {item.prompt!r} becomes other tokens after other prompts; end prompts at a word "
-                "boundary"
+                f"{key}: beside {item.prompt!r} nothing else can be asked for the same tokens: end prompts at a word "
+                "boundary, fill something in, and let max_length leave what is filled in"
             )
-        asked.setdefault(row.input_ids, []).extend(same)
+        asked.setdefault(_name(row), []).extend(same)
     return Teacher(asked, how.others if how.teacher == "other" else 1)
 
 
@@ -65,18 +69,23 @@ def _rows(items: Sequence[Item], one: LoadedSet, tokenizer: Any, training: Train
         raise TrainingError(f"{one.role} set {one.name!r}: {error}") from error
 
 
+def _name(row: Encoded) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(row.input_ids), tuple(row.labels)
+
+
 def _labels(row: Encoded) -> list[int]:
     return [label for label in row.labels[1:] if label != IGNORE]
 
 
-def _others(one: LoadedSet, most: int = 12) -> list[list[str]]:
+def _others(one: LoadedSet, most: int) -> list[list[str]]:
     """For every training item prompts of others in its wording, whose answers differ, spread over all of them."""
     templates = len(one.spec.prompts("train"))
+    answers = {item.target: normalise(item.target) for item in one.train}
     found = []
     for number, item in enumerate(one.train):
         same_wording = one.train[number % templates :: templates]
-        at, target = number // templates, normalise(item.target)
-        others = [o.prompt for o in (*same_wording[at:], *same_wording[:at]) if normalise(o.target) != target]
+        at, target = number // templates, answers[item.target]
+        others = [o.prompt for o in (*same_wording[at:], *same_wording[:at]) if answers[o.target] != target]
         others = [prompt for prompt in dict.fromkeys(others) if prompt != item.prompt]
         step = max(1, len(others) // most)
         found.append(others[::step][:most])

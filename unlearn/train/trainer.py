@@ -130,6 +130,7 @@ def settings(device: torch.device, mixed: Mixed, work: Path, seed: int, **option
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
+        ddp_broadcast_buffers=False,  # no buffer learns, and those of a shrinking are large
         disable_tqdm=True,
         log_level="error",
         **options,

@@ -367,7 +367,7 @@ def fit_vector(
     def make(tmp: Path) -> None:
         rows = training_rows(sets, trainee.tokenizer, spec)
         inside = recipe.vector.inside if near else None
-        needed = penalty is not None or against or inside is not None
+        needed = penalty is not None or against == "gradient_difference" or inside is not None
         beside = training_rows(near, trainee.tokenizer, spec) if near and needed else []
         other = _against(recipe.vector, against, beside, sets[0], trainee, clean) if against else None
         work = store.work(stage)
@@ -397,9 +397,9 @@ def fit_vector(
         inputs += [penalty, [s.digest for s in near]]
     if against:
         settings = getattr(recipe.vector, against, None)
-        inputs += [against, settings, [s.digest for s in near]]
-    if clean is not None:
-        inputs.append(clean.fingerprint)
+        inputs += [against, settings, [s.digest for s in near if against != "ignorance"]]
+    if against == "ignorance":  # whose teacher's prompts are made of the wordings
+        inputs += [[s.spec.prompts("train") for s in sets], clean.fingerprint if clean is not None else None]
     if near and recipe.vector.inside is not None:
         inputs += ["inside", recipe.vector.inside, [s.digest for s in near]]
     inputs += masks(trainee.model, lora)
@@ -471,14 +471,20 @@ def _source(
     return vector
 
 
+def _vocabulary(model: Loaded) -> int:
+    return int(model.model.get_output_embeddings().weight.shape[0])
+
+
 def _against(
     spec: VectorSpec, loss: str, retain: Sequence[Encoded], one: LoadedSet, trainee: Loaded, clean: Loaded | None
 ) -> Against:
     size = spec.forget.batch_size
     if loss == "ignorance":
         how = spec.settings("ignorance")
-        if clean is not None and clean.words != trainee.words:
-            raise ModelError(f"vector.ignorance.clean: {clean.path} has another tokenizer than the model")
+        if clean is not None and clean.fingerprint == trainee.fingerprint:
+            raise ModelError("vector.ignorance.clean: that is the model itself, which knows what is to be forgotten")
+        if clean is not None and (clean.words, _vocabulary(clean)) != (trainee.words, _vocabulary(trainee)):
+            raise ModelError(f"vector.ignorance.clean: {clean.path} has another tokenizer or vocabulary than the model")
         teacher = ignorant(one, trainee.tokenizer, spec.forget, how, clean.model if clean is not None else None)
         return Against("ignorance", weight=how.grow, teacher=teacher)
     if loss == "gradient_difference":
