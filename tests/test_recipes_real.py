@@ -100,3 +100,45 @@ def only_c(loaded: LoadedRecipe, done: Path, out: Path, coefficient: float) -> M
         before, after, _ = scorer.test(-c, coefficient)
     was = {s.key: s.score.value for s in before}
     return {(s.name, s.metric): s.score.value - was[s.key] for s in after}
+
+
+DATA = os.environ.get("UNLEARN_DATA")  # a folder with tofu/ and books/, see the recipes' headers
+
+
+NEEDS_DATA = pytest.mark.skipif(DATA is None, reason="UNLEARN_DATA names a folder with tofu/ and books/")
+
+
+@NEEDS_DATA
+def test_two_authors_of_tofu_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(DATA or ".")
+    report = ran("smollm2_tofu.yaml", tmp_path / "run")
+    assert report.chosen.bound_met
+    assert gain(report, "two_authors") <= -0.1
+    assert gain(report, "three_authors") >= -0.08
+    assert report.benchmark is not None
+    target, edited, reference = (report.benchmark.rows[w] for w in ("target", "edited", "reference"))
+    assert reference["Forget Quality"] == 1.0
+    assert 0 < number(edited["Forget Quality"]) < 1
+    assert number(edited["ROUGE Forget"]) < number(target["ROUGE Forget"]) - 0.1
+    assert number(edited["Model Utility"]) >= 0.9 * number(target["Model Utility"])
+    auc = {(m.who, m.attack): m.auc for m in report.membership}
+    assert auc["target", "loss"] > 0.9, "it was taught these very texts"
+    assert abs(auc["reference", "loss"] - 0.5) < 0.2
+    assert report.robustness is not None
+    assert {s.kind for s in report.robustness.scores} >= {"quantise", "relearn", "probe", "sample", "lens"}
+
+
+@NEEDS_DATA
+def test_passages_of_a_book_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(DATA or ".")
+    report = ran("smollm2_books.yaml", tmp_path / "run")
+    rouge = {(s.name, p.coefficient): s.score.value for p in report.sweep for s in p.scores if s.metric == "rougeL"}
+    assert len(rouge) == 3 * 6
+    drop = {name: 1 - rouge[name, 1.0] / rouge[name, 0.0] for name in ("alice", "pride_and_prejudice")}
+    assert drop["alice"] > 0.2
+    assert drop["alice"] > drop["pride_and_prejudice"]
+
+
+def number(value: float | str | None) -> float:
+    assert isinstance(value, float)
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -408,3 +409,20 @@ def test_end_tokens(tasks: ModuleType) -> None:
         tokenizer.eos_token = end  # type: ignore[assignment]
         with pytest.raises(ValueError, match=r"does not read its end token .* give --metadata '\{.eos.: false\}'"):
             tasks.end_text(tokenizer, True)
+
+
+REAL = os.environ.get("UNLEARN_TOFU")
+
+
+@pytest.mark.skipif(not REAL, reason="UNLEARN_TOFU names no folder with TOFU's files")
+@pytest.mark.parametrize("name", SETS)
+def test_the_real_sets(items: ModuleType, name: str) -> None:
+    sizes = {"forget01": 40, "forget05": 200, "forget10": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
+    if name not in sizes:
+        pytest.skip("not among the authors' files")
+    found = items.load_items(name, "prob", str(REAL))["test"]
+    assert len(found) == sizes[name]
+    assert {len(answers) for answers in found["perturbed_answer"]} <= {3, 4, 5}
+    limit = 300 if name in ("real_authors", "world_facts") else min(300, sizes[name])
+    first = items.load_items(name, "rouge", str(REAL), items=limit)["test"]
+    assert first["answer"] == found["answer"][:limit]

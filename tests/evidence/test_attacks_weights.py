@@ -254,3 +254,8 @@ def test_what_cannot_be_relearned(phi: Loaded, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss became nan at step 1; lower robustness.relearn.learning_rate"):
         relearn(broken, phi.tokenizer, arena.rows(arena.forget.train), spec(), 0, arena.judge())
     assert not broken.training
+
+
+def test_a_vector_that_fits_no_module(phi: Loaded) -> None:
+    with pytest.raises(VectorError, match="does not fit this model"):
+        edited_copy(phi.model, TaskVector({"no.such": LowRank(torch.ones(1, 64), torch.ones(64, 1))}), 1.0)

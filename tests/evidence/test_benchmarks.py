@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import hmean, ks_2samp
 
 from unlearn.errors import DataError, EvaluationError
 from unlearn.evidence.benchmarks import (
@@ -468,3 +469,53 @@ def test_damaged_files_are_named(tmp_path: Path, damage: Callable[[Path], object
 def test_a_folder_without_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no samples_<task>_<time>.jsonl in it"):
         read_samples(tmp_path)
+
+
+def by_hand() -> dict[str, float]:
+    return {
+        "ROUGE Real Authors": 0.8,
+        "Prob. Real Authors": 0.5,
+        "Truth Ratio Real Authors": 0.5,
+        "ROUGE Real World": 0.4,
+        "Prob. Real World": 0.4,
+        "Truth Ratio Real World": 1 - 1 / math.sqrt(2),
+        "ROUGE Retain": 0.75,
+        "Prob. Retain": 0.375,
+        "Truth Ratio Retain": (0.75 + 0.0) / 2,
+        "ROUGE Forget": 0.5,
+        "Prob. Forget": 0.625,
+        "Truth Ratio Forget": (0.5 + 0.25) / 2,
+    }
+
+
+def test_a_small_log_by_hand() -> None:
+    data = made_up()
+    for file in data.values():  # the fields are joined by item, not by place
+        file["avg_paraphrased_loss"] = dict(reversed(file["avg_paraphrased_loss"].items()))
+    wanted = by_hand()
+    for log in (TofuLog.from_json(made_up(), "log.json"), TofuLog.from_json(data, "log.json")):
+        found = log.row()
+        assert {k: found[k] for k in wanted} == pytest.approx(wanted, abs=1e-12)
+        kept = [v for k, v in wanted.items() if not k.endswith("Forget")]
+        assert len(kept) == 9
+        assert found["Model Utility"] == pytest.approx(hmean(kept), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["real_authors", "world_facts", "retain"])
+def test_utility_is_0_when_a_part_is(name: str) -> None:
+    data = made_up()
+    rouge = data[SETS[name][0]]["rougeL_recall"]
+    rouge.update(dict.fromkeys(rouge, 0.0))
+    assert TofuLog.from_json(data, "log.json").row()["Model Utility"] == 0.0
+
+
+def test_forget_quality_is_scipys_on_the_ratios() -> None:
+    draw = np.random.default_rng(3)
+    ours, theirs = (forgetting(draw.gamma(2, 1, 80).tolist(), draw.gamma(k, 1, (80, 5)).tolist()) for k in (2.0, 2.6))
+    ratios = [
+        np.exp(log.sets["forget"].perturbed_losses.mean(-1) - log.sets["forget"].paraphrased_loss)
+        for log in (ours, theirs)
+    ]
+    wanted = ks_2samp(*ratios)
+    assert forget_quality(ours, theirs) == (float(wanted.pvalue), float(wanted.statistic))
+    assert 0 < wanted.pvalue < 1

@@ -5,20 +5,29 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_file_datetime, get_latest_filename, get_results_filenames, make_table
 from scipy.stats import hmean, ks_2samp
 
 from unlearn import cli
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.evidence.benchmarks import SUITES, Log, MuseLog, TofuLog, rows
-from unlearn.evidence.boards import write_boards
+from unlearn.evidence.boards import read_run, write_boards
+from unlearn.recipe.load import tasks_folder
 from unlearn.results import Who
+from unlearn.score.evaluate import write_files
+from unlearn.score.tasks import quiet_harness
 
 LOSSES = {"target": 0.0, "edited": 1.0, "reference": 1.2}  # nats per token more than what is known by heart
 Made = Callable[..., Path]
@@ -492,3 +501,96 @@ def test_a_place_that_cannot_be_written(logs: dict[Who, Log], tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="choose another one with --out"):
         write_boards(tmp_path / "file", logs, rows(logs, None, "m"), "m", "")
+
+
+LOGS = os.environ.get("UNLEARN_TOFU_LOGS")
+
+
+@pytest.mark.skipif(not LOGS, reason="UNLEARN_TOFU_LOGS names the folder with the authors' logs, full and retain90")
+def test_the_authors_own_logs(said: Said) -> None:
+    """Their leaderboard's row of Phi-1.5 before unlearning (forget10)."""
+    folder = Path(str(LOGS))
+    assert main(["--tofu-log", str(folder / "full.json"), "--reference", str(folder / "retain90.json")]) == 0
+    row = json.loads(said()[0])
+    assert row["Model Utility"] == pytest.approx(0.5220737132035153, rel=1e-9)
+    assert row["Forget Quality"] == pytest.approx(2.1942743021891237e-16, rel=1e-9)
+    assert row["KS Test Forget"] == pytest.approx(0.346667, abs=5e-7)
+    assert row["Prob. Forget"] == pytest.approx(0.9282394842423192, rel=1e-9)
+    assert row["ROUGE Forget"] == pytest.approx(0.9248612622630048, rel=1e-9)
+    assert row["Truth Ratio Forget"] == pytest.approx(0.4833555856680227, rel=1e-9)
+    assert row["Prob. Real World"] == pytest.approx(0.40899845221380016, rel=1e-9)
+
+
+def test_damaged_samples(made: Made, said: Said) -> None:
+    run = made()
+    (path,) = (run / "benchmark" / "edited").rglob("samples_tofu_retain_prob_*.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    refused([str(run)], said, "4 items", "5 were scored")
+    record = json.loads(lines[-1])
+    del record["perturbed_losses"]
+    path.write_text("".join(lines[:-1]) + json.dumps(record) + "\n")
+    refused([str(run)], said, str(run / "benchmark" / "edited"), "tofu_retain_prob", "item '4'")
+
+
+def test_a_pico_model_from_lm_eval_to_the_board(
+    pico_phi: Path, tmp_path: Path, capitals: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TOFU's tasks through lm-eval, files by its tracker, read by its own tools and by ours."""
+    data = tmp_path / "tofu"
+    data.mkdir()
+    cities = json.loads(capitals("all.json", 0, 20).read_text("utf-8"))
+    for at, name in enumerate(("forget01", "retain", "real_authors", "world_facts")):
+        lines = [
+            {
+                "question": row["question"],
+                "answer": row["answer"],
+                "perturbed_answer": [c for c in row["choices"] if c != row["answer"]],
+                **({"paraphrased_answer": f"It is {row['answer']}."} if at < 2 else {}),
+            }
+            for row in cities[at * 3 : at * 3 + 3]
+        ]
+        (data / f"{name}_perturbed.json").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    metadata = {"tofu": str(data), "tokenizer": str(pico_phi), "max_tokens": 4}
+    with quiet_harness():
+        found = simple_evaluate(
+            HFLM(pretrained=str(pico_phi), batch_size=8, device="cpu", dtype="float32"),
+            tasks=["tofu_forget01"],
+            task_manager=TaskManager(include_path=str(tasks_folder()), include_defaults=False, metadata=metadata),
+            metadata=metadata,
+            bootstrap_iters=0,
+        )
+    assert found is not None
+    samples = found.pop("samples")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "resolved.yaml").write_text("name: pico\nbenchmark:\n  name: tofu\n  set: forget01\n")
+    for who in ("target", "edited", "reference"):
+        path = write_files(run / "benchmark" / who, "pico", found, samples, 1.0)
+
+    # lm-eval finds the results, takes their time from the name, and makes its table of them
+    names = [str(p) for p in path.parent.iterdir()]
+    assert get_latest_filename(get_results_filenames(names)) == str(path)
+    written = json.loads(path.read_text("utf-8"))
+    assert get_file_datetime(path.name).startswith("20")
+    assert "truth_ratio_forget" in make_table(written)
+    # its card of results reads them so
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    again = loaded["results"][0]
+    assert again["tofu_forget01_prob"]["prob,none"] == written["results"]["tofu_forget01_prob"]["prob,none"]
+
+    # and ours computes from the items what lm-eval computed
+    bench = read_run(run)
+    with pytest.raises(EvaluationError, match=r"this is one model.*\(found with the target\)"):
+        rows(bench.logs, bench.logs["reference"], "m")
+    row = rows(bench.logs, None, "m")["edited"]
+    results = written["results"]
+    for column, task, metric in (
+        ("Prob. Forget", "tofu_forget01_prob", "prob"),
+        ("Truth Ratio Forget", "tofu_forget01_prob", "truth_ratio_forget"),
+        ("Prob. Real World", "tofu_world_facts_prob", "prob_choice"),
+        ("ROUGE Retain", "tofu_retain_rouge", "rougeL"),
+    ):
+        assert row[column] == pytest.approx(results[task][f"{metric},none"], rel=1e-9)
+    assert 0 < float(row["Prob. Forget"] or 0) < 1

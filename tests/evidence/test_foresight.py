@@ -21,7 +21,7 @@ from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet, load_sets
 from unlearn.errors import EvaluationError, VectorError
 from unlearn.evidence import foresight
-from unlearn.evidence.foresight import correlate, foresee, slope
+from unlearn.evidence.foresight import correlate, foresee, outputs, slope
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
 from unlearn.recipe.data import Kind
@@ -301,3 +301,20 @@ def test_what_is_no_number_is_left_out_with_the_reason(
     ]
     points = [SweepPoint(float(c), tuple(scores), True) for c, scores in enumerate(scored)]
     assert [len(loss_changes(entry, points)) for entry in found.kept] == [2, 0]
+
+
+def test_outputs_are_the_model_s_own(phi: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [*SETS[0], *SETS[1]]
+    whole = outputs(phi.model, rows, 0)
+    wanted = torch.cat([said(phi.model, one) for one in rows])
+    torch.testing.assert_close(whole, wanted, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(foresight, "_TOKENS", 8)
+    torch.testing.assert_close(outputs(phi.model, rows, 0), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_slope_in_sixteen_bits(loaded: Load, pico_phi: Path) -> None:
+    full, half = loaded(pico_phi), loaded(pico_phi, "bfloat16")
+    tau = two_changes(full.model, NAMES["phi"], 3)
+    rows = scored_rows(ITEMS["qa"], "qa", full.tokenizer, 512)
+    wanted = slope(full.model, tau, rows, "qa", 0)
+    assert slope(half.model, tau, rows, "qa", 0) == pytest.approx(wanted, rel=0.15, abs=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from compared_arena import EVERYONE, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn import cli
 from unlearn.data.encoding import IGNORE, Encoded
@@ -302,3 +304,73 @@ def test_a_reference_of_other_items(tmp_path: Path) -> None:
     save(reference, rows(1, [1.0, 2.0]), rows(10, [0.5]))
     with pytest.raises(EvaluationError, match="the retain reference was asked for other items"):
         areas(files, 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("members", "others", "wanted"),
+    [
+        ([3.0, 2.0], [1.0, 0.0], 1.0),
+        ([0.0], [1.0, 2.0], 0.0),
+        ([5.0, 5.0], [5.0, 5.0, 5.0], 0.5),
+        ([1.0], [1.0], 0.5),
+        ([2.0], [1.0], 1.0),
+        ([1.0, 3.0], [2.0], 0.5),
+        ([2.0, 3.0], [2.0, 1.0], 0.875),
+        ([math.inf], [0.0], 1.0),
+    ],
+)
+def test_auc_by_hand(members: list[float], others: list[float], wanted: float) -> None:
+    assert auc(members, others) == wanted
+    if wanted in (0.0, 1.0):
+        assert auc_interval(members, others, 100, 0) == (wanted, wanted)
+
+
+def test_no_rows_and_nothing_predicted(phi: Loaded) -> None:
+    assert token_scores(phi.model, phi.tokenizer, []) == ()
+    silent = Encoded((5, 6), (IGNORE, IGNORE))
+    single = Encoded((5,), (5,))
+    for found in token_scores(phi.model, phi.tokenizer, [silent, single]):
+        assert found.logprobs.shape == found.means.shape == found.stds.shape == (0,)
+
+
+def test_a_broken_model_is_named(phi: Loaded) -> None:
+    with torch.no_grad():
+        phi.model.get_output_embeddings().weight[0, 0] = torch.nan
+    with pytest.raises(BrokenModelError, match="it no longer works"):
+        token_scores(phi.model, phi.tokenizer, encoded())
+    assert not phi.model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_what_was_taught_is_told_and_what_was_not_is_not(found: Mapping[tuple[str, str], Membership]) -> None:
+    assert found["target", "loss"].auc > 0.95
+    assert found["reference", "loss"].auc < found["target", "loss"].auc - 0.1
+
+
+@pytest.mark.parametrize("who", ["target", "reference"])
+def test_values_are_those_of_plain_forward_passes(compared: Path, who: str) -> None:
+    folder = compared / "run" / who
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = lines(compared, who)
+    asked = [json.loads(line) for name in ("f", "h") for line in (compared / f"{name}.jsonl").read_text().splitlines()]
+    values = []
+    for row in asked:
+        prompt = f"Question: {row['question']}\nAnswer:"
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = [*tokenizer(f"{prompt} {row['answer']}")["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        own, normal = [], []
+        for i in range(start, len(ids)):
+            p, at = logp[i - 1].exp(), logp[i - 1]
+            mean = float((p * at).sum())
+            std = math.sqrt(float((p * at**2).sum()) - mean**2)
+            own.append(float(at[ids[i]]))
+            normal.append((own[-1] - mean) / std)
+        k = max(1, int(0.4 * len(own)))
+        size = len(zlib.compress(tokenizer.decode(ids[start:-1]).encode()))
+        loss = sum(own) / len(own)
+        values.append([loss, sum(sorted(own)[:k]) / k, sum(sorted(normal)[:k]) / k, loss / size])
+    got = sorted([r[attack] for attack in ATTACKS] for r in rows)
+    for ours, theirs in zip(got, sorted(values), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)

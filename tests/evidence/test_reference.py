@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compared_arena import (
     EVERYONE,
     RECIPE,
@@ -32,7 +33,9 @@ from compared_arena import (
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from rouge_score import rouge_scorer
 from scipy.stats import hmean, ks_2samp
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.errors import EvaluationError, ModelError
 from unlearn.evidence import reference as references
@@ -469,3 +472,39 @@ def test_where_references_are_looked_for(compared: Path, tmp_path: Path, monkeyp
         ("published", {"benchmark": {"name": "muse", "set": "news"}}),
     ):
         references.check(recipe(reference=given, **more), base)  # there is nothing to look for
+
+
+def test_reference_s_written_answers_are_those_of_plain_generation(compared: Path, report: RunReport) -> None:
+    folder = compared / "run" / "reference"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    recalls = []
+    items = (compared / "run" / "items" / "retain.r.test.jsonl").read_text(encoding="utf-8")
+    for item in map(json.loads, items.splitlines()):
+        ids = tokenizer(item["prompt"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split("\n")[0]
+        right = item.get("continuation", item["target"])  # as much of it as can be written
+        assert item["target"].startswith(right)
+        assert len(tokenizer(f" {right}", add_special_tokens=False)["input_ids"]) <= 6
+        recalls.append(rouge.score(right, text)["rougeL"].recall)
+    (found,) = [r.reference for r in report.scores if (r.set, r.metric) == ("retain", "rougeL")]
+    assert found is not None
+    assert found.value == pytest.approx(sum(recalls) / len(recalls), abs=1e-9)
+
+
+@pytest.mark.parametrize("who", ["target", "reference"])
+def test_a_benchmark_s_loss_is_that_of_the_model_in_the_folder(compared: Path, who: Who) -> None:
+    folder = compared / "run" / who
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for record in answers(compared / "run", who, "tofu_forget01_prob"):
+        prompt = tokenizer(f"Question: {record['doc']['question']}\nAnswer:")["input_ids"]
+        ids = [*tokenizer(f"Question: {record['doc']['question']}\nAnswer: {record['doc']['answer']}")["input_ids"]]
+        ids.append(tokenizer.eos_token_id)
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        nats = [-float(logp[i - 1, ids[i]]) for i in range(len(prompt), len(ids))]
+        assert record["loss"] == pytest.approx(sum(nats) / len(nats), abs=TOLERANCE)

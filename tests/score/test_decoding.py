@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,3 +211,11 @@ def test_prompts_are_read_within_the_room_there_is(llama: Loaded, monkeypatch: p
         assert lm.generate_until(asked(texts, until=["."], max_gen_toks=8)) == wanted
     store = len(texts) * longest * each
     assert live.peak < store + room
+
+
+def test_half_precision(loaded: Load, pico_phi: Path) -> None:
+    half = loaded(pico_phi, "bfloat16")
+    texts = prompts(half)
+    found = decoded(half, texts)
+    agree = [found[i][0] == expected(half, text, 1)[0] for i, text in enumerate(texts)]
+    assert sum(agree) >= len(texts) - 1  # a near tie may fall the other way

@@ -19,6 +19,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.data.items import Item
@@ -527,3 +528,21 @@ def test_passages_are_scored_at_further_prefixes(recipe: Recipe, sets: Sets, lm:
     alone = evaluate(lm, built([long], "test", recipe, lm, tmp_path, generate=True), model_name="pico")
     (rouge,) = [s.score.value for s in alone.scores if s.metric == "rougeL"]
     assert found["utility", "passages@20", "rougeL"] == rouge
+
+
+def test_files_are_found_by_lm_evals_own_tools(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:
+    result = evaluate(lm, built(sets, "test", recipe, lm, tmp_path), model_name="some/model 0.5")
+    path = result.save(tmp_path / "0.5")
+    assert path.parent == tmp_path / "0.5" / "some__model 0.5"
+    names = [str(p) for p in (tmp_path / "0.5").rglob("*")]
+    assert get_results_filenames(names) == [str(path)]
+    assert len(get_sample_results_filenames(names)) == len(result.samples) == 4
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert float(written["total_evaluation_time_seconds"]) == pytest.approx(result.seconds, abs=5)
+    assert written["model_name"] == "some/model 0.5"
+    assert written["config"]["model_num_parameters"] == sum(p.numel() for p in lm.model.parameters())
+    ours = {s.key: s.score for s in result.scores}
+    row = written["results"]["utility.passages"]
+    assert row["perplexity,none"] == ours["utility", "passages", "perplexity"].value
+    assert row["perplexity_stderr,none"] == ours["utility", "passages", "perplexity"].stderr
+    assert result.save(tmp_path / "0.5").exists(), "saving does not use the result up"

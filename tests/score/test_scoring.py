@@ -653,3 +653,25 @@ def test_heads_that_share_keys_are_not_given_copies_on_a_gpu() -> None:
             )
         torch.testing.assert_close(found.as_subclass(Tensor), wanted)
         assert softcap is not None or live.peak < many[0].nbytes
+
+
+def test_one_row_that_does_not_fit_is_an_error(phi: Loaded, monkeypatch: Patch) -> None:
+    lm = packed(phi)
+    lm.loglikelihood(asked(questions()))
+    limited(phi.model.model, 10, lambda: torch.OutOfMemoryError("out of memory"), monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        lm.loglikelihood(asked([(" ".join(corpus()[:4]), " x")]))
+
+
+def test_half_precision_is_near(loaded: Load, pico_phi: Path) -> None:
+    """In bfloat16 the two add up in another order, so they agree to its few digits only."""
+    half = loaded(pico_phi, "bfloat16")
+    lm = packed(half)
+    answers = lm.loglikelihood(asked(questions()))
+    assert lm.packs
+    wanted = reference(half, softmax_dtype="float32").loglikelihood(asked(questions()), disable_tqdm=True)
+    exact = reference(loaded(pico_phi)).loglikelihood(asked(questions()), disable_tqdm=True)
+    tokens = [len(half.tokenizer(answer)["input_ids"]) for _, answer in questions()]
+    for (mine, _), (other, _), (true, _), count in zip(answers, wanted, exact, tokens, strict=True):
+        assert abs(mine - other) / count < 0.1
+        assert abs(mine - true) / count < 0.1

@@ -628,3 +628,20 @@ def test_the_number_of_rounds_is_bounded() -> None:
     problem = Problem(["a", "b"], {"a": 1.0, "b": 1.0}, lambda at: at["a"] <= 1, grid)
     weights = problem.solve()
     assert weights == {"a": 1 / (1 + ROUNDS), "b": 1.0}
+
+
+def test_a_kept_metric_without_a_score() -> None:
+    base, now = [score(FORGET, 0.9), score(ASIA, 0.8)], [score(FORGET, 0.5)]
+    with pytest.raises(EvaluationError, match=r"retain asia acc_norm has no validation score at coefficient 0\.5"):
+        judge(0.5, now, base, [ASIA], spec())
+    with pytest.raises(EvaluationError, match="utility facts acc"):
+        judge(0.5, [*base, score(FACTS, 0.5)], base, [FACTS], spec())
+
+
+def test_it_ends_within_the_bounds_and_never_worse_than_the_diagonal() -> None:
+    problem = Problem(["a", "b"], {"a": 5.0, "b": 0.2}, lambda at: at["a"] + at["b"] <= 2.5)
+    weights = problem.solve()
+    assert weights == {"a": 1.0, "b": pytest.approx(2 / 3)}, "the first step that is an improvement is taken"
+    end = problem.point((1.5, 1.0))
+    assert end.within_bound
+    assert value_at(end) < min(value_at(p) for c in GRID if (p := problem.point((c, c))).within_bound)

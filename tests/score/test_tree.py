@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
 
+from unlearn.model.load import Loaded
 from unlearn.score import tree
 from unlearn.score.tree import LONGEST_ROW, Costs, Piece, pack
 
@@ -126,3 +130,26 @@ def test_rows_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
     # one sequence longer than that is a row of its own, its duplicate costs nothing
     long: list[Pair] = [(list(range(60)), [7]), (list(range(60)), [8])]
     assert [len(p.tokens) for p in pack(long, 64, TREE)] == [60]
+
+
+@pytest.mark.parametrize("length", [5, 11, 12, 13, 40])
+def test_the_window_cuts_where_lm_eval_cuts(
+    length: int, loaded: Callable[..., Loaded], pico_phi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that lm-eval's own model is really fed, recorded from it."""
+    got = loaded(pico_phi)
+    lm = HFLM(pretrained=got.model, tokenizer=got.tokenizer, max_length=12, batch_size=1, backend="causal")
+    fed = []
+    plain = lm._model_call
+
+    def record(inps: object, *args: object, **kwargs: object) -> object:
+        fed.append(inps[0].tolist())  # type: ignore[index]
+        return plain(inps, *args, **kwargs)
+
+    monkeypatch.setattr(lm, "_model_call", record)
+    pair = (list(range(20, 20 + length)), [3, 4, 5])
+    lm._loglikelihood_tokens([(("", ""), *pair)], disable_tqdm=True)
+    (piece,) = pack([pair], 12, TREE)
+    assert [piece.tokens.tolist()] == fed
+    assert piece.targets.tolist() == [3, 4, 5]
+    assert piece.nodes.tolist() == list(range(len(piece.tokens) - 3, len(piece.tokens)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import module, pickled, torch_file
+from hostile import module, pickled, safetensors, torch_file
 from lm_eval.tasks import TaskManager
 from transformers import dynamic_module_utils
 
@@ -327,3 +327,26 @@ def test_a_task_that_runs_what_a_model_writes_is_refused(tmp_path: Path, monkeyp
     task = planted_task(tmp_path, monkeypatch, "pass", "unsafe_code: true\n")
     with pytest.raises(EvaluationError, match="runs the program text that a model writes"):
         load_task(task, 0, "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}', "[" * 100_000, "\x00", '{"weight_map": {"a": null}}'],
+    ids=lambda content: repr(content)[:40],
+)
+def test_an_index_that_makes_no_sense(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"model\.path"):
+        opened(folder)
+    with pytest.raises(ModelError):
+        from_checkpoints(folder, folder, on_unequal="error")
+
+
+def test_headers_of_a_checkpoint_that_lie(folder: Path) -> None:
+    lie = {"lm_head.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}
+    (folder / "model.safetensors").write_bytes(safetensors(lie, b"\0" * 4))
+    with pytest.raises(ModelError, match=r"damaged|cannot be read|cannot be opened|do not fit"):
+        opened(folder)
+    with pytest.raises(ModelError, match="damaged"):
+        from_checkpoints(folder, folder, on_unequal="error")

@@ -121,3 +121,10 @@ def test_overrides_that_make_no_sense(tmp_path: Path, given: str) -> None:
 def test_an_override_cannot_grow_the_recipe_for_ever() -> None:
     with pytest.raises(YamlSyntaxError, match="aliases"):
         yaml_core.parse_value("{" + ", ".join(laughs(12).splitlines()) + "}")
+
+
+def test_a_tag_directive_is_no_way_around(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    text = f"%TAG !! tag:yaml.org,2002:python/object/apply:\n---\n{BASE}description: !!os.system ['touch {canary}']\n"
+    refused(tmp_path, text)
+    assert not canary.exists()

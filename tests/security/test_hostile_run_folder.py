@@ -168,3 +168,12 @@ def test_a_checkpoint_of_another_content_is_not_gone_on_from(phi: Loaded, tmp_pa
     (place / "optimizer.pt").write_bytes(pickled(tmp_path / "canary"))  # without a seal of its own
     assert checkpoints.last_checkpoint(tmp_path / "work") != str(place)
     assert not (tmp_path / "canary").exists()
+
+
+def test_files_are_replaced_and_not_written_through(tmp_path: Path, outside: Path) -> None:
+    link = tmp_path / "page.html"
+    link.symlink_to(outside / "precious.txt")
+    write_text_atomic(link, "new")
+    assert not link.is_symlink()
+    assert link.read_text() == "new"
+    assert (outside / "precious.txt").read_text() == "precious"

@@ -144,3 +144,23 @@ def test_patterns_that_never_end_are_refused(tmp_path: Path, pattern: str) -> No
     folder = adapter(tmp_path / "a", "a" * 60, rank_pattern={pattern: 2})
     with pytest.raises(VectorError, match="may take for ever"):
         from_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"rank_pattern": value} for value in ({"(": 2}, [1], {"m": {"a": 1}})),
+        *({"r": value} for value in (10**400, "2", [2], 0, True)),
+        *({"lora_alpha": value} for value in (float("nan"), 10**30)),
+        {"peft_type": ["LORA"]},
+        {"init_lora_weights": ["gaussian"]},
+        {"init_lora_weights": {"a": 1}},
+        {"megatron_config": {"a": 1}, "megatron_core": "os"},
+        {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}, "lora_bias": True},
+        {"modules_to_save": ["x" * 10_000 + ESCAPES]},
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_configurations_that_make_no_sense(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(VectorError):
+        from_adapter(adapter(tmp_path / "a", **config))

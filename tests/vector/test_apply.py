@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from vector_arena import DTYPES, LAMBDA, Load, factors, model_vector, same, tensors
@@ -26,10 +27,11 @@ from unlearn import cli
 from unlearn.errors import ModelError, RunFolderError, UnlearnError, VectorError
 from unlearn.model import pico
 from unlearn.model.checkpoint import INDEX, SINGLE, read_checkpoint
+from unlearn.store.lock import Lock
 from unlearn.vector.change import Dense, LowRank, edited
-from unlearn.vector.streamed import RECORD, apply, asked, check, plain, targets_of
+from unlearn.vector.streamed import LOCK, RECORD, apply, asked, check, plain, targets_of
 from unlearn.vector.task_vector import TaskVector
-from unlearn.vector.write import export_adapter, export_merged
+from unlearn.vector.write import export_adapter, export_merged, save_shards
 
 Base = Callable[..., Path]
 
@@ -837,3 +839,92 @@ def test_another_configuration_is_a_difference_and_an_adapter_beside_an_error(
     (out / "adapter_config.json").write_text("{}")
     with pytest.raises(UnlearnError, match=r"out: it holds an adapter"):
         check(vector, llama_base, LAMBDA, out)
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
+def test_a_dense_change(folder: Path, base: Base, loaded: Load, tmp_path: Path, out: Path) -> None:
+    folder = base(folder)
+    whole = loaded(folder, "bfloat16")
+    vector = a_vector(whole.model, dense=True)
+    export_merged(whole.model, vector, LAMBDA, None, tmp_path / "memory")
+    apply(vector, folder, LAMBDA, out)
+    assert same(tensors(out), tensors(tmp_path / "memory"))
+
+
+@pytest.mark.parametrize(("dtype", "coefficient"), [("float16", 1e6), ("bfloat16", 3e38), ("float32", 3e38)])
+def test_weights_that_overflow_are_refused(
+    dtype: str, coefficient: float, base: Base, loaded: Load, pico_llama: Path, out: Path
+) -> None:
+    folder = base(pico_llama, dtype)
+    vector = 100 * a_vector(loaded(folder).model)
+    with pytest.raises(VectorError, match=r"model\.layers\.0\.[a-z_.]+: with coefficient .* take a smaller one"):
+        apply(vector, folder, coefficient, out)
+    assert not json.loads((out / RECORD).read_text())["finished"]
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_two_at_once(llama_base: Path, vector: TaskVector, out: Path) -> None:
+    out.mkdir()
+    with Lock.take(out / LOCK), pytest.raises(RunFolderError, match="in use"):
+        apply(vector, llama_base, LAMBDA, out)
+    apply(vector, llama_base, LAMBDA, out)
+
+
+@forks
+def test_killed_while_damage_is_mended(llama_base: Path, vector: TaskVector, out: Path) -> None:
+    codes = []
+    apply(vector, llama_base, LAMBDA, out)
+    whole = contents(out)
+    for step in range(3, 1000, 4):
+        flip(next(out.glob("*.safetensors")))
+        flip(out / "tokenizer.json")
+        codes.append(stopped_at(step, out, signal.SIGKILL, lambda: command(vector, out, LAMBDA)))
+        apply(vector, llama_base, LAMBDA, out)
+        assert contents(out) == whole, step
+        if codes[-1] == 100:
+            break
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    assert len(codes) > 4
+
+
+CHILD = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.slow
+def test_phi15_at_its_full_size(tmp_path: Path, out: Path) -> None:
+    """Random weights of 2.8 GB in bfloat16: memory far below the model's, every bit right."""
+    config = AutoConfig.for_model(
+        "phi",
+        **{"vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24},
+        **{"num_attention_heads": 32, "partial_rotary_factor": 0.5, "tie_word_embeddings": False},
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    folder = tmp_path / "base"
+    config.save_pretrained(folder)
+    g = torch.Generator().manual_seed(0)
+    by_name = dict(model.named_parameters())
+    save_shards(by_name, lambda n: (torch.randn(by_name[n].shape, generator=g) * 0.02).bfloat16(), folder, "1GB")
+    vector = a_vector(model, (16,))
+    vector.save(tmp_path / "v.safetensors")
+    most = (tmp_path / "v.safetensors").stat().st_size + max(p.stat().st_size for p in folder.glob("*.safetensors"))
+    names = ["--model", str(folder), "--out", str(out), "--coefficient", str(LAMBDA)]
+    for more in ((), ("--check",)):
+        words = [sys.executable, "-m", "unlearn", "apply", str(tmp_path / "v.safetensors"), *names, *more]
+        done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True, check=True)
+        assert int(done.stdout.splitlines()[-1]) <= most + 300 * 10**6
+    with torch.no_grad():
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as old, safe_open(out / path.name, "pt") as new:
+                assert set(old.keys()) == set(new.keys())
+                for name in old.keys():  # noqa: SIM118 - a safe_open has no __iter__
+                    wanted, change = old.get_tensor(name), vector.modules.get(name.removesuffix(".weight"))
+                    if change is not None:
+                        wanted = edited(wanted.float(), change, -LAMBDA, False).to(wanted.dtype)
+                    assert torch.equal(wanted.view(torch.int16), new.get_tensor(name).view(torch.int16)), name

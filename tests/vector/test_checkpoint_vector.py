@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,11 @@ def test_the_architecture_is_the_model_s(loaded: Load, folder: Path) -> None:
     assert set(there.linear) | set(there.others) >= set(model.state_dict())
     assert not set(there.linear) & set(there.others)
     assert there.why_not("x") == f"a {there.kind} has no such weight"
+
+
+def test_a_configuration_s_code_is_not_run(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (pair[0] / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (pair[0] / "config.json").write_text(json.dumps(config))
+    refused(pair, "transformers cannot tell")
+    assert not (tmp_path / "ran").exists()

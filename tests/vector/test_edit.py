@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,35 @@ def test_a_tied_head_would_change_twice(llama: Loaded, phi: Loaded) -> None:
     before = phi.model.get_input_embeddings().weight.clone()
     with applied(phi.model, vector, -0.1):
         assert torch.equal(phi.model.get_input_embeddings().weight, before)
+
+
+def test_contrast_of_two_adapters_is_peft_s_concatenation(loaded: Load, pico_phi: Path) -> None:
+    peft_model, retain_model = (random_adapter(loaded(pico_phi).model, seed=seed) for seed in (1, 2))
+    forget, retain = (read_adapter(m, {}) for m in (peft_model, retain_model))
+    peft_model.add_adapter("retain", peft_model.peft_config["default"])
+    for name, layer in retain_model.named_modules():
+        if hasattr(layer, "lora_A") and "default" in layer.lora_A:
+            there = peft_model.get_submodule(name)
+            there.lora_A["retain"].load_state_dict(layer.lora_A["default"].state_dict())
+            there.lora_B["retain"].load_state_dict(layer.lora_B["default"].state_dict())
+    peft_model.add_weighted_adapter(["default", "retain"], [-0.7, 0.35], "both", combination_type="cat")
+    peft_model.set_adapter("both")
+    model = loaded(pico_phi).model
+    with applied(model, forget - 0.5 * retain, -0.7):
+        torch.testing.assert_close(logits(model), logits(peft_model), atol=1e-4, rtol=1e-4)
+
+
+def test_a_change_too_small_for_16_bits_is_not_lost(loaded: Load, pico_phi: Path) -> None:
+    """Merged into bfloat16 weights a small vector mostly vanishes; beside them it keeps its direction and size."""
+    model = loaded(pico_phi, "bfloat16").model
+    name = "model.layers.1.mlp.fc1"
+    vector = a_vector(model, scale=2.5e-5, only=name)
+    module, delta = model.get_submodule(name), exact(vector.modules[name])
+    stored = copy.deepcopy(module.weight)
+    assert isinstance(stored, Tensor)
+    assert float(((stored.float() - delta.float()).bfloat16() != stored).float().mean()) < 0.5  # most do not move
+    x = torch.randn(64, shape_of(module)[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    with applied(model, vector, -1.0):
+        (hook,) = module._forward_hooks.values()
+        beside = hook(module, (x,), torch.zeros(64, shape_of(module)[0]))  # the second term alone, in float32
+    torch.testing.assert_close(beside.double(), -(x.double() @ delta.T), atol=1e-7, rtol=1e-5)

@@ -22,7 +22,7 @@ from unlearn.evidence.membership import token_scores
 from unlearn.vector.change import Change, Dense, LowRank, generator_for, round_stochastically
 from unlearn.vector.edit import applied
 from unlearn.vector.task_vector import TaskVector
-from unlearn.vector.write import export_adapter, export_merged, rescored
+from unlearn.vector.write import export_adapter, export_merged, require_finite, rescored
 
 # PEFT asks transformers under a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -363,3 +363,60 @@ def test_rounding_leaves_exact_values_and_overflow_alone() -> None:
     out = round_stochastically(edge, torch.float16, g)
     assert torch.equal(out, edge.to(torch.float16))
     assert torch.isnan(round_stochastically(torch.tensor([float("nan")]), torch.float16, g)).all()
+
+
+def test_adapter_on_bf16_is_what_was_scored(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """Both act beside the weights in float32; only the roundings of activations differ."""
+    model = loaded(pico_phi, "bfloat16").model
+    vector = a_vector(model, scale=0.01)
+    plain = logits(model)
+    with applied(model, vector, -LAMBDA):
+        scored = logits(model)
+    export_adapter(vector, LAMBDA, "base", model, tmp_path)
+    reloaded = logits(PeftModel.from_pretrained(model, tmp_path))
+    assert (reloaded - scored).norm() < 0.2 * (scored - plain).norm()
+
+
+@THREE
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+def test_a_dense_vector_merges_as_its_factors_do(loaded: Load, folder: Path, tmp_path: Path, held: str) -> None:
+    made = loaded(folder, held)
+    factors = a_vector(made.model, grid=2**-12)
+    vector = factors.map(lambda name, m: m if name.endswith(("dense", "c_attn", "o_proj")) else Dense(m.delta()))
+    assert {type(m) for m in vector.modules.values()} == {LowRank, Dense}
+    said = export_merged(made.model, vector, LAMBDA, None, tmp_path / "dense", dtype=torch.float32)
+    export_merged(made.model, factors, LAMBDA, None, tmp_path / "factors", dtype=torch.float32)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "factors"))
+    for name, weight in nearest(made.model, vector, LAMBDA).items():
+        torch.testing.assert_close(one[name], weight, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-6)
+    assert said["survived"]["cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert said["survived"]["norm_ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_stochastic_rounding_keeps_the_edit_on_average(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    made = loaded(pico_phi, "bfloat16")
+    name = "model.layers.0.mlp.fc1"
+    m = LowRank(torch.ones(1, 64), torch.full((128, 1), 2e-5))
+    vector = TaskVector({name: m})
+    nearest = export_merged(made.model, vector, 1.0, None, tmp_path / "nearest", accept_rounding=True)["survived"]
+    pristine = made.model.state_dict()[f"{name}.weight"].double()
+    means = []
+    for seed in range(20):
+        out = tmp_path / str(seed)
+        export_merged(made.model, vector, 1.0, None, out, stochastic_rounding=True, seed=seed)
+        with safe_open(out / "model.safetensors", "pt") as f:
+            weight, other = f.get_tensor(f"{name}.weight"), f.get_tensor("model.layers.1.mlp.fc1.weight")
+        means.append(float((weight.double() - pristine).mean()))
+        assert torch.equal(other, made.model.state_dict()["model.layers.1.mlp.fc1.weight"])  # not edited, not touched
+    spread = torch.tensor(means).std() / 20**0.5
+    assert nearest["norm_ratio"] < 0.5
+    assert abs(sum(means) / 20 + 2e-5) < 4 * float(spread)
+    assert float(spread) < 2e-6  # sharp enough to tell 2e-5 from 0
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_weight_is_written_that_is_no_number(dtype: torch.dtype, bad: float) -> None:
+    with pytest.raises(VectorError, match=r"^b: as .* no finite numbers"):
+        require_finite("b", torch.tensor([[0, 1], [bad, 2]], dtype=dtype))

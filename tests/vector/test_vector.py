@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -469,3 +470,16 @@ def test_contents_that_are_no_vector(saved: Path, tensors: dict[str, Tensor], sa
     for meta in ("{", "[1]", '"x"', '{"a": 1}', "[" * 100_000):
         save_file({"m.A": A, "m.B": B}, saved, {**head, "meta": meta})
         refused(saved, "metadata")
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    path = tmp_path / "v.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    refused(path, "cannot be read as a task vector")
+    torch.save({"m.A": A}, path)
+    refused(path, "cannot be read as a task vector")
+    assert not (tmp_path / "exploded").exists()

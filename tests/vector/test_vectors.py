@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from unlearn import cli
 from unlearn.model.load import Loaded, linear_modules
 from unlearn.vector.change import Dense, LowRank
+from unlearn.vector.command import show_info
 from unlearn.vector.interop import from_adapter, to_adapter
 from unlearn.vector.task_vector import TaskVector, analogy
 
@@ -297,3 +300,14 @@ def test_vectors_of_two_models_are_not_added_unless_that_is_meant(
     assert run("sum", one, two, "--any-base", "-o", tmp_path / "forced") == 0
     assert run("sum", one, three, "-o", tmp_path / "unsaid") == 0
     assert torch.equal(TaskVector.load(tmp_path / "forced").modules["layer"].delta(), torch.full((2, 2), 2.0))
+
+
+def test_names_in_a_file_are_no_commands_to_the_terminal() -> None:
+    evil = TaskVector({"\x1b[2Jm\n[red]x[/red]τ": Dense(torch.ones(1, 1))}, {"base": "\x1b]0;title\x07"})
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    show_info(evil, Console(file=buffer, highlight=False, width=200), None)
+    buffer.seek(0)
+    text = buffer.read()
+    assert "?[2Jm?[red]x[/red]?" in text
+    assert "?]0;title?" in text
+    assert "\x1b" not in text
