@@ -6,16 +6,15 @@ A model that never knew an answer gives it the probability that it gives it for 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from unlearn.data.encoding import IGNORE, Encoded, encode
-from unlearn.data.items import Item, normalise
+from unlearn.data.items import normalise
 from unlearn.data.sets import LoadedSet
-from unlearn.errors import DataError, TrainingError
+from unlearn.errors import DataError
 from unlearn.recipe.data import render, template_fields
 from unlearn.recipe.methods import IgnoranceSpec, TrainSpec
 from unlearn.train.losses import Teacher
@@ -31,12 +30,12 @@ def ignorant(
     Raises:
         DataError: the set has no such prompts: too few items, or all with one answer.
     """
+    kind, limit = one.spec.kind, training.max_length
+    rows = encode(one.train, kind, tokenizer, limit)
     if how.teacher == "clean":
-        rows = encode(one.train, one.spec.kind, tokenizer, training.max_length)
         return Teacher({_name(row): [(row,)] for row in rows}, model=clean)
     key = f"vector.ignorance.teacher: {how.teacher}"
     if how.teacher == "short":
-        rows = _rows(one.train, one, tokenizer, training)
         if not any(len(row.input_ids) > 1 + 2 * SHORT for row in rows):
             raise DataError(
                 f"{key}: no passage of {one.role} set {one.name!r} has more than {1 + 2 * SHORT} tokens, so that "
@@ -50,8 +49,8 @@ def ignorant(
             f"with another answer in the same wording, such as {alone[0].prompt!r}: add items, or take teacher: blank"
         )
     asked: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Encoded, ...]]] = {}
-    for item, row, found in zip(one.train, _rows(one.train, one, tokenizer, training), prompts, strict=True):
-        several = _rows([replace(item, prompt=prompt) for prompt in found], one, tokenizer, training)
+    for item, row, found in zip(one.train, rows, prompts, strict=True):
+        several = encode([replace(item, prompt=prompt) for prompt in found], kind, tokenizer, limit)
         same = [(other,) for other in several if _labels(other) == _labels(row) and other.input_ids != row.input_ids]
         if not same:
             raise DataError(
@@ -60,13 +59,6 @@ def ignorant(
             )
         asked.setdefault(_name(row), []).extend(same)
     return Teacher(asked, how.others if how.teacher == "other" else 1)
-
-
-def _rows(items: Sequence[Item], one: LoadedSet, tokenizer: Any, training: TrainSpec) -> list[Encoded]:
-    try:
-        return encode(items, one.spec.kind, tokenizer, training.max_length)
-    except TrainingError as error:
-        raise TrainingError(f"{one.role} set {one.name!r}: {error}") from error
 
 
 def _name(row: Encoded) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -159,9 +159,8 @@ def read_adapter(model: nn.Module, meta: Mapping[str, str]) -> TaskVector:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
             inner = layer.lora_A["default"]
-            a = (
-                (inner.shrunk() if isinstance(inner, Inside) else inner.weight).detach().float().cpu().clone()
-            )  # (r, in)
+            a = inner.shrunk() if isinstance(inner, Inside) else inner.weight  # (r, in)
+            a = a.detach().float().cpu().clone()
             b = layer.lora_B["default"].weight.detach().float().cpu() * layer.scaling["default"]  # (out, r)
             modules[name.removeprefix("base_model.model.")] = LowRank(a, b)
     return TaskVector(modules, meta)
@@ -197,12 +196,11 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet]) -> 
             "vector.method learned fits its coefficients on the training items of the retain sets, and without "
             "validation items nothing would show that it overfits: raise shares.validation of a retain set"
         )
-    if spec.uses("ignorance") and (how := spec.settings("ignorance")).teacher != "clean":
-        for one in (s for s in sets if s.role == "forget"):
-            ignorant(one, base.tokenizer, spec.forget, how)
     for one in sets:
         for training in _trainings(recipe, one):
             encoded([one], base.tokenizer, training)
+        if one.role == "forget" and spec.uses("ignorance"):
+            ignorant(one, base.tokenizer, spec.forget, spec.settings("ignorance"))
 
 
 def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
