@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.cli import main
 from unlearn.results import RunReport
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
 RECIPE = ["--recipe", "pico_smoke.yaml"]
@@ -114,7 +114,7 @@ def test_plain_peft_gives_the_edited_model(whole: Path, report: RunReport) -> No
     vector = TaskVector.load(whole / "vectors" / "edit" / "vector.safetensors")
     with torch.no_grad():
         untouched = model(ids).logits
-        with applied(model, vector, -report.chosen.coefficient):
+        with subtracted(model, vector, report.chosen.coefficient):
             wanted = model(ids).logits
         peft = PeftModel.from_pretrained(model, str(whole / "export" / "adapter")).eval()
         got = peft(ids).logits

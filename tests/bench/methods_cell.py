@@ -245,7 +245,7 @@ def _rows(cell: Cell, name: str, vector: TaskVector, seconds: float) -> list[dic
             points = [_point(c, scores, path[0.0], kept, bound) for c, scores in path.items()]
             chosen = choose(points, (known,), kept, ChooseSpec(keep=bound)).coefficient
             if chosen not in tested:
-                edit.set(-chosen)
+                edit.subtract(chosen)
                 tested[chosen] = cell.score("test")
             after = tested[chosen]
             lost = {
@@ -282,7 +282,7 @@ def _path(cell: Cell, edit: Edit, kept: Sequence[tuple[str, str, str]]) -> dict[
     found = {0.0: cell.once("validation")}  # nothing is set yet
 
     def passes(c: float) -> bool:
-        edit.set(-c)
+        edit.subtract(c)
         found[c] = cell.score("validation")
         return all(found[c][k] >= min(BOUNDS) * found[0.0][k] for k in kept)
 
@@ -292,7 +292,7 @@ def _path(cell: Cell, edit: Edit, kept: Sequence[tuple[str, str, str]]) -> dict[
             passes(c)
     below = 0
     for c in GRID[1:]:
-        edit.set(-c)
+        edit.subtract(c)
         found[c] = cell.score("validation")
         below = below + 1 if any(found[c][k] < HOPELESS * found[0.0][k] for k in kept) else 0
         if below == 2:

@@ -399,7 +399,7 @@ def sweep(lm: PackedLM, built: TaskSet, edit: Edit, coefficients: Sequence[float
 
     for coefficient in coefficients:
         started = time.perf_counter()
-        edit.set(-coefficient)
+        edit.subtract(coefficient)
         ready = time.perf_counter()
         result = evaluate(lm, built, model_name=f"bench@{coefficient:g}", bootstrap=0)
         yield Point(coefficient, ready - started, time.perf_counter() - ready, result)
@@ -432,7 +432,7 @@ def _prepare(loaded: Loaded, vector: TaskVector, factors: int, options: argparse
 
     before = memory()
     with Edit(loaded.model, vector) as edit:
-        edit.set(-1.0)
+        edit.subtract(1.0)
         added = memory() - before
     touched: list[Any] = [m.weight for name, m in linear_modules(loaded.model).items() if name in vector.modules]
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
@@ -471,9 +471,9 @@ def _ours(loaded: Loaded, vector: TaskVector, started: float, options: argparse.
                 }
             )
         for _ in range(3):
-            edit.set(-1.0)
+            edit.subtract(1.0)
             began = time.perf_counter()
-            edit.set(0.0)
+            edit.subtract(0.0)
             off.append(time.perf_counter() - began)
     return {"load_seconds": loading, "off_seconds": statistics.median(off), "points": points}
 

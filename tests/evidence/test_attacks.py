@@ -25,7 +25,7 @@ from unlearn.report.words import attacks_line
 from unlearn.results import GREEDY, LENS, AttackScore, Robustness, RunReport, Who, quantisation, relearning, sampling
 from unlearn.score.evaluate import evaluate
 from unlearn.score.tasks import build_tasks
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Place = tuple[Any, ...]
@@ -168,7 +168,7 @@ def test_an_attack_from_outside(
 
 
 def test_the_edited_model_is_the_target_under_the_edit(found: Robustness, models: Models, judge: Judge) -> None:
-    with applied(models.target.model, models.vector, -models.coefficient):
+    with subtracted(models.target.model, models.vector, models.coefficient):
         under = judge.score(models.target.model)
     plain = found.plain("edited")
     assert plain.value == pytest.approx(under.value, abs=1e-5)

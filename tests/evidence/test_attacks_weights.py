@@ -24,7 +24,7 @@ from unlearn.model.load import Loaded, fingerprint, linear_modules
 from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.train.batches import Pad
 from unlearn.vector.change import LowRank
-from unlearn.vector.edit import applied, shape_of
+from unlearn.vector.edit import shape_of, subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
@@ -52,7 +52,7 @@ def test_the_copy_is_the_edited_model(family: str, request: pytest.FixtureReques
     model = loaded(request.getfixturevalue(family)).model
     before, vector = fingerprint(model), a_vector(model)
     twin = edited_copy(model, vector, 0.5)
-    with applied(model, vector, -0.5):
+    with subtracted(model, vector, 0.5):
         wanted = logits_of(model)
         assert fingerprint(twin) == fingerprint(model)
     torch.testing.assert_close(logits_of(twin), wanted, atol=0, rtol=0)

@@ -31,7 +31,7 @@ from unlearn.results import Foresight, Role, Score, SetForesight, SweepPoint, Ta
 from unlearn.score.evaluate import evaluate
 from unlearn.score.tasks import build_tasks
 from unlearn.vector.change import Change, Dense, LowRank
-from unlearn.vector.edit import Edit, applied
+from unlearn.vector.edit import Edit, subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
@@ -186,7 +186,7 @@ def test_the_slope_is_that_of_the_sweep_s_metric(
     lm = HFLM(pretrained=got.model, tokenizer=got.tokenizer, batch_size=4, logits_cache=False)
     ends = []
     for coefficient in (4e-3, -4e-3):
-        with applied(got.model, tau, -coefficient):
+        with subtracted(got.model, tau, coefficient):
             ends.append(measured(lm, kind))
     assert found == pytest.approx((ends[0] - ends[1]) / 8e-3, rel=0.02, abs=2e-3)
     assert abs(found) > 0.02
@@ -244,7 +244,7 @@ def test_a_run_is_foreseen(recipe: Recipe, phi: Loaded, sets: tuple[LoadedSet, .
     points = []
     with Edit(phi.model, edit) as on:
         for coefficient in (0.0, 0.005):
-            on.set(-coefficient)
+            on.subtract(coefficient)
             points.append(SweepPoint(coefficient, evaluate(lm, tasks, model_name="pico").scores, True))
     for said in (*found.goals, *found.kept):
         last = loss_changes(said, points)[-1]

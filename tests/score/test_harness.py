@@ -35,7 +35,7 @@ from unlearn.score import harness
 from unlearn.score.packed import PackedLM
 from unlearn.score.tasks import _with_children, task_manager
 from unlearn.vector.change import LowRank
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Items = dict[str, str]
@@ -248,12 +248,12 @@ def test_answers_are_cached_by_edit(phi: Loaded, pack: Path, items: Items, tmp_p
 
     cache = str(tmp_path / "answers")
     before = scored(use_cache=cache)
-    with applied(phi.model, vector, -1.0):
+    with subtracted(phi.model, vector, 1.0):
         after = scored(use_cache=cache)
         assert after == scored()
     assert before == scored(use_cache=cache) != after
     phi.model.bfloat16()
-    with applied(phi.model, vector, -1.0), pytest.raises(EvaluationError, match="edited by hooks beside its weights"):
+    with subtracted(phi.model, vector, 1.0), pytest.raises(EvaluationError, match="edited by hooks beside its weights"):
         scored(use_cache=cache)
 
 

@@ -313,7 +313,7 @@ def test_an_edited_model_is_scored_as_edited(loaded: Load, pico_phi: Path, dtype
     before = lm.loglikelihood(asked(questions()))
     with Edit(got.model, vector) as edit:
         for c in (-1.0, -0.5):
-            edit.set(c)
+            edit.subtract(-c)
             here = lm.loglikelihood(asked(questions()))
             there = plain.loglikelihood(asked(questions()), disable_tqdm=True)
             assert max(abs(a - b) for (a, _), (b, _) in zip(here, there, strict=True)) < within

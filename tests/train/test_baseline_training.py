@@ -32,7 +32,7 @@ from unlearn.train.losses import (
     retain_only,
 )
 from unlearn.train.vectors import train_vector
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
@@ -209,7 +209,7 @@ def test_they_forget_and_the_difference_keeps(phi: Loaded, tmp_path: Path) -> No
     before = per_token(phi.model, FORGET), per_token(phi.model, RETAIN)
     rise: dict[str, tuple[float, float]] = {}
     for loss in LOSSES:
-        with applied(phi.model, fit(phi, against(loss), tmp_path / loss), 1.0):
+        with subtracted(phi.model, fit(phi, against(loss), tmp_path / loss), -1.0):
             rise[loss] = per_token(phi.model, FORGET) - before[0], per_token(phi.model, RETAIN) - before[1]
         assert rise[loss][0] > 1.0
     assert rise["gradient_difference"][1] < rise["gradient_ascent"][1] - 0.5

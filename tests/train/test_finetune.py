@@ -32,7 +32,7 @@ from unlearn.train.losses import Against, Keep
 from unlearn.train.trainer import WHOLE, TrainingLog, last_checkpoint, seal
 from unlearn.train.vectors import merge, train_vector, train_weights
 from unlearn.vector.change import LowRank
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
@@ -138,7 +138,7 @@ def test_the_vector_is_what_peft_saved(
     # and with nothing of ours: plain PEFT on a fresh model gives the logits of theta + tau
     peft_model = PeftModel.from_pretrained(loaded(folder).model, str(tmp_path / "adapter")).eval()
     ids = torch.arange(40).reshape(2, 20)
-    with torch.no_grad(), applied(model.model, vector, 1.0):
+    with torch.no_grad(), subtracted(model.model, vector, -1.0):
         edited = model.model(ids).logits
         torch.testing.assert_close(edited, peft_model(ids).logits, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
@@ -167,9 +167,9 @@ def test_the_facts_are_learned(phi: Loaded, tmp_path: Path) -> None:
     # the Trainer's first loss is the plain mean over the answers' tokens, before any step
     start = loss(facts())
     assert log.losses[0] == pytest.approx(start, rel=1e-3)
-    with applied(phi.model, vector, 1.0):
+    with subtracted(phi.model, vector, -1.0):
         assert loss(facts()) < 1.5
-    with applied(phi.model, vector, -1.0):
+    with subtracted(phi.model, vector, 1.0):
         assert loss(facts()) > start + 1.0
     assert loss(facts()) == pytest.approx(start)
 
@@ -267,7 +267,7 @@ def test_on_four_bit_weights(pico_phi: Path, tmp_path: Path) -> None:
     labels = torch.tensor([rows_of(full)[0].labels])
     with torch.no_grad():
         before = float(full.model(ids, labels=labels).loss)
-        with applied(full.model, vector, 1.0):  # the edit goes on full precision
+        with subtracted(full.model, vector, -1.0):  # the edit goes on full precision
             after = float(full.model(ids, labels=labels).loss)
     assert after < before - 1
 

@@ -18,7 +18,7 @@ from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
 from unlearn.train.batches import Pad, beside
 from unlearn.train.losses import Keep, kl, multiples, only_at, penalty, scaled_rows
 from unlearn.train.vectors import read_adapter, train_vector
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
@@ -60,10 +60,10 @@ def divergence(p: Tensor, q: Tensor) -> float:
 def wanted_penalty(model: nn.Module, vector: TaskVector, c: float | None) -> float:
     with torch.no_grad():
         before = answers(model, RETAIN)
-        with applied(model, vector, 1.0):
+        with subtracted(model, vector, -1.0):
             total = divergence(before, answers(model, RETAIN))
         if c is not None:
-            with applied(model, vector, -c):
+            with subtracted(model, vector, c):
                 total += divergence(before, answers(model, RETAIN))
     return total
 
@@ -127,7 +127,7 @@ def test_it_is_taken_where_the_formula_says(
     assert got == pytest.approx(wanted, rel=1e-3)
     assert wanted > 0.01
     # the forget rows are those of theta + tau, whatever stands beside them
-    with torch.no_grad(), applied(model, vector, 1.0):
+    with torch.no_grad(), subtracted(model, vector, -1.0):
         torch.testing.assert_close(
             logits[0, :9], model(torch.tensor([FORGET[0].input_ids])).logits[0], atol=1e-4, rtol=1e-4
         )
@@ -169,7 +169,7 @@ def test_the_trained_loss_is_the_formula_s(
 
     model = loaded(pico_phi).model
     labels = torch.tensor([label for row in FORGET for label in row.labels if label != IGNORE])
-    with torch.no_grad(), applied(model, vector, 1.0):
+    with torch.no_grad(), subtracted(model, vector, -1.0):
         forget = float(functional.cross_entropy(answers(model, FORGET), labels))
     extra = 3.0 * wanted_penalty(model, vector, 1.5 if sides == "two" else None)
     assert extra > 0.05

@@ -17,7 +17,7 @@ from vector_arena import FIVE, Load, logits
 from unlearn.errors import UnlearnError, VectorError
 from unlearn.model.load import architecture_of, linear_modules
 from unlearn.vector.change import Dense, LowRank
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.interop import from_checkpoints
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,7 +58,7 @@ def test_the_base_plus_the_vector_is_the_fine_tuned_model(
         assert isinstance(m, Dense)
         assert torch.equal(m.values, wanted)
     wanted = logits(after)
-    with applied(base, vector, 1.0):
+    with subtracted(base, vector, -1.0):
         torch.testing.assert_close(logits(base), wanted, atol=1e-4, rtol=1e-4)
     assert (wanted - logits(base)).abs().max() > 0.05
     assert report.unequal == {}

@@ -18,7 +18,7 @@ from unlearn.errors import VectorError
 from unlearn.model.load import Loaded, linear_modules
 from unlearn.train.vectors import merge, read_adapter
 from unlearn.vector.change import Dense, LowRank
-from unlearn.vector.edit import Edit, applied, fit, shape_of, weights_of
+from unlearn.vector.edit import Edit, fit, shape_of, subtracted, weights_of
 from unlearn.vector.task_vector import TaskVector
 
 
@@ -36,7 +36,7 @@ def test_it_is_the_dense_sum(loaded: Load, folder: Path, c: float, dense: bool) 
     model = loaded(folder).model
     vector = a_vector(model, dense=dense)
     before, wanted, weights = logits(model), edited_logits(model, vector, c), edited_weights(model, vector, c)
-    with applied(model, vector, c):
+    with subtracted(model, vector, -c):
         got = logits(model)
         for name, weight in weights.items():
             torch.testing.assert_close(model.get_parameter(name), weight.float(), atol=1e-6, rtol=0)
@@ -74,7 +74,7 @@ def test_negation_is_peft_s_own_at_minus_one(loaded: Load, folder: Path, rslora:
     assert set(vector.modules) == set(linear_modules(model))
     assert dict(vector.meta) == {"set": "forget"}
     for one, c, wanted in ((vector, 1.0, tuned), (vector, -1.0, negated), (-vector, 1.0, negated)):
-        with applied(model, one, c):
+        with subtracted(model, one, -c):
             torch.testing.assert_close(logits(model), wanted, atol=1e-4, rtol=1e-4)
     # the two are far from each other, and theta lies between them: the sign cannot be wrong
     plain = logits(model)
@@ -84,7 +84,7 @@ def test_negation_is_peft_s_own_at_minus_one(loaded: Load, folder: Path, rslora:
     # and theta + tau as PEFT merges it, minus tau, is theta
     peft_model.set_adapter("default")
     merged = peft_model.merge_and_unload()
-    with applied(merged, vector, -1.0):
+    with subtracted(merged, vector, 1.0):
         torch.testing.assert_close(logits(merged), plain, atol=1e-4, rtol=1e-4)
 
 
@@ -100,16 +100,16 @@ def test_coefficients_do_not_add_up(loaded: Load, folder: Path, dtype: str, dens
     untouched, before = logits(model), state(model)
     alone = {}
     for c in (-1.0, -2.0):
-        with applied(model, vector, c):
+        with subtracted(model, vector, -c):
             alone[c] = logits(model)
         assert same(state(model), before)
     assert not torch.equal(alone[-1.0], alone[-2.0])
     with Edit(model, vector) as edit:
         assert torch.equal(logits(model), untouched)
         for c in (-1.0, -2.0, 0.0, -1.0, 0.0):
-            edit.set(c)
+            edit.subtract(-c)
             assert torch.equal(logits(model), alone.get(c, untouched)), c
-        edit.set(-2.0)
+        edit.subtract(2.0)
     assert torch.equal(logits(model), untouched)
     assert same(state(model), before)
 
@@ -122,7 +122,7 @@ def test_an_exception_inside_restores_too(loaded: Load, pico_phi: Path, dtype: s
     places = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
 
     def fail_inside() -> None:
-        with applied(model, a_vector(model), -1.0):
+        with subtracted(model, a_vector(model), 1.0):
             assert not torch.equal(logits(model), untouched)
             raise error
 
@@ -142,7 +142,7 @@ def test_odd_bits_survive(phi: Loaded) -> None:
     before = state(phi.model)
     with Edit(phi.model, a_vector(phi.model, only="fc1")) as edit:
         for c in (0.0, -1e30, 0.0):
-            edit.set(c)
+            edit.subtract(-c)
             assert same(state(phi.model), before) is (c == 0.0)
     assert same(state(phi.model), before)
 
@@ -154,11 +154,11 @@ def test_one_inside_another(loaded: Load, pico_phi: Path, dtype: str) -> None:
     one, two = a_vector(model, seed=1), a_vector(model, seed=2)
     before = state(model)
     tolerance = 2e-4 if dtype == "float32" else 0.2
-    with applied(model, one + two, -1.0):
+    with subtracted(model, one + two, 1.0):
         wanted = logits(model)
-    with applied(model, one, -1.0):
+    with subtracted(model, one, 1.0):
         outer = logits(model)
-        with applied(model, two, -1.0):
+        with subtracted(model, two, 1.0):
             torch.testing.assert_close(logits(model).float(), wanted.float(), atol=tolerance, rtol=1e-4)
         assert torch.equal(logits(model), outer)
     assert same(state(model), before)
@@ -175,7 +175,7 @@ def test_beside_a_16_bit_weight_only_the_output_is_rounded(loaded: Load, folder:
     for name, m in list(vector.modules.items())[:4]:
         module = model.get_submodule(name)
         seen: list[tuple[Tensor, Tensor]] = []
-        with applied(model, TaskVector({name: m}), -0.7):
+        with subtracted(model, TaskVector({name: m}), 0.7):
             handle = module.register_forward_hook(lambda _, args, out, seen=seen: seen.append((args[0], out)))
             logits(model)
             handle.remove()
@@ -201,7 +201,7 @@ def test_beside_four_bit_weights() -> None:
     plain, packed = model(x), model[0].weight.data.clone()
     assert 0 < (plain - x @ weight.T).abs().max() < 1.0
     for change in (m, Dense(m.delta())):
-        with applied(model, TaskVector({"0": change}), -2.0):
+        with subtracted(model, TaskVector({"0": change}), 2.0):
             torch.testing.assert_close(model(x), plain - 2.0 * x @ m.delta().T, atol=1e-5, rtol=1e-5)
     assert torch.equal(model(x), plain)
     assert torch.equal(model[0].weight.data, packed)
@@ -230,7 +230,7 @@ def test_every_misfit_is_named_at_once(phi: Loaded) -> None:
     }
     vector = TaskVector({good: ones(64, 128), **{name: change for name, (change, _) in wrong.items()}})
     before = state(phi.model)
-    with pytest.raises(VectorError, match="does not fit this model") as caught, applied(phi.model, vector, -1.0):
+    with pytest.raises(VectorError, match="does not fit this model") as caught, subtracted(phi.model, vector, 1.0):
         pytest.fail("nothing may run on a model that was edited in part")
     assert all(f"{name}: {why}" in str(caught.value) for name, (_, why) in wrong.items())
     assert good not in str(caught.value)
@@ -254,7 +254,7 @@ def test_a_tied_head_would_change_twice(llama: Loaded, phi: Loaded) -> None:
     with pytest.raises(VectorError, match=r"lm_head: its weight is shared by .*model\.embed_tokens"):
         fit(llama.model, vector)
     before = phi.model.get_input_embeddings().weight.clone()
-    with applied(phi.model, vector, -0.1):
+    with subtracted(phi.model, vector, 0.1):
         assert torch.equal(phi.model.get_input_embeddings().weight, before)
 
 
@@ -270,7 +270,7 @@ def test_contrast_of_two_adapters_is_peft_s_concatenation(loaded: Load, pico_phi
     peft_model.add_weighted_adapter(["default", "retain"], [-0.7, 0.35], "both", combination_type="cat")
     peft_model.set_adapter("both")
     model = loaded(pico_phi).model
-    with applied(model, forget - 0.5 * retain, -0.7):
+    with subtracted(model, forget - 0.5 * retain, 0.7):
         torch.testing.assert_close(logits(model), logits(peft_model), atol=1e-4, rtol=1e-4)
 
 
@@ -284,7 +284,7 @@ def test_a_change_too_small_for_16_bits_is_not_lost(loaded: Load, pico_phi: Path
     assert isinstance(stored, Tensor)
     assert float(((stored.float() - delta.float()).bfloat16() != stored).float().mean()) < 0.5  # most do not move
     x = torch.randn(64, shape_of(module)[1], generator=torch.Generator().manual_seed(0)).bfloat16()
-    with applied(model, vector, -1.0):
+    with subtracted(model, vector, 1.0):
         (hook,) = module._forward_hooks.values()
         beside = hook(module, (x,), torch.zeros(64, shape_of(module)[0]))  # the second term alone, in float32
     torch.testing.assert_close(beside.double(), -(x.double() @ delta.T), atol=1e-7, rtol=1e-5)

@@ -20,7 +20,7 @@ from unlearn.data.items import Item
 from unlearn.errors import VectorError
 from unlearn.evidence.membership import token_scores
 from unlearn.vector.change import Change, Dense, LowRank, generator_for, round_stochastically
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 from unlearn.vector.write import export_adapter, export_merged, require_finite, rescored
 
@@ -113,7 +113,7 @@ def test_merged_is_what_was_scored(loaded: Load, folder: Path, tmp_path: Path, d
     if dense:
         vector = vector.map(lambda _, m: Dense(m.delta()))
     export_merged(made.model, vector, LAMBDA, made.tokenizer, tmp_path)
-    with applied(made.model, vector, -LAMBDA):
+    with subtracted(made.model, vector, LAMBDA):
         scored, weights = logits(made.model), state(made.model)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert same(state(again), weights)
@@ -302,7 +302,7 @@ def test_merged_weights_are_read_again_and_compared(
         return torch.stack(found)
 
     plain = spoken(made.model)
-    with applied(made.model, vector, -LAMBDA):
+    with subtracted(made.model, vector, LAMBDA):
         wanted = spoken(made.model)
     again = spoken(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert said["items"] == 3
@@ -370,7 +370,7 @@ def test_adapter_on_bf16_is_what_was_scored(loaded: Load, pico_phi: Path, tmp_pa
     model = loaded(pico_phi, "bfloat16").model
     vector = a_vector(model, scale=0.01)
     plain = logits(model)
-    with applied(model, vector, -LAMBDA):
+    with subtracted(model, vector, LAMBDA):
         scored = logits(model)
     export_adapter(vector, LAMBDA, "base", model, tmp_path)
     reloaded = logits(PeftModel.from_pretrained(model, tmp_path))

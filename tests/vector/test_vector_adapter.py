@@ -22,7 +22,7 @@ from unlearn.errors import VectorError
 from unlearn.model.load import Loaded, linear_modules, model_of
 from unlearn.train.vectors import read_adapter
 from unlearn.vector.change import Dense, LowRank
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.interop import (
     ADAPTER_WEIGHTS,
     from_adapter,
@@ -85,7 +85,7 @@ def test_what_peft_saves_is_read_as_peft_means_it(
     assert vector.meta["base"] == str(folder)
     model = loaded(folder).model
     plain, tuned = logits(model), logits(peft_model)
-    with applied(model, vector, 1.0):
+    with subtracted(model, vector, -1.0):
         torch.testing.assert_close(logits(model), tuned, atol=1e-4, rtol=1e-4)
     assert (plain - tuned).abs().max() > 0.05
 
@@ -121,7 +121,7 @@ def test_what_is_written_peft_loads_as_the_same_change(
     model = loaded(folder).model
     vector = some_vector(model, only) if any(only in n for n in linear_modules(model)) else some_vector(model)
     conv = any(isinstance(m, Conv1D) for m in linear_modules(model).values())
-    with applied(model, vector, 1.0):
+    with subtracted(model, vector, -1.0):
         wanted = logits(model)
     # of a folder the layout is known; of a hub id the caller has to know it (or PEFT warns, and finds it out)
     to_adapter(vector, tmp_path / "a", str(folder) if there else "owner/name", transposed=None if there else conv)

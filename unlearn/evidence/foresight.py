@@ -30,7 +30,7 @@ from unlearn.train.learned import weighted
 from unlearn.train.losses import answer_logits, frozen, with_answers
 from unlearn.train.trainer import range_for_gradients
 from unlearn.train.vectors import Vectors, fit_vector
-from unlearn.vector.edit import applied
+from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
 _TOKENS = 1024  # of a padded pass
@@ -140,9 +140,9 @@ def _cosines(model: nn.Module, first: TaskVector, second: TaskVector, rows: Sequ
     nothing; in log-probabilities, all of them far below 0, it would make any two outputs look alike.
     """
     base = _centred(outputs(model, rows, pad_id))
-    with applied(model, first, 1.0):
+    with subtracted(model, first, -1.0):
         one = _centred(outputs(model, rows, pad_id))
-    with applied(model, second, 1.0):
+    with subtracted(model, second, -1.0):
         two = _centred(outputs(model, rows, pad_id))
     said = _cosine(one, two)
     return torch.stack([said, _cosine(one.sub_(base), two.sub_(base))], dim=-1).double().cpu()

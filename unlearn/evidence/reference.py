@@ -315,12 +315,12 @@ class Subjects:
     @contextmanager
     def model(self, who: Who) -> Iterator[Loaded]:
         """One of them, as it is inside the ``with``."""
-        from unlearn.vector.edit import applied
+        from unlearn.vector.edit import subtracted
 
         if who != "edited":
             yield self.loaded(who)
         else:
-            with applied(self.target.model, self.vector, -self.chosen):
+            with subtracted(self.target.model, self.vector, self.chosen):
                 yield self.target
 
     def each(

@@ -172,7 +172,7 @@ class Scorer:
 
         def make(tmp: Path) -> None:
             if edit is not None:
-                edit.set(-coefficient)
+                edit.subtract(coefficient)
             bootstrap = recipe.eval.bootstrap if last else 0
             label, name = f"λ = {coefficient:g}", f"{recipe.name}@{coefficient:g}"
             _score(self._lm, self._questions.tasks(split), label, name, bootstrap, tmp)

@@ -1,8 +1,8 @@
 """Put a task vector on a model and take it off again, bit for bit.
 
-theta_c = theta + c * tau, with c = -lambda for forgetting (Ilharco et al. 2212.04089, "negation"). Every coefficient
-starts from the pristine weights. In float32 the sum goes into the weights; in any other format it would be rounded
-away where it is small, so there the change acts beside the weight, in float32, and only its output is rounded.
+theta - c * tau (Ilharco et al. 2212.04089, "negation"). Every coefficient starts from the pristine weights. In
+float32 the difference goes into the weights; in any other format it would be rounded away where it is small, so there
+the change acts beside the weight, in float32, and only its output is rounded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unlearn.vector.task_vector import TaskVector
 
 
 class Edit:
-    """A model under a vector: ``set(c)`` as often as you like, everything as before on leaving the ``with``.
+    """A model less a vector: ``subtract(c)`` as often as you like, everything as before on leaving the ``with``.
 
     Args:
         model: A transformers model. Its weights are changed in place between enter and exit only.
@@ -44,11 +44,11 @@ class Edit:
             self._parts.append(_Merged(module, change) if in_weights else _Beside(module, change))
         return self
 
-    def set(self, coefficient: float) -> None:
-        """Make the model theta + coefficient * tau, from the pristine theta."""
+    def subtract(self, coefficient: float) -> None:
+        """Make the model theta - coefficient * tau, from the pristine theta."""
         with torch.no_grad():
             for part in self._parts:
-                part.set(coefficient)
+                part.set(-coefficient)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         with torch.no_grad():
@@ -58,10 +58,10 @@ class Edit:
 
 
 @contextmanager
-def applied(model: nn.Module, vector: TaskVector, coefficient: float) -> Iterator[None]:
-    """The model is theta + coefficient * tau inside the ``with``, and bit-identical to before outside it."""
+def subtracted(model: nn.Module, vector: TaskVector, coefficient: float) -> Iterator[None]:
+    """The model is theta - coefficient * tau inside the ``with``, and bit-identical to before outside it."""
     with Edit(model, vector) as edit:
-        edit.set(coefficient)
+        edit.subtract(coefficient)
         yield
 
 

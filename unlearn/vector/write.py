@@ -26,7 +26,7 @@ from unlearn.errors import BrokenModelError, VectorError
 from unlearn.model.checkpoint import INDEX, doubled_weights
 from unlearn.processes import is_out_of_memory
 from unlearn.vector.change import Survival, edited, generator_for, lost, round_stochastically, summary_of
-from unlearn.vector.edit import applied, fit
+from unlearn.vector.edit import fit, subtracted
 from unlearn.vector.interop import require_factors, target_modules, write_adapter
 from unlearn.vector.task_vector import TaskVector
 
@@ -165,7 +165,7 @@ def rescored(
         VectorError: the reloaded model does not work, or (unless ``accept_rounding``) it is another one.
     """
     before = np.concatenate(log_probs(model))
-    with applied(model, vector, -coefficient):
+    with subtracted(model, vector, coefficient):
         wanted = np.concatenate(rows := log_probs(model))
     with quietly():
         read: Any = AutoModelForCausalLM.from_pretrained
