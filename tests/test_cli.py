@@ -123,3 +123,30 @@ def test_the_module_is_the_command_and_never_an_import(tmp_path: Path) -> None:
     assert [one.returncode for one in done] == [0, 0, 1]
     assert done[0].stdout == done[1].stdout != ""
     assert "from unlearn import run" in done[2].stderr
+
+
+def test_the_pack_s_folder_and_the_version_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks", "--path"]) == 0
+    assert (Path(capsys.readouterr().out.strip()) / "tofu" / "tofu_items.py").is_file()
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"unlearn {unlearn.__version__}\n"
+
+
+MISSING = {
+    "gguf": (["plan", "quickstart"], "is a GGUF file, and reading one needs the package gguf: pip install gguf"),
+    "submitit": (["submit", "pico_smoke", "--local"], "submitit: pip install submitit (the extra [cluster] has it)"),
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_package_that_is_not_installed_is_one_message_before_anything_is_made(
+    package: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    line, said = MISSING[package]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    assert main(line) == 2
+    text = capfd.readouterr().err
+    assert text.count("error:") == 1
+    assert said in " ".join(text.split())
+    assert list(tmp_path.iterdir()) == []

@@ -27,6 +27,10 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lm-unlearn")
     if name in _PLACES:
         return getattr(import_module(f"unlearn.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'unlearn' has no attribute {name!r}")

@@ -108,9 +108,7 @@ def _stop(number: int, frame: Any) -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"unlearn {version('lm-unlearn')}")
+        typer.echo(f"unlearn {unlearn.__version__}")
         raise typer.Exit
 
 
@@ -214,17 +212,23 @@ def recipes() -> None:
 
 
 @app.command()
-def tasks(word: Annotated[str, typer.Argument(help="only names that hold this word", show_default=False)] = "") -> None:
+def tasks(
+    word: Annotated[str, typer.Argument(help="only names that hold this word", show_default=False)] = "",
+    path: Annotated[bool, typer.Option("--path", help="print the pack's folder, for lm_eval --include_path")] = False,
+) -> None:
     """List tasks for eval.tasks: those of the pack, and of lm-eval's own those that hold a word."""
     from unlearn.recipe.evaluation import shipped_tasks, task_files, task_names
     from unlearn.recipe.load import tasks_folder
 
+    if path:
+        return typer.echo(tasks_folder())
     pack = set(task_names(task_files(tasks_folder())))
     others = set(task_names(task_files(shipped_tasks()))) if word else set()
     for name in sorted(name for name in pack | others if word in name):
         typer.echo(f"{name:48}{'pack' if name in pack else 'lm-eval'}")
     if not word:
         console.say("lm-eval's own tasks are listed with a word that their names hold: unlearn tasks mmlu", style="dim")
+    return None
 
 
 @app.command(context_settings=_PASSED_ON, add_help_option=False)

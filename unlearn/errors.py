@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+_EXTRAS = {"bitsandbytes": "quant", "gguf": "gguf", "submitit": "cluster", "detoxify": "toxicity", "wandb": "wandb"}
+
+
+def absent(package: str) -> str:
+    """How to get an optional package that is not installed; empty where it is."""
+    if importlib.util.find_spec(package) is not None:
+        return ""
+    return f"pip install {package} (the extra [{_EXTRAS[package]}] has it)"
+
 
 class UnlearnError(Exception):
     """A problem with a plain cause: the command line prints the message and exits with code 2.

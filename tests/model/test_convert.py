@@ -71,3 +71,18 @@ def test_damaged_file(pico_llama: Path, tmp_path: Path, damage: str) -> None:
     with pytest.raises(ModelError, match=r"m\.gguf: transformers cannot convert this GGUF file"):
         locate(ModelSpec.model_validate({"path": str(file)}), tmp_path, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
+
+
+def test_a_library_that_is_missing_is_not_a_damaged_file(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "m.gguf"
+    write_gguf(pico_llama, file)
+
+    def convert(*_: object) -> None:
+        raise ImportError("sentencepiece is not installed")
+
+    monkeypatch.setattr("unlearn.model.locate._convert", convert)
+    with pytest.raises(ModelError, match="needs a package that is not installed: sentencepiece is not") as caught:
+        locate(ModelSpec.model_validate({"path": str(file)}), tmp_path, tmp_path / "cache")
+    assert "whole" not in str(caught.value)

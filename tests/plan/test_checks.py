@@ -119,7 +119,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "repo: Cannot have -- or .. in repo_id: 'me/a--b'",
     ),
 ]
-QUANTISED = "quantised copies need the package bitsandbytes: install it, or set"
+QUANTISED = (
+    "quantised copies need the package bitsandbytes: pip install bitsandbytes (the extra [quant] has it), or set"
+)
 WITHOUT_BITSANDBYTES: list[tuple[dict[str, Any], str]] = [
     ({}, f"robustness.quantize: {QUANTISED}"),
     ({"robustness": None, "model": {"path": "pico:llama", "quantize": "nf4"}}, f"model.quantize: {QUANTISED}"),

@@ -392,7 +392,8 @@ def _table(found: Sequence[Family]) -> str:
     rows: list[dict[str, Any]] = []
     for n, family in enumerate(found):
         for settings, run in ((setting.settings, run) for setting in family.settings for run in setting.runs):
-            row = {"run": run.name, "family": n, **settings, "seed": run.seed, "lambda": run.chosen.coefficient}
+            row = {"run": run.name, "family": n, **settings, "seed": run.seed}
+            row["lambda"] = run.chosen.coefficient or None  # 0: none was chosen
             row |= {"bound_met": run.chosen.bound_met, "met_on_test": run.met_on_test}
             row |= {"forget_before": run.before, "forget_after": run.after, "kept": run.kept}
             rows.append({key: _cell(value) for key, value in row.items()})

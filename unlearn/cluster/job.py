@@ -33,7 +33,7 @@ from pydantic import TypeAdapter, ValidationError
 from unlearn.cluster.compare import sealed
 from unlearn.cluster.plan import GRID_FILE, Grid, Job
 from unlearn.console import live_line, say
-from unlearn.errors import GridError, UnlearnError
+from unlearn.errors import GridError, UnlearnError, absent
 from unlearn.processes import handled
 from unlearn.recipe.evaluation import ClusterSpec
 from unlearn.store.files import explained, unwritable, write_json_atomic
@@ -443,6 +443,8 @@ def submit(root: Path, grid: Grid, what: str, local: bool, at_once: int | None =
     Returns:
         Exit code: 0 submitted or done, 1 a local job did not end well, 130 stopped.
     """
+    if cure := absent("submitit"):
+        raise GridError(f"jobs are run by the package submitit: {cure}")
     with explained(root):
         others = sorted(p.name for p in root.iterdir() if not p.name.startswith(".")) if root.exists() else []
     if others and GRID_FILE not in others:

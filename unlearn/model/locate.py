@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unlearn.console import quietly, say
-from unlearn.errors import ModelError, UnlearnError
+from unlearn.errors import ModelError, UnlearnError, absent
 from unlearn.model import pico
 from unlearn.model.checkpoint import check_folder
 from unlearn.recipe.schema import ModelSpec
@@ -113,6 +113,8 @@ def _place(spec: ModelSpec, base: Path) -> _Place:
     if mark and not re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment):
         raise ModelError(f"model.path: after # comes sha256= and 64 hexadecimal digits, not {fragment!r}")
     digest = fragment.removeprefix("sha256=").lower()
+    if (path.startswith("wheel:") or path.lower().endswith(".gguf")) and (cure := absent("gguf")):
+        raise ModelError(f"model.path: {path} is a GGUF file, and reading one needs the package gguf: {cure}")
     if path.startswith("wheel:"):
         if not digest:
             raise ModelError(f"model.path: {path} needs its file's checksum at the end: #sha256=...")
@@ -278,14 +280,21 @@ def convert(source: Path, folder: Path) -> None:
                 _convert(link, folder)
         except (OSError, UnlearnError):
             raise
+        except ImportError as error:
+            raise ModelError(
+                f"{source}: converting this GGUF file needs a package that is not installed: {_first_line(error)}"
+            ) from error
         except Exception as error:  # a reader of a binary format fails in many ways on what is cut
             if "os error" in str(error):
                 raise
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ModelError(
-                f"{source}: transformers cannot convert this GGUF file ({reason}). Is it whole? Otherwise set "
-                "model.path to a folder with the model in safetensors"
+                f"{source}: transformers cannot convert this GGUF file ({_first_line(error)}). Is it whole? Otherwise "
+                "set model.path to a folder with the model in safetensors"
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -5,13 +5,12 @@ A plan and a run make the same checks, so that a recipe whose plan is printed do
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from unlearn.data.files import HUB, read_placed
 from unlearn.data.items import columns_needed
-from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError
+from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError, absent
 from unlearn.evidence import reference as references
 from unlearn.model.locate import check_reach as check_reach_of
 from unlearn.model.locate import model_place
@@ -78,11 +77,9 @@ def _check_clean(recipe: Recipe, base: Path) -> None:
 
 def _check_bitsandbytes(recipe: Recipe) -> None:
     copies = recipe.robustness is not None and bool(recipe.robustness.quantize)
-    if (copies or recipe.model.quantize != "none") and importlib.util.find_spec("bitsandbytes") is None:
+    if (copies or recipe.model.quantize != "none") and (cure := absent("bitsandbytes")):
         key, instead = ("robustness.quantize", "[]") if copies else ("model.quantize", "none")
-        raise ModelError(
-            f"{key}: quantised copies need the package bitsandbytes: install it, or set {key} to {instead}"
-        )
+        raise ModelError(f"{key}: quantised copies need the package bitsandbytes: {cure}, or set {key} to {instead}")
 
 
 def _check_tasks(specs: Sequence[TaskSpec]) -> None:
