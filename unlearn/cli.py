@@ -262,18 +262,23 @@ def push(
 
 
 _REFERENCE = (
-    "the retain reference: a run that has one, a log of TOFU, or published (MUSE's authors' value); the run's own when "
-    "not given"
+    "the retain reference: a run that has one, a log of TOFU, open-unlearning's TOFU_EVAL.json or MUSE_EVAL.json, or "
+    "published (MUSE's authors' value); the run's own when not given"
 )
 
 
 @app.command()
 def leaderboard(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="the folder of a run whose recipe has a benchmark")
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN]... [FILE.json]...",
+            help="the folder of a run whose recipe has a benchmark; and files whose figures stand beside: "
+            "open-unlearning's TOFU_EVAL.json, TOFU_SUMMARY.json, MUSE_..., a log of TOFU's authors",
+        ),
     ] = None,
     tofu_log: Annotated[
-        Path | None, typer.Option(metavar="LOG.json", help="a log of TOFU: prints its row as JSON")
+        Path | None, typer.Option(metavar="LOG.json", help="a log of TOFU, or TOFU_EVAL.json: prints its row as JSON")
     ] = None,
     reference: Annotated[str | None, typer.Option(metavar="RUN|LOG.json", help=_REFERENCE)] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the files of leaderboards there")] = None,
@@ -282,7 +287,7 @@ def leaderboard(
     ] = None,
     submitted_by: Annotated[str, typer.Option(metavar="NAME", help="who submits (TOFU's column)")] = "",
 ) -> None:
-    """Print rows of TOFU and MUSE, from the per-item files of runs or from a log of TOFU's authors."""
+    """Print rows of TOFU and MUSE, from the per-item files of runs and from what others' evaluations wrote."""
     from unlearn.evidence.boards import print_rows
 
     print_rows(runs or [], tofu_log, reference, out, method, submitted_by)

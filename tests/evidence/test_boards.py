@@ -21,8 +21,8 @@ from lm_eval.utils import get_file_datetime, get_latest_filename, get_results_fi
 from scipy.stats import hmean, ks_2samp
 
 from unlearn import cli
-from unlearn.errors import EvaluationError, RunFolderError
-from unlearn.evidence.benchmarks import SUITES, Log, MuseLog, TofuLog, rows
+from unlearn.errors import DataError, EvaluationError, RunFolderError
+from unlearn.evidence.benchmarks import SUITES, Log, MuseLog, TheirFigures, TofuLog, forget_quality, rows
 from unlearn.evidence.boards import read_run, write_boards
 from unlearn.recipe.load import tasks_folder
 from unlearn.results import Who
@@ -30,6 +30,7 @@ from unlearn.score.evaluate import write_files
 from unlearn.score.tasks import quiet_harness
 
 LOSSES = {"target": 0.0, "edited": 1.0, "reference": 1.2}  # nats per token more than what is known by heart
+LOGS = os.environ.get("UNLEARN_TOFU_LOGS")
 Made = Callable[..., Path]
 Said = Callable[[], tuple[str, str]]
 
@@ -199,8 +200,9 @@ def test_muse(made: Made, said: Said, tmp_path: Path) -> None:
     assert main([str(run), "--reference", "published"]) == 0
     table = shown(said()[0])
     assert table["privleak"][1] == f"{(auc('edited') - 0.5393) / 0.5393 * 100:.2f}"
+    (tmp_path / "log.json").write_text(json.dumps(a_log()))
     assert main([str(run), "--reference", str(tmp_path / "log.json")]) == 2
-    assert "MUSE has no log files" in said()[1]
+    assert "log.json is a log of TOFU, and no reference for MUSE" in said()[1]
     alone = made("alone", benchmark="muse", subset="books", who=("target", "edited"))
     assert main([str(alone)]) == 0
     out, err = said()
@@ -269,6 +271,117 @@ def test_a_log_alone(write: Callable[[str, Any], str], said: Said, tmp_path: Pat
     assert list((tmp_path / "out").iterdir()) != []
 
 
+# -- what open-unlearning writes ---------------------------------------------------------------------------------
+
+THEIRS = {  # its names of the nine parts of model utility, by our column
+    **{f"{kind} {title}": f"{short}_{name}" for title, short in (("Real Authors", "ra"), ("Real World", "wf"))
+       for kind, name in (("ROUGE", "Q_A_ROUGE"), ("Prob.", "Q_A_Prob_normalised"), ("Truth Ratio", "Truth_Ratio"))},
+    **{f"{kind} Retain": f"retain_{name}"
+       for kind, name in (("ROUGE", "Q_A_ROUGE"), ("Prob.", "Q_A_Prob"), ("Truth Ratio", "Truth_Ratio"))},
+}  # fmt: skip
+
+
+def evaluated(log: dict[str, Any], aggregator: str = "closer_to_1_better") -> dict[str, Any]:
+    """TOFU_EVAL.json of the model of a log in the authors' layout, as open-unlearning's metrics are defined."""
+    file = log["eval_log_forget.json"]
+    right = np.array(list(file["avg_paraphrased_loss"].values()))
+    wrong = np.array(list(file["average_perturb_loss"].values()))
+    c, w = np.exp(-right), np.exp(-wrong.mean(1))
+    score = c / (c + w + 1e-10) if aggregator == "prob_mean" else w / (c + 1e-10)
+    whole = score.mean() if aggregator == "prob_mean" else np.minimum(score, 1 / (score + 1e-10)).mean()
+    items = list(file["avg_gt_loss"])
+
+    def metric(values: Any, **columns: Any) -> dict[str, Any]:
+        rows = zip(*columns.values(), strict=True)
+        by_index = {i: dict(zip(columns, row, strict=True)) for i, row in zip(items, rows, strict=True)}
+        return {"agg_value": float(np.mean(values)), "value_by_index": by_index}
+
+    found = {
+        "forget_Q_A_PARA_Prob": metric(c, prob=c.tolist(), avg_loss=right.tolist()),
+        "forget_Q_A_PERT_Prob": metric(np.exp(-wrong), prob=np.exp(-wrong).tolist(), avg_loss=wrong.tolist()),
+        "forget_truth_ratio": metric(whole, score=score.tolist()),
+        "forget_Q_A_ROUGE": {"agg_value": 0.25},
+        "forget_Q_A_Prob": {"agg_value": 0.5},
+        "model_utility": {"agg_value": 0.6},
+        "forget_quality": {"agg_value": None},  # without a log of a retain model
+        "privleak": {"agg_value": -99.5},
+    }
+    return found | {name: {"agg_value": n / 16} for n, name in enumerate(THEIRS.values(), 1)}
+
+
+@pytest.mark.parametrize("aggregator", ["closer_to_1_better", "prob_mean"])
+@pytest.mark.parametrize("losses", [True, False])
+def test_forget_quality_is_the_same_through_either_layout(aggregator: str, losses: bool) -> None:
+    ours, retain = random_log(1), random_log(2)
+    wanted = forget_quality(TofuLog.from_json(ours, "a"), TofuLog.from_json(retain, "b"))
+    assert 0 < wanted[0] < 1
+    theirs = evaluated(retain, aggregator)
+    if not losses:
+        del theirs["forget_Q_A_PARA_Prob"], theirs["forget_Q_A_PERT_Prob"]
+    if not losses and aggregator == "prob_mean":  # shares and ratios cannot be told apart
+        with pytest.raises(DataError, match="no score of forget_truth_ratio is above 1"):
+            TheirFigures.from_json(theirs, "t")
+        return
+    read, model = TheirFigures.from_json(theirs, "t"), TheirFigures.from_json(evaluated(ours), "m")
+    assert forget_quality(TofuLog.from_json(ours, "a"), read) == pytest.approx(wanted, rel=1e-12)
+    assert forget_quality(model, read) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.skipif(not LOGS, reason="UNLEARN_TOFU_LOGS names the folder with the authors' logs, full and retain90")
+def test_the_authors_own_logs_through_open_unlearnings_layout(said: Said, tmp_path: Path) -> None:
+    for name in ("full", "retain90"):
+        log = json.loads((Path(str(LOGS)) / f"{name}.json").read_text())
+        (tmp_path / f"{name}.json").write_text(json.dumps(evaluated(log)))
+    for log in (Path(str(LOGS)) / "full.json", tmp_path / "full.json"):
+        assert main(["--tofu-log", str(log), "--reference", str(tmp_path / "retain90.json")]) == 0
+        row = json.loads(said()[0])
+        assert row["Forget Quality"] == pytest.approx(2.1942743021891237e-16, rel=1e-9)
+        assert row["Truth Ratio Forget"] == pytest.approx(0.4833555856680227, rel=1e-9)
+
+
+def test_their_figures_stand_beside_ours(made: Made, said: Said, tmp_path: Path) -> None:
+    run, place = made(), tmp_path / "tofu_Llama_NPO" / "evals"
+    place.mkdir(parents=True)
+    log, other = evaluated(a_log(items=5)), evaluated(a_log(1.0, items=5))
+    summary = {name: metric["agg_value"] for name, metric in log.items() if metric["agg_value"] is not None}
+    summary["forget_quality"] = 0.0625
+    (place / "TOFU_SUMMARY.json").write_text(json.dumps(summary))
+    (tmp_path / "MUSE_SUMMARY.json").write_text('{"forget_verbmem_ROUGE": 0.2, "privleak": -5.5}')
+    assert main([str(run), str(place / "TOFU_SUMMARY.json"), str(tmp_path / "MUSE_SUMMARY.json")]) == 0
+    table = shown(said()[0])
+    assert table["tofu forget01"] == ["target", "edited", "reference", "tofu_Llama_NPO"]
+    for column, name in THEIRS.items():
+        assert table[column][-1] == f"{summary[name]:.4f}"
+    ratio = f"{summary['forget_truth_ratio']:.4f}"
+    assert [table[name][-1] for name in ("Model Utility", "Truth Ratio Forget", "Prob. Forget", "Forget Quality")] == [
+        *("0.6000", ratio, "0.5000", "0.0625")
+    ]
+    # with values of every item the test is made anew, against a reference that is given
+    (place / "TOFU_EVAL.json").write_text(json.dumps(log))
+    retain = tmp_path / "retain.json"
+    retain.write_text(json.dumps(other))
+    assert main([str(place / "TOFU_EVAL.json"), str(retain), "--reference", str(retain)]) == 0
+    table = shown(said()[0])
+    ratios = [[(7.5 - i / 4) / 3 - 0.75 - shift - i / 8 for i in range(5)] for shift in (0.0, 1.0)]
+    assert table["Forget Quality"] == [f"{ks_2samp(*ratios).pvalue:.4g}", "-"]
+    assert table["Truth Ratio Forget"][0] == ratio
+    # files alone, each benchmark in a table of its own
+    assert main([str(place / "TOFU_EVAL.json"), str(tmp_path / "MUSE_SUMMARY.json")]) == 0
+    table = shown(said()[0])
+    assert (table["tofu"], table["privleak"], table["verbmem_f"]) == (["tofu_Llama_NPO"], ["-5.50"], ["20.00"])
+    assert table["knowmem_f"] == ["-"]
+
+
+def test_their_area_under_the_curve_is_a_reference_for_privleak(made: Made, said: Said, tmp_path: Path) -> None:
+    run, log = made("muse", benchmark="muse", subset="books"), tmp_path / "MUSE_EVAL.json"
+    log.write_text(json.dumps({"forget_verbmem_ROUGE": {"agg_value": 0.1}, "mia_min_k": {"agg_value": 0.25}}))
+    alone = shown(said()[0]) if main([str(run), "--reference", str(log)]) == 0 else {}
+    # open-unlearning's area is 1 where the forget set is known best, the authors' where the hold-out set is
+    for who, leak in zip(LOSSES, alone["privleak"], strict=False):
+        pairs = [(-h - 3 > -f - (0.5 + 4 * LOSSES[who])) for h in range(5) for f in range(5)]
+        assert leak == ("-" if who == "reference" else f"{(sum(pairs) / 25 - 0.75) / 0.75 * 100:.2f}")
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +430,13 @@ def test_references_that_do_not_fit(made: Made, said: Said, write: Callable[[str
     muse = made("muse", benchmark="muse", subset="news")
     refused([str(run), "--reference", str(muse)], said, "scored on muse news and the model on tofu forget01")
     refused([str(run), "--reference", "published"], said, "TOFU has no published value")
+    summary = write("TOFU_SUMMARY.json", {"model_utility": 0.5})
+    refused([str(run), "--reference", summary], said, "has no values of single forget items", "TOFU_EVAL.json")
+    refused([str(run), "--reference", write("M.json", {"forget_verbmem_ROUGE": 0.5})], said, "is a log of MUSE")
+    muse_run = made("books", benchmark="muse", subset="books")
+    refused(
+        [str(muse_run), "--reference", write("M.json", {"privleak": 1, "forget_verbmem_ROUGE": 1})], said, "mia_min_k"
+    )
     long = write("log.json", a_log())
     refused([str(run), "--reference", long], said, "reference has 6 forget items and the model 5")
     refused(["--tofu-log", long, "--reference", write("r.json", a_log(items=7))], said, "has 7 forget items")
@@ -329,9 +449,20 @@ def test_a_mistake_in_the_last_run_is_said_before_anything_is_written(made: Made
     assert not (tmp_path / "out").exists()
 
 
+EVAL = '{"forget_truth_ratio": {"value_by_index": {"0": {"score": %s}}}}'
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
+        (EVAL % "null", "forget_truth_ratio, item '0': score is missing"),
+        (EVAL % "0.5", "no score of forget_truth_ratio is above 1"),
+        ('{"model_utility": NaN}', "model_utility is nan, which is no finite number"),
+        (
+            '{"forget_Q_A_PARA_Prob": {"value_by_index": {"0": {"avg_loss": 1}}}, "forget_Q_A_PERT_Prob": '
+            '{"value_by_index": {"1": {"avg_loss": [1]}}}}',
+            "are of different items",
+        ),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("\x00", "not JSON"),
@@ -501,9 +632,6 @@ def test_a_place_that_cannot_be_written(logs: dict[Who, Log], tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="choose another one with --out"):
         write_boards(tmp_path / "file", logs, rows(logs, None, "m"), "m", "")
-
-
-LOGS = os.environ.get("UNLEARN_TOFU_LOGS")
 
 
 @pytest.mark.skipif(not LOGS, reason="UNLEARN_TOFU_LOGS names the folder with the authors' logs, full and retain90")

@@ -376,7 +376,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("taught by nothing", {"teach": None}, "reference: train teaches a model the retain sets alone"),
     ("nothing to teach", {"retain": None}, "reference: train needs a retain set to teach"),
     ("nothing to train on", {"retain": TAUGHT_ALONE}, "reference: train has nothing to teach"),
-    ("a log for muse", {"reference": "log.json", "benchmark": MUSE}, "a log only serves TOFU's forget quality"),
+    ("a log for muse", {"reference": "log.json", "benchmark": MUSE}, "log.json: no 'eval_real_author_wo_options.json'"),
     ("published for tofu", {"reference": "published"}, "published means MUSE's published figures"),
     ("holdout of another kind", {"holdout": {"kind": "mcq", "path": "h.jsonl"}}, "holdout is of kind mcq, forget of"),
     ("forgotten and held out", {"holdout": {"kind": "qa", "path": "f.jsonl"}}, "is to be forgotten and held out"),

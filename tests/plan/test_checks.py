@@ -155,9 +155,18 @@ def test_it_is_said_at_once(
     assert "[1/" not in said
 
 
-def test_a_log_that_fits(here: Path) -> None:
+def test_a_log_that_fits(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of TOFU's authors, or of open-unlearning."""
     (here / "log.json").write_text(json.dumps(a_log(6)))
     assert run(write_recipe(here, reference="log.json"), here / "out", "--dry-run") == 0
+    for items in (6, 5):
+        scores = {str(n): {"score": 0.5 + n / 4} for n in range(items)}
+        (here / "TOFU_EVAL.json").write_text(json.dumps({"forget_truth_ratio": {"value_by_index": scores}}))
+        recipe = write_recipe(here, reference="TOFU_EVAL.json")
+        if items == 6:
+            assert run(recipe, here / "out", "--dry-run") == 0
+        else:
+            assert "TOFU_EVAL.json: the reference has 5 forget items" in refused(recipe, capfd, "--dry-run")
 
 
 WORDLESS = {**RECIPE["forget"], "path": "wordless.jsonl"}

@@ -140,7 +140,7 @@ HOLDOUT = "holdout: {path: h.jsonl, kind: qa}\n"
 COMPARED = [
     ("reference: train\n", "reference: train teaches a model the retain sets alone, and there is no teach"),
     (TOFU + "reference: published\n", "reference: published means MUSE's published figures"),
-    (MUSE + "reference: log.json\n", "reference: a log only serves TOFU's forget quality"),
+    ("reference: log.json\n", "reference: a log only serves a benchmark's forget quality or PrivLeak"),
     ("holdout: {path: h.jsonl, kind: text}\n", "holdout is of kind text, forget of kind qa: they cannot be compared"),
     ("benchmark: {name: tofu, set: news}\n", "tofu has no set 'news'; it has forget01, forget05, forget10"),
     ("robustness: {quantize: [int4]}\n", "robustness.quantize.0: must be 'nf4' or 'int8'"),

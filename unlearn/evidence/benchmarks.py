@@ -34,8 +34,22 @@ Floats = NDArray[np.float64]
 _SAME = 1e-6  # nats within which two logs of one model may differ, by how their numbers were written
 
 
-class Log(ABC):
-    """What one model scored on a benchmark. ``figure`` is the one that compares it with a retain reference."""
+class Figures(ABC):
+    """What one model scored on a ``benchmark``, as its row of figures."""
+
+    benchmark: str
+
+    @abstractmethod
+    def row(self, reference: Any, name: str) -> Row:
+        """The figures by the authors' column names in their order; those that lack a reference are None."""
+
+    @abstractmethod
+    def summary(self, row: Row) -> dict[str, float]:
+        """OpenUnlearning's metrics under its names, sorted as it writes them, without those that are None."""
+
+
+class Log(Figures):
+    """The same from values of every item. ``figure`` is the one that compares it with a retain reference."""
 
     figure: ClassVar[str]
 
@@ -48,14 +62,6 @@ class Log(ABC):
     @abstractmethod
     def from_samples(cls, samples: Samples, subset: str) -> Self:
         """From lm-eval's records of these tasks."""
-
-    @abstractmethod
-    def row(self, reference: Any, name: str) -> Row:
-        """The figures by the authors' column names in their order; those that lack a reference are None."""
-
-    @abstractmethod
-    def summary(self, row: Row) -> dict[str, float]:
-        """OpenUnlearning's metrics under its names, sorted as it writes them, without those that are None."""
 
 
 # -- lm-eval's samples, read back
@@ -154,6 +160,19 @@ _WITH_CHOICES = ("real_authors", "world_facts")  # their probability is that of 
 
 
 @dataclass(frozen=True, eq=False)
+class TruthRatios:
+    """log R of each forget item, (N,) in the order of ``items``: all that forget quality is made of.
+
+    ``wrong`` is of how many perturbed answers each is, and ``questions`` what was asked; None where that is not known.
+    """
+
+    items: tuple[str, ...]
+    values: Floats
+    wrong: int | None
+    questions: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class TofuSet:
     """One set's values, an entry per item: ``perturbed_losses`` is (N, P), the rest (N,) in the order of ``items``.
 
@@ -230,8 +249,15 @@ class TofuLog(Log):
     """What one model scored on TOFU: its four sets, and which forget set it was (None where a log does not say)."""
 
     figure: ClassVar[str] = "Forget quality"
+    benchmark = "tofu"
     sets: Mapping[str, TofuSet]
     forget_set: str | None = None
+
+    @property
+    def ratios(self) -> TruthRatios:
+        """Of the forget set."""
+        s = self.sets["forget"]
+        return TruthRatios(s.items, s.log_truth_ratio, s.perturbed_losses.shape[1], s.questions)
 
     @classmethod
     def tasks(cls, subset: str) -> tuple[str, ...]:
@@ -254,23 +280,16 @@ class TofuLog(Log):
     @classmethod
     def read(cls, path: Path) -> TofuLog:
         """A log in the authors' layout: file name -> field -> item -> value."""
-        try:
-            data = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: there is no such file: give a log of TOFU (.json)") from error
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:  # also text that is not UTF-8
-            raise DataError(
-                f"{path}: not JSON ({error}): give a log of TOFU as its authors' evaluation writes it"
-            ) from error
-        return cls.from_json(data, str(path))
+        return cls.from_json(_json(path), str(path))
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> TofuLog:
         """The same from what was read, which messages call ``where``."""
         if not isinstance(data, Mapping):
-            raise DataError(f"{where}: not a log in the layout of TOFU's authors: no object of files")
+            raise DataError(
+                f"{where}: not a log in the layout of TOFU's authors (an object of files) or of open-unlearning (of "
+                "metrics)"
+            )
         files = [file for file, *_ in SETS.values()]
         for file in files:
             if not isinstance(data.get(file), Mapping):
@@ -293,8 +312,6 @@ class TofuLog(Log):
 
         Model utility is the harmonic mean of the nine numbers of the sets to keep, 0 as soon as one of them is.
         """
-        if reference is not None and not isinstance(reference, TofuLog):
-            raise EvaluationError("TOFU has no published value; give a run's folder or a log (.json)")
         parts: dict[str, float] = {}
         for key, (_, title, _) in SETS.items():
             s = self.sets[key]
@@ -332,40 +349,48 @@ class TofuLog(Log):
         return dict(sorted(found.items()))
 
 
-def forget_quality(log: TofuLog, reference: TofuLog) -> tuple[float, float]:
+def _ratios(of: Any) -> TruthRatios:
+    if isinstance(of, TheirFigures) and of.benchmark == "tofu":
+        return of.need_ratios()
+    if not isinstance(of, TofuLog):
+        raise EvaluationError("TOFU has no published value; give a run's folder or a log (.json)")
+    return of.ratios
+
+
+def forget_quality(log: Any, reference: Any) -> tuple[float, float]:
     """How hard it is to tell the model's truth ratios from those of one that never saw the forget set.
 
     p-value and statistic of a two-sample Kolmogorov-Smirnov test on log R: it sees only the order of values, which the
     logarithm keeps.
     """
-    ours, theirs = log.sets["forget"], reference.sets["forget"]
-    if log.forget_set and reference.forget_set and log.forget_set != reference.forget_set:
+    ours, theirs = _ratios(log), _ratios(reference)
+    known = [getattr(one, "forget_set", None) for one in (log, reference)]
+    if all(known) and known[0] != known[1]:
         raise EvaluationError(
-            f"the reference was scored on {reference.forget_set} and the model on {log.forget_set}: "
-            "forget quality compares the two on the same set"
+            f"the reference was scored on {known[1]} and the model on {known[0]}: forget quality compares the two on "
+            "the same set"
         )
-    refuse_other_items(theirs, ours.items, ours.questions, log.forget_set or reference.forget_set)
-    counts = [s.perturbed_losses.shape[1] for s in (theirs, ours)]
-    if counts[0] != counts[1]:
+    refuse_other_items(theirs, ours.items, ours.questions, known[0] or known[1])
+    if ours.wrong and theirs.wrong and ours.wrong != theirs.wrong:
         raise EvaluationError(
-            f"the reference has {counts[0]} perturbed answers for each forget item and the model {counts[1]}: "
+            f"the reference has {theirs.wrong} perturbed answers for each forget item and the model {ours.wrong}: "
             "these are different data"
         )
     if len(ours.items) == 1:
         raise EvaluationError("forget quality of a single item is 1 whatever was scored: score more of the forget set")
     place = {item: n for n, item in enumerate(theirs.items)}
-    ratios = theirs.log_truth_ratio[[place[item] for item in ours.items]]
-    if np.allclose(ours.log_truth_ratio, ratios, rtol=0, atol=_SAME):
+    ratios = theirs.values[[place[item] for item in ours.items]]
+    if np.allclose(ours.values, ratios, rtol=0, atol=_SAME):
         raise EvaluationError(
             f"the truth ratios of all {len(ours.items)} forget items are the reference's own: this is one model, and "
             "compared with itself it has a forget quality of 1; take a reference that never saw the forget set"
         )
-    test = ks_2samp(ours.log_truth_ratio, ratios)
+    test = ks_2samp(ours.values, ratios)
     return float(test.pvalue), float(test.statistic)
 
 
 def refuse_other_items(
-    reference: TofuSet, items: Sequence[str], questions: Sequence[str] | None, forget_set: str | None = None
+    reference: TruthRatios, items: Sequence[str], questions: Sequence[str] | None, forget_set: str | None = None
 ) -> None:
     """Refuse a reference whose forget items are others than the model's ``items``, or ask other ``questions``."""
     cure = "take a reference of its set"
@@ -428,6 +453,7 @@ class MuseLog(Log):
     """
 
     figure: ClassVar[str] = "PrivLeak"
+    benchmark = "muse"
     corpus: str
     verbmem: Mapping[str, float]
     knowmem_forget: Mapping[str, float]
@@ -463,7 +489,7 @@ class MuseLog(Log):
         return dict(sorted(found.items()))
 
 
-def privleak(log: MuseLog, reference: MuseLog | Literal["published"]) -> float | None:
+def privleak(log: MuseLog, reference: MuseLog | TheirFigures | Literal["published"]) -> float | None:
     """(AUC - AUC_ref) / AUC_ref * 100; 0 is the reference's, negative remembers, positive over-forgot.
 
     None where AUC_ref is 0 and there is nothing to divide by. The reference is a retrained model's log, or
@@ -471,8 +497,10 @@ def privleak(log: MuseLog, reference: MuseLog | Literal["published"]) -> float |
     """
     if reference == "published":
         base = PUBLISHED_AUC[log.corpus]
+    elif isinstance(reference, TheirFigures) and reference.benchmark == "muse":
+        base = reference.auc
     elif not isinstance(reference, MuseLog):
-        raise EvaluationError("a log of TOFU is no reference for MUSE; give a run's folder")
+        raise EvaluationError("a log of TOFU is no reference for MUSE; give a run's folder or MUSE_EVAL.json")
     else:
         _refuse_other_texts(log, reference)
         base = reference.auc
@@ -501,10 +529,153 @@ def _refuse_other_texts(log: MuseLog, reference: MuseLog) -> None:
         )
 
 
+# -- what open-unlearning writes: TOFU_EVAL.json and MUSE_EVAL.json (metric -> agg_value, value_by_index), and
+# *_SUMMARY.json with the aggregated figures alone. Its truth ratio is wrong over right, 1/R of TOFU's; where it is told
+# to aggregate by ``prob_mean``, right over right and wrong together.
+
+_MUSE = {"verbmem_f": "forget_verbmem_ROUGE", "knowmem_f": "forget_knowmem_ROUGE", "knowmem_r": "retain_knowmem_ROUGE"}
+_TOFU = {
+    f"{kind} {title}": {
+        "ROUGE": f"{short}_Q_A_ROUGE",
+        "Prob.": f"{short}_Q_A_Prob{'_normalised' if key in _WITH_CHOICES else ''}",
+        "Truth Ratio": "forget_truth_ratio" if key == "forget" else f"{short}_Truth_Ratio",
+    }[kind]
+    for key, (_, title, short) in SETS.items()
+    for kind in ("ROUGE", "Prob.", "Truth Ratio")
+} | {"Model Utility": "model_utility", "Forget Quality": "forget_quality", "KS Test PVal Forget": "forget_quality"}
+_PARAPHRASED, _PERTURBED, _RATIO = "forget_Q_A_PARA_Prob", "forget_Q_A_PERT_Prob", "forget_truth_ratio"
+
+
+@dataclass(frozen=True, eq=False)
+class TheirFigures(Figures):
+    """One model's figures under open-unlearning's names and, from its log of every item, the truth ratios."""
+
+    benchmark: str
+    where: str
+    figures: Mapping[str, float]
+    ratios: TruthRatios | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> TheirFigures | None:
+        """From what was read, which messages call ``where``; None where it is something else."""
+        names = {"tofu": {*_TOFU.values(), _PERTURBED}, "muse": {*_MUSE.values()}}
+        benchmark = next((name for name, known in names.items() if data.keys() & known), None)
+        if benchmark is None:
+            return None
+        found = {name: entry.get("agg_value") if isinstance(entry, Mapping) else entry for name, entry in data.items()}
+        figures = {name: _number(value, f"{where}, {name}") for name, value in found.items() if value is not None}
+        return cls(benchmark, where, figures, _their_ratios(data, where) if benchmark == "tofu" else None)
+
+    def need_ratios(self) -> TruthRatios:
+        """The truth ratios of the forget items, or an error."""
+        if self.ratios is None:
+            raise EvaluationError(
+                f"{self.where} has no values of single forget items, which forget quality compares: give the "
+                "TOFU_EVAL.json beside it"
+            )
+        return self.ratios
+
+    @property
+    def auc(self) -> float:
+        """In the authors' direction, as :attr:`MuseLog.auc`; open-unlearning's own is one minus it."""
+        if "mia_min_k" not in self.figures:
+            raise EvaluationError(f"{self.where} has no mia_min_k, to which PrivLeak compares: give its MUSE_EVAL.json")
+        return 1 - self.figures["mia_min_k"]
+
+    def row(self, reference: Any = None, name: str = "") -> Row:
+        """As published; where there are truth ratios, what is made of them is computed anew."""
+        if self.benchmark == "muse":
+            rouge = {column: self.figures.get(metric) for column, metric in _MUSE.items()}
+            shown: Row = {column: None if value is None else 100 * value for column, value in rouge.items()}
+            leak = self.figures.get("privleak")
+            return {"name": name, "verbmem_f": shown["verbmem_f"], "privleak": leak, **shown}
+        found: Row = {column: self.figures.get(metric) for column, metric in _TOFU.items()}
+        statistic = None
+        if self.ratios is not None:
+            found["Truth Ratio Forget"] = float(np.exp(-np.abs(self.ratios.values)).mean())
+            if reference is not None:
+                found["Forget Quality"], statistic = forget_quality(self, reference)
+                found["KS Test PVal Forget"] = found["Forget Quality"]
+        return {**found, "KS Test Forget": statistic}
+
+    def summary(self, row: Row) -> dict[str, float]:
+        return dict(sorted(self.figures.items()))
+
+
+def _their_ratios(data: Mapping[str, Any], where: str) -> TruthRatios | None:
+    """From the losses that every log has, or else from the scores alone; None where no item's values are there."""
+    right, wrong, scores = (
+        entry.get("value_by_index") if isinstance(entry := data.get(name), Mapping) else None
+        for name in (_PARAPHRASED, _PERTURBED, _RATIO)
+    )
+    if right and wrong:
+        items = tuple(right)
+        if right.keys() != wrong.keys():
+            raise DataError(f"{where}: {_PARAPHRASED} and {_PERTURBED} are of different items")
+        one = [_their_losses(right[i], f"{where}, {_PARAPHRASED}, item {i!r}") for i in items]
+        others = [_their_losses(wrong[i], f"{where}, {_PERTURBED}, item {i!r}") for i in items]
+        if len({len(losses) for losses in others}) > 1:
+            raise DataError(f"{where}: {_PERTURBED}: some items have more perturbed answers than others")
+        values = np.array([np.mean(b) - np.mean(a) for a, b in zip(one, others, strict=True)])
+        return TruthRatios(items, values, len(others[0]))
+    if not scores:
+        return None
+    ratio = np.array([_number(_of(v, "score"), f"{where}, {_RATIO}, item {i!r}: score") for i, v in scores.items()])
+    if ratio.min() < 0 or ratio.max() <= 1:
+        raise DataError(
+            f"{where}: no score of {_RATIO} is above 1, so it cannot be told whether they are wrong over right answers "
+            f"or shares of right ones: give a log that has {_PARAPHRASED} and {_PERTURBED} as well"
+        )
+    return TruthRatios(tuple(scores), -np.log(np.maximum(ratio, np.finfo(np.float64).tiny)), None)
+
+
+def _of(entry: Any, name: str) -> Any:
+    return entry.get(name) if isinstance(entry, Mapping) else None
+
+
+def _their_losses(entry: Any, where: str) -> list[float]:
+    found = _of(entry, "avg_loss")
+    losses = found if isinstance(found, list) and found else [found]
+    return [_number(loss, f"{where}: avg_loss") for loss in losses]
+
+
+def read_log(path: Path) -> TofuLog | TheirFigures:
+    """A log of TOFU's authors, or what open-unlearning wrote of a model."""
+    data = _json(path)
+    theirs = TheirFigures.from_json(data, str(path)) if isinstance(data, Mapping) else None
+    return theirs or TofuLog.from_json(data, str(path))
+
+
+def reference_log(path: Path, benchmark: str) -> TofuLog | TheirFigures:
+    """The same, where a model scored on a benchmark can be compared with it."""
+    found = read_log(path)
+    if found.benchmark != benchmark:
+        raise EvaluationError(
+            f"{path} is a log of {found.benchmark.upper()}, and no reference for {benchmark.upper()}: give one of the "
+            "same benchmark, or a run's folder"
+        )
+    if isinstance(found, TheirFigures):
+        _ = found.need_ratios() if benchmark == "tofu" else found.auc
+    return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file: give a log of TOFU (.json)") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise DataError(
+            f"{path}: not JSON ({error}): give a log of TOFU as its authors' or open-unlearning's evaluation writes it"
+        ) from error
+
+
 # -- any benchmark
 
 SUITES: dict[str, type[Log]] = {"tofu": TofuLog, "muse": MuseLog}
-Reference = Log | Literal["published"] | None
+Reference = Figures | Literal["published"] | None
 
 
 def read_scored(folder: Path, spec: BenchmarkSpec) -> Log:
@@ -530,7 +701,9 @@ def rows(logs: Mapping[Who, Log], reference: Reference, method: str) -> dict[Who
             to be compared with.
         method: MUSE's name of the edited model.
     """
-    compared = {**logs, "reference": reference} if isinstance(reference, Log) else dict(logs)
+    compared: dict[Who, Figures] = {**logs}
+    if isinstance(reference, Figures):
+        compared["reference"] = reference
     found: dict[Who, Row] = {}
     for who in (who for who in WHO if who in compared):
         name = {"edited": method, "reference": "retrain"}.get(who, who)
@@ -550,7 +723,8 @@ def absent(name: str, reference: Reference) -> str:
             f"{figure} compares with a model that never saw the forget set. Give one as reference: train, a run "
             "folder, a model or, for TOFU, a log."
         )
-    return f"{figure} is absent because {_ZERO_AUC}." if isinstance(reference, MuseLog) and reference.auc == 0 else ""
+    zero = name == "muse" and isinstance(reference, MuseLog | TheirFigures) and reference.auc == 0
+    return f"{figure} is absent because {_ZERO_AUC}." if zero else ""
 
 
 def build(spec: BenchmarkSpec, base: Path, tokenizer: str, seed: int) -> TaskSet:
@@ -599,7 +773,7 @@ def run_benchmark(subjects: Subjects, questions: Questions, store: Store) -> Ben
     if recipe.reference == "published":
         reference = "published"
     elif (log := log_file(recipe, store.base)) is not None:
-        reference = TofuLog.read(log)
+        reference = reference_log(log, spec.name)
     try:
         found, missing = rows(logs, reference, recipe.name), absent(spec.name, reference)
     except EvaluationError as error:  # what needs no reference is not lost with it

@@ -30,7 +30,7 @@ from unlearn.results import Who
 from unlearn.store.files import explained, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
-    from unlearn.evidence.benchmarks import Log, Reference, Row
+    from unlearn.evidence.benchmarks import Figures, Log, Reference, Row
 
 _PUBLISHED = "published"  # as a reference: MUSE's authors' value
 _WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it
@@ -82,19 +82,17 @@ def read_run(folder: Path) -> BenchRun:
     return BenchRun(folder, recipe.name or folder.resolve().name, spec, logs, recipe.eval.bootstrap, recipe.seed)
 
 
-def read_reference(place: Path, name: str, forget_set: str | None = None) -> Log:
-    """The retain reference of a run (a folder), or a log in the layout of TOFU's authors (a file).
+def read_reference(place: Path, name: str, forget_set: str | None = None) -> Figures:
+    """The retain reference of a run (a folder), or a log (a file) of TOFU's authors or of open-unlearning.
 
     Args:
         name: The benchmark it is for, tofu or muse.
         forget_set: The set it is for (MUSE: the corpus), or None where that is not known.
     """
-    from unlearn.evidence.benchmarks import TofuLog, read_scored
+    from unlearn.evidence.benchmarks import read_scored, reference_log
 
     if not place.is_dir():
-        if name != "tofu":
-            raise EvaluationError(f"--reference {place}: MUSE has no log files: give the folder of a run, or published")
-        return TofuLog.read(place)
+        return reference_log(place, name)
     _, spec = _benchmark(place)
     if spec.name != name or (forget_set is not None and spec.set != forget_set):
         raise EvaluationError(
@@ -144,7 +142,7 @@ def _nothing_chosen(folder: Path) -> bool:
 
 
 def write_boards(
-    folder: Path, logs: Mapping[Who, Log], rows: Mapping[Who, Row], method: str, submitted_by: str
+    folder: Path, logs: Mapping[Who, Figures], rows: Mapping[Who, Row], method: str, submitted_by: str
 ) -> list[Path]:
     """Write all files of one run, replacing those of an earlier time; returns them in the order written.
 
@@ -165,8 +163,8 @@ def write_boards(
         log = logs[who]
         if isinstance(log, TofuLog):
             objects[f"{who}/eval_log_aggregated.json"] = log.to_json()
-        objects[f"{who}/{'TOFU' if isinstance(log, TofuLog) else 'MUSE'}_SUMMARY.json"] = log.summary(row)
-    if any(isinstance(log, TofuLog) for log in logs.values()):
+        objects[f"{who}/{log.benchmark.upper()}_SUMMARY.json"] = log.summary(row)
+    if any(log.benchmark == "tofu" for log in logs.values()):
         edited = {name: value for name, value in rows["edited"].items() if not name.startswith("KS Test")}
         table, lines = "tofu.csv", [{**edited, "Method": method, "Submitted By": submitted_by}]
     else:
@@ -203,7 +201,7 @@ def print_rows(
     method: str | None,
     submitted_by: str,
 ) -> None:
-    """What ``unlearn leaderboard`` does: rows of TOFU and MUSE, from the per-item files of runs or from one log."""
+    """What ``unlearn leaderboard`` does: rows of TOFU and MUSE, from the per-item files of runs or from logs."""
     if bool(runs) == (tofu_log is not None):
         raise UnlearnError("give either the folders of runs, or one log with --tofu-log LOG.json")
     if tofu_log is not None:
@@ -213,37 +211,68 @@ def print_rows(
             _write(out, logs, rows, method, submitted_by)
         return
     # all are read before anything is printed or written: a mistake in the last one is said at once
-    found = [(run, *_compared(run, reference, method or run.name)) for run in map(read_run, runs)]
+    files = [_beside(path, reference) for path in runs if path.suffix == ".json"]
+    folders = [path for path in runs if path.suffix != ".json"]
+    if out is not None and not folders:
+        raise UnlearnError("--out is for what runs scored: give the folder of a run as well")
+    found = [(run, *_compared(run, reference, method or run.name)) for run in map(read_run, folders)]
     screen = Console(highlight=False)
     screen = screen if screen.is_terminal else Console(highlight=False, width=_WIDE)
     places = _places(out, [run.folder for run, _, _ in found])
     for (run, logs, rows), place in zip(found, places, strict=True):
         screen.print(_safe(f"{run.name} ({run.folder})", screen))
-        lines = {
-            name: [_figure(name, row[name], run.spec.name) for row in rows.values()]
-            for name in next(iter(rows.values()))
-            if name != "name"
-        }
-        _print(f"{run.spec.name} {run.spec.set}", list(rows), lines, screen)
+        shown = {str(who): row for who, row in rows.items()}
+        shown |= {file.name: file.row for file in files if file.benchmark == run.spec.name}
+        _print_figures(f"{run.spec.name} {run.spec.set}", run.spec.name, shown, screen)
         _print_membership(run, screen)
         if place is not None:
             _write(place, logs, rows, method or run.name, submitted_by)
+    for benchmark in dict.fromkeys(file.benchmark for file in files) if not found else ():
+        _print_figures(benchmark, benchmark, {f.name: f.row for f in files if f.benchmark == benchmark}, screen)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """The row of a model that another program scored."""
+
+    name: str
+    benchmark: str
+    row: Row
+
+
+def _beside(path: Path, given: str | None) -> _File:
+    """The row of a file; compared with the reference where one is given and the file has values of every item."""
+    from unlearn.evidence.benchmarks import TheirFigures, read_log
+
+    log, reference = read_log(path), None
+    if given not in (None, _PUBLISHED) and log.benchmark == "tofu" and log.ratios is not None:
+        reference = read_reference(Path(str(given)), "tofu")
+    same = given is not None and path.resolve() == Path(given).resolve()
+    try:
+        row = log.row(None if same else reference, "")
+    except EvaluationError as error:
+        raise EvaluationError(f"{path} beside {given}: {error}") from error
+    place = path.resolve().parent
+    name = place.parent.name if place.name.startswith("eval") else place.name
+    return _File(name if isinstance(log, TheirFigures) else path.stem, log.benchmark, row)
 
 
 def _log_row(
     place: Path, given: str | None, method: str, submitted_by: str
-) -> tuple[Mapping[Who, Log], Mapping[Who, Row]]:
+) -> tuple[Mapping[Who, Figures], Mapping[Who, Row]]:
     """Print TOFU's row of a log, as JSON on stdout and nothing else there."""
-    from unlearn.evidence.benchmarks import TofuLog
+    from unlearn.evidence.benchmarks import read_log
 
-    log = TofuLog.read(place)
+    log = read_log(place)
+    if log.benchmark != "tofu":
+        raise UnlearnError(f"--tofu-log {place} is a file of MUSE: give it as it is, unlearn leaderboard {place}")
     if given == _PUBLISHED:
         raise UnlearnError("--reference published is MUSE's; for TOFU give the log (.json) of a retain model, or a run")
     try:
-        row = log.row(None if given is None else read_reference(Path(given), "tofu"))
+        row = log.row(None if given is None else read_reference(Path(given), "tofu"), "")
     except EvaluationError as error:
         raise EvaluationError(f"{place} beside {given}: {error}") from error
-    if given is None:
+    if given is None and row["Forget Quality"] is None:
         console.say(
             "Forget Quality is null: it compares with a model that never saw the forget set; give its log with "
             "--reference RETAIN.json (the authors' are in the data folder of locuslab/tofu), or the folder of a run",
@@ -254,9 +283,9 @@ def _log_row(
     return {"edited": log}, {"edited": row}
 
 
-def _compared(run: BenchRun, given: str | None, method: str) -> tuple[Mapping[Who, Log], Mapping[Who, Row]]:
+def _compared(run: BenchRun, given: str | None, method: str) -> tuple[Mapping[Who, Figures], Mapping[Who, Row]]:
     """The run's logs, the reference's among them, and their rows."""
-    from unlearn.evidence.benchmarks import SUITES, Log, absent, rows
+    from unlearn.evidence.benchmarks import SUITES, Figures, absent, rows
 
     reference: Reference = run.logs.get("reference")
     if given is not None:
@@ -275,7 +304,7 @@ def _compared(run: BenchRun, given: str | None, method: str) -> tuple[Mapping[Wh
         raise EvaluationError(f"{run.folder}: {error}") from error
     if reference is not None and (why := absent(run.spec.name, reference)):
         console.say(f"{run.folder}: {why}", style="yellow")
-    return {**run.logs, **({"reference": reference} if isinstance(reference, Log) else {})}, found
+    return {**run.logs, **({"reference": reference} if isinstance(reference, Figures) else {})}, found
 
 
 def _places(out: Path | None, folders: Sequence[Path]) -> list[Path | None]:
@@ -291,7 +320,7 @@ def _places(out: Path | None, folders: Sequence[Path]) -> list[Path | None]:
     return places
 
 
-def _write(place: Path, logs: Mapping[Who, Log], rows: Mapping[Who, Row], method: str, submitted_by: str) -> None:
+def _write(place: Path, logs: Mapping[Who, Figures], rows: Mapping[Who, Row], method: str, submitted_by: str) -> None:
     if "edited" not in logs:
         raise EvaluationError(f"{place}: no coefficient passed the run's rule, so there is nothing to submit")
     for path in write_boards(place, logs, rows, method, submitted_by):
@@ -311,12 +340,18 @@ def _print_membership(run: BenchRun, screen: Console) -> None:
         _print("membership, AUC", list(files), {n: [at.get((n, who), "-") for who in files] for n in names}, screen)
 
 
+def _print_figures(title: str, benchmark: str, rows: Mapping[str, Row], screen: Console) -> None:
+    names = [name for name in next(iter(rows.values())) if name != "name"]
+    lines = {name: [_figure(name, row.get(name), benchmark) for row in rows.values()] for name in names}
+    _print(title, list(rows), lines, screen)
+
+
 def _print(title: str, models: Sequence[str], lines: Mapping[str, Sequence[str]], screen: Console) -> None:
     """Figures downwards, a column for each model: fits a terminal."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", pad_edge=False)
     table.add_column(title, no_wrap=True)
     for who in models:
-        table.add_column(who, justify="right", no_wrap=True)
+        table.add_column(_safe(who, screen), justify="right", overflow="fold")
     for name, figures in lines.items():
         table.add_row(name, *figures)
     screen.print(table)

@@ -94,8 +94,9 @@ class Recipe(Frozen):
         None,
         min_length=1,
         description="The retain reference, a model that never saw the forget set: train (taught the retain sets "
-        "alone, as teach says), the folder of a run that trained one, a model (folder or hub id), a log (.json) in the "
-        "layout of TOFU's authors, for forget quality alone, or published, for MUSE's PrivLeak alone.",
+        "alone, as teach says), the folder of a run that trained one, a model (folder or hub id), a log (.json) of "
+        "TOFU's authors or of open-unlearning (TOFU_EVAL.json, MUSE_EVAL.json), for forget quality or PrivLeak alone, "
+        "or published, for MUSE's PrivLeak alone.",
     )
     benchmark: BenchmarkSpec | None = Field(None, description="Score a published benchmark as well.")
     robustness: RobustnessSpec | None = Field(None, description="Attack the result: {} for all attacks.")
@@ -209,9 +210,10 @@ class Recipe(Frozen):
         if self.reference == "published" and name != "muse":
             return "reference: published means MUSE's published figures; add benchmark: {name: muse, ...}"
         log = self.reference is not None and self.reference.endswith(".json")
-        if log and name != "tofu":
+        if log and not name:
             return (
-                "reference: a log only serves TOFU's forget quality; add benchmark: {name: tofu, ...} or give a model"
+                "reference: a log only serves a benchmark's forget quality or PrivLeak; add benchmark: {name: tofu, "
+                "...} or give a model"
             )
         return ""
 
