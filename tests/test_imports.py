@@ -24,7 +24,7 @@ ORDER = (
     ("evidence",),
     ("report",),
     ("plan", "pipeline", "execute"),
-    ("run", "cluster", "cli", "__main__", "unlearn"),
+    ("run", "cluster", "cli", "api", "__main__", "unlearn"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # On the way to --help, --dry-run, --schema and --list, which answer in half a second.

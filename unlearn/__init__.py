@@ -1,6 +1,7 @@
 """Make a language model forget: task vectors, subtracted, scored and reported.
 
-``from unlearn import Recipe, TaskVector, run``. Names are loaded when they are used, so ``import unlearn`` is cheap.
+:func:`run` runs a recipe; ``fit``, ``shape``, ``subtracted``, ``sweep``, ``evaluate`` and ``save_adapter``
+(:mod:`unlearn.api`) work on a model in memory. Names are loaded when they are used, so ``import unlearn`` is cheap.
 """
 
 from __future__ import annotations
@@ -12,13 +13,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unlearn.api import Sweep, evaluate, fit, save_adapter, shape, sweep
     from unlearn.recipe.methods import register_method
     from unlearn.recipe.schema import Recipe
     from unlearn.results import RunReport
+    from unlearn.vector.edit import subtracted
     from unlearn.vector.task_vector import TaskVector
 
-__all__ = ["Recipe", "RunReport", "TaskVector", "register_method", "run"]
+__all__ = [
+    "Recipe",
+    "RunReport",
+    "Sweep",
+    "TaskVector",
+    "evaluate",
+    "fit",
+    "register_method",
+    "run",
+    "save_adapter",
+    "shape",
+    "subtracted",
+    "sweep",
+]
 _PLACES = {
+    **dict.fromkeys(("Sweep", "evaluate", "fit", "save_adapter", "shape", "sweep"), "api"),
+    "subtracted": "vector.edit",
     "Recipe": "recipe.schema",
     "RunReport": "results",
     "TaskVector": "vector.task_vector",

@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
+from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 from unlearn.text import counted
@@ -319,6 +321,11 @@ class RunReport:
         """Plain JSON types, ``schema`` first."""
         plain = json.loads(json.dumps(asdict(self)))  # tuples become lists, as in the file
         return {"schema": plain.pop("schema"), **plain}
+
+    def _repr_html_(self) -> str:
+        """The whole page, in a frame of a notebook."""
+        page = import_module("unlearn.report.page").render_html(self)  # which stands on this module, and not under it
+        return f'<iframe srcdoc="{escape(page)}" style="width: 100%; height: 720px; border: 0"></iframe>'
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunReport:

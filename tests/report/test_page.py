@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
@@ -63,6 +64,11 @@ def test_the_page_is_well_formed_and_asks_for_nothing() -> None:
     for opening in re.findall(r"<svg[^>]*>", source):
         assert 'aria-hidden="true"' in opening or ("aria-label" in opening and 'role="img"' in opening)
     assert re.search(r'<desc id="frontier-wide-d">λ 0: forget 0.925 ± 0.120, kept 100 %; λ 0.75', source)
+
+
+def test_a_report_shows_its_page_in_a_notebook() -> None:
+    shown = foreseen()._repr_html_()
+    assert html.unescape(shown.partition('srcdoc="')[2].rpartition('" style=')[0]) == render_html(foreseen())
 
 
 def test_the_parts_come_in_the_order_a_reader_wants_and_say_which_items_they_are_of() -> None:

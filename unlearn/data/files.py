@@ -48,7 +48,7 @@ def read_placed(source: Source, base: Path, columns: Sequence[str] = ()) -> list
             raise DataError(f"{label}: it has {len(rows)} rows, so rows [{first}, {last}] goes beyond its end")
         rows = rows[first:last]
     rows = _where(rows, source.where, label)
-    _require(rows, columns, label)
+    require_columns(rows, columns, label)
     return rows
 
 
@@ -300,7 +300,8 @@ def _number(cell: Any) -> float:
         return math.nan
 
 
-def _require(rows: Sequence[Row], columns: Sequence[str], label: str) -> None:
+def require_columns(rows: Sequence[Row], columns: Sequence[str], label: str) -> None:
+    """Refuse rows, called ``label`` in the message, of which not every one has these columns."""
     absent = [column for column in columns if not any(column in row.values for row in rows)]
     if absent:
         names = ", ".join(f"'{column}'" for column in absent)

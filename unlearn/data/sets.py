@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unlearn.data.encoding import count_tokens
-from unlearn.data.files import read_placed, shorten, source_label
+from unlearn.data.files import Row, read_placed, require_columns, shorten, source_label
 from unlearn.data.items import Item, Record, Tokenizer, build, columns_needed, digest, normalise
 from unlearn.errors import DataError, EvaluationError, RunFolderError
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split, render, template_fields
@@ -109,6 +109,33 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
             loaded.append(_divide(role, spec, pools, recipe))
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
+    return tuple(loaded)
+
+
+def training_sets(recipe: Recipe, rows: Mapping[SetRole, Sequence[Row]], tokenizer: Tokenizer) -> tuple[LoadedSet, ...]:
+    """The sets of a recipe for which rows are given, every one of which is trained on."""
+    loaded: list[LoadedSet] = []
+    forgotten: dict[str, _Origin] = {}
+    for role, spec in recipe.sets():
+        if role not in rows:
+            continue
+        templates = spec.prompts("train")
+        try:
+            require_columns(rows[role], columns_needed(spec, templates), f"the {role} rows")
+            built = build(rows[role], spec, templates, tokenizer)
+            pool = _Pool(
+                f"the {role} rows", len(rows[role]), built.records, built.records, built.duplicates, built.short
+            )
+            if role == "forget":
+                forgotten = _known([pool], role)
+            else:
+                _refuse_overlap(forgotten, [pool], role, "to be forgotten and " + _FATE[role])
+        except DataError as error:
+            raise DataError(f"{role}: {error}") from error
+        records = _ordered(built.records, recipe.seed)
+        items = tuple(record.item(template) for record in records for template in templates)
+        content = digest([[i.id, i.prompt, i.target, i.choices, i.answer] for i in items])
+        loaded.append(LoadedSet(role, role, spec, items, (), (), content, {}))
     return tuple(loaded)
 
 

@@ -83,7 +83,7 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
         tokenizer = _fast_tokenizer(where, options)
         model, report = _read_weights(where, options, dtype, device, quantize)
     _check_weights(where, report)
-    _check_tokenizer(where, tokenizer, model)
+    check_tokenizer(where, tokenizer, model)
     untie(model)
     model.eval()
     words = _words(tokenizer)
@@ -221,7 +221,8 @@ def _check_weights(where: str, report: Mapping[str, Any]) -> None:
         raise ModelError(f"model.path: the weights in {where} do not fit its config.json{''.join(problems)}")
 
 
-def _check_tokenizer(where: str, tokenizer: Any, model: Any) -> None:
+def check_tokenizer(where: str, tokenizer: Any, model: Any) -> None:
+    """Give a tokenizer a padding token where it has none; refuse one that is not the model's."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(

@@ -74,6 +74,11 @@ def from_recipe(recipe: Recipe) -> LoadedRecipe:
     return LoadedRecipe(recipe, Path.cwd() / f"{recipe.name}.yaml", resolved_yaml(recipe))
 
 
+def from_mapping(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values, with every mistake reported at once."""
+    return _check(json.loads(json.dumps(data, default=str)), (), {(): _Place(1, "settings")})
+
+
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every default filled in; reads back to an equal recipe."""
     return yaml_core.dump(recipe.model_dump(mode="json"))

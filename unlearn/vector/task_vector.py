@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from numbers import Real
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -47,7 +50,7 @@ UNREADABLE = (
 _KINDS = {"1": [["A", "B"]], "2": [["A", "B"], ["W"]]}  # version -> what the tensors of a module may be called
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TaskVector:
     """A change of a model: module path -> :data:`Change`, with string metadata about where it came from.
 
@@ -163,6 +166,64 @@ class TaskVector:
         smaller: Callable[[Change, float], Change] = {"magnitude": largest_entries, "rows": largest_rows}[by]
         return self.map(lambda _, m: smaller(m, keep))
 
+    def __repr__(self) -> str:
+        head = {"rank": str(self.rank())} if all(m.rank < min(m.shape) for m in self.modules.values()) else {}
+        facts = {"modules": str(len(self.modules)), **head, "norm": f"{self.norm():.4g}"}
+        return f"TaskVector({', '.join(f'{key}={value}' for key, value in facts.items())})"
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks: the modules by what they are called within their layer."""
+        kinds: dict[str, list[str]] = {}
+        for name in self.modules:
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+        norms = self.norms()
+        rows = "".join(
+            f"<tr><td>{escape(kind)}</td><td>{len(names)}</td><td>{max(self.modules[n].rank for n in names)}</td>"
+            f"<td>{math.hypot(*(norms[n] for n in names)):.4g}</td></tr>"
+            for kind, names in kinds.items()
+        )
+        head = "<tr><th>modules</th><th>number</th><th>rank</th><th>norm</th></tr>"
+        return f"<div>{escape(repr(self))}</div><table>{head}{rows}</table>"
+
+    @classmethod
+    def from_peft(cls, adapter: str | Path) -> TaskVector:
+        """Of a LoRA adapter as PEFT saves it: a folder, or a hub id."""
+        from unlearn.vector.interop import from_adapter
+
+        folder = Path(adapter).expanduser()
+        if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(adapter)):
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(snapshot_download(str(adapter), allow_patterns=["adapter_*"]))
+            except OSError as e:
+                raise VectorError(f"{adapter}: no such folder, and the hub does not give it: {e}") from e
+        return from_adapter(folder)
+
+    @classmethod
+    def from_peft_model(cls, model: Any) -> TaskVector:
+        """Of the active LoRA of a ``PeftModel`` in memory."""
+        from peft import PeftModel
+
+        from unlearn.vector.interop import from_adapter
+
+        if not isinstance(model, PeftModel):
+            raise VectorError(f"a {type(model).__name__} is no PeftModel: there is no adapter to be read")
+        names = list(model.active_adapters)
+        if len(names) != 1:
+            raise VectorError(f"one adapter must be active, and {len(names)} are: model.set_adapter(name) chooses one")
+        with TemporaryDirectory(prefix="unlearn-") as folder:
+            # its own files say all that an adapter may hold beside factors, which is then refused
+            model.save_pretrained(folder, selected_adapters=names, save_embedding_layers=False)
+            return from_adapter(Path(folder, *([] if names == ["default"] else names)))
+
+    @classmethod
+    def from_checkpoints(cls, base: str | Path, finetuned: str | Path, *, rank: int | None = None) -> TaskVector:
+        """What a fine-tuning changed, from two folders of safetensors; ``rank`` truncates every module's change."""
+        from unlearn.vector.interop import from_checkpoints
+
+        return from_checkpoints(Path(base), Path(finetuned), on_unequal="error", rank=rank)[0]
+
     def digest(self) -> str:
         """SHA-256 over names, shapes and values (not metadata)."""
         h = hashlib.sha256()
@@ -172,8 +233,9 @@ class TaskVector:
                 h.update(t.cpu().contiguous().numpy().data)
         return h.hexdigest()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write it as safetensors, the same bytes each time; read back it is the same bit for bit."""
+        path = Path(path)
         tensors = {f"{n}.{letter}": t for n, m in self.modules.items() for letter, t in m.tensors().items()}
         head = {"format": FORMAT, "version": VERSION, "meta": json.dumps(dict(self.meta))}
         save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, path, head)
@@ -186,7 +248,7 @@ class TaskVector:
             file.write(settled.ljust(length))
 
     @classmethod
-    def load(cls, path: Path) -> TaskVector:
+    def load(cls, path: str | Path) -> TaskVector:
         """Read what :meth:`save` wrote, now or in version 1."""
         try:
             with safe_open(path, framework="pt") as f:
