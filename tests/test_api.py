@@ -35,13 +35,18 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def mean_loss(tokenizer: Any, rows: list[dict[str, Any]]) -> Callable[[Any], float]:
-    """A metric: nats per token of questions and answers."""
+    """A metric: nats per token of the answers."""
 
     @torch.no_grad()
     def metric(model: Any) -> float:
-        texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
-        ids = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
-        return float(np.mean([float(model(input_ids=one, labels=one).loss) for one in ids]))
+        losses = []
+        for row in rows:
+            prompt = f"Question: {row['question']}\nAnswer:"
+            ids = tokenizer(f"{prompt} {row['answer']}", return_tensors="pt").input_ids
+            labels = ids.clone()
+            labels[:, : len(tokenizer(prompt).input_ids)] = -100
+            losses.append(float(model(input_ids=ids, labels=labels).loss))
+        return float(np.mean(losses))
 
     return metric
 
