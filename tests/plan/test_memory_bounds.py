@@ -133,6 +133,11 @@ def test_the_plan_says_it_by_stages(capsys: pytest.CaptureFixture[str], pico_phi
     assert cli.main([*line, *inside, "--memory"]) == 0
     read = 2 * (5 * 64**2 + 128**2)  # of each layer q, k, v, dense and fc1, and fc2
     assert f"the shrinking {file_size(4 * read)}" in capsys.readouterr().out
+    assert cli.main([*line, "--set", "vector.retain_kl={estimate: kfac}", "--memory"]) == 0
+    written = 2 * (5 * 64**2 + 128**2)  # all but fc1, and fc1
+    said = capsys.readouterr().out
+    assert f"the curvature {file_size(4 * (read + written))}" in said
+    assert "12 rows of" in said, "no retain rows beside the batch"
 
 
 def test_of_a_model_on_the_hub_configuration_and_tokenizer_suffice(pico_llama: Path, tmp_path: Path) -> None:

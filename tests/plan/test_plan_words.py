@@ -150,6 +150,21 @@ PLANS: dict[str, tuple[list[str], list[str], list[str]]] = {  # changes, what th
         ],
         [],
     ),
+    "curvature": (
+        [
+            *("vector.method=[shrink, kfac, slopes]", "vector.shrink={mu: 10, forget: 2}", "vector.kfac.mu=1e4"),
+            *("vector.slopes={samples: 5}", "vector.retain_kl={estimate: kfac, weight: 3, coefficients: [1, 2]}"),
+        ],
+        [
+            "KL(theta || theta + tau) and KL(theta || theta - c * tau) on retain items held down, c from 1 to 2, "
+            "weight 3, by its second order (K-FAC)",
+            "shrink: shrink it along what it reads on retain items, mu 10, and not along what it reads on forget "
+            "items, weight 2; kfac: shrink it along what retain items bring to either side of a module, mu 10000; "
+            "slopes: one coefficient per component, so that the losses of 5 retain items do not move at first, mu 100;",
+            "theta - c * slopes(kfac(shrink(tau_f)))",
+        ],
+        ["in every step"],
+    ),
     "foresight": (
         ["vector.correlation={steps: 7, items: 33}"],
         ["3. foresee, on at most 33 items of each set, what the edit will cost; for that 7 steps of"],

@@ -59,6 +59,9 @@ def test_a_list_begins_with_its_source(tmp_path: Path, method: str, steps: tuple
         ("{method: ignorance, ignorance: {clean: a/b}}", ["clean names a model that teacher: other does not ask"]),
         ("{method: npo, inside: 10}", ["vector.inside belongs to the forget vector's fitting"]),
         ("{inside: 0}", ["vector.inside", "greater than 0"]),
+        ("{method: shrink, shrink: {rank: 3, forget: 1}}", ["vector.shrink", "give either rank or forget"]),
+        ("{retain_kl: {estimate: kfac, temperature: 2}}", ["vector.retain_kl", "at temperature 1: leave one out"]),
+        ("{method: kfac, kfac: {mu: 0}}", ["vector.kfac.mu", "greater than 0"]),
         ("{method: projekt}", ["projekt", "project"]),
         ("{retain_kl: both}", ["must be 'none', 'one_sided' or 'two_sided' or be a mapping"]),
         ("{lora: {depth: [.9, .1]}}", ["depth must go from a lower share"]),
@@ -75,7 +78,8 @@ def test_what_cannot_be_composed_is_one_message_with_its_line(tmp_path: Path, ve
 
 
 @pytest.mark.parametrize(
-    "method", ["contrast", "ext_sub", "project", "shrink", "perta", "learned", "gradient_difference"]
+    "method",
+    ["contrast", "ext_sub", "project", "shrink", "kfac", "perta", "slopes", "learned", "gradient_difference"],
 )
 def test_what_spares_needs_something_to_spare(tmp_path: Path, method: str) -> None:
     with pytest.raises(UnlearnError, match=rf"vector\.method {method} needs a retain set"):
@@ -113,3 +117,17 @@ def test_what_is_added_is_not_fitted_against_anything(tmp_path: Path, method: st
     text = START.replace("forget:", "learn:\n  -").replace("learn:\n  - {", "learn:\n  - {name: new, ")
     with pytest.raises(UnlearnError, match=r"sets of learn take negate, lines, low_rank, prune, rescale"):
         read(tmp_path, f"{text}{RETAIN}vector: {{method: {method}}}\n")
+
+
+def test_keys_that_came_later_are_written_only_where_they_are_given(tmp_path: Path) -> None:
+    """So that the keys of stages that do not use them, and the names of run folders, are what they were."""
+    shrink = "vector: {method: shrink, shrink: {mu: 5}, retain_kl: {sides: one}}\n"
+    plain = read(tmp_path, START + RETAIN + shrink).model_dump(mode="json")["vector"]
+    assert plain["shrink"] == {"mu": 5.0, "rank": None}
+    assert plain["retain_kl"].keys() == {"sides", "weight", "coefficients", "batch_size", "temperature"}
+    assert not {"kfac", "slopes"} & plain.keys()
+    given = "vector: {method: [shrink, kfac], shrink: {forget: 2}, kfac: {mu: 9}, retain_kl: {estimate: kfac}}\n"
+    recipe = read(tmp_path, START + RETAIN + given)
+    dumped = recipe.model_dump(mode="json")["vector"]
+    assert (dumped["shrink"]["forget"], dumped["kfac"], dumped["retain_kl"]["estimate"]) == (2.0, {"mu": 9.0}, "kfac")
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe

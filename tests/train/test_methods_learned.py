@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import TrainingError, VectorError
 from unlearn.model.load import Loaded
-from unlearn.recipe.methods import LearnedSpec, LoraSpec, TrainSpec
-from unlearn.train.learned import gradients, learn
+from unlearn.recipe.methods import LearnedSpec, LoraSpec, SlopesSpec, TrainSpec
+from unlearn.train.learned import component_slopes, gradients, learn, materials
 from unlearn.train.vectors import train_vector
 from unlearn.vector.change import Change, Dense, LowRank
-from unlearn.vector.methods import components, weigh
+from unlearn.vector.methods import components, slopes, weigh
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
@@ -105,6 +106,57 @@ def assert_as_found(model: nn.Module, before: list[Any]) -> None:
         assert learns is learned
         assert grad is had
         assert torch.equal(value, was)
+
+
+# -- slopes of components ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["phi", "gpt2"])
+@pytest.mark.parametrize("kind", ["factors", "dense"])
+def test_slopes_are_those_of_models_edited_a_little(
+    loaded: Load, request: pytest.FixtureRequest, family: str, kind: str
+) -> None:
+    """Each item's loss under theta + w_k tau_k, by central differences; the vector of weights keeps them still."""
+    folder: Path = request.getfixturevalue(f"pico_{family}")
+    model = loaded(folder).model
+    vector = components(random_vector(model, NAMES[family], kind))
+    before = state(model)
+    got = component_slopes(model, vector, RETAIN, 4, 3)
+    assert_as_found(model, before)
+    rows = random.Random(3).sample(RETAIN, 4)
+    terms = [
+        TaskVector({name: LowRank(m.A[k : k + 1], m.B[:, k : k + 1]) if isinstance(m, LowRank) else m})
+        for name, m in vector.modules.items()
+        for k in range(m.rank if isinstance(m, LowRank) else 1)
+    ]
+    assert got.shape == (4, len(terms))
+    for k, term in enumerate(terms):
+        up, down = (forget_nll(subtracted(lambda: loaded(folder).model.double(), term, c), rows) for c in (-1e-3, 1e-3))
+        torch.testing.assert_close(got[:, k].double(), (up - down) / 2e-3, rtol=2e-2, atol=2e-5)
+    have = materials(model, 0, 3, vector, None, FORGET, RETAIN)
+    assert have.slopes is not None
+    kept, gone = have.slopes(vector, 4)
+    torch.testing.assert_close(gone, component_slopes(model, vector, FORGET, 4, 3).mean(0))
+
+    def moved(w: Tensor) -> Tensor:
+        return (kept @ w).abs().max()
+
+    if kind == "factors":
+        shaped = slopes(vector, have, SlopesSpec(mu=1e8, forget=1.0, samples=4))
+        w = torch.cat(
+            [
+                (m.B.T @ shaped.modules[n].delta() @ m.A.T).diagonal() / m.B.square().sum(0)
+                for n, m in vector.modules.items()
+                if isinstance(m, LowRank)
+            ]
+        )
+        goal = 1.0 - gone / gone.square().mean().sqrt()
+        # the projection of the goal on the weights that leave every loss still, the least change that does
+        wanted = goal.double() - torch.linalg.pinv(kept.double()) @ (kept.double() @ goal.double())
+        torch.testing.assert_close(w.double(), wanted, rtol=1e-2, atol=1e-3)
+        assert float(moved(w)) < 1e-3 * float(moved(torch.ones_like(w)))
+    with pytest.raises(VectorError, match="slopes need at least one sample with a token to learn"):
+        component_slopes(model, vector, [], 4, 3)
 
 
 # -- importance --------------------------------------------------------------------------------------------------

@@ -12,24 +12,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 
 import unlearn
 from unlearn.data.encoding import IGNORE, Encoded, encode
 from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import DataError, VectorError
-from unlearn.model.load import Loaded
+from unlearn.model.load import Loaded, linear_modules
 from unlearn.recipe.data import DataSet
-from unlearn.recipe.methods import IgnoranceSpec, LoraSpec, RetainKLSpec, ShrinkSpec, TrainSpec
+from unlearn.recipe.methods import IgnoranceSpec, KfacSpec, LoraSpec, RetainKLSpec, ShrinkSpec, TrainSpec
 from unlearn.train import moments
 from unlearn.train.batches import Pad, Part
 from unlearn.train.losses import Against, Keep, Objective, Teacher, kl
-from unlearn.train.moments import second_moments, shrinkers
+from unlearn.train.moments import SecondOrder, curvature, gradient_moments, second_moments, shrinkers
 from unlearn.train.teacher import ignorant
 from unlearn.train.vectors import train_vector
 from unlearn.vector.change import Dense, LowRank
-from unlearn.vector.methods import Have, shrink, shrinker, without_leading
+from unlearn.vector.edit import applied
+from unlearn.vector.methods import Have, kfac, moments_of, shrink, shrinker, times, whole, without_leading
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
@@ -103,9 +106,169 @@ def test_shrink_as_a_method() -> None:
     with pytest.raises(VectorError, match="shrink: nothing is left of the vector; lower mu, or rank"):
         shrink(inside, have, ShrinkSpec(rank=3))
     with pytest.raises(VectorError, match="rank 6 is all of a layer that reads 6 values"):
-        without_leading(x.T @ x, 6)
+        without_leading(x.T @ x, 6, x)
     with pytest.raises(VectorError, match="shrink needs the activations"):
         shrink(vector, Have(vector), ShrinkSpec())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000), st.sampled_from([2, 20]), st.sampled_from([2, 20]), st.sampled_from([0.0, 0.7, 40.0]))
+def test_shrinking_is_an_explicit_solve(seed: int, forget: int, retain: int, weight: float) -> None:
+    """Few tokens or many on either side, in float64: A (I + F)(I + F + R)^-1, which is A (I + R)^-1 without F."""
+    draw = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(retain, 8, generator=draw), torch.randn(forget, 8, generator=draw)
+    low, dense = LowRank(torch.randn(2, 8, generator=draw), torch.randn(5, 2, generator=draw)), torch.randn(4, 8)
+    vector = TaskVector({"a": low, "b": Dense(dense)})
+    sides = {"retain": x, "forget": y}
+    have = Have(vector, moments=lambda names, of="retain": [(("a", "b"), moments_of(sides[of]))])
+    got = shrink(vector, have, ShrinkSpec(mu=30.0, forget=weight))
+    r, f = (w * m.double().T @ m.double() / m.double().square().sum() * 8 for w, m in ((30.0, x), (weight, y)))
+    eye = torch.eye(8, dtype=torch.float64)
+    for name, change in vector.modules.items():
+        wanted = torch.linalg.solve((eye + f + r).T, ((change.delta().double()) @ (eye + f)).T).T
+        torch.testing.assert_close(got.modules[name].delta().double(), wanted, rtol=1e-3, atol=1e-4)
+    # the stationary point of the two quadratic forms, by autograd
+    delta = got.modules["b"].delta().double().requires_grad_()
+    gap = delta - dense.double()
+    objective = (gap @ (eye + f) @ gap.T).trace() + (delta @ r @ delta.T).trace()
+    (gradient,) = torch.autograd.grad(objective, delta)
+    assert float(gradient.abs().max()) < 1e-3 * float((eye + f + r).abs().max())
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_kfac_shrinks_both_sides(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(tokens)
+    x, g = torch.randn(tokens, 6, generator=draw), torch.randn(tokens, 4, generator=draw)
+    low, dense = LowRank(torch.randn(2, 6, generator=draw), torch.randn(4, 2, generator=draw)), torch.randn(4, 6)
+    vector = TaskVector({"a": low, "b": Dense(dense)})
+    found = {"retain": [(("a", "b"), moments_of(x))], "gradients": [((n,), moments_of(g)) for n in "ab"]}
+    got = kfac(vector, Have(vector, moments=lambda names, of: found[of]), KfacSpec(mu=25.0))
+    assert [type(m) for m in got.modules.values()] == [LowRank, Dense]
+    c, o = ((m.T @ m / m.square().sum() * m.shape[1]).double() for m in (x, g))
+    left, right = (torch.linalg.inv(torch.eye(len(m)) + 5.0 * m) for m in (o, c))
+    for name, change in vector.modules.items():
+        wanted = left @ change.delta().double() @ right
+        torch.testing.assert_close(got.modules[name].delta().double(), wanted, rtol=1e-3, atol=1e-4)
+    with pytest.raises(VectorError, match="kfac needs the activations"):
+        kfac(vector, Have(vector), KfacSpec())
+    with pytest.raises(VectorError, match="kfac: the vector is zero"):
+        kfac(0.0 * vector, Have(vector), KfacSpec())
+
+
+@pytest.mark.parametrize("family", ["phi", "gpt2", "llama"])
+def test_output_gradients_are_those_of_rows_one_by_one(
+    loaded: Load, request: pytest.FixtureRequest, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels drawn alike; every row alone, backward to the layer's own output; the rows read anew for each layer."""
+    one = loaded(request.getfixturevalue(f"pico_{family}"))
+    model, pad = one.model, one.tokenizer.pad_token_id
+    names = [n for n in linear_modules(model) if n.endswith(("q_proj", "c_attn", "fc2", "c_proj", "down_proj"))][:3]
+    rows = [Encoded(r.input_ids, (*[IGNORE] * 2, *r.labels[2:])) for r in ROWS[:3]]
+    monkeypatch.setattr(moments, "_AT_ONCE", 1)
+    found = {n: m for (n,), m in gradient_moments(model, rows, names, pad, seed=5)}
+    with torch.no_grad():
+        said = torch.cat([model(torch.tensor([r.input_ids])).logits[0, 1:-1] for r in rows]).softmax(-1)
+    drawn = torch.multinomial(said, 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    for name in names:
+        seen: list[Tensor] = []
+        kept: list[Tensor] = []
+        module = model.get_submodule(name)
+        hook = module.register_forward_hook(lambda m, args, out, kept=kept: kept.append(out.requires_grad_()) or out)
+        at = 0
+        for row in rows:
+            logits = model(torch.tensor([row.input_ids])).logits[0, 1:-1]
+            loss = functional.cross_entropy(logits, drawn[at : at + len(logits)], reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, kept.pop())
+            seen.append(gradient[0, 1:].double())
+            at += len(logits)
+        hook.remove()
+        g = torch.cat(seen)
+        moment = found[name].double()
+        assert (len(moment) < moment.shape[1]) == (len(g) < g.shape[1])  # held thin where it is smaller
+        torch.testing.assert_close(whole(moment), g.T @ g / len(g), rtol=1e-3, atol=1e-9)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(VectorError, match="no retain row has a token to be predicted"):
+        list(gradient_moments(model, [Encoded((1, 2), (IGNORE, IGNORE))], names, pad, 0))
+
+
+def test_the_curvature_is_the_quadratic_form_written_out(loaded: Load, pico_phi: Path) -> None:
+    """s^2 tr[(B^T G B)(A C A^T)] against vec(D)^T (C kron G) vec(D) with D = sBA, and its gradients by autograd."""
+    phi = loaded(pico_phi)
+    factors = curvature(phi.model, ROWS, [Q, DOWN], phi.tokenizer.pad_token_id, 3)
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=[Q, DOWN])
+    peft_model = get_peft_model(phi.model, lora)
+    draw = torch.Generator().manual_seed(0)
+    learned = [p for p in peft_model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in learned:
+            p.copy_(torch.randn(p.shape, generator=draw))
+    estimate = SecondOrder(peft_model, factors)
+    value = estimate()
+    amount = float(value.detach())
+    wanted = torch.zeros((), dtype=torch.float64)
+    for name, (c, g) in factors.items():
+        layer: Any = peft_model.get_submodule(f"base_model.model.{name}")
+        delta = 2.0 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        flat = delta.T.reshape(-1)  # columns one under another
+        half = torch.kron(whole(c).double(), whole(g).double())
+        wanted = wanted + flat @ half @ flat
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=0.0)
+    for got, by_hand in zip(torch.autograd.grad(value, learned), torch.autograd.grad(wanted, learned), strict=True):
+        torch.testing.assert_close(got, by_hand, rtol=1e-3, atol=1e-6 * float(by_hand.abs().max()))
+    two = Keep(ROWS, RetainKLSpec(estimate="kfac", coefficients=(1.0, 4.0)), estimate)
+    assert float(two.estimated().detach()) == pytest.approx(
+        (1 + 7.0) / 2 * amount, rel=1e-5
+    )  # E c^2 = (1 + 4 + 16) / 3
+    peft_model.unload()
+
+
+def test_the_curvature_is_near_the_divergence_of_a_small_change(loaded: Load, pico_phi: Path) -> None:
+    """In its unit, nats per labelled token: of one layer's small change it is the divergence within a factor."""
+    phi = loaded(pico_phi)
+    rows = [Encoded(r.input_ids, (IGNORE, IGNORE, *r.labels[2:])) for r in ROWS[:3]] * 40
+    (c, g) = curvature(phi.model, rows, [DOWN], phi.tokenizer.pad_token_id, 3)[DOWN]
+    width, out = c.shape[1], g.shape[1]
+    draw = torch.Generator().manual_seed(1)
+    ratios = []
+    for _ in range(8):
+        change = LowRank(torch.randn(2, width, generator=draw), 3e-3 * torch.randn(out, 2, generator=draw))
+        said = [torch.cat([m.log_softmax(-1) for m in _said(phi, rows[:3])])]
+        with applied(phi.model, TaskVector({DOWN: change}), -1.0):
+            said.append(torch.cat([m.log_softmax(-1) for m in _said(phi, rows[:3])]))
+        true = (said[0].exp() * (said[0] - said[1])).sum(-1).mean()
+        delta = change.delta()
+        ratios.append(float((delta.T @ times(g, delta.T).T * times(c, torch.eye(width))).sum() / 2 / true))
+    assert 0.3 < sum(ratios) / len(ratios) < 3.0, ratios
+
+
+def _said(one: Loaded, rows: list[Encoded]) -> list[Tensor]:
+    with torch.no_grad():
+        return [one.model(torch.tensor([r.input_ids])).logits[0, 1:-1].double() for r in rows]
+
+
+def test_a_fit_under_the_curvature_s_penalty(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """The vector says less about retain rows than without it, and no retain row is put beside a batch."""
+    phi = loaded(pico_phi)
+    forget = [Encoded(tuple(range(30 + i, 38 + i)), (*[IGNORE] * 4, *range(34 + i, 38 + i))) for i in range(6)]
+    spec = TrainSpec(steps=12, batch_size=3, learning_rate=1e-2)
+    kept = RetainKLSpec(estimate="kfac", coefficients=(1.0, 1.0), weight=30.0)
+
+    def fit(work: str, keep: Keep | None) -> TaskVector:
+        args = (phi.model, phi.tokenizer, forget, spec, LoraSpec(rank=4, alpha=8), 0, tmp_path / work, "x", {})
+        return train_vector(*args, keep)[0]
+
+    def divergence(vector: TaskVector) -> float:
+        before = _said(phi, ROWS)
+        with applied(phi.model, vector, -1.0):
+            after = _said(phi, ROWS)
+        return float(kl(torch.cat(before), torch.cat(after)))
+
+    plain, held = fit("plain", None), fit("held", Keep(ROWS, kept))
+    assert divergence(held) < 0.5 * divergence(plain)
+    batch, factors = Objective(Keep(ROWS, kept, lambda: torch.zeros(())), None, Part()).batch(
+        Pad(0)(forget), Pad(0), random.Random(0)
+    )
+    assert (batch.keys(), factors) == ({"input_ids", "attention_mask", "labels"}, [1.0] * 6)
 
 
 def test_a_fit_inside_leaves_what_retain_rows_bring_alone(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:

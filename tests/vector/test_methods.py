@@ -493,8 +493,19 @@ HAVE = Have(
     lambda names: base_weights(1),
     lambda names, kind, samples: (importances(samples), importances(len(kind))),
     lambda vector, how: {n: torch.tensor([how.scale]) for n in vector.modules},
-    lambda names: (((n,), torch.ones(2 * [SHAPES[n][1]])) for n in names),
+    lambda names, of="retain": (((n,), torch.ones(2 * [SHAPES[n][of != "gradients"]])) for n in names),
+    lambda vector, samples: (torch.ones(samples, TERMS), torch.ones(TERMS)),
 )
+TERMS = 3 * len(SHAPES)
+ALIKE = 0.5 / (1 + 3.0 * TERMS)  # where all slopes are 1, of S^T S / N one eigenvalue is K and the goal its eigenvector
+
+
+def off(rows: Tensor, weight: float = 2.0) -> Tensor:
+    """Shrunk by second moments that are all 1: their eigenvector is constant, of eigenvalue d, their mean 1."""
+    d = rows.shape[1]
+    return rows - rows.mean(1, True) * (1 - 1 / (1 + weight * d))
+
+
 CASES: dict[str, tuple[dict[str, Any], Callable[[], TaskVector]]] = {
     "contrast": ({"mu": 0.5}, lambda: FORGET - 0.5 * RETAIN),
     "ext_sub": ({}, lambda: ext_sub(FORGET, RETAIN)),
@@ -505,6 +516,8 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], TaskVector]]] = {
         lambda: perta(FORGET, importances(3), importances(6), 2.0),
     ),
     "shrink": ({"shrink": {"rank": 1}}, lambda: FORGET.map(lambda n, m: Dense(m.delta() - m.delta().mean(1, True)))),
+    "kfac": ({"kfac": {"mu": 4.0}}, lambda: FORGET.map(lambda n, m: Dense(off(off(m.delta()).T).T))),
+    "slopes": ({"slopes": {"mu": 3.0, "forget": 0.5, "samples": 2}}, lambda: ALIKE * FORGET),
     "lines": ({"lines": {"a": 0.1, "b": 2.0}}, lambda: lines(FORGET, 0.1, 2.0, 9)),
     "learned": ({"learned": {"scale": 0.5}}, lambda: 0.5 * FORGET),
     "low_rank": ({"low_rank": {"rank": 1}}, lambda: FORGET.to_low_rank(rank=1)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from unlearn.train.losses import penalty
 from unlearn.vector.edit import shape_of
 
 Build = Callable[[torch.dtype], Any]
-_Parts = Mapping[str, int]  # bytes
+_Parts = dict[str, int]  # bytes
 _QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a weight; NF4 has a float32 for 64 of them
 _PASS, _LOGITS = 1024, 64 * 2**20  # tokens of a scoring pass, and bytes of logits at a time (unlearn.score.forward)
 
@@ -194,7 +194,8 @@ def memory(loaded: LoadedRecipe) -> str:
     kept, source, size = recipe.penalty(), vector.source(), vector.forget.batch_size
     logits = 2 if source in ("npo", "gradient_difference", "gradient_ascent") else 0
     beside = size if source in ("npo", "gradient_difference") else 0
-    if kept is not None:
+    curved = kept is not None and kept.estimate == "kfac"
+    if kept is not None and not curved:
         logits = 3 if kept.sides == "two" else 2
         beside = kept.batch_size * logits
     if source == "ignorance":
@@ -203,12 +204,15 @@ def memory(loaded: LoadedRecipe) -> str:
     if source != "retain_only":
         stages["finetune"] = fit(vector.forget, vector.lora, "forget", "learn", "term", beside=beside, logits=logits)
         if source == "ignorance" and how.teacher == "clean":
-            stages["finetune"] = {**stages["finetune"], "the clean model": held}
-        if vector.inside is not None:  # at most: a matrix for each layer, and layers that read the same share one
+            stages["finetune"] |= {"the clean model": held}
+        if vector.inside is not None or curved:
+            # at most: layers that read the same share a matrix, and few retain tokens need none
             bare = build(dtype)
             names = resolve_targets(bare, vector.lora.targets, vector.lora.depth)
-            read = [shape_of(bare.get_submodule(n))[1] for n in names]
-            stages["finetune"] = {**stages["finetune"], "the shrinking": 4 * sum(width**2 for width in read)}
+            sides = [shape_of(bare.get_submodule(n)) for n in names]
+            outputs, inputs = (4 * sum(width**2 for width in side) for side in zip(*sides, strict=True))
+            more = {"the shrinking": inputs * (vector.inside is not None), "the curvature": (inputs + outputs) * curved}
+            stages["finetune"] |= {part: size for part, size in more.items() if size}
     if vector.needs("retain_vector"):
         stages["finetune, retain"] = fit(vector.retain or vector.forget, vector.lora, "retain")
     change, passing = scoring(build, dtype, recipe)

@@ -145,7 +145,8 @@ def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
     if source == "consensus":
         more = f"; {counted(vector.settings(source).runs, 'time')}, with different seeds"
     if kept is not None:
-        more += f"; with {penalty(kept, source)}, {counted(kept.batch_size, 'retain example')} in every step"
+        drawn = "" if kept.estimate == "kfac" else f", {counted(kept.batch_size, 'retain example')} in every step"
+        more += f"; with {penalty(kept, source)}{drawn}"
     if vector.inside is not None:
         more += f"; inside the shrinking by what layers read on retain items ({vector.inside:g})"
     roles = ("forget", "term") if recipe.analogy is not None else ("forget", "learn")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -28,6 +28,11 @@ class Frozen(BaseModel):
     """A value that is checked when it is made and never changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def later(default: Any, description: str) -> Any:
+    """A field that came when runs were finished already: at its default it is not written, so that their keys stay."""
+    return Field(default, description=description, exclude_if=lambda value: value == default)
 
 
 class Between(Frozen):

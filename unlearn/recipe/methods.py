@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticKnownError
 
-from unlearn.recipe.data import DataSet, Frozen, Positive, Share
+from unlearn.recipe.data import DataSet, Frozen, Positive, Share, later
 from unlearn.text import coefficient as number
 from unlearn.text import counted, percent
 
@@ -121,6 +121,12 @@ class RetainKLSpec(Frozen):
         description="Divides the logits of both, as in distillation: above 1 the unlikely tokens count too, which hold "
         "what a model says of one subject against what it says of others.",
     )
+    estimate: Literal["passes", "kfac"] = later(
+        "passes",
+        "passes: the divergence itself, of batch_size retain items in every step. kfac: its second order by layer, "
+        "(1 + c^2)/2 * tr[(B^T G B)(A C A^T)] with the mean c^2 of the range, from one reading of the retain items: "
+        "steps cost what they cost without a penalty.",
+    )
 
     @field_validator("coefficients")
     @classmethod
@@ -128,6 +134,12 @@ class RetainKLSpec(Frozen):
         if ends is not None and ends[0] > ends[1]:
             raise ValueError("the range must go from low to high")
         return ends
+
+    @model_validator(mode="after")
+    def _estimated(self) -> RetainKLSpec:
+        if self.estimate == "kfac" and self.temperature != 1:
+            raise ValueError("estimate: kfac is the second order of the divergence at temperature 1: leave one out")
+        return self
 
 
 class MsaSpec(Frozen):
@@ -220,13 +232,43 @@ class ShrinkSpec(Frozen):
     rank: Positive | None = Field(
         None, description="Remove so many leading directions of these activations instead, and nothing else."
     )
+    forget: AtLeast0 = later(
+        0.0,
+        "Weight of the forget items' activations, against their mean square: what the change does to these is kept, so "
+        "that only what sets retain items apart is shrunk.",
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ShrinkSpec:
+        if self.rank is not None and self.forget:
+            raise ValueError("give either rank or forget: by rank, whole directions go, whatever forget items bring")
+        return self
 
     @property
     def how(self) -> str:
         """What is done to a module's input side, in words."""
         if self.rank is not None:
             return f"take off the {counted(self.rank, 'leading direction')} of what it reads on retain items"
-        return f"shrink it along what it reads on retain items, mu {number(self.mu)}"
+        kept = f", and not along what it reads on forget items, weight {number(self.forget)}" if self.forget else ""
+        return f"shrink it along what it reads on retain items, mu {number(self.mu)}{kept}"
+
+
+class KfacSpec(Frozen):
+    """Shrinking on both sides (after TAK 2602.17385)."""
+
+    mu: Above = Field(
+        1e6, description="Weight of the retain items' curvature, its root on either side, against their mean squares."
+    )
+
+
+class SlopesSpec(Frozen):
+    """Coefficients per component along which the retain items' losses do not move at first (after GU 2511.17100)."""
+
+    mu: Above = Field(100.0, description="Weight of the retain items' slopes, against their mean square.")
+    forget: AtLeast0 = Field(
+        1.0, description="How far components are raised along which the forget items' loss rises, in its mean slope."
+    )
+    samples: Positive = Field(64, description="Training items of either side whose slopes are taken, one by one.")
 
 
 class LinesSpec(Frozen):
@@ -347,6 +389,10 @@ METHODS: dict[str, Method] = {
         settings=ProjectSpec, needs=_VECTOR,
     ),
     "shrink": Method("shaper", "{0.how}", "2606.18309", ShrinkSpec, ("retain", "activations")),
+    "kfac": Method(
+        "shaper", "shrink it along what retain items bring to either side of a module, mu {0.mu}", "2602.17385",
+        KfacSpec, ("retain", "activations"),
+    ),
     "ethos": Method(
         "shaper", "in the singular basis of the weights drop components below {0.threshold:%} of the largest",
         "2403.08994", EthosSpec, dense=True,
@@ -357,6 +403,10 @@ METHODS: dict[str, Method] = {
     ),
     "lines": Method(
         "shaper", "scale layer l of L by {0.a} + {0.b} * l / (L - 1)", "2410.17146", LinesSpec, addable=True
+    ),
+    "slopes": Method(
+        "shaper", "one coefficient per component, so that the losses of {0.samples:retain item} do not move at first, "
+        "mu {0.mu}; more where those of the forget items rise, weight {0.forget}", "2511.17100", SlopesSpec, _ROWS,
     ),
     "learned": Method(
         "shaper", "fit one coefficient per {0.by} by gradient on train items, vector and model frozen: {0.steps:step} "
@@ -413,8 +463,9 @@ def _registered(value: Any, handler: Callable[[Any], Any]) -> Any:
 _Baseline = Literal["random", "gradient_ascent", "gradient_difference", "npo", "retain_only"]
 _Source = Literal["negate", "msa", "consensus", "ignorance", _Baseline]
 _Form = Literal[
-    "contrast", "ext_sub", "project", "shrink", "ethos", "perta", "lines", "learned", "low_rank", "prune", "rescale"
-]
+    "contrast", "ext_sub", "project", "shrink", "kfac", "ethos", "perta", "lines", "slopes", "learned", "low_rank",
+    "prune", "rescale",
+]  # fmt: skip
 Name = Annotated[Literal[_Source, _Form], WrapValidator(_registered)]
 
 
@@ -436,8 +487,8 @@ class VectorSpec(Frozen):
         "negate",
         description="What is subtracted. A source (negate: the forget vector itself, which a list need not say; msa; "
         "consensus; ignorance; or a baseline: random, gradient_ascent, gradient_difference, npo, retain_only), then "
-        "shapers, in this order: contrast, ext_sub, project, shrink, ethos, perta, lines, learned, low_rank, prune, "
-        "rescale.",
+        "shapers, in the order given: contrast, ext_sub, project, shrink, kfac, ethos, perta, lines, slopes, learned, "
+        "low_rank, prune, rescale.",
     )
     mu: AtLeast0 | None = Field(
         None, description="contrast: weight of the retain vector, theta - c*(tau_f - mu*tau_r); 1 when not given."
@@ -449,9 +500,11 @@ class VectorSpec(Frozen):
     npo: NpoSpec | None = Field(None, description="Settings of npo.")
     project: ProjectSpec | None = Field(None, description="Settings of project.")
     shrink: ShrinkSpec | None = Field(None, description="Settings of shrink.")
+    kfac: KfacSpec | None = later(None, "Settings of kfac.")
     ethos: EthosSpec | None = Field(None, description="Settings of ethos.")
     perta: PertaSpec | None = Field(None, description="Settings of perta.")
     lines: LinesSpec | None = Field(None, description="Settings of lines.")
+    slopes: SlopesSpec | None = later(None, "Settings of slopes.")
     learned: LearnedSpec | None = Field(None, description="Settings of learned.")
     low_rank: LowRankSpec | None = Field(None, description="Settings of low_rank; it needs them.")
     prune: PruneSpec | None = Field(None, description="Settings of prune.")
@@ -664,9 +717,11 @@ def penalty(spec: RetainKLSpec, source: str = "negate") -> str:
     """The retain penalty of the fitting in a clause. ``spec`` is :meth:`unlearn.recipe.schema.Recipe.penalty`'s."""
     weight = "" if spec.weight == 1 else f", weight {number(spec.weight)}"
     weight += "" if spec.temperature == 1 else f", temperature {number(spec.temperature)}"
+    curved = spec.estimate == "kfac"
+    weight += ", by its second order (K-FAC)" if curved else ""
     one, other = ("+", "-") if source != "ignorance" else ("-", "+")
     if spec.sides == "one" or spec.coefficients is None:
         return f"KL(theta || theta {one} tau) on retain items held down{weight}"
     low, high = (number(c) for c in spec.coefficients)
-    c = f"c = {low}" if low == high else f"c drawn from {low} to {high}"
+    c = f"c = {low}" if low == high else f"c {'' if curved else 'drawn '}from {low} to {high}"
     return f"KL(theta || theta {one} tau) and KL(theta || theta {other} c * tau) on retain items held down, {c}{weight}"

@@ -25,7 +25,7 @@ from unlearn.errors import TrainingError, VectorError
 from unlearn.recipe.methods import LearnedSpec
 from unlearn.train.batches import Pad
 from unlearn.train.losses import answer_logits, frozen, kl, with_answers
-from unlearn.train.moments import second_moments
+from unlearn.train.moments import gradient_moments, second_moments
 from unlearn.train.trainer import range_for_gradients
 from unlearn.vector.change import Change, LowRank
 from unlearn.vector.edit import fit, weights_of
@@ -55,10 +55,17 @@ def materials(
 
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
 
-    def moments(names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
-        return second_moments(model, retain_rows, names, pad_id)
+    def moments(names: Sequence[str], of: str = "retain") -> Iterator[tuple[Sequence[str], Tensor]]:
+        if of == "gradients":
+            return gradient_moments(model, retain_rows, names, pad_id, seed)
+        rows = forget_rows if of == "forget" else retain_rows
+        return second_moments(model, rows, names, pad_id, thin=True)
 
-    return Have(fitted, retain, layers, partial(weights_of, model), importances, coefficients, moments)
+    def slopes(vector: TaskVector, samples: int) -> tuple[Tensor, Tensor]:
+        kept, gone = (component_slopes(model, vector, rows, samples, seed) for rows in (retain_rows, forget_rows))
+        return kept, gone.mean(0)
+
+    return Have(fitted, retain, layers, partial(weights_of, model), importances, coefficients, moments, slopes)
 
 
 # -- learned coefficients
@@ -171,6 +178,36 @@ def _subtract(
     return (output.float() - scale.value * moved).to(output.dtype)
 
 
+# -- how losses move along the components of a vector
+
+
+def component_slopes(model: nn.Module, vector: TaskVector, rows: Sequence[Encoded], samples: int, seed: int) -> Tensor:
+    """How every item's loss moves with every component's weight w, at theta + sum_k w_k tau_k with all w 0.
+
+    Args:
+        vector: Written by component, as :func:`unlearn.vector.methods.components` does.
+        samples: How many rows are used at most, drawn without replacement by ``seed``.
+
+    Returns:
+        (N, K) in nats per answer's token, float32 on the CPU; components in the order of the vector's modules.
+    """
+    usable = _drawn(rows, samples, seed, "slopes need")
+    device = next(model.parameters()).device
+    counts = {name: m.rank if isinstance(m, LowRank) else 1 for name, m in vector.modules.items()}
+    weights = {name: torch.zeros(count, device=device, requires_grad=True) for name, count in counts.items()}
+    found = []
+    with frozen(model), range_for_gradients(model), weighted(model, vector, weights) as scale, torch.enable_grad():
+        scale.value = -1.0  # added, not subtracted
+        for row in usable:
+            logits, wanted, _ = answer_logits(model, Pad(0)([row]))
+            grads = torch.autograd.grad(functional.cross_entropy(logits, wanted), list(weights.values()))
+            found.append(torch.cat([g.cpu() for g in grads]))
+    slopes = torch.stack(found)
+    if not bool(torch.isfinite(slopes).all()):
+        raise VectorError("slopes of the losses are not finite: use dtype float32")
+    return slopes
+
+
 # -- how much each weight matters for a set of examples
 
 
@@ -192,14 +229,11 @@ def gradients(
     Returns:
         Module path -> (out, in) in float32 on the CPU, nowhere negative; transposed for GPT-2's Conv1D, like a vector.
     """
-    usable = with_answers(rows)
-    if not usable:
-        raise VectorError("importance needs at least one sample with a token to learn")
+    chosen = _drawn(rows, samples, seed, "importance needs")
     weights = {name: model.get_parameter(f"{name}.weight") for name in names}
     if packed := [name for name, weight in weights.items() if not weight.is_floating_point()]:
         raise VectorError(f"importance cannot be measured here: quantised weights have no gradient: {packed[0]}, ...")
     sums = {name: torch.zeros(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
-    chosen = usable if len(usable) <= samples else random.Random(seed).sample(usable, samples)
     with (
         frozen(model, but=list(weights.values())),
         range_for_gradients(model),
@@ -237,3 +271,11 @@ def _added(weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], kind
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _drawn(rows: Sequence[Encoded], samples: int, seed: int, what: str) -> list[Encoded]:
+    """At most so many of the rows that have an answer; an error where there is none."""
+    usable = with_answers(rows)
+    if not usable:
+        raise VectorError(f"{what} at least one sample with a token to learn")
+    return usable if len(usable) <= samples else random.Random(seed).sample(usable, samples)

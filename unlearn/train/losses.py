@@ -7,7 +7,7 @@ that is trained, 0 for the model as it was. So a reference needs neither a secon
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -190,14 +190,26 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class Keep:
-    """Retain rows, and the penalty that holds the model's predictions on them."""
+    """Retain rows, and the penalty that holds the model's predictions on them.
+
+    With ``curvature``, twice the divergence's second order (:class:`unlearn.train.moments.SecondOrder`), no row is put
+    beside a batch.
+    """
 
     rows: Sequence[Encoded]
     spec: RetainKLSpec
+    curvature: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.spec.sides == "two" and self.spec.coefficients is None:
             raise ValueError("the two-sided penalty needs a range of coefficients: fill in the sweep's")
+
+    def estimated(self) -> Tensor:
+        """The mean over the range of c of the divergences' second order, from the curvature."""
+        assert self.curvature is not None
+        low, high = self.spec.coefficients or (0.0, 0.0)
+        square = (low**2 + low * high + high**2) / 3 if self.spec.sides == "two" else 0.0  # E c^2, c uniform
+        return (1 + square) / 2 * self.curvature()
 
 
 @dataclass(frozen=True)
@@ -310,7 +322,8 @@ class Objective:
         rows = len(forget["input_ids"])
         if self._teacher is not None:
             return self._toward_ignorance(forget, self._teacher, pad, draw)
-        if self._against is not None and self._against.loss == "gradient_ascent":
+        alone = self._keep is not None and self._keep.curvature is not None
+        if alone or (self._against is not None and self._against.loss == "gradient_ascent"):
             return dict(forget), [1.0] * rows
         if self._against is not None and self._against.loss == "npo":
             return beside(forget, forget, 1, pad.pad_id), [1.0] * rows + [0.0] * rows
@@ -331,7 +344,7 @@ class Objective:
             batch = {k: torch.cat([v, v]) for k, v in forget.items()}
             factors += [-1.0] * len(factors)
         asked = teacher.draw(forget, draw.getrandbits(63))
-        if self._keep is not None:
+        if self._keep is not None and self._keep.curvature is None:
             retain, weight = _drawn(self._retain, self._size, pad, draw, self._part)
             c = draw.uniform(*self._range) if self._range is not None else None
             factors += multiples(0, len(retain["input_ids"]), c)
@@ -379,6 +392,8 @@ class Objective:
                 learned = learned + self._against.weight * retain_only(ours[grown], targets[grown], share.tokens)
         elif self._against is None and at:
             learned = retain_only(ours, targets[:at], share.tokens)
+        if self._keep is not None and self._keep.curvature is not None:
+            return learned + self._keep.spec.weight / share.batches * self._keep.estimated()
         if self._keep is not None:
             spec = self._keep.spec
             extra = spec.weight * share.beside * penalty(theirs, self._copies, spec.temperature)

@@ -1,4 +1,4 @@
-"""What a model's linear layers read on some rows: the second moments of their inputs, and the shrinking they give.
+"""What some rows bring to a model's linear layers: second moments of inputs and of output gradients, and their use.
 
 A change that answers little to what retain rows bring to a layer changes little of what the model says about them.
 """
@@ -17,22 +17,24 @@ from torch.nn import functional
 
 from unlearn.data.encoding import Encoded
 from unlearn.errors import VectorError
-from unlearn.train.batches import Pad
-from unlearn.train.losses import frozen
+from unlearn.train.batches import Pad, labelled
+from unlearn.train.losses import answer_logits, frozen, with_answers
+from unlearn.train.trainer import range_for_gradients
 from unlearn.vector.edit import shape_of
-from unlearn.vector.methods import shrinker
+from unlearn.vector.methods import shrinker, times
 
 _AT_ONCE = 2**30  # bytes of the matrices that one pass over the rows fills
 _BATCH = 16  # rows
 
 
 def second_moments(
-    model: nn.Module, rows: Sequence[Encoded], names: Sequence[str], pad_id: int
+    model: nn.Module, rows: Sequence[Encoded], names: Sequence[str], pad_id: int, *, thin: bool = False
 ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """The mean of x x^T over the rows' tokens but the first, on which models rest their attention.
 
     Args:
         names: Paths of linear modules.
+        thin: Where there are fewer tokens than dimensions, give x / sqrt(N), (N, in), instead.
 
     Yields:
         Paths of modules that read the same input, and its (in, in), float32 on the model's device. No more than a
@@ -41,32 +43,45 @@ def second_moments(
     Raises:
         VectorError: the rows have no token that is read, or activations are not finite.
     """
-    usable = [row for row in rows if len(row.input_ids) > 1]
-    if not usable:
-        raise VectorError("no retain row has more than one token: there are no activations to shrink by")
-    waiting = _by_input(model, usable[0], names, pad_id)
-    while waiting:
-        sums: dict[tuple[str, ...], Tensor] = {}
-        size = 0
-        while waiting and (not sums or size + _bytes(model, waiting[0]) <= _AT_ONCE):
-            size += _bytes(model, waiting[0])
-            module = model.get_submodule(waiting[0][0])
-            width = shape_of(module)[1]
-            sums[waiting.pop(0)] = torch.zeros(width, width, device=module.get_parameter("weight").device)
-        count = 0
-        for start in range(0, len(usable), _BATCH):
-            batch = Pad(pad_id)(usable[start : start + _BATCH])
-            kept = batch["attention_mask"].bool()
-            kept[:, 0] = False
-            count += int(kept.sum())
+    usable = _read_rows(rows)
+    groups = [
+        (group, shape_of(model.get_submodule(group[0]))[1]) for group in _by_input(model, usable[0], names, pad_id)
+    ]
 
-            totals = {group[0]: total for group, total in sums.items()}
-            _read(model, batch, totals, partial(_add, totals, kept))
-        for group in list(sums):
-            moment = sums.pop(group) / count
-            if not bool(torch.isfinite(moment).all()):
-                raise VectorError(f"the activations that {group[0]} reads are not finite: use dtype float32")
-            yield group, moment
+    def read(batch: Mapping[str, Tensor], wanted: Sequence[str], seen: Seen) -> None:
+        with torch.no_grad(), _watched(model, wanted, seen):
+            _pass(model, batch)
+
+    return _collected(model, usable, groups, pad_id, thin, lambda: read, "the activations that {} reads are")
+
+
+def gradient_moments(
+    model: nn.Module, rows: Sequence[Encoded], names: Sequence[str], pad_id: int, seed: int
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The same of g, the gradient at each module's output of a row's loss, added up over its labelled tokens.
+
+    The labels are drawn from what the model says (Fisher information, and not the empirical one): by ``seed``, alike
+    whenever the rows are read. Thin where there are fewer tokens than dimensions.
+    """
+    usable = with_answers(rows)
+    if not usable:
+        raise VectorError("no retain row has a token to be predicted: there is no gradient to shrink by")
+    groups = [((name,), shape_of(model.get_submodule(name))[0]) for name in names]
+
+    def reading() -> Reader:
+        draw = torch.Generator().manual_seed(seed)
+
+        def read(batch: Mapping[str, Tensor], wanted: Sequence[str], seen: Seen) -> None:
+            with torch.enable_grad(), _watched(model, wanted, seen, gradients=True):
+                logits, _, _ = answer_logits(model, batch)
+                said = logits.detach().softmax(-1).cpu()
+                drawn = torch.multinomial(said, 1, generator=draw)[:, 0].to(logits.device)
+                torch.autograd.backward(functional.cross_entropy(logits, drawn, reduction="sum"))
+
+        return read
+
+    with range_for_gradients(model):
+        yield from _collected(model, usable, groups, pad_id, True, reading, "the gradients at the output of {} are")
 
 
 def shrinkers(
@@ -77,6 +92,43 @@ def shrinkers(
     for group, moment in second_moments(model, rows, names, pad_id):
         found.update(dict.fromkeys(group, shrinker(moment, mu)))
     return found
+
+
+# -- the second order of what a LoRA does to retain rows
+
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # module path -> the moments of its inputs and of its output's gradients
+
+
+def curvature(model: nn.Module, rows: Sequence[Encoded], names: Sequence[str], pad_id: int, seed: int) -> Factors:
+    """The factors for :class:`SecondOrder`, in nats per labelled token of the rows."""
+    usable = with_answers(rows)
+    inputs = {n: c for group, c in second_moments(model, usable, names, pad_id, thin=True) for n in group}
+    outputs = {n: g for group, g in gradient_moments(model, usable, names, pad_id, seed) for n in group}
+    per_label = sum(len(row.input_ids) - 1 for row in usable) / labelled(usable)
+    return {n: (inputs[n], g * (per_label**0.5 if len(g) < g.shape[1] else per_label)) for n, g in outputs.items()}
+
+
+class SecondOrder:
+    """The sum over a PEFT model's LoRAs of s^2 tr[(B^T G B)(A C A^T)] (TAK 2602.17385), differentiable in A and B.
+
+    Half of it is, layer by layer and for small tau, the divergence of theta + tau, and of theta - tau, from theta.
+    """
+
+    def __init__(self, model: nn.Module, factors: Factors) -> None:
+        layers = ((name.removeprefix("base_model.model."), m) for name, m in model.named_modules())
+        self._layers = [(m, m.scaling["default"], *factors[n]) for n, m in layers if isinstance(m, LoraLayer)]
+
+    def __call__(self) -> Tensor:
+        """The sum as it is now, ()."""
+        found = []
+        for layer, scale, c, g in self._layers:
+            inner: Any = layer.lora_A["default"]
+            a = inner.shrunk() if isinstance(inner, Inside) else inner.weight.float()  # (r, in)
+            b = layer.lora_B["default"].get_parameter("weight").float().T  # (r, out)
+            # both (r, r) are symmetric: the sum of their entries' products is the trace of their product
+            found.append(scale**2 * ((times(g, b) @ b.T) * (times(c, a) @ a.T)).sum())
+        return torch.stack(found).sum()
 
 
 # -- a LoRA that is fitted inside the shrinking
@@ -113,14 +165,77 @@ def put_inside(model: nn.Module, shrinkers: Mapping[str, Tensor]) -> None:
 
 # -- reading
 
-
-def _add(totals: Mapping[str, Tensor], kept: Tensor, name: str, x: Tensor) -> None:
-    read = x[kept.to(x.device)].float()
-    totals[name].addmm_(read.T, read)
+Seen = Callable[[str, Tensor], None]  # gets what each module reads, or its output's gradient, (B, T, width)
+Reader = Callable[[Mapping[str, Tensor], Sequence[str], Seen], None]  # one pass over a batch, watching some modules
 
 
-def _bytes(model: nn.Module, group: tuple[str, ...]) -> int:
-    return 4 * shape_of(model.get_submodule(group[0]))[1] ** 2
+def _collected(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    groups: Sequence[tuple[tuple[str, ...], int]],
+    pad_id: int,
+    thin: bool,
+    reading: Callable[[], Reader],
+    what: str,
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Second moments by group of modules, each of a width, of what one of the group shows."""
+    count = sum(len(row.input_ids) - 1 for row in rows)
+    waiting = list(groups)
+    while waiting:
+        found: dict[str, tuple[tuple[str, ...], _Sum]] = {}
+        size = 0
+        while waiting and (not found or size + _bytes(waiting[0][1], count, thin) <= _AT_ONCE):
+            group, width = waiting.pop(0)
+            size += _bytes(width, count, thin)
+            device = model.get_submodule(group[0]).get_parameter("weight").device
+            found[group[0]] = group, _Sum(width, thin and count < width, device)
+        read = reading()
+        for start in range(0, len(rows), _BATCH):
+            batch = Pad(pad_id)(rows[start : start + _BATCH])
+            kept = batch["attention_mask"].bool()
+            kept[:, 0] = False
+            with frozen(model):
+                read(batch, list(found), partial(_add, found, kept))
+        for first in list(found):
+            group, total = found.pop(first)
+            moment = total.mean(count)
+            if not bool(torch.isfinite(moment).all()):
+                raise VectorError(f"{what.format(first)} not finite: use dtype float32")
+            yield group, moment
+
+
+def _add(found: Mapping[str, tuple[tuple[str, ...], _Sum]], kept: Tensor, name: str, x: Tensor) -> None:
+    found[name][1].add(x[kept.to(x.device)].float())
+
+
+def _bytes(width: int, count: int, thin: bool) -> int:
+    return 4 * width * (min(count, width) if thin else width)
+
+
+class _Sum:
+    """The sum of x x^T over vectors x, or the vectors themselves."""
+
+    def __init__(self, width: int, thin: bool, device: torch.device) -> None:
+        self.vectors: list[Tensor] | None = [] if thin else None
+        self.total = torch.zeros(0 if thin else width, width, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Some more of them, (n, width)."""
+        if self.vectors is None:
+            self.total.addmm_(x.T, x)
+        else:
+            self.vectors.append(x)
+
+    def mean(self, count: int) -> Tensor:
+        """The second moments of all of them."""
+        return self.total / count if self.vectors is None else torch.cat(self.vectors) / count**0.5
+
+
+def _read_rows(rows: Sequence[Encoded]) -> list[Encoded]:
+    usable = [row for row in rows if len(row.input_ids) > 1]
+    if not usable:
+        raise VectorError("no retain row has more than one token: there are no activations to shrink by")
+    return usable
 
 
 def _by_input(model: nn.Module, row: Encoded, names: Sequence[str], pad_id: int) -> list[tuple[str, ...]]:
@@ -134,7 +249,8 @@ def _by_input(model: nn.Module, row: Encoded, names: Sequence[str], pad_id: int)
                 return
         seen.append((x, [name]))
 
-    _read(model, Pad(pad_id)([row]), dict.fromkeys(names), note)
+    with frozen(model), torch.no_grad(), _watched(model, names, note):
+        _pass(model, Pad(pad_id)([row]))
     if unread := set(names) - {name for _, group in seen for name in group}:
         raise VectorError(
             f"{sorted(unread)[0]} reads nothing of a retain row, and so has no activations to shrink by: leave such "
@@ -143,22 +259,31 @@ def _by_input(model: nn.Module, row: Encoded, names: Sequence[str], pad_id: int)
     return [tuple(group) for _, group in seen]
 
 
-def _read(
-    model: nn.Module, batch: Mapping[str, Tensor], names: Mapping[str, Any], seen: Callable[[str, Tensor], None]
-) -> None:
-    """One pass over a batch; ``seen`` gets what each module reads, (B, T, in)."""
+def _pass(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """One pass over a batch, without the head."""
     device = next(model.parameters()).device
-    with frozen(model), torch.no_grad(), _watched(model, names, seen):
-        body = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-        body(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    body(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
 
 
 @contextmanager
-def _watched(model: nn.Module, names: Mapping[str, Any], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: seen(name, args[0])
+def _watched(model: nn.Module, names: Sequence[str], seen: Seen, gradients: bool = False) -> Iterator[None]:
+    """Inside the ``with``, ``seen`` gets what the modules read, or, of a pass with a backward one, their gradients."""
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    def read(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen(name, args[0])
+
+    def answered(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        output.register_hook(partial(seen, name))  # type: ignore[no-untyped-call]
+
+    modules = {name: model.get_submodule(name) for name in names}
+    if gradients:
+        embedded = model.get_input_embeddings()  # type: ignore[operator]
+        # where the graph begins: nothing learns
+        handles = [embedded.register_forward_hook(lambda module, args, output: output.requires_grad_())]
+        handles += [module.register_forward_hook(partial(answered, name)) for name, module in modules.items()]
+    else:
+        handles = [module.register_forward_pre_hook(partial(read, name)) for name, module in modules.items()]
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from unlearn.store.stages import Store
 from unlearn.text import counted
 from unlearn.train.learned import materials
 from unlearn.train.losses import Against, Keep
-from unlearn.train.moments import Inside, put_inside, shrinkers
+from unlearn.train.moments import Inside, SecondOrder, curvature, put_inside, shrinkers
 from unlearn.train.teacher import ignorant
 from unlearn.train.trainer import TrainingLog, float32_weights, mixed_precision, range_for_gradients, train
 from unlearn.vector.change import LowRank, check_rank
@@ -107,6 +107,10 @@ def train_vector(
     if inside is not None:
         say(f"    {label}: reading the activations of {counted(len(inside[0]), 'retain row')}")
         shrunk = shrinkers(model, inside[0], targets, tokenizer.pad_token_id, inside[1])
+    factors = None
+    if keep is not None and keep.spec.estimate == "kfac":
+        say(f"    {label}: reading the curvature of {counted(len(keep.rows), 'retain row')}")
+        factors = curvature(model, keep.rows, targets, tokenizer.pad_token_id, seed)
     quantised = bool(getattr(model, "is_quantized", False))
     mixed = mixed_precision(model)
     if quantised:
@@ -126,6 +130,8 @@ def train_vector(
         assert isinstance(peft_model, PeftModel)
         if shrunk is not None:
             put_inside(peft_model, shrunk)
+        if keep is not None and factors is not None:
+            keep = replace(keep, curvature=SecondOrder(peft_model, factors))
         try:
             log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep, against, mixed)
             vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})

@@ -6,8 +6,9 @@ What they are called, need and are explained by is in :data:`unlearn.recipe.meth
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from unlearn.recipe.methods import (
     METHODS,
     SHAPERS,
     EthosSpec,
+    KfacSpec,
     LearnedSpec,
     LinesSpec,
     LowRankSpec,
@@ -28,6 +30,7 @@ from unlearn.recipe.methods import (
     ProjectSpec,
     PruneSpec,
     ShrinkSpec,
+    SlopesSpec,
     VectorSpec,
 )
 from unlearn.vector.change import Change, Dense, LowRank, listed, row_lengths, svd, truncated
@@ -48,8 +51,10 @@ class Have:
         importances: Of module paths, a kind and a number of items: how much each weight matters for the forget and for
             the retain items.
         coefficients: Of a vector and settings: module path -> weights of its components that forget and keep best.
-        moments: Of module paths: the second moments (in, in) of what modules read on retain items, in groups that
-            read the same.
+        moments: Of module paths, and "retain" (when not given) or "forget": second moments of what modules read on such
+            items, in groups that read the same; of "gradients": those of their outputs' gradients on retain items.
+        slopes: Of components and a number of items: how each retain item's loss moves with each component, (N, K), and
+            how the forget items' does on average, (K,).
     """
 
     fitted: TaskVector
@@ -58,7 +63,8 @@ class Have:
     weights: Callable[[Iterable[str]], Matrices] | None = None
     importances: Callable[[Sequence[str], str, int], tuple[Matrices, Matrices]] | None = None
     coefficients: Callable[[TaskVector, LearnedSpec], Matrices] | None = None
-    moments: Callable[[Sequence[str]], Iterable[tuple[Sequence[str], Tensor]]] | None = None
+    moments: Callable[..., Iterable[tuple[Sequence[str], Tensor]]] | None = None
+    slopes: Callable[[TaskVector, int], tuple[Tensor, Tensor]] | None = None
 
     @property
     def retain_vector(self) -> TaskVector:
@@ -240,25 +246,117 @@ def project(vector: TaskVector, have: Have, how: ProjectSpec) -> TaskVector:
 
 @shaper
 def shrink(vector: TaskVector, have: Have, how: ShrinkSpec) -> TaskVector:
-    """A -> A P with P = (I + mu C / d)^-1, or I - U U^T for the leading ``rank`` eigenvectors U of C.
+    """A -> A (I + F) (I + F + R)^-1, R = mu C_r / d_r, F = forget * C_f / d_f; or A (I - U U^T), U ``rank`` of C_r's.
 
-    The closest change whose square on the retain activations is held down by mu (SAGE 2606.18309), and its hard form
-    (AlphaEdit 2410.02355).
+    The change D nearest to the vector's, tr[(D - T)(I + F)(D - T)^T] + tr(D R D^T) being least (SAGE 2606.18309 where F
+    is 0), and its hard form, without the leading eigenvectors U (AlphaEdit 2410.02355).
     """
     check_moved("shrink", "the vector", vector)
     if have.moments is None:
         raise VectorError("shrink needs the activations of retain items")
-    made: dict[str, Change] = {}
-    for names, moment in have.moments(list(vector.modules)):
-        p = shrinker(moment, how.mu) if how.rank is None else without_leading(moment, how.rank)
-        for name in names:
-            change = vector.modules[name]
-            p = p.to(change.device)
-            if isinstance(change, LowRank):
-                made[name] = LowRank(change.A @ p, change.B)
+    names = list(vector.modules)
+    beside = iter(have.moments(names, "forget")) if how.forget else None
+
+    def shrunk() -> Iterator[tuple[Sequence[str], Callable[[Tensor], Tensor]]]:
+        for group, retain in have.moments(names):  # type: ignore[misc]
+            if how.rank is not None:
+                yield group, partial(without_leading, retain, how.rank)
+            elif beside is None:
+                yield group, partial(solved, [(retain, how.mu)])
             else:
-                made[name] = Dense(change.delta() @ p)
-    return check_left("shrink", vector.map(lambda name, _: made[name]), vector, "lower mu, or rank")
+                forget = next(beside)[1]
+                yield group, partial(_kept, forget, how.forget, retain, how.mu)
+
+    return check_left("shrink", _on_side(vector, shrunk()), vector, "lower mu, or rank")
+
+
+@shaper
+def kfac(vector: TaskVector, have: Have, how: KfacSpec) -> TaskVector:
+    """A -> A (I + m C / d)^-1 and B -> (I + m G / d)^-1 B, m the root of mu (after TAK 2602.17385).
+
+    With C and G the second moments of inputs and output gradients, tr(D^T G D C) is the second order of what a change D
+    does to the losses of retain items. Of rank r like the vector; the exact minimum with that penalty is not.
+    """
+    check_moved("kfac", "the vector", vector)
+    if have.moments is None:
+        raise VectorError("kfac needs the activations of retain items")
+    result = vector
+    for what in ("retain", "gradients"):
+        found = have.moments(list(vector.modules), what)
+        sides = ((group, partial(solved, [(moment, how.mu**0.5)])) for group, moment in found)
+        result = _on_side(result, sides, output=what == "gradients")
+    return check_left("kfac", result, vector, "lower mu")
+
+
+def _on_side(
+    vector: TaskVector, found: Iterable[tuple[Sequence[str], Callable[[Tensor], Tensor]]], output: bool = False
+) -> TaskVector:
+    """The vector with something done to the rows of A (or of B^T, on the output side), group by group at once."""
+    made: dict[str, Change] = {}
+    for group, do in found:
+        changes = [vector.modules[name] for name in group]
+        rows = [_rows(change, output).to(changes[0].device) for change in changes]
+        done = torch.split(do(torch.cat(rows)), [len(r) for r in rows])
+        for name, change, new in zip(group, changes, done, strict=True):
+            side = (new.T if output else new).contiguous().to(change.device)
+            if isinstance(change, LowRank):
+                made[name] = LowRank(change.A, side) if output else LowRank(side, change.B)
+            else:
+                made[name] = Dense(side)
+    return vector.map(lambda name, _: made[name])
+
+
+def _rows(change: Change, output: bool) -> Tensor:
+    if isinstance(change, LowRank):
+        return change.B.T if output else change.A
+    return change.values.T if output else change.values
+
+
+# -- second moments C, (d, d), the mean of x x^T over N vectors in d dimensions. Where N < d the vectors over the root
+#    of N stand for it, (N, d), and nothing of (d, d) is built. Equations are solved in float64 on the CPU.
+
+
+def moments_of(x: Tensor) -> Tensor:
+    """The second moments of the rows of (N, d)."""
+    return x / len(x) ** 0.5 if len(x) < x.shape[1] else x.T @ x / len(x)
+
+
+def whole(moment: Tensor) -> Tensor:
+    """Second moments as (d, d)."""
+    return moment.T @ moment if len(moment) < moment.shape[1] else moment
+
+
+def times(moment: Tensor, rows: Tensor) -> Tensor:
+    """``rows @ C``, (r, d)."""
+    return rows @ moment.T @ moment if len(moment) < moment.shape[1] else rows @ moment
+
+
+def _share(moment: Tensor, weight: float) -> float:
+    """``weight / d``, d the mean of C's diagonal; 0 where C is."""
+    width = moment.shape[1]
+    size = float(moment.square().sum() / width if len(moment) < width else moment.diagonal().mean())
+    return weight / size if size else 0.0
+
+
+def solved(weighted: Sequence[tuple[Tensor, float]], rows: Tensor) -> Tensor:
+    """``rows @ (I + sum w C / d)^-1`` over second moments C and weights w, d the mean of C's diagonal; (r, d)."""
+    r, d = rows.double().cpu(), rows.shape[1]
+    if sum(len(moment) for moment, _ in weighted) < d:  # (I + X^T X)^-1 = I - X^T (I + X X^T)^-1 X
+        x = torch.cat([moment.double().cpu() * _share(moment, w) ** 0.5 for moment, w in weighted])
+        inner = torch.linalg.cholesky(x @ x.T + torch.eye(len(x), dtype=x.dtype))
+        r = r - torch.cholesky_solve(x @ r.T, inner).T @ x
+    else:
+        total = torch.eye(d, dtype=r.dtype)
+        for moment, w in weighted:
+            total.add_(whole(moment).cpu(), alpha=_share(moment, w))
+        r = torch.cholesky_solve(r.T, torch.linalg.cholesky(total, out=total)).T
+    return r.float().to(rows.device)
+
+
+def _kept(forget: Tensor, weight: float, retain: Tensor, mu: float, rows: Tensor) -> Tensor:
+    """``rows @ (I + F) (I + F + R)^-1``."""
+    unshrunk = rows + _share(forget, weight) * times(forget.to(rows.device), rows)
+    return solved([(forget, weight), (retain, mu)], unshrunk)
 
 
 def shrinker(moment: Tensor, mu: float) -> Tensor:
@@ -266,20 +364,16 @@ def shrinker(moment: Tensor, mu: float) -> Tensor:
 
     A P minimises |D - BA|^2 + mu / d * tr(D C D^T) over all changes D.
     """
-    size = float(moment.diagonal().mean())
-    if size == 0.0:
-        return torch.eye(len(moment), device=moment.device)
-    inverse = torch.linalg.inv(torch.eye(len(moment), dtype=torch.float64) + moment.double().cpu() * (mu / size))
-    return inverse.float().to(moment.device)
+    return solved([(moment, mu)], torch.eye(moment.shape[1], device=moment.device))
 
 
-def without_leading(moment: Tensor, rank: int) -> Tensor:
-    """I - U U^T, (in, in), U the eigenvectors of the ``rank`` largest eigenvalues."""
-    if rank >= len(moment):
-        raise VectorError(f"shrink: rank {rank} is all of a layer that reads {len(moment)} values; lower it")
-    _, vectors = torch.linalg.eigh(moment.double().cpu())
-    u = vectors[:, len(moment) - rank :]
-    return (torch.eye(len(moment), dtype=torch.float64) - u @ u.T).float().to(moment.device)
+def without_leading(moment: Tensor, rank: int, rows: Tensor) -> Tensor:
+    """``rows @ (I - U U^T)``, (r, d), U the eigenvectors of the ``rank`` largest eigenvalues."""
+    if rank >= moment.shape[1]:
+        raise VectorError(f"shrink: rank {rank} is all of a layer that reads {moment.shape[1]} values; lower it")
+    m, r = moment.double().cpu(), rows.double().cpu()
+    u = svd(m)[2][:rank] if len(m) < m.shape[1] else torch.linalg.eigh(m)[1][:, -rank:].T  # (rank, d)
+    return (r - (r @ u.T) @ u).float().to(rows.device)
 
 
 @shaper
@@ -336,6 +430,22 @@ def lines(vector: TaskVector, have: Have, how: LinesSpec) -> TaskVector:
 
 
 @shaper
+def slopes(vector: TaskVector, have: Have, how: SlopesSpec) -> TaskVector:
+    """Weights w = (I + mu S^T S / (N d))^-1 (1 - rho f) of the components (after GU 2511.17100).
+
+    S (N, K) are the slopes of N retain items' losses along K components, d the mean of the diagonal of S^T S / N, f the
+    forget items' mean slopes, their mean square 1. They are the weights nearest to 1 - rho f with S w held down by mu.
+    """
+    assert have.slopes is not None
+    parts = components(vector, "slopes")
+    retain, forget = have.slopes(parts, how.samples)
+    goal = 1.0 - how.forget * forget / forget.square().mean().sqrt().clamp_min(1e-30)  # (K,)
+    w = solved([(moments_of(retain), how.mu)], goal[None])[0]
+    counts = {name: m.rank if isinstance(m, LowRank) else 1 for name, m in parts.modules.items()}
+    return weigh(parts, dict(zip(counts, torch.split(w, list(counts.values())), strict=True)), "slopes", "lower mu")
+
+
+@shaper
 def learned(vector: TaskVector, have: Have, how: LearnedSpec) -> TaskVector:
     """The vector with a coefficient per component or module, fitted on training items (after aTLAS, 2407.02880)."""
     assert have.coefficients is not None
@@ -343,24 +453,26 @@ def learned(vector: TaskVector, have: Have, how: LearnedSpec) -> TaskVector:
     return weigh(parts, have.coefficients(parts, how))
 
 
-def components(vector: TaskVector) -> TaskVector:
+def components(vector: TaskVector, method: str = "learned") -> TaskVector:
     """The same vector, with every low-rank change written as orthogonal rank-one terms in falling order.
 
     Row k of ``A`` is v_k, of length 1; column k of ``B`` is s_k u_k; terms lost in rounding are left out. A dense
     change stays whole, as one component.
     """
-    check_moved("learned", "the vector", vector)
+    check_moved(method, "the vector", vector)
     return vector.map(lambda _, change: truncated(change, energy=1.0) if isinstance(change, LowRank) else change)
 
 
-def weigh(vector: TaskVector, weights: Matrices) -> TaskVector:
+def weigh(
+    vector: TaskVector, weights: Matrices, method: str = "learned", advice: str = "every weight is 0: lower beta"
+) -> TaskVector:
     """The vector with its components scaled: module path -> (r,), or (1,) for the whole module."""
 
     def scaled(name: str, change: Change) -> Change:
         w = weights[name].to(change.device).float()
         return LowRank(change.A, change.B * w) if isinstance(change, LowRank) else Dense(change.values * w)
 
-    return check_left("learned", vector.map(scaled), vector, "every weight is 0: lower beta")
+    return check_left(method, vector.map(scaled), vector, advice)
 
 
 @shaper
