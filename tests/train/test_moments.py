@@ -23,16 +23,17 @@ from unlearn.data.sets import LoadedSet
 from unlearn.errors import DataError, VectorError
 from unlearn.model.load import Loaded, linear_modules
 from unlearn.recipe.data import DataSet
-from unlearn.recipe.methods import IgnoranceSpec, KfacSpec, LoraSpec, RetainKLSpec, ShrinkSpec, TrainSpec
+from unlearn.recipe.methods import IgnoranceSpec, KfacSpec, LoraSpec, RetainKLSpec, ShrinkSpec, TrainSpec, VectorSpec
 from unlearn.train import moments
 from unlearn.train.batches import Pad, Part
+from unlearn.train.learned import materials
 from unlearn.train.losses import Against, Keep, Objective, Teacher, kl
 from unlearn.train.moments import SecondOrder, curvature, gradient_moments, second_moments, shrinkers
 from unlearn.train.teacher import ignorant
 from unlearn.train.vectors import train_vector
 from unlearn.vector.change import Dense, LowRank
-from unlearn.vector.edit import applied
-from unlearn.vector.methods import Have, kfac, moments_of, shrink, shrinker, times, whole, without_leading
+from unlearn.vector.edit import subtracted
+from unlearn.vector.methods import Have, kfac, moments_of, shape, shrink, shrinker, times, whole, without_leading
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
@@ -191,6 +192,28 @@ def test_output_gradients_are_those_of_rows_one_by_one(
         list(gradient_moments(model, [Encoded((1, 2), (IGNORE, IGNORE))], names, pad, 0))
 
 
+@pytest.mark.parametrize("method", ["shrink", "kfac", "slopes"])
+def test_one_retain_row_suffices_and_what_is_not_finite_is_said(loaded: Load, pico_phi: Path, method: str) -> None:
+    """Far fewer tokens than dimensions: the vector is shorter where that row is, and finite."""
+    phi, draw = loaded(pico_phi), torch.Generator().manual_seed(2)
+    change = LowRank(torch.randn(2, 128, generator=draw), torch.randn(64, 2, generator=draw))
+    vector = TaskVector({DOWN: change})
+    pad = phi.tokenizer.pad_token_id
+    have = materials(phi.model, pad, 0, vector, None, ROWS[:2], ROWS[2:3])
+    spec = VectorSpec.model_validate({"method": method})
+    got = shape(vector, spec, have).modules[DOWN].delta()
+    assert bool(torch.isfinite(got).all())
+    if method != "slopes":
+        (x,) = (m for _, m in second_moments(phi.model, ROWS[2:3], [DOWN], pad, thin=True))
+        assert x.shape == (len(ROWS[2].input_ids) - 1, 128)
+        assert float((got @ x.T).norm()) < 0.1 * float(change.act(x).norm())
+    with torch.no_grad():
+        phi.model.get_submodule("lm_head").get_parameter("weight").fill_(torch.inf)
+    if method != "shrink":  # which asks the model nothing
+        with pytest.raises(VectorError, match="not finite: use dtype float32"):
+            shape(vector, spec, have)
+
+
 def test_the_curvature_is_the_quadratic_form_written_out(loaded: Load, pico_phi: Path) -> None:
     """s^2 tr[(B^T G B)(A C A^T)] against vec(D)^T (C kron G) vec(D) with D = sBA, and its gradients by autograd."""
     phi = loaded(pico_phi)
@@ -233,7 +256,7 @@ def test_the_curvature_is_near_the_divergence_of_a_small_change(loaded: Load, pi
     for _ in range(8):
         change = LowRank(torch.randn(2, width, generator=draw), 3e-3 * torch.randn(out, 2, generator=draw))
         said = [torch.cat([m.log_softmax(-1) for m in _said(phi, rows[:3])])]
-        with applied(phi.model, TaskVector({DOWN: change}), -1.0):
+        with subtracted(phi.model, TaskVector({DOWN: change}), 1.0):
             said.append(torch.cat([m.log_softmax(-1) for m in _said(phi, rows[:3])]))
         true = (said[0].exp() * (said[0] - said[1])).sum(-1).mean()
         delta = change.delta()
@@ -259,7 +282,7 @@ def test_a_fit_under_the_curvature_s_penalty(loaded: Load, pico_phi: Path, tmp_p
 
     def divergence(vector: TaskVector) -> float:
         before = _said(phi, ROWS)
-        with applied(phi.model, vector, -1.0):
+        with subtracted(phi.model, vector, 1.0):
             after = _said(phi, ROWS)
         return float(kl(torch.cat(before), torch.cat(after)))
 

@@ -75,6 +75,8 @@ def gradient_moments(
             with torch.enable_grad(), _watched(model, wanted, seen, gradients=True):
                 logits, _, _ = answer_logits(model, batch)
                 said = logits.detach().softmax(-1).cpu()
+                if not bool(torch.isfinite(said).all()):
+                    raise VectorError("what the model says of retain rows is not finite: use dtype float32")
                 drawn = torch.multinomial(said, 1, generator=draw)[:, 0].to(logits.device)
                 torch.autograd.backward(functional.cross_entropy(logits, drawn, reduction="sum"))
 
