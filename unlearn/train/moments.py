@@ -43,10 +43,11 @@ def second_moments(
     Raises:
         VectorError: the rows have no token that is read, or activations are not finite.
     """
-    usable = _read_rows(rows)
-    groups = [
-        (group, shape_of(model.get_submodule(group[0]))[1]) for group in _by_input(model, usable[0], names, pad_id)
-    ]
+    usable = [row for row in rows if len(row.input_ids) > 1]
+    if not usable:
+        raise VectorError("no retain row has more than one token: there are no activations to shrink by")
+    alike = _by_input(model, usable[0], names, pad_id)
+    groups = [(group, shape_of(model.get_submodule(group[0]))[1]) for group in alike]
 
     def read(batch: Mapping[str, Tensor], wanted: Sequence[str], seen: Seen) -> None:
         with torch.no_grad(), _watched(model, wanted, seen):
@@ -231,13 +232,6 @@ class _Sum:
     def mean(self, count: int) -> Tensor:
         """The second moments of all of them."""
         return self.total / count if self.vectors is None else torch.cat(self.vectors) / count**0.5
-
-
-def _read_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    usable = [row for row in rows if len(row.input_ids) > 1]
-    if not usable:
-        raise VectorError("no retain row has more than one token: there are no activations to shrink by")
-    return usable
 
 
 def _by_input(model: nn.Module, row: Encoded, names: Sequence[str], pad_id: int) -> list[tuple[str, ...]]:
