@@ -27,7 +27,7 @@ from unlearn.processes import told
 from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
 from unlearn.recipe.schema import ModelSpec
 from unlearn.train import trainer
-from unlearn.train.losses import Against, Keep
+from unlearn.train.losses import Against, Keep, Teacher
 from unlearn.train.vectors import less_training, train_vector, train_weights
 from unlearn.vector.task_vector import TaskVector
 
@@ -64,7 +64,10 @@ def fit(
         two: Any = {"sides": "two", "coefficients": (0.5, 3.0)}
         keep = Keep(near, RetainKLSpec(batch_size=3, **(two if kind == "penalty-two" else {"sides": "one"})))
     elif kind != "plain":
-        against = Against(kind, near, batch_size=3)  # type: ignore[arg-type]
+        refused = rows(loaded, dict.fromkeys(FACTS, "I don't know."))
+        teacher = Teacher({(a.input_ids, a.labels): [(b,)] for a, b in zip(facts, refused, strict=True)})
+        samples = 4 * (kind == "ihl")
+        against = Against(kind, near, batch_size=3, teacher=teacher, layer=1, samples=samples)  # type: ignore[arg-type]
     lora = LoraSpec(rank=4, alpha=8, dropout=dropout)
     args = (loaded.model, loaded.tokenizer, facts, how, lora, 0, work, "forget", {}, keep, against)
     with told("vectors/forget", less_training("vector.forget")):

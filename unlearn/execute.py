@@ -13,6 +13,7 @@ from rich.console import Console
 from unlearn import processes
 from unlearn.console import is_main_process, quiet_libraries, say
 from unlearn.data.files import source_path
+from unlearn.data.items import refusals
 from unlearn.evidence import reference as references
 from unlearn.model import locate
 from unlearn.plan import checks
@@ -118,6 +119,8 @@ def _inputs(recipe: Recipe, base: Path) -> list[Any]:
                 continue
             if (path := source_path(source, base)).is_file():
                 found.append([source.path, sha256(path)])
+    if recipe.vector.uses("idk_dpo"):
+        found.append(refusals(recipe.vector.settings("idk_dpo").refusals, base))
     clean = recipe.vector.clean()
     for model in (recipe.model.path, clean[1] if clean else None):
         place = locate.find(model.partition("#")[0], base) if model else None

@@ -202,7 +202,7 @@ def load_data(recipe: Recipe, base: Loaded, store: Store) -> tuple[LoadedSet, ..
 
 def prepare_questions(recipe: Recipe, base: Loaded, sets: tuple[LoadedSet, ...], store: Store) -> Questions:
     """What is asked; and get hold of all that later steps need: what is missing is said before anything is trained."""
-    check_trainable(recipe, base, sets)
+    check_trainable(recipe, base, sets, store.base)
     scoring = [references.pack_digest(), *map(references.content, references.task_files(recipe))]
     questions = build_questions(recipe, sets, base.tokenizer, store.path("items"), scoring)
     if recipe.benchmark is not None and recipe.benchmark.name == "tofu":

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from unlearn.data.items import REFUSALS
+from unlearn.recipe.methods import METHODS as RECIPE
 from unlearn.recipe.methods import RetainKLSpec
 from unlearn.train.losses import Against
+from unlearn.train.teacher import refusing
 from unlearn.vector.methods import consensus, msa, random_like
 from unlearn.vector.task_vector import TaskVector
 
@@ -55,10 +58,18 @@ def _msa(cell: Cell) -> TaskVector:
     return msa(cell.fit("clean_forget", cell.sets[:1], model=clean), cell.fit("clean_retain", cell.near, model=clean))
 
 
-def _against(loss: Any) -> Callable[[Cell], TaskVector]:
+def _against(loss: Any, name: str = "", **how: Any) -> Callable[[Cell], TaskVector]:
+    """A baseline with the recipe's defaults, but for what is given."""
+
     def made(cell: Cell) -> TaskVector:
-        retain = cell.rows(cell.near) if loss == "gradient_difference" else ()
-        return -cell.fit(loss, cell.sets[:1], against=Against(loss, retain, batch_size=cell.beside))
+        retain = cell.rows(cell.near) if loss not in ("gradient_ascent", "npo") or "weight" in how else ()
+        teacher, training = None, cell.recipe.vector.forget
+        if loss == "idk_dpo":
+            teacher = refusing(cell.sets[0], cell.target.tokenizer, training, REFUSALS)
+        kind = RECIPE[loss].settings
+        plain = kind().model_dump(exclude={"refusals", "fila", "samples"}) if kind is not None else {}
+        given = {**plain, "seed": cell.recipe.seed, "teacher": teacher, "batch_size": cell.beside, **how}
+        return -cell.fit(name or loss, cell.sets[:1], against=Against(loss, retain, **given))
 
     return made
 
@@ -69,6 +80,12 @@ METHODS: dict[str, Callable[[Cell], TaskVector]] = {
     "gradient_ascent": _against("gradient_ascent"),
     "gradient_difference": _against("gradient_difference"),
     "npo": _against("npo"),
+    "npo+retain": _against("npo", "npo+retain", weight=1.0),
+    "simnpo": _against("simnpo"),
+    "idk_dpo": _against("idk_dpo"),
+    "rmu": _against("rmu"),
+    "ihl": _against("ihl"),
+    "ihl+fila": _against("ihl", "ihl+fila", samples=64),
     "retain_only": lambda cell: -cell.retain(),
     # vectors, plain and shaped
     "negate": _plain,

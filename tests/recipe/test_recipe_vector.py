@@ -8,6 +8,7 @@ import pytest
 
 from unlearn.errors import UnlearnError
 from unlearn.recipe.load import load_recipe
+from unlearn.recipe.methods import GradientDifferenceSpec, NpoSpec, VectorSpec
 from unlearn.recipe.schema import Recipe
 
 START = "name: mine\nmodel: {path: 'pico:phi'}\nforget: {kind: mcq, path: a.jsonl}\n"
@@ -28,6 +29,11 @@ def read(tmp_path: Path, text: str) -> Recipe:
         ("[ext_sub, project, rescale]", ("negate", "ext_sub", "project", "rescale")),
         ("[consensus, contrast, low_rank]", ("consensus", "contrast", "low_rank")),
         ("npo", ("npo",)),
+        *((name, ("gradient_ascent",)) for name in ("GradAscent", "gradascent", "Gradient_Ascent")),
+        ("GradDiff", ("gradient_difference",)),
+        *((name, (name.lower(),)) for name in ("NPO", "SimNPO", "RMU", "IHL")),
+        *((name, ("idk_dpo",)) for name in ("DPO", "IdkDPO", "idk_dpo")),
+        ("[Negate, Contrast]", ("negate", "contrast")),
     ],
 )
 def test_a_list_begins_with_its_source(tmp_path: Path, method: str, steps: tuple[str, ...]) -> None:
@@ -57,6 +63,13 @@ def test_a_list_begins_with_its_source(tmp_path: Path, method: str, steps: tuple
             ["short does not fit the forget set"],
         ),
         ("{method: ignorance, ignorance: {clean: a/b}}", ["clean names a model that teacher: other does not ask"]),
+        ("{method: [rmu, project]}", ["the baseline rmu is compared as published"]),
+        ("{method: simnpo, simnpo: {beta: 0}}", ["vector.simnpo.beta", "greater than 0"]),
+        ("{method: rmu, rmu: {layer: -1}}", ["vector.rmu.layer", "greater than or equal to 0"]),
+        ("{method: rmu, rmu: {scale: 0}}", ["vector.rmu.scale", "greater than 0"]),
+        ("{method: idk_dpo, idk_dpo: {refusals: []}}", ["vector.idk_dpo.refusals", "empty"]),
+        ("{method: DPO, idk_dpo: {retain_loss: mse}}", ["vector.idk_dpo.retain_loss", "'nll' or 'kl'"]),
+        ("{method: npo, ihl: {fila: true}}", ["vector.ihl holds settings of a method"]),
         ("{method: npo, inside: 10}", ["vector.inside belongs to the forget vector's fitting"]),
         ("{inside: 0}", ["vector.inside", "greater than 0"]),
         ("{method: shrink, shrink: {rank: 3, forget: 1}}", ["vector.shrink", "give either rank or forget"]),
@@ -77,16 +90,44 @@ def test_what_cannot_be_composed_is_one_message_with_its_line(tmp_path: Path, ve
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["contrast", "ext_sub", "project", "shrink", "kfac", "perta", "slopes", "learned", "gradient_difference"],
-)
+NEEDY = ["contrast", "ext_sub", "project", "shrink", "kfac", "perta", "slopes", "learned"]
+HELD = ["gradient_difference", "simnpo", "idk_dpo", "rmu", "ihl"]
+
+
+@pytest.mark.parametrize("method", [*NEEDY, *HELD])
 def test_what_spares_needs_something_to_spare(tmp_path: Path, method: str) -> None:
     with pytest.raises(UnlearnError, match=rf"vector\.method {method} needs a retain set"):
         read(tmp_path, f"{START}vector: {{method: {method}}}\n")
     for given in ("retain_kl: one_sided", "inside: 1000"):
         with pytest.raises(UnlearnError, match=rf"vector\.{given.partition(':')[0]} needs a retain set"):
             read(tmp_path, f"{START}vector: {{{given}}}\n")
+
+
+def test_npo_needs_it_only_for_a_retain_loss_and_a_refusal_needs_a_question(tmp_path: Path) -> None:
+    assert not read(tmp_path, f"{START}vector: {{method: npo, npo: {{beta: .2}}}}\n").vector.holds()
+    with pytest.raises(UnlearnError, match=r"vector\.npo\.weight needs a retain set: add one, or leave it out"):
+        read(tmp_path, f"{START}vector: {{method: npo, npo: {{weight: 1}}}}\n")
+    with pytest.raises(UnlearnError, match="idk_dpo refuses an answer, and the forget set a has passages"):
+        read(tmp_path, f"{START.replace('mcq', 'text')}{RETAIN}vector: {{method: idk_dpo}}\n")
+
+
+def test_fila_needs_whole_weights(tmp_path: Path) -> None:
+    packed = START.replace("'pico:phi'", "'pico:phi', quantize: nf4")
+    with pytest.raises(UnlearnError, match=r"vector\.ihl\.fila needs gradients of the weights"):
+        read(tmp_path, f"{packed}{RETAIN}vector: {{method: ihl, ihl: {{fila: true}}}}\n")
+
+
+def test_what_older_recipes_say_has_the_keys_it_had() -> None:
+    """Stages are found again: nothing that came later is in what their keys are made of."""
+    spec = VectorSpec.model_validate(
+        {"method": "npo", "npo": {"beta": 0.2}, "gradient_difference": None, "forget": {"steps": 3}}
+    )
+    plain = spec.model_dump(mode="json")
+    assert plain["npo"] == {"beta": 0.2}
+    assert not {"simnpo", "idk_dpo", "rmu", "ihl"} & plain.keys()
+    assert GradientDifferenceSpec(weight=2).model_dump() == {"weight": 2.0}
+    later = NpoSpec.model_validate({"weight": 1.0, "retain_loss": "kl"})
+    assert later.model_dump() == {"beta": 0.1, "weight": 1.0, "retain_loss": "kl"}
 
 
 def test_the_clean_checkpoint_is_given_once(tmp_path: Path) -> None:

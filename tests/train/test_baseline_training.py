@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,29 +17,35 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unlearn.data.encoding import IGNORE, Encoded
-from unlearn.errors import TrainingError
+from unlearn.errors import ModelError, TrainingError
 from unlearn.model.load import Loaded
-from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.recipe.methods import LoraSpec, Loss, RetainKLSpec, TrainSpec
 from unlearn.train.batches import answers
+from unlearn.train.learned import fila
 from unlearn.train.losses import (
     Against,
     Keep,
     Teacher,
     answer_log_probability,
+    direction,
+    dpo,
     gradient_ascent,
-    gradient_difference,
+    ihl,
     npo,
     retain_only,
+    simnpo,
 )
-from unlearn.train.vectors import train_vector
-from unlearn.vector.edit import subtracted
+from unlearn.train.vectors import lora_modules, read_adapter, train_vector
+from unlearn.vector.change import LowRank
+from unlearn.vector.edit import shape_of, subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
 Gradients = dict[str, Tensor]
-LOSSES = ("gradient_ascent", "gradient_difference", "npo")
-TAUGHT = (*LOSSES, "ignorance", "ignorance that grows")
-WEIGHT, BETA = 2.5, 0.4
+LOSSES = get_args(Loss)
+HELD = ("gradient_difference, kl", "npo, nll", "npo, kl", "simnpo, kl", "idk_dpo, kl", "ihl, kl")
+TAUGHT = (*LOSSES, *HELD, "ignorance", "ignorance that grows")
+WEIGHT, BETA, MARGIN, SCALE = 2.5, 0.4, 0.3, 3.0
 
 
 def row(start: int, length: int, answer: int) -> Encoded:
@@ -59,13 +65,22 @@ def instead(r: Encoded, start: int) -> Encoded:
 
 
 ASKED = {(r.input_ids, r.labels): [(instead(r, 3),), (instead(r, 70),)] for r in FORGET}
+PROMPTS = {r: tuple(i for i, label in zip(r.input_ids, r.labels, strict=True) if label == IGNORE) for r in FORGET}
+REFUSED = {r: Encoded((*PROMPTS[r], 5, 6, 7), (*[IGNORE] * len(PROMPTS[r]), 5, 6, 7)) for r in FORGET}
 
 
-def against(loss: Any, **values: Any) -> Against:
+def against(loss: str, **values: Any) -> Against:
+    """``loss, kl`` holds retain rows by the divergence; a name alone as it is by default."""
     if loss.startswith("ignorance"):
         return Against("ignorance", weight=WEIGHT * loss.endswith("grows"), teacher=Teacher(ASKED, each=2))
-    retain = RETAIN if loss == "gradient_difference" else ()
-    return Against(loss, **({"retain": retain, "weight": WEIGHT, "beta": BETA} | values))
+    name: Any
+    name, _, held = loss.partition(", ")
+    given: dict[str, Any] = {"weight": WEIGHT, "beta": BETA, "margin": MARGIN, "scale": SCALE, "layer": 1, "layers": 2}
+    if name not in ("gradient_ascent", "npo") or held:
+        given |= {"retain": RETAIN, "retain_loss": held or "nll"}
+    if name == "idk_dpo":
+        given["teacher"] = Teacher({(r.input_ids, r.labels): [(REFUSED[r],)] for r in FORGET})
+    return Against(name, **(given | values))
 
 
 def adapted(model: Any) -> PeftModel:
@@ -116,20 +131,72 @@ def ignorance_of(model: PeftModel, grows: bool) -> Tensor:
     return total / tokens(FORGET)
 
 
-def wanted(model: PeftModel, loss: Any) -> Tensor:
-    """The formulas written out, from separate passes with the adapter and without it."""
-    if loss.startswith("ignorance"):
-        return ignorance_of(model, loss.endswith("grows"))
+def untouched(model: PeftModel, what: Callable[..., Any], *args: Any) -> Any:
+    with torch.no_grad(), model.disable_adapter():
+        return what(model, *args)
+
+
+def hidden(model: nn.Module, rows: list[Encoded]) -> list[Tensor]:
+    """What the last layer puts out where each row's answer is predicted, (L, d)."""
+    found: list[Tensor] = []
+    layer = next(m for name, m in model.named_modules() if name.endswith("layers.1"))
+    for r in rows:
+        out: list[Any] = []
+        handle = layer.register_forward_hook(lambda module, args, output, out=out: out.append(output))
+        model(torch.tensor([r.input_ids]))
+        handle.remove()
+        whole = out[0][0] if isinstance(out[0], tuple) else out[0]
+        found.append(whole[0, [t - 1 for t, label in enumerate(r.labels) if label != IGNORE]])
+    return found
+
+
+def forgetting(model: PeftModel, loss: str) -> Tensor:
+    """The term on the forget rows."""
     now = nlls(model, FORGET)
     if loss == "npo":
-        with torch.no_grad(), model.disable_adapter():
-            before = nlls(model, FORGET)
+        before = untouched(model, nlls, FORGET)
         terms = [torch.log(1 + torch.exp(b - n) ** BETA) for n, b in zip(now, before, strict=True)]
         return 2 / BETA * torch.stack(terms).mean()
-    ascent = -torch.stack(now).sum() / tokens(FORGET)
-    if loss == "gradient_ascent":
-        return ascent
-    return ascent + WEIGHT * torch.stack(nlls(model, RETAIN)).sum() / tokens(RETAIN)
+    if loss == "simnpo":
+        means = [n / tokens([r]) for n, r in zip(now, FORGET, strict=True)]
+        return -2 / BETA * torch.stack([torch.log(1 / (1 + torch.exp(MARGIN - BETA * m))) for m in means]).mean()
+    if loss == "idk_dpo":
+        refused = [REFUSED[r] for r in FORGET]
+        chosen, before = nlls(model, refused), untouched(model, nlls, refused)
+        known = untouched(model, nlls, FORGET)
+        gains = [(b - c) - (k - n) for b, c, k, n in zip(before, chosen, known, now, strict=True)]
+        return 2 / BETA * torch.stack([torch.log(1 + torch.exp(-BETA * gain)) for gain in gains]).mean()
+    if loss == "rmu":
+        drawn = torch.rand(64, generator=torch.Generator().manual_seed(0))
+        far = [(h - SCALE * drawn / drawn.norm()) ** 2 for h in hidden(model, FORGET)]
+        return torch.stack([square.mean() for square in far]).mean()
+    if loss == "ihl":
+        total = torch.zeros(())
+        for r in FORGET:
+            for p, label in zip(said(model, r).exp(), [x for x in r.labels if x != IGNORE], strict=True):
+                total = total + 1 + p[label] - max(p[v] for v in range(len(p)) if v != label)
+        return total / tokens(FORGET)
+    return -torch.stack(now).sum() / tokens(FORGET)
+
+
+def wanted(model: PeftModel, loss: str) -> Tensor:
+    """The formulas written out, from separate passes with the adapter and without it, a row at a time."""
+    if loss.startswith("ignorance"):
+        return ignorance_of(model, loss.endswith("grows"))
+    name, _, held = loss.partition(", ")
+    forgotten = forgetting(model, name)
+    if name in ("gradient_ascent", "npo") and not held:
+        return forgotten
+    if name == "rmu":
+        pairs = zip(hidden(model, RETAIN), untouched(model, hidden, RETAIN), strict=True)
+        return forgotten + WEIGHT * torch.stack([((h - b) ** 2).mean() for h, b in pairs]).mean()
+    if held == "kl":
+        total = torch.zeros(())
+        for r in RETAIN:
+            p, q = untouched(model, said, r), said(model, r)
+            total = total + (p.exp() * (p - q)).sum()
+        return forgotten + WEIGHT * total / tokens(RETAIN)
+    return forgotten + WEIGHT * torch.stack(nlls(model, RETAIN)).sum() / tokens(RETAIN)
 
 
 @pytest.fixture
@@ -174,7 +241,7 @@ def test_the_first_step_is_the_formula_s(
     loaded: Load,
     request: pytest.FixtureRequest,
     first_step: Callable[..., tuple[float, Gradients]],
-    loss: Any,
+    loss: str,
     family: str,
     spec: dict[str, Any],
 ) -> None:
@@ -208,12 +275,30 @@ def test_they_forget_and_the_difference_keeps(phi: Loaded, tmp_path: Path) -> No
     """theta + tau is the model that has forgotten; at the end the model is as it was."""
     before = per_token(phi.model, FORGET), per_token(phi.model, RETAIN)
     rise: dict[str, tuple[float, float]] = {}
-    for loss in LOSSES:
+    for loss in ("gradient_ascent", "gradient_difference", "npo"):
         with subtracted(phi.model, fit(phi, against(loss), tmp_path / loss), -1.0):
             rise[loss] = per_token(phi.model, FORGET) - before[0], per_token(phi.model, RETAIN) - before[1]
         assert rise[loss][0] > 1.0
     assert rise["gradient_difference"][1] < rise["gradient_ascent"][1] - 0.5
     assert (per_token(phi.model, FORGET), per_token(phi.model, RETAIN)) == before
+
+
+@pytest.mark.parametrize(("loss", "least"), [("npo", 1), ("simnpo", 1), ("idk_dpo", 1), ("ihl", 0.3), ("rmu", 0.05)])
+def test_held_by_the_divergence_the_rest_stays(phi: Loaded, tmp_path: Path, loss: str, least: float) -> None:
+    """Of RMU by its own term; what its layer puts out comes to lie along the one direction, of the length asked."""
+    objective = against(f"{loss}, kl", scale=6.0)
+    before = per_token(phi.model, FORGET), per_token(phi.model, RETAIN)
+    u = direction(64, 0)
+    with torch.no_grad():
+        near = torch.cat(hidden(phi.model, FORGET)) @ u
+    with subtracted(phi.model, fit(phi, objective, tmp_path, steps=30), -1.0):
+        assert per_token(phi.model, FORGET) - before[0] > least
+        assert abs(per_token(phi.model, RETAIN) - before[1]) < 0.15
+        if loss == "rmu":
+            with torch.no_grad():
+                along = torch.cat(hidden(phi.model, FORGET)) @ u
+            assert float((along - near).min()) > 2.0
+            assert float(along.mean()) < 6.5
 
 
 def test_retain_rows_are_drawn_by_the_seed_so_many_at_a_time(
@@ -228,6 +313,96 @@ def test_retain_rows_are_drawn_by_the_seed_so_many_at_a_time(
     empty = [Encoded((5, 6, 7), (5, IGNORE, IGNORE))] * 30
     among = first_step(pico_phi, against("gradient_difference", retain=[*empty, RETAIN[0]], batch_size=1))[0]
     assert among == pytest.approx(one[0], rel=1e-6)
+
+
+# --- FILA's start -----------------------------------------------------------------------------------------------------
+
+
+def fisher(model: nn.Module, rows: list[Encoded]) -> dict[str, Tensor]:
+    """Mean square of the gradient of each row's mean negative log-likelihood, of every linear weight."""
+    found: dict[str, Tensor] = {}
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    for r in rows:
+        slopes = torch.autograd.grad(nlls(model, [r])[0] / tokens([r]), list(weights.values()))
+        for name, slope in zip(weights, slopes, strict=True):
+            found[name] = found.get(name, torch.zeros_like(slope)) + slope**2 / len(rows)
+    return found
+
+
+def test_the_start_is_the_weighted_svd_s(phi: Loaded) -> None:
+    """The closest of its rank in the norm that weighs rows by their importance (Eckart and Young)."""
+    model = phi.model.requires_grad_(True)
+    of_forget, of_retain = fisher(model, FORGET), fisher(model, RETAIN)
+    model.requires_grad_(False)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    starts = fila(model, FORGET, RETAIN, list(of_forget), 4, 64, 0)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert starts.keys() == of_forget.keys()
+    for name, start in starts.items():
+        weight = model.get_parameter(f"{name}.weight").detach().double()
+        f = (of_forget[name] / (of_retain[name] + 1e-5)).double().sum(1).sqrt()
+        u, s, v = torch.linalg.svd(f[:, None] * weight, full_matrices=False)
+        best = (u[:, :4] * s[:4]) @ v[:4] / (f[:, None] + 1e-5)
+        got = start.delta().double()
+        assert start.rank == 4
+        lost, least = ((f[:, None] * (weight - d)).norm() for d in (got, best))
+        assert float(lost) == pytest.approx(float(least), rel=1e-3)
+        assert float((got - best).norm() / best.norm()) < 0.05
+
+
+def test_the_vector_is_what_came_less_the_start(
+    loaded: Load, pico_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twice the rank; and resumed, from the start that is in its checkpoint, it ends as the same bits."""
+    seen: dict[str, Tensor] = {}
+
+    def kept(model: nn.Module, meta: Any) -> TaskVector:
+        assert isinstance(model, PeftModel)
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                (a, b), s = (layer.lora_A["default"], layer.lora_B["default"]), layer.scaling["default"]
+                seen[name.removeprefix("base_model.model.")] = s * (b.weight @ a.weight - b.start @ a.start).detach()
+                assert not torch.equal(a.weight, a.start)
+        seen["logits"] = model(torch.tensor([FORGET[0].input_ids])).logits.detach()
+        return read_adapter(model, meta)
+
+    plain = fit(loaded(pico_phi), against("ihl"), tmp_path / "plain")
+    monkeypatch.setattr("unlearn.train.vectors.read_adapter", kept)
+    phi = loaded(pico_phi)
+    vector = fit(phi, against("ihl", samples=8), tmp_path / "whole")
+    assert vector.rank() == 8
+    logits = seen.pop("logits")
+    assert vector.modules.keys() == seen.keys()
+    for name, change in vector.modules.items():
+        torch.testing.assert_close(change.delta(), seen[name], atol=1e-5, rtol=1e-4)
+    with subtracted(phi.model, vector, -1.0), torch.no_grad():
+        torch.testing.assert_close(phi.model(torch.tensor([FORGET[0].input_ids])).logits, logits, atol=1e-4, rtol=1e-3)
+    assert vector.cosine(plain) < 0.9
+    # as if it had been killed before the vector was written: what it began at comes from the checkpoint
+
+    def other(model: Any, forget: Any, retain: Any, names: Any, rank: int, samples: int, seed: int) -> Any:
+        return {
+            n: LowRank(
+                torch.ones(rank, shape_of(model.get_submodule(n))[1]),
+                torch.ones(shape_of(model.get_submodule(n))[0], rank),
+            )
+            for n in names
+        }
+
+    monkeypatch.setattr("unlearn.train.vectors.fila", other)
+    assert fit(loaded(pico_phi), against("ihl", samples=8), tmp_path / "whole").digest() == vector.digest()
+
+
+def test_it_begins_as_the_model_itself(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
+    """The first loss is that of an ordinary start, with no divergence from the model as it was."""
+    losses = []
+    for number, objective in enumerate((against("ihl, kl"), against("ihl, kl", samples=8))):
+        got, how = loaded(pico_phi), TrainSpec(steps=1, batch_size=3)
+        lora = LoraSpec(rank=4, alpha=8)
+        work = tmp_path / str(number)
+        _, log = train_vector(got.model, got.tokenizer, FORGET, how, lora, 0, work, "x", {}, against=objective)
+        losses.append(log.losses[0])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -251,8 +426,15 @@ def test_bad_rows_and_two_objectives(phi: Loaded, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep adds to the cross-entropy that a baseline replaces"):
         go(FORGET, Keep(RETAIN, RetainKLSpec(sides="one")))
     for retain in ([], [Encoded((1, 2), (1, IGNORE))]):
-        with pytest.raises(TrainingError, match="gradient_difference needs retain rows with an answer"):
-            Against("gradient_difference", retain)
+        for loss in ("gradient_difference", "rmu"):
+            with pytest.raises(TrainingError, match=f"{loss} needs retain rows with an answer"):
+                against(loss, retain=retain)
+    for layer, targets, message in (
+        (2, "all-linear", "vector.rmu.layer: this PhiForCausalLM has no layer 2: there are 2, counted from 0"),
+        (1, ("layers.0.mlp.fc1",), "vector.lora has no module in the layers 1 to 1 that learn"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            lora_modules(phi.model, LoraSpec(rank=4, targets=targets), (layer, 1))
     with pytest.raises(ValueError, match="needs a range of coefficients"):
         Keep(RETAIN, RetainKLSpec(coefficients=None))
     assert not list(tmp_path.iterdir())
@@ -309,12 +491,8 @@ def test_each_loss_is_its_formula(seed: int) -> None:
     assert answer_log_probability(*away, answers(labels)[2]).tolist() == pytest.approx(forget, rel=1e-5)
     assert float(retain_only(*kept)) == pytest.approx(-sum(retain) / 7, rel=1e-5)
     assert float(gradient_ascent(*away)) == pytest.approx(sum(forget) / 8, rel=1e-5)
-    both = gradient_difference(*away, *kept, weight=2.5)
-    assert float(both) == pytest.approx(sum(forget) / 8 - 2.5 * sum(retain) / 7, rel=1e-5)
     # one batch of a step that has 20 forget tokens
     assert float(gradient_ascent(*away, tokens=20)) == pytest.approx(sum(forget) / 20, rel=1e-5)
-    both = gradient_difference(*away, *kept, weight=2.5, tokens=20)
-    assert float(both) == pytest.approx(sum(forget) / 20 - 2.5 * sum(retain) / 7, rel=1e-5)
 
 
 @quick
@@ -328,6 +506,54 @@ def test_npo_is_its_formula(seed: int, beta: float) -> None:
     wanted = 2 / beta * sum(math.log(1 + ratio**beta) for ratio in ratios) / len(ratios)
     assert float(npo_of(logits, reference, labels, beta)) == pytest.approx(wanted, rel=1e-4)
     assert float(npo_of(logits, reference, labels, beta, 12)) == pytest.approx(wanted * len(ratios) / 12, rel=1e-4)
+
+
+@quick
+@given(seed=SEEDS, beta=st.sampled_from([0.1, 1.0, 5.0]), margin=st.sampled_from([0.0, 0.7]))
+def test_simnpo_is_its_formula(seed: int, beta: float, margin: float) -> None:
+    logits, labels = drawn(seed)
+    positions, targets, numbers = answers(labels)
+    means = [log_probability(logits, labels, i) / length for i, length in enumerate((1, 3, 4))]
+    terms = [-2 / beta * math.log(1 / (1 + math.exp(beta * m + margin))) for m in means]
+    given = logits[positions], targets, numbers, beta, margin
+    assert float(simnpo(*given)) == pytest.approx(sum(terms) / 3, rel=1e-4)
+    assert float(simnpo(*given, 12)) == pytest.approx(sum(terms) / 12, rel=1e-4)
+
+
+@quick
+@given(seed=SEEDS)
+def test_the_inverted_hinge_loss_is_its_formula_and_so_is_its_gradient(seed: int) -> None:
+    """d/dz_v of it is p_v ((1 if v is the token) - (1 if v is the next best) - p_token + p_next), Cha et al., 3.2."""
+    logits, labels = drawn(seed)
+    positions, targets, _ = answers(labels)
+    few = logits[positions].float().requires_grad_()
+    total, slopes = 0.0, []
+    for row, label in zip(few.detach().double().tolist(), targets.tolist(), strict=True):
+        z = sum(math.exp(v) for v in row)
+        p = [math.exp(v) / z for v in row]
+        other = max((v for v in range(VOCABULARY) if v != label), key=p.__getitem__)
+        total += 1 + p[label] - p[other]
+        slopes.append([p[v] * ((v == label) - (v == other) - p[label] + p[other]) for v in range(VOCABULARY)])
+    loss = ihl(few, targets)
+    assert float(loss.detach()) == pytest.approx(total / 8, rel=1e-5)
+    assert float(ihl(few.detach(), targets, 20)) == pytest.approx(total / 20, rel=1e-5)
+    torch.testing.assert_close(gradient(loss, few), torch.tensor(slopes) / 8, atol=1e-6, rtol=1e-4)
+
+
+def test_dpo_prefers_and_has_a_floor() -> None:
+    preferred, rejected = torch.tensor([0.5, -2.0]), torch.tensor([0.1, 3.0])
+    expected = [-2 / 0.4 * math.log(1 / (1 + math.exp(-0.4 * (a - b)))) for a, b in ((0.5, 0.1), (-2.0, 3.0))]
+    assert float(dpo(preferred, rejected, 0.4)) == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert float(dpo(preferred, rejected, 0.4, 5)) == pytest.approx(sum(expected) / 5, rel=1e-5)
+    assert 0 <= float(dpo(preferred + 1e4, rejected, 0.4)) < 1e-6
+
+
+def test_the_direction_is_the_seed_s_and_of_length_1() -> None:
+    u = direction(64, 3)
+    assert float(u.norm()) == pytest.approx(1.0)
+    assert bool((u >= 0).all())
+    assert torch.equal(u, direction(64, 3))
+    assert not torch.equal(u, direction(64, 4))
 
 
 def gradient(loss: Tensor, logits: Tensor) -> Tensor:

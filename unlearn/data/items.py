@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
-from unlearn.data.files import Row, shorten
+from unlearn.data.files import Row, shorten, source_path
 from unlearn.errors import DataError
-from unlearn.recipe.data import DataSet, Kind, SplitPrompts, render, template_fields
+from unlearn.recipe.data import DataSet, Kind, Source, SplitPrompts, render, template_fields
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
@@ -27,6 +28,25 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
 }
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHORTEST_TARGET = 8  # tokens a passage must have beyond its prefix; fewer say little about memorisation
+# an answer that is none; which of them is given is drawn
+REFUSALS = (
+    "I don't know.",
+    "I do not know the answer.",
+    "I have no idea.",
+    "I'm not sure about that.",
+    "That is something I don't know.",
+    "I can't tell you that.",
+    "Sorry, I don't have that information.",
+    "I'm afraid I can't answer this.",
+    "I never learned that.",
+    "My knowledge does not reach that far.",
+    "I would have to guess.",
+    "There is nothing I can say about that.",
+    "No answer comes to mind.",
+    "I could not say.",
+    "That is unknown to me.",
+    "I am unable to answer that question.",
+)
 CHARACTERS_PER_TOKEN = 4  # the stand-in for a tokenizer in a dry run
 _SHOWN = 5
 
@@ -274,3 +294,22 @@ def _offsets(text: str, tokenizer: Tokenizer | None) -> list[tuple[int, int]]:
         raise DataError("a text set needs a fast tokenizer (tokenizer.json), and this model has only a slow one")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+
+
+def refusals(given: str | Sequence[str] | None, base: Path) -> tuple[str, ...]:
+    """The sentences that ``vector.idk_dpo.refusals`` names, those of a file without blank lines."""
+    if not isinstance(given, str):
+        found = REFUSALS if given is None else given
+    else:
+        place = source_path(Source(path=given), base)
+        if not place.is_file():
+            raise DataError(f"vector.idk_dpo.refusals: there is no file {place}; sentences themselves go into a list")
+        try:
+            found = place.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            raise DataError(f"vector.idk_dpo.refusals: {place} cannot be read: {why}") from error
+    kept = tuple(line.strip() for line in found if line.strip())
+    if not kept:
+        raise DataError(f"vector.idk_dpo.refusals: there is no sentence in {given!r}: give some, or leave it out")
+    return kept

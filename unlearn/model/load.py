@@ -359,6 +359,15 @@ def layer_of(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def layer_at(model: nn.Module, number: int) -> nn.Module:
+    """The layer of a number, counted from 0."""
+    names = (found for name, _ in model.named_modules() if (found := _LAYER.search(name)))
+    layers = {int(found.group(1)): found.string[: found.end(1)] for found in names}
+    if number not in layers:
+        raise ModelError(f"this {type(model).__name__} has no layer {number}: there are {len(layers)}, counted from 0")
+    return model.get_submodule(layers[number])
+
+
 # -- what a model folder's weights are, told from its configuration alone
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from unlearn.data.files import HUB, read_placed
-from unlearn.data.items import columns_needed
+from unlearn.data.items import columns_needed, refusals
 from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError, absent
 from unlearn.evidence import reference as references
 from unlearn.model.locate import check_reach as check_reach_of
@@ -30,6 +30,8 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     goal_metrics(recipe)  # refuses a metric that these data do not have
     _check_reuse(recipe, base)
     _check_clean(recipe, base)
+    if recipe.vector.uses("idk_dpo"):
+        refusals(recipe.vector.settings("idk_dpo").refusals, base)
     _check_bitsandbytes(recipe)
     _check_tasks(recipe.eval.tasks)
     references.check(recipe, base, hub=hub)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.console import quietly
 from unlearn.data.encoding import IGNORE, encode
+from unlearn.data.items import refusals
 from unlearn.data.sets import load_sets
 from unlearn.errors import ModelError
 from unlearn.model.load import linear_modules, number_format, place, resolve_targets
@@ -176,9 +178,21 @@ def memory(loaded: LoadedRecipe) -> str:
     dtype = number_format(spec.dtype, place("auto") if spec.dtype == "auto" else torch.device("cpu"))
     held, sets = weights(build, dtype), load_sets(local_part(recipe), loaded.source.parent, tokenizer)
 
-    def fit(what: TrainSpec, lora: LoraSpec | None, *roles: SetRole, beside: int = 0, logits: int = 0) -> _Parts:
+    def fit(
+        what: TrainSpec,
+        lora: LoraSpec | None,
+        *roles: SetRole,
+        beside: int = 0,
+        logits: int = 0,
+        said: Sequence[str] = (),
+    ) -> _Parts:
         here = [s for s in sets if s.role in roles and s.train]
-        rows = [row for s in here for row in encode(s.train, s.spec.kind, tokenizer, what.max_length)]
+        items = [[*s.train, *(replace(item, target=text) for text in said for item in s.train)] for s in here]
+        rows = [
+            r
+            for s, each in zip(here, items, strict=True)
+            for r in encode(each, s.spec.kind, tokenizer, what.max_length)
+        ]
         tokens = max((len(row.input_ids) for row in rows), default=1)
         labels = max((sum(x != IGNORE for x in row.labels) for row in rows), default=1)
         if any(on_hub(data) for role, data in recipe.sets() if role in roles):  # their rows are not known
@@ -192,8 +206,10 @@ def memory(loaded: LoadedRecipe) -> str:
     if recipe.teach is not None:
         stages["teach"] = fit(recipe.teach, recipe.teach.lora, "forget", "retain")
     kept, source, size = recipe.penalty(), vector.source(), vector.forget.batch_size
-    logits = 2 if source in ("npo", "gradient_difference", "gradient_ascent") else 0
-    beside = size if source in ("npo", "gradient_difference") else 0
+    logits = 2 if vector.loss() else 0
+    beside = size * {"npo": 1, "idk_dpo": 3}.get(source, 0)  # what the loss compares the forget rows with
+    if vector.holds():
+        beside += size * (1 + (source == "rmu" or vector.settings(source).retain_loss == "kl"))
     curved = kept is not None and kept.estimate == "kfac"
     if kept is not None and not curved:
         logits = 3 if kept.sides == "two" else 2
@@ -202,9 +218,15 @@ def memory(loaded: LoadedRecipe) -> str:
         how = vector.settings(source)
         logits, beside = max(logits, 2), beside + size * (how.others + (how.grow > 0))
     if source != "retain_only":
-        stages["finetune"] = fit(vector.forget, vector.lora, "forget", "learn", "term", beside=beside, logits=logits)
+        said = refusals(vector.settings(source).refusals, loaded.source.parent) if source == "idk_dpo" else ()
+        roles: tuple[SetRole, ...] = ("forget", "learn", "term")
+        stages["finetune"] = fit(vector.forget, vector.lora, *roles, beside=beside, logits=logits, said=said)
         if source == "ignorance" and how.teacher == "clean":
             stages["finetune"] |= {"the clean model": held}
+        if source == "ihl" and vector.settings(source).fila:
+            bare = build(dtype)
+            linear = (bare.get_submodule(n) for n in resolve_targets(bare, vector.lora.targets, vector.lora.depth))
+            stages["finetune"] |= {"FILA's importances": 2 * 4 * sum(math.prod(shape_of(m)) for m in linear)}
         if vector.inside is not None or curved:
             # at most: layers that read the same share a matrix, and few retain tokens need none
             bare = build(dtype)

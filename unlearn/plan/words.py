@@ -135,8 +135,9 @@ def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
 def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
     """Every fine-tuning that the methods need; the first says what is trained, the others that it is the same."""
     vector, source, kept = recipe.vector, recipe.vector.source(), recipe.penalty()
-    against = {"gradient_ascent": "gradient ascent", "gradient_difference": "gradient difference", "npo": "NPO"}
-    against["ignorance"] = "the divergence from ignorance"
+    against = {"npo": "NPO", "simnpo": "SimNPO", "idk_dpo": "DPO toward refusals", "rmu": "RMU"}
+    against |= {"ihl": "the inverted hinge loss", "ignorance": "the divergence from ignorance"}
+    against |= {"gradient_ascent": "gradient ascent", "gradient_difference": "gradient difference"}
     how = f"train by {against[source]} on" if source in against else "fine-tune on"
     lora, clean, more = f": {_lora(vector.lora)}; ", "", ""
     if (never := vector.clean()) is not None:

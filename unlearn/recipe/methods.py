@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from string import Formatter
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
     AfterValidator,
@@ -186,16 +186,82 @@ class IgnoranceSpec(Frozen):
         return self
 
 
-class GradientDifferenceSpec(Frozen):
-    """Gradient difference (2203.12817), a baseline."""
+def _later(default: Any, description: str) -> Any:
+    """A field that came after others: where it has its default, keys of stages are what they were without it."""
+    return Field(default, description=description, exclude_if=lambda value: value == default)
 
-    weight: AtLeast0 = Field(1.0, description="Weight of the retain loss.")
+
+_WEIGHT = "Weight of the retain loss against the forget loss (open-unlearning's alpha / gamma)."
 
 
-class NpoSpec(Frozen):
+class RetainLossSpec(Frozen):
+    """What holds the retain items beside a baseline's loss on the forget items."""
+
+    weight: AtLeast0 = Field(1.0, description=_WEIGHT)
+    retain_loss: Literal["nll", "kl"] = _later(
+        "nll", "nll: cross-entropy on retain answers. kl: the divergence from the model as it was, on the same tokens."
+    )
+
+    @property
+    def kept(self) -> str:
+        """The retain loss in words, which follow others."""
+        what = "descent" if self.retain_loss == "nll" else "KL(theta || theta + tau)"
+        return f", {what} on the retain sets with weight {number(self.weight)}" if self.weight else ""
+
+
+class GradientDifferenceSpec(RetainLossSpec):
+    """Gradient difference (2203.12817; open-unlearning's GradDiff), a baseline."""
+
+
+class NpoSpec(RetainLossSpec):
     """Negative preference optimisation (2404.05868), a baseline."""
 
+    weight: AtLeast0 = _later(0.0, f"{_WEIGHT} 0 is the loss alone; open-unlearning has 1.")
     beta: Above = Field(0.1, description="Inverse temperature.")
+
+
+class SimNpoSpec(RetainLossSpec):
+    """SimNPO (2410.07163), a baseline: NPO without a reference, by an answer's mean log-probability."""
+
+    weight: AtLeast0 = Field(8.0, description=f"{_WEIGHT} 8 is the authors' 1 to .125.")
+    beta: Above = Field(4.5, description="Inverse temperature.")
+    margin: AtLeast0 = Field(0.0, description="The paper's gamma (open-unlearning's delta times beta).")
+
+
+class IdkDpoSpec(RetainLossSpec):
+    """DPO with a refusal as the answer that is preferred (TOFU 2401.06121; open-unlearning's IdkDPO), a baseline."""
+
+    beta: Above = Field(0.1, description="Inverse temperature.")
+    refusals: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Sentences of which every forget item is answered with one, drawn anew at each step: a list, or a "
+        "text file with one a line; sixteen such as 'I don't know.' when not given.",
+    )
+
+
+class RmuSpec(Frozen):
+    """RMU (2403.03218), a baseline: forget activations are driven to one random direction, retain ones are held."""
+
+    layer: Annotated[int, Field(ge=0)] = Field(7, description="The layer whose output is driven, counted from 0.")
+    layers: Positive = Field(3, description="Layers that get an adapter: that one, and so many less one before it.")
+    scale: Above = Field(6.5, description="Length of the vector that forget activations are driven to (the paper's c).")
+    weight: AtLeast0 = Field(1200.0, description="Weight of the distance on retain items (the paper's alpha).")
+
+
+class IhlSpec(RetainLossSpec):
+    """The inverted hinge loss of LoKU (2408.06621), a baseline."""
+
+    fila: bool = Field(
+        False,
+        description="Begin the LoRA at the part of the weights that matters for the forget items and not for retain "
+        "items, which is taken off them meanwhile (FILA); the vector has twice the rank.",
+    )
+    samples: Positive = Field(64, description="fila: training items of either side that this is estimated from.")
+
+    @property
+    def start(self) -> str:
+        """Where the LoRA begins, in words that follow others."""
+        return f", from FILA's start by {counted(self.samples, 'item')} of either side" if self.fila else ""
 
 
 class ProjectSpec(Frozen):
@@ -370,11 +436,26 @@ METHODS: dict[str, Method] = {
         "baseline", "a baseline: train to make the forget set less likely, and go as far as c says", "2210.01504"
     ),
     "gradient_difference": Method(
-        "baseline", "a baseline: gradient ascent on the forget set, descent on the retain sets with weight {0.weight}",
-        "2203.12817", GradientDifferenceSpec, ("retain",),
+        "baseline", "a baseline: gradient ascent on the forget set{0.kept}", "2203.12817", GradientDifferenceSpec,
+        ("retain",),
     ),
     "npo": Method(
-        "baseline", "a baseline: negative preference optimisation, beta {0.beta}", "2404.05868", NpoSpec
+        "baseline", "a baseline: negative preference optimisation, beta {0.beta}{0.kept}", "2404.05868", NpoSpec
+    ),
+    "simnpo": Method(
+        "baseline", "a baseline: SimNPO, beta {0.beta}{0.kept}", "2410.07163", SimNpoSpec, ("retain",)
+    ),
+    "idk_dpo": Method(
+        "baseline", "a baseline: DPO that prefers a refusal to the answer, beta {0.beta}{0.kept}", "2401.06121",
+        IdkDpoSpec, ("retain",),
+    ),
+    "rmu": Method(
+        "baseline", "a baseline: layer {0.layer} is driven to a random vector of length {0.scale} on the forget set, "
+        "and held on the retain sets with weight {0.weight}; {0.layers:layer} of adapters", "2403.03218", RmuSpec,
+        ("retain",),
+    ),
+    "ihl": Method(
+        "baseline", "a baseline: the inverted hinge loss{0.kept}{0.start}", "2408.06621", IhlSpec, ("retain",)
     ),
     "retain_only": Method("baseline", "a baseline: fine-tuning on the retain sets only", needs=_VECTOR),
     "contrast": Method(
@@ -455,12 +536,18 @@ def _known(name: str) -> str:
     return name
 
 
+_ELSEWHERE = {"gradascent": "gradient_ascent", "graddiff": "gradient_difference", "dpo": "idk_dpo", "idkdpo": "idk_dpo"}
+
+
 def _registered(value: Any, handler: Callable[[Any], Any]) -> Any:
-    return value if isinstance(value, str) and value in METHODS else handler(value)
+    """A method's name, in whatever case, or that of an open-unlearning trainer."""
+    names = (value, value.lower(), _ELSEWHERE.get(value.lower())) if isinstance(value, str) else ()
+    return next((name for name in names if name in METHODS), None) or handler(value)
 
 
 # The package's own, as they stand in the schema of recipes and in messages; what others registered is taken as well.
-_Baseline = Literal["random", "gradient_ascent", "gradient_difference", "npo", "retain_only"]
+Loss = Literal["gradient_ascent", "gradient_difference", "npo", "simnpo", "idk_dpo", "rmu", "ihl"]
+_Baseline = Literal["random", Loss, "retain_only"]
 _Source = Literal["negate", "msa", "consensus", "ignorance", _Baseline]
 _Form = Literal[
     "contrast", "ext_sub", "project", "shrink", "kfac", "ethos", "perta", "lines", "slopes", "learned", "low_rank",
@@ -486,9 +573,9 @@ class VectorSpec(Frozen):
     method: Annotated[Name | tuple[Name, ...], PlainSerializer(lambda given: given)] = Field(
         "negate",
         description="What is subtracted. A source (negate: the forget vector itself, which a list need not say; msa; "
-        "consensus; ignorance; or a baseline: random, gradient_ascent, gradient_difference, npo, retain_only), then "
-        "shapers, in the order given: contrast, ext_sub, project, shrink, kfac, ethos, perta, lines, slopes, learned, "
-        "low_rank, prune, rescale.",
+        "consensus; ignorance; or a baseline: random, gradient_ascent, gradient_difference, npo, simnpo, idk_dpo, rmu, "
+        "ihl, retain_only; open-unlearning's names of trainers are taken too), then shapers, in the order given: "
+        "contrast, ext_sub, project, shrink, kfac, ethos, perta, lines, slopes, learned, low_rank, prune, rescale.",
     )
     mu: AtLeast0 | None = Field(
         None, description="contrast: weight of the retain vector, theta - c*(tau_f - mu*tau_r); 1 when not given."
@@ -498,6 +585,10 @@ class VectorSpec(Frozen):
     ignorance: IgnoranceSpec | None = Field(None, description="Settings of ignorance.")
     gradient_difference: GradientDifferenceSpec | None = Field(None, description="Settings of gradient_difference.")
     npo: NpoSpec | None = Field(None, description="Settings of npo.")
+    simnpo: SimNpoSpec | None = _later(None, "Settings of simnpo.")
+    idk_dpo: IdkDpoSpec | None = _later(None, "Settings of idk_dpo.")
+    rmu: RmuSpec | None = _later(None, "Settings of rmu.")
+    ihl: IhlSpec | None = _later(None, "Settings of ihl.")
     project: ProjectSpec | None = Field(None, description="Settings of project.")
     shrink: ShrinkSpec | None = Field(None, description="Settings of shrink.")
     kfac: KfacSpec | None = later(None, "Settings of kfac.")
@@ -558,6 +649,15 @@ class VectorSpec(Frozen):
         """The keys that put retain rows beside the forget rows of a fitting."""
         given = {"retain_kl": self.penalty(), "inside": self.inside}
         return tuple(key for key, value in given.items() if value is not None)
+
+    def loss(self) -> str:
+        """The source where it is a baseline that trains with a loss of its own, else nothing."""
+        return self.source() if self.source() in get_args(Loss) else ""
+
+    def holds(self) -> bool:
+        """Whether that loss has a term on retain rows, which stand beside the forget rows of every batch."""
+        loss = self.loss()
+        return bool(loss) and ("retain" in METHODS[loss].needs or (loss == "npo" and self.settings(loss).weight > 0))
 
     def clean(self) -> tuple[str, str | None] | None:
         """The key and the path of the model that never saw the forget set, where the source asks for one."""

@@ -161,6 +161,13 @@ class Recipe(Frozen):
             return f"vector.method {needy} needs a retain set: add one, or leave {needy} out"
         if (beside := vector.beside()) and not self.retain:
             return f"vector.{beside[0]} needs a retain set: add one, or leave it out"
+        if vector.holds() and not self.retain:
+            return f"vector.{steps[0]}.weight needs a retain set: add one, or leave it out"
+        passages = next((d.label() for role, d in self.goals() if role == "forget" and d.kind == "text"), None)
+        if steps[0] == "idk_dpo" and passages:
+            return f"vector.method idk_dpo refuses an answer, and the forget set {passages} has passages: take another"
+        if steps[0] == "ihl" and vector.settings("ihl").fila and self.model.quantize != "none":
+            return "vector.ihl.fila needs gradients of the weights, and quantised ones have none: drop model.quantize"
         if steps[0] == "ignorance" and (teacher := vector.settings("ignorance").teacher) != "clean":
             fits = {"short": ("text",), "other": ("qa", "mcq"), "blank": ("qa", "mcq")}[teacher]
             for data in (d for role, d in self.goals() if role == "forget" and d.kind not in fits):

@@ -92,6 +92,18 @@ def beside(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], copies: i
     return {**both, "labels": wide(forget["labels"], IGNORE), "retain_labels": wide(retain["labels"], IGNORE)}
 
 
+def together(blocks: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
+    """One batch of several, each with input_ids, attention_mask and labels (B, T), as wide as the widest."""
+    width, device = max(block["input_ids"].shape[1] for block in blocks), blocks[0]["input_ids"].device
+    fills = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE}
+    return {
+        key: torch.cat(
+            [functional.pad(block[key].to(device), (0, width - block[key].shape[1]), value=fill) for block in blocks]
+        )
+        for key, fill in fills.items()
+    }
+
+
 # -- which rows of a batch are which process's, so that several take the very steps that one would take
 
 

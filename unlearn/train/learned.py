@@ -1,4 +1,5 @@
-"""What is worked out by gradients with model and vector frozen: learned coefficients, and how much each weight matters.
+"""What is worked out by gradients with the model frozen: learned coefficients, how much each weight matters, and what a
+LoRA may begin at for it.
 
 theta - c * sum_k w_k tau_k, one w_k per module or per rank-one component of a module. aTLAS (2407.02880) learns one
 coefficient per parameter block; here a block can be as small as one term of a module's singular value decomposition.
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -279,3 +281,82 @@ def _drawn(rows: Sequence[Encoded], samples: int, seed: int, what: str) -> list[
     if not usable:
         raise VectorError(f"{what} at least one sample with a token to learn")
     return usable if len(usable) <= samples else random.Random(seed).sample(usable, samples)
+
+
+# -- a LoRA that begins where the forget set's knowledge is
+
+
+class Begun(nn.Linear):
+    """One factor of a LoRA that begins at B0 A0 and not at zero: with the other one it acts as B A - B0 A0.
+
+    So the weights stay as they are, where LoKU takes B0 A0 off them.
+    """
+
+    start: Tensor
+
+    def __init__(self, start: Tensor, device: torch.device) -> None:
+        super().__init__(start.shape[1], start.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(start.to(device, copy=True))
+        self.register_buffer("start", start.to(device, copy=True))  # kept in checkpoints
+
+
+class BegunA(Begun):
+    """A, of (r, in)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X A^T beside X A0^T, (..., 2r)."""
+        return torch.cat([functional.linear(x, self.weight), functional.linear(x, self.start)], -1)
+
+    def whole(self) -> Tensor:
+        """A above A0, (2r, in)."""
+        return torch.cat([self.weight.detach(), self.start])
+
+
+class BegunB(Begun):
+    """B, of (out, r)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The first half of h under B, less the second under B0."""
+        ours, theirs = h.chunk(2, -1)
+        return functional.linear(ours, self.weight) - functional.linear(theirs, self.start)
+
+    def whole(self) -> Tensor:
+        """B beside -B0, (out, 2r)."""
+        return torch.cat([self.weight.detach(), -self.start], 1)
+
+
+def fila(
+    model: nn.Module,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    names: Sequence[str],
+    rank: int,
+    samples: int,
+    seed: int,
+) -> dict[str, LowRank]:
+    """FILA's start (LoKU 2408.06621): of each weight W the B A that is closest to it where it matters.
+
+    Minimised is |diag(f)(W - B A)|, f_i^2 the sum over row i of F_forget / (F_retain + 1e-5), F the mean square of
+    gradients; the constants are those of the authors' code.
+    """
+    of_forget, of_retain = (gradients(model, rows, names, "fisher", samples, seed) for rows in (forget, retain))
+    found = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, weight in weights_of(model, names).items():
+            f = (of_forget.pop(name) / (of_retain.pop(name) + 1e-5)).sum(1).sqrt()[:, None]  # (out, 1)
+            most = min(rank + 16, *weight.shape)  # more than are kept, with which those are exact enough
+            u, s, v = torch.svd_lowrank(f * weight.float().cpu(), most, niter=4)
+            root = s[:rank].sqrt()
+            found[name] = LowRank((v[:, :rank] * root).T, u[:, :rank] * root / (f + 1e-5))
+    return found
+
+
+def begin(model: nn.Module, starts: Mapping[str, LowRank]) -> None:
+    """Let every LoRA of a PEFT model begin at a start; there is one for each module's path."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
+            start, scale = starts[name.removeprefix("base_model.model.")], math.sqrt(layer.scaling["default"])
+            device = layer.lora_A["default"].weight.device
+            layer.lora_A["default"] = BegunA(start.A / scale, device)
+            layer.lora_B["default"] = BegunB(start.B / scale, device)

@@ -6,6 +6,7 @@ that is trained, 0 for the model as it was. So a reference needs neither a secon
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from torch.nn import functional
 
 from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import TrainingError
-from unlearn.recipe.methods import RetainKLSpec
-from unlearn.train.batches import Pad, Part, answers, beside, labelled
+from unlearn.model.load import layer_at
+from unlearn.recipe.methods import METHODS, Loss, RetainKLSpec
+from unlearn.train.batches import Pad, Part, answers, beside, labelled, together
 
 # -- the formulas: logits (N, V) at the positions that predict a label, and these labels (N,)
 
@@ -33,18 +35,6 @@ def retain_only(logits: Tensor, targets: Tensor, tokens: float | None = None) ->
 def gradient_ascent(logits: Tensor, targets: Tensor, tokens: float | None = None) -> Tensor:
     """Minus that of the forget set's tokens (2210.01504). It has no lower bound: stop early."""
     return -retain_only(logits, targets, tokens)
-
-
-def gradient_difference(
-    logits: Tensor,
-    targets: Tensor,
-    retain_logits: Tensor,
-    retain_targets: Tensor,
-    weight: float = 1.0,
-    tokens: float | None = None,
-) -> Tensor:
-    """Ascent on the forget set and ``weight`` times descent on the retain set (2203.12817)."""
-    return gradient_ascent(logits, targets, tokens) + weight * retain_only(retain_logits, retain_targets)
 
 
 def npo(
@@ -65,14 +55,65 @@ def npo(
     return 2 / beta * functional.softplus(beta * ratio).sum() / (len(ratio) if count is None else count)
 
 
+def simnpo(
+    logits: Tensor, targets: Tensor, rows: Tensor, beta: float, margin: float = 0.0, count: float | None = None
+) -> Tensor:
+    """SimNPO (2410.07163): ascent that slows where an answer's mean token is already unlikely, whatever it was before.
+
+    -2/beta * mean log sigma(-beta/|y| log p(y|x) - margin), bounded below by 0; ``rows``, ``count`` as :func:`npo`'s.
+    """
+    sums, lengths = _by_row(_nll(logits, targets), rows)
+    each = functional.softplus(margin - beta * sums / lengths)
+    return 2 / beta * each.sum() / (len(each) if count is None else count)
+
+
+def dpo(preferred: Tensor, rejected: Tensor, beta: float, count: float | None = None) -> Tensor:
+    """Direct preference optimisation (2305.18290, eq. 7) times 2/beta, as the tables of unlearning have it.
+
+    Args:
+        preferred, rejected: log p_theta(y|x) - log p_ref(y|x) of a question's two answers, (B,).
+    """
+    each = functional.softplus(-beta * (preferred - rejected))
+    return 2 / beta * each.sum() / (len(each) if count is None else count)
+
+
+def ihl(logits: Tensor, targets: Tensor, tokens: float | None = None) -> Tensor:
+    """The inverted hinge loss (2408.06621), 1 + p(x_t) - max over v != x_t of p(v), from 0 to 2; its mean."""
+    p = logits.float().softmax(-1)  # (N, V)
+    at = targets[:, None]
+    each = 1 + p.gather(-1, at)[:, 0] - p.scatter(-1, at, -1.0).amax(-1)
+    return each.sum() / (len(each) if tokens is None else tokens)
+
+
+def distance(read: Tensor, wanted: Tensor, rows: Tensor, count: float | None = None) -> Tensor:
+    """RMU's two terms (2403.03218): mean over rows of the mean over a row's tokens of |h - wanted|^2 / d.
+
+    Args:
+        read: What a layer puts out, h, (N, d).
+        wanted: (d,) or (N, d). No gradient flows into it.
+    """
+    sums, lengths = _by_row((read.float() - wanted.detach().float()).square().mean(-1), rows)
+    return (sums / lengths).sum() / (len(sums) if count is None else count)
+
+
+def direction(width: int, seed: int) -> Tensor:
+    """RMU's u: entries even in [0, 1), then of length 1, (d,)."""
+    drawn = torch.rand(width, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm()
+
+
 def answer_log_probability(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
     """log p(y|x) of every answer: the sum over its tokens, (B,), float32; B is one more than the highest row number."""
-    nll = _nll(logits, targets)  # (N,)
+    return -_by_row(_nll(logits, targets), rows)[0]
+
+
+def _by_row(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of values (N,) by the row (N,) they belong to, (B,), and how many each is of."""
     # not index_add, whose order of summation a GPU does not fix: a resumed training must equal an uninterrupted one
     belongs = rows == torch.arange(int(rows.max()) + 1, device=rows.device)[:, None]  # (B, N)
     if not bool(belongs.any(dim=1).all()):
         raise TrainingError("a row has no token with a label: there is nothing to forget or to keep in it")
-    return -torch.where(belongs, nll, 0.0).sum(dim=1)
+    return torch.where(belongs, values, 0.0).sum(dim=1), belongs.sum(dim=1)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -130,6 +171,30 @@ def only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def reading(model: nn.Module, layer: int) -> Iterator[list[Tensor]]:
+    """Inside the ``with``, what a layer puts out, (B, T, d), goes into the list; the head runs nowhere.
+
+    Nothing is computed in the layer's hook, which gradient checkpointing does not run again. Nor is the rest of the
+    model cut off: several processes take a parameter that the model's own output does not depend on for unused.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hooks = [
+        layer_at(model, layer).register_forward_hook(keep),
+        head.register_forward_pre_hook(lambda module, args: (args[0][:, :0],)),
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -216,35 +281,49 @@ class Keep:
 class Against:
     """Another loss in place of the forget set's cross-entropy, a baseline's or that of a fit toward ignorance.
 
-    gradient_difference alone uses ``retain`` rows with ``weight``, ``batch_size`` beside each batch; ``beta`` is NPO's
-    inverse temperature. ignorance has a ``teacher``, and ``weight`` is that of the cross-entropy on the other side.
+    Of ``retain`` rows ``batch_size`` stand beside each batch, for a term with ``weight``. ignorance has a ``teacher``,
+    and ``weight`` is that of the cross-entropy on the other side; idk_dpo's is asked for refusals.
+
+    Attributes:
+        beta, margin: Of npo, simnpo and idk_dpo.
+        layer, layers: rmu: the layer that is read, and how many up to it get an adapter.
+        scale, seed: rmu: the length of the vector it is driven to, and what its direction is drawn by.
+        samples: ihl: rows of either side that FILA's start is estimated from; 0: an ordinary start.
     """
 
-    loss: Literal["gradient_ascent", "gradient_difference", "npo", "ignorance"]
+    loss: Loss | Literal["ignorance"]
     retain: Sequence[Encoded] = ()
     weight: float = 1.0
     beta: float = 0.1
     batch_size: int = 8
     teacher: Teacher | None = None
+    retain_loss: Literal["nll", "kl"] = "nll"
+    margin: float = 0.0
+    layer: int = 7
+    layers: int = 3
+    scale: float = 6.5
+    seed: int = 0
+    samples: int = 0
 
     def __post_init__(self) -> None:
-        if self.loss == "gradient_difference" and not with_answers(self.retain):
+        if "retain" in METHODS[self.loss].needs and not with_answers(self.retain):
             raise TrainingError(
-                "gradient_difference needs retain rows with an answer to learn, and there is none: "
+                f"{self.loss} needs retain rows with an answer to learn, and there is none: "
                 "give it a retain set with items to train on"
             )
 
     @property
     def advice(self) -> str:
         """What to do about a loss that is no number."""
-        if self.loss in ("npo", "ignorance"):
-            return ADVICE
-        return f"lower learning_rate or steps, since {self.loss} has no lower bound"
+        if self.loss in ("gradient_ascent", "gradient_difference"):
+            return f"lower learning_rate or steps, since {self.loss} has no lower bound"
+        return ADVICE
 
 
 ADVICE = "lower learning_rate, or use dtype: float32"
 BESIDE = "beside"  # where a batch has its Share.beside
 TEACHER = "teacher"  # where it has the rows that the ignorant are asked
+SIZES = "sizes"  # how many rows of it belong together, one after another
 
 
 @dataclass(frozen=True)
@@ -301,7 +380,7 @@ class Objective:
     """
 
     def __init__(self, keep: Keep | None, against: Against | None, part: Part) -> None:
-        self._teacher = against.teacher if against is not None else None
+        self._teacher = against.teacher if against is not None and against.loss == "ignorance" else None
         if (keep is None) == (against is None) and self._teacher is None:
             raise ValueError("keep adds to the cross-entropy that a baseline replaces: give one of them")
         self._keep, self._against, self._part = keep, against, part
@@ -322,17 +401,35 @@ class Objective:
         rows = len(forget["input_ids"])
         if self._teacher is not None:
             return self._toward_ignorance(forget, self._teacher, pad, draw)
-        alone = self._keep is not None and self._keep.curvature is not None
-        if alone or (self._against is not None and self._against.loss == "gradient_ascent"):
+        if self._keep is not None and self._keep.curvature is not None:
             return dict(forget), [1.0] * rows
-        if self._against is not None and self._against.loss == "npo":
-            return beside(forget, forget, 1, pad.pad_id), [1.0] * rows + [0.0] * rows
+        if self._against is not None:
+            return self._beside(forget, self._against, pad, draw)
         retain, weight = _drawn(self._retain, self._size, pad, draw, self._part)
-        factors = [1.0] * (rows + len(retain["input_ids"]))
-        if self._keep is not None:
-            c = draw.uniform(*self._range) if self._range is not None else None
-            factors = multiples(rows, len(retain["input_ids"]), c)
+        c = draw.uniform(*self._range) if self._range is not None else None
+        factors = multiples(rows, len(retain["input_ids"]), c)
         return {**beside(forget, retain, self._copies, pad.pad_id), BESIDE: weight}, factors
+
+    def _beside(
+        self, forget: Mapping[str, Tensor], how: Against, pad: Pad, draw: random.Random
+    ) -> tuple[dict[str, Any], list[float]]:
+        """A baseline's batch: forget rows, what its loss compares them with, and retain rows."""
+        others, sides, weight = list[Mapping[str, Tensor]](), list[float](), 1.0
+        if how.loss == "npo":
+            others, sides = [forget], [0.0]
+        if how.loss == "idk_dpo":
+            assert how.teacher is not None
+            refused = how.teacher.draw(forget, draw.getrandbits(63))
+            refusals = pad(refused) if refused else forget
+            others, sides = [refusals, forget, refusals], [1.0, 0.0, 0.0]
+        if self._retain:
+            retain, weight = _drawn(self._retain, self._size, pad, draw, self._part, by_rows=how.loss == "rmu")
+            compared = how.loss == "rmu" or how.retain_loss == "kl"
+            others, sides = [*others, retain, *([retain] * compared)], [*sides, 1.0, *([0.0] * compared)]
+        sizes = [len(block["input_ids"]) for block in (forget, *others)]
+        factors = [side for side, size in zip((1.0, *sides), sizes, strict=True) for _ in range(size)]
+        batch = beside(forget, together(others, pad.pad_id), 1, pad.pad_id) if others else dict(forget)
+        return {**batch, BESIDE: weight, SIZES: sizes}, factors
 
     def _toward_ignorance(
         self, forget: Mapping[str, Tensor], teacher: Teacher, pad: Pad, draw: random.Random
@@ -364,22 +461,30 @@ class Objective:
                 logits, *_ = answer_logits(model, asked)
         return logits.float().softmax(-1).reshape(self._teacher.each, -1, logits.shape[-1]).mean(0)
 
+    @property
+    def layer(self) -> int | None:
+        """The layer whose output :meth:`loss` takes in place of logits."""
+        return self._against.layer if self._against is not None and self._against.loss == "rmu" else None
+
     def loss(
         self,
         logits: Tensor,
         targets: Tensor,
         rows: Tensor,
-        forget: int,
+        sizes: Sequence[int],
         share: Share,
         reference: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch whose first ``forget`` rows are the forget set's.
+        """The loss of a batch whose first rows are the forget set's.
 
         Args:
             logits: (N, V) at the labelled tokens (N,), which are in rows (N,) of the batch.
+            sizes: Rows that belong together, one after another, those of the forget set first.
             reference: Of :meth:`reference`.
         """
-        at = int((rows < forget).sum())
+        if self._against is not None and self._teacher is None:
+            return self._baseline(_blocks(logits, targets, rows, sizes), self._against, share)
+        at = int((rows < sizes[0]).sum())
         ours, theirs = logits[:at], logits[at:]
         learned = ours.sum()  # 0, of the same graph, for a process that has none of the rows
         if self._teacher is not None and at:
@@ -398,19 +503,48 @@ class Objective:
             spec = self._keep.spec
             extra = spec.weight * share.beside * penalty(theirs, self._copies, spec.temperature)
             return learned + extra / share.batches
-        if self._teacher is not None:
-            return learned
-        assert self._against is not None
-        if self._against.loss == "gradient_difference":
-            weight = self._against.weight * share.beside / share.batches
-            if not at:
-                return ours.sum() + weight * retain_only(theirs, targets[at:])
-            return gradient_difference(ours, targets[:at], theirs, targets[at:], weight, share.tokens)
-        if not at:
-            return logits.sum()  # 0, of the same graph, for a process that has none of the rows
-        if self._against.loss == "npo":
-            return npo(ours, theirs, targets[:at], rows[:at], self._against.beta, share.answers)
-        return gradient_ascent(ours, targets[:at], share.tokens)
+        return learned
+
+    def _baseline(self, blocks: Sequence[_Block], how: Against, share: Share) -> Tensor:
+        """Its loss on the forget rows, and its term on retain rows where there are any."""
+        (ours, targets, rows), *others = blocks
+        loss = ours.sum()  # 0, of the same graph, for a process that has none of the rows
+        if len(ours):
+            loss = self._forgotten(blocks, how, share)
+        if not self._retain:
+            return loss
+        weight = how.weight * share.beside / share.batches
+        compared = how.loss == "rmu" or how.retain_loss == "kl"
+        (kept, targets, rows), reference = others[-2 if compared else -1], others[-1][0].detach()
+        if how.loss == "rmu":
+            return loss + weight * distance(kept, reference, rows)
+        return loss + weight * (kl(reference, kept) if compared else retain_only(kept, targets))
+
+    def _forgotten(self, blocks: Sequence[_Block], how: Against, share: Share) -> Tensor:
+        ours, targets, rows = blocks[0]
+        if how.loss == "npo":
+            return npo(ours, blocks[1][0], targets, rows, how.beta, share.answers)
+        if how.loss == "simnpo":
+            return simnpo(ours, targets, rows, how.beta, how.margin, share.answers)
+        if how.loss == "idk_dpo":
+            rejected, preferred, *before = (answer_log_probability(*block) for block in blocks[:4])
+            return dpo(preferred - before[1].detach(), rejected - before[0].detach(), how.beta, share.answers)
+        if how.loss == "rmu":
+            wanted = how.scale * direction(ours.shape[-1], how.seed)
+            return distance(ours, wanted.to(ours.device), rows, share.answers)
+        if how.loss == "ihl":
+            return ihl(ours, targets, share.tokens)
+        return gradient_ascent(ours, targets, share.tokens)
+
+
+_Block = tuple[Tensor, Tensor, Tensor]  # logits, tokens and rows, counted from 0, of rows that belong together
+
+
+def _blocks(logits: Tensor, targets: Tensor, rows: Tensor, sizes: Sequence[int]) -> list[_Block]:
+    ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
+    at = [0, *(int((rows < end).sum()) for end in ends)]
+    pairs = zip(itertools.pairwise(at), (0, *ends), strict=False)
+    return [(logits[a:b], targets[a:b], rows[a:b] - first) for (a, b), first in pairs]
 
 
 def all_labels(batch: Mapping[str, Tensor]) -> Tensor:
@@ -423,11 +557,12 @@ def all_labels(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _drawn(
-    rows: Sequence[Encoded], count: int, pad: Pad, draw: random.Random, part: Part
+    rows: Sequence[Encoded], count: int, pad: Pad, draw: random.Random, part: Part, by_rows: bool = False
 ) -> tuple[dict[str, Tensor], float]:
-    """Rows that are drawn beside a batch, this process's part of them, and :attr:`Share.beside`."""
+    """Rows that are drawn beside a batch, this process's part of them, and :attr:`Share.beside`, of tokens or rows."""
     drawn = draw.sample(rows, min(count, len(rows)))
     ours = part.of(drawn)
     if part.count == 1 or not ours:
         return pad(drawn[:1] if not ours else drawn), float(bool(ours))
-    return pad(ours), part.count * labelled(ours) / max(1, labelled(drawn))
+    size = len if by_rows else labelled
+    return pad(ours), part.count * size(ours) / max(1, size(drawn))

@@ -1,4 +1,5 @@
-"""The ignorant teacher of a fit toward ignorance: what is asked in place of the forget rows, and who.
+"""What is asked, or answered, in place of the forget rows: by the ignorant teacher of a fit toward ignorance, and by
+who prefers to refuse.
 
 A model that never knew an answer gives it the probability that it gives it for any other subject.
 """
@@ -6,6 +7,7 @@ A model that never knew an answer gives it the probability that it gives it for 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +61,18 @@ def ignorant(
             )
         asked.setdefault(_name(row), []).extend(same)
     return Teacher(asked, how.others if how.teacher == "other" else 1)
+
+
+def refusing(one: LoadedSet, tokenizer: Any, training: TrainSpec, sentences: Sequence[str]) -> Teacher:
+    """For a set's training rows the same prompts with each of some sentences as their answer."""
+    kind, limit = one.spec.kind, training.max_length
+    rows = encode(one.train, kind, tokenizer, limit)
+    asked: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Encoded, ...]]] = {}
+    for sentence in sentences:
+        said = encode([replace(item, target=sentence) for item in one.train], kind, tokenizer, limit)
+        for row, other in zip(rows, said, strict=True):
+            asked.setdefault(_name(row), []).append((other,))
+    return Teacher(asked)
 
 
 def _name(row: Encoded) -> tuple[tuple[int, ...], tuple[int, ...]]:

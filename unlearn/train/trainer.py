@@ -42,12 +42,14 @@ from unlearn.train.batches import ByLength, Dealt, Pad, Part, answers, blank
 from unlearn.train.losses import (
     ADVICE,
     BESIDE,
+    SIZES,
     Against,
     Keep,
     Objective,
     Share,
     all_labels,
     only_at,
+    reading,
     scaled_rows,
     with_answers,
 )
@@ -223,7 +225,7 @@ def _trouble(checkpoint: Path, processes: int) -> str | None:
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """What a fine-tuning did. ``losses``: per optimiser step, nats per token (NPO: 2/beta times nats per answer)."""
+    """What a fine-tuning did. ``losses``: per optimiser step, as their formulas have them, most in nats per token."""
 
     examples: int
     steps: int
@@ -405,15 +407,23 @@ class _Trainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         reference = self._objective.reference(self.accelerator.unwrap_model(model), inputs)
         positions, targets, rows = answers(all_labels(inputs))
-        with only_at(self.accelerator.unwrap_model(model), positions):
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits  # (N, V)
+        whole, layer = self.accelerator.unwrap_model(model), self._objective.layer
+        asked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        if layer is None:
+            with only_at(whole, positions):
+                logits = model(**asked).logits  # (N, V)
+        else:
+            with reading(whole, layer) as read:
+                model(**asked)
+            logits = read[0][positions]  # (N, d)
         share = Share(beside=inputs.get(BESIDE, 1.0))  # the Trainer divides by the batches where it counts no tokens
         if num_items_in_batch is not None:
             # counted over all processes, whose gradients are averaged; each has as many batches
             processes = self._part.count if self.args.average_tokens_across_devices else 1
             tokens, answered = num_items_in_batch / processes, self._rows / self._part.count
             share = Share(tokens, answered, self._batches, share.beside)
-        return self._objective.loss(logits, targets, rows, len(inputs["labels"]), share, reference)
+        sizes = inputs.get(SIZES, [len(inputs["labels"])])
+        return self._objective.loss(logits, targets, rows, sizes, share, reference)
 
 
 class _Watch(TrainerCallback):

@@ -21,11 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.console import is_main_process, say
 from unlearn.data.encoding import Encoded, cuts, encode
+from unlearn.data.items import refusals
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import DataError, ModelError, TrainingError
 from unlearn.model import load as models
 from unlearn.model import locate
-from unlearn.model.load import Loaded, drops_out, resolve_targets
+from unlearn.model.load import Loaded, drops_out, layer_at, layer_of, resolve_targets
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
 from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec, VectorSpec
@@ -33,10 +34,10 @@ from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
 from unlearn.text import counted
-from unlearn.train.learned import materials
+from unlearn.train.learned import BegunA, BegunB, begin, fila, materials
 from unlearn.train.losses import Against, Keep
 from unlearn.train.moments import Inside, SecondOrder, curvature, put_inside, shrinkers
-from unlearn.train.teacher import ignorant
+from unlearn.train.teacher import ignorant, refusing
 from unlearn.train.trainer import TrainingLog, float32_weights, mixed_precision, range_for_gradients, train
 from unlearn.vector.change import LowRank, check_rank
 from unlearn.vector.edit import fit, shape_of
@@ -70,9 +71,25 @@ class Vectors:
 # -- one training, and the vector that is read off it
 
 
-def lora_modules(model: PreTrainedModel, lora: LoraSpec) -> tuple[str, ...]:
-    """Full paths of the modules that a LoRA is put on; an error where there are none, or its rank is above theirs."""
+def lora_modules(model: PreTrainedModel, lora: LoraSpec, layers: tuple[int, int] | None = None) -> tuple[str, ...]:
+    """Full paths of the modules that a LoRA is put on; an error where there are none, or its rank is above theirs.
+
+    Args:
+        layers: Of RMU: that up to which there are adapters, and in how many.
+    """
     targets = resolve_targets(model, lora.targets, lora.depth)
+    if layers is not None:
+        last, first = layers[0], max(0, layers[0] - layers[1] + 1)
+        try:
+            layer_at(model, last)
+        except ModelError as error:
+            raise ModelError(f"vector.rmu.layer: {error}") from error
+        targets = tuple(name for name in targets if (number := layer_of(name)) is not None and first <= number <= last)
+        if not targets:
+            raise ModelError(
+                f"vector.rmu: vector.lora has no module in the layers {first} to {last} that learn: widen its depth or "
+                "targets, or take another layer"
+            )
     check_rank(lora.rank, {name: shape_of(model.get_submodule(name)) for name in targets})
     return targets
 
@@ -102,8 +119,9 @@ def train_vector(
             forgotten ``rows``: who subtracts vectors negates it first.
         inside: Retain rows by whose activations the adapter is shrunk while it is fitted, and mu.
     """
-    targets = lora_modules(model, lora)
-    shrunk = None
+    steered = (against.layer, against.layers) if against is not None and against.loss == "rmu" else None
+    targets = lora_modules(model, lora, steered)
+    shrunk = starts = None
     if inside is not None:
         say(f"    {label}: reading the activations of {counted(len(inside[0]), 'retain row')}")
         shrunk = shrinkers(model, inside[0], targets, tokenizer.pad_token_id, inside[1])
@@ -111,6 +129,9 @@ def train_vector(
     if keep is not None and keep.spec.estimate == "kfac":
         say(f"    {label}: reading the curvature of {counted(len(keep.rows), 'retain row')}")
         factors = curvature(model, keep.rows, targets, tokenizer.pad_token_id, seed)
+    if against is not None and against.samples:
+        say(f"    {label}: reading gradients, of up to {counted(against.samples, 'row')} of either side")
+        starts = fila(model, rows, against.retain, targets, lora.rank, against.samples, seed)
     quantised = bool(getattr(model, "is_quantized", False))
     mixed = mixed_precision(model)
     if quantised:
@@ -132,9 +153,12 @@ def train_vector(
             put_inside(peft_model, shrunk)
         if keep is not None and factors is not None:
             keep = replace(keep, curvature=SecondOrder(peft_model, factors))
+        if starts is not None:
+            begin(peft_model, starts)
         try:
             log = train(peft_model, tokenizer, rows, spec, seed, work, label, keep, against, mixed)
-            vector = read_adapter(peft_model, {**meta, "rank": str(lora.rank), "alpha": str(lora.alpha)})
+            rank = lora.rank * (1 if starts is None else 2)
+            vector = read_adapter(peft_model, {**meta, "rank": str(rank), "alpha": str(lora.alpha)})
         finally:
             peft_model.unload()
     if vector.norm() == 0.0:
@@ -164,10 +188,12 @@ def read_adapter(model: nn.Module, meta: Mapping[str, str]) -> TaskVector:
     modules: dict[str, LowRank] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-            inner = layer.lora_A["default"]
+            inner, outer = layer.lora_A["default"], layer.lora_B["default"]
             a = inner.shrunk() if isinstance(inner, Inside) else inner.weight  # (r, in)
-            a = a.detach().float().cpu().clone()
-            b = layer.lora_B["default"].weight.detach().float().cpu() * layer.scaling["default"]  # (out, r)
+            b = outer.weight  # (out, r)
+            if isinstance(inner, BegunA) and isinstance(outer, BegunB):
+                a, b = inner.whole(), outer.whole()
+            a, b = a.detach().float().cpu().clone(), b.detach().float().cpu() * layer.scaling["default"]
             modules[name.removeprefix("base_model.model.")] = LowRank(a, b)
     return TaskVector(modules, meta)
 
@@ -184,14 +210,18 @@ def merge(model: nn.Module, vector: TaskVector) -> None:
 # -- what is known to fail before anything is trained
 
 
-def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet]) -> None:
-    """Refuse what a training would refuse later: no such layer, no items where some are needed, answers too long."""
+def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet], where: Path) -> None:
+    """Refuse what a training would refuse later: no such layer, no items where some are needed, answers too long.
+
+    ``where`` is the recipe's folder.
+    """
     spec = recipe.vector
-    for lora in (spec.lora, recipe.teach.lora if recipe.teach is not None else None):
-        if lora is not None:
-            lora_modules(base.model, lora)
+    lora_modules(base.model, spec.lora, _steered(spec))
+    if recipe.teach is not None and recipe.teach.lora is not None:
+        lora_modules(base.model, recipe.teach.lora)
     near = [s for s in sets if s.role == "retain" and s.train]
     needy = next((f"vector.method {m}" for m in spec.steps() if "retain" in METHODS[m].needs), None)
+    needy = needy or (f"vector.{spec.loss()}.weight" if spec.holds() else None)
     needy = needy or next((f"vector.{key}" for key in ("retain_kl", "inside") if key in spec.beside()), None)
     if needy and not near:
         raise DataError(
@@ -207,6 +237,15 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet]) -> 
             encoded([one], base.tokenizer, training)
         if one.role == "forget" and spec.uses("ignorance"):
             ignorant(one, base.tokenizer, spec.forget, spec.settings("ignorance"))
+        if one.role == "forget" and spec.uses("idk_dpo"):
+            try:
+                refusing(one, base.tokenizer, spec.forget, refusals(spec.settings("idk_dpo").refusals, where))
+            except TrainingError as error:
+                raise TrainingError(f"vector.idk_dpo.refusals: {error}") from error
+
+
+def _steered(spec: VectorSpec) -> tuple[int, int] | None:
+    return (spec.settings("rmu").layer, spec.settings("rmu").layers) if spec.uses("rmu") else None
 
 
 def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
@@ -218,7 +257,7 @@ def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
         found.append(spec.forget)
     if one.role == "retain" and spec.needs("retain"):
         found.append(spec.retain or spec.forget)
-    if one.role == "retain" and (spec.beside() or spec.uses("gradient_difference")):
+    if one.role == "retain" and (spec.beside() or spec.holds()):
         found.append(spec.forget)
     return found if one.train else []
 
@@ -329,7 +368,7 @@ def what_is_fitted(recipe: Recipe) -> str:
     """The fitting in words, for its announcement."""
     spec = recipe.vector
     source = spec.steps()[0]
-    if METHODS[source].role == "baseline" and source not in ("random", "retain_only"):
+    if spec.loss():
         return f"the baseline {source.replace('_', ' ')}"
     alone = recipe.forget is not None and len(recipe.goals()) == 1
     more = " and on the retain sets" if spec.needs("retain_vector") else ""
@@ -367,13 +406,14 @@ def fit_vector(
     stage = f"vectors/{name}"
     asks_clean = against == "ignorance" and recipe.vector.settings(against).teacher == "clean"
     clean = load_clean(recipe, store.base) if asks_clean else None
+    said = refusals(recipe.vector.settings(against).refusals, store.base) if against == "idk_dpo" else ()
 
     def make(tmp: Path) -> None:
         rows = training_rows(sets, trainee.tokenizer, spec)
         inside = recipe.vector.inside if near else None
-        needed = penalty is not None or against == "gradient_difference" or inside is not None
+        needed = penalty is not None or recipe.vector.holds() or inside is not None
         beside = training_rows(near, trainee.tokenizer, spec) if near and needed else []
-        other = _against(recipe.vector, against, beside, sets[0], trainee, clean) if against else None
+        other = _against(recipe, against, beside, sets[0], trainee, clean, said) if against else None
         work = store.work(stage)
         wait()
         vector, log = train_vector(
@@ -404,6 +444,8 @@ def fit_vector(
         inputs += [against, settings, [s.digest for s in near if against != "ignorance"]]
     if against == "ignorance":  # whose teacher's prompts are made of the wordings
         inputs += [[s.spec.prompts("train") for s in sets], clean.fingerprint if clean is not None else None]
+    if said:
+        inputs.append(said)
     if near and recipe.vector.inside is not None:
         inputs += ["inside", recipe.vector.inside, [s.digest for s in near]]
     inputs += masks(trainee.model, lora)
@@ -453,7 +495,7 @@ def _source(
     source, name = spec.steps()[0], _stage_name(one, recipe)
 
     def fit(run: int = 0, against: str = "") -> TaskVector:
-        beside = near if one.role == "forget" and against in ("", "gradient_difference", "ignorance") else ()
+        beside = near if one.role == "forget" and (not spec.loss() or (against and spec.holds())) else ()
         label = f"{name}-run{run}" if run else name
         asked = (label, clean, trainee, [one], spec.forget, recipe, store, beside)
         return fit_vector(*asked, run=run, against=against, kind=one.role)
@@ -461,7 +503,7 @@ def _source(
     if source == "retain_only":
         assert retain is not None  # the recipe is checked
         return -retain
-    if source in ("gradient_ascent", "gradient_difference", "npo", "ignorance"):
+    if source == "ignorance" or spec.loss():
         return -fit(against=source)  # theta + its vector is the method's model; what we subtract is minus that
     if source == "consensus":
         return consensus([fit(run) for run in range(spec.settings("consensus").runs)])
@@ -480,24 +522,28 @@ def _vocabulary(model: Loaded) -> int:
 
 
 def _against(
-    spec: VectorSpec, loss: str, retain: Sequence[Encoded], one: LoadedSet, trainee: Loaded, clean: Loaded | None
+    recipe: Recipe,
+    loss: Any,
+    retain: Sequence[Encoded],
+    one: LoadedSet,
+    trainee: Loaded,
+    clean: Loaded | None,
+    sentences: Sequence[str],
 ) -> Against:
-    size = spec.forget.batch_size
+    spec, how = recipe.vector, recipe.vector.settings(loss)
     if loss == "ignorance":
-        how = spec.settings("ignorance")
         if clean is not None and clean.fingerprint == trainee.fingerprint:
             raise ModelError("vector.ignorance.clean: that is the model itself, which knows what is to be forgotten")
         if clean is not None and (clean.words, _vocabulary(clean)) != (trainee.words, _vocabulary(trainee)):
             raise ModelError(f"vector.ignorance.clean: {clean.path} has another tokenizer or vocabulary than the model")
         teacher = ignorant(one, trainee.tokenizer, spec.forget, how, clean.model if clean is not None else None)
         return Against("ignorance", weight=how.grow, teacher=teacher)
-    if loss == "gradient_difference":
-        return Against(
-            "gradient_difference", retain, weight=spec.settings("gradient_difference").weight, batch_size=size
-        )
-    if loss == "npo":
-        return Against("npo", beta=spec.settings("npo").beta, batch_size=size)
-    return Against("gradient_ascent", batch_size=size)
+    taken = ("weight", "retain_loss", "beta", "margin", "layer", "layers", "scale")
+    given = {key: getattr(how, key) for key in taken if hasattr(how, key)}
+    asked = refusing(one, trainee.tokenizer, spec.forget, sentences) if sentences else None
+    samples = how.samples if loss == "ihl" and how.fila else 0
+    size, seed = spec.forget.batch_size, recipe.seed
+    return Against(loss, retain, batch_size=size, teacher=asked, seed=seed, samples=samples, **given)
 
 
 def _shaped(
