@@ -49,14 +49,50 @@ def change(report: RunReport) -> float:
     return scores[max(scores)][FORGET] - scores[0.0][FORGET]
 
 
-@pytest.mark.parametrize("loss", ["gradient_ascent", "gradient_difference", "npo"])
+SETTINGS = {"rmu": ["vector.rmu.layer=1", "vector.rmu.scale=10"], "ihl": ["vector.ihl.fila=true"]}
+
+
+@pytest.mark.parametrize("loss", ["gradient_ascent", "gradient_difference", "npo", "simnpo", "idk_dpo", "rmu", "ihl"])
 def test_a_baseline_is_trained_and_its_model_is_coefficient_1(plain: Path, tmp_path: Path, loss: str) -> None:
-    report = run(tmp_path / "run", f"vector.method={loss}", f"reuse=['{plain}']")
+    report = run(tmp_path / "run", f"vector.method={loss}", f"reuse=['{plain}']", *SETTINGS.get(loss, []))
     trained = vector(tmp_path / "run", "forget")
     assert vector(tmp_path / "run", "edit").digest() == (-trained).digest()
     assert trained.digest() != vector(plain, "forget").digest()
     assert change(report) < -0.05
     assert report.vector["method"] == loss
+
+
+def test_refusals_come_from_a_file_and_what_it_says_is_in_the_key(
+    plain: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "refusals.txt"
+    asked = ("vector.method=IdkDPO", f"vector.idk_dpo.refusals={file}", f"reuse=['{plain}']")
+    file.write_text("Nobody told me.\n\nAsk me something else.\n")
+    run(tmp_path / "run", *asked)
+    first = keys(tmp_path / "run")
+    run(tmp_path / "run", *asked)
+    assert "nothing has changed" in capfd.readouterr().err
+    file.write_text("Nobody told me.\n")
+    run(tmp_path / "run", *asked)
+    assert keys(tmp_path / "run")["vectors/forget"] != first["vectors/forget"]
+    assert keys(tmp_path / "run")["target"] == first["target"]
+    for text, said in (
+        ("\n \n", "there is no sentence in"),
+        (None, "there is no file"),
+        ("\udcff", "is no UTF-8 text"),
+    ):
+        file.unlink()
+        if text is not None:
+            file.write_text(text, errors="surrogateescape")
+        with pytest.raises(UnlearnError, match=rf"vector\.idk_dpo\.refusals: .*{said}"):
+            run(tmp_path / "other", *asked)
+    with pytest.raises(UnlearnError, match=r"vector\.idk_dpo\.refusals: .* do not fit into max_length"):
+        run(
+            tmp_path / "long",
+            "vector.method=dpo",
+            f"vector.idk_dpo.refusals=['{'never ' * 600}']",
+            f"reuse=['{plain}']",
+        )
 
 
 def test_retain_only_is_the_retain_vector_and_random_has_the_norms(plain: Path, tmp_path: Path) -> None:
