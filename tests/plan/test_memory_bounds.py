@@ -133,6 +133,14 @@ def test_the_plan_says_it_by_stages(capsys: pytest.CaptureFixture[str], pico_phi
     assert cli.main([*line, *inside, "--memory"]) == 0
     read = 2 * (5 * 64**2 + 128**2)  # of each layer q, k, v, dense and fc1, and fc2
     assert f"the shrinking {file_size(4 * read)}" in capsys.readouterr().out
+    fila = ("--set", "vector.method=ihl", "--set", "vector.ihl.fila=true")
+    assert cli.main([*line, *fila, "--memory"]) == 0
+    said = capsys.readouterr().out
+    assert f"FILA's importances {file_size(2 * 4 * 2 * (4 * 64**2 + 2 * 64 * 128))}" in said
+    assert "24 rows of 23 tokens" in said, "as many retain rows beside"
+    # refusals are longer than answers; both are asked of the model as it was, too
+    assert cli.main([*line, "--set", "vector.method=DPO", "--memory"]) == 0
+    assert "60 rows of 44 tokens" in capsys.readouterr().out
     assert cli.main([*line, "--set", "vector.retain_kl={estimate: kfac}", "--memory"]) == 0
     written = 2 * (5 * 64**2 + 128**2)  # all but fc1, and fc1
     said = capsys.readouterr().out
