@@ -146,6 +146,10 @@ def test_the_plan_says_it_by_stages(capsys: pytest.CaptureFixture[str], pico_phi
     said = capsys.readouterr().out
     assert f"the curvature {file_size(4 * (read + written))}" in said
     assert "12 rows of" in said, "no retain rows beside the batch"
+    assert "\n             shape " not in said
+    assert cli.main([*line, "--set", "vector.method=kfac", "--memory"]) == 0
+    parts = f"second moments {file_size(4 * read)}, what is solved {file_size(4 * 4 * 128**2)}"
+    assert parts in capsys.readouterr().out
 
 
 def test_of_a_model_on_the_hub_configuration_and_tokenizer_suffice(pico_llama: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def read_one_by_one(model: nn.Module, name: str) -> Tensor:
 def test_moments_are_those_of_rows_read_alone(
     loaded: Load, pico_phi: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moments, "_AT_ONCE", at_once)
+    monkeypatch.setattr(moments, "AT_ONCE", at_once)
     phi = loaded(pico_phi)
     found = list(second_moments(phi.model, ROWS, [DOWN, Q, K], phi.tokenizer.pad_token_id))
     assert sorted(sorted(names) for names, _ in found) == [[K, Q], [DOWN]]
@@ -165,7 +165,7 @@ def test_output_gradients_are_those_of_rows_one_by_one(
     model, pad = one.model, one.tokenizer.pad_token_id
     names = [n for n in linear_modules(model) if n.endswith(("q_proj", "c_attn", "fc2", "c_proj", "down_proj"))][:3]
     rows = [Encoded(r.input_ids, (*[IGNORE] * 2, *r.labels[2:])) for r in ROWS[:3]]
-    monkeypatch.setattr(moments, "_AT_ONCE", 1)
+    monkeypatch.setattr(moments, "AT_ONCE", 1)
     found = {n: m for (n,), m in gradient_moments(model, rows, names, pad, seed=5)}
     with torch.no_grad():
         said = torch.cat([model(torch.tensor([r.input_ids])).logits[0, 1:-1] for r in rows]).softmax(-1)

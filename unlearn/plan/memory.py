@@ -36,6 +36,7 @@ from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.text import file_size
 from unlearn.train.losses import penalty
+from unlearn.train.moments import AT_ONCE
 from unlearn.vector.edit import shape_of
 
 Build = Callable[[torch.dtype], Any]
@@ -205,6 +206,11 @@ def memory(loaded: LoadedRecipe) -> str:
     stages: dict[str, _Parts] = {"load": {"weights": held}}
     if recipe.teach is not None:
         stages["teach"] = fit(recipe.teach, recipe.teach.lora, "forget", "retain")
+    bare = build(dtype)
+    names = resolve_targets(bare, vector.lora.targets, vector.lora.depth)
+    # at most: layers that read the same share a matrix, and few retain tokens need none
+    squares = [tuple(4 * width**2 for width in shape_of(bare.get_submodule(n))) for n in names]
+    outputs, inputs = map(sum, zip(*squares, strict=True))
     kept, source, size = recipe.penalty(), vector.source(), vector.forget.batch_size
     logits = 2 if vector.loss() else 0
     beside = size * {"npo": 1, "idk_dpo": 3}.get(source, 0)  # what the loss compares the forget rows with
@@ -228,15 +234,14 @@ def memory(loaded: LoadedRecipe) -> str:
             linear = (bare.get_submodule(n) for n in resolve_targets(bare, vector.lora.targets, vector.lora.depth))
             stages["finetune"] |= {"FILA's importances": 2 * 4 * sum(math.prod(shape_of(m)) for m in linear)}
         if vector.inside is not None or curved:
-            # at most: layers that read the same share a matrix, and few retain tokens need none
-            bare = build(dtype)
-            names = resolve_targets(bare, vector.lora.targets, vector.lora.depth)
-            sides = [shape_of(bare.get_submodule(n)) for n in names]
-            outputs, inputs = (4 * sum(width**2 for width in side) for side in zip(*sides, strict=True))
             more = {"the shrinking": inputs * (vector.inside is not None), "the curvature": (inputs + outputs) * curved}
             stages["finetune"] |= {part: size for part, size in more.items() if size}
     if vector.needs("retain_vector"):
         stages["finetune, retain"] = fit(vector.retain or vector.forget, vector.lora, "retain")
+    if vector.needs("activations"):
+        widest = max(map(max, squares))  # in float32; equations are solved in float64
+        parts = {"second moments": min(max(inputs, outputs), max(widest, AT_ONCE)), "what is solved": 4 * widest}
+        stages["shape"] = {"weights": held, **parts}
     change, passing = scoring(build, dtype, recipe)
     stages["sweep, test"] = {"weights": held, "the edit": change, "a pass": passing}
     if spec.quantize != "none":

@@ -23,7 +23,7 @@ from unlearn.train.trainer import range_for_gradients
 from unlearn.vector.edit import shape_of
 from unlearn.vector.methods import shrinker, times
 
-_AT_ONCE = 2**30  # bytes of the matrices that one pass over the rows fills
+AT_ONCE = 2**30  # bytes of the matrices that one pass over the rows fills
 _BATCH = 16  # rows
 
 
@@ -187,7 +187,7 @@ def _collected(
     while waiting:
         found: dict[str, tuple[tuple[str, ...], _Sum]] = {}
         size = 0
-        while waiting and (not found or size + _bytes(waiting[0][1], count, thin) <= _AT_ONCE):
+        while waiting and (not found or size + _bytes(waiting[0][1], count, thin) <= AT_ONCE):
             group, width = waiting.pop(0)
             size += _bytes(width, count, thin)
             device = model.get_submodule(group[0]).get_parameter("weight").device
