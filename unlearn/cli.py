@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -192,6 +193,38 @@ def _recipe(words: list[str] | None, recipe: str | None, changes: list[str] | No
         if "=" not in word:
             raise UnlearnError(f"{word!r} is no KEY=VALUE: a run has one recipe, here {name}, and changes of its keys")
     return name, [*(changes or ()), *given]
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder, hub id or .gguf file", show_default=False)],
+    words: Words = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="DIR", help="an adapter of PEFT's to merge into it: a folder or hub id")
+    ] = None,
+    recipe: RecipeOption = None,
+    changes: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="the report's folder (default: as of a run)")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with 1 when a kept score is out of its bound")] = False,
+) -> None:
+    """Score any model, edited by anyone, by a recipe's sets, benchmark and attacks: unlearn eval MODEL mine.yaml
+
+    The recipe's own model (taught, if the recipe teaches it) is scored beside it, as the one before.
+    """
+    name, settings = _recipe(words, recipe, changes)
+    given = {"edited.model": model, "edited.adapter": adapter}
+    settings += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    if not any(word.startswith("name=") for word in settings):
+        from unlearn.recipe.load import load_recipe
+
+        told_by = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(adapter or model).name)
+        settings.append(f"name={load_recipe(name, settings).recipe.name}-{told_by}")
+    report = unlearn.run(name, set=settings, out=out, fresh=fresh)
+    if strict and report is not None and not report.chosen.bound_met:
+        raise typer.Exit(1)
 
 
 @app.command("schema")

@@ -82,12 +82,12 @@ def _fetch(recipe: Recipe, base: Path) -> None:
     """Have every model that the run reads on this machine, converted."""
     checks.check_reach(recipe, base)
     quiet_libraries()  # before they are imported
-    from unlearn.train.vectors import clean_checkpoint
+    from unlearn.train.vectors import clean_checkpoint, given_places
 
     locate.locate(recipe.model, base)
-    if references.is_model(recipe) and recipe.reference != "train":
-        references.locate(recipe, base)
+    references.fetch(recipe, base)
     clean_checkpoint(recipe, base)
+    given_places(recipe, base)
 
 
 def _unchanged(folder: RunFolder, key: str) -> RunReport | None:
@@ -121,8 +121,10 @@ def _inputs(recipe: Recipe, base: Path) -> list[Any]:
                 found.append([source.path, sha256(path)])
     if recipe.vector.uses("idk_dpo"):
         found.append(refusals(recipe.vector.settings("idk_dpo").refusals, base))
-    clean = recipe.vector.clean()
-    for model in (recipe.model.path, clean[1] if clean else None):
+    clean, given = recipe.vector.clean(), recipe.vector.given()
+    named = [recipe.model.path, clean[1] if clean else None]
+    named += [given.path, given.base, given.finetuned] if given else []
+    for model in named:
         place = locate.find(model.partition("#")[0], base) if model else None
         found.append([] if place is None else references.files_of(place))
     return [*found, *references.state(recipe, base)]

@@ -19,17 +19,18 @@ from unlearn.evidence import reference as references
 from unlearn.evidence.attacks import attacked_items, run_attacks
 from unlearn.evidence.foresight import foresee_cost
 from unlearn.evidence.membership import infer_membership, require_rows
-from unlearn.evidence.reference import Subjects, load_reference, score_reference
+from unlearn.evidence.reference import Subjects, load_edited, load_reference, score_reference
 from unlearn.model import load as models
 from unlearn.model import locate
 from unlearn.model.load import Loaded
-from unlearn.recipe.schema import Recipe
-from unlearn.report.assemble import data_line, score_rows, vector_line, warnings
+from unlearn.recipe.schema import Recipe, goal_metrics, kept_metrics
+from unlearn.report.assemble import Evidence, data_line, score_rows, vector_line, warnings
 from unlearn.report.exports import export, exported
 from unlearn.report.page import render_html, save_figures
 from unlearn.report.publish import CardFacts, able
 from unlearn.results import Membership, RunReport
 from unlearn.score.scorer import Questions, Scorer, build_questions
+from unlearn.score.search import as_given
 from unlearn.store import provenance
 from unlearn.store.files import write_json_atomic, write_text_atomic
 from unlearn.store.stages import Pool, RunFolder, Store
@@ -38,6 +39,9 @@ from unlearn.train.vectors import (
     check_trainable,
     clean_checkpoint,
     fit_vectors,
+    given_vector,
+    other_base,
+    require_fit,
     save_edit,
     teach,
     training_logs,
@@ -53,18 +57,23 @@ def run(recipe: Recipe, store: Store) -> RunReport | None:
 
     Of the report's provenance only the models are known yet; on every process but the main one there is no report.
     """
+    if recipe.edited is not None:
+        return evaluate(recipe, store)
     # the model, and what it is to forget and to keep
+    given = given_vector(recipe, store)
     base = load_base(recipe, store)
     sets = load_data(recipe, base, store)
     questions = prepare_questions(recipe, base, sets, store)
+    if given is not None:
+        require_fit(base, given)
     models_used = {"model": recipe.model.path, "base": base.fingerprint}
     target = teach_target(recipe, base, sets, store)
-    models_used["target"] = target.fingerprint
+    models_used |= {"target": target.fingerprint} | ({} if given is None else {"vector": given.digest()})
     del base  # after a teaching nothing needs it any more, and it is as large as the target
 
     # what is subtracted
     with store.step("finetune", what_is_fitted(recipe), _SHAPING):
-        vectors = fit_vectors(target, sets, recipe, store)
+        vectors = fit_vectors(target, sets, recipe, store, given)
     scorer = Scorer(target, questions, store)
     weights: Mapping[Goal, float] = dict.fromkeys(vectors.parts, 1.0)
     if len(vectors.parts) > 1:
@@ -85,33 +94,13 @@ def run(recipe: Recipe, store: Store) -> RunReport | None:
         before, after, examples = scorer.test(vector, chosen.coefficient)
 
     # is it really forgotten?
-    reference, benchmark, attacks = None, None, None
-    membership: tuple[Membership, ...] = ()
-    if references.is_model(recipe):
-        with store.step("reference", "a model that never saw the forget set", f"{_SCORING}, or leave reference out"):
-            reference = load_reference(recipe, sets, store)
-    subjects = Subjects(target, vector, chosen.coefficient, reference)
-    with processes.told("reference", f"{_SCORING}, or leave reference out"):
-        beside = score_reference(subjects, questions, store)
-    if recipe.benchmark is not None:
-        what = f"{recipe.benchmark.name} {recipe.benchmark.set}: {', '.join(subjects.who())}"
-        with store.step("benchmark", what, f"{_SCORING}, or leave benchmark out"):
-            benchmark = benchmarks.run_benchmark(subjects, questions, store)
-    if recipe.holdout is not None:
-        what = "forget items against those held out"
-        with store.step("membership", what, "leave holdout out, and with it membership inference"):
-            membership = infer_membership(subjects, questions, store)
-    if recipe.robustness is not None and chosen.coefficient > 0:
-        forget, items = attacked_items(questions)
-        what = f"attacks, scored on at most {len(items)} items of {forget.name}"
-        with store.step("robustness", what, "set robustness to null"):
-            attacks = run_attacks(subjects, questions, store)
+    found = gather(Subjects(target, vector, chosen.coefficient, None), questions, store)
 
     processes.wait()
     processes.leave()
     if not is_main_process():
         return None  # training and scoring are shared among processes; the rest is the main one's
-    rows, exports = score_rows(before, after, beside), {}
+    rows, exports = score_rows(before, after, found.beside), {}
     if names := exported(recipe, chosen.coefficient):
         less = "set export.merged to false: the adapter alone needs no whole weights"
         with store.step("export", " and ".join(names), less):
@@ -129,12 +118,81 @@ def run(recipe: Recipe, store: Store) -> RunReport | None:
         exports=exports,
         seconds=store.seconds,
         provenance=models_used,
-        warnings=warnings(recipe, sets, chosen, points, before, benchmark, subjects, attacks, training),
+        warnings=(
+            *filter(None, [other_base(given, recipe, target) if given is not None else ""]),
+            *warnings(recipe, sets, chosen, points, before, found, training),
+        ),
         foresight=foresight,
-        benchmark=benchmark,
-        membership=membership,
-        robustness=attacks,
+        benchmark=found.benchmark,
+        membership=found.membership,
+        robustness=found.attacks,
     )
+
+
+def evaluate(recipe: Recipe, store: Store) -> RunReport | None:
+    """The report of a model that was edited elsewhere, beside the recipe's: the same scores, comparisons, attacks."""
+    assert recipe.edited is not None  # the caller looked
+    base = load_base(recipe, store)
+    sets = load_data(recipe, base, store)
+    questions = prepare_questions(recipe, base, sets, store)
+    models_used = {"model": recipe.model.path, "base": base.fingerprint}
+    target = teach_target(recipe, base, sets, store)
+    del base
+    with store.step("edited", f"the model {recipe.edited.words()}", "choose a smaller model"):
+        given = load_edited(recipe, store.base)
+    models_used |= {"target": target.fingerprint, "edited": given.fingerprint}
+    with store.step("test", "test items, before and after", _SCORING):
+        before, after, examples = Scorer(target, questions, store).compare(given)
+    chosen = as_given(before, after, goal_metrics(recipe), kept_metrics(recipe), recipe.choose)
+    found = gather(Subjects(target, None, chosen.coefficient, None, given), questions, store)
+
+    processes.wait()
+    processes.leave()
+    if not is_main_process():
+        return None
+    return RunReport(
+        name=recipe.name,
+        description=recipe.description,
+        chosen=chosen,
+        scores=score_rows(before, after, found.beside),
+        sweep=(),
+        examples=examples,
+        data=tuple(data_line(s) for s in sets),
+        vector={"before": provenance.tidy(target.path), "after": provenance.tidy(recipe.edited.words())},
+        training=training_logs(None, recipe, store),
+        exports={},
+        seconds=store.seconds,
+        provenance=models_used,
+        warnings=warnings(recipe, sets, chosen, (), before, found, ()),
+        benchmark=found.benchmark,
+        membership=found.membership,
+        robustness=found.attacks,
+    )
+
+
+def gather(subjects: Subjects, questions: Questions, store: Store) -> Evidence:
+    """Every comparison and attack that the recipe asks for; the reference comes to the other models here."""
+    recipe, benchmark, attacks = questions.recipe, None, None
+    membership: tuple[Membership, ...] = ()
+    if references.is_model(recipe):
+        with store.step("reference", "a model that never saw the forget set", f"{_SCORING}, or leave reference out"):
+            subjects = replace(subjects, reference=load_reference(recipe, questions.sets, store))
+    with processes.told("reference", f"{_SCORING}, or leave reference out"):
+        beside = score_reference(subjects, questions, store)
+    if recipe.benchmark is not None:
+        what = f"{recipe.benchmark.name} {recipe.benchmark.set}: {', '.join(subjects.who())}"
+        with store.step("benchmark", what, f"{_SCORING}, or leave benchmark out"):
+            benchmark = benchmarks.run_benchmark(subjects, questions, store)
+    if recipe.holdout is not None:
+        what = "forget items against those held out"
+        with store.step("membership", what, "leave holdout out, and with it membership inference"):
+            membership = infer_membership(subjects, questions, store)
+    if recipe.robustness is not None and subjects.chosen > 0:
+        forget, items = attacked_items(questions)
+        what = f"attacks, scored on at most {len(items)} items of {forget.name}"
+        with store.step("robustness", what, "set robustness to null"):
+            attacks = run_attacks(subjects, questions, store)
+    return Evidence(subjects, beside, benchmark, membership, attacks)
 
 
 def prepare(recipe: Recipe, store: Store) -> None:
@@ -151,7 +209,10 @@ def prepare(recipe: Recipe, store: Store) -> None:
 
 def steps(recipe: Recipe) -> tuple[str, ...]:
     """The names of the steps that a run of the recipe has, in order."""
+    edited = recipe.edited is not None
+    absent = dict.fromkeys(("finetune", "balance", "foresee", "sweep", "export"), True) if edited else {}
     absent = {
+        "edited": not edited,
         "teach": recipe.teach is None,
         "balance": len(recipe.goals()) < 2,
         "foresee": recipe.vector.correlation is None or recipe.forget is None,
@@ -159,8 +220,11 @@ def steps(recipe: Recipe) -> tuple[str, ...]:
         "benchmark": recipe.benchmark is None,
         "membership": recipe.holdout is None,
         "robustness": recipe.robustness is None,
+        **absent,
     }
-    names = "load data teach finetune balance foresee sweep test reference benchmark membership robustness export"
+    names = (
+        "load data teach edited finetune balance foresee sweep test reference benchmark membership robustness export"
+    )
     return tuple(name for name in names.split() if not absent.get(name))
 
 
@@ -208,12 +272,12 @@ def prepare_questions(recipe: Recipe, base: Loaded, sets: tuple[LoadedSet, ...],
     if recipe.benchmark is not None and recipe.benchmark.name == "tofu":
         place = base.tokenizer.name_or_path  # MUSE's take long to cut into tokens, and its rows were read
         benchmarks.build(recipe.benchmark, store.base, place, recipe.seed)
-    if references.is_model(recipe) and recipe.reference != "train":
-        references.require_same_tokens(recipe, store.base, base.tokenizer)
-    clean_checkpoint(recipe, store.base)
+    references.require_same_tokens(recipe, store.base, base.tokenizer)
+    if recipe.edited is None:
+        clean_checkpoint(recipe, store.base)
     if recipe.holdout is not None:
         require_rows(sets, base)
-    if recipe.export.push_to_hub is not None:
+    if recipe.export.push_to_hub is not None and recipe.edited is None:
         able(recipe.export.push_to_hub)
     return questions
 

@@ -205,7 +205,8 @@ class Chosen:
     keep: float | None = None  # the recipe's bound, as is ``perplexity``; None: not recorded
     perplexity: float | None = None
     kept: tuple[tuple[str, str, str], ...] = ()  # (set, name, metric) it was put on; empty: all of retain and utility
-    search: Literal["grid", "bisect"] = "grid"  # how the coefficient was looked for among those of ``grid``
+    # how the coefficient was looked for among those of ``grid``; given: not at all, the model was edited elsewhere
+    search: Literal["grid", "bisect", "given"] = "grid"
     grid: tuple[float, ...] = ()  # above 0; empty: not recorded
     goals: tuple[tuple[str, str, str], ...] = ()  # those to be driven down or up; empty: not recorded
 

@@ -27,7 +27,7 @@ GRID_FILE = "grid.json"
 _MESSAGES = 20  # in one report of mistakes
 # What the stages before the vectors (download, teaching, trained reference) do not depend on.
 _NOT_SHARED = frozenset(
-    {"name", "description", "vector", "sweep", "choose", "eval", "export", "robustness", "benchmark", "reuse"}
+    {"name", "description", "vector", "sweep", "choose", "eval", "export", "robustness", "benchmark", "reuse", "edited"}
 )
 # What the checks before submission do not look at, but for what _problem adds.
 _NOT_CHECKED = frozenset({"name", "description", "seed", "vector", "sweep", "export", "teach"})

@@ -18,6 +18,7 @@ from unlearn.data.items import Item, Record, Tokenizer, build, columns_needed, d
 from unlearn.errors import DataError, EvaluationError, RunFolderError
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split, render, template_fields
 from unlearn.recipe.schema import Recipe
+from unlearn.text import listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -151,8 +152,13 @@ def _uses(role: SetRole, recipe: Recipe) -> tuple[tuple[Split, ...], tuple[Split
     if role == "learn" and recipe.analogy is not None:
         scored: tuple[Split, ...] = ("validation", "test")
         return scored, scored, "the set that an analogy should teach needs validation and test items"
-    needs = SPLITS if role in ("forget", "learn") else ()
-    return SPLITS, needs, f"a {role} set needs train, validation and test items"
+    if role not in ("forget", "learn"):
+        return SPLITS, (), ""
+    fitted = recipe.vector.from_ is None or recipe.vector.needs("rows")
+    others = role == "forget" and (recipe.teach is not None or recipe.holdout is not None)
+    trained = others or (fitted and recipe.edited is None)
+    needs = tuple(split for split in SPLITS if split != "train" or trained)
+    return SPLITS, needs, f"a {role} set needs {listing(needs)} items"
 
 
 def _read(spec: DataSet, base: Path, seed: int, tokenizer: Tokenizer | None) -> dict[Split, _Pool]:

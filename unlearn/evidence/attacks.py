@@ -263,7 +263,7 @@ def _scores(one: Attack, scene: Scene, subjects: Subjects, questions: Questions,
     def write(tmp: Path) -> None:
         model = scene.model
         if one.changes_weights:
-            model = edited_copy(model, subjects.vector, subjects.chosen if who == "edited" else 0.0)
+            model = edited_copy(model, *subjects.edit(who))
         found = one.run(replace(scene, model=model, folder=tmp))
         write_json_atomic(tmp / "scores.json", [asdict(score) for score in found])
 

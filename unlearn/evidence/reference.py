@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,8 @@ from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.results import TaskScore, Who
-from unlearn.store.cache import hub_away
+from unlearn.store.cache import hub_away, sha256
+from unlearn.store.files import fingerprint
 
 if TYPE_CHECKING:
     from unlearn.model.load import Loaded
@@ -53,23 +54,25 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
             _check_log(recipe, spec, log, rows)
         if hub and rows is None and (rows := benchmark_rows(spec, base, hub=True)) is not None and log is not None:
             _check_log(recipe, spec, log, rows)
+    for key, other in others(recipe, base).items():
+        with models.said_of(key):
+            models.model_place(other, base)
+    if (adapter := edited_adapter(recipe)) is not None:
+        with models.said_of("edited.adapter"):
+            models.vector_place(adapter, base, fetch=False)
     given = _model_given(recipe)
-    if given is not None:
-        with _about_reference():
-            models.model_place(_spec(recipe, base), base)
-        if recipe.teach is None and _same_place(given, recipe.model.path, base):
-            raise ModelError(
-                f"reference: {given} is the model that is to forget, and it has seen the forget set: give one that "
-                "never did, or leave the reference out"
-            )
+    if given is not None and recipe.teach is None and _same_place(given, recipe.model.path, base):
+        raise ModelError(
+            f"reference: {given} is the model that is to forget, and it has seen the forget set: give one that "
+            "never did, or leave the reference out"
+        )
 
 
 def check_reach(recipe: Recipe, base: Path) -> None:
-    """Ask for a reference that only the hub has whether the hub can be reached at all."""
-    given = _model_given(recipe)
-    if given is not None and run_reference(given, base) is None:
-        with _about_reference():
-            models.check_reach(_spec(recipe, base), base)
+    """Ask for models that only the hub has whether the hub can be reached at all."""
+    for key, other in others(recipe, base).items():
+        with models.said_of(key):
+            models.check_reach(other, base)
 
 
 def is_model(recipe: Recipe) -> bool:
@@ -110,26 +113,29 @@ def run_reference(given: str, base: Path) -> Path | None:
     return root / "reference"
 
 
-def locate(recipe: Recipe, base: Path) -> str:
-    """The folder or hub id of the reference that is neither trained nor a log; fetched where needed."""
-    with _about_reference():
-        return models.locate(_spec(recipe, base), base)
+def others(recipe: Recipe, base: Path) -> dict[str, ModelSpec]:
+    """The models that are given to be set beside the target, by the recipe's key: a reference, an edited one."""
+    found = {}
+    if (given := _model_given(recipe)) is not None:
+        found["reference"] = recipe.model.other(str(run_reference(given, base) or given))
+    if recipe.edited is not None and recipe.edited.model is not None:
+        found["edited.model"] = recipe.model.other(recipe.edited.model, recipe.edited.revision)
+    return found
 
 
-def _spec(recipe: Recipe, base: Path) -> ModelSpec:
-    given = _model_given(recipe)
-    assert given is not None  # the caller looked
-    path = str(run_reference(given, base) or given)
-    return recipe.model.model_copy(update={"path": path, "revision": None})
+def edited_adapter(recipe: Recipe) -> ModelSpec | None:
+    """Where the adapter of a model that was edited elsewhere is said to be."""
+    given = recipe.edited.adapter if recipe.edited is not None else None
+    return None if given is None else recipe.model.other(given)
 
 
-@contextmanager
-def _about_reference() -> Iterator[None]:
-    """Mistakes in the reference's path are said of it, not of the model's."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.path", "reference")) from error
+def fetch(recipe: Recipe, base: Path) -> dict[str, tuple[ModelSpec, str]]:
+    """The folder or hub id of each of :func:`others`; fetched where needed."""
+    found = {}
+    for key, other in others(recipe, base).items():
+        with models.said_of(key):
+            found[key] = other, models.locate(other, base)
+    return found
 
 
 def _same_place(one: str, other: str, base: Path) -> bool:
@@ -244,10 +250,9 @@ def state(recipe: Recipe, base: Path) -> list[Any]:
         found.append("" if folder is None else content(folder, "*.json*"))
     if (log := log_file(recipe, base)) is not None:
         found.append(content(log))
-    if (given := _model_given(recipe)) is not None:
-        place = run_reference(given, base) or _first(given, base, Path.exists)
-        found.append([] if place is None else files_of(place))
-    return found
+    named = [*others(recipe, base).values(), *filter(None, [edited_adapter(recipe)])]
+    places = [models.find(spec.path.partition("#")[0], base) for spec in named]
+    return [*found, *([] if place is None else files_of(place) for place in places)]
 
 
 def files_of(root: Path) -> list[list[Any]]:
@@ -291,12 +296,16 @@ def _sha256(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Subjects:
-    """The models that are compared: the target, the target under the edit (if one was chosen), the reference."""
+    """The models that are compared: the target, the edited one, the reference.
+
+    The edited one is the target less ``chosen`` times ``vector``, if any was chosen, or a model of its own (``given``).
+    """
 
     target: Loaded
-    vector: TaskVector
+    vector: TaskVector | None
     chosen: float
     reference: Loaded | None
+    given: Loaded | None = None
 
     def who(self) -> tuple[Who, ...]:
         """The models there are."""
@@ -305,13 +314,18 @@ class Subjects:
 
     def loaded(self, who: Who) -> Loaded:
         """The weights in memory that one of them is made of."""
-        found = self.reference if who == "reference" else self.target
+        found = {"reference": self.reference, "edited": self.given or self.target}.get(who, self.target)
         assert found is not None  # `who` is one of who()
         return found
 
+    def edit(self, who: Who) -> tuple[TaskVector | None, float]:
+        """The vector that one of them is under, and how much of it is subtracted."""
+        return (self.vector, self.chosen) if who == "edited" and self.vector is not None else (None, 0.0)
+
     def key(self, who: Who) -> list[Any]:
         """All that the weights of one depend on."""
-        edit = [self.vector.digest(), self.chosen] if who == "edited" else []
+        vector, coefficient = self.edit(who)
+        edit = [] if vector is None else [vector.digest(), coefficient]
         return [self.loaded(who).fingerprint, *edit]
 
     @contextmanager
@@ -319,10 +333,11 @@ class Subjects:
         """One of them, as it is inside the ``with``."""
         from unlearn.vector.edit import subtracted
 
-        if who != "edited":
+        vector, coefficient = self.edit(who)
+        if vector is None:
             yield self.loaded(who)
         else:
-            with subtracted(self.target.model, self.vector, self.chosen):
+            with subtracted(self.target.model, vector, coefficient):
                 yield self.target
 
     def each(
@@ -356,22 +371,41 @@ def load_reference(recipe: Recipe, sets: Sequence[LoadedSet], store: Store) -> L
     from unlearn.train.vectors import teach
 
     if recipe.reference != "train":
-        return load(recipe.model, locate(recipe, store.base))
+        return load(*fetch(recipe, store.base)["reference"])
     base = load(recipe.model, models.locate(recipe.model, store.base))
     return load(recipe.model, str(teach("reference", base, to_teach(sets), recipe, store)))
 
 
+def load_edited(recipe: Recipe, base: Path) -> Loaded:
+    """The model that was edited elsewhere, an adapter merged in float32: 16 bits would round much of it away."""
+    from unlearn.model.load import load
+    from unlearn.vector.interop import merged
+
+    spec, where = fetch(recipe, base).get("edited.model") or (recipe.model, models.locate(recipe.model, base))
+    adapter = edited_adapter(recipe)
+    if adapter is None:
+        with models.said_of("edited.model"):
+            return load(spec, where)
+    with models.said_of("edited.adapter"):
+        place = models.vector_place(adapter, base)
+    assert place is not None  # it is fetched
+    loaded = load(spec.model_copy(update={"dtype": "float32"}), where)
+    content = [sha256(path) for path in models.weight_files(place)]
+    return replace(loaded, model=merged(loaded.model, place), fingerprint=fingerprint(loaded.fingerprint, content))
+
+
 def require_same_tokens(recipe: Recipe, base: Path, ours: Any) -> None:
-    """Refuse a given reference with another tokenizer: its numbers per token would be about other tokens."""
+    """Refuse a given model with another tokenizer: its numbers per token would be about other tokens."""
     from unlearn.model.load import load_tokenizer
 
-    with _about_reference():
-        found = load_tokenizer(_spec(recipe, base), locate(recipe, base))
-    if ours.get_vocab() != found.get_vocab():
-        raise ModelError(
-            "reference: this model has another tokenizer than the target, so that their scores per token cannot "
-            "be compared: give one that was made from the same base model"
-        )
+    for key, (spec, where) in fetch(recipe, base).items():
+        with models.said_of(key):
+            found = load_tokenizer(spec, where)
+        if ours.get_vocab() != found.get_vocab():
+            raise ModelError(
+                f"{key}: this model has another tokenizer than the target, so that their scores per token cannot "
+                "be compared: give one that was made from the same base model"
+            )
 
 
 def score_reference(subjects: Subjects, questions: Questions, store: Store) -> tuple[TaskScore, ...]:

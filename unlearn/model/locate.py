@@ -9,6 +9,7 @@ import errno
 import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ _TRUST = "UNLEARN_TRUST_REMOTE_CODE"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WHEEL = re.compile(r"wheel:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)/(.+)")
 _WHEEL_INSTEAD = "Otherwise get the file where you can, and set model.path to its local path"
+_LARGEST_HEAD = 100_000_000  # bytes that describe a file of tensors
 _INFLATION = 100  # times its packed size; weights hardly pack at all, and an archive of zeros would fill the disk
 
 
@@ -138,6 +140,15 @@ def find(path: str, base: Path) -> Path | None:
     return next((place for place in (given, base / given) if place.exists()), None)
 
 
+@contextmanager
+def said_of(key: str) -> Iterator[None]:
+    """Mistakes in the path of a model that another of the recipe's keys names are said of that key."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", key)) from error
+
+
 def locate(spec: ModelSpec, base: Path, cache: Path | None = None) -> str:
     """A local folder with configuration, safetensors and tokenizer, or a hub id; fetched and converted where needed.
 
@@ -213,6 +224,65 @@ def model_place(spec: ModelSpec, base: Path) -> str:
     return f"DOWNLOADED once from the hub{revision}, unless model.path is set to a local folder"
 
 
+def model_folder(spec: ModelSpec, base: Path) -> Path:
+    """Like :func:`locate`, for who reads the files: of a hub id the folder with its configuration and weights."""
+    where = locate(spec, base)
+    folder = Path(where)
+    return folder if folder.is_dir() else _snapshot(spec, ("config.json", "*.safetensors", "*.safetensors.index.json"))
+
+
+def weight_files(place: Path) -> list[Path]:
+    """The files that say what a model, an adapter or a vector is: the weights with their index, and configurations."""
+    if place.is_file():
+        return [place]
+    names = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
+    return sorted(path for name in names for path in place.glob(name))
+
+
+_OF_A_VECTOR = ("vector.safetensors", "adapter_config.json", "adapter_model.safetensors")
+
+
+def vector_place(spec: ModelSpec, base: Path, *, fetch: bool = True) -> Path | None:
+    """Where a vector or an adapter lies that ``spec.path`` names: a file, a folder, or a hub id's folder, fetched.
+
+    None for a hub id that is not to be fetched. Whether it is one is looked at here, without torch.
+    """
+    place = find(spec.path, base)
+    if place is not None:
+        _check_vector(place)
+        return place
+    if not _HUB_ID.fullmatch(spec.path):
+        raise ModelError(f"model.path: there is no {spec.path} here or in {base}, and it is no hub id")
+    if not fetch:
+        if not model_in_cache(spec.path) and offline():
+            raise ModelError(f"model.path: {spec.path} is neither here nor in the hub's local cache, and {_FORBIDDEN}")
+        return None
+    place = _snapshot(spec, _OF_A_VECTOR)
+    _check_vector(place)
+    return place
+
+
+def _check_vector(place: Path) -> None:
+    """Refuse what is neither a vector's file or folder nor that of an adapter of PEFT's."""
+    if place.is_dir():
+        if not any((place / name).is_file() for name in _OF_A_VECTOR[:2]):
+            model = (place / "config.json").is_file()
+            instead = "; a checkpoint is given as finetuned: {finetuned: ...}" if model else ""
+            raise ModelError(f"model.path: {place} holds neither {_OF_A_VECTOR[0]} nor {_OF_A_VECTOR[1]}{instead}")
+        return
+    try:
+        with place.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(min(size, _LARGEST_HEAD)))
+        if head["__metadata__"]["format"] == "unlearn.task_vector":
+            return
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise ModelError(
+        f"model.path: {place} is no task vector of this program (vector.safetensors); of an adapter give its folder"
+    )
+
+
 def check_reach(spec: ModelSpec, base: Path) -> None:
     """Raise for a model that only the hub has, where it cannot be reached: before torch is imported."""
     if _place(spec, base).kind == "hub" and not model_in_cache(spec.path) and (away := hub_away()):
@@ -236,10 +306,27 @@ def _ask_hub(spec: ModelSpec) -> None:
     """Have one small file fetched, so that a hub out of reach is found out once and not once per file, with retries."""
     from huggingface_hub import hf_hub_download
 
+    with _from_hub(spec) as here_only:
+        hf_hub_download(spec.path, "config.json", revision=spec.revision, local_files_only=here_only)
+
+
+def _snapshot(spec: ModelSpec, files: Sequence[str]) -> Path:
+    """The folder of the hub's cache with some of a repository's files, fetched where they are not there."""
+    from huggingface_hub import snapshot_download
+
+    with _from_hub(spec) as here_only:
+        asked: dict[str, Any] = {"revision": spec.revision, "local_files_only": here_only}
+        return Path(snapshot_download(spec.path, allow_patterns=list(files), ignore_patterns=["*/*"], **asked))
+    raise AssertionError
+
+
+@contextmanager
+def _from_hub(spec: ModelSpec) -> Iterator[bool]:
+    """Say what keeps a model from coming from the hub; yields whether only its local cache can be asked."""
     away = hub_away()
     try:
         with quietly():
-            hf_hub_download(spec.path, "config.json", revision=spec.revision, local_files_only=bool(away))
+            yield bool(away)
     except Exception as error:
         if away:
             raise ModelError(_not_here(spec.path, away)) from error

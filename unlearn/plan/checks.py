@@ -13,7 +13,7 @@ from unlearn.data.items import columns_needed, refusals
 from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError, absent
 from unlearn.evidence import reference as references
 from unlearn.model.locate import check_reach as check_reach_of
-from unlearn.model.locate import model_place
+from unlearn.model.locate import model_place, said_of, vector_place
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source
 from unlearn.recipe.evaluation import TaskSpec, no_such_task, shipped_tasks, task_files, task_names, unheard_of
 from unlearn.recipe.load import tasks_folder
@@ -30,6 +30,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     goal_metrics(recipe)  # refuses a metric that these data do not have
     _check_reuse(recipe, base)
     _check_clean(recipe, base)
+    _check_given(recipe, base)
     if recipe.vector.uses("idk_dpo"):
         refusals(recipe.vector.settings("idk_dpo").refusals, base)
     _check_bitsandbytes(recipe)
@@ -71,10 +72,21 @@ def _check_clean(recipe: Recipe, base: Path) -> None:
     key, given = recipe.vector.clean() or ("", None)
     if given is None:
         return
-    try:
-        model_place(recipe.model.model_copy(update={"path": given, "revision": None}), base)
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.path", key)) from error
+    with said_of(key):
+        model_place(recipe.model.other(given), base)
+
+
+def _check_given(recipe: Recipe, base: Path) -> None:
+    """The vector that the recipe brings, or the checkpoints that it is the difference of."""
+    given = recipe.vector.given()
+    named = {"from.base": given.base, "from.finetuned": given.finetuned} if given is not None else {}
+    for key, path in named.items():
+        if path is not None:
+            with said_of(f"vector.{key}"):
+                model_place(recipe.model.other(path), base)
+    if given is not None and given.path is not None:
+        with said_of("vector.from"):
+            vector_place(recipe.model.other(given.path, given.revision), base, fetch=False)
 
 
 def _check_bitsandbytes(recipe: Recipe) -> None:

@@ -223,7 +223,9 @@ def memory(loaded: LoadedRecipe) -> str:
     if source == "ignorance":
         how = vector.settings(source)
         logits, beside = max(logits, 2), beside + size * (how.others + (how.grow > 0))
-    if source != "retain_only":
+    if recipe.edited is not None:
+        stages["edited"] = {"the edited model": held}
+    elif source != "retain_only" and vector.from_ is None:
         said = refusals(vector.settings(source).refusals, loaded.source.parent) if source == "idk_dpo" else ()
         roles: tuple[SetRole, ...] = ("forget", "learn", "term")
         stages["finetune"] = fit(vector.forget, vector.lora, *roles, beside=beside, logits=logits, said=said)
@@ -236,7 +238,7 @@ def memory(loaded: LoadedRecipe) -> str:
         if vector.inside is not None or curved:
             more = {"the shrinking": inputs * (vector.inside is not None), "the curvature": (inputs + outputs) * curved}
             stages["finetune"] |= {part: size for part, size in more.items() if size}
-    if vector.needs("retain_vector"):
+    if vector.needs("retain_vector") and recipe.edited is None:
         stages["finetune, retain"] = fit(vector.retain or vector.forget, vector.lora, "retain")
     if vector.needs("activations"):
         widest = max(map(max, squares))  # in float32; equations are solved in float64

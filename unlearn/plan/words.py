@@ -97,12 +97,28 @@ def _data(recipe: Recipe, sets: _Sets) -> list[str]:
 
 
 def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
-    vector, goals = recipe.vector, recipe.goals()
     yield "load the model and the data"
     if recipe.teach is not None:
         how = "all weights" if recipe.teach.lora is None else _lora(recipe.teach.lora)
         taught = _training(recipe.teach, recipe, sets, ("forget", "retain"))
         yield f"teach the model forget and retain sets first: {how}; {taught}"
+    writes = recipe.eval.generate != "none" and any(spec.kind != "mcq" for _, spec in recipe.sets())
+    if recipe.edited is not None:
+        yield f"load the model that was edited elsewhere: {recipe.edited.words()}; nothing is fitted or chosen"
+    else:
+        yield from _edit(recipe, sets, chosen, writes)
+    whole = [t.task for t in recipe.eval.tasks if t.whole]
+    rouge = ", with ROUGE-L of written answers" if writes else ""
+    beside = f", and {', '.join(whole)} on all items" if whole else ""
+    yield f"score test items before and after{rouge}{beside}; write report.json and report.html"
+    yield from _evidence(recipe)
+    if recipe.edited is None:
+        yield f"export: {_export(recipe.export)}"
+
+
+def _edit(recipe: Recipe, sets: _Sets, chosen: str, writes: bool) -> Iterator[str]:
+    """What is subtracted, and how much of it."""
+    vector, goals = recipe.vector, recipe.goals()
     yield from _fits(recipe, sets)
     if words := phrases(vector):
         yield f"make of {'each vector' if len(goals) > 1 else 'it'} what is subtracted. {'; '.join(words)}"
@@ -116,20 +132,14 @@ def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
         short = f"; for that {length} of fine-tuning on each retain set with train items" if recipe.retain else ""
         yield f"foresee, on at most {counted(measured.items, 'item')} of each set, what the edit will cost{short}"
     grid = ", ".join(f"{c:g}" for c in recipe.sweep.grid())
-    searched, whole = ([t.task for t in recipe.eval.tasks if t.whole is side] for side in (False, True))
+    searched = [t.task for t in recipe.eval.tasks if not t.whole]
     tasks = f", and lm-eval's {', '.join(searched)}" if searched else ""
-    writes = recipe.eval.generate != "none" and any(spec.kind != "mcq" for _, spec in recipe.sets())
     written = " (and ROUGE-L of written answers)" if recipe.eval.generate == "sweep" and writes else ""
     needed = ", as many of them as the choice needs" if recipe.sweep.search == "bisect" else ""
     edit = "add" if recipe.forget is None else "negate and add" if recipe.learn else "negate"
     edit = "add by analogy" if recipe.analogy is not None else edit
     yield f"{edit}: {formula(recipe)}, scored on validation items{tasks}{written} at c = {grid}{needed}"
     yield f"choose c: {chosen}"
-    rouge = ", with ROUGE-L of written answers" if writes else ""
-    beside = f", and {', '.join(whole)} on all items" if whole else ""
-    yield f"score test items before and after{rouge}{beside}; write report.json and report.html"
-    yield from _evidence(recipe)
-    yield f"export: {_export(recipe.export)}"
 
 
 def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
@@ -152,6 +162,9 @@ def _fits(recipe: Recipe, sets: _Sets) -> Iterator[str]:
         more += f"; inside the shrinking by what layers read on retain items ({vector.inside:g})"
     roles = ("forget", "term") if recipe.analogy is not None else ("forget", "learn")
     trained = [(role, data) for role, data in recipe.sets() if role in roles and source != "retain_only"]
+    if (given := vector.given()) is not None:
+        yield f"take the vector of the {trained[0][0]} set from {given.words()}; nothing is trained for it"
+        trained = []
     for role, data in trained:
         what = f"the {role} set" if len(trained) == 1 else f"the {role} set {data.label()}"
         yield f"{how} {what}{clean}{lora}{_training(vector.forget, recipe, sets, (role,), data.label())}{more}"

@@ -34,6 +34,28 @@ FORGET_SETS = {
 _SETS = {"tofu": tuple(FORGET_SETS), "muse": ("news", "books")}
 
 
+class EditedSpec(Frozen):
+    """A model that was edited elsewhere, by whatever method: nothing is fitted, swept, chosen or exported."""
+
+    model: str | None = Field(
+        None, min_length=1, description="Folder, hub id or .gguf file; the recipe's model when not given."
+    )
+    revision: str | None = Field(None, description="Hub revision of the model.")
+    adapter: str | None = Field(
+        None, min_length=1, description="An adapter of PEFT's to merge into it, of any kind that changes weights."
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> EditedSpec:
+        if self.model is None and self.adapter is None:
+            raise ValueError("give a model, an adapter, or both")
+        return self
+
+    def words(self) -> str:
+        """Which model it is."""
+        return " with ".join(part for part in (self.model or "the recipe's model", self.adapter) if part)
+
+
 class BenchmarkSpec(Frozen):
     """A published benchmark, scored through its tasks in ``eval/``: target, edited model and retain reference."""
 

@@ -217,7 +217,8 @@ def _anchored(value: Any, place: KeyPath) -> Any:
         return {key: _anchored(item, (*place, key)) for key, item in value.items()}
     if isinstance(value, list):
         return [_anchored(item, (*place, i)) for i, item in enumerate(value)]
-    if isinstance(value, str) and place[-1] == "path" and not _NO_FILES & set(place):
+    named = place[-1] == "path" or place[:2] == ("vector", "from") or place[0] == "edited"
+    if isinstance(value, str) and named and not _NO_FILES & set(place):
         file, mark, digest = value.partition("#")
         if file and os.path.exists(file):  # noqa: PTH110
             return f"{Path.cwd() / file}{mark}{digest}"

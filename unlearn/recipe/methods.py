@@ -565,10 +565,49 @@ class CorrelationSpec(Frozen):
     items: Positive = Field(64, description="At most this many items of each set.")
 
 
+class FromSpec(Frozen):
+    """A vector that is there already: a file, an adapter, or what a checkpoint has more than the one before it."""
+
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="A vector's file or its stage's folder, or a LoRA adapter of PEFT's (folder or hub id).",
+    )
+    finetuned: str | None = Field(
+        None, min_length=1, description="In place of path: a checkpoint (folder or hub id), of which base is taken off."
+    )
+    base: str | None = Field(
+        None, min_length=1, description="The checkpoint before finetuned; the recipe's model when not given."
+    )
+    revision: str | None = Field(None, description="Hub revision of path or finetuned.")
+    skip_unequal: bool = Field(
+        False,
+        description="Leave out what finetuned changed and no vector can hold (norms, embeddings, biases); else an "
+        "error that names them.",
+    )
+    negate: bool = Field(
+        False, description="It was trained to forget, not on the forget set: minus it is what is subtracted."
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> FromSpec:
+        if (self.path is None) == (self.finetuned is None):
+            raise ValueError("give either path (a vector or an adapter) or finetuned (a checkpoint)")
+        if self.finetuned is None and (self.base is not None or self.skip_unequal):
+            raise ValueError("base and skip_unequal belong to checkpoints: give finetuned as well")
+        return self
+
+    def words(self) -> str:
+        """Where the vector is from."""
+        less = "the recipe's model" if self.base is None else self.base
+        where = f"{self.path}" if self.finetuned is None else f"{self.finetuned} less {less}"
+        return f"{where}{f' at revision {self.revision}' if self.revision else ''}{', negated' if self.negate else ''}"
+
+
 class VectorSpec(Frozen):
     """How the task vector is made and shaped."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+    model_config = ConfigDict(extra="allow", serialize_by_alias=True, json_schema_extra={"additionalProperties": False})
 
     method: Annotated[Name | tuple[Name, ...], PlainSerializer(lambda given: given)] = Field(
         "negate",
@@ -576,6 +615,13 @@ class VectorSpec(Frozen):
         "consensus; ignorance; or a baseline: random, gradient_ascent, gradient_difference, npo, simnpo, idk_dpo, rmu, "
         "ihl, retain_only; open-unlearning's names of trainers are taken too), then shapers, in the order given: "
         "contrast, ext_sub, project, shrink, kfac, ethos, perta, lines, slopes, learned, low_rank, prune, rescale.",
+    )
+    from_: str | FromSpec | None = Field(
+        None,
+        alias="from",
+        exclude_if=lambda given: given is None,  # keys of stages that do without it stay as they were
+        description="Bring the forget vector (or that of the one set to learn), so that nothing is trained for it: the "
+        "path of a vector or of a LoRA adapter, or a mapping.",
     )
     mu: AtLeast0 | None = Field(
         None, description="contrast: weight of the retain vector, theta - c*(tau_f - mu*tau_r); 1 when not given."
@@ -620,6 +666,10 @@ class VectorSpec(Frozen):
     )
 
     __pydantic_extra__: dict[Annotated[str, AfterValidator(_known)], Any]  # settings of methods that others registered
+
+    def given(self) -> FromSpec | None:
+        """The vector that the recipe brings."""
+        return FromSpec(path=self.from_) if isinstance(self.from_, str) else self.from_
 
     def steps(self) -> tuple[str, ...]:
         """The methods in order, the source first."""
@@ -692,12 +742,31 @@ class VectorSpec(Frozen):
                 )
         if "low_rank" in steps and self.low_rank is None:
             raise ValueError("vector.method low_rank needs vector.low_rank: {rank: ...} or {energy: ...}")
+        if self.from_ is not None and (problem := self._beside_given()):
+            raise ValueError(problem)
         if METHODS[steps[0]].role == "baseline" and steps[0] != "random" and self.beside():
             raise ValueError(
                 f"vector.{self.beside()[0]} belongs to the forget vector's fitting, and the baseline {steps[0]} has "
                 "none"
             )
         return self
+
+    def _beside_given(self) -> str:
+        """Why what is said of a fitting makes no sense beside a vector that is there, or nothing."""
+        if (source := self.source()) not in ("negate", "random"):
+            return (
+                f"vector.method {source} makes a vector of its own, and vector.from brings one: leave one of them out"
+            )
+        if beside := self.beside():
+            return f"vector.{beside[0]} belongs to a fitting, and vector.from brings what was fitted: leave it out"
+        if self.forget.model_copy(update={"max_length": 512}) != TrainSpec():
+            return (
+                "vector.forget says how the forget vector is fitted, and vector.from brings one: leave it out but for "
+                "max_length (vector.retain is for retain vectors)"
+            )
+        if self.lora != LoraSpec() and self.correlation is None and not self.needs("retain_vector"):
+            return "vector.lora is the shape of what is trained, and with vector.from nothing is: leave it out"
+        return ""
 
     @model_validator(mode="after")
     def _outside(self) -> VectorSpec:

@@ -17,6 +17,7 @@ from unlearn.recipe.evaluation import (
     BenchmarkSpec,
     ChooseSpec,
     ClusterSpec,
+    EditedSpec,
     EvalSpec,
     ExportSpec,
     RobustnessSpec,
@@ -24,6 +25,11 @@ from unlearn.recipe.evaluation import (
 )
 from unlearn.recipe.methods import METHODS, RetainKLSpec, TeachSpec, VectorSpec
 from unlearn.text import did_you_mean
+
+DENSE_ADAPTER = (
+    "a dense change does not fit into an adapter: add low_rank to vector.method (vector.low_rank: {rank: 64}), or set "
+    "export: {adapter: false, merged: true}"
+)
 
 
 class ModelSpec(Frozen):
@@ -51,6 +57,10 @@ class ModelSpec(Frozen):
         description="Train the LoRA on a bitsandbytes-quantised copy; the edit itself always goes on full precision.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
+
+    def other(self, path: str, revision: str | None = None) -> ModelSpec:
+        """Another model, held in the same way."""
+        return self.model_copy(update={"path": path, "revision": revision})
 
 
 class AnalogySpec(Frozen):
@@ -97,6 +107,11 @@ class Recipe(Frozen):
         "alone, as teach says), the folder of a run that trained one, a model (folder or hub id), a log (.json) of "
         "TOFU's authors or of open-unlearning (TOFU_EVAL.json, MUSE_EVAL.json), for forget quality or PrivLeak alone, "
         "or published, for MUSE's PrivLeak alone.",
+    )
+    edited: EditedSpec | None = Field(
+        None,
+        exclude_if=lambda given: given is None,  # keys of runs without it stay as they were
+        description="A model that was edited elsewhere, scored in place of an edit of this run's (unlearn eval).",
     )
     benchmark: BenchmarkSpec | None = Field(None, description="Score a published benchmark as well.")
     robustness: RobustnessSpec | None = Field(None, description="Attack the result: {} for all attacks.")
@@ -156,6 +171,14 @@ class Recipe(Frozen):
     def _needs(self) -> str:
         """What the methods need and the recipe does not have, or nothing."""
         vector, steps = self.vector, self.vector.steps()
+        if (given := vector.given()) is not None:
+            if len(self.goals()) > 1 or self.analogy is not None:
+                return (
+                    "vector.from brings one vector, for one set to forget or to learn: leave out also_forget, further "
+                    "sets and analogy, or have each set's vector fitted"
+                )
+            if given.finetuned is not None and self.export.adapter and "low_rank" not in steps:
+                return f"vector.from: {DENSE_ADAPTER}"
         needy = next((m for m in steps if "retain" in METHODS[m].needs), None)
         if needy and not self.retain:
             return f"vector.method {needy} needs a retain set: add one, or leave {needy} out"

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from unlearn.data.sets import LoadedSet
 from unlearn.evidence.reference import Subjects
 from unlearn.recipe.data import DataSet
 from unlearn.recipe.schema import Key, Recipe
-from unlearn.results import CONTRAST, LENS, Benchmark, Chosen, Robustness, ScoreRow, SweepPoint, TaskScore, probing
+from unlearn.results import (
+    CONTRAST,
+    LENS,
+    Benchmark,
+    Chosen,
+    Membership,
+    Robustness,
+    ScoreRow,
+    SweepPoint,
+    TaskScore,
+    probing,
+)
 from unlearn.score import search
 from unlearn.store import provenance
 from unlearn.text import counted
@@ -17,6 +29,17 @@ from unlearn.train.vectors import Goal, Vectors
 from unlearn.vector.task_vector import TaskVector
 
 _FEW = 20  # items under which an accuracy moves in steps that a bound of 95 % cannot resolve
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Which models were compared, and what came of every comparison and attack."""
+
+    subjects: Subjects
+    beside: tuple[TaskScore, ...]  # what the reference scores
+    benchmark: Benchmark | None
+    membership: tuple[Membership, ...]
+    attacks: Robustness | None
 
 
 def score_rows(
@@ -56,6 +79,8 @@ def vector_line(
         "modules": len(edit.modules),
         "norm": round(edit.norm(), 4),
     }
+    if (given := spec.given()) is not None:
+        line["from"] = provenance.tidy(given.words())
     first = next(iter(vectors.fitted.values()))
     if len(vectors.fitted) == 1:
         line["forget_norm"] = round(first.norm(), 4)
@@ -84,21 +109,20 @@ def warnings(
     chosen: Chosen,
     points: Sequence[SweepPoint],
     before: Sequence[TaskScore],
-    benchmark: Benchmark | None,
-    subjects: Subjects,
-    attacks: Robustness | None,
+    evidence: Evidence,
     training: Sequence[Mapping[str, Any]],
 ) -> tuple[str, ...]:
     """What a careful reader would ask about."""
-    found = []
+    found, subjects, benchmark = [], evidence.subjects, evidence.benchmark
+    chose = chosen.search != "given"
     small = [f"{s.role} {s.name} ({len(s.validation)})" for s in sets if 0 < len(s.validation) < _FEW]
-    if small:
+    if small and chose:
         found.append(f"few validation items, so the coefficient is chosen on coarse scores: {', '.join(small)}")
-    if chosen.coefficient > 0 and chosen.coefficient == recipe.sweep.grid()[-1]:
+    if chose and chosen.coefficient > 0 and chosen.coefficient == recipe.sweep.grid()[-1]:
         found.append(
             f"the largest coefficient of the grid ({chosen.coefficient:g}) was chosen: larger ones may do more"
         )
-    if benchmark is not None and benchmark.shared and chosen.coefficient > 0:
+    if benchmark is not None and benchmark.shared and chose and chosen.coefficient > 0:
         found.append(
             f"{benchmark.shared} of the benchmark's items are among the validation items that the coefficient was "
             "chosen on: keep them apart (validation: {path: ..., rows: [a, b]}) for a figure that no choice has seen"
@@ -108,6 +132,8 @@ def warnings(
             "the reference has the very weights of the model before: what stands beside it says nothing; give a model "
             "that never saw the forget set"
         )
+    if subjects.given is not None and subjects.given.fingerprint == subjects.target.fingerprint:
+        found.append("the edited model is the very model before: nothing was edited")
     found += [
         f"{line['stage']}: of {counted(line['prompts_cut'], 'prompt')} the beginning was left out, because it did not "
         "fit into max_length beside the answer: raise max_length to train on all of it"
@@ -116,14 +142,14 @@ def warnings(
     ]
     if not recipe.retain and not recipe.utility:
         found.append("nothing was asked to be kept: add retain and utility sets to see what the edit costs")
-    return (*found, *_doubts(chosen, points, before), *left_out(recipe, attacks))
+    return (*found, *_doubts(chosen, points, before), *left_out(recipe, evidence.attacks))
 
 
 def _doubts(chosen: Chosen, points: Sequence[SweepPoint], before: Sequence[TaskScore]) -> list[str]:
     """Which goals and kept metrics the scores before the edit make pointless, on validation or else on test items."""
-    base = next(p.scores for p in points if p.coefficient == 0)
+    base = [p.scores for p in points if p.coefficient == 0]
     found: dict[Key, str] = {}
-    for scores in (before, base):
+    for scores in (before, *base):
         doubted = search.doubted(scores, chosen.goals, chosen.kept, chosen.keep)
         found |= {key: f"{search.say_key(key)} {why} ({scores[0].split} items)" for key, why in doubted.items()}
     return list(found.values())

@@ -353,7 +353,8 @@ def _cards(report: RunReport) -> list[Card]:
         cards.append(Card("Kept, at worst", (kept_figure(report, row),), where, notes, "retain"))
     note = "no change" if chosen.coefficient == 0 else "chosen on validation items"
     searched = [words] if (words := how_searched(report)) else []
-    cards.append(Card("Coefficient", (f"λ = {coefficient(chosen.coefficient)}",), note, [chosen.rule, *searched]))
+    if chosen.search != "given":
+        cards.append(Card("Coefficient", (f"λ = {coefficient(chosen.coefficient)}",), note, [chosen.rule, *searched]))
     if stages:
         name, seconds, _ = max(stages, key=lambda stage: stage[2])
         notes = [f"longest stage: {name}, {duration(seconds)}"]

@@ -72,6 +72,8 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
     labels = {role: [d.label() for r, d in recipe.goals() if r == role] for role in ("forget", "learn")}
     kept = [f"{d.label()} ({role})" for role, d in recipe.sets() if role in KEPT]
     together = ["the weights w were found together, on validation items"] if len(recipe.goals()) > 1 else []
+    brought = recipe.vector.given()
+    given = [] if brought is None else [f"nothing was trained for it, it is that of {tidy(brought.words())}"]
     place = templates(autoescape=False)
     # literal is repr: a name with quotes stays one Python string, and no line of it can close the fence
     place.filters.update(md=escape, tidy=tidy, literal=lambda name: repr(_BREAKS.sub(" ", tidy(name))))
@@ -87,7 +89,7 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
         memory=memory_line(facts),
         kept=[*kept, *(f"{t.task} ({t.set})" for t in recipe.eval.tasks if t.set in KEPT)],
         formula=formula(recipe, GREEK),
-        how=[*phrases(recipe.vector), *together],
+        how=[*given, *phrases(recipe.vector), *together],
         met=met,
         survived=survived,
     )

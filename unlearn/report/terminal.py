@@ -39,6 +39,8 @@ def render_table(report: RunReport, console: Console) -> None:
         write.line(f"± is half of a 95 % confidence interval; kept is the share of the score before{guess}.", "dim")
         write.line()
     facts = [("coefficient", f"λ = {coefficient(report.chosen.coefficient)}"), ("rule", report.chosen.rule)]
+    if report.chosen.search == "given":
+        facts = [("before", str(report.vector["before"])), ("after", str(report.vector["after"]))]
     if row := worst_kept(report):
         facts.append(
             ("kept at worst", f"{kept_figure(report, row)} ({row.set}/{row.name} {row.metric}, {row.split} items)")

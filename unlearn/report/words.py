@@ -57,6 +57,8 @@ def headline(report: RunReport) -> str:
             return "Nothing was subtracted: no coefficient did better than none. The model is unchanged."
         return "No coefficient passed the rule; the model is unchanged."
     what = outcome(goal_rows(report)) or "The task vector was subtracted"
+    if chosen.search == "given":
+        return f"{what}; {_kept_clause(report)}."
     return f"{what} at λ = {coefficient(chosen.coefficient)}; {_kept_clause(report)}."
 
 
@@ -130,6 +132,8 @@ def _kept_clause(report: RunReport) -> str:
     keys, cannot = kept_keys(report), unseeing(report)
     if not keys:
         return "no kept set was measured"
+    if report.chosen.search == "given" and (out := missed(report)):
+        return f"but {listing(' '.join(row.key) for row in out)} went out of bounds"
     if not report.chosen.bound_met:
         at = report.chosen.coefficient
         broken = next((p.broken for p in report.sweep if math.isclose(p.coefficient, at, abs_tol=1e-12)), ())
@@ -143,6 +147,8 @@ def _kept_clause(report: RunReport) -> str:
 
 def remarks(report: RunReport) -> tuple[str, ...]:
     """What a reader must know beside the headline: why nothing passed, or what the test items say otherwise."""
+    if report.chosen.search == "given":
+        return ("Before is the recipe's model; after is one that was edited elsewhere. Nothing was chosen here.",)
     if report.chosen.coefficient == 0:
         first = min((p for p in report.sweep if p.coefficient > 0), key=lambda p: p.coefficient, default=None)
         if first is None:
@@ -165,6 +171,8 @@ def remarks(report: RunReport) -> tuple[str, ...]:
 
 def how_searched(report: RunReport) -> str | None:
     """How the coefficient was looked for and what that took; None where it is not recorded."""
+    if report.chosen.search == "given":
+        return None
     size, tried = len(report.chosen.grid), sum(p.coefficient > 0 for p in report.sweep)
     if report.chosen.search == "bisect" and size:
         return f"Found by bisection: {tried} of the grid's {counted(size, 'coefficient')} were scored."

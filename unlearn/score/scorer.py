@@ -31,6 +31,7 @@ from unlearn.vector.edit import Edit
 from unlearn.vector.task_vector import TaskVector
 
 Goal = tuple[SetRole, str]
+Compared = tuple[tuple[TaskScore, ...], tuple[TaskScore, ...], tuple[Example, ...]]  # before, after, and some answers
 _MCQ_TOKENS = 10  # of a completion, or as many as the answer has
 
 
@@ -105,6 +106,12 @@ def _read(place: Path, name: str) -> Any:
     return json.loads((place / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _compared(before: Path, after: Path) -> Compared:
+    pairs = zip(_read(before, "completions"), _read(after, "completions"), strict=True)
+    examples = tuple(Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]) for b, a in pairs)
+    return read_scores(before), read_scores(after), examples
+
+
 def complete(lm: HFLM, sets: Sequence[LoadedSet], count: int) -> list[dict[str, str]]:
     """``set``, ``name``, ``prompt``, ``target`` and greedy ``text`` of the first ``count`` test items of every set.
 
@@ -150,11 +157,12 @@ def point_line(recipe: Recipe, point: SweepPoint, coefficients: str = "") -> str
 class Scorer:
     """Scores of one model under vectors and coefficients, each taken from the pristine weights and kept as a stage.
 
-    Scores at 0, at which all others are judged, are taken first where points are asked for.
+    Scores at 0, at which all others are judged, are taken first where points are asked for. ``under`` is where those
+    lie in the run's folder.
     """
 
-    def __init__(self, target: Loaded, questions: Questions, store: Store) -> None:
-        self._target, self._questions, self._store = target, questions, store
+    def __init__(self, target: Loaded, questions: Questions, store: Store, under: str = "eval") -> None:
+        self._target, self._questions, self._store, self._under = target, questions, store, under
         self._recipe = questions.recipe
         self._lm = interface(target.model, target.tokenizer, self._recipe.eval)
         self._goals = goal_metrics(self._recipe)
@@ -185,7 +193,7 @@ class Scorer:
             inputs += [[s.role, s.name, s.spec.continuation, s.spec.prompts("test")[0]] for s in shown]
         inputs += [vector if coefficient else None, coefficient]
         name = f"{coefficient:g}/{split}"
-        return self._store.stage(f"{under if coefficient else 'eval'}/{name}", inputs, make, kind=f"eval/{name}")
+        return self._store.stage(f"{under if coefficient else self._under}/{name}", inputs, make, kind=f"eval/{name}")
 
     @functools.cached_property
     def start(self) -> SweepPoint:
@@ -256,15 +264,16 @@ class Scorer:
         self._store.stage("joint/trail", inputs, lambda tmp: write_json_atomic(tmp / "trail.json", what))
         return weights
 
-    def test(
-        self, vector: TaskVector, chosen: float
-    ) -> tuple[tuple[TaskScore, ...], tuple[TaskScore, ...], tuple[Example, ...]]:
+    def test(self, vector: TaskVector, chosen: float) -> Compared:
         """Test scores of the target model and at the chosen coefficient, and how both answer a few items."""
         with Edit(self._target.model, vector) as edit:
             before, after = (self.scores(edit, vector.digest(), c, "test") for c in (0.0, chosen))
-        pairs = zip(_read(before, "completions"), _read(after, "completions"), strict=True)
-        examples = tuple(Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]) for b, a in pairs)
-        return read_scores(before), read_scores(after), examples
+        return _compared(before, after)
+
+    def compare(self, given: Loaded) -> Compared:
+        """:meth:`test` of the target model and another one."""
+        other = Scorer(given, self._questions, self._store, "eval/edited")
+        return _compared(*(scorer.scores(None, "", 0.0, "test") for scorer in (self, other)))
 
     def _bisect(self, grid: Sequence[float], point: Callable[[float], SweepPoint]) -> tuple[SweepPoint, ...]:
         ties = all(search.may_tie(key[2]) for key in self._goals)

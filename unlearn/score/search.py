@@ -97,6 +97,30 @@ def choose(points: Sequence[SweepPoint], goals: Sequence[Key], kept: Sequence[Ke
     )
 
 
+def as_given(
+    before: Sequence[TaskScore], after: Sequence[TaskScore], goals: Sequence[Key], kept: Sequence[Key], spec: ChooseSpec
+) -> Chosen:
+    """What stands for the choice where the edited model was given: whether it is within the bounds, on test items."""
+    was, now = {s.key: s for s in before}, {s.key: s for s in after}
+    kept = tuple(key for key in kept if key in was)
+    met = all(
+        holds(key[2], was[key].higher_is_better, was[key].score.value, now[key].score.value, spec.keep, spec.perplexity)
+        for key in kept
+    )
+    bounds = f"; a kept metric is within its bound at {_bounds(spec, kept)}" if kept else ""
+    return Chosen(
+        coefficient=1.0,
+        bound_met=met,
+        rule=f"none, the edited model is given as it is{bounds}",
+        forget_metric=goals[0][2],
+        keep=spec.keep,
+        perplexity=spec.perplexity,
+        kept=kept,
+        goals=tuple(goals),
+        search="given",
+    )
+
+
 def remaining(point: SweepPoint, goals: Sequence[Key], base: SweepPoint) -> float:
     """What is to be minimised: the mean of :func:`share_left` over the goals of which something was left at ``base``.
 
@@ -255,12 +279,16 @@ def rule(spec: ChooseSpec, goals: Sequence[Key], kept: Sequence[Key]) -> str:
         goal += ", on average over what is left of each beside λ = 0"
     if not kept:
         return goal + "; nothing was asked to be kept"
+    return f"{goal}, while every kept metric stays within its bound: {_bounds(spec, kept)}"
+
+
+def _bounds(spec: ChooseSpec, kept: Sequence[Key]) -> str:
     bounds = []
     if any(not is_perplexity(k[2]) for k in kept):
         bounds.append(f"at least {percent(spec.keep)} of the target model's score")
     if any(is_perplexity(k[2]) for k in kept):
         bounds.append(f"at most +{spec.perplexity:g} perplexity")
-    return f"{goal}, while every kept metric stays within its bound: {' or '.join(bounds)}"
+    return " or ".join(bounds)
 
 
 def say_key(key: Key) -> str:

@@ -6,6 +6,7 @@ transformers' Trainer trains and peft makes the adapter (Hu et al. 2106.09685), 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,14 +24,15 @@ from unlearn.console import is_main_process, say
 from unlearn.data.encoding import Encoded, cuts, encode
 from unlearn.data.items import refusals
 from unlearn.data.sets import LoadedSet
-from unlearn.errors import DataError, ModelError, TrainingError
+from unlearn.errors import DataError, ModelError, TrainingError, VectorError
 from unlearn.model import load as models
 from unlearn.model import locate
 from unlearn.model.load import Loaded, drops_out, layer_at, layer_of, resolve_targets
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
 from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec, VectorSpec
-from unlearn.recipe.schema import ModelSpec, Recipe
+from unlearn.recipe.schema import DENSE_ADAPTER, ModelSpec, Recipe
+from unlearn.store.cache import sha256
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
 from unlearn.text import counted
@@ -39,10 +41,11 @@ from unlearn.train.losses import Against, Keep
 from unlearn.train.moments import Inside, SecondOrder, curvature, put_inside, shrinkers
 from unlearn.train.teacher import ignorant, refusing
 from unlearn.train.trainer import TrainingLog, float32_weights, mixed_precision, range_for_gradients, train
-from unlearn.vector.change import LowRank, check_rank
+from unlearn.vector.change import Dense, LowRank, check_rank
 from unlearn.vector.edit import fit, shape_of
+from unlearn.vector.interop import from_checkpoints
 from unlearn.vector.methods import consensus, msa, random_like, shape
-from unlearn.vector.task_vector import TaskVector
+from unlearn.vector.task_vector import TaskVector, read_vector
 
 VECTOR_FILE = "vector.safetensors"
 Goal = tuple[SetRole, str]
@@ -216,18 +219,20 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet], whe
     ``where`` is the recipe's folder.
     """
     spec = recipe.vector
-    lora_modules(base.model, spec.lora, _steered(spec))
+    fits = recipe.edited is None
+    if fits:
+        lora_modules(base.model, spec.lora, _steered(spec))
     if recipe.teach is not None and recipe.teach.lora is not None:
         lora_modules(base.model, recipe.teach.lora)
     near = [s for s in sets if s.role == "retain" and s.train]
     needy = next((f"vector.method {m}" for m in spec.steps() if "retain" in METHODS[m].needs), None)
     needy = needy or (f"vector.{spec.loss()}.weight" if spec.holds() else None)
     needy = needy or next((f"vector.{key}" for key in ("retain_kl", "inside") if key in spec.beside()), None)
-    if needy and not near:
+    if fits and needy and not near:
         raise DataError(
             f"no retain set has items to train on, and {needy} needs some: raise shares.train of a retain set"
         )
-    if spec.uses("learned") and not any(s.validation for s in sets if s.role == "retain"):
+    if fits and spec.uses("learned") and not any(s.validation for s in sets if s.role == "retain"):
         raise DataError(
             "vector.method learned fits its coefficients on the training items of the retain sets, and without "
             "validation items nothing would show that it overfits: raise shares.validation of a retain set"
@@ -235,9 +240,9 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet], whe
     for one in sets:
         for training in _trainings(recipe, one):
             encoded([one], base.tokenizer, training)
-        if one.role == "forget" and spec.uses("ignorance"):
+        if fits and one.role == "forget" and spec.uses("ignorance"):
             ignorant(one, base.tokenizer, spec.forget, spec.settings("ignorance"))
-        if one.role == "forget" and spec.uses("idk_dpo"):
+        if fits and one.role == "forget" and spec.uses("idk_dpo"):
             try:
                 refusing(one, base.tokenizer, spec.forget, refusals(spec.settings("idk_dpo").refusals, where))
             except TrainingError as error:
@@ -253,7 +258,10 @@ def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
     spec, found = recipe.vector, list[TrainSpec]()
     if recipe.teach is not None and one.role in ("forget", "retain"):
         found.append(recipe.teach)
-    if one.role in ("forget", "learn", "term") and not spec.uses("retain_only"):
+    if recipe.edited is not None:
+        return found if one.train else []
+    fitted = spec.from_ is None or spec.needs("rows")
+    if one.role in ("forget", "learn", "term") and fitted and not spec.uses("retain_only"):
         found.append(spec.forget)
     if one.role == "retain" and spec.needs("retain"):
         found.append(spec.retain or spec.forget)
@@ -267,17 +275,87 @@ def clean_checkpoint(recipe: Recipe, base: Path) -> tuple[ModelSpec, str] | None
     key, given = recipe.vector.clean() or ("", None)
     if given is None:
         return None
-    spec = recipe.model.model_copy(update={"path": given, "revision": None})
-    try:
+    spec = recipe.model.other(given)
+    with locate.said_of(key):
         return spec, locate.locate(spec, base)
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.path", key)) from error
 
 
 def load_clean(recipe: Recipe, base: Path) -> Loaded:
     """The model that never saw the forget set: the checkpoint given, or the base before the teaching."""
     spec, where = clean_checkpoint(recipe, base) or (recipe.model, locate.locate(recipe.model, base))
     return models.load(spec, where)
+
+
+# -- a vector that the recipe brings
+
+
+def given_places(recipe: Recipe, base: Path) -> tuple[Path, ...]:
+    """Where it lies, fetched where needed: its file or folder, or the checkpoints before and after."""
+    given = recipe.vector.given()
+    if given is None:
+        return ()
+    model = recipe.model
+    if given.path is not None:
+        with locate.said_of("vector.from"):
+            place = locate.vector_place(model.other(given.path, given.revision), base)
+            assert place is not None  # it is fetched
+            return (place,)
+    assert given.finetuned is not None  # the recipe is checked
+    with locate.said_of("vector.from.base"):
+        before = locate.model_folder(model if given.base is None else model.other(given.base), base)
+    with locate.said_of("vector.from.finetuned"):
+        return before, locate.model_folder(model.other(given.finetuned, given.revision), base)
+
+
+def given_vector(recipe: Recipe, store: Store) -> TaskVector | None:
+    """The vector that the recipe brings, kept in the run's folder; None where it is to be fitted."""
+    given, places = recipe.vector.given(), given_places(recipe, store.base)
+    if given is None:
+        return None
+
+    def make(tmp: Path) -> None:
+        if given.path is not None:
+            vector = read_vector(places[0])
+        else:
+            vector, report = from_checkpoints(*places, on_unequal="skip" if given.skip_unequal else "error")
+            left = f"{counted(len(report.unequal), 'changed tensor')} left out, of norm {report.left_out:.3g}"
+            for said in (*report.warnings, *([left] if report.unequal else [])):
+                say(f"    ! vector.from: {said}", style="yellow")
+        (-vector if given.negate else vector).save(tmp / VECTOR_FILE)
+
+    content = [[[path.name, sha256(path)] for path in locate.weight_files(place)] for place in places]
+    with told("vectors/given", "shape the vector elsewhere (unlearn vector low-rank)"):
+        try:
+            place = store.stage("vectors/given", [content, given.negate, given.skip_unequal], make, share=True)
+        except VectorError as error:
+            raise VectorError(f"vector.from: {error}") from error
+    vector = TaskVector.load(place / VECTOR_FILE)
+    if vector.norm() == 0.0:
+        raise VectorError(f"vector.from: {given.words()} changes nothing")
+    dense = any(isinstance(change, Dense) for change in vector.modules.values())
+    if dense and recipe.export.adapter and not recipe.vector.uses("low_rank"):
+        raise VectorError(f"vector.from: {DENSE_ADAPTER}")
+    return vector
+
+
+def require_fit(base: Loaded, given: TaskVector) -> None:
+    """Refuse a vector that does not fit the model, naming every module: before anything is trained."""
+    try:
+        fit(base.model, given)
+    except VectorError as error:
+        raise VectorError(f"vector.from: {error}") from error
+
+
+def other_base(given: TaskVector, recipe: Recipe, target: Loaded) -> str:
+    """What to say of a vector that names another model than the one it is put on; empty where it does not."""
+    named = given.meta.get("base", "")
+    if re.fullmatch("[0-9a-f]{64}", named):
+        same = named == target.fingerprint
+        named = "a model with other weights, number format or tokenizer"
+    else:
+        names = {Path(path).name.lower() for path in (recipe.model.path, target.path)}
+        same = not named or Path(named).name.lower() in names
+    return "" if same else f"vector.from: it was made for {named}, and is put on {recipe.model.path}"
 
 
 # -- rows
@@ -345,8 +423,13 @@ def teach(name: str, base: Loaded, learned: Sequence[LoadedSet], recipe: Recipe,
 # -- fitting
 
 
-def fit_vectors(target: Loaded, sets: Sequence[LoadedSet], recipe: Recipe, store: Store) -> Vectors:
-    """Fine-tune on every set that the methods need, and shape what is subtracted."""
+def fit_vectors(
+    target: Loaded, sets: Sequence[LoadedSet], recipe: Recipe, store: Store, given: TaskVector | None = None
+) -> Vectors:
+    """Fine-tune on every set that the methods need, and shape what is subtracted.
+
+    ``given`` stands for the vector of the one set to forget or to learn.
+    """
     spec = recipe.vector
     near = [s for s in sets if s.role == "retain" and s.train]
     clean, trainee = _trainee(target, recipe, store)
@@ -356,9 +439,11 @@ def fit_vectors(target: Loaded, sets: Sequence[LoadedSet], recipe: Recipe, store
         retain = fit_vector("retain", clean, trainee, near, spec.retain or spec.forget, recipe, store)
     fitted, parts = dict[Goal, TaskVector](), dict[Goal, TaskVector]()
     for one in sets:
-        if one.role in ("forget", "learn", "term") and one.train:
+        if one.role in ("forget", "learn", "term") and (one.train or given is not None):
             goal = (one.role, one.name)
-            fitted[goal] = _source(one, clean, trainee, near, retain, recipe, store)
+            if given is not None:  # as those fitted here are: of the target
+                given = TaskVector(given.modules, {**given.meta, "base": target.fingerprint})
+            fitted[goal] = _source(one, clean, trainee, near, retain, recipe, store, given)
             parts[goal] = _shaped(one, target, fitted[goal], retain, near, recipe, store)
     stages = tuple(n for n in store.keys if n.startswith("vectors/") and n not in before)
     return Vectors(_signed(parts, recipe), fitted, retain, stages)
@@ -368,6 +453,8 @@ def what_is_fitted(recipe: Recipe) -> str:
     """The fitting in words, for its announcement."""
     spec = recipe.vector
     source = spec.steps()[0]
+    if (given := spec.given()) is not None:
+        return f"the vector of {given.words()}{', LoRA on the retain sets' if spec.needs('retain_vector') else ''}"
     if spec.loss():
         return f"the baseline {source.replace('_', ' ')}"
     alone = recipe.forget is not None and len(recipe.goals()) == 1
@@ -461,10 +548,10 @@ def save_edit(vector: TaskVector, store: Store) -> TaskVector:
     return vector
 
 
-def training_logs(vectors: Vectors, recipe: Recipe, store: Store) -> tuple[Mapping[str, Any], ...]:
+def training_logs(vectors: Vectors | None, recipe: Recipe, store: Store) -> tuple[Mapping[str, Any], ...]:
     """What every fine-tuning of the run did, in order."""
     names = {"teach": "target"} if recipe.teach is not None else {}
-    names |= {name.removeprefix("vectors/"): name for name in vectors.stages}
+    names |= {name.removeprefix("vectors/"): name for name in (vectors.stages if vectors is not None else ())}
     # another run, from which a stage was taken, may have called it otherwise
     return tuple({**store.read(stage, "training.json"), "stage": name} for name, stage in names.items())
 
@@ -473,7 +560,8 @@ def _trainee(target: Loaded, recipe: Recipe, store: Store) -> tuple[str, Loaded]
     """The model that adapters are fitted on, by fingerprint, and as it is held for training."""
     spec = recipe.model
     if not recipe.vector.uses("msa"):
-        if spec.quantize == "none":
+        nothing = recipe.vector.from_ is not None and not recipe.vector.needs("retain_vector")
+        if spec.quantize == "none" or nothing:
             return target.fingerprint, target
         return target.fingerprint, models.load(spec, target.path, for_training=True)
     clean = load_clean(recipe, store.base)
@@ -489,8 +577,9 @@ def _source(
     retain: TaskVector | None,
     recipe: Recipe,
     store: Store,
+    given: TaskVector | None,
 ) -> TaskVector:
-    """The vector that shaping begins with, of one set."""
+    """The vector that shaping begins with, of one set: fitted, or the one given."""
     spec = recipe.vector
     source, name = spec.steps()[0], _stage_name(one, recipe)
 
@@ -507,7 +596,7 @@ def _source(
         return -fit(against=source)  # theta + its vector is the method's model; what we subtract is minus that
     if source == "consensus":
         return consensus([fit(run) for run in range(spec.settings("consensus").runs)])
-    vector = fit()
+    vector = fit() if given is None else given
     if source == "random":
         return random_like(vector, recipe.seed)
     if source == "msa":

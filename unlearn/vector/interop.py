@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from unlearn.console import progress
 from unlearn.errors import VectorError
@@ -286,6 +287,29 @@ def strangers(model: Any, folder: str | Path, revision: str | None = None) -> st
     lines = [f"  it holds what the model has no place for: {listed(unused)}"] if unused else []
     lines += [f"  {ADAPTER_CONFIG} reaches what it holds nothing for: {listed(lacking)}"] if lacking else []
     return "\n".join(lines)
+
+
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with an adapter of any kind merged into its weights by PEFT; what does not fit in whole is refused."""
+    from peft import PeftModel
+
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise VectorError(
+            f"{folder}: {ADAPTER_WEIGHTS} is missing; pickled weights can run any code and are not opened"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is amiss is said below
+            whole = PeftModel.from_pretrained(model, str(folder))
+            said = strangers(whole, folder)
+            if not said and whole.active_peft_config.is_prompt_learning:
+                said = "  it adds to the prompts, not to the weights"
+            if not said:
+                found: PreTrainedModel = whole.merge_and_unload()
+                return found
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, OSError) as e:
+        said = f"  {' '.join(str(e).split())[:_LONGEST_PATTERN]}"
+    raise VectorError(f"{folder}: the adapter cannot be merged into the model:\n{said}")
 
 
 # -- to an adapter
