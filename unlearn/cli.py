@@ -195,9 +195,12 @@ def _recipe(words: list[str] | None, recipe: str | None, changes: list[str] | No
     return name, [*(changes or ()), *given]
 
 
+_SCORED = "a folder, hub id or .gguf file; or the folder of an adapter on the recipe's model"
+
+
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder, hub id or .gguf file", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_SCORED, show_default=False)],
     words: Words = None,
     adapter: Annotated[
         str | None, typer.Option(metavar="DIR", help="an adapter of PEFT's to merge into it: a folder or hub id")
@@ -215,7 +218,8 @@ def evaluate(
     The recipe's own model (taught, if the recipe teaches it) is scored beside it, as the one before.
     """
     name, settings = _recipe(words, recipe, changes)
-    given = {"edited.model": model, "edited.adapter": adapter}
+    alone = adapter is None and (Path(model) / "adapter_config.json").is_file()
+    given = {"edited.model": None if alone else model, "edited.adapter": model if alone else adapter}
     settings += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     if not any(word.startswith("name=") for word in settings):
         from unlearn.recipe.load import load_recipe

@@ -86,6 +86,7 @@ def _fetch(recipe: Recipe, base: Path) -> None:
 
     locate.locate(recipe.model, base)
     references.fetch(recipe, base)
+    references.adapter_place(recipe, base)
     clean_checkpoint(recipe, base)
     given_places(recipe, base)
 

@@ -68,7 +68,13 @@ def run(recipe: Recipe, store: Store) -> RunReport | None:
         require_fit(base, given)
     models_used = {"model": recipe.model.path, "base": base.fingerprint}
     target = teach_target(recipe, base, sets, store)
-    models_used |= {"target": target.fingerprint} | ({} if given is None else {"vector": given.digest()})
+    models_used["target"] = target.fingerprint
+    doubts: list[str] = []
+    if given is not None:
+        models_used["vector"] = given.digest()
+        doubts += filter(None, [other_base(given, recipe, target)])
+        for said in doubts:
+            say(f"    ! {said}", style="yellow")
     del base  # after a teaching nothing needs it any more, and it is as large as the target
 
     # what is subtracted
@@ -118,10 +124,7 @@ def run(recipe: Recipe, store: Store) -> RunReport | None:
         exports=exports,
         seconds=store.seconds,
         provenance=models_used,
-        warnings=(
-            *filter(None, [other_base(given, recipe, target) if given is not None else ""]),
-            *warnings(recipe, sets, chosen, points, before, found, training),
-        ),
+        warnings=(*doubts, *warnings(recipe, sets, chosen, points, before, found, training)),
         foresight=foresight,
         benchmark=found.benchmark,
         membership=found.membership,
@@ -139,7 +142,7 @@ def evaluate(recipe: Recipe, store: Store) -> RunReport | None:
     target = teach_target(recipe, base, sets, store)
     del base
     with store.step("edited", f"the model {recipe.edited.words()}", "choose a smaller model"):
-        given = load_edited(recipe, store.base)
+        given = load_edited(recipe, target, store.base)
     models_used |= {"target": target.fingerprint, "edited": given.fingerprint}
     with store.step("test", "test items, before and after", _SCORING):
         before, after, examples = Scorer(target, questions, store).compare(given)

@@ -255,7 +255,7 @@ def _scores(one: Attack, scene: Scene, subjects: Subjects, questions: Questions,
     from unlearn.evidence.attacks_weights import edited_copy
 
     settings, who = one.settings(scene), scene.who
-    if settings is None:
+    if settings is None or (one.changes_weights and getattr(scene.model, "is_quantized", False)):
         return []
     asked: list[Any] = [[i.id, i.prompt, i.target, list(i.choices)] for i in scene.judge.items]
     engine = questions.recipe.eval.model_dump(mode="json", include={"engine", "batch_tokens", "batch_size"})

@@ -57,9 +57,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     for key, other in others(recipe, base).items():
         with models.said_of(key):
             models.model_place(other, base)
-    if (adapter := edited_adapter(recipe)) is not None:
-        with models.said_of("edited.adapter"):
-            models.vector_place(adapter, base, fetch=False)
+    adapter_place(recipe, base, fetch=False)
     given = _model_given(recipe)
     if given is not None and recipe.teach is None and _same_place(given, recipe.model.path, base):
         raise ModelError(
@@ -123,10 +121,16 @@ def others(recipe: Recipe, base: Path) -> dict[str, ModelSpec]:
     return found
 
 
-def edited_adapter(recipe: Recipe) -> ModelSpec | None:
-    """Where the adapter of a model that was edited elsewhere is said to be."""
+def adapter_place(recipe: Recipe, base: Path, *, fetch: bool = True) -> Path | None:
+    """The folder of the adapter that edits a model; None without one, or of one on the hub that is not fetched."""
     given = recipe.edited.adapter if recipe.edited is not None else None
-    return None if given is None else recipe.model.other(given)
+    if given is None:
+        return None
+    with models.said_of("edited.adapter"):
+        place = models.vector_place(recipe.model.other(given), base, fetch=fetch)
+    if place is not None and not (place / "adapter_config.json").is_file():
+        raise ModelError(f"edited.adapter: {given} is no folder of an adapter of PEFT's (adapter_config.json)")
+    return place
 
 
 def fetch(recipe: Recipe, base: Path) -> dict[str, tuple[ModelSpec, str]]:
@@ -250,8 +254,9 @@ def state(recipe: Recipe, base: Path) -> list[Any]:
         found.append("" if folder is None else content(folder, "*.json*"))
     if (log := log_file(recipe, base)) is not None:
         found.append(content(log))
-    named = [*others(recipe, base).values(), *filter(None, [edited_adapter(recipe)])]
-    places = [models.find(spec.path.partition("#")[0], base) for spec in named]
+    named = [spec.path.partition("#")[0] for spec in others(recipe, base).values()]
+    named += [recipe.edited.adapter] if recipe.edited is not None and recipe.edited.adapter is not None else []
+    places = [models.find(path, base) for path in named]
     return [*found, *([] if place is None else files_of(place) for place in places)]
 
 
@@ -376,20 +381,17 @@ def load_reference(recipe: Recipe, sets: Sequence[LoadedSet], store: Store) -> L
     return load(recipe.model, str(teach("reference", base, to_teach(sets), recipe, store)))
 
 
-def load_edited(recipe: Recipe, base: Path) -> Loaded:
+def load_edited(recipe: Recipe, target: Loaded, base: Path) -> Loaded:
     """The model that was edited elsewhere, an adapter merged in float32: 16 bits would round much of it away."""
     from unlearn.model.load import load
     from unlearn.vector.interop import merged
 
-    spec, where = fetch(recipe, base).get("edited.model") or (recipe.model, models.locate(recipe.model, base))
-    adapter = edited_adapter(recipe)
-    if adapter is None:
-        with models.said_of("edited.model"):
-            return load(spec, where)
-    with models.said_of("edited.adapter"):
-        place = models.vector_place(adapter, base)
-    assert place is not None  # it is fetched
-    loaded = load(spec.model_copy(update={"dtype": "float32"}), where)
+    spec, where = fetch(recipe, base).get("edited.model") or (recipe.model, target.path)
+    place = adapter_place(recipe, base)
+    with models.said_of("edited.model"):
+        loaded = load(spec if place is None else spec.model_copy(update={"dtype": "float32"}), where)
+    if place is None:
+        return loaded
     content = [sha256(path) for path in models.weight_files(place)]
     return replace(loaded, model=merged(loaded.model, place), fingerprint=fingerprint(loaded.fingerprint, content))
 

@@ -251,7 +251,7 @@ def vector_place(spec: ModelSpec, base: Path, *, fetch: bool = True) -> Path | N
     if place is not None:
         _check_vector(place)
         return place
-    if not _HUB_ID.fullmatch(spec.path):
+    if not _HUB_ID.fullmatch(spec.path) or spec.path.endswith(".safetensors"):
         raise ModelError(f"model.path: there is no {spec.path} here or in {base}, and it is no hub id")
     if not fetch:
         if not model_in_cache(spec.path) and offline():

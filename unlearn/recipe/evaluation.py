@@ -38,7 +38,7 @@ class EditedSpec(Frozen):
     """A model that was edited elsewhere, by whatever method: nothing is fitted, swept, chosen or exported."""
 
     model: str | None = Field(
-        None, min_length=1, description="Folder, hub id or .gguf file; the recipe's model when not given."
+        None, min_length=1, description="Folder, hub id or .gguf file; the recipe's (taught) model when not given."
     )
     revision: str | None = Field(None, description="Hub revision of the model.")
     adapter: str | None = Field(

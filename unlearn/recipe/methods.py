@@ -764,8 +764,8 @@ class VectorSpec(Frozen):
                 "vector.forget says how the forget vector is fitted, and vector.from brings one: leave it out but for "
                 "max_length (vector.retain is for retain vectors)"
             )
-        if self.lora != LoraSpec() and self.correlation is None and not self.needs("retain_vector"):
-            return "vector.lora is the shape of what is trained, and with vector.from nothing is: leave it out"
+        if self.lora != LoraSpec() and not self.needs("retain_vector"):
+            return "vector.lora is the shape of a vector that is fitted, and vector.from brings one: leave it out"
         return ""
 
     @model_validator(mode="after")

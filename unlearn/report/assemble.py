@@ -134,6 +134,8 @@ def warnings(
         )
     if subjects.given is not None and subjects.given.fingerprint == subjects.target.fingerprint:
         found.append("the edited model is the very model before: nothing was edited")
+    if subjects.given is not None and evidence.attacks and getattr(subjects.given.model, "is_quantized", False):
+        found.append("the edited model is quantised, so that attacks which change its weights were left out")
     found += [
         f"{line['stage']}: of {counted(line['prompts_cut'], 'prompt')} the beginning was left out, because it did not "
         "fit into max_length beside the answer: raise max_length to train on all of it"
