@@ -301,9 +301,8 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is amiss is said below
             whole = PeftModel.from_pretrained(model, str(folder))
-            said = strangers(whole, folder)
-            if not said and whole.active_peft_config.is_prompt_learning:
-                said = "  it adds to the prompts, not to the weights"
+            prompts = whole.active_peft_config.is_prompt_learning
+            said = "  it adds to the prompts, not to the weights" if prompts else strangers(whole, folder)
             if not said:
                 found: PreTrainedModel = whole.merge_and_unload()
                 return found
