@@ -154,9 +154,8 @@ def _uses(role: SetRole, recipe: Recipe) -> tuple[tuple[Split, ...], tuple[Split
         return scored, scored, "the set that an analogy should teach needs validation and test items"
     if role not in ("forget", "learn"):
         return SPLITS, (), ""
-    fitted = recipe.vector.from_ is None or recipe.vector.needs("rows")
     others = role == "forget" and (recipe.teach is not None or recipe.holdout is not None)
-    trained = others or (fitted and recipe.edited is None)
+    trained = others or (recipe.vector.reads_forget_rows() and recipe.edited is None)
     needs = tuple(split for split in SPLITS if split != "train" or trained)
     return SPLITS, needs, f"a {role} set needs {listing(needs)} items"
 

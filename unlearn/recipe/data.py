@@ -30,9 +30,9 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def later(default: Any, description: str) -> Any:
+def later(default: Any, description: str, **more: Any) -> Any:
     """A field that came when runs were finished already: at its default it is not written, so that their keys stay."""
-    return Field(default, description=description, exclude_if=lambda value: value == default)
+    return Field(default, description=description, exclude_if=lambda value: value == default, **more)
 
 
 class Between(Frozen):

@@ -616,12 +616,11 @@ class VectorSpec(Frozen):
         "ihl, retain_only; open-unlearning's names of trainers are taken too), then shapers, in the order given: "
         "contrast, ext_sub, project, shrink, kfac, ethos, perta, lines, slopes, learned, low_rank, prune, rescale.",
     )
-    from_: str | FromSpec | None = Field(
+    from_: str | FromSpec | None = later(
         None,
+        "Bring the forget vector (or that of the one set to learn), so that nothing is trained for it: the path of a "
+        "vector or of a LoRA adapter, or a mapping.",
         alias="from",
-        exclude_if=lambda given: given is None,  # keys of stages that do without it stay as they were
-        description="Bring the forget vector (or that of the one set to learn), so that nothing is trained for it: the "
-        "path of a vector or of a LoRA adapter, or a mapping.",
     )
     mu: AtLeast0 | None = Field(
         None, description="contrast: weight of the retain vector, theta - c*(tau_f - mu*tau_r); 1 when not given."
@@ -670,6 +669,11 @@ class VectorSpec(Frozen):
     def given(self) -> FromSpec | None:
         """The vector that the recipe brings."""
         return FromSpec(path=self.from_) if isinstance(self.from_, str) else self.from_
+
+    def reads_forget_rows(self) -> bool:
+        """Whether training rows of the set to forget or to learn are used: at its fitting, or by a shaper."""
+        spared = self.shrink is not None and self.shrink.forget > 0
+        return self.from_ is None or self.needs("rows") or spared
 
     def steps(self) -> tuple[str, ...]:
         """The methods in order, the source first."""

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from unlearn.errors import EvaluationError
-from unlearn.recipe.data import DataSet, Frozen, HoldoutSet, Kind, SetRole, UtilitySet
+from unlearn.recipe.data import DataSet, Frozen, HoldoutSet, Kind, SetRole, UtilitySet, later
 from unlearn.recipe.evaluation import (
     BenchmarkSpec,
     ChooseSpec,
@@ -108,10 +108,8 @@ class Recipe(Frozen):
         "TOFU's authors or of open-unlearning (TOFU_EVAL.json, MUSE_EVAL.json), for forget quality or PrivLeak alone, "
         "or published, for MUSE's PrivLeak alone.",
     )
-    edited: EditedSpec | None = Field(
-        None,
-        exclude_if=lambda given: given is None,  # keys of runs without it stay as they were
-        description="A model that was edited elsewhere, scored in place of an edit of this run's (unlearn eval).",
+    edited: EditedSpec | None = later(
+        None, "A model that was edited elsewhere, scored in place of an edit of this run's (unlearn eval)."
     )
     benchmark: BenchmarkSpec | None = Field(None, description="Score a published benchmark as well.")
     robustness: RobustnessSpec | None = Field(None, description="Attack the result: {} for all attacks.")

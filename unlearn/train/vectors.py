@@ -260,8 +260,7 @@ def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
         found.append(recipe.teach)
     if recipe.edited is not None:
         return found if one.train else []
-    fitted = spec.from_ is None or spec.needs("rows")
-    if one.role in ("forget", "learn", "term") and fitted and not spec.uses("retain_only"):
+    if one.role in ("forget", "learn", "term") and spec.reads_forget_rows() and not spec.uses("retain_only"):
         found.append(spec.forget)
     if one.role == "retain" and spec.needs("retain"):
         found.append(spec.retain or spec.forget)
