@@ -86,6 +86,7 @@ METHODS: dict[str, Callable[[Cell], TaskVector]] = {
     "idk_dpo": _against("idk_dpo"),
     "rmu": _against("rmu"),
     "rmu_1": _against("rmu", "rmu_1", weight=1.0),
+    "rmu_400": _against("rmu", "rmu_400", scale=400.0, weight=10.0),  # its layer's outputs are about 115 long
     "ihl": _against("ihl"),
     "ihl+fila": _against("ihl", "ihl+fila", samples=64),
     "retain_only": lambda cell: -cell.retain(),

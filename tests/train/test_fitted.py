@@ -49,7 +49,7 @@ def change(report: RunReport) -> float:
     return scores[max(scores)][FORGET] - scores[0.0][FORGET]
 
 
-SETTINGS = {"rmu": ["vector.rmu.layer=1", "vector.rmu.scale=10"], "ihl": ["vector.ihl.fila=true"]}
+SETTINGS = {"rmu": ["vector.rmu={layer: 1, scale: 100, weight: 1}"], "ihl": ["vector.ihl.fila=true"]}
 
 
 @pytest.mark.parametrize("loss", ["gradient_ascent", "gradient_difference", "npo", "simnpo", "idk_dpo", "rmu", "ihl"])
@@ -81,7 +81,7 @@ def test_refusals_come_from_a_file_and_what_it_says_is_in_the_key(
         (None, "there is no file"),
         ("\udcff", "is no UTF-8 text"),
     ):
-        file.unlink()
+        file.unlink(missing_ok=True)
         if text is not None:
             file.write_text(text, errors="surrogateescape")
         with pytest.raises(UnlearnError, match=rf"vector\.idk_dpo\.refusals: .*{said}"):
