@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from unlearn import run
+from unlearn.cluster.compare import compare
 from unlearn.errors import EvaluationError
 from unlearn.report.words import headline
 from unlearn.results import RunReport
@@ -85,6 +87,27 @@ def test_the_order_of_requests_does_not_matter(start: Callable[..., RunReport], 
         assert after < before
     files = [TaskVector.load(tmp_path / out / "vectors/edit" / VECTOR_FILE).digest() for out in ("there", "back")]
     assert files[0] == files[1] == there.vector["digest"]
+
+
+def test_a_chain_of_requests_and_a_growing_one_are_lines_of_a_table(
+    start: Callable[..., RunReport], tmp_path: Path
+) -> None:
+    """MUSE's sustainability and scalability: a request starts from the model that the one before left."""
+    first = start("first", forget=ONE, export={"merged": True})
+    left = {"path": str(tmp_path / "first" / "export" / "merged"), "device": "cpu"}
+    second = start("second", forget=TWO, model=left)
+    grown = start("grown", forget=ONE, also_forget=[TWO])
+    kept = ("retain", "near", "prob")
+    assert first.chosen.coefficient > 0
+    assert second.chosen.coefficient > 0
+    assert scores(second)[kept][0] == pytest.approx(scores(first)[kept][1], rel=1e-3)
+    assert scores(second)[kept][0] != pytest.approx(scores(first)[kept][0], rel=1e-3)
+    compare([tmp_path / name for name in ("first", "second", "grown")], tmp_path / "out")
+    with (tmp_path / "out" / "compare.csv").open(newline="") as file:
+        lines = {line["run"]: line for line in csv.DictReader(file)}
+    for name, report in {"first": first, "second": second, "grown": grown}.items():
+        found = [float(lines[name][f"retain near prob {when}"]) for when in ("before", "after")]
+        assert found == list(scores(report)[kept])
 
 
 def test_a_request_is_withdrawn_exactly(

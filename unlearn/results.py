@@ -212,6 +212,18 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
+class Fluency:
+    """How a written answer reads, without a look at the right one.
+
+    ``repetition`` is the share of its runs of four tokens that it has already written (1908.04319, seq-rep-4), ``loss``
+    its nats per token under the target model, whichever model wrote it; None where nothing was written.
+    """
+
+    repetition: float
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One test item as the model answers it before and after."""
 
@@ -221,6 +233,8 @@ class Example:
     target: str
     before: str
     after: str
+    before_fluency: Fluency | None = None  # None: not recorded
+    after_fluency: Fluency | None = None
 
 
 @dataclass(frozen=True, slots=True)

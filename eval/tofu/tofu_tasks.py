@@ -176,6 +176,7 @@ def combine(doc: Mapping[str, Any], losses: Sequence[float]) -> dict[str, Any]:
         "prob_choice": float(shares[0] / shares.sum()),
         "truth_ratio": math.exp(min(log_ratio, _LARGEST)),
         "truth_ratio_forget": math.exp(-abs(log_ratio)),
+        "truth_ratio_prob": 0.5 * (1 + math.tanh(log_ratio / 2)),  # R / (1 + R), without an exp that overflows
         "truth_ratio_kept": -math.expm1(-log_ratio) if log_ratio > 0 else 0.0 if log_ratio <= 0 else math.nan,
     }
 

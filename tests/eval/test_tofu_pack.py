@@ -32,6 +32,7 @@ SETS = (
 )
 PARAPHRASED = [name for name in SETS if name not in ("real_authors", "world_facts")]
 FIGURES = ("loss", "paraphrased_loss", "prob", "prob_choice", "truth_ratio", "truth_ratio_forget", "truth_ratio_kept")
+FIGURES += ("truth_ratio_prob",)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,7 @@ def expected(lm: Any, data: dict[str, Any], context: str, start: str, eos: bool)
         "truth_ratio": ratio,
         "truth_ratio_forget": min(ratio, 1 / ratio),
         "truth_ratio_kept": max(0.0, 1 - 1 / ratio),
+        "truth_ratio_prob": math.exp(-paraphrased) / (math.exp(-paraphrased) + math.exp(-sum(wrong) / len(wrong))),
     }
 
 
@@ -218,6 +220,7 @@ def test_figures_by_hand(tasks: ModuleType) -> None:
             "truth_ratio": 4.0,  # 2 ** ((3 + 5) / 2 - 2)
             "truth_ratio_forget": 1 / 4,
             "truth_ratio_kept": 3 / 4,
+            "truth_ratio_prob": 4 / 5,
         }
     )
     plain = tasks.combine({}, [2 * ln2, ln2])
@@ -238,6 +241,7 @@ def test_figures_at_the_limits(tasks: ModuleType) -> None:
     assert (wrong["prob"], wrong["truth_ratio_kept"]) == (0, 0)
     assert wrong["prob_choice"] == pytest.approx(math.exp(-10) / (1 + math.exp(-10))), "both underflow by themselves"
     lost = tasks.combine({}, [5000.0, 0.0])
+    assert [one["truth_ratio_prob"] for one in (tie, sure, lost)] == [0.5, 1, 0]
     assert (lost["truth_ratio"], lost["truth_ratio_forget"], lost["prob_choice"]) == (0, 0, 0)
     broken = tasks.combine({}, [math.nan, 1.0])
     assert all(math.isnan(broken[key]) for key in FIGURES)

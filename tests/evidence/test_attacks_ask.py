@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import replace
@@ -219,6 +220,32 @@ def test_answers_of_several_lines_are_compared_whole(phi: Loaded, tmp_path: Path
     assert [texts[0].strip() for texts in found] == [item.target for item in judge.items]
     shown = complete(judge.lm(model), arena.sets[:1], 9)
     assert [s["text"] for s in shown] == [s["target"] for s in shown]
+
+
+def test_how_an_answer_reads_is_a_matter_of_the_model_it_is_shown_to(phi: Loaded, tmp_path: Path) -> None:
+    """What one model writes, under another: against a plain pass and a slow loop."""
+    lines = ["tick tock tick tock tick tock", "the sky is blue", "so so so so so so so", "grass is green"]
+    lines += ["no no no no no no no", "snow is white"]
+    rows = [{"question": w, "answer": line} for w, line in zip("ABCDEF", lines, strict=True)]
+    write_lines(tmp_path / "lines.jsonl", rows)
+    shares = {"train": "all", "validation": 0.3, "test": 0.7}
+    arena = Arena(phi, tmp_path, "qa", forget={"path": "lines.jsonl", "shares": shares, "continuation": 24})
+    model, pristine = arena.taught(arena.forget.train, 60), copy.deepcopy(phi.model)
+    shown = complete(arena.judge().lm(model), arena.sets[:1], 9, lambda: arena.judge().lm(pristine))
+    assert [s["text"] for s in shown] == [s["target"] for s in shown]
+    for one in shown:
+        ids = phi.tokenizer(f"{one['prompt']} {one['text']}", return_tensors="pt")["input_ids"]
+        start = len(phi.tokenizer(one["prompt"])["input_ids"])
+        with torch.no_grad():
+            logprobs = pristine(ids).logits[0, :-1].double().log_softmax(-1)
+        loss = -float(logprobs.gather(1, ids[0, 1:, None])[start - 1 :].mean())
+        assert one["fluency"]["loss"] == pytest.approx(loss, rel=1e-4)
+        written, again = ids[0, start:].tolist(), 0
+        for n in range(len(written) - 3):
+            again += written[n : n + 4] in [written[m : m + 4] for m in range(n)]
+        assert one["fluency"]["repetition"] == pytest.approx(again / max(len(written) - 3, 1))
+    assert max(one["fluency"]["repetition"] for one in shown) > 0
+    assert min(one["fluency"]["repetition"] for one in shown) == 0
 
 
 def test_an_answer_longer_than_what_may_be_written(phi: Loaded, tmp_path: Path) -> None:

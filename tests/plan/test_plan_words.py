@@ -84,7 +84,7 @@ def test_the_whole_plan(here: Path) -> None:
     assert "most forgetting of europe (prob)" in said
     assert "at least 95 % of the target model's score or at most +0.5 perplexity" in said
     assert "with ROUGE-L of written answers" in said
-    assert said.endswith("7. export: the edit as a PEFT adapter")
+    assert said.partition(" absent ")[0].endswith("7. export: the edit as a PEFT adapter")
 
 
 ALSO = "also_forget=[{path: asia.jsonl, kind: qa, name: more}]"
@@ -216,7 +216,7 @@ def test_what_a_plan_says(here: Path, name: str) -> None:
     changes, expected, absent = PLANS[name]
     said = flat(*changes)
     assert [part for part in expected if part not in said] == []
-    assert [part for part in absent if part in said] == []
+    assert [part for part in absent if part in said.partition(" absent ")[0]] == []
 
 
 @pytest.mark.parametrize(
@@ -334,3 +334,33 @@ def test_the_plan_costs_no_heavy_library(here: Path) -> None:
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HOME": str(here)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
+
+
+MORE = RECIPE + "holdout: {path: held.jsonl, kind: qa}\nrobustness: {quantize: []}\n"
+TOFU = "benchmark: {name: tofu, set: forget01}\n"
+TOXIC = "eval: {generate: none, tasks: [{task: unlearn_toxicity, metric: toxicity, whole: true}]}\n"
+NEVER = "no reference (a model that never saw the forget set"
+SCORES = {
+    "neither": (RECIPE, [f"a reference's scores beside all others: {NEVER})", "membership inference (AUC): no holdout",
+                         "attacks: no robustness"]),
+    "a benchmark": (MORE + TOFU, [f"forget quality: {NEVER}, its log)", "by the difference to a reference: no"]),
+    "MUSE": (MORE + "benchmark: {name: muse, set: news}\n", [f"PrivLeak: {NEVER}, its log, or published)"]),
+    "published": (MORE + "benchmark: {name: muse, set: news}\nreference: published\n", ["reference is no model"]),
+    "all": (MORE + "reference: pico:phi\nteach: {steps: 1}\n", []),
+    "a judge": (MORE + "reference: train\nteach: {steps: 1}\n" + TOXIC, [
+        "ROUGE-L of written answers: eval.generate is none",
+        "unlearn_toxicity: the package detoxify is not installed, and the run would stop at it: pip install detoxify"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_that_will_be_absent_are_named(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, wanted = SCORES[name]
+    (here / "held.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
+    (here / "r.yaml").write_text(recipe)
+    monkeypatch.setitem(sys.modules, "detoxify", None)  # as if it were not installed
+    text = " ".join(plan(load_recipe("r.yaml")).split())
+    told = text.partition(" absent ")[2]
+    assert bool(told) == bool(wanted)
+    for line in wanted:
+        assert line in told

@@ -97,6 +97,7 @@ class Run:
     versions: Mapping[str, str]
     unseeing: tuple[str, ...]  # the kept metrics that could have shown no harm
     memory: tuple[str, ...]  # what became of each set to forget, where its pointwise information was scored
+    kept_scores: Mapping[str, float]  # of every kept metric on test items, before and after
 
     @classmethod
     def of(cls, name: str, report: RunReport, recipe: Mapping[str, Any]) -> Run:
@@ -127,6 +128,12 @@ class Run:
             {**(source.get("versions") or {}), "commit": str((source.get("code") or {}).get("commit"))[:12]},
             tuple(sorted(" ".join(key) for key in unseeing(report))),
             tuple(found.became for row in rows if row.set == "forget" and (found := memory(report, row)) is not None),
+            {
+                f"{' '.join(row.key)} {when}": score.value
+                for row in report.scores
+                if row.key in kept
+                for when, score in (("before", row.before), ("after", row.after))
+            },
         )
 
 
@@ -396,7 +403,8 @@ def _table(found: Sequence[Family]) -> str:
             row["lambda"] = run.chosen.coefficient or None  # 0: none was chosen
             row |= {"bound_met": run.chosen.bound_met, "met_on_test": run.met_on_test}
             row |= {"forget_before": run.before, "forget_after": run.after, "kept": run.kept}
-            rows.append({key: _cell(value) for key, value in row.items()})
+            row |= run.kept_scores
+            rows.append({_cell(key): _cell(value) for key, value in row.items()})
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from unlearn.data.files import HUB
 from unlearn.data.sets import LoadedSet, load_sets
+from unlearn.errors import absent
 from unlearn.evidence import reference as references
 from unlearn.model.locate import model_place
 from unlearn.plan import checks
@@ -43,8 +44,9 @@ def plan(loaded: LoadedRecipe) -> str:
         "model": [recipe.model.path, place, _held(recipe)],
         "data": _data(recipe, sets),
         "stages": [f"{i}. {stage}" for i, stage in enumerate(_stages(recipe, sets, chosen), 1)],
+        "absent": list(_absent(recipe)),
     }
-    return shown("\n".join(block(title, lines) for title, lines in blocks.items()))
+    return shown("\n".join(block(title, lines) for title, lines in blocks.items() if lines))
 
 
 class _LocalPart(Recipe):
@@ -192,6 +194,31 @@ def _evidence(recipe: Recipe) -> Iterator[str]:
     if recipe.robustness is not None:
         attacks = listing(_attacks(recipe, recipe.robustness)) or "no attack is switched on"
         yield f"attack {counted(models, 'model')}: {attacks}"
+
+
+def _absent(recipe: Recipe) -> Iterator[str]:
+    """Scores of forgetting that the recipe does not ask for, or that cannot be had here, and what they would take."""
+    spec, given = recipe.benchmark, recipe.reference
+    if recipe.forget is not None:
+        never = "a model that never saw the forget set"
+        if spec is not None and given is None:
+            figure, or_else = ("forget quality", "") if spec.name == "tofu" else ("PrivLeak", ", or published")
+            yield f"{figure}: no reference ({never}, its log{or_else})"
+        elif not references.is_model(recipe):
+            why = "reference is no model" if given else f"no reference ({never})"
+            yield f"a reference's scores beside all others: {why}"
+        if recipe.holdout is None:
+            yield "membership inference (AUC): no holdout, items that no model has seen"
+        elif not references.is_model(recipe):
+            yield "membership inference by the difference to a reference: no reference that is a model"
+        if recipe.robustness is None:
+            yield "attacks: no robustness"
+    if recipe.eval.generate == "none" and any(data.kind != "mcq" for _, data in recipe.sets()):
+        yield "ROUGE-L of written answers: eval.generate is none"
+    for task in recipe.eval.tasks:
+        judge = str(task.metadata.get("classifier", "detoxify:"))
+        if task.task == "unlearn_toxicity" and judge.startswith("detoxify:") and (cure := absent("detoxify")):
+            yield f"{task.task}: the package detoxify is not installed, and the run would stop at it: {cure}"
 
 
 def _attacks(recipe: Recipe, spec: RobustnessSpec) -> Iterator[str]:

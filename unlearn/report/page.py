@@ -47,7 +47,17 @@ from unlearn.report.words import (
     remarks,
 )
 from unlearn.report.words import Point as Change
-from unlearn.results import AttackScore, Robustness, RunReport, Score, SetForesight, TaskScore, Who, plain_metric
+from unlearn.results import (
+    AttackScore,
+    Example,
+    Robustness,
+    RunReport,
+    Score,
+    SetForesight,
+    TaskScore,
+    Who,
+    plain_metric,
+)
 from unlearn.score.search import bound_of
 from unlearn.text import MISSING, clean, coefficient, counted, duration, file_size, listing, number, percent, signed
 
@@ -111,6 +121,7 @@ def render_html(report: RunReport) -> str:
         predictions=predictions(report),
         relearning=relearning(report),
         changed=lambda examples: sum(not same(e.before, e.after) for e in examples),
+        fluent=fluent,
         examples=_grouped(report.examples, lambda e: (e.set, e.name)),
         metrics=_metrics(report),
         stages=_stages(report),
@@ -461,6 +472,22 @@ def same(one: str, two: str) -> bool:
     """Whether two answers are the same words."""
     one, two = (" ".join(value.split()).casefold().rstrip(".") for value in (one, two))
     return one == two
+
+
+def fluent(examples: Sequence[Example]) -> str:
+    """How answers read before and after, over the items of a set; empty where that was not recorded."""
+    sides = [[e.before_fluency for e in examples], [e.after_fluency for e in examples]]
+    known = [[one for one in side if one is not None] for side in sides]
+    if not all(known):
+        return ""
+    repeated = [percent(math.fsum(one.repetition for one in side) / len(side)) for side in known]
+    losses = [[one.loss for one in side if one.loss is not None] for side in known]
+    read = [number(_exp(math.fsum(side) / len(side))) if side else MISSING for side in losses]
+    return f"repeated {repeated[0]} → {repeated[1]} · perplexity {read[0]} → {read[1]}"
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def end_of(prompt: str) -> str:

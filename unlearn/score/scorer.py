@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,14 +14,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from unlearn.console import is_main_process, say
-from unlearn.data.encoding import count_tokens
+from unlearn.data.encoding import count_tokens, encode_pair
 from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import BrokenModelError
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import SetRole, Split, stops
 from unlearn.recipe.schema import KEPT, Key, Recipe, default_metric, goal_metrics
-from unlearn.results import Chosen, Example, Score, SweepPoint, TaskScore
+from unlearn.results import Chosen, Example, Fluency, Score, SweepPoint, TaskScore
 from unlearn.score import search, tasks
 from unlearn.score.evaluate import evaluate
 from unlearn.score.packed import PackedLM, interface
@@ -32,6 +33,7 @@ from unlearn.vector.task_vector import TaskVector
 
 Goal = tuple[SetRole, str]
 Compared = tuple[tuple[TaskScore, ...], tuple[TaskScore, ...], tuple[Example, ...]]  # before, after, and some answers
+_RUN = 4  # tokens that are looked for again
 _MCQ_TOKENS = 10  # of a completion, or as many as the answer has
 
 
@@ -108,14 +110,23 @@ def _read(place: Path, name: str) -> Any:
 
 def _compared(before: Path, after: Path) -> Compared:
     pairs = zip(_read(before, "completions"), _read(after, "completions"), strict=True)
-    examples = tuple(Example(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]) for b, a in pairs)
+    examples = tuple(
+        Example(
+            *(b["set"], b["name"], b["prompt"], b["target"], b["text"], a["text"]),
+            *(Fluency(**c["fluency"]) if "fluency" in c else None for c in (b, a)),
+        )
+        for b, a in pairs
+    )
     return read_scores(before), read_scores(after), examples
 
 
-def complete(lm: HFLM, sets: Sequence[LoadedSet], count: int) -> list[dict[str, str]]:
+def complete(
+    lm: HFLM, sets: Sequence[LoadedSet], count: int, judge: Callable[[], HFLM] | None = None
+) -> list[dict[str, Any]]:
     """``set``, ``name``, ``prompt``, ``target`` and greedy ``text`` of the first ``count`` test items of every set.
 
-    A text ends, as where ROUGE is taken, at the first stop that is no part of the right answer.
+    A text ends, as where ROUGE is taken, at the first stop that is no part of the right answer. ``judge`` gives the
+    model under which the ``fluency`` of all texts is taken; none: the one that writes them.
     """
     chosen = [(s, item) for s in sets if s.role != "holdout" for item in s.test[:count]]
     requests = [Instance("generate_until", {}, (item.prompt, _limits(lm, s, item)), 0) for s, item in chosen]
@@ -123,10 +134,30 @@ def complete(lm: HFLM, sets: Sequence[LoadedSet], count: int) -> list[dict[str, 
         return []
     with quiet_harness():
         texts = lm.generate_until(requests)
+        read = _fluency(
+            judge() if judge is not None else lm,
+            [(item.prompt, text) for (_, item), text in zip(chosen, texts, strict=True)],
+        )
     return [
         {"set": s.role, "name": s.name, "prompt": item.prompt, "target": item.target, "text": text.strip()}
-        for (s, item), text in zip(chosen, texts, strict=True)
+        | {"fluency": asdict(how)}
+        for (s, item), text, how in zip(chosen, texts, read, strict=True)
     ]
+
+
+def _fluency(lm: HFLM, written: Sequence[tuple[str, str]]) -> list[Fluency]:
+    """Of each (prompt, text), under the model as it is."""
+    known = [pair for pair in dict.fromkeys(written) if pair[1].strip()]
+    scored = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in known]) if known else []
+    logprobs = {pair: logprob for pair, (logprob, _) in zip(known, scored, strict=True)}
+    found = []
+    for prompt, text in written:
+        ids = lm.tokenizer.encode(text, add_special_tokens=False)
+        runs = [tuple(ids[n : n + _RUN]) for n in range(len(ids) - _RUN + 1)]
+        logprob = logprobs.get((prompt, text), math.nan)
+        loss = -logprob / len(encode_pair(lm.tokenizer, prompt, text)[1]) if math.isfinite(logprob) else None
+        found.append(Fluency(1 - len(set(runs)) / len(runs) if runs else 0.0, loss))
+    return found
 
 
 def _limits(lm: HFLM, loaded: LoadedSet, item: Item) -> dict[str, Any]:
@@ -165,6 +196,7 @@ class Scorer:
         self._target, self._questions, self._store, self._under = target, questions, store, under
         self._recipe = questions.recipe
         self._lm = interface(target.model, target.tokenizer, self._recipe.eval)
+        self._judge: Scorer = self  # of how answers read
         self._goals = goal_metrics(self._recipe)
         self._kept = tasks.kept_metrics(self._recipe, questions.validation)
 
@@ -178,19 +210,25 @@ class Scorer:
         """
         recipe, sets, last = self._recipe, self._questions.sets, split == "test"
 
+        def judge() -> HFLM:
+            if edit is not None:
+                edit.subtract(0)
+            return self._judge._lm
+
         def make(tmp: Path) -> None:
             if edit is not None:
                 edit.subtract(coefficient)
             bootstrap = recipe.eval.bootstrap if last else 0
             label, name = f"λ = {coefficient:g}", f"{recipe.name}@{coefficient:g}"
             _score(self._lm, self._questions.tasks(split), label, name, bootstrap, tmp)
-            texts = complete(self._lm, sets, recipe.eval.examples) if last else []
+            texts = complete(self._lm, sets, recipe.eval.examples, judge) if last else []
             write_json_atomic(tmp / "completions.json", texts)
 
         inputs = [self._target.fingerprint, *self._questions.key(split)]
         if last:  # what the completions depend on: how long they get, and by the prompt where they end
             shown = [s for s in sets if s.role != "holdout"]
             inputs += [[s.role, s.name, s.spec.continuation, s.spec.prompts("test")[0]] for s in shown]
+            inputs += [] if self._judge is self else [self._judge._target.fingerprint]
         inputs += [vector if coefficient else None, coefficient]
         name = f"{coefficient:g}/{split}"
         return self._store.stage(f"{under if coefficient else self._under}/{name}", inputs, make, kind=f"eval/{name}")
@@ -273,6 +311,7 @@ class Scorer:
     def compare(self, given: Loaded) -> Compared:
         """:meth:`test` of the target model and another one."""
         other = Scorer(given, self._questions, self._store, "eval/edited")
+        other._judge = self
         return _compared(*(scorer.scores(None, "", 0.0, "test") for scorer in (self, other)))
 
     def _bisect(self, grid: Sequence[float], point: Callable[[float], SweepPoint]) -> tuple[SweepPoint, ...]:
