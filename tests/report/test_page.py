@@ -403,8 +403,8 @@ def test_examples_fold_long_prompts_and_mark_changed_words() -> None:
     assert source.count("✓</span>") == 1
     read = Fluency(0.25, 0.0), Fluency(0.75, math.log(40)), Fluency(0.5, None)
     asked = [Example("forget", "europe", prompt, "a", "A.", "c", read[0], one) for one in read[1:]]
-    assert "repeated 25 % → 62.5 % · perplexity 1.000 → 40.00" in Page(render_html(make(examples=tuple(asked)))).text
-    assert "· repeated" not in source  # of a report that does not have it
+    assert "Repeated 25 % → 62.5 % · perplexity 1.000 → 40.00" in Page(render_html(make(examples=tuple(asked)))).text
+    assert "Repeated 2" not in source  # of a report that does not have it
     before, after = changes("when he was young & strong", "when he was old & very strong")
     assert before == "when he was <del>young</del> &amp; strong"
     assert after == "when he was <ins>old</ins> &amp; <ins>very</ins> strong"

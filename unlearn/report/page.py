@@ -483,7 +483,7 @@ def fluent(examples: Sequence[Example]) -> str:
     repeated = [percent(math.fsum(one.repetition for one in side) / len(side)) for side in known]
     losses = [[one.loss for one in side if one.loss is not None] for side in known]
     read = [number(_exp(math.fsum(side) / len(side))) if side else MISSING for side in losses]
-    return f"repeated {repeated[0]} → {repeated[1]} · perplexity {read[0]} → {read[1]}"
+    return f"Repeated {repeated[0]} → {repeated[1]} · perplexity {read[0]} → {read[1]}"
 
 
 def _exp(nats: float) -> float:
