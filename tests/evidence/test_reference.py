@@ -466,7 +466,7 @@ def test_where_references_are_looked_for(compared: Path, tmp_path: Path, monkeyp
         references.check(recipe(benchmark={**TOFU_SPEC, "path": "x"}), base)
     trained = compared / "run" / "reference"
     assert references.run_reference(str(compared / "run"), base) == trained
-    assert references.locate(recipe(reference=str(compared / "run")), base) == str(trained)
+    assert references.fetch(recipe(reference=str(compared / "run")), base)["reference"][1] == str(trained)
     for given, more in (
         ("train", {"teach": {}, "retain": [{"path": "r.jsonl", "kind": "qa"}]}),
         ("published", {"benchmark": {"name": "muse", "set": "news"}}),

@@ -125,7 +125,9 @@ def scoring(build: Build, dtype: torch.dtype, recipe: Recipe) -> tuple[int, int]
     sizes = [shape_of(model.get_submodule(n)) for n in resolve_targets(model, vector.lora.targets, vector.lora.depth)]
     dense, thin = 4 * sum(a * b for a, b in sizes), 4 * vector.lora.rank * sum(a + b for a, b in sizes)
     several = max(len(recipe.goals()), 3 if recipe.analogy else 1) * (2 if vector.needs("retain_vector") else 1)
-    change = dense if any(METHODS[m].dense for m in vector.steps()) else thin * several
+    brought = vector.given()
+    whole = any(METHODS[m].dense for m in vector.steps()) or (brought is not None and brought.finetuned is not None)
+    change = dense if whole else thin * several
     mode = FakeTensorMode()
     tally = Tally(_faked(model, mode))
     with mode, torch.no_grad():
