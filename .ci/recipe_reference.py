@@ -12,6 +12,7 @@ INTRODUCTION = """\
 
 Every key of a recipe, written by `.ci/recipe_reference.py` from the schema that checks it (`unlearn schema`). A
 recipe is YAML 1.2; `--set a.b.0.c=value` changes one key from the command line. A key without a default is required.
+After a key's name stand those that other libraries have for it, which are taken as well.
 """
 
 
@@ -39,7 +40,8 @@ def row(key: str, node: dict[str, Any], required: bool) -> str:
     default = node.get("default")
     shown = "" if required or "default" not in node else f"`{json.dumps(default, ensure_ascii=False)}`"
     what = kind(node).replace("|", "\\|")
-    return f"| `{key}` | {what} | {shown} | {node.get('description', '').replace('|', chr(92) + '|')} |"
+    names = ", ".join(f"`{name}`" for name in (key, *node.get("also", ())))
+    return f"| {names} | {what} | {shown} | {node.get('description', '').replace('|', chr(92) + '|')} |"
 
 
 def section(title: str, schema: dict[str, Any]) -> str:

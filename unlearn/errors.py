@@ -11,7 +11,8 @@ def absent(package: str) -> str:
     """How to get an optional package that is not installed; empty where it is."""
     if importlib.util.find_spec(package) is not None:
         return ""
-    return f"pip install {package} (the extra [{_EXTRAS[package]}] has it)"
+    extra = f" (the extra [{_EXTRAS[package]}] has it)" if package in _EXTRAS else ""
+    return f"pip install {package}{extra}"
 
 
 class UnlearnError(Exception):

@@ -73,7 +73,7 @@ def _run(
         return None
     report = pipeline.run(recipe, store)
     if report is not None:
-        report = pipeline.finish(report, key, source, folder, store)
+        report = pipeline.finish(report, recipe, key, source, folder, store)
         say(f"finished in {time.monotonic() - began:.0f} s", style="bold")
     return report
 

@@ -28,6 +28,7 @@ from unlearn.report.assemble import Evidence, data_line, score_rows, vector_line
 from unlearn.report.exports import export, exported
 from unlearn.report.page import render_html, save_figures
 from unlearn.report.publish import CardFacts, able
+from unlearn.report.trackers import track
 from unlearn.results import Membership, RunReport
 from unlearn.score.scorer import Questions, Scorer, build_questions
 from unlearn.score.search import as_given
@@ -294,8 +295,8 @@ def teach_target(recipe: Recipe, base: Loaded, sets: tuple[LoadedSet, ...], stor
         return models.load(recipe.model, str(teach("target", base, learned, recipe, store)))
 
 
-def finish(report: RunReport, key: str, source: Path, folder: RunFolder, store: Store) -> RunReport:
-    """Write the report and its page, and seal them. Returns the report with all of its provenance.
+def finish(report: RunReport, recipe: Recipe, key: str, source: Path, folder: RunFolder, store: Store) -> RunReport:
+    """Write the report and its page, tell trackers, and seal them. Returns the report with all of its provenance.
 
     ``key`` is of all that the run depends on, by which it is found unchanged; ``source`` is the recipe's file.
     """
@@ -307,6 +308,7 @@ def finish(report: RunReport, key: str, source: Path, folder: RunFolder, store: 
     save_figures(report, folder.path("figures"))
     write_text_atomic(folder.path("report.html"), page)
     write_text_atomic(folder.path("report.json"), text)
+    track(recipe, report, folder)
     digests = {f"{n}_sha256": hashlib.sha256(t.encode()).hexdigest() for n, t in (("report", text), ("page", page))}
     write_json_atomic(folder.path("provenance.json"), {**found, **digests, "stages": store.keys})
     return report

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from unlearn.errors import RecipeError
 from unlearn.recipe import load as assets
 from unlearn.recipe import yaml as yaml_core
-from unlearn.recipe.data import Frozen, Source, render, stops, template_fields
+from unlearn.recipe.data import ALSO, Frozen, Source, render, stops, template_fields
 from unlearn.recipe.load import json_schema, list_recipes, load_recipe, resolved_yaml
-from unlearn.recipe.methods import METHODS, Method, TrainSpec
+from unlearn.recipe.methods import METHODS, Method, TrainSpec, trainer_settings
 from unlearn.recipe.schema import Recipe
 
 GOOD = """\
@@ -132,6 +132,101 @@ def test_one_mistake_one_message_with_its_line(here: Path, old: str, new: str, l
     (message,) = fails(write(here, with_line(old, new)))
     assert message.startswith(f"r.yaml:{line}: ")
     assert part in message
+
+
+TRAINER = STEPS + "\n    trainer: "
+LORA = "vector:\n  lora: "
+PASSED_ON: list[tuple[str, str, int, str]] = [
+    (STEPS, TRAINER + "{optimm: sgd}", 19, "optimm: transformers' TrainingArguments have no such setting; did"),
+    (STEPS, TRAINER + "\n      optim: sgd\n      seed: 1", 21, "seed: not for a recipe to set: seed at the top"),
+    (STEPS, TRAINER + "{save_steps: 1}", 19, "trainer.save_steps: this is the key save_every beside trainer"),
+    (STEPS, TRAINER + "{learning_rate: 1}", 19, "this is the key learning_rate beside trainer"),
+    (STEPS, TRAINER + "{output_dir: x}", 19, "save_every says how often one is written"),
+    (STEPS, TRAINER + "{report_to: none}", 19, "report_to at the top of the recipe says where"),
+    (STEPS, TRAINER + "{hub_token: x}", 19, "export.push_to_hub decides"),
+    (STEPS, TRAINER + "{label_smoothing_factor: 0.1}", 19, "another loss than the one that vector.method"),
+    (STEPS, STEPS + "\n    max_grad_norm: 1", 19, "it belongs at vector.forget.trainer.max_grad_norm"),
+    (STEPS, STEPS + "\n    report_to: [wandb]", 19, "report_to serves all trainings: give it at the top of the recipe"),
+    (STEPS, STEPS + "\n    max_steps: 3", 19, "forget.max_steps: the same as steps, which is given too: keep one"),
+    (STEPS, "max_steps: 0", 18, "vector.forget.max_steps: must be greater than or equal to 1, got 0"),
+    (STEPS, "max_step: 3", 18, "unknown key; did you mean 'max_steps'"),
+    (VECTOR, LORA + "{r: 8, rank: 8}", 16, "vector.lora.r: the same as rank, which is given too"),
+    (VECTOR, LORA + "{r: 8, use_dora: true}", 16, "use_dora: not for a recipe to set: a task vector is the low-rank"),
+    (VECTOR, LORA + "{modules_to_save: [lm_head]}", 16, "modules_to_save: not for a recipe to set: a task vector is"),
+    (VECTOR, LORA + "{init_lora_weights: pissa}", 16, "must be True, 'gaussian' or 'orthogonal', got the text 'pissa'"),
+    ("path: pico:phi", "path: m, token: secret", 5, "no secret stands in a recipe: hf auth login"),
+    ("path: pico:phi", "path: m, pretrained: n", 5, "model.pretrained: the same as path, which is given too: keep one"),
+    ("path: pico:phi", "path: m, load_in_4bit: true, quantize: int8", 5, "load_in_4bit and quantize say the same"),
+    ("path: pico:phi", "path: m, load_in_8bit: 1", 5, "load_in_8bit must be true or false"),
+    ("path: pico:phi", "path: m, device_map: all", 5, "must be 'auto', 'balanced', 'balanced_low_0' or 'sequential'"),
+    ("path: pico:phi", "path: m, device_map: auto, device: cpu", 5, "device is one device and device_map several"),
+    ("path: pico:phi", "path: m, max_memory: {0: 1GB}", 5, "max_memory goes with device_map"),
+    ("name: tiny", "name: tiny\nreport_to: [tensorbord]", 2, "got the text 'tensorbord'; did you mean 'tensorboard'?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "line", "part"), PASSED_ON)
+def test_mistakes_in_what_is_passed_on_and_in_familiar_names(
+    here: Path, old: str, new: str, line: int, part: str
+) -> None:
+    (message,) = fails(write(here, with_line(old, new)))
+    assert message.startswith(f"r.yaml:{line}: ")
+    assert part in message
+
+
+FAMILIAR = [  # one and the same, as we and as other libraries call it
+    ("model", {"path": "m", "dtype": "bfloat16", "quantize": "nf4"},
+     {"model_name_or_path": "m", "torch_dtype": "bfloat16", "load_in_4bit": True, "load_in_8bit": False}),
+    ("model", {"path": "m"}, {"pretrained_model_name_or_path": "m"}),
+    ("model", {"path": "m", "quantize": "int8"}, {"pretrained": "m", "load_in_8bit": True}),
+    ("vector.lora", {"rank": 8, "alpha": 4, "dropout": 0.1, "targets": ["fc1"], "rslora": True},
+     {"r": 8, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["fc1"], "use_rslora": True}),
+    ("vector.forget",
+     {"epochs": 2, "batch_size": 4, "accumulation": 2, "warmup": 0.2, "schedule": "cosine", "max_length": 64,
+      "gradient_checkpointing": True, "save_every": 5},
+     {"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.2,
+      "lr_scheduler_type": "cosine", "max_seq_length": 64, "activation_checkpointing": True, "save_steps": 5}),
+    ("teach", {"steps": 3, "lora": {"rank": 4}}, {"max_steps": 3, "lora": {"r": 4}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "ours", "theirs"), FAMILIAR)
+def test_a_recipe_with_familiar_names_is_the_canonical_one(
+    here: Path, section: str, ours: dict[str, object], theirs: dict[str, object]
+) -> None:
+    """In a file and as overrides of it: the same recipe, and so the same keys and the same run."""
+    bare = write(here, "name: n\nmodel: {path: m}\nforget: {path: f.jsonl, kind: qa}\n")
+    one, other = (load_recipe(bare, [f"{section}={json.dumps(given)}"]).recipe for given in (ours, theirs))
+    singly = [f"{section}.{key}={json.dumps(value)}" for key, value in theirs.items()]
+    mixed = load_recipe(bare, [f"{section}={json.dumps(ours)}", *singly]).recipe if section != "model" else one
+    assert one == other == mixed
+    assert resolved_yaml(other) == resolved_yaml(one)
+    assert not [name for name in ALSO if f" {name}:" in resolved_yaml(other)]
+
+
+def test_an_override_by_another_name_takes_the_place_of_the_file_s(here: Path) -> None:
+    found = load_recipe(write(here, GOOD), ["vector.forget.max_steps=7", "forget.where={r: 1, rank: 2}"]).recipe
+    assert found.vector.forget.steps == 7
+    assert load_recipe("r.yaml", ["forget.where={rank: 2}", "forget.where.r=1"]).recipe.forget.where == {
+        "r": 1,
+        "rank": 2,
+    }  # columns of data, which are called what they are called
+
+
+def test_what_is_passed_on_is_looked_up_in_the_installed_library() -> None:
+    from transformers import TrainingArguments
+
+    assert trainer_settings() == set(TrainingArguments.__dataclass_fields__) - {"distributed_state"}
+
+
+def test_settings_that_are_not_used_leave_the_hash_of_a_recipe_as_it_was() -> None:
+    new = {"trainer", "init_lora_weights", "rank_pattern", "alpha_pattern"}
+    new |= {"device_map", "max_memory", "attn_implementation", "report_to"}
+    data = {"name": "n", "model": {"path": "m"}, "forget": {"path": "f", "kind": "qa"}}
+    recipe = Recipe.model_validate_json(json.dumps(data)).model_dump(mode="json")
+    assert "report_to" not in recipe
+    assert not new & {*recipe["model"], *recipe["vector"]["lora"]}
+    assert "trainer" not in recipe["vector"]["forget"]
 
 
 TOFU = "benchmark: {name: tofu, set: forget10}\n"

@@ -598,6 +598,81 @@ def test_a_vector_merged_for_good(loaded: Load, request: pytest.FixtureRequest, 
         merge(model, TaskVector({"no.such": LowRank(torch.ones(1, 1), torch.ones(1, 1))}))
 
 
+# --- what is passed on to the Trainer and to PEFT --------------------------------------------------------------------
+
+
+def test_a_step_is_made_by_the_optimiser_and_the_clipping_asked_for(phi: Loaded, tmp_path: Path) -> None:
+    """One step of SGD from B = 0, clipped: B = -rate * s * G A^T * most / norm, G the gradient of the whole weight."""
+    rows, rate, most = rows_of(phi), 0.5, 1e-3
+    labels = nn.utils.rnn.pad_sequence([torch.tensor(row.labels) for row in rows], True, IGNORE)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row.input_ids) for row in rows], True, 0)
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(row.labels)) for row in rows], True, 0)
+    phi.model.requires_grad_(True)
+    torch.autograd.backward(phi.model(input_ids=ids, attention_mask=mask, labels=labels).loss)
+    gradients = {name: module.weight.grad.clone() for name, module in linear_modules(phi.model).items()}
+    phi.model.requires_grad_(False)
+    phi.model.zero_grad()
+    spec = train_spec(
+        steps=1, batch_size=6, warmup=0.0, learning_rate=rate, trainer={"optim": "sgd", "max_grad_norm": most}
+    )
+    vector, _ = train(phi, tmp_path, spec, LoraSpec(rank=4, alpha=8))
+    raw = {name: 2 * g @ vector.modules[name].A.T for name, g in gradients.items()}
+    norm = math.sqrt(sum(float(b.double().square().sum()) for b in raw.values()))
+    assert norm > 100 * most
+    for name, b in raw.items():
+        torch.testing.assert_close(vector.modules[name].B, 2 * -rate * b * most / norm, atol=1e-9, rtol=1e-3)
+
+
+def test_ranks_alphas_and_the_beginning_of_a_are_peft_s(
+    loaded: Load, pico_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vector is what PEFT adds to the weights when it merges the adapter that was trained."""
+    plain = finetune.read_adapter
+
+    def save_first(peft_model: Any, meta: dict[str, str]) -> TaskVector:
+        peft_model.save_pretrained(tmp_path / "adapter")
+        return plain(peft_model, meta)
+
+    monkeypatch.setattr(finetune, "read_adapter", save_first)
+    lora = LoraSpec(rank=4, alpha=8, rank_pattern={"mlp.fc1": 2}, alpha_pattern={"layers.1.self_attn.q_proj": 32})
+    vector, _ = train(loaded(pico_phi), tmp_path / "work", train_spec(steps=2), lora)
+    assert {m.rank for name, m in vector.modules.items() if name.endswith("fc1")} == {2}
+    assert {m.rank for name, m in vector.modules.items() if not name.endswith("fc1")} == {4}
+    merged = PeftModel.from_pretrained(loaded(pico_phi).model, tmp_path / "adapter").merge_and_unload()
+    before = dict(loaded(pico_phi).model.named_parameters())
+    for name, m in vector.modules.items():
+        added = merged.get_parameter(f"{name}.weight") - before[f"{name}.weight"]
+        torch.testing.assert_close(m.delta(), added, atol=1e-6, rtol=1e-4)
+    drawn, _ = train(loaded(pico_phi), tmp_path / "gauss", train_spec(steps=1), LoraSpec(init_lora_weights="gaussian"))
+    usual, _ = train(loaded(pico_phi), tmp_path / "usual", train_spec(steps=1), LoraSpec())
+    spread = [torch.cat([m.A.flatten() for m in v.modules.values()]).abs().max() for v in (drawn, usual)]
+    assert spread[0] > 2 / 16  # normal, of deviation 1/r
+    assert spread[1] < 2 / 16 + 1e-2  # uniform, within 1/sqrt(in)
+
+
+REFUSED = [
+    ({"optim": "adamw"}, "trainer: transformers refuses it: adamw is not a valid OptimizerNames"),
+    ({"optim": "galore_adamw"}, "trainer: transformers refuses it: You need to install"),
+    ({"max_grad_norm": "1"}, r"trainer.max_grad_norm: Input should be a valid number, got '1'"),
+    ({"optim_args": "momentum"}, "trainer: transformers refuses it"),
+    ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "unexpected keyword argument 'num_cycles'"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED)
+def test_what_transformers_would_refuse_is_refused_before(phi: Loaded, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainingError, match=rf"vector\.forget\.{said}|vector\.forget.*{said}"):
+        trainer.check_passed_on(train_spec(trainer=given), phi.model, "vector.forget")
+    trainer.check_passed_on(train_spec(trainer={"optim": "adafactor", "adam_beta2": 0.99}), phi.model, "vector.forget")
+
+
+def test_a_pattern_that_means_no_module_is_refused(phi: Loaded, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"vector.lora.alpha_pattern: none of the modules with an adapter is called"):
+        train(phi, tmp_path, lora=LoraSpec(rank=4, alpha_pattern={"c1": 3}))
+    with pytest.raises(VectorError, match="rank 999 is above"):
+        train(phi, tmp_path, lora=LoraSpec(rank=4, rank_pattern={"fc1": 999}))
+
+
 # --- drift -----------------------------------------------------------------------------------------------------------
 
 

@@ -122,7 +122,7 @@ def _read(model: PreTrainedModel, folder: Path, kind: Quantised) -> PreTrainedMo
         folder,
         dtype=model.dtype,
         quantization_config=BitsAndBytesConfig(**(four if kind == "nf4" else {"load_in_8bit": True})),
-        device_map={"": model.device},
+        device_map=getattr(model, "hf_device_map", {"": model.device}),
         use_safetensors=True,
         output_loading_info=True,
     )

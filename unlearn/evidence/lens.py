@@ -96,11 +96,14 @@ class _Layers(Forward):
             return []
         targets = np.concatenate([p.targets for p in layout.pieces])
         requests = np.concatenate([p.requests for p in layout.pieces])
-        places = torch.from_numpy(np.unique(nodes)).to(states[0].device)
+        places = torch.from_numpy(np.unique(nodes))
         inside = np.searchsorted(np.unique(nodes), nodes)  # each node's row among the places
         # all layers before any is added: a pass that runs out of memory is tried again in halves
         norms = [*[self.norm] * (self.count - 1), nn.Identity()]  # the last state has been through it
-        found = [self._at(norm(state[places]), inside, targets) for norm, state in zip(norms, states, strict=True)]
+        found = [
+            self._at(norm(state[places.to(state.device)]), inside, targets)
+            for norm, state in zip(norms, states, strict=True)
+        ]
         for layer, (values, greedy) in enumerate(found):
             np.add.at(self.values[layer], requests, values)
             np.logical_and.at(self.greedy[layer], requests, greedy)

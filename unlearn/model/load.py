@@ -81,14 +81,16 @@ def load(spec: ModelSpec, where: str, *, for_training: bool = False) -> Loaded:
         raise ModelError(f"model.path: {said}")
     with told(f"model.path: {where}", "choose a smaller model"), _explained(where, spec), quietly(downloads=True):
         tokenizer = _fast_tokenizer(where, options)
-        model, report = _read_weights(where, options, dtype, device, quantize)
+        model, report = _read_weights(where, options | _kept(spec), dtype, device, quantize)
+    _check_split(model, spec)
     _check_weights(where, report)
     check_tokenizer(where, tokenizer, model)
     untie(model)
     model.eval()
     words = _words(tokenizer)
     whole = atomic.fingerprint(fingerprint(model), _settings(model), _code(model, tokenizer), words)
-    return Loaded(model, tokenizer, whole, dtype, device, words, where)
+    first = model.get_input_embeddings().weight.device if spec.device_map else device
+    return Loaded(model, tokenizer, whole, dtype, first, words, where)
 
 
 def load_tokenizer(spec: ModelSpec, where: str) -> PreTrainedTokenizerFast:
@@ -112,6 +114,33 @@ def _options(spec: ModelSpec, where: str) -> dict[str, Any]:
     if Path(where).is_dir():
         return options
     return options | {"revision": spec.revision, "local_files_only": bool(hub_away())}
+
+
+def _kept(spec: ModelSpec) -> dict[str, Any]:
+    """How transformers is to hold the weights."""
+    found: dict[str, Any] = {}
+    if spec.attn_implementation is not None:
+        found["attn_implementation"] = spec.attn_implementation
+    if spec.device_map is not None:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ModelError(
+                "model.device_map: several processes were started here, and each would split a model over all "
+                "of its GPUs: start one process, or leave device_map out"
+            )
+        found["device_map"] = spec.device_map
+        if spec.max_memory:
+            found["max_memory"] = {int(k) if k.isdecimal() else k: size for k, size in spec.max_memory.items()}
+    return found
+
+
+def _check_split(model: Any, spec: ModelSpec) -> None:
+    """Refuse a model of which a part waits in main memory or on disk until it is needed: nothing can be added there."""
+    away = sorted(name for name, tensor in model.named_parameters() if tensor.device.type == "meta")
+    if away and spec.device_map is not None:
+        raise ModelError(
+            f"model.device_map: {len(away)} weights have no place on a device ({atomic.some(away, 3)}), and an edit "
+            "needs all of them there: give it more devices or memory, a smaller model.dtype, or set device: cpu"
+        )
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -172,11 +201,11 @@ def _read_weights(
 
         four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         config = BitsAndBytesConfig(**(four if quantize == "nf4" else {"load_in_8bit": True}))
-        options = options | {"quantization_config": config, "device_map": {"": device}}
+        options = {"device_map": {"": device}} | options | {"quantization_config": config}
     # wrong shapes are ignored so that they come back in the report, all of them
     options = options | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-    return (model if quantize != "none" else model.to(device)), report
+    return (model if "device_map" in options else model.to(device)), report
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     if recipe.vector.uses("idk_dpo"):
         refusals(recipe.vector.settings("idk_dpo").refusals, base)
     _check_bitsandbytes(recipe)
+    _check_trackers(recipe)
     _check_tasks(recipe.eval.tasks)
     references.check(recipe, base, hub=hub)
 
@@ -94,6 +95,12 @@ def _check_bitsandbytes(recipe: Recipe) -> None:
     if (copies or recipe.model.quantize != "none") and (cure := absent("bitsandbytes")):
         key, instead = ("robustness.quantize", "[]") if copies else ("model.quantize", "none")
         raise ModelError(f"{key}: quantised copies need the package bitsandbytes: {cure}, or set {key} to {instead}")
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    for name in recipe.report_to:
+        if cure := absent(name):
+            raise EvaluationError(f"report_to: {name} is not installed: {cure}, or leave it out")
 
 
 def _check_tasks(specs: Sequence[TaskSpec]) -> None:

@@ -70,6 +70,9 @@ def _held(recipe: Recipe) -> str:
     model = recipe.model
     dtype = "bfloat16 where the hardware has it, else float32" if model.dtype == "auto" else model.dtype
     device = "the best device found" if model.device == "auto" else model.device
+    if model.device_map is not None:
+        parts = model.device_map if isinstance(model.device_map, str) else counted(len(model.device_map), "part")
+        device = f"several devices ({parts})"
     copy = "" if model.quantize == "none" else f"; the LoRA is trained on a copy quantised to {model.quantize}"
     code = "; RUNS PYTHON CODE THAT COMES WITH IT" if model.trust_remote_code else ""
     return f"held as {dtype}, on {device}{copy}{code}"
@@ -112,7 +115,8 @@ def _stages(recipe: Recipe, sets: _Sets, chosen: str) -> Iterator[str]:
     whole = [t.task for t in recipe.eval.tasks if t.whole]
     rouge = ", with ROUGE-L of written answers" if writes else ""
     beside = f", and {', '.join(whole)} on all items" if whole else ""
-    yield f"score test items before and after{rouge}{beside}; write report.json and report.html"
+    told = f"; tell {listing(recipe.report_to)}" if recipe.report_to else ""
+    yield f"score test items before and after{rouge}{beside}; write report.json and report.html{told}"
     yield from _evidence(recipe)
     if recipe.edited is None:
         yield f"export: {_export(recipe.export)}"
@@ -258,7 +262,8 @@ def _training(spec: TrainSpec, recipe: Recipe, sets: _Sets, roles: Sequence[SetR
     else:
         length = f"{counted(epochs, 'epoch')} in steps of {batch}"
     examples = f"{about}{counted(total, 'example')}" if known else "examples not counted (on the hub)"
-    return f"{examples}, {length}, learning rate {spec.learning_rate:g}"
+    more = "".join(f", {name} {value}" for name, value in spec.trainer.items())
+    return f"{examples}, {length}, learning rate {spec.learning_rate:g}{more}"
 
 
 def _lora(spec: LoraSpec) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 Scalar = bool | int | float | str
 Positive = Annotated[int, Field(ge=1)]
@@ -33,6 +33,15 @@ class Frozen(BaseModel):
 def later(default: Any, description: str, **more: Any) -> Any:
     """A field that came when runs were finished already: at its default it is not written, so that their keys stay."""
     return Field(default, description=description, exclude_if=lambda value: value == default, **more)
+
+
+ALSO: dict[str, str] = {}  # what other libraries call a key of a recipe -> what it is called here
+
+
+def also(name: str, *others: str) -> dict[str, Any]:
+    """Options of the field ``name``, which a recipe may also call what other libraries call it."""
+    ALSO.update(dict.fromkeys(others, name))
+    return {"validation_alias": AliasChoices(name, *others), "json_schema_extra": {"also": list(others)}}
 
 
 class Between(Frozen):

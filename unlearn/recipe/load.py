@@ -20,7 +20,8 @@ from pydantic import ValidationError
 
 from unlearn.errors import RecipeError, RunFolderError
 from unlearn.recipe import yaml as yaml_core
-from unlearn.recipe.methods import METHODS
+from unlearn.recipe.data import ALSO
+from unlearn.recipe.methods import METHODS, REFUSED, trainer_settings
 from unlearn.recipe.schema import Recipe
 from unlearn.recipe.yaml import Document, KeyPath, YamlSyntaxError
 from unlearn.store.files import fingerprint
@@ -200,6 +201,9 @@ def _override(data: dict[str, Any], override: str, places: _Places) -> str:
         elif not isinstance(node, dict):
             return f"{flag}: {at} is a single value, not a mapping, so it has no '{key}'; set it as a whole"
         if i == len(keys) - 1:
+            for name in _other_names(node, keys):
+                del node[name]
+                places.pop((*keys[:-1], name), None)
             node[key] = _anchored(value, tuple(keys))
         elif value_at(node, (key,)) is None:
             node[key], made = {}, min(made, i + 1)
@@ -211,13 +215,20 @@ def _override(data: dict[str, Any], override: str, places: _Places) -> str:
     return ""
 
 
+def _other_names(data: Any, path: Sequence[str | int]) -> list[str]:
+    """The keys of a mapping that are other libraries' names, or ours, of the one at ``path``."""
+    ours = ALSO.get(str(path[-1]), path[-1])
+    others = [name for name in data if name != path[-1] and ALSO.get(name, name) == ours]
+    return others if others and ours in _keys_beside(path) else []
+
+
 def _anchored(value: Any, place: KeyPath) -> Any:
     """A value from the command line; paths of files that lie in the current folder are made absolute."""
     if isinstance(value, dict):
         return {key: _anchored(item, (*place, key)) for key, item in value.items()}
     if isinstance(value, list):
         return [_anchored(item, (*place, i)) for i, item in enumerate(value)]
-    named = place[-1] == "path" or place[:2] == ("vector", "from") or place[0] == "edited"
+    named = ALSO.get(str(place[-1]), place[-1]) == "path" or place[:2] == ("vector", "from") or place[0] == "edited"
     if isinstance(value, str) and named and not _NO_FILES & set(place):
         file, mark, digest = value.partition("#")
         if file and os.path.exists(file):  # noqa: PTH110
@@ -235,7 +246,7 @@ def value_at(data: Any, path: Sequence[str | int]) -> Any:
     return data
 
 
-def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """What a person would call one setting each; a list of plain values is one."""
     inner: list[tuple[str | int, Any]] = []
     if isinstance(value, dict):
@@ -243,7 +254,7 @@ def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
         inner = list(enumerate(value))
     for key, item in inner:
-        yield from _leaves(item, (*path, key))
+        yield from leaves(item, (*path, key))
     if not inner:
         yield path, value
 
@@ -271,7 +282,7 @@ class _Mistake(NamedTuple):
 def _check(data: dict[str, Any], overrides: Sequence[str], places: _Places) -> Recipe:
     data = json.loads(json.dumps(data)) if overrides else data  # parts what an alias had joined
     wrong = [text for text in (_override(data, override, places) for override in overrides) if text]
-    found = [_Mistake(path, _SECRET) for path, value in _leaves(data) if is_secret(str(value))]
+    found = [_Mistake(path, _SECRET) for path, value in leaves(data) if is_secret(str(value))]
     try:
         recipe = Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
@@ -328,7 +339,7 @@ def _mistakes(error: ValidationError, data: Any) -> list[_Mistake]:
         if any(len(other) > len(path) and other[: len(path)] == path for other in groups):
             continue  # of the alternatives, it is the one that something below is said of
         whole = any(one["type"] == "value_error" for one in errors)
-        found.append(_Mistake(path, _sentence(path, errors, value_at(data, path)), whole))
+        found.append(_Mistake(path, _sentence(path, errors, value_at(data, path), value_at(data, path[:-1])), whole))
     return found
 
 
@@ -342,10 +353,11 @@ def _path(error: Mapping[str, Any], data: Any) -> KeyPath:
     return (*path, error["loc"][-1]) if error["type"] == "missing" else path
 
 
-def _sentence(path: KeyPath, errors: Sequence[Mapping[str, Any]], value: Any) -> str:
+def _sentence(path: KeyPath, errors: Sequence[Mapping[str, Any]], value: Any, data: Any) -> str:
     kinds = {one["type"]: one for one in errors}
     if "extra_forbidden" in kinds:
-        return _unknown_key(path)
+        twice = _other_names(data, path)
+        return f"the same as {twice[0]}, which is given too: keep one" if twice else _unknown_key(path)
     if "missing" in kinds:
         return f"this key is required: {_described(path)}"
     if "value_error" in kinds:
@@ -359,7 +371,13 @@ def _sentence(path: KeyPath, errors: Sequence[Mapping[str, Any]], value: Any) ->
 
 def _unknown_key(path: KeyPath) -> str:
     key, beside = str(path[-1]), _keys_beside(path)
-    guess, allowed = did_you_mean(key, beside), f"allowed here: {', '.join(beside)}"
+    if key in REFUSED:
+        return f"not for a recipe to set: {REFUSED[key]}"
+    if "trainer" in beside and key in trainer_settings():
+        place = _dotted((*path[:-1], "trainer", key))
+        return f"unknown key here; as one of transformers' TrainingArguments it belongs at {place}"
+    familiar = [name for name, ours in ALSO.items() if ours in beside]
+    guess, allowed = did_you_mean(key, [*beside, *familiar]), f"allowed here: {', '.join(beside)}"
     elsewhere = [".".join(other) for other in _keys(tuple(METHODS)) if other[-1] == key]
     if elsewhere and not guess:
         return f"unknown key here; it belongs at {' or '.join(elsewhere[:3])} ({allowed})"
@@ -407,7 +425,7 @@ def _keys(methods: tuple[str, ...]) -> dict[tuple[str, ...], _Node]:
     return dict(walk(schema, ()))
 
 
-def _keys_beside(path: KeyPath) -> list[str]:
+def _keys_beside(path: Sequence[str | int]) -> list[str]:
     """The keys that the mapping around ``path`` may have."""
     return [key[-1] for key in _keys(tuple(METHODS)) if len(key) == len(path) and _same(path[:-1], key)]
 
@@ -417,11 +435,14 @@ def _described(path: KeyPath) -> str:
     return str(next(nodes, {}).get("description", ""))
 
 
-def _same(path: KeyPath, key: tuple[str, ...]) -> bool:
+def _same(path: Sequence[str | int], key: tuple[str, ...]) -> bool:
     return all(k in (str(p), "*") or (k == "0" and isinstance(p, int)) for p, k in zip(path, key, strict=False))
 
 
 # -- the run folder of a recipe
+
+
+_BESIDE = ("cluster", "report_to")  # what a batch system gives, and who is told of it, is no part of a run
 
 
 def open_run(root: Path | None, recipe: Recipe, text: str, fresh: bool = False, base: Path = Path("runs")) -> RunFolder:
@@ -434,7 +455,7 @@ def open_run(root: Path | None, recipe: Recipe, text: str, fresh: bool = False, 
         fresh: Remove what an earlier run left here, of whatever recipe.
         base: Where folders without a name of their own go.
     """
-    what = recipe.model_dump(mode="json", exclude={"cluster"})  # what a batch system gives is no part of a run
+    what = recipe.model_dump(mode="json", exclude=set(_BESIDE))
     place = root if root is not None else base / f"{recipe.name}-{fingerprint(what)[:8]}"
     return RunFolder.open(place, resolved_yaml(recipe), text, _require_same_recipe, fresh)
 
@@ -443,7 +464,7 @@ def _require_same_recipe(place: Path, resolved: str) -> None:
     """Compare the folder's ``resolved.yaml`` with ``resolved``: keys that came later count as today's defaults."""
     try:
         old = yaml_core.parse((place / "resolved.yaml").read_text(encoding="utf-8")).data
-        there = {key: value for key, value in old.items() if key != "cluster"}  # where it runs never matters
+        there = {key: value for key, value in old.items() if key not in _BESIDE}
     except (YamlSyntaxError, UnicodeDecodeError, AttributeError) as e:
         raise RunFolderError(
             f"{place / 'resolved.yaml'} cannot be read any more, so it is unclear whose run this is: "
@@ -452,11 +473,11 @@ def _require_same_recipe(place: Path, resolved: str) -> None:
     with suppress(ValidationError):  # of another version, which had other keys
         there = Recipe.model_validate_json(json.dumps(there)).model_dump(mode="json")
     here = yaml_core.parse(resolved).data
-    one, other = ({_dotted(path): value for path, value in _leaves(data)} for data in (there, here))
+    one, other = ({_dotted(path): value for path, value in leaves(data)} for data in (there, here))
     absent = object()
     differs = [k for k in dict.fromkeys([*other, *one]) if one.get(k, absent) != other.get(k, absent)]
     # another search is another way of going about the same run: what is finished is used again
-    differs = [k for k in differs if k != "sweep.search" and k.partition(".")[0] != "cluster"]
+    differs = [k for k in differs if k != "sweep.search" and k.partition(".")[0] not in _BESIDE]
     if differs:
         lines = [f"  {key}: {_short(one, key)} there, {_short(other, key)} here" for key in differs[:5]]
         more = [f"  and {len(differs) - 5} more"] if len(differs) > 5 else []

@@ -5,9 +5,14 @@ Nothing here needs torch. The functions of the methods are in :mod:`unlearn.vect
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
@@ -23,29 +28,49 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticKnownError
 
-from unlearn.recipe.data import DataSet, Frozen, Positive, Share, later
+from unlearn.recipe.data import ALSO, DataSet, Frozen, Positive, Share, also, later
 from unlearn.text import coefficient as number
-from unlearn.text import counted, percent
+from unlearn.text import counted, did_you_mean, percent
 
 if TYPE_CHECKING:
     from unlearn.recipe.schema import Recipe
 
 
+_Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]  # a module's path, or its end
+
+
 class LoraSpec(Frozen):
     """Shape of the adapter that becomes the task vector (Hu et al. 2106.09685)."""
 
-    rank: Positive = Field(16, description="Rank r of the update.")
-    alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scale: the update is (alpha/rank) * B @ A.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
+    rank: Positive = Field(16, **also("rank", "r"), description="Rank r of the update.")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        32, **also("alpha", "lora_alpha"), description="Scale: the update is (alpha/rank) * B @ A."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, **also("dropout", "lora_dropout"), description="Dropout on the adapter's input."
+    )
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="Module names (q_proj, fc1, ...), or all-linear: every linear layer but the head."
+        "all-linear",
+        **also("targets", "target_modules"),
+        description="Module names (q_proj, fc1, ...), or all-linear: every linear layer but the head.",
     )
     depth: tuple[Share, Share] = Field(
         (0.0, 1.0),
         description="The layers that get an adapter, as shares of the depth: [0.75, 1] is the last quarter. Training "
         "then needs no gradient in the layers before.",
     )
-    rslora: bool = Field(False, description="Scale by alpha/sqrt(rank) instead (2312.03732).")
+    rslora: bool = Field(
+        False, **also("rslora", "use_rslora"), description="Scale by alpha/sqrt(rank) instead (2312.03732)."
+    )
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = later(
+        True,
+        "How A begins, as LoraConfig has it: true is Kaiming's uniform. B A begins at zero in any case, so that it is "
+        "the whole change.",
+    )
+    rank_pattern: dict[_Module, Positive] = later({}, "Other ranks for some modules, by their names as in targets.")
+    alpha_pattern: dict[_Module, Annotated[float, Field(gt=0)]] = later(
+        {}, "Other alphas for some modules, in the same way."
+    )
 
     @field_validator("depth")
     @classmethod
@@ -55,28 +80,116 @@ class LoraSpec(Frozen):
         return ends
 
 
+# Settings of the Trainer on which rests what this program says of a run: the keys of a recipe that stand for them.
+_GOVERNED = {
+    "output_dir|.*checkpoint(_states.*)?|save_(?!steps).*|load_best.*|metric_for.*|greater_is.*|ignore_data_skip": (
+        "a run's folder and its checkpoints are the program's; save_every says how often one is written"
+    ),
+    "(data_)?seed|full_determinism": "seed at the top of the recipe decides",
+    "report_to|run_name|project|trackio_.*|log.*|disable_tqdm|debug|.*num_input_tokens_seen|skip_memory_metrics": (
+        "report_to at the top of the recipe says where figures go"
+    ),
+    "(bf|fp)16.*|tf32": "model.dtype decides",
+    "use_cpu|(accelerator|parallelism)_config|fsdp.*|deepspeed|ddp_.*|local_rank|average_tokens.*": (
+        "model.device, model.device_map and torchrun decide"
+    ),
+    ".*eval.*|do_.*|prediction_loss_only|include_for_metrics": "eval says how, and when, a model is scored",
+    "(push_to_)?hub.*": "export.push_to_hub decides",
+    "auto_find.*|dataloader_.*|train_sampling.*|(group_by_)?length.*|remove_unused.*|label_names": (
+        "batch_size and the seed decide which rows are in a batch; all rows are in memory"
+    ),
+    "warmup_steps": "warmup beside trainer, a share of the steps, decides",
+    "label_smoothing.*|neftune.*": "it would be another loss than the one that vector.method and retain_kl say",
+    "torch_compile.*|(use_)?liger.*|use_cache": "the model must stay what is scored and exported",
+}
+# Keys of LoraConfig and from_pretrained that a recipe does not take, and why.
+_NOT_A_VECTOR = "a task vector is the low-rank change of linear weights alone, which this is not: leave it out"
+REFUSED = {
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "modules_to_save", "bias", "lora_bias"), _NOT_A_VECTOR),
+    **dict.fromkeys(("trainable_token_indices", "target_parameters", "layer_replication"), _NOT_A_VECTOR),
+    **dict.fromkeys(("layers_to_transform", "layers_pattern"), "depth says which layers get an adapter"),
+    "exclude_modules": "targets says which modules get an adapter",
+    "warmup_steps": "warmup takes a share of the steps",
+    **dict.fromkeys(("token", "use_auth_token"), "no secret stands in a recipe: hf auth login keeps the hub's token"),
+    **dict.fromkeys(("quantization_config", "bnb_4bit_quant_type"), "quantize decides: nf4 or int8"),
+    **dict.fromkeys(("use_safetensors", "weights_only"), "only safetensors are read, as nothing pickled is opened"),
+}
+
+
+@lru_cache
+def trainer_settings() -> frozenset[str]:
+    """What the installed TrainingArguments take, from its source: importing it takes seconds, and torch."""
+    found = importlib.util.find_spec("transformers")
+    source = Path(found.origin or "").with_name("training_args.py") if found is not None else Path()
+    body = ast.parse(source.read_text("utf-8")).body if source.is_file() else []
+    made = next((n.body for n in body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments"), [])
+    return frozenset(n.target.id for n in made if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
+
+
+def _passed_on(name: str) -> str:
+    """A key of ``trainer``: a setting that is the Trainer's alone."""
+    if (why := next((why for names, why in _GOVERNED.items() if re.fullmatch(names, name)), None)) is not None:
+        raise ValueError(f"not for a recipe to set: {why}")
+    if (ours := ALSO.get(name, name)) in TrainSpec.model_fields:
+        raise ValueError(f"this is the key {ours} beside trainer: write it there")
+    known = trainer_settings()
+    if known and name not in known:
+        raise ValueError(f"transformers' TrainingArguments have no such setting{did_you_mean(name, known)}")
+    return name
+
+
 class TrainSpec(Frozen):
     """One fine-tuning, run by transformers' Trainer."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the data.")
-    steps: Positive | None = Field(None, description="Optimiser steps; instead of epochs.")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, **also("epochs", "num_train_epochs"), description="Passes over the data."
+    )
+    steps: Positive | None = Field(
+        None, **also("steps", "max_steps"), description="Optimiser steps; instead of epochs."
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate (AdamW).")
-    batch_size: Positive = Field(8, description="Examples of a batch, of all processes together.")
-    accumulation: Positive = Field(1, description="Batches added up before each step.")
-    warmup: Share = Field(0.1, description="Share of the steps over which the rate rises.")
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field("linear", description="Rate over time.")
+    batch_size: Positive = Field(
+        8,
+        **also("batch_size", "per_device_train_batch_size"),
+        description="Examples of a batch, of all processes together.",
+    )
+    accumulation: Positive = Field(
+        1,
+        **also("accumulation", "gradient_accumulation_steps"),
+        description="Batches added up before each step.",
+    )
+    warmup: Share = Field(
+        0.1, **also("warmup", "warmup_ratio"), description="Share of the steps over which the rate rises."
+    )
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        "linear", **also("schedule", "lr_scheduler_type"), description="Rate over time."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     max_length: Positive = Field(
         512,
+        **also("max_length", "max_seq_length"),
         description="Longest row in tokens. A longer prompt loses its beginning, which is counted in the report; an "
         "answer is never cut: one that does not fit is an error. A longer passage becomes several rows.",
     )
-    gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
-    save_every: Positive | None = Field(None, description="Checkpoint every so many steps; default: 4 in all.")
-    report_to: tuple[str, ...] = Field((), description="Trainer integrations: tensorboard, wandb, ...")
+    gradient_checkpointing: bool = Field(
+        False,
+        **also("gradient_checkpointing", "activation_checkpointing"),
+        description="Less memory for about a third more time.",
+    )
+    save_every: Positive | None = Field(
+        None, **also("save_every", "save_steps"), description="Checkpoint every so many steps; default: 4 in all."
+    )
+    report_to: tuple[str, ...] = Field((), description="Empty: report_to at the top of the recipe is for all.")
+    trainer: dict[Annotated[str, AfterValidator(_passed_on)], Any] = later(
+        {},
+        "Further settings of transformers' TrainingArguments, by their names: optim, max_grad_norm, adam_beta2, "
+        "lr_scheduler_kwargs, ...",
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSpec:
+        if self.report_to:
+            raise ValueError("report_to serves all trainings: give it at the top of the recipe")
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both (a key set to null counts as not given)")
         return self

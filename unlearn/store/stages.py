@@ -35,6 +35,7 @@ from unlearn.store.provenance import tidy
 STAGE_FILE, STAGE_SCHEMA = "stage.json", 1
 LOCK, TEMPORARY, WORK = ".unlearn-lock", ".unlearn-tmp", ".unlearn-work"
 _SMALL = 64 * 2**20  # bytes; below this a hash costs nothing worth saving
+TRACKERS = "trackers"  # what trackers write that keep files
 _FILES = frozenset({"recipe.yaml", "resolved.yaml", "provenance.json", "report.json", "report.html"})
 _HALF_WRITTEN = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*")
@@ -178,7 +179,7 @@ def _clear(root: Path) -> None:
             continue
         files = [here / n for n in (*names, *(s for s in subfolders if (here / s).is_symlink()))]
         if here == root:
-            subfolders[:] = [s for s in subfolders if s not in (TEMPORARY, WORK)]
+            subfolders[:] = [s for s in subfolders if s not in (TEMPORARY, WORK, TRACKERS)]
             files = [p for p in files if p not in ours and not _passing(p.name)]
         elif here == root / "figures":
             files = [p for p in files if p.suffix not in (".pdf", ".png") and not _passing(p.name)]

@@ -150,7 +150,7 @@ def weighted(model: nn.Module, vector: TaskVector, weights: Mapping[str, Tensor]
     """Inside the ``with``, every module of the vector gives W x - c * sum_k w_k tau_k x, differentiable in w.
 
     Args:
-        weights: Module path -> (r,), or (1,) for one weight on the whole change; on the device it acts on.
+        weights: Module path -> (r,), or (1,) for one weight on the whole change.
 
     Yields:
         c, to be set; it begins at 0.
@@ -159,7 +159,7 @@ def weighted(model: nn.Module, vector: TaskVector, weights: Mapping[str, Tensor]
     handles = []
     try:
         for name, (module, change) in fit(model, vector).items():
-            hook = partial(_subtract, change.to(weights[name].device), weights[name], scale)
+            hook = partial(_subtract, change.to(module.get_parameter("weight").device), weights[name], scale)
             handles.append(module.register_forward_hook(hook))
         yield scale
     finally:
@@ -173,6 +173,7 @@ def _subtract(
     if scale.value == 0.0:
         return output
     x = args[0].float()  # (..., in)
+    w = w.to(x.device)
     if isinstance(change, LowRank):
         moved = functional.linear(functional.linear(x, change.A) * w, change.B)  # (..., out)
     else:

@@ -166,7 +166,7 @@ def multiples(forget: int, retain: int, coefficient: float | None) -> list[float
 def only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Inside the ``with``, the model's head runs at some positions (B, T) only, and its logits are (N, V)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][positions],))
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][positions.to(args[0].device)],))
     try:
         yield
     finally:
@@ -205,10 +205,9 @@ def scaled_rows(model: nn.Module, factors: Sequence[float]) -> Iterator[None]:
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.scaling]
     before = [layer.scaling["default"] for layer in layers]
-    device = next(model.parameters()).device
-    rows = torch.tensor(factors, device=device)[:, None, None]  # (B, 1, 1), against outputs (B, T, out)
+    rows = torch.tensor(factors)[:, None, None]  # (B, 1, 1), against outputs (B, T, out)
     for layer, scale in zip(layers, before, strict=True):
-        layer.scaling["default"] = scale * rows
+        layer.scaling["default"] = scale * rows.to(layer.lora_A["default"].weight.device)
     try:
         yield
     finally:

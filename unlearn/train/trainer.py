@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +26,10 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from unlearn import processes as collective
@@ -37,6 +38,7 @@ from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import TrainingError
 from unlearn.processes import Hold, held
 from unlearn.recipe.methods import TrainSpec
+from unlearn.store.cache import condensed
 from unlearn.store.files import write_json_atomic
 from unlearn.train.batches import ByLength, Dealt, Pad, Part, answers, blank
 from unlearn.train.losses import (
@@ -134,9 +136,31 @@ def settings(device: torch.device, mixed: Mixed, work: Path, seed: int, **option
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # no buffer learns, and those of a shrinking are large
         disable_tqdm=True,
+        report_to="none",
         log_level="error",
         **options,
     )
+
+
+def check_passed_on(spec: TrainSpec, model: nn.Module, key: str) -> None:
+    """Refuse now what transformers would refuse when the training begins, of what a recipe passes on to it."""
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(TrainingArguments)}
+    for name, value in spec.trainer.items():
+        try:
+            TypeAdapter(kinds[name]).validate_python(value, strict=True)
+        except ValidationError as e:
+            raise TrainingError(f"{key}.trainer.{name}: {e.errors()[0]['msg']}, got {value!r}") from e
+    if not spec.trainer:
+        return
+    try:
+        with recipe_decides():
+            made = settings(next(model.parameters()).device, "no", Path(os.devnull), 0, **spec.trainer)
+            optimizer, options = Trainer.get_optimizer_cls_and_kwargs(made, model)
+            if not options.keys() & {"params", "model", "optimizer_dict"}:  # made of the model's own weights
+                some = optimizer([torch.zeros(1, requires_grad=True)], **options)
+                get_scheduler(spec.schedule, some, 1, 2, scheduler_specific_kwargs=made.lr_scheduler_kwargs)
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError) as e:
+        raise TrainingError(f"{key}.trainer: transformers refuses it: {condensed(e)}") from e
 
 
 @dataclass
@@ -296,7 +320,7 @@ def train(
             save_strategy="steps",
             save_steps=spec.save_every or max(1, math.ceil(total / 4)),
             save_total_limit=None,  # removed by number when one is sealed: here it would be by the times of files
-            report_to=list(spec.report_to) or "none",
+            **spec.trainer,
             **({_CHECKPOINTING: True} if spec.gradient_checkpointing else {}),
         )
         advice = against.advice if against is not None else ADVICE

@@ -40,7 +40,14 @@ from unlearn.train.learned import BegunA, BegunB, begin, fila, materials
 from unlearn.train.losses import Against, Keep
 from unlearn.train.moments import Inside, SecondOrder, curvature, put_inside, shrinkers
 from unlearn.train.teacher import ignorant, refusing
-from unlearn.train.trainer import TrainingLog, float32_weights, mixed_precision, range_for_gradients, train
+from unlearn.train.trainer import (
+    TrainingLog,
+    check_passed_on,
+    float32_weights,
+    mixed_precision,
+    range_for_gradients,
+    train,
+)
 from unlearn.vector.change import Dense, LowRank, check_rank
 from unlearn.vector.edit import fit, shape_of
 from unlearn.vector.interop import from_checkpoints
@@ -93,7 +100,15 @@ def lora_modules(model: PreTrainedModel, lora: LoraSpec, layers: tuple[int, int]
                 f"vector.rmu: vector.lora has no module in the layers {first} to {last} that learn: widen its depth or "
                 "targets, or take another layer"
             )
-    check_rank(lora.rank, {name: shape_of(model.get_submodule(name)) for name in targets})
+    shapes = {name: shape_of(model.get_submodule(name)) for name in targets}
+    check_rank(lora.rank, shapes)
+    for key, given in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for end, value in given.items():
+            meant = {name: shape for name, shape in shapes.items() if name == end or name.endswith(f".{end}")}
+            if not meant:
+                raise ModelError(f"vector.lora.{key}: none of the modules with an adapter is called {end}")
+            if key == "rank_pattern":
+                check_rank(int(value), meant)
     return targets
 
 
@@ -146,6 +161,9 @@ def train_vector(
         lora_dropout=lora.dropout,
         target_modules=list(targets),
         use_rslora=lora.rslora,
+        init_lora_weights=lora.init_lora_weights,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         task_type="CAUSAL_LM",
     )
@@ -224,6 +242,9 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet], whe
         lora_modules(base.model, spec.lora, _steered(spec))
     if recipe.teach is not None and recipe.teach.lora is not None:
         lora_modules(base.model, recipe.teach.lora)
+    for key, training in (("teach", recipe.teach), ("vector.forget", spec.forget), ("vector.retain", spec.retain)):
+        if training is not None:
+            check_passed_on(training, base.model, key)
     near = [s for s in sets if s.role == "retain" and s.train]
     needy = next((f"vector.method {m}" for m in spec.steps() if "retain" in METHODS[m].needs), None)
     needy = needy or (f"vector.{spec.loss()}.weight" if spec.holds() else None)
