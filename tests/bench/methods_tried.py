@@ -104,6 +104,11 @@ METHODS: dict[str, Callable[[Cell], TaskVector]] = {
     "lines": _shaped(_plain, method="lines", lines={"a": 0.2, "b": 0.8}),
     "rank_1": _shaped(_plain, method="low_rank", low_rank={"rank": 1}),
     "prune_rows": _shaped(_plain, method=("prune", "rescale"), prune={"keep": 0.2, "by": "rows"}),
+    "shrink_contrast": _shaped(_plain, method=("shrink", "rescale"), shrink={"forget": 10.0}),
+    # chosen on capitals; longer, because both sides leave little of it where the grid of coefficients looks
+    "kfac": lambda cell: 2.0 * cell.shaped(_plain(cell), method=("kfac", "rescale")),
+    "slopes": _shaped(_plain, method=("slopes", "rescale")),
+    "slopes+learned": _shaped(_plain, method=("slopes", "rescale", "learned"), learned={"steps": 15, "scale": 1.0}),
     "learned": _shaped(_plain, method="learned", learned={"steps": 15, "scale": 1.0}),
     # vectors fitted so that they spare
     "one_sided": _one_sided,

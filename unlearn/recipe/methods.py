@@ -299,11 +299,6 @@ class IgnoranceSpec(Frozen):
         return self
 
 
-def _later(default: Any, description: str) -> Any:
-    """A field that came after others: where it has its default, keys of stages are what they were without it."""
-    return Field(default, description=description, exclude_if=lambda value: value == default)
-
-
 _WEIGHT = "Weight of the retain loss against the forget loss (open-unlearning's alpha / gamma)."
 
 
@@ -311,7 +306,7 @@ class RetainLossSpec(Frozen):
     """What holds the retain items beside a baseline's loss on the forget items."""
 
     weight: AtLeast0 = Field(1.0, description=_WEIGHT)
-    retain_loss: Literal["nll", "kl"] = _later(
+    retain_loss: Literal["nll", "kl"] = later(
         "nll", "nll: cross-entropy on retain answers. kl: the divergence from the model as it was, on the same tokens."
     )
 
@@ -329,7 +324,7 @@ class GradientDifferenceSpec(RetainLossSpec):
 class NpoSpec(RetainLossSpec):
     """Negative preference optimisation (2404.05868), a baseline."""
 
-    weight: AtLeast0 = _later(0.0, f"{_WEIGHT} 0 is the loss alone; open-unlearning has 1.")
+    weight: AtLeast0 = later(0.0, f"{_WEIGHT} 0 is the loss alone; open-unlearning has 1.")
     beta: Above = Field(0.1, description="Inverse temperature.")
 
 
@@ -743,10 +738,10 @@ class VectorSpec(Frozen):
     ignorance: IgnoranceSpec | None = Field(None, description="Settings of ignorance.")
     gradient_difference: GradientDifferenceSpec | None = Field(None, description="Settings of gradient_difference.")
     npo: NpoSpec | None = Field(None, description="Settings of npo.")
-    simnpo: SimNpoSpec | None = _later(None, "Settings of simnpo.")
-    idk_dpo: IdkDpoSpec | None = _later(None, "Settings of idk_dpo.")
-    rmu: RmuSpec | None = _later(None, "Settings of rmu.")
-    ihl: IhlSpec | None = _later(None, "Settings of ihl.")
+    simnpo: SimNpoSpec | None = later(None, "Settings of simnpo.")
+    idk_dpo: IdkDpoSpec | None = later(None, "Settings of idk_dpo.")
+    rmu: RmuSpec | None = later(None, "Settings of rmu.")
+    ihl: IhlSpec | None = later(None, "Settings of ihl.")
     project: ProjectSpec | None = Field(None, description="Settings of project.")
     shrink: ShrinkSpec | None = Field(None, description="Settings of shrink.")
     kfac: KfacSpec | None = later(None, "Settings of kfac.")
