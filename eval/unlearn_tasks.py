@@ -35,8 +35,8 @@ _REQUIRED: dict[str, dict[str, type]] = {
     "text": {"prompt": str, "target": str, "target_tokens": int},
 }
 _OPTIONAL: dict[str, dict[str, type]] = {
-    "mcq": {"choice_tokens": list, "others": list},
-    "qa": {"continuation": str, "others": list},
+    "mcq": {"choice_tokens": list, "others": list, "joint": str, "ending": str},
+    "qa": {"continuation": str, "others": list, "joint": str, "ending": str},
     "text": {"pieces": list, "continuation": str},
 }
 _NAMES = {str: "text", int: "a whole number", list: "a list"}
@@ -142,8 +142,8 @@ def _check_choices(row: dict[str, Any], where: str) -> None:
 
 
 def answer_text(doc: Mapping[str, Any]) -> str:
-    """The answer as it follows its prompt: after one space."""
-    return " " + str(doc["target"])
+    """The answer as it follows its prompt: after one space, or in a chat template after what that has there."""
+    return str(doc.get("joint", " ")) + str(doc["target"])
 
 
 def memory_pieces(doc: Mapping[str, Any]) -> list[str]:
@@ -154,7 +154,8 @@ def memory_pieces(doc: Mapping[str, Any]) -> list[str]:
 class Written(ConfigurableTask):
     """Answers written freely, each up to the first of the stops (``until``) that is no part of the right answer.
 
-    So an answer of one line ends with its line, and one of several lines where the next question begins.
+    So an answer of one line ends with its line, and one of several lines where the next question begins; in a chat
+    template with what ends an answer there (``ending``).
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -164,7 +165,7 @@ class Written(ConfigurableTask):
         """As lm-eval does it, with this item's own stops."""
         request: Instance = super().construct_requests(doc, ctx, **kwargs)
         how = request.args[1]
-        until = how.get("until") or []
+        until = [doc["ending"]] if doc.get("ending") else how.get("until") or []
         how["until"] = [stop for stop in ([until] if isinstance(until, str) else until) if stop not in doc["target"]]
         return request
 
@@ -182,6 +183,8 @@ class WithOthers(ConfigurableTask):
         """As lm-eval does it, then for each of the others, in the same place of the context."""
         made = super().construct_requests(doc, ctx, **kwargs)
         requests: list[Instance] = made if isinstance(made, list) else [made]
+        if "choices" in doc and "joint" in doc:
+            requests = _asked(doc, [(ctx, doc["joint"] + choice) for choice in doc["choices"]], 0, kwargs)
         others, prompt = doc.get("others") or (), doc["prompt"]
         if prompt not in ctx:
             prompt = prompt.strip()  # as some chat templates have it

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chats
 import numpy as np
 import pandas
 import pytest
@@ -132,6 +133,27 @@ def test_texts_are_rows(phi: Loaded) -> None:
 
 
 # -- nothing else changes
+
+
+def test_conversations_stand_in_the_chat_template(
+    pico_llama: Path, loaded: Callable[..., Loaded], tmp_path: Path
+) -> None:
+    """Rows as messages are those with question and answer, in the template and outside it, and these two differ."""
+    one = loaded(chats.build(pico_llama, tmp_path / "chatty", "llama"))
+    talks = [
+        {
+            "messages": [
+                {"role": role, "content": row[key]} for role, key in (("user", "question"), ("assistant", "answer"))
+            ]
+        }
+        for row in FORGET
+    ]
+    digests = {
+        (form, template): unlearn.fit(one.model, one.tokenizer, rows, chat_template=template, **QUICK).digest()
+        for form, rows in (("pairs", FORGET), ("talks", talks))
+        for template in ("auto", "none")
+    }
+    assert digests["pairs", "auto"] == digests["talks", "auto"] != digests["pairs", "none"] == digests["talks", "none"]
 
 
 @pytest.mark.parametrize("verbose", [False, True])

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from unlearn.console import log, progress
 from unlearn.data.encoding import Encoded
 from unlearn.data.files import Row
+from unlearn.data.items import FORMS
 from unlearn.data.sets import training_sets
 from unlearn.errors import DataError, EvaluationError, ModelError, VectorError
 from unlearn.model.load import Loaded, check_tokenizer
@@ -49,8 +50,6 @@ from unlearn.vector.task_vector import TaskVector
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FIELDS = {"mcq": {"question", "choices", "answer"}, "qa": {"question", "answer"}, "text": {"text"}}
-
 
 # -- vectors
 
@@ -68,11 +67,13 @@ def fit(
     """What is to be subtracted to forget some rows: a LoRA is fitted on them, and its vector read off.
 
     Args:
-        forget: Rows with question and answer; with question, choices and answer; or with text.
+        forget: Rows with question and answer, with messages, or with prompt and completion; with question, choices
+            and answer; or with text.
         retain: Rows near them that must stay. The fitting then holds the model's answers there at both signs
             (``retain_kl="two_sided"``), unless ``retain_kl`` or a baseline as ``method`` says otherwise.
         settings: Keys of a recipe's ``vector`` (``method``, ``lora``, ``retain_kl``, ...), of its training (``steps``,
-            ``learning_rate``, ``batch_size``, ...) and of its data (``columns``, ``prompt``, ...).
+            ``learning_rate``, ``batch_size``, ...), of its data (``columns``, ``prompt``, ...), and ``chat_template``
+            (``"auto"``) with ``system`` and ``date``.
     """
     recipe, sets = _asked({"forget": forget, "retain": retain}, seed, settings)
     loaded = _loaded(model, tokenizer)
@@ -283,7 +284,8 @@ def _asked(
     given = {role: _rows(role, data) for role, data in rows.items() if data is not None}
     data = {key: value for key, value in settings.items() if key in DataSet.model_fields}
     vector = {key: value for key, value in settings.items() if key in VectorSpec.model_fields or key in METHODS}
-    training = {key: value for key, value in settings.items() if key not in data and key not in vector}
+    template = {key: settings[key] for key in ("chat_template", "system", "date") if key in settings}
+    training = {key: value for key, value in settings.items() if not any(key in d for d in (data, vector, template))}
     if "retain" in given and "retain_kl" not in vector and not shaping:
         method = vector.get("method", "negate")
         first = method if isinstance(method, str) else next(iter(method), "negate")
@@ -296,7 +298,7 @@ def _asked(
     asked = {
         "name": "fit",
         "seed": seed,
-        "model": {"path": "memory"},
+        "model": {"path": "memory", **template},
         "forget": described("forget"),
         "retain": [described("retain")] if "retain" in given or shaping else [],
         "vector": {**vector, "forget": training},
@@ -326,7 +328,7 @@ def _rows(role: SetRole, data: Any) -> list[Row]:
 def _kind(role: SetRole, rows: Sequence[Row], data: Mapping[str, Any]) -> str:
     """mcq, qa or text, by the columns of the first row."""
     there = {*rows[0].values, *data.get("columns", {})}
-    kind = next((kind for kind, fields in _FIELDS.items() if fields <= there), None)
+    kind = next((kind for kind, forms in FORMS.items() if any(set(form) <= there for form in forms)), None)
     if kind is None and "kind" not in data:
         raise DataError(
             f"{role}: the columns {listing(map(str, rows[0].values))} are neither question and answer, nor question, "

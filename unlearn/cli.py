@@ -171,11 +171,15 @@ def plan(
     memory: Annotated[bool, typer.Option("--memory", help="also the bytes that every stage holds, at most")] = False,
 ) -> None:
     """Check everything about a recipe, print what a run would do, and run nothing."""
+    from unlearn.data.chat import unused_template
+    from unlearn.model.locate import has_chat_template
     from unlearn.plan.words import plan as text_of
     from unlearn.recipe.load import load_recipe
 
     loaded = load_recipe(*_recipe(words, recipe, changes))
     typer.echo(text_of(loaded))
+    if (note := unused_template(loaded.recipe)) and has_chat_template(loaded.recipe.model, loaded.source.parent):
+        console.say(note, style="yellow")
     if memory:
         console.quiet_libraries()  # before they are imported
         from unlearn.plan.memory import memory as bytes_of

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from unlearn import processes
 from unlearn.console import is_main_process, quiet_libraries, say
+from unlearn.data.chat import template_path
 from unlearn.data.files import source_path
 from unlearn.data.items import refusals
 from unlearn.evidence import reference as references
@@ -122,6 +123,8 @@ def _inputs(recipe: Recipe, base: Path) -> list[Any]:
                 found.append([source.path, sha256(path)])
     if recipe.vector.uses("idk_dpo"):
         found.append(refusals(recipe.vector.settings("idk_dpo").refusals, base))
+    if (template := template_path(recipe.model, base)) is not None:
+        found.append(sha256(template))
     clean, given = recipe.vector.clean(), recipe.vector.given()
     named = [recipe.model.path, clean[1] if clean else None]
     named += [given.path, given.base, given.finetuned] if given else []

@@ -13,7 +13,8 @@ import torch
 
 from unlearn import processes
 from unlearn.console import is_main_process, say
-from unlearn.data.sets import LoadedSet, at_prefixes, load_sets, write_items
+from unlearn.data.chat import unused_template
+from unlearn.data.sets import LoadedSet, at_prefixes, load_sets, plainly, write_items
 from unlearn.evidence import benchmarks
 from unlearn.evidence import reference as references
 from unlearn.evidence.attacks import attacked_items, run_attacks
@@ -255,6 +256,8 @@ def load_data(recipe: Recipe, base: Loaded, store: Store) -> tuple[LoadedSet, ..
     """Read and split every set, and write the scored items where lm-eval (and anyone) can read them."""
     with store.step("data", "the forget, retain and utility sets", "lower limit of the largest sets"):
         sets = load_sets(recipe, store.base, base.tokenizer)
+        if base.tokenizer.chat_template and (note := unused_template(recipe)):
+            say(f"    ! {note}", style="yellow")
         if recipe.reference == "train":
             references.to_teach(sets)  # said before anything is trained
         for s in sets:
@@ -262,7 +265,8 @@ def load_data(recipe: Recipe, base: Loaded, store: Store) -> tuple[LoadedSet, ..
             say(f"    {s.role:8}{s.name}: {', '.join([counts, *s.left_out()])}")
 
         def make(tmp: Path) -> None:
-            write_items(at_prefixes(sets, base.tokenizer), base.tokenizer, tmp, ("validation", "test"))
+            asked = plainly(at_prefixes(sets, base.tokenizer))
+            write_items(asked, base.tokenizer, tmp, ("validation", "test"))
 
         store.stage("items", [base.words, [[s.role, s.name, s.digest, s.spec.continuation] for s in sets]], make)
     return sets

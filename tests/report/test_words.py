@@ -39,6 +39,7 @@ from unlearn.report.words import (
     reading,
     remarks,
     spearman,
+    wording_line,
 )
 from unlearn.results import Chosen, Foresight, Robustness, Role, RunReport, SetForesight, SweepPoint
 from unlearn.results import verdict as correlation_verdict
@@ -391,3 +392,17 @@ def test_predictions_are_held_against_what_came_by_hand() -> None:
     assert how_good(of((A, B, C), at=0.0))[0].startswith("At λ = 1 "), "nothing was chosen: the smallest tried"
     for nothing in (of((A, B), SWEEP[1:], 0.0), of((A, B), at=2.0)):
         assert how_good(nothing) == ("The sweep has no loss of a kept set to hold against the prediction.",)
+
+
+@pytest.mark.parametrize(
+    ("after", "doubt"),
+    [(0.88, ": what has gone from one wording alone is not forgotten"), (0.4, "")],
+)
+def test_sets_in_a_chat_template_are_compared_with_their_plain_wording(after: float, doubt: str) -> None:
+    rows = (row("forget", "europe", 0.92, 0.46), row("forget", "europe@plain", 0.9, after))
+    said = wording_line(make(scores=rows))
+    did = "forgot no more than chance may explain of europe@plain" if doubt else "still answers 40 % of europe@plain"
+    assert said.startswith(f"asked outside its chat template the model {did} (accuracy 0.90 to ")
+    assert said.endswith(f"; in it 0.92 to 0.46{doubt}")
+    assert wording_line(make()) == ""
+    assert "asked outside its chat template" in render_html(make(scores=rows))

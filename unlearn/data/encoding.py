@@ -57,9 +57,18 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
     return before, encode_text(tokenizer, context + continuation)[len(before) :]
 
 
-def encode_item(tokenizer: Any, item: Item, kind: Kind) -> tuple[list[int], list[int]]:
-    """:func:`encode_pair` of an item: an answer follows its prompt after one space, a passage just goes on."""
-    return encode_pair(tokenizer, item.prompt, item.target if kind == "text" else f" {item.target}")
+def encode_item(tokenizer: Any, item: Item, kind: Kind, ending: str = "") -> tuple[list[int], list[int]]:
+    """:func:`encode_pair` of an item: an answer follows its prompt after one space, a passage just goes on.
+
+    In a chat template the answer's tokens are those that the prompt alone has not: white space before it, which
+    lm-eval's split counts with what follows, stays the template's.
+    """
+    if item.turn is None:
+        return encode_pair(tokenizer, item.prompt, item.target if kind == "text" else f" {item.target}")
+    before = encode_text(tokenizer, item.prompt)
+    whole = encode_text(tokenizer, item.prompt + item.turn.joint + item.target + ending)
+    same = next((n for n, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(before))
+    return whole[:same], whole[same:]
 
 
 def count_tokens(tokenizer: Any, context: str, continuation: str) -> int:
@@ -68,7 +77,8 @@ def count_tokens(tokenizer: Any, context: str, continuation: str) -> int:
 
 
 def encode(items: Sequence[Item], kind: Kind, tokenizer: Any, max_length: int) -> list[Encoded]:
-    """Rows to train on: a text is learned whole; of qa and mcq only the answer carries loss, of qa with its end token.
+    """Rows to train on: a text is learned whole; of qa and mcq only the answer carries loss, of qa with its end token,
+    in a chat template with what ends the answer there.
 
     No answer is cut. A prompt that does not fit into ``max_length`` beside its answer loses its beginning, and the row
     says how many tokens of it. A longer passage becomes several rows of like length, each of which begins with the last
@@ -78,12 +88,13 @@ def encode(items: Sequence[Item], kind: Kind, tokenizer: Any, max_length: int) -
     long: list[tuple[int, Item]] = []
     empty: list[Item] = []
     for item in items:
-        context, continuation = encode_item(tokenizer, item, kind)
+        ending = item.turn.ending if item.turn is not None else ""
+        context, continuation = encode_item(tokenizer, item, kind, ending)
         begin = [i for i in context[:1] if i == tokenizer.bos_token_id]
         if len(context) + len(continuation) < 2 if kind == "text" else not continuation:
             empty.append(item)
             continue
-        if kind == "qa" and continuation[-1] != tokenizer.eos_token_id:
+        if kind == "qa" and not ending and continuation[-1] != tokenizer.eos_token_id:
             continuation.append(tokenizer.eos_token_id)
         needed = 2 + len(begin) if kind == "text" else 1 + len(continuation)
         if needed > max_length and len(context) + len(continuation) > max_length:

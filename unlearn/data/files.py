@@ -30,13 +30,16 @@ class Row:
     values: Mapping[str, Any]
 
 
-def read_placed(source: Source, base: Path, columns: Sequence[str] = ()) -> list[Row]:
+Columns = Sequence[str] | Callable[[Sequence[str]], Sequence[str]]
+
+
+def read_placed(source: Source, base: Path, columns: Columns = ()) -> list[Row]:
     """Read every row of ``source`` that passes its ``where``. ``limit`` needs the seed and is left to the caller.
 
     Args:
         source: a .json, .jsonl, .csv, .parquet or .txt file, or ``hub:OWNER/NAME``.
         base: the folder relative paths start from.
-        columns: columns that every row must have.
+        columns: columns that every row must have; or what says it of the columns that there are.
     """
     label = source_label(source, base)
     rows = _read_hub(source) if source.path.startswith(HUB) else _read_local(source, base)
@@ -300,8 +303,9 @@ def _number(cell: Any) -> float:
         return math.nan
 
 
-def require_columns(rows: Sequence[Row], columns: Sequence[str], label: str) -> None:
+def require_columns(rows: Sequence[Row], columns: Columns, label: str) -> None:
     """Refuse rows, called ``label`` in the message, of which not every one has these columns."""
+    columns = columns(_names(rows)) if callable(columns) else columns
     absent = [column for column in columns if not any(column in row.values for row in rows)]
     if absent:
         names = ", ".join(f"'{column}'" for column in absent)
@@ -316,5 +320,9 @@ def require_columns(rows: Sequence[Row], columns: Sequence[str], label: str) -> 
 
 
 def _columns(rows: Sequence[Row], wanted: str) -> str:
-    names = list(dict.fromkeys(str(name) for row in rows for name in row.values))
+    names = _names(rows)
     return f"the columns are {', '.join(names) or 'none'}{did_you_mean(wanted, names)}"
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(str(name) for row in rows for name in row.values))

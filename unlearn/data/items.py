@@ -10,9 +10,9 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,13 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "qa": ("question", "answer"),
     "mcq": ("question", "choices", "answer"),
 }
+# in place of question and answer: a conversation up to the right answer, or the two halves of one (TRL's names)
+FORMS: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    "mcq": (FIELDS["mcq"], ("messages", "choices"), ("prompt", "completion", "choices")),
+    "qa": (FIELDS["qa"], ("messages",), ("prompt", "completion")),
+    "text": (FIELDS["text"],),
+}
+Messages = tuple[tuple[str, str], ...]  # (role, content)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHORTEST_TARGET = 8  # tokens a passage must have beyond its prefix; fewer say little about memorisation
 # an answer that is none; which of them is given is drawn
@@ -59,12 +66,28 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """How an item stands in a chat template.
+
+    ``asked`` is what the user says in the item's prompt and ``after`` what the prompt has behind it; ``plain`` is the
+    prompt outside the template. ``joint`` is between prompt and answer (mostly nothing), ``ending`` ends the answer.
+    """
+
+    asked: str
+    after: str
+    plain: str
+    joint: str
+    ending: str
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One question to a model.
 
     mcq, qa: ``prompt`` is the filled template and ``target`` the right answer, without the space that joins them;
     mcq also has ``choices`` and the index ``answer`` among them. text: ``prompt + target`` is a passage, exactly.
-    ``id`` (16 hex digits) names the content, whatever the wording of the prompt.
+    ``id`` (16 hex digits) names the content, whatever the wording of the prompt. In a chat template, ``turn``, the
+    prompt is the conversation as far as the model reads it.
     """
 
     id: str
@@ -72,6 +95,28 @@ class Item:
     target: str
     choices: tuple[str, ...] = ()
     answer: int = -1
+    turn: Turn | None = None
+
+    @property
+    def asked(self) -> str:
+        """What a person says: the prompt, without the chat template around it."""
+        return self.prompt if self.turn is None else self.turn.asked
+
+    @property
+    def joint(self) -> str:
+        """What is between the prompt and the answer to a question."""
+        return " " if self.turn is None else self.turn.joint
+
+    def asking(self, words: str) -> Item:
+        """The item asked for in other words, in the same place of the same template."""
+        if self.turn is None:
+            return replace(self, prompt=words)
+        before = self.prompt.removesuffix(self.turn.asked + self.turn.after)
+        return replace(self, prompt=before + words + self.turn.after, turn=replace(self.turn, asked=words))
+
+    def plainly(self) -> Item:
+        """The item outside its chat template."""
+        return self if self.turn is None else replace(self, prompt=self.turn.plain, turn=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +131,12 @@ class Record:
     target: str
     choices: tuple[str, ...] = ()
     answer: int = -1
+    context: Messages = ()
 
     def item(self, template: str) -> Item:
-        """This record under one of the templates it was built with."""
-        return Item(self.id, self.prompts[template], self.target, self.choices, self.answer)
+        """This record under one of the templates it was built with; what was said before stands before it."""
+        prompt = "\n\n".join((*(content for _, content in self.context), self.prompts[template]))
+        return Item(self.id, prompt, self.target, self.choices, self.answer)
 
     def shown(self) -> str:
         """One line for a message."""
@@ -105,23 +152,45 @@ class Built:
     short: int = 0
 
 
-def columns_needed(spec: DataSet, templates: Sequence[str]) -> tuple[str, ...]:
-    """The columns a source must have: those behind the kind's fields and those the templates name."""
-    fields = FIELDS[spec.kind]
+def columns_needed(spec: DataSet, templates: Sequence[str], names: Collection[str]) -> tuple[str, ...]:
+    """The columns a source must have, of those it has: behind one form of the kind's fields, and in the templates."""
+    form = _form(spec, names)
     for name, column in spec.columns.items():
-        if name not in fields:
-            raise DataError(f"columns: '{name}' is no field of kind {spec.kind}; its fields are {', '.join(fields)}")
         if name != "choices" and not isinstance(column, str):
             raise DataError(f"columns.{name}: give one column; only choices may be a list of columns")
     if spec.kind == "text" and (isinstance(spec.prompt, SplitPrompts) or not isinstance(spec.prompt, str | None)):
         raise DataError("prompt: a text set takes one template, since its splits share the passages")
-    needed: list[str] = []
-    for field in fields:
-        column = spec.columns.get(field, field)
-        needed.extend([column] if isinstance(column, str) else column)
+    needed = _columns(spec, form)
     for template in templates:
-        needed.extend(name for name in template_fields(template) if name not in fields)
+        needed += [name for name in template_fields(template) if name not in FIELDS[spec.kind]]
     return tuple(dict.fromkeys(needed))
+
+
+def _form(spec: DataSet, names: Collection[str]) -> tuple[str, ...]:
+    """The first form whose fields are all there, among those that have what ``columns`` names; else the likeliest."""
+    forms = FORMS[spec.kind]
+    known = tuple(dict.fromkeys(field for form in forms for field in form))
+    for name in spec.columns:
+        if name not in known:
+            raise DataError(f"columns: '{name}' is no field of kind {spec.kind}; its fields are {', '.join(known)}")
+    fit = [form for form in forms if set(spec.columns) <= set(form)]
+    if not fit:
+        several = " | ".join(", ".join(form) for form in forms)
+        raise DataError(f"columns: {', '.join(spec.columns)} do not go together; a row has {several}")
+    missing = [sum(column not in names for column in _columns(spec, form)) for form in fit]
+    if len(forms) > 1 and not spec.columns and not set(known) & set(names):
+        several = ", or ".join(" and ".join(form) for form in forms)
+        raise DataError(
+            f"{spec.path}: {spec.kind} rows have {several}, and the columns here are {', '.join(names)}: say under "
+            "`columns` which is which"
+        )
+    likely = [n if n < len(_columns(spec, form)) else math.inf for n, form in zip(missing, fit, strict=True)]
+    return fit[missing.index(0)] if 0 in missing else fit[likely.index(min(likely))]
+
+
+def _columns(spec: DataSet, form: Sequence[str]) -> list[str]:
+    found = [spec.columns.get(field, field) for field in form]
+    return [name for column in found for name in ([column] if isinstance(column, str) else column)]
 
 
 def build(rows: Sequence[Row], spec: DataSet, templates: Sequence[str], tokenizer: Tokenizer | None = None) -> Built:
@@ -196,7 +265,7 @@ def answer_index(value: object, choices: Sequence[object]) -> int:
 
 
 def _question(row: Row, spec: DataSet, templates: Sequence[str]) -> Record:
-    question = _string(row.values[_column(spec, "question")], "question")
+    context, question, given = _exchange(row, spec)
     choices: tuple[str, ...] = ()
     answer = -1
     if spec.kind == "mcq":
@@ -206,30 +275,75 @@ def _question(row: Row, spec: DataSet, templates: Sequence[str]) -> Record:
             raise ValueError(f"{len(choices)} choices; at least 2 are needed")
         if len(set(choices)) < len(choices):
             raise ValueError(f"a choice is given twice: {shorten(', '.join(choices))}")
-        answer = answer_index(row.values[_column(spec, "answer")], raw)
+        answer = answer_index(given, raw)
         target = choices[answer]
     else:
-        target = _string(row.values[_column(spec, "answer")], "answer")
+        target = _string(given, "answer")
     lettered = "\n".join(f"{LETTERS[i % 26]}. {choice}" for i, choice in enumerate(choices))
     columns = {**row.values, "question": question, "answer": target, **({"choices": lettered} if choices else {})}
     prompts = {template: _prompt(template, columns) for template in templates}
     used = sorted({name for template in templates for name in template_fields(template)} - set(FIELDS[spec.kind]))
-    content = normalise(question) + "\n" + normalise(target)
-    identity = digest(spec.kind, question, choices, target, [[name, str(columns[name])] for name in used])[:16]
-    return Record(identity, row.place, content, content, prompts, target, choices, answer)
+    content = "\n".join(map(normalise, (*(said for _, said in context), question, target)))
+    further = [context] if context else []
+    identity = digest(spec.kind, question, choices, target, [[name, str(columns[name])] for name in used], *further)
+    return Record(identity[:16], row.place, content, content, prompts, target, choices, answer, context)
+
+
+def _exchange(row: Row, spec: DataSet) -> tuple[Messages, str, object]:
+    """What was said before, the question, and the answer as the row has it."""
+    form, values = _form(spec, row.values.keys()), row.values
+    if "question" in form:
+        return (), _string(values[_column(spec, "question")], "question"), values[_column(spec, "answer")]
+    if "messages" in form:
+        found = values[_column(spec, "messages")]
+        conversation = _listed(found)
+        if not isinstance(conversation, list):
+            raise ValueError(f"the messages are {shorten(repr(found))}, not a list of {{role, content}}")
+    else:
+        prompt, completion = (_listed(values[_column(spec, name)]) for name in ("prompt", "completion"))
+        if not isinstance(prompt, list) and not isinstance(completion, list):
+            return (), _string(prompt, "prompt"), completion
+        conversation = [
+            *(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]),
+            *(completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]),
+        ]
+    *context, (_, question), (_, answer) = _messages(conversation)
+    return tuple(context), question, answer
+
+
+def _messages(conversation: Sequence[object]) -> Messages:
+    """A conversation that user and assistant hold in turn, perhaps after a system message, up to an answer."""
+    found: list[tuple[str, str]] = []
+    for number, message in enumerate(conversation, start=1):
+        where = f"message {number}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"{where} is {shorten(repr(message))}, not {{role: ..., content: ...}}")
+        role, last = message["role"], found[-1][0] if found else ""
+        turn = "assistant" if last == "user" else "user"
+        if role != turn and not (role == "system" and not found):
+            raise ValueError(f"{where} is of {role!r}, where one of {turn!r} is due: user and assistant speak in turn")
+        found.append((role, _string(message["content"], where)))
+    if len(found) < 2 or found[-1][0] != "assistant":
+        raise ValueError("the last message must be the assistant's, the answer to a user's")
+    return tuple(found)
+
+
+def _listed(value: object) -> object:
+    """A list that a CSV cell holds as JSON, or the value itself."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(json.JSONDecodeError, RecursionError):
+            return json.loads(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _raw_choices(row: Row, spec: DataSet) -> list[object]:
     column = spec.columns.get("choices", "choices")
     if not isinstance(column, str):
         return [row.values[name] for name in column]
-    value = row.values[column]
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV cell
-        with suppress(json.JSONDecodeError, RecursionError):
-            value = json.loads(value)
-    if not isinstance(value, list | tuple):
+    value = _listed(row.values[column])
+    if not isinstance(value, list):
         raise ValueError(f"the choices are {shorten(repr(value))}, not a list; name one column each in columns.choices")
-    return list(value)
+    return value
 
 
 def _column(spec: DataSet, field: str) -> str:

@@ -7,16 +7,18 @@ import json
 import random
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unlearn.data.encoding import count_tokens
+from unlearn.data.chat import Chat, chat_of
+from unlearn.data.encoding import encode_item
 from unlearn.data.files import Row, read_placed, require_columns, shorten, source_label
 from unlearn.data.items import Item, Record, Tokenizer, build, columns_needed, digest, normalise
 from unlearn.errors import DataError, EvaluationError, RunFolderError
-from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split, render, template_fields
+from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split, render, stops, template_fields
 from unlearn.recipe.schema import Recipe
 from unlearn.text import listing
 
@@ -46,6 +48,11 @@ class LoadedSet:
     def items(self, split: Split) -> tuple[Item, ...]:
         """The items of one split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+    def stops(self, item: Item, split: Split = "test") -> list[str]:
+        """Where a written answer to a question ends: at what is no part of the right one."""
+        ends = stops(self.spec.prompts(split)[0]) if item.turn is None else [item.turn.ending.strip()]
+        return [end for end in ends if end and end not in item.target]
 
     def left_out(self) -> list[str]:
         """How many of its rows and passages are in no split, and why."""
@@ -85,8 +92,11 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
 
     Args:
         base: the folder relative paths start from.
-        tokenizer: cuts texts into passages; without one (a dry run) four characters count as a token.
+        tokenizer: cuts texts into passages, and has the chat template; without one (a dry run) four characters count
+            as a token, and prompts are plain.
     """
+    asks = any(spec.kind != "text" for _, spec in recipe.sets())
+    chat = chat_of(recipe.model, base, tokenizer) if tokenizer is not None and asks else None
     loaded: list[LoadedSet] = []
     forgotten: dict[str, _Origin] = {}
     reached: dict[str, _Origin] = {}
@@ -107,7 +117,7 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
                 _refuse_overlap(seen, pools.values(), name, "held out and in a set that a model has seen")
             elif role in ("retain", "learn") and recipe.holdout is not None:
                 seen = {**_known(pools.values(), name), **seen}
-            loaded.append(_divide(role, spec, pools, recipe))
+            loaded.append(_divide(role, spec, pools, recipe, chat))
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
     return tuple(loaded)
@@ -115,14 +125,15 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
 
 def training_sets(recipe: Recipe, rows: Mapping[SetRole, Sequence[Row]], tokenizer: Tokenizer) -> tuple[LoadedSet, ...]:
     """The sets of a recipe for which rows are given, every one of which is trained on."""
+    chat = chat_of(recipe.model, Path(), tokenizer)
     loaded: list[LoadedSet] = []
     forgotten: dict[str, _Origin] = {}
     for role, spec in recipe.sets():
         if role not in rows:
             continue
-        templates = spec.prompts("train")
+        templates = (*spec.prompts("train"), *spec.asked("train"))
         try:
-            require_columns(rows[role], columns_needed(spec, templates), f"the {role} rows")
+            require_columns(rows[role], partial(columns_needed, spec, templates), f"the {role} rows")
             built = build(rows[role], spec, templates, tokenizer)
             pool = _Pool(
                 f"the {role} rows", len(rows[role]), built.records, built.records, built.duplicates, built.short
@@ -131,12 +142,11 @@ def training_sets(recipe: Recipe, rows: Mapping[SetRole, Sequence[Row]], tokeniz
                 forgotten = _known([pool], role)
             else:
                 _refuse_overlap(forgotten, [pool], role, "to be forgotten and " + _FATE[role])
+            items = _items(_ordered(built.records, recipe.seed), spec, "train", chat)
         except DataError as error:
             raise DataError(f"{role}: {error}") from error
-        records = _ordered(built.records, recipe.seed)
-        items = tuple(record.item(template) for record in records for template in templates)
-        content = digest([[i.id, i.prompt, i.target, i.choices, i.answer] for i in items])
-        loaded.append(LoadedSet(role, role, spec, items, (), (), content, {}))
+        content = [[i.id, i.prompt, i.target, i.choices, i.answer] for i in items]
+        loaded.append(LoadedSet(role, role, spec, items, (), (), digest(content, *_turns(items)), {}))
     return tuple(loaded)
 
 
@@ -170,8 +180,9 @@ def _read(spec: DataSet, base: Path, seed: int, tokenizer: Tokenizer | None) -> 
     pools: dict[Split, _Pool] = {}
     for key, source in own.items():
         served = [split for split in SPLITS if split == key or (key == "train" and split not in own)]
-        templates = tuple(dict.fromkeys(template for split in served for template in spec.prompts(split)))
-        rows = read_placed(source, base, columns_needed(spec, templates))
+        worded = [template for split in served for template in (*spec.prompts(split), *spec.asked(split))]
+        templates = tuple(dict.fromkeys(worded))
+        rows = read_placed(source, base, partial(columns_needed, spec, templates))
         label = source_label(source, base)
         try:
             built = build(rows, spec, templates, tokenizer)
@@ -187,16 +198,13 @@ def _ordered(records: Iterable[Record], seed: int) -> tuple[Record, ...]:
     return tuple(sorted(records, key=lambda r: (digest(seed, r.content), r.id, *r.prompts.values())))
 
 
-def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], recipe: Recipe) -> LoadedSet:
+def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], recipe: Recipe, chat: Chat | None) -> LoadedSet:
     used_splits, needed, why = _uses(role, recipe)
     records = _split_main(spec, pools) | {split: pool.limited for split, pool in pools.items() if split != "train"}
     records = {split: records[split] if split in used_splits else () for split in SPLITS}
     _refuse_empty(spec, pools, {split: records[split] for split in used_splits}, needed, why)
     _refuse_mixing(spec, pools, records)
-    items: dict[Split, tuple[Item, ...]] = {
-        split: tuple(record.item(template) for record in records[split] for template in spec.prompts(split))
-        for split in SPLITS
-    }
+    items: dict[Split, tuple[Item, ...]] = {split: _items(records[split], spec, split, chat) for split in SPLITS}
     used = {record.id for split in SPLITS for record in records[split]}
     counts: dict[str, int] = {
         "rows": sum(pool.rows for pool in pools.values()),
@@ -206,10 +214,27 @@ def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], recipe: 
         "unused": sum(record.id not in used for pool in pools.values() for record in pool.everything),
     }
     content = [[split, i.id, i.prompt, i.target, i.choices, i.answer] for split in SPLITS for i in items[split]]
-    further = [spec.prefixes] if spec.prefixes else []
+    turns = _turns(i for split in SPLITS for i in items[split])
+    further = [*([spec.prefixes] if spec.prefixes else []), *turns]
     return LoadedSet(
         role, spec.label(), spec, items["train"], items["validation"], items["test"], digest(content, *further), counts
     )
+
+
+def _items(records: Iterable[Record], spec: DataSet, split: Split, chat: Chat | None) -> tuple[Item, ...]:
+    """Every record under every prompt of a split, questions in the chat template where there is one."""
+    prompts = tuple(zip(spec.prompts(split), spec.asked(split), strict=True))
+    return tuple(
+        record.item(plain) if chat is None or spec.kind == "text" else chat.item(record, plain, asked)
+        for record in records
+        for plain, asked in prompts
+    )
+
+
+def _turns(items: Iterable[Item]) -> list[Any]:
+    """What a digest holds of items in a chat template, beside the prompts."""
+    turns = [astuple(item.turn) for item in items if item.turn is not None]
+    return [turns] if turns else []
 
 
 def _split_main(spec: DataSet, pools: Mapping[Split, _Pool]) -> dict[Split, tuple[Record, ...]]:
@@ -390,6 +415,23 @@ def at_prefixes(sets: Sequence[LoadedSet], tokenizer: PreTrainedTokenizerFast) -
     return tuple(found)
 
 
+PLAIN = "plain"
+
+
+def plainly(sets: Sequence[LoadedSet]) -> tuple[LoadedSet, ...]:
+    """The sets, and each forget set in a chat template once more outside it, as ``name@plain``, test items only.
+
+    A model that has forgotten in one of the two wordings alone has not forgotten.
+    """
+    found = []
+    for loaded in sets:
+        found.append(loaded)
+        if loaded.role == "forget" and any(item.turn is not None for item in loaded.test):
+            items = tuple(item.plainly() for item in loaded.test)
+            found.append(replace(loaded, name=f"{loaded.name}@{PLAIN}", train=(), validation=(), test=items))
+    return tuple(found)
+
+
 def _moved(tokenizer: PreTrainedTokenizerFast, item: Item, prefix: int) -> Item:
     text = item.prompt + item.target
     ends = [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
@@ -405,6 +447,7 @@ def counterparts(items: Sequence[Item], template: str) -> dict[str, list[str]]:
     Where the template is no wording of its own, or nobody has another answer: the empty prompt.
     """
     worded = any(map(str.isalnum, render(template, dict.fromkeys(template_fields(template), ""))))
+    worded = worded or any(item.turn is not None for item in items)  # a chat template is a wording of its own
     order = sorted(items, key=lambda item: item.id) if worded else []
     random.Random("counterparts").shuffle(order)
     known = [(normalise(item.target), item.prompt) for item in order]
@@ -421,22 +464,18 @@ def _rows(loaded: LoadedSet, split: Split, tokenizer: PreTrainedTokenizerFast) -
     others = counterparts(items, loaded.spec.prompts(split)[0]) if kind != "text" else {}
     for item in items:
         row: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "target": item.target}
+        answers = item.choices if kind == "mcq" else (item.target,)
+        counts = [len(encode_item(tokenizer, replace(item, target=answer), kind)[1]) for answer in answers]
         if kind == "mcq":
-            counts = [count_tokens(tokenizer, item.prompt, " " + choice) for choice in item.choices]
-            row |= {
-                "choices": list(item.choices),
-                "answer": item.answer,
-                "choice_tokens": counts,
-                "others": others[item.id],
-            }
-        elif kind == "qa":
-            counts = [count_tokens(tokenizer, item.prompt, " " + item.target)]
-            row |= {"target_tokens": counts[0], **_beginning(tokenizer, item, " ", loaded.spec.continuation)}
-            row["others"] = others[item.id]
+            row |= {"choices": list(item.choices), "answer": item.answer, "choice_tokens": counts}
         else:
-            counts = [count_tokens(tokenizer, item.prompt, item.target)]
-            row |= {"target_tokens": counts[0], **_pieces(tokenizer, item)}
-            row |= _beginning(tokenizer, item, "", loaded.spec.continuation)
+            row["target_tokens"] = counts[0]
+            row |= _pieces(tokenizer, item) if kind == "text" else {}
+            row |= _beginning(tokenizer, item, "" if kind == "text" else item.joint, loaded.spec.continuation)
+        if kind != "text":
+            row["others"] = others[item.id]
+        if item.turn is not None:
+            row |= {"joint": item.turn.joint, "ending": item.turn.ending.strip()}
         if min(counts) < 1:
             raise EvaluationError(
                 f"{loaded.role} set {loaded.name!r}, item {item.id}: this tokenizer merges the answer into the prompt, "

@@ -26,7 +26,6 @@ from unlearn.errors import EvaluationError
 from unlearn.evidence.attacks import Judge, Judged, Scene, attack
 from unlearn.processes import count, together
 from unlearn.recipe.data import Kind
-from unlearn.recipe.data import stops as stops_of
 from unlearn.recipe.evaluation import Probe
 from unlearn.results import CONTRAST, GREEDY, AttackScore, probing, sampling
 from unlearn.score.tasks import pack_config, quiet_harness, random_state_kept
@@ -81,9 +80,9 @@ def wordings(
         shots = _examples([s for s in known if s.spec.kind == kind] or known, seed)
         before = {f"examples {k}": shown for k, shown in enumerate(shots, start=1)}
     if before or kind == "text" or probe == "few_shot":
-        return {name: tuple(replace(i, prompt=shown + i.prompt) for i in items) for name, shown in before.items()}
+        return {name: tuple(i.asking(shown + i.asked) for i in items) for name, shown in before.items()}
     frames = _PARAPHRASES if probe == "paraphrase" else _TEMPLATES
-    return {n: tuple(replace(i, prompt=_framed(i.prompt, *pair)) for i in items) for n, pair in frames.items()}
+    return {n: tuple(i.asking(_framed(i.asked, *pair)) for i in items) for n, pair in frames.items()}
 
 
 def _worded(probe: Probe, scene: Scene) -> Wordings:
@@ -131,7 +130,7 @@ def _examples(sets: Sequence[LoadedSet], seed: int) -> list[str]:
     order = sorted(pool, key=lambda name: digest(seed, "examples", name))
     draws = [order[start : start + SHOTS] for start in range(0, SHOTS * DRAWS, SHOTS)]
     whole = [draw for draw in draws if len(draw) == SHOTS] or ([order] if order else [])
-    return ["".join(f"{pool[n].prompt} {pool[n].target}\n\n" for n in draw) for draw in whole]
+    return ["".join(f"{pool[n].asked} {pool[n].target}\n\n" for n in draw) for draw in whole]
 
 
 # -- the same question about others, subtracted
@@ -210,7 +209,7 @@ def sample(
             f"the model reads {lm.max_length} tokens at a time: none is left before the {tokens} to write"
         )
     prompts = [str(doc["prompt"]) for doc in docs]
-    stops = _stops(judge, docs)
+    stops = [judge.loaded.stops(item) if judge.kind != "text" else [] for item in judge.items]
     greedy = _greedy(lm, prompts, tokens, stops)
     size = max(1, _ROWS // samples)
     with progress("sampling", len(docs) // count()) as advance:
@@ -249,12 +248,6 @@ def _score(doc: dict[str, Any], text: str) -> float:
 @functools.cache
 def _rouge() -> Any:
     return pack_config("unlearn_qa_rouge")["process_results"]  # the report's own
-
-
-def _stops(judge: Judge, docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Where each item's answer ends: at the first of the template's stops that is no part of it."""
-    known = [] if judge.kind == "text" else stops_of(judge.loaded.spec.prompts("test")[0])
-    return [[stop for stop in known if stop not in doc["target"]] for doc in docs]
 
 
 def _greedy(lm: HFLM, prompts: Sequence[str], tokens: int, stops: Sequence[list[str]]) -> list[str]:

@@ -283,6 +283,23 @@ def _check_vector(place: Path) -> None:
     )
 
 
+def has_chat_template(spec: ModelSpec, base: Path) -> bool:
+    """Whether the tokenizer of a model that is on this machine is known to come with a chat template."""
+    place = _place(spec, base)
+    match place.kind:
+        case "folder":
+            folders = [Path(place.path)]
+        case "hub":
+            folders = [*(hub_cache() / f"models--{place.path.replace('/', '--')}" / "snapshots").glob("*")]
+        case _:
+            folders = [cache_folder() / conversion(place.sha256)] if place.sha256 else []
+    return any(
+        (folder / "chat_template.jinja").is_file()
+        or ((said := folder / "tokenizer_config.json").is_file() and b'"chat_template"' in said.read_bytes())
+        for folder in folders
+    )
+
+
 def check_reach(spec: ModelSpec, base: Path) -> None:
     """Raise for a model that only the hub has, where it cannot be reached: before torch is imported."""
     if _place(spec, base).kind == "hub" and not model_in_cache(spec.path) and (away := hub_away()):

@@ -6,8 +6,10 @@ A plan and a run make the same checks, so that a recipe whose plan is printed do
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
+from unlearn.data.chat import template_path
 from unlearn.data.files import HUB, read_placed
 from unlearn.data.items import columns_needed, refusals
 from unlearn.errors import DataError, EvaluationError, ModelError, RunFolderError, absent
@@ -28,6 +30,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
         base: The recipe's folder, where relative paths start.
         hub: Also ask the hub for a benchmark's data."""
     goal_metrics(recipe)  # refuses a metric that these data do not have
+    template_path(recipe.model, base)
     _check_reuse(recipe, base)
     _check_clean(recipe, base)
     _check_given(recipe, base)
@@ -56,7 +59,7 @@ def read_local(sets: Iterable[tuple[SetRole, DataSet]], base: Path) -> None:
                 continue
             templates = [t for split in SPLITS if own[split] is source for t in spec.prompts(split)]
             try:
-                read_placed(source, base, columns_needed(spec, tuple(dict.fromkeys(templates))))
+                read_placed(source, base, partial(columns_needed, spec, tuple(dict.fromkeys(templates))))
             except DataError as error:
                 raise DataError(f"{role} set '{spec.label()}': {error}") from error
 

@@ -41,7 +41,7 @@ def plan(loaded: LoadedRecipe) -> str:
     chosen = rule(recipe.choose, goals, [key for key in kept_metrics(recipe) if (key[0], key[1]) not in unscored])
     blocks = {
         "recipe": [f"{recipe.name}  ({loaded.source})", *recipe.description.strip().splitlines()[:1]],
-        "model": [recipe.model.path, place, _held(recipe)],
+        "model": [recipe.model.path, place, _held(recipe), *_conversing(recipe)],
         "data": _data(recipe, sets),
         "stages": [f"{i}. {stage}" for i, stage in enumerate(_stages(recipe, sets, chosen), 1)],
         "absent": list(_absent(recipe)),
@@ -76,6 +76,16 @@ def _held(recipe: Recipe) -> str:
     copy = "" if model.quantize == "none" else f"; the LoRA is trained on a copy quantised to {model.quantize}"
     code = "; RUNS PYTHON CODE THAT COMES WITH IT" if model.trust_remote_code else ""
     return f"held as {dtype}, on {device}{copy}{code}"
+
+
+def _conversing(recipe: Recipe) -> list[str]:
+    model = recipe.model
+    if model.chat_template is None or all(spec.kind == "text" for _, spec in recipe.sets()):
+        return []
+    where = "its tokenizer's chat template" if model.chat_template == "auto" else f"the template {model.chat_template}"
+    system = f", after the system message {model.system!r}" if model.system else ""
+    beside = "; test items of forget sets outside it too" if recipe.forget is not None else ""
+    return [f"asked in {where}{system}{beside}"]
 
 
 def _data(recipe: Recipe, sets: _Sets) -> list[str]:

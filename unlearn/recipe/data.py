@@ -134,10 +134,14 @@ class DataSet(Source):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
         description="Name in reports; the file's name when not given.",
     )
-    kind: Kind = Field(description="text (passages), qa (question, answer) or mcq (question, choices, answer).")
+    kind: Kind = Field(
+        description="text (passages), qa (question, answer) or mcq (question, choices, answer). In place of question "
+        "and answer rows may have messages, or prompt and completion."
+    )
     columns: dict[str, str | tuple[str, ...]] = Field(
         default_factory=dict,
-        description="Our field -> your column (text; question, answer; choices may be a list of columns).",
+        description="Our field -> your column (text; question, answer, messages, prompt, completion; choices may be a "
+        "list of columns).",
     )
     prompt: Template | Templates | SplitPrompts | None = Field(
         None, description="Template with {column} fields; what the model reads before the answer."
@@ -176,6 +180,10 @@ class DataSet(Source):
             return (DEFAULT_PROMPT[self.kind],)
         templates = (given,) if isinstance(given, str) else tuple(given)
         return templates if split == "train" else templates[:1]
+
+    def asked(self, split: Split) -> tuple[str, ...]:
+        """The templates of what a user says in a chat template: those of the recipe, else the bare question."""
+        return ("{question}",) if self.prompt is None and self.kind != "text" else self.prompts(split)
 
     def label(self) -> str:
         """Name used in reports, task names and files."""

@@ -6,10 +6,11 @@ costs no torch. Each field's description is what ``unlearn schema`` shows in an 
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from unlearn.errors import EvaluationError
 from unlearn.recipe.data import DataSet, Frozen, HoldoutSet, Kind, SetRole, UtilitySet, also, later
@@ -70,6 +71,34 @@ class ModelSpec(Frozen):
         description="Train the LoRA on a bitsandbytes-quantised copy; the edit itself always goes on full precision.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
+    chat_template: str | None = later(
+        None,
+        min_length=1,
+        description="auto: qa and mcq items stand in the tokenizer's own chat template, prompt being what the user "
+        "says, and answers end as the template ends them; or a file with a Jinja template, relative to the recipe; "
+        "none, as when not given: plain prompts. Passages (text) always stand by themselves.",
+    )
+    system: str | None = later(
+        None, min_length=1, description="The system message of every conversation that has none of its own."
+    )
+    date: str = later(
+        "2024-07-26",
+        pattern=r"^\d{4}-\d\d-\d\d$",
+        description="Today, for a chat template that writes the date: prompts must not change with the day. "
+        "The default is the one that Llama 3's template has.",
+    )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _none(cls, template: str | None) -> str | None:
+        return None if template == "none" else template
+
+    @model_validator(mode="after")
+    def _conversing(self) -> ModelSpec:
+        datetime.date.fromisoformat(self.date)
+        if self.system is not None and self.chat_template is None:
+            raise ValueError("system is a message in a chat template: give chat_template (auto), or leave system out")
+        return self
 
     def other(self, path: str, revision: str | None = None) -> ModelSpec:
         """Another model, held in the same way."""

@@ -45,6 +45,7 @@ from unlearn.report.words import (
     point_at,
     reading,
     remarks,
+    wording_line,
 )
 from unlearn.report.words import Point as Change
 from unlearn.results import (
@@ -98,7 +99,7 @@ def render_html(report: RunReport) -> str:
     more = (kept_figure, kept_keys, losses, margin_of_change, memory_line, missed, point_at, remarks, same, spark)
     return render(
         "report.html.j2",
-        **{function.__name__: function for function in (*functions, *more, with_numbers)},
+        **{function.__name__: function for function in (*functions, *more, with_numbers, wording_line)},
         isfinite=math.isfinite,
         is_hash=re.compile(r"(sha256:)?[0-9a-f]{24,}").fullmatch,
         label_of=lambda key: str(key)[:1].upper() + str(key)[1:].replace("_", " "),

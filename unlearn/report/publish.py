@@ -21,7 +21,7 @@ from unlearn.recipe.methods import GREEK, formula, phrases
 from unlearn.recipe.schema import KEPT, Recipe
 from unlearn.report.figures import goal_rows, missed
 from unlearn.report.page import templates
-from unlearn.report.words import memory_line, outcome
+from unlearn.report.words import memory_line, outcome, wording_line
 from unlearn.results import Chosen, ScoreRow, SweepPoint
 from unlearn.store.cache import NETWORK_LIBRARIES, condensed, offline
 from unlearn.store.files import some
@@ -87,6 +87,7 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
         goals=[("Asked to forget", labels["forget"]), ("Asked to learn", labels["learn"])],
         came=outcome(goal_rows(facts)),
         memory=memory_line(facts),
+        wording=wording_line(facts),
         kept=[*kept, *(f"{t.task} ({t.set})" for t in recipe.eval.tasks if t.set in KEPT)],
         formula=formula(recipe, GREEK),
         how=[*given, *phrases(recipe.vector), *together],

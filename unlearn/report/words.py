@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from unlearn.data.sets import PLAIN
 from unlearn.recipe.schema import is_perplexity
 from unlearn.report.figures import (
     FORGOTTEN,
@@ -192,7 +193,7 @@ NAMES: dict[Who, str] = {"target": "before", "edited": "after", "reference": "ne
 
 def evidence_facts(report: RunReport) -> list[tuple[str, str]]:
     """(name, sentence) of each comparison that the run has."""
-    facts = [("memory", memory_line(report))]
+    facts = [("memory", memory_line(report)), ("wording", wording_line(report))]
     if report.benchmark is not None:
         facts.append((report.benchmark.name, benchmark_line(report.benchmark)))
     facts.append(("membership", membership_line(report.membership)))
@@ -211,6 +212,19 @@ def memory_line(result: Result) -> str:
                 f"{row.name} is {found.became}: {percent(round(found.left, 2))} of what ties its answers to their own "
                 f"prompts is left ({before} to {after} nats; forgotten is {percent(FORGOTTEN)} or less)"
             )
+    return "; ".join(parts)
+
+
+def wording_line(result: Result) -> str:
+    """What sets that stand in a chat template score outside it; empty where none does."""
+    rows, parts = {row.key: row for row in result.scores}, []
+    for row in goal_rows(result):
+        plain = rows.get((row.set, f"{row.name}@{PLAIN}", row.metric))
+        if plain is not None and result.chosen.coefficient:
+            inside = f"{short(row.before.value)} to {short(row.after.value)}"
+            apart = bool(_little(plain)) != bool(_little(row))
+            doubt = ": what has gone from one wording alone is not forgotten" if apart else ""
+            parts.append(f"asked outside its chat template the model {_done(plain)}; in it {inside}{doubt}")
     return "; ".join(parts)
 
 

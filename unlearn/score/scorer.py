@@ -14,12 +14,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from unlearn.console import is_main_process, say
-from unlearn.data.encoding import count_tokens, encode_pair
+from unlearn.data.encoding import encode_item, encode_pair
 from unlearn.data.items import Item
-from unlearn.data.sets import LoadedSet
+from unlearn.data.sets import LoadedSet, plainly
 from unlearn.errors import BrokenModelError
 from unlearn.model.load import Loaded
-from unlearn.recipe.data import SetRole, Split, stops
+from unlearn.recipe.data import SetRole, Split
 from unlearn.recipe.schema import KEPT, Key, Recipe, default_metric, goal_metrics
 from unlearn.results import Chosen, Example, Fluency, Score, SweepPoint, TaskScore
 from unlearn.score import search, tasks
@@ -68,7 +68,8 @@ def build_questions(
     """Build every task before anything is trained, so that what is missing is said then; its items go to ``items``."""
 
     def build(split: Split, generate: bool) -> TaskSet:
-        return tasks.build_tasks(sets, split, recipe, tokenizer, items, generate=generate)
+        asked = plainly(sets) if split == "test" else sets
+        return tasks.build_tasks(asked, split, recipe, tokenizer, items, generate=generate)
 
     asked = build("validation", recipe.eval.generate == "sweep"), build("test", recipe.eval.generate != "none")
     if recipe.robustness is not None and recipe.robustness.samples and recipe.eval.generate == "none":
@@ -139,7 +140,7 @@ def complete(
             [(item.prompt, text) for (_, item), text in zip(chosen, texts, strict=True)],
         )
     return [
-        {"set": s.role, "name": s.name, "prompt": item.prompt, "target": item.target, "text": text.strip()}
+        {"set": s.role, "name": s.name, "prompt": item.asked, "target": item.target, "text": text.strip()}
         | {"fluency": asdict(how)}
         for (s, item), text, how in zip(chosen, texts, read, strict=True)
     ]
@@ -162,10 +163,10 @@ def _fluency(lm: HFLM, written: Sequence[tuple[str, str]]) -> list[Fluency]:
 
 def _limits(lm: HFLM, loaded: LoadedSet, item: Item) -> dict[str, Any]:
     kind, tokens = loaded.spec.kind, loaded.spec.continuation
-    until = ["\n\n"] if kind == "text" else stops(loaded.spec.prompts("test")[0])
+    until = ["\n\n"] if kind == "text" else loaded.stops(item)
     if kind == "mcq":
         until.append(".")
-        tokens = max(_MCQ_TOKENS, count_tokens(lm.tokenizer, item.prompt, f" {item.target}"))
+        tokens = max(_MCQ_TOKENS, len(encode_item(lm.tokenizer, item, kind)[1]))
     return {"until": [s for s in until if s not in item.target], "max_gen_toks": tokens, "do_sample": False}
 
 

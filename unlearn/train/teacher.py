@@ -100,9 +100,10 @@ def _others(one: LoadedSet, most: int) -> list[list[str]]:
 
 def _blank(one: LoadedSet) -> list[list[str]]:
     """For every training item its wording with nothing filled in."""
-    templates = one.spec.prompts("train")
+    chats = any(item.turn is not None for item in one.train)
+    templates = one.spec.asked("train") if chats else one.spec.prompts("train")
     empty = [re.sub(" +", " ", render(t, dict.fromkeys(template_fields(t), ""))) for t in templates]
-    return [[empty[number % len(templates)]] for number in range(len(one.train))]
+    return [[item.asking(empty[number % len(templates)]).prompt] for number, item in enumerate(one.train)]
 
 
 def _short(row: Encoded, tokenizer: Any) -> tuple[Encoded, ...]:

@@ -1,0 +1,84 @@
+"""A whole run in a chat template: trained, chosen, reported in both wordings, attacked, exported; and found again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import chats
+import pytest
+from compared_arena import read, run, write_data, write_recipe
+
+from unlearn.cli import main
+from unlearn.recipe.load import load_recipe, resolved_yaml
+
+
+@pytest.fixture(scope="module")
+def finished(pico_llama: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chatted")
+    chats.build(pico_llama, folder / "model", "llama")
+    write_data(folder)
+    model = {"path": "model", "device": "cpu", "chat_template": "auto", "system": 'Be "short".'}
+    attacks = {"items": 6, "quantize": [], "relearn": None, "probes": ["paraphrase"], "samples": 0, "lens": False}
+    without = dict.fromkeys(("reference", "benchmark"))
+    recipe = write_recipe(folder, name="chatted", model=model, robustness=attacks, **without)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNLEARN_CACHE", str(session_cache))
+        assert run(recipe, folder / "run") == 0
+    return folder
+
+
+def test_the_report_has_both_wordings(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = read(finished / "run")
+    names = {row.name for row in report.scores if row.set == "forget"}
+    assert names == {"f", "f@plain"}
+    assert {row.name for row in report.scores if row.set != "forget"} == {"r", "util"}
+    inside, outside = (next(r for r in report.scores if r.key == ("forget", n, "prob")) for n in ("f", "f@plain"))
+    assert inside.before.n == outside.before.n
+    assert inside.before.value > 2 * outside.before.value, "it was taught in the template"
+    assert all(score.name != "f@plain" for point in report.sweep for score in point.scores)
+    assert {row.kind for row in report.robustness.scores} >= {"probe", "contrast"} if report.robustness else False
+    assert run(finished / "recipe.yaml", finished / "run") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "asked outside its chat template the model" in said
+    assert "asked outside its chat template" in (finished / "run" / "report.html").read_text("utf-8")
+
+
+def test_the_card_says_to_ask_in_the_template(finished: Path) -> None:
+    card = (finished / "run" / "export" / "adapter" / "README.md").read_text("utf-8")
+    assert "its tokenizer's chat template" in card
+    assert """messages = [{"role": "system", "content": 'Be "short".'}, {"role": "user", "content": "..."}]""" in card
+
+
+def test_a_template_s_file_is_part_of_the_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = finished / "own.jinja"
+    own.write_text(chats.LLAMA)
+    assert run(finished / "recipe.yaml", finished / "run", "--set", "model.chat_template=own.jinja") == 2
+    assert "another recipe" in capsys.readouterr().err
+    (finished / "own.jinja").unlink()
+    assert main(["plan", str(finished / "recipe.yaml"), "model.chat_template=own.jinja"]) == 2
+    assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "told"), [("chat_template=none", False), ("system=null", True)])
+def test_a_plan_says_what_the_model_has(
+    change: str, told: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = json.loads((finished / "recipe.yaml").read_text())
+    recipe["model"] = {"path": str(finished / "model")}
+    path = tmp_path / "recipe.yaml"
+    for name in "fruh":
+        (tmp_path / f"{name}.jsonl").write_bytes((finished / f"{name}.jsonl").read_bytes())
+    path.write_text(json.dumps(recipe))
+    assert main(["plan", str(path), f"model.{change}"]) == 0
+    said = "".join(capsys.readouterr())
+    assert ("model.chat_template: auto" in said) == told
+
+
+def test_recipes_that_say_nothing_of_it_keep_their_names() -> None:
+    """What came later is no part of what earlier runs are found by."""
+    recipe = load_recipe("pico_smoke.yaml").recipe
+    assert not {"chat_template", "system", "date"} & recipe.model_dump(mode="json")["model"].keys()
+    assert "chat" not in resolved_yaml(recipe)
+    plainly = load_recipe("pico_smoke.yaml", ["model.chat_template=none"]).recipe
+    assert plainly.model_dump(mode="json") == recipe.model_dump(mode="json")
