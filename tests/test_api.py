@@ -342,6 +342,7 @@ MISTAKES: dict[str, tuple[Callable[[Loaded, TaskVector], object], str]] = {
         "did you mean 'unlearn_mcq'",
     ),
     "coefficient 0": (lambda phi, tau: unlearn.save_adapter(tau, 0.0, "x", "base"), "no other model"),
+    "no adapter": (lambda phi, tau: unlearn.TaskVector.from_peft("nobody here"), "there is no nobody here"),
     "no PeftModel": (lambda phi, tau: unlearn.TaskVector.from_peft_model(phi.model), "is no PeftModel"),
     "another model's vector": (
         lambda phi, tau: unlearn.sweep(torch.nn.Linear(2, 2), tau, [1], {"a": len}),

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unlearn.errors import VectorError
+from unlearn.errors import ModelError, VectorError
 from unlearn.vector.change import (
     Change,
     Dense,
@@ -188,17 +188,16 @@ class TaskVector:
     @classmethod
     def from_peft(cls, adapter: str | Path) -> TaskVector:
         """Of a LoRA adapter as PEFT saves it: a folder, or a hub id."""
+        from unlearn.model.locate import vector_place
+        from unlearn.recipe.schema import ModelSpec
         from unlearn.vector.interop import from_adapter
 
-        folder = Path(adapter).expanduser()
-        if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(adapter)):
-            from huggingface_hub import snapshot_download
-
-            try:
-                folder = Path(snapshot_download(str(adapter), allow_patterns=["adapter_*"]))
-            except OSError as e:
-                raise VectorError(f"{adapter}: no such folder, and the hub does not give it: {e}") from e
-        return from_adapter(folder)
+        try:
+            place = vector_place(ModelSpec(path=str(adapter)), Path.cwd())
+        except ModelError as e:
+            raise VectorError(str(e).removeprefix("model.path: ")) from e
+        assert place is not None  # a hub id was fetched
+        return from_adapter(place)
 
     @classmethod
     def from_peft_model(cls, model: Any) -> TaskVector:
