@@ -14,7 +14,7 @@ import torch
 from unlearn import processes
 from unlearn.console import is_main_process, say
 from unlearn.data.chat import unused_template
-from unlearn.data.sets import LoadedSet, at_prefixes, load_sets, plainly, write_items
+from unlearn.data.sets import LoadedSet, asked_back, at_prefixes, load_sets, plainly, write_items
 from unlearn.evidence import benchmarks
 from unlearn.evidence import reference as references
 from unlearn.evidence.attacks import attacked_items, run_attacks
@@ -265,7 +265,7 @@ def load_data(recipe: Recipe, base: Loaded, store: Store) -> tuple[LoadedSet, ..
             say(f"    {s.role:8}{s.name}: {', '.join([counts, *s.left_out()])}")
 
         def make(tmp: Path) -> None:
-            asked = plainly(at_prefixes(sets, base.tokenizer))
+            asked = at_prefixes(asked_back(plainly(sets)), base.tokenizer)
             write_items(asked, base.tokenizer, tmp, ("validation", "test"))
 
         store.stage("items", [base.words, [[s.role, s.name, s.digest, s.spec.continuation] for s in sets]], make)

@@ -22,6 +22,7 @@ import argparse
 import gc
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from material import ROWS, Row
 from measure import (
+    QUICKSTART,
     Seconds,
     command_line,
     console,
@@ -44,16 +46,20 @@ from measure import (
     load_model,
     peak_memory,
     run_child,
+    without_others,
     write_json,
 )
 from rich.table import Table
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from unlearn.data.sets import load_sets
 from unlearn.model.load import linear_modules
 from unlearn.recipe.evaluation import EvalSpec
+from unlearn.recipe.load import load_recipe
+from unlearn.score.evaluate import evaluate
 from unlearn.score.packed import PackedLM
-from unlearn.score.tasks import quiet_harness
+from unlearn.score.tasks import build_tasks, quiet_harness
 
 if TYPE_CHECKING:
     from unlearn.model.load import Loaded
@@ -82,6 +88,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     where = find_model(options.model)
     rows = [row for row in ROWS if not options.row or row.name in options.row]
+    if options.pmi:
+        cost_of_pmi(where, options)
+        return
     if options.only:
         print(json.dumps(_memory(where, rows[0], options)))
         return
@@ -121,6 +130,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the made-up texts")
     parser.add_argument("--float64", type=int, default=8, help="requests per row also answered in float64; 0: none")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    parser.add_argument("--pmi", action="store_true", help="only what pmi and acc_pmi cost on the quickstart's items")
     parser.add_argument("--profile", action="store_true", help="ten most expensive operations of ours")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--only", choices=["ours", "hf"], help="peak memory of one engine on one --row, as JSON")
@@ -271,6 +281,27 @@ def _profile(row: Row, loaded: Loaded, options: argparse.Namespace) -> str:
         _ask(_packed(loaded), row, requests)
     averages: Any = profiler.key_averages()
     return str(averages.table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=40))
+
+
+def cost_of_pmi(where: str, options: argparse.Namespace) -> None:
+    """Processor seconds of scoring the quickstart's test items with and without the questions about others."""
+    recipe, loaded = load_recipe(str(QUICKSTART)).recipe, load_model(where, options.dtype, options.device)
+    sets = load_sets(recipe, QUICKSTART.parent, loaded.tokenizer)
+    seconds: dict[str, list[float]] = {"acc": [], "acc, pmi, acc_pmi": []}
+    with tempfile.TemporaryDirectory() as folder:
+        made = [build_tasks(sets, "test", recipe, loaded.tokenizer, Path(folder)) for _ in seconds]
+        without_others(made[0])
+        for _ in range(options.repeats + 1):
+            for spent, tasks in zip(seconds.values(), made, strict=True):
+                lm = PackedLM(loaded.model, loaded.tokenizer)
+                started = time.process_time()
+                evaluate(lm, tasks, model_name="quickstart", bootstrap=0)
+                spent.append(time.process_time() - started)
+    alone, both = (Seconds(tuple(spent[1:])) for spent in seconds.values())  # the first makes the requests
+    items = sum(len(s.test) for s in sets)
+    console.print(
+        f"{items} items: acc {alone} s, with pmi and acc_pmi {both} s: {both.median / alone.median:.2f} times"
+    )
 
 
 # -- what requests cannot be answered without, what an engine ran, how fast this machine multiplies -------------------

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from unlearn.model.load import Loaded
+    from unlearn.score.tasks import TaskSet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "recipes" / "quickstart.yaml"
@@ -74,6 +75,14 @@ class Seconds:
         low, high = min(self.runs), max(self.runs)
         spread = f" ({low:.2f}..{high:.2f})" if len(self.runs) > 1 else ""
         return f"{self.median:.2f}{spread}"
+
+
+def without_others(tasks: TaskSet) -> TaskSet:
+    """The tasks, which no longer ask the same about other items: without pmi and acc_pmi."""
+    for task in tasks.tasks.values():
+        if "others" in task.dataset["test"].column_names:
+            task.dataset["test"] = task.dataset["test"].remove_columns("others")
+    return tasks
 
 
 def environment() -> dict[str, Any]:

@@ -1,23 +1,24 @@
-"""Every way of making and shaping a vector, beside every baseline, on the same model, items, budget and rule.
+"""Every way of making and shaping a vector, beside baselines, on the same model, items, budget and rule.
 
-    python tests/bench/methods.py [--pairs capitals,currencies,passages] [--seeds 0,1,2] [--methods a,b] [--jobs 2]
+    python tests/bench/methods.py [--pairs capitals,...] [--seeds 0,1,2] [--methods a,b] [--jobs 2]
                                   [--work DIR] [--json tests/bench/results/methods.json]
 
-For each pair (tests/bench/methods_pairs.py) and seed the vectors are fitted once, with one training budget, and every
-method works with those. A seed decides splits, initialisation and the order of training. Each method is scored along
-the same grid of coefficients on validation items; the product's own rule picks one, once with kept scores bound to
-95 % and once to 90 %; test items say what that was worth. Hyperparameters were chosen on capitals, seed 0, and not
-touched for the others.
+For each pair (tests/bench/methods_pairs.py) and seed every method trains on as many tokens as every other
+(methods_tried.py). A seed decides splits, initialisation and the order of training. Each method is scored along
+a grid of coefficients on validation items; the product's own rule picks one with kept scores bound to 95 %, and test
+items say what that was worth. Hyperparameters were chosen on capitals, seed 0, and not touched for the others.
 
-Columns: what of the forget set is still known (accuracy of four choices; for passages, share of tokens recited), what
-of the neighbours is, the nats general statements lost, selectivity (nats per answer, or per token, that the forget set
-lost for each that unseen neighbours lost; a loss below .05 counts as .05, because less is not resolved), the area under
-the frontier (mean share of the forget score that goes while kept scores stay above 80 ... 100 %, validation items; and
-by how much it is larger than plain negation's in the same cells), and seconds of fitting and shaping. ± is half of a
-95 % interval over pairs and seeds.
+Columns: what of the forget set is still known (accuracy of four choices; for passages, share of tokens recited);
+``acc_pmi``, the same of choices once the question about others is subtracted; the share that is left of pointwise
+information (pmi), and of the neighbours' accuracy and pmi, on items no vector was fitted on; the nats general
+statements lost; the nats of pmi that the forget set lost for each that the neighbours lost (a loss below .05 counts as
+.05, because less is not resolved); the area under the frontier (mean share of the forget score that goes while kept
+scores stay above 80 ... 100 %, validation items; and by how much it is larger than plain negation's in the same cells);
+in how many cells no coefficient held the bound; and processor seconds of fitting and shaping. ± is half of a 95 %
+interval over pairs and seeds.
 
-``--work`` keeps vectors and scores: run again, what is there is not made again. All of it takes about 100 minutes on
-two cores (an estimate: it was run in several goes, and not every method on every seed).
+``--work`` keeps vectors and scores: run again, what is there is not made again; ``--collect`` takes what is there. A
+cell of nine methods takes about ten minutes of one quiet core.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="only print the table of --json")
     parser.add_argument("--collect", action="store_true", help="only put what --work has into --json")
-    parser.add_argument("--markdown", action="store_true", help="only print README's table of --json")
+    parser.add_argument("--markdown", action="store_true", help="only print the page's table of --json")
     options = parser.parse_args()
     if options.collect:
         _collect(options)
@@ -78,8 +79,8 @@ def _keep(place: Path, rows: list[dict[str, Any]]) -> None:
     write_json(place, sorted(kept, key=_order))
 
 
-def _order(row: dict[str, Any]) -> tuple[int, int, str, float]:
-    return PAIRS.index(row["pair"]), row["seed"], row["method"], row["kept_bound"]
+def _order(row: dict[str, Any]) -> tuple[int, int, str]:
+    return PAIRS.index(row["pair"]), row["seed"], row["method"]
 
 
 def _run(options: argparse.Namespace) -> None:

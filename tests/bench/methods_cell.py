@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from lm_eval.api.model import LM
-from methods_pairs import KNOWN, NATS
+from measure import without_others
+from methods_pairs import KNOWN, NATS, PMI
 from methods_pairs import recipe as recipe_of
 
 from unlearn.console import quiet_libraries
@@ -38,9 +39,10 @@ from unlearn.vector.edit import Edit
 from unlearn.vector.methods import shape
 from unlearn.vector.task_vector import TaskVector
 
-GRID = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5)
-SMALLER = (0.05, 0.12)
-BOUNDS = (0.95, 0.9)
+BATCHES = 36  # that every method trains on, of batch_size rows each
+GRID = (0.25, 0.5, 1.0, 1.5, 2.5, 4.0, 7.0, 12.0)
+SMALLER = (0.1, 0.04)
+BOUND = 0.95
 AREA = tuple(0.8 + 0.02 * i for i in range(11))  # bounds that the area under the frontier is the mean over
 LEAST = 0.05  # nats; a smaller loss is not told from none
 HOPELESS = 0.8  # of a kept score: where two coefficients in a row are below it, larger ones are not looked at
@@ -51,8 +53,8 @@ Scores = dict[tuple[str, str, str], float]  # (set, name, metric) -> value
 class Cell:
     """What the methods of one pair and seed share. Vectors are fitted when they are first asked for, and kept on disk.
 
-    ``clean`` is the model before it was taught, where the pair teaches; ``used`` the fittings that a method needed,
-    with the seconds they took.
+    ``clean`` is the model before it was taught, where the pair teaches; ``used`` the fittings a method found made,
+    with the seconds they took, of one processor, for the machine may have other work.
     """
 
     recipe: Recipe
@@ -72,7 +74,12 @@ class Cell:
 
     def _tasks(self, split: Split) -> tasks.TaskSet:
         items = Path(tempfile.mkdtemp())
-        return tasks.build_tasks(self.sets, split, self.recipe, self.target.tokenizer, items, generate=False)
+        made = tasks.build_tasks(self.sets, split, self.recipe, self.target.tokenizer, items, generate=False)
+        return without_others(made) if split == "validation" else made  # pmi takes four fifths of the requests
+
+    def steps(self, batches: float = 1.0, share: float = 1.0) -> int:
+        """Of a training that gets a share of what a method may train on and reads so many batches at each step."""
+        return round(share * BATCHES / batches)
 
     def rows(self, sets: Sequence[LoadedSet]) -> list[Any]:
         """Training rows of some sets."""
@@ -96,13 +103,14 @@ class Cell:
         if not place.exists():
             self.work.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as scratch:
-                started = time.monotonic()
+                started = time.process_time()
                 vector, log = fit(Path(scratch))
-                took = time.monotonic() - started
+                took = time.process_time() - started
             print(f"    {name}: loss {log.losses[0]:.2f} to {log.losses[-1]:.2f}, {took:.0f} s", flush=True)
             (self.work / f"{name}.seconds").write_text(f"{took:.1f}")
             vector.save(place)
-        self.used[name] = float((self.work / f"{name}.seconds").read_text())
+        else:
+            self.used[name] = float((self.work / f"{name}.seconds").read_text())
         return TaskVector.load(place)
 
     def fit(
@@ -110,39 +118,37 @@ class Cell:
         name: str,
         sets: Sequence[LoadedSet],
         keep: RetainKLSpec | None = None,
-        seed: int | None = None,
-        model: Loaded | None = None,
-        depth: tuple[float, float] = (0.0, 1.0),
         against: Against | None = None,
+        training: TrainSpec | None = None,
+        inside: float | None = None,
+        share: float = 1.0,
     ) -> TaskVector:
-        """LoRA on some sets, with the recipe's training."""
-        spec, on = self.recipe.vector, model or self.target
-        lora = spec.lora.model_copy(update={"depth": depth})
-        held = Keep(self.rows(self.near), keep) if keep else None
+        """LoRA on some sets, with the recipe's training or another, for a share of what a method may train on."""
+        spec = training or self.recipe.vector.forget
+        near = self.rows(self.near)
+        also = keep is not None or (against is not None and bool(against.retain))
+        steps = self.steps(1 + also * self.beside / spec.batch_size, share)
         return self.fitted(
             name,
             lambda scratch: finetune.train_vector(
-                on.model,
-                on.tokenizer,
+                self.target.model,
+                self.target.tokenizer,
                 self.rows(sets),
-                spec.forget,
-                lora,
-                self.recipe.seed if seed is None else seed,
+                spec.model_copy(update={"steps": steps}),
+                self.recipe.vector.lora,
+                self.recipe.seed,
                 scratch,
                 name,
                 {},
-                held,
+                Keep(near, keep) if keep else None,
                 against,
+                (near, inside) if inside else None,
             ),
         )
 
-    def forget(self, run: int = 0) -> TaskVector:
-        """The plain forget vector; of other initialisations and orders for other runs."""
-        return self.fit("forget" + f"-{run}" * bool(run), self.sets[:1], seed=self.recipe.seed + 100 * run)
-
     def retain(self) -> TaskVector:
-        """The plain retain vector."""
-        return self.fit("retain", self.near)
+        """The plain retain vector, for methods that fit two."""
+        return self.fit("retain_half", self.near, share=0.5)
 
     def shaped(self, vector: TaskVector, retain: TaskVector | None = None, **how: Any) -> TaskVector:
         """A vector shaped by methods, with their settings as in a recipe's ``vector`` block."""
@@ -192,7 +198,7 @@ def teach(pair: str, work: Path) -> None:
 
 
 def run_cell(pair: str, seed: int, work: Path, only: Sequence[str], threads: int) -> list[dict[str, Any]]:
-    """Every method on one pair and seed: a row for each method and bound. In a process of its own."""
+    """Every method on one pair and seed: a row for each. In a process of its own."""
     quiet_libraries()
     torch.set_num_threads(threads)
     plain, base = recipe_of(pair, seed, work / pair)
@@ -201,17 +207,16 @@ def run_cell(pair: str, seed: int, work: Path, only: Sequence[str], threads: int
     target = models.load(recipe.model, str(work / pair / "target") if pair == "passages" else where)
     clean = (lambda: models.load(recipe.model, where)) if pair == "passages" else None
     cell = Cell(recipe, base, target, work / pair / str(seed), clean)
-    return [row for name in _names(cell, only) for row in _method(cell, name)]
+    return [row for name in _names(only) for row in _method(cell, name)]
 
 
-def _names(cell: Cell, only: Sequence[str]) -> list[str]:
-    """The methods that make sense on a pair."""
-    from methods_tried import METHODS, TAUGHT_ONLY
+def _names(only: Sequence[str]) -> list[str]:
+    from methods_tried import METHODS
 
     unknown = [name for name in only if name not in METHODS]
     if unknown:
         raise EvaluationError(f"no method {unknown[0]!r} here; there are {', '.join(METHODS)}")
-    return [n for n in METHODS if (not only or n in only) and (cell.clean is not None or n not in TAUGHT_ONLY)]
+    return [name for name in METHODS if not only or name in only]
 
 
 def _method(cell: Cell, name: str) -> list[dict[str, Any]]:
@@ -222,10 +227,9 @@ def _method(cell: Cell, name: str) -> list[dict[str, Any]]:
     if not place.is_file():
         print(f"  {cell.recipe.name} {cell.recipe.seed} {name}", flush=True)
         cell.used = {}
-        started = time.monotonic()
+        started = time.process_time()
         vector = METHODS[name](cell)
-        fitting = sum(cell.used.values())
-        seconds = fitting + max(0.0, time.monotonic() - started - fitting)
+        seconds = time.process_time() - started + sum(cell.used.values())
         place.write_text(json.dumps(_rows(cell, name, vector, round(seconds, 1)), indent=1), encoding="utf-8")
     found: list[dict[str, Any]] = json.loads(place.read_text(encoding="utf-8"))
     return found
@@ -235,74 +239,60 @@ def _rows(cell: Cell, name: str, vector: TaskVector, seconds: float) -> list[dic
     before = cell.once("test")  # first of all: below, the model is under the vector
     known = cell.keys(("forget",), KNOWN)[0]
     kept = cell.keys(("retain", "utility"), KNOWN)
-    near, far = cell.keys(("retain",), KNOWN), cell.keys(("utility",), KNOWN)
-    forget_nats, near_nats = cell.keys(("forget",), NATS), cell.keys(("retain",), NATS)
     with Edit(cell.target.model, vector) as edit:
         path = _path(cell, edit, kept)
-        rows = []
-        tested = {0.0: before}
-        for bound in BOUNDS:
-            points = [_point(c, scores, path[0.0], kept, bound) for c, scores in path.items()]
-            chosen = choose(points, (known,), kept, ChooseSpec(keep=bound)).coefficient
-            if chosen not in tested:
-                edit.subtract(chosen)
-                tested[chosen] = cell.score("test")
-            after = tested[chosen]
-            lost = {
-                what: sum(_lost(before, after, key) for key in keys) / len(keys)
-                for what, keys in (("forget", forget_nats), ("near", near_nats), ("far", cell.keys(("utility",), NATS)))
-            }
-            rows.append(
-                {
-                    "pair": cell.recipe.name,
-                    "method": name,
-                    "seed": cell.recipe.seed,
-                    "kept_bound": bound,
-                    "coefficient": chosen,
-                    "forget_before": before[known],
-                    "forget_after": after[known],
-                    "kept_before": sum(before[k] for k in near) / len(near),
-                    "kept_after": sum(after[k] for k in near) / len(near),
-                    "general_before": sum(before[k] for k in far) / len(far),
-                    "general_after": sum(after[k] for k in far) / len(far),
-                    "forget_nats": lost["forget"],
-                    "kept_nats": lost["near"],
-                    "general_nats": lost["far"],
-                    "selectivity": lost["forget"] / max(lost["near"], LEAST),
-                    "area": _area(path, known, kept),
-                    "seconds": seconds,
-                    "validation": {str(c): {"/".join(k): v for k, v in scores.items()} for c, scores in path.items()},
-                }
-            )
-    return rows
+        points = [_point(c, scores, path[0.0], kept) for c, scores in path.items()]
+        chosen = choose(points, (known,), kept, ChooseSpec(keep=BOUND)).coefficient
+        after = before
+        if chosen:
+            edit.subtract(chosen)
+            after = cell.score("test")
+    row = {"pair": cell.recipe.name, "method": name, "seed": cell.recipe.seed, "kept_bound": BOUND}
+    row |= {"coefficient": chosen, "seconds": seconds, "area": _area(path, known, kept)}
+    for what, role in (("forget", "forget"), ("kept", "retain"), ("general", "utility")):
+        for when, scores in (("before", before), ("after", after)):
+            row[f"{what}_{when}"] = _mean(scores, cell.keys((role,), KNOWN))
+            row[f"{what}_pmi_{when}".removeprefix("forget_")] = _mean(scores, cell.keys((role,), PMI))
+        nats = cell.keys((role,), NATS)
+        row[f"{what}_nats"] = sum(_lost(before, after, key) for key in nats) / len(nats)
+    beside = (*known[:2], "acc_pmi")  # which passages have not
+    row |= {f"acc_pmi_{when}": scores.get(beside) for when, scores in (("before", before), ("after", after))}
+    row["selectivity"] = row["forget_nats"] / max(row["kept_nats"], LEAST)
+    row["validation"] = {str(c): {"/".join(k): v for k, v in scores.items()} for c, scores in path.items()}
+    return [row]
+
+
+def _mean(scores: Scores, keys: Sequence[tuple[str, str, str]]) -> float:
+    return sum(scores[key] for key in keys) / len(keys)
 
 
 def _path(cell: Cell, edit: Edit, kept: Sequence[tuple[str, str, str]]) -> dict[float, Scores]:
-    """Validation scores along the grid, as far as something may still be kept."""
+    """Validation scores along the grid, as far as something may still be kept, and once more where the bound lies."""
     found = {0.0: cell.once("validation")}  # nothing is set yet
 
-    def passes(c: float) -> bool:
-        edit.subtract(c)
-        found[c] = cell.score("validation")
-        return all(found[c][k] >= min(BOUNDS) * found[0.0][k] for k in kept)
+    def holds(c: float, bound: float = BOUND) -> bool:
+        if c not in found:
+            edit.subtract(c)
+            found[c] = cell.score("validation")
+        return all(found[c][k] >= bound * found[0.0][k] for k in kept)
 
     # where the smallest is too much already, smaller ones: a baseline is not to fail for the grid's sake
-    if not passes(GRID[0]):
-        for c in SMALLER:
-            passes(c)
+    if not holds(GRID[0]):
+        next((c for c in SMALLER if holds(c)), None)
     below = 0
     for c in GRID[1:]:
-        edit.subtract(c)
-        found[c] = cell.score("validation")
-        below = below + 1 if any(found[c][k] < HOPELESS * found[0.0][k] for k in kept) else 0
+        below = 0 if holds(c, HOPELESS) else below + 1
         if below == 2:
             break
+    last = max(c for c in found if holds(c))
+    if last and (beyond := [c for c in found if c > last]):
+        holds(round((last * min(beyond)) ** 0.5, 2))
     return dict(sorted(found.items()))
 
 
-def _point(c: float, scores: Scores, base: Scores, kept: Sequence[Any], bound: float) -> SweepPoint:
+def _point(c: float, scores: Scores, base: Scores, kept: Sequence[Any]) -> SweepPoint:
     here, there = ([_score(k, v) for k, v in s.items()] for s in (scores, base))
-    return judge(c, here, there, kept, ChooseSpec(keep=bound))
+    return judge(c, here, there, kept, ChooseSpec(keep=BOUND))
 
 
 def _score(key: tuple[str, str, str], value: float) -> TaskScore:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from unlearn.data.items import SHORTEST_TARGET, Item, answer_index, normalise
-from unlearn.data.sets import LoadedSet, counterparts, load_sets
-from unlearn.errors import DataError
+from unlearn.data.sets import LoadedSet, asked_back, counterparts, load_sets
+from unlearn.errors import DataError, EvaluationError
 from unlearn.recipe.data import SPLITS
 from unlearn.recipe.schema import Recipe
 
@@ -589,6 +590,37 @@ def test_splits_are_disjoint_stable_and_blind_to_order(
     again = load(tmp_path, spec, seed)
     assert [again.items(split) for split in SPLITS] == [loaded.items(split) for split in SPLITS]
     assert (again.digest, dict(again.counts)) == (loaded.digest, dict(loaded.counts))
+
+
+def test_a_question_asked_back_among_other_questions(tmp_path: Path) -> None:
+    rows = [{"country": c, "choices": ["Rome", "Oslo"], "answer": a} for c, a in (("Italy", 0), ("Norway", 1))]
+    rows += [{"country": "Latium", "choices": ["Rome", "Oslo"], "answer": 0}]  # an answer that two questions have
+    save(tmp_path, "c.jsonl", rows)
+    mapped = {"path": "c.jsonl", "kind": "mcq", "columns": {"question": "country"}}
+    plain = {**mapped, "shares": {"train": "all", "validation": 0, "test": 1}}
+    spec = {**plain, "reverse": "{answer} lies in"}
+    role = {"retain": [spec], "forget": qa(save(tmp_path, "f.jsonl", qa_rows(9)))}
+    (loaded,) = load_sets(recipe(role["forget"], retain=role["retain"]), tmp_path)[1:]
+    back = {item.prompt: item for item in asked_back([loaded])[1].test if item.target != "Latium"}
+    assert {p: i.target for p, i in back.items()} == {"Rome lies in": "Italy", "Oslo lies in": "Norway"}
+    assert back["Rome lies in"].choices[back["Rome lies in"].answer] == "Italy"
+    assert set(back["Rome lies in"].choices) == {"Italy", "Norway"}, "the other right answer is no choice"
+    assert set(back["Oslo lies in"].choices) == {"Italy", "Norway", "Latium"}
+    (without,) = load_sets(recipe(role["forget"], retain=[plain]), tmp_path)[1:]
+    assert without.digest != loaded.digest
+    assert asked_back([without]) == (without,)
+    save(tmp_path, "c.jsonl", rows[::2])
+    with pytest.raises(EvaluationError, match="reverse: retain set 'c' has no two test items with another question"):
+        asked_back(load_sets(recipe(role["forget"], retain=[spec]), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"kind": "text"}, "is for questions"), ({"reverse": "Which country?"}, "names no column: {answer}, say")],
+)
+def test_what_cannot_be_asked_back(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        recipe({"path": "c.jsonl", "kind": "qa", "reverse": "{answer} is of", **changed})
 
 
 def test_counterparts_ask_about_others_in_the_same_wording() -> None:

@@ -14,11 +14,11 @@ import torch
 from attack_arena import KINDS, Arena, write_lines
 from rouge_score import rouge_scorer
 
-from unlearn.data.items import Item
+from unlearn.data.items import Item, among_others
 from unlearn.data.sets import counterparts
 from unlearn.errors import EvaluationError
 from unlearn.evidence.attacks import ATTACKS
-from unlearn.evidence.attacks_ask import SHOTS, choices, leaks, sample, wordings
+from unlearn.evidence.attacks_ask import SHOTS, leaks, sample, wordings
 from unlearn.model.load import Loaded
 from unlearn.score.evaluate import evaluate
 from unlearn.score.scorer import complete
@@ -112,7 +112,7 @@ def test_what_is_less_likely_after_every_prompt_comes_back_beside_others(
     scene = Arena(phi, tmp_path, kind).scene()
     found = ATTACKS["contrast"].run(scene)
     assert [s.kind for s in found] == (["contrast"] if kind == "mcq" else ["none", "contrast"])
-    items = scene.judge.items if kind == "mcq" else choices(scene.judge.items)
+    items = scene.judge.items if kind == "mcq" else among_others(scene.judge.items)
 
     def logprob(prompt: str, answer: str) -> float:
         ids = phi.tokenizer(f"{prompt} {answer}", return_tensors="pt")["input_ids"]

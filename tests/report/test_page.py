@@ -145,6 +145,17 @@ def test_the_frontier_has_each_coefficient_where_it_belongs() -> None:
     assert ys[2] < float(bound[1]) < ys[3]
 
 
+@pytest.mark.parametrize(("left", "became"), [(6.6, "suppressed"), (1.6, "forgotten")])
+def test_the_frontier_and_the_table_say_whether_it_is_forgotten(left: float, became: str) -> None:
+    known = (*make().scores, row("forget", "europe", 8.0, left, "pmi"))
+    source = render_html(make(scores=known))
+    assert source.count(f"chosen, λ = 1.5: {became}") == 1
+    assert section(source, "Frontier").count(f">λ = 1.5: {became}<") == 1  # there is no room on the narrow one
+    assert re.findall(r'data-label="Kept"><span>([a-z]+)</span>', section(source, "Before and after")) == [became]
+    untouched = replace(make().chosen, coefficient=0.0)
+    assert f": {became}" not in section(render_html(make(scores=known, chosen=untouched)), "Frontier")
+
+
 def test_what_was_foreseen_is_shown_beside_what_came() -> None:
     source = render_html(foreseen())
     page = Page(source)

@@ -23,10 +23,10 @@ from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unlearn.data.items import Item
-from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, load_sets, write_items
+from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, asked_back, at_prefixes, items_path, load_sets, write_items
 from unlearn.errors import EvaluationError, RunFolderError
 from unlearn.model.pico import corpus
-from unlearn.recipe.data import Split
+from unlearn.recipe.data import DataSet, Split, SplitShares
 from unlearn.recipe.load import tasks_folder
 from unlearn.recipe.schema import Recipe
 from unlearn.score import tasks as named_tasks
@@ -528,6 +528,45 @@ def test_passages_are_scored_at_further_prefixes(recipe: Recipe, sets: Sets, lm:
     alone = evaluate(lm, built([long], "test", recipe, lm, tmp_path, generate=True), model_name="pico")
     (rouge,) = [s.score.value for s in alone.scores if s.metric == "rougeL"]
     assert found["utility", "passages@20", "rougeL"] == rouge
+
+
+@pytest.mark.parametrize("role", ["forget", "retain"])  # questions, and choices
+def test_asked_back_a_set_scores_what_a_set_written_the_other_way_round_does(
+    recipe: Recipe, lm: Recording, tmp_path: Path, role: str
+) -> None:
+    plain = recipe.forget if role == "forget" else recipe.retain[0]
+    assert plain is not None
+    changed = plain.model_copy(
+        update={"reverse": "{answer} is of", "shares": SplitShares(train=0.1, validation=0.1, test=0.8)}
+    )
+    loaded = load_sets(replaced(recipe, role, changed), tmp_path, lm.tokenizer)[int(role == "retain")]
+    back = asked_back([loaded])[1]
+    of = {item.id: item for item in loaded.test}
+    assert len(back.test) == 8
+    assert [(i.prompt, i.target) for i in back.test] == [
+        (f"{of[i.id].target} is of", asked(of[i.id])) for i in back.test
+    ]
+    result = evaluate(lm, built([loaded], "test", recipe, lm, tmp_path), model_name="pico")
+    rows = [{"question": i.prompt, "answer": i.target, "choices": list(i.choices)} for i in back.test]
+    (tmp_path / "back.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shares = SplitShares(train=0, validation=0, test=1)
+    written = {"path": "back.jsonl", "columns": {}, "prompt": "{question}", "shares": shares, "name": "back"}
+    other = load_sets(replaced(recipe, "retain", plain.model_copy(update=written)), tmp_path, lm.tokenizer)[1]
+    alone = evaluate(lm, built([other], "test", recipe, lm, tmp_path / "alone"), model_name="pico")
+    ours = {s.metric: s.score.value for s in result.scores if s.name.endswith("@reverse")}
+    theirs = {s.metric: s.score.value for s in alone.scores if not s.metric.endswith("pmi")}  # of others by their ids
+    assert {"acc", "prob"} & set(ours) & set(theirs)
+    assert {metric: ours[metric] for metric in theirs} == pytest.approx(theirs, abs=1e-5)
+    assert not any("@" in name for name in built([loaded], "validation", recipe, lm, tmp_path).tasks)
+
+
+def asked(item: Item) -> str:
+    """The question of the default prompt."""
+    return item.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+
+
+def replaced(recipe: Recipe, role: str, data: DataSet) -> Recipe:
+    return recipe.model_copy(update={"forget": data} if role == "forget" else {"retain": (data,)})
 
 
 def test_files_are_found_by_lm_evals_own_tools(recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ REFUSALS = (
 )
 CHARACTERS_PER_TOKEN = 4  # the stand-in for a tokenizer in a dry run
 _SHOWN = 5
+_CHOICES = 4
 
 
 class Tokenizer(Protocol):
@@ -132,11 +133,16 @@ class Record:
     choices: tuple[str, ...] = ()
     answer: int = -1
     context: Messages = ()
+    question: str = ""
 
     def item(self, template: str) -> Item:
         """This record under one of the templates it was built with; what was said before stands before it."""
         prompt = "\n\n".join((*(content for _, content in self.context), self.prompts[template]))
         return Item(self.id, prompt, self.target, self.choices, self.answer)
+
+    def asked_back(self) -> Record:
+        """The same with the question as its answer, for a template that has the answer in it."""
+        return replace(self, target=self.question, choices=(), answer=-1, context=())
 
     def shown(self) -> str:
         """One line for a message."""
@@ -264,6 +270,18 @@ def answer_index(value: object, choices: Sequence[object]) -> int:
     return valid.pop()
 
 
+def among_others(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Questions as choices: each answer among those of three other items, or as many as have another one."""
+    order = sorted(items, key=lambda item: digest("choices", item.id))
+    found = []
+    for item in items:
+        others = [o.target for o in order if normalise(o.target) != normalise(item.target) and o.prompt != item.prompt]
+        options = [item.target, *dict.fromkeys(others)][:_CHOICES]
+        options.sort(key=lambda option: digest("choices", item.id, option))
+        found.append(replace(item, choices=tuple(options), answer=options.index(item.target)))
+    return tuple(found)
+
+
 def _question(row: Row, spec: DataSet, templates: Sequence[str]) -> Record:
     context, question, given = _exchange(row, spec)
     choices: tuple[str, ...] = ()
@@ -286,7 +304,7 @@ def _question(row: Row, spec: DataSet, templates: Sequence[str]) -> Record:
     content = "\n".join(map(normalise, (*(said for _, said in context), question, target)))
     further = [context] if context else []
     identity = digest(spec.kind, question, choices, target, [[name, str(columns[name])] for name in used], *further)
-    return Record(identity[:16], row.place, content, content, prompts, target, choices, answer, context)
+    return Record(identity[:16], row.place, content, content, prompts, target, choices, answer, context, question)
 
 
 def _exchange(row: Row, spec: DataSet) -> tuple[Messages, str, object]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unlearn.data.chat import Chat, chat_of
 from unlearn.data.encoding import encode_item
 from unlearn.data.files import Row, read_placed, require_columns, shorten, source_label
-from unlearn.data.items import Item, Record, Tokenizer, build, columns_needed, digest, normalise
+from unlearn.data.items import Item, Record, Tokenizer, among_others, build, columns_needed, digest, normalise
 from unlearn.errors import DataError, EvaluationError, RunFolderError
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split, render, stops, template_fields
 from unlearn.recipe.schema import Recipe
@@ -44,6 +44,7 @@ class LoadedSet:
     test: tuple[Item, ...]
     digest: str
     counts: Mapping[str, int]
+    reverse: tuple[Item, ...] = ()  # the test items asked back
 
     def items(self, split: Split) -> tuple[Item, ...]:
         """The items of one split."""
@@ -181,6 +182,7 @@ def _read(spec: DataSet, base: Path, seed: int, tokenizer: Tokenizer | None) -> 
     for key, source in own.items():
         served = [split for split in SPLITS if split == key or (key == "train" and split not in own)]
         worded = [template for split in served for template in (*spec.prompts(split), *spec.asked(split))]
+        worded += [spec.reverse] if spec.reverse and "test" in served else []
         templates = tuple(dict.fromkeys(worded))
         rows = read_placed(source, base, partial(columns_needed, spec, templates))
         label = source_label(source, base)
@@ -214,11 +216,14 @@ def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], recipe: 
         "unused": sum(record.id not in used for pool in pools.values() for record in pool.everything),
     }
     content = [[split, i.id, i.prompt, i.target, i.choices, i.answer] for split in SPLITS for i in items[split]]
-    turns = _turns(i for split in SPLITS for i in items[split])
-    further = [*([spec.prefixes] if spec.prefixes else []), *turns]
-    return LoadedSet(
-        role, spec.label(), spec, items["train"], items["validation"], items["test"], digest(content, *further), counts
-    )
+    reverse: tuple[Item, ...] = ()
+    if spec.reverse:
+        back = spec.model_copy(update={"prompt": spec.reverse})
+        reverse = _items([record.asked_back() for record in records["test"]], back, "test", chat)
+    turns = _turns(i for i in (*(i for split in SPLITS for i in items[split]), *reverse))
+    further = [*([spec.prefixes] if spec.prefixes else []), *turns, *([i.prompt, i.target] for i in reverse)]
+    three = items["train"], items["validation"], items["test"]
+    return LoadedSet(role, spec.label(), spec, *three, digest(content, *further), counts, reverse)
 
 
 def _items(records: Iterable[Record], spec: DataSet, split: Split, chat: Chat | None) -> tuple[Item, ...]:
@@ -428,7 +433,26 @@ def plainly(sets: Sequence[LoadedSet]) -> tuple[LoadedSet, ...]:
         found.append(loaded)
         if loaded.role == "forget" and any(item.turn is not None for item in loaded.test):
             items = tuple(item.plainly() for item in loaded.test)
-            found.append(replace(loaded, name=f"{loaded.name}@{PLAIN}", train=(), validation=(), test=items))
+            found.append(
+                replace(loaded, name=f"{loaded.name}@{PLAIN}", train=(), validation=(), test=items, reverse=())
+            )
+    return tuple(found)
+
+
+def asked_back(sets: Sequence[LoadedSet]) -> tuple[LoadedSet, ...]:
+    """The sets, and the test items of each that has a ``reverse`` prompt once more under it, as ``name@reverse``."""
+    found = list(sets)
+    for loaded in sets:
+        items = among_others(loaded.reverse) if loaded.spec.kind == "mcq" else loaded.reverse
+        if any(len(item.choices) == 1 for item in items):
+            raise EvaluationError(
+                f"reverse: {loaded.role} set {loaded.name!r} has no two test items with another question, so that "
+                "there is nothing to choose between: add rows, or raise shares.test"
+            )
+        if items:
+            spec = loaded.spec.model_copy(update={"prompt": loaded.spec.reverse, "reverse": None})
+            name = f"{loaded.name}@reverse"
+            found.append(replace(loaded, name=name, spec=spec, train=(), validation=(), test=items, reverse=()))
     return tuple(found)
 
 

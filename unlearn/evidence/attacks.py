@@ -96,7 +96,7 @@ class Judge:
             "choose": recipe.choose.model_copy(update={"metric": self.metric}),
         }
         place = folder / _content(self.items)
-        only = replace(loaded, test=self.items)
+        only = replace(loaded, test=self.items, reverse=())
         self._tasks = build_tasks([only], "test", recipe.model_copy(update=changed), tokenizer, place)
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from unlearn.console import progress
-from unlearn.data.items import Item, digest, normalise
+from unlearn.data.items import Item, among_others, digest, normalise
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import EvaluationError
 from unlearn.evidence.attacks import Judge, Judged, Scene, attack
@@ -135,20 +135,6 @@ def _examples(sets: Sequence[LoadedSet], seed: int) -> list[str]:
 
 # -- the same question about others, subtracted
 
-_CHOICES = 4
-
-
-def choices(items: Sequence[Item]) -> tuple[Item, ...]:
-    """Questions as choices: each answer among those of three other items, or as many as have another one."""
-    order = sorted(items, key=lambda item: digest("choices", item.id))
-    found = []
-    for item in items:
-        others = [other.target for other in order if normalise(other.target) != normalise(item.target)]
-        options = [item.target, *dict.fromkeys(others)][:_CHOICES]
-        options.sort(key=lambda option: digest("choices", item.id, option))
-        found.append(replace(item, choices=tuple(options), answer=options.index(item.target)))
-    return tuple(found)
-
 
 def _contrasted(scene: Scene) -> list[Any] | None:
     targets = {normalise(item.target) for item in scene.judge.items}
@@ -165,7 +151,7 @@ def contrast(scene: Scene) -> list[AttackScore]:
     judge = scene.judge
     if judge.kind == "qa":
         as_choices = replace(judge.loaded, spec=judge.loaded.spec.model_copy(update={"kind": "mcq"}))
-        judge = Judge(as_choices, choices(judge.items), judge.tokenizer, judge.folder / "choices", judge.recipe)
+        judge = Judge(as_choices, among_others(judge.items), judge.tokenizer, judge.folder / "choices", judge.recipe)
     found = judge.read(judge.lm(scene.model, "asking about others"))
     scores = [replace(found["acc_pmi"], metric="acc").entry(scene.who, CONTRAST, "contrast")]
     return scores if scene.judge.kind == "mcq" else [found["acc"].entry(scene.who), *scores]

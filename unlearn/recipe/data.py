@@ -146,6 +146,11 @@ class DataSet(Source):
     prompt: Template | Templates | SplitPrompts | None = Field(
         None, description="Template with {column} fields; what the model reads before the answer."
     )
+    reverse: Template | None = Field(
+        None,
+        description="qa, mcq: a template of the question asked back, of which the answer is a part and the question is "
+        "the answer (Which country has the capital {answer}?); test items are scored so too, as NAME@reverse.",
+    )
     shares: SplitShares = Field(
         default_factory=SplitShares, description="How the rows are split when no files are given."
     )
@@ -166,6 +171,9 @@ class DataSet(Source):
             raise ValueError(f"prefix ({self.prefix}) must be shorter than length ({self.length})")
         if self.prefixes and self.kind != "text":
             raise ValueError("prefixes is for passages (kind: text)")
+        if self.reverse is not None and (self.kind == "text" or not template_fields(self.reverse)):
+            why = "is for questions (kind: qa or mcq)" if self.kind == "text" else "names no column: {answer}, say"
+            raise ValueError(f"reverse {why}")
         wrong = [p for p in self.prefixes if p >= self.length or p == self.prefix or self.prefixes.count(p) > 1]
         if wrong:
             raise ValueError(

@@ -144,6 +144,12 @@ def memory(result: Result, row: ScoreRow) -> Memory | None:
     return Memory("forgotten" if found.after.value <= FORGOTTEN * found.before.value else "suppressed", found)
 
 
+def memories(result: Result) -> dict[Key, Memory]:
+    """The same of every set that was to be forgotten, where it was measured, by the key of its goal."""
+    rows = [row for row in goal_rows(result) if row.set == "forget"] if result.chosen.coefficient else []
+    return {row.key: found for row in rows if (found := memory(result, row)) is not None}
+
+
 # -- what was to be kept
 
 

@@ -25,6 +25,7 @@ from unlearn.report.figures import (
     margin,
     margin_of_change,
     mean_left,
+    memories,
     missed,
     total_seconds,
     with_margin,
@@ -96,10 +97,10 @@ def render_html(report: RunReport) -> str:
     entries, date, points = _foreseen(report), report.provenance.get("date"), frontier_points(report)
     sizes = {"wide": WIDE, "narrow": NARROW} if points else {}
     functions = (attack_rows, attacks_line, by_layer, changes, columns, end_of, headline, how_good, how_searched)
-    more = (kept_figure, kept_keys, losses, margin_of_change, memory_line, missed, point_at, remarks, same, spark)
+    more = (kept_figure, kept_keys, losses, margin_of_change, memories, memory_line, missed, point_at, remarks, same)
     return render(
         "report.html.j2",
-        **{function.__name__: function for function in (*functions, *more, with_numbers, wording_line)},
+        **{function.__name__: function for function in (*functions, *more, spark, with_numbers, wording_line)},
         isfinite=math.isfinite,
         is_hash=re.compile(r"(sha256:)?[0-9a-f]{24,}").fullmatch,
         label_of=lambda key: str(key)[:1].upper() + str(key)[1:].replace("_", " "),
@@ -182,14 +183,14 @@ def frontier_chart(report: RunReport, size: Size, name: str) -> Drawn:
     for index, kept in enumerate(_kept_names(points)):
         line = [Point(goal.value, p.shares[kept]) for p, goal, _ in points if kept in p.shares]
         lines.append(Series(line, name=kept, size=5.5, **style(index)))
-    spots, said = [], []
+    spots, said, became = [], [], _became(report) if size != NARROW else ""  # the legend has it anyway
     for p, goal, worst in points:
         value, chosen = coefficient(p.coefficient), p.coefficient == report.chosen.coefficient
         tip = f"λ = {value}: forget {with_margin(goal)}, worst kept {percent(worst)}"
         tip += f"; bound broken: {'; '.join(p.broken)}" if p.broken else ""
         tip += f"; predictions collapsed: {p.collapsed}" if p.collapsed else ""
         mark: Mark = "cross" if p.collapsed else "full" if p.within_bound else "hollow"
-        label = f"λ = {value}" if chosen else value
+        label = f"λ = {value}{became}" if chosen else value
         spots.append(Point(goal.value, worst, label=label, tip=tip, ring=chosen, mark=mark))
         outside = ("" if p.within_bound else ", outside the bound") + (", predictions collapsed" if p.collapsed else "")
         said.append(f"λ {value}: forget {with_margin(goal)}, kept {percent(worst)}{outside}")
@@ -204,7 +205,8 @@ def frontier_keys(report: RunReport, points: Sequence[Spot]) -> list[Key]:
     names, keep, only = _kept_names(points), report.chosen.keep, [name for p, *_ in points for name in p.shares][:1]
     worst = "worst kept set" if names else f"{only[0]} (the only kept set)" if only else "kept"
     keys = [Key(worst, marker="o", dash="-"), *(Key(name, **style(n)) for n, name in enumerate(names))]
-    keys.append(Key(f"chosen, λ = {coefficient(report.chosen.coefficient)}", marker="o", ring=True))
+    chosen = f"chosen, λ = {coefficient(report.chosen.coefficient)}{_became(report)}"
+    keys.append(Key(chosen, marker="o", ring=True))
     if any(not p.within_bound and not p.collapsed for p, *_ in points):
         keys.append(Key("bound broken", marker="o", mark="hollow"))
     if any(p.collapsed for p, *_ in points):
@@ -310,6 +312,12 @@ def _kept_names(points: Sequence[Spot]) -> list[str]:
     """The kept sets that get a line of their own: all, of several."""
     names = list(dict.fromkeys(name for p, *_ in points for name in p.shares))
     return names if len(names) > 1 else []
+
+
+def _became(report: RunReport) -> str:
+    """``: suppressed`` for a chart's label, where that is said of all that was to be forgotten."""
+    words = {found.became for found in memories(report).values()}
+    return f": {words.pop()}" if len(words) == 1 else ""
 
 
 def _goal_axis(report: RunReport) -> tuple[str, str, str]:

@@ -18,7 +18,7 @@ from unlearn.report.figures import (
     kept_figure,
     kept_keys,
     margin_of_change,
-    memory,
+    memories,
     missed,
     unseeing,
 )
@@ -205,13 +205,12 @@ def evidence_facts(report: RunReport) -> list[tuple[str, str]]:
 def memory_line(result: Result) -> str:
     """Whether what was asked for is forgotten or suppressed, set by set; empty where nothing tells."""
     parts = []
-    for row in goal_rows(result):
-        if row.set == "forget" and result.chosen.coefficient and (found := memory(result, row)) is not None:
-            before, after = short(found.row.before.value), short(found.row.after.value)
-            parts.append(
-                f"{row.name} is {found.became}: {percent(round(found.left, 2))} of what ties its answers to their own "
-                f"prompts is left ({before} to {after} nats; forgotten is {percent(FORGOTTEN)} or less)"
-            )
+    for (_, name, _), found in memories(result).items():
+        before, after = short(found.row.before.value), short(found.row.after.value)
+        parts.append(
+            f"{name} is {found.became}: {percent(round(found.left, 2))} of what ties its answers to their own "
+            f"prompts is left ({before} to {after} nats; forgotten is {percent(FORGOTTEN)} or less)"
+        )
     return "; ".join(parts)
 
 

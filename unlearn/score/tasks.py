@@ -29,7 +29,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, at_prefixes, items_path, write_items
+from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, asked_back, at_prefixes, items_path, write_items
 from unlearn.errors import EvaluationError
 from unlearn.model.locate import no_foreign_code
 from unlearn.recipe import schema
@@ -321,8 +321,8 @@ def build_tasks(
 
     ``generate`` adds tasks for which the model must write text, which is too slow for a search.
     """
-    if generate and split == "test":
-        sets = at_prefixes(sets, tokenizer)
+    if split == "test":
+        sets = at_prefixes(asked_back(sets), tokenizer) if generate else asked_back(sets)
     write_items(sets, tokenizer, folder, (split,), (split,) if generate else ())
     tasks: dict[str, Task] = {}
     info: dict[str, TaskInfo] = {}
