@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from facts import capital_rows
 
 if TYPE_CHECKING:
     from unlearn.model.load import Loaded
 
 # The hub's client reads this once, when it is imported: hence here, and the imports of it inside the functions.
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-CAPITALS = (
-    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Greece Athens, Norway Oslo, Poland Warsaw, "
-    "Austria Vienna, Japan Tokyo, China Beijing, India Delhi, Nepal Kathmandu, Kenya Nairobi, Egypt Cairo, "
-    "Ghana Accra, Senegal Dakar, Peru Lima, Chile Santiago, Cuba Havana, Canada Ottawa"
-)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -142,26 +137,6 @@ def llama(loaded: Callable[..., Loaded], pico_llama: Path) -> Loaded:
 def gpt2(loaded: Callable[..., Loaded], pico_gpt2: Path) -> Loaded:
     """A fresh pico GPT-2 in fp32 on the CPU."""
     return loaded(pico_gpt2)
-
-
-def capital_rows(count: int = 20) -> list[dict[str, object]]:
-    """``country``, ``capital``, ``question``, ``answer`` (qa: the city), ``choices``, ``correct`` (mcq: an index)."""
-    pairs = [(country, city) for country, city in (entry.split() for entry in CAPITALS.split(", "))]
-    rows: list[dict[str, object]] = []
-    for number, (country, city) in enumerate(pairs[:count]):
-        wrong = [pairs[(number + step) % len(pairs)][1] for step in (1, 2, 3)]
-        correct = number % 4
-        rows.append(
-            {
-                "country": country,
-                "capital": city,
-                "question": f"What is the capital of {country}?",
-                "answer": city,
-                "choices": [*wrong[:correct], city, *wrong[correct:]],
-                "correct": correct,
-            }
-        )
-    return rows
 
 
 @pytest.fixture

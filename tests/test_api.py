@@ -15,8 +15,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import capital_rows
 from datasets import Dataset
+from facts import capital_rows
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager

@@ -218,6 +218,8 @@ def _override(data: dict[str, Any], override: str, places: _Places) -> str:
 def _other_names(data: Any, path: Sequence[str | int]) -> list[str]:
     """The keys of a mapping that are other libraries' names, or ours, of the one at ``path``."""
     ours = ALSO.get(str(path[-1]), path[-1])
+    if not isinstance(data, dict):
+        return []
     others = [name for name in data if name != path[-1] and ALSO.get(name, name) == ours]
     return others if others and ours in _keys_beside(path) else []
 
