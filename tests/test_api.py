@@ -170,6 +170,7 @@ def test_everything_else_is_as_it_was(
     with random_state_kept():
         drawn = (random.random(), np.random.random(), torch.rand(1))
     vector = unlearn.fit(phi.model, phi.tokenizer, FORGET, RETAIN, verbose=verbose, **QUICK)
+    unlearn.shape(vector, "rescale", verbose=verbose)
     unlearn.sweep(phi.model, vector, [1.0], {"one": lambda model: 1.0 + model.training}, verbose=verbose)
     assert (random.random(), np.random.random()) == drawn[:2]
     assert torch.equal(torch.rand(1), drawn[2])
@@ -319,6 +320,11 @@ MISTAKES: dict[str, tuple[Callable[[Loaded, TaskVector], object], str]] = {
     "a shaper without rows": (lambda phi, tau: unlearn.shape(tau, "shrink"), "give model and retain as well"),
     "a shaper without a vector": (lambda phi, tau: unlearn.shape(tau, "project"), "give retain_vector as well"),
     "no metrics": (lambda phi, tau: unlearn.sweep(phi.model, tau, [1], {}), "metrics is empty"),
+    "one metric": (lambda phi, tau: unlearn.sweep(phi.model, tau, [1], len), "no mapping"),  # type: ignore[arg-type]
+    "scores in a mapping": (
+        lambda phi, tau: unlearn.sweep(phi.model, tau, [1], {"a": lambda m: {"f": 1}}),  # type: ignore[dict-item,return-value]
+        "a gave a dict, and no number",
+    ),
     "no coefficient": (lambda phi, tau: unlearn.sweep(phi.model, tau, [0], {"a": len}), "at least one number"),
     "a score that is none": (
         lambda phi, tau: unlearn.sweep(phi.model, tau, [1], {"a": lambda m: float("nan")}),

@@ -13,7 +13,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +120,7 @@ def shape(
     if missing := [name for name, is_absent in absent.items() if is_absent]:
         raise VectorError(f"shape: {listing(steps)} works with more than the vector: give {listing(missing)} as well")
     pad, trained = 0, dict[SetRole, list[Encoded]]()
-    with nullcontext() if model is None else _as_it_was(model, verbose):
+    with _as_it_was(model or nn.Module(), verbose):
         if rows and model is not None:
             loaded = _loaded(model, tokenizer)
             pad = loaded.tokenizer.pad_token_id
@@ -227,8 +227,8 @@ def sweep(
     Args:
         metrics: Name -> a function of the model that gives a number.
     """
-    if not metrics:
-        raise EvaluationError("sweep: metrics is empty; give {'forget': a function of the model, ...}")
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise EvaluationError("sweep: metrics is empty, or no mapping; give {'forget': a function of the model, ...}")
     grid = sorted({0.0, *(float(c) for c in coefficients)})
     if not all(math.isfinite(c) for c in grid) or len(grid) < 2:
         raise EvaluationError(f"sweep: coefficients {list(coefficients)}: give at least one number that is not 0")
@@ -237,7 +237,11 @@ def sweep(
         for c in grid:
             edit.subtract(c)
             for name, metric in metrics.items():
-                values[name].append(float(metric(model)))
+                value = metric(model)
+                try:
+                    values[name].append(float(value))
+                except (TypeError, ValueError) as e:
+                    raise EvaluationError(f"sweep: {name} gave a {type(value).__name__}, and no number") from e
                 if c == 0 and not math.isfinite(values[name][-1]):
                     raise EvaluationError(f"sweep: {name} of the model as it is is {values[name][-1]}, and no number")
             advance(1)

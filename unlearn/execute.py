@@ -123,6 +123,7 @@ def _inputs(recipe: Recipe, base: Path) -> list[Any]:
                 found.append([source.path, sha256(path)])
     if recipe.vector.uses("idk_dpo"):
         found.append(refusals(recipe.vector.settings("idk_dpo").refusals, base))
+    found += recipe.vector.sources()
     if (template := template_path(recipe.model, base)) is not None:
         found.append(sha256(template))
     clean, given = recipe.vector.clean(), recipe.vector.given()

@@ -31,7 +31,7 @@ from unlearn.report.page import render_html, save_figures
 from unlearn.report.publish import CardFacts, able
 from unlearn.report.trackers import track
 from unlearn.results import Membership, RunReport
-from unlearn.score.scorer import Questions, Scorer, build_questions
+from unlearn.score.scorer import Questions, Scorer, build_questions, unlikely_spaces
 from unlearn.score.search import as_given
 from unlearn.store import provenance
 from unlearn.store.files import write_json_atomic, write_text_atomic
@@ -71,12 +71,13 @@ def run(recipe: Recipe, store: Store) -> RunReport | None:
     models_used = {"model": recipe.model.path, "base": base.fingerprint}
     target = teach_target(recipe, base, sets, store)
     models_used["target"] = target.fingerprint
-    doubts: list[str] = []
+    doubts = [unlikely_spaces(target, sets)]
     if given is not None:
         models_used["vector"] = given.digest()
-        doubts += filter(None, [other_base(given, recipe, target)])
-        for said in doubts:
-            say(f"    ! {said}", style="yellow")
+        doubts.append(other_base(given, recipe, target))
+    doubts = list(filter(None, doubts))
+    for said in doubts:
+        say(f"    ! {said}", style="yellow")
     del base  # after a teaching nothing needs it any more, and it is as large as the target
 
     # what is subtracted
@@ -168,7 +169,10 @@ def evaluate(recipe: Recipe, store: Store) -> RunReport | None:
         exports={},
         seconds=store.seconds,
         provenance=models_used,
-        warnings=warnings(recipe, sets, chosen, (), before, found, ()),
+        warnings=(
+            *filter(None, [unlikely_spaces(target, sets)]),
+            *warnings(recipe, sets, chosen, (), before, found, ()),
+        ),
         benchmark=found.benchmark,
         membership=found.membership,
         robustness=found.attacks,

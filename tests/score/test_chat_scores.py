@@ -24,7 +24,8 @@ from unlearn.recipe.methods import IgnoranceSpec, TrainSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.score.evaluate import EvalResult, evaluate
 from unlearn.score.packed import interface
-from unlearn.score.scorer import build_questions, complete
+from unlearn.score.scorer import build_questions, complete, unlikely_spaces
+from unlearn.text import percent
 from unlearn.train.teacher import ignorant
 
 COUNTRIES = ("France Paris", "Italy Rome", "Spain Madrid", "Greece Athens", "Norway Oslo", "Japan Tokyo", "Peru Lima")
@@ -120,6 +121,32 @@ def test_the_score_is_the_answer_s_probability_in_the_template(model: Path, tmp_
         logprob = sum(float(logits[start + k - 1, token]) for k, token in enumerate(ids))
         wanted.append(math.exp(logprob / len(answer)))
     assert by_key(result)["forget", "qa", "prob"] == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
+
+
+def test_what_nobody_trains_on_and_lm_eval_scores_is_said(model: Path, tmp_path: Path) -> None:
+    """White space between template and answer, by a plain pass over transformers' own template."""
+    _, loaded, sets = arena(tmp_path, model)
+    nats = []
+    for item in sets[0].test + sets[0].validation:
+        asked = said(loaded, item.asked)
+        blank = next(n for n in range(9) if loaded.tokenizer.decode(asked[len(asked) - n - 1]).strip())
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([asked])).logits[0].log_softmax(-1)
+        nats.append(sum(float(logits[-k - 1, asked[-k]]) for k in range(1, blank + 1)))
+    told = unlikely_spaces(loaded, sets)
+    if not any(nats):
+        assert not told, "the template has none"
+        return
+    assert f"a probability of {percent(math.exp(sum(nats) / len(nats)))}, " in told
+    sure = loaded.tokenizer.encode("\n\n", add_special_tokens=False) + loaded.tokenizer.encode("\n")[-1:]
+
+    def surely(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[..., sure] += 100 * torch.ones(len(sure))
+        return logits
+
+    with loaded.model.get_output_embeddings().register_forward_hook(surely):
+        certain = unlikely_spaces(loaded, sets)
+    assert not certain
 
 
 @pytest.mark.parametrize("engine", ["packed", "hf"])

@@ -594,9 +594,25 @@ def test_a_method_of_one_s_own_stands_in_a_recipe() -> None:
     with pytest.raises(ValueError, match=r"vector.damp holds settings of a method that vector.method does not name"):
         VectorSpec.model_validate({"damp": {"share": 0.5}})
     with pytest.raises(ValueError, match="cannot be a method's name"):
-        unlearn.register_method("damp")
+        unlearn.register_method("low_rank")
     with pytest.raises(ValueError, match="cannot be a method's name"):
         unlearn.register_method("lora")
+
+
+@pytest.mark.usefixtures("damp")
+def test_a_method_that_is_written_anew_is_another_method() -> None:
+    spec = VectorSpec.model_validate({"method": ("damp", "lines")})
+    (before,) = spec.sources()
+    assert "how.share * vector" in before
+    unlearn.register_method("damp", needs="retain_vector")(lambda vector, have, how: 3.0 * vector)
+    assert spec.sources() != [before], "a finished run must not be found again"
+    assert spec.needs("retain_vector")
+    assert not spec.needs("retain")
+    assert apart(shape(FORGET, VectorSpec.model_validate({"method": "damp"}), HAVE), 3.0 * FORGET) < 1e-6
+    unlearn.register_method("damp")(lambda vector, have, how: None)
+    with pytest.raises(VectorError, match="damp: its function gave no TaskVector, but NoneType"):
+        shape(FORGET, VectorSpec.model_validate({"method": "damp"}), HAVE)
+    assert VectorSpec().sources() == []
 
 
 @pytest.mark.usefixtures("damp")
@@ -607,3 +623,6 @@ def test_a_run_uses_a_method_of_one_s_own(tmp_path: Path) -> None:
     fitted, edit = (TaskVector.load(out / "vectors" / n / "vector.safetensors") for n in ("forget", "edit"))
     assert apart(edit, 0.25 * fitted) < 1e-6
     assert "  damp:\n    share: 0.25\n" in (out / "resolved.yaml").read_text()
+    unlearn.register_method("damp", settings=DampSpec)(lambda vector, have, how: 2.0 * vector)
+    assert unlearn.run("pico_smoke.yaml", set=settings, out=out) is not None
+    assert apart(TaskVector.load(out / "vectors" / "edit" / "vector.safetensors"), 2.0 * fitted) < 1e-6

@@ -139,6 +139,16 @@ def scored_rows(items: Sequence[Item], kind: Kind, tokenizer: Any, max_length: i
     return rows
 
 
+def spaces_before(items: Sequence[Item], tokenizer: Any) -> list[Encoded]:
+    """The white space that a chat template has before each answer, labelled: it is scored, and not trained on."""
+    rows = []
+    for item in items:
+        whole, spaces = encode_pair(tokenizer, item.prompt, "") if item.turn is not None else ([], [])
+        if spaces:
+            rows.append(Encoded((*whole, *spaces), (*[IGNORE] * len(whole), *spaces)))
+    return rows
+
+
 def cuts(rows: Sequence[Encoded]) -> dict[str, int]:
     """What of rows to train on did not fit: ``prompts_cut``, ``passages_split``; nothing where all of them did."""
     found = {"prompts_cut": sum(row.cut > 0 for row in rows), "passages_split": sum(row.piece == 1 for row in rows)}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
@@ -524,6 +525,7 @@ class Method:
     addable: bool = False  # not fitted against what must be forgotten, so that it has a meaning where one is added
     dense: bool = False  # and so is its vector
     less: str = ""  # what to lower when memory runs out, if not to leave it out
+    source: str = ""  # of a function from outside the package: what it makes depends on how it is written
 
 
 METHODS: dict[str, Method] = {
@@ -611,6 +613,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
+_PACKAGED = frozenset(METHODS)
 # The function of a shaper, ``(vector, have, settings) -> vector``: :mod:`unlearn.vector.methods` puts its own here.
 SHAPERS: dict[str, Callable[..., Any]] = {}
 
@@ -618,20 +621,27 @@ SHAPERS: dict[str, Callable[..., Any]] = {}
 def register_method(name: str, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a shaper of a function ``(vector, have, settings) -> vector``, so that a recipe can name it.
 
+    Registered again, as when a notebook's cell is run again, the new function takes the place of the one before.
+
     Args:
         name: What ``vector.method`` calls it; its settings, if it has any, are under ``vector.NAME``.
         facts: See :class:`Method`: ``words``, ``settings`` (a subclass of ``unlearn.recipe.data.Frozen``),
             ``needs``, ``paper``, ``addable``.
 
     Raises:
-        ValueError: there is such a method, or ``vector`` has another setting of that name.
+        ValueError: the package has such a method, or ``vector`` has another setting of that name.
     """
-    if name in METHODS or name in VectorSpec.model_fields or not name.isidentifier():
+    if name in _PACKAGED or name in VectorSpec.model_fields or not name.isidentifier():
         raise ValueError(f"{name!r} cannot be a method's name: it is taken, or no identifier")
-    METHODS[name] = Method("shaper", **facts)
+    needs: Any = facts.pop("needs", ())
+    method = Method("shaper", needs=(needs,) if isinstance(needs, str) else needs, **facts)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        SHAPERS[name] = function
+        try:
+            source = inspect.getsource(function)
+        except (OSError, TypeError):
+            source = repr(function)  # has its address: what cannot be read is never taken for what it was
+        METHODS[name], SHAPERS[name] = replace(method, source=source), function
         return function
 
     return register
@@ -799,6 +809,10 @@ class VectorSpec(Frozen):
     def needs(self, *needs: Need) -> bool:
         """Whether any of the methods asks for any of these."""
         return any(need in METHODS[m].needs for m in self.steps() for need in needs)
+
+    def sources(self) -> list[str]:
+        """How the functions from outside the package are written."""
+        return [source for m in self.steps() if (source := METHODS[m].source)]
 
     def settings(self, method: str) -> Any:
         """A method's settings, its defaults where the recipe gives none; of contrast the weight mu."""

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch.nn import functional
 
 from unlearn.console import is_main_process, say
-from unlearn.data.encoding import encode_item, encode_pair
+from unlearn.data.encoding import encode_item, encode_pair, spaces_before
 from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet, plainly
 from unlearn.errors import BrokenModelError
@@ -28,12 +30,16 @@ from unlearn.score.packed import PackedLM, interface
 from unlearn.score.tasks import TaskSet, quiet_harness
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
+from unlearn.text import percent
+from unlearn.train.batches import Pad
+from unlearn.train.losses import answer_logits
 from unlearn.vector.edit import Edit
 from unlearn.vector.task_vector import TaskVector
 
 Goal = tuple[SetRole, str]
 Compared = tuple[tuple[TaskScore, ...], tuple[TaskScore, ...], tuple[Example, ...]]  # before, after, and some answers
 _RUN = 4  # tokens that are looked for again
+_SPACED = 8  # items of a set on which is looked what a template has before an answer
 _MCQ_TOKENS = 10  # of a completion, or as many as the answer has
 
 
@@ -75,6 +81,23 @@ def build_questions(
     if recipe.robustness is not None and recipe.robustness.samples and recipe.eval.generate == "none":
         build("test", True)  # what is sampled is compared by its words as well
     return Questions(sets, recipe, *asked, scoring)
+
+
+def unlikely_spaces(target: Loaded, sets: Sequence[LoadedSet]) -> str:
+    """What to say of a model that does not write what its chat template has before an answer; empty where it does."""
+    items = [item for s in sets if s.spec.kind == "qa" for item in (*s.test, *s.validation)[:_SPACED]]
+    if not (rows := spaces_before(items, target.tokenizer)):
+        return ""
+    with torch.no_grad():
+        logits, wanted, _ = answer_logits(target.model, Pad(target.tokenizer.pad_token_id)(rows))
+    share = math.exp(-float(functional.cross_entropy(logits, wanted, reduction="sum")) / len(rows))
+    if share >= 0.5:
+        return ""
+    return (
+        f"the model gives the white space that its chat template has before an answer a probability of "
+        f"{percent(share)}, and lm-eval counts it with the answer: prob, loss and exact of questions say little; pmi, "
+        "where it cancels, tells more (choose: {metric: pmi})"
+    )
 
 
 def digests(sets: Iterable[LoadedSet]) -> list[list[str]]:

@@ -685,6 +685,7 @@ def _shaped(
 
     digests = [fitted.digest(), None if retain is None else retain.digest()]
     inputs = [target.fingerprint, digests, [one.digest, [s.digest for s in near]], spec, recipe.seed]
+    inputs += spec.sources()
     return TaskVector.load(store.stage(f"shaped/{_stage_name(one, recipe)}", inputs, make) / VECTOR_FILE)
 
 

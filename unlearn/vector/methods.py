@@ -83,6 +83,8 @@ def shape(vector: TaskVector, spec: VectorSpec, have: Have) -> TaskVector:
         before = vector.norm()
         with told(f"vector.method {step}", METHODS[step].less or f"leave {step} out of vector.method"):
             vector = SHAPERS[step](vector, have, spec.settings(step))
+        if not isinstance(vector, TaskVector):
+            raise VectorError(f"vector.method {step}: its function gave no TaskVector, but {type(vector).__name__}")
         say(f"    {step}: norm {before:.3g} to {vector.norm():.3g}")
     return vector
 
