@@ -633,8 +633,9 @@ def register_method(name: str, **facts: Any) -> Callable[[Callable[..., Any]], C
     """
     if name in _PACKAGED or name in VectorSpec.model_fields or not name.isidentifier():
         raise ValueError(f"{name!r} cannot be a method's name: it is taken, or no identifier")
-    needs: Any = facts.pop("needs", ())
-    method = Method("shaper", needs=(needs,) if isinstance(needs, str) else needs, **facts)
+    if isinstance(facts.get("needs"), str):
+        facts["needs"] = (facts["needs"],)
+    method = Method("shaper", **facts)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
