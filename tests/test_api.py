@@ -330,6 +330,30 @@ MISTAKES: dict[str, tuple[Callable[[Loaded, TaskVector], object], str]] = {
         lambda phi, tau: unlearn.sweep(phi.model, tau, [1], {"a": lambda m: float("nan")}),
         "a of the model as it is is nan",
     ),
+    "a score that is a list": (
+        lambda phi, tau: unlearn.sweep(phi.model, tau, [1], {"a": lambda m: [1.0]}),
+        "a gave a list, and no number",
+    ),
+    "one coefficient": (lambda phi, tau: unlearn.sweep(phi.model, tau, 1.0, {"a": len}), "give a list of numbers"),
+    "an untried coefficient": (
+        lambda phi, tau: unlearn.Sweep((0.0, 1.0), {"a": (1, 1)}).at(2),
+        "2 was not tried; 0.0 and 1.0 were",
+    ),
+    "a shaper without forget rows": (
+        lambda phi, tau: unlearn.shape(
+            tau, "shrink", model=phi.model, tokenizer=phi.tokenizer, retain=RETAIN, shrink={"forget": 1.0}
+        ),
+        "give forget as well",
+    ),
+    "another model to shape by": (
+        lambda phi, tau: unlearn.shape(tau, "shrink", model=torch.nn.Linear(2, 2), retain=RETAIN),  # type: ignore[arg-type]
+        "does not fit this model",
+    ),
+    "what the Trainer refuses": (
+        lambda phi, tau: _fit(phi, trainer={"optim": "nope"}),
+        "trainer: transformers refuses",
+    ),
+    "a file in the way": (lambda phi, tau: unlearn.save_adapter(tau, 1.0, README, "base"), "cannot be written"),
     "an unknown metric": (
         lambda phi, tau: unlearn.Sweep((0.0, 1.0), {"kept": (1, 1)}).choose(minimise="kep"),
         "did you mean 'kept'",
@@ -369,5 +393,5 @@ def test_a_model_with_an_adapter_on_it_is_refused(phi: Loaded) -> None:
     with pytest.raises(UnlearnError, match="has an adapter on it"):
         unlearn.fit(peft_model, phi.tokenizer, FORGET, **QUICK)
     dora = get_peft_model(peft_model.unload(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(UnlearnError, match="DoRA"):
+    with pytest.raises(UnlearnError, match=r"^adapter 'default': cannot become a task vector: it is a DoRA"):
         unlearn.TaskVector.from_peft_model(dora)

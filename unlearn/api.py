@@ -41,9 +41,11 @@ from unlearn.score.tasks import random_state_kept, task_manager
 from unlearn.store.stages import RunFolder, Store
 from unlearn.text import did_you_mean, listing, number
 from unlearn.train.learned import materials
+from unlearn.train.trainer import check_passed_on
 from unlearn.train.vectors import encoded, fit_vectors
 from unlearn.vector import methods
 from unlearn.vector.edit import Edit, subtracted
+from unlearn.vector.edit import fit as fitting
 from unlearn.vector.interop import to_adapter
 from unlearn.vector.task_vector import TaskVector
 
@@ -80,6 +82,7 @@ def fit(
     folder = tempfile.TemporaryDirectory(prefix="unlearn-")
     with _as_it_was(model, verbose), folder as work, RunFolder.open(Path(work), "", "", lambda *_: None) as run:
         loaded_sets = training_sets(recipe, sets, loaded.tokenizer)
+        check_passed_on(recipe.vector.forget, model, "settings")
         vectors = fit_vectors(loaded, loaded_sets, recipe, Store(run, base=Path.cwd()))
     return next(iter(vectors.parts.values()))
 
@@ -113,12 +116,15 @@ def shape(
     spec = recipe.vector
     absent = {
         "model": model is None and (spec.needs("rows", "activations") or spec.uses("ethos")),
-        "forget": forget is None and spec.needs("rows"),
+        "forget": forget is None
+        and (spec.needs("rows") or (spec.uses("shrink") and spec.settings("shrink").forget > 0)),
         "retain": retain is None and spec.needs("rows", "activations"),
         "retain_vector": retain_vector is None and spec.needs("retain_vector"),
     }
     if missing := [name for name, is_absent in absent.items() if is_absent]:
         raise VectorError(f"shape: {listing(steps)} works with more than the vector: give {listing(missing)} as well")
+    if model is not None:
+        fitting(model, vector)
     pad, trained = 0, dict[SetRole, list[Encoded]]()
     with _as_it_was(model or nn.Module(), verbose):
         if rows and model is not None:
@@ -138,7 +144,10 @@ def save_adapter(vector: TaskVector, coefficient: float, folder: str | Path, bas
     """
     if not math.isfinite(coefficient) or coefficient == 0:
         raise VectorError(f"coefficient {coefficient}: subtracting that leaves no other model to be saved")
-    to_adapter(-coefficient * vector, Path(folder), base)
+    try:
+        to_adapter(-coefficient * vector, Path(folder), base)
+    except OSError as e:
+        raise VectorError(f"{folder}: the adapter cannot be written: {e.strerror or e}") from e
     return Path(folder)
 
 
@@ -154,6 +163,8 @@ class Sweep:
 
     def at(self, coefficient: float) -> dict[str, float]:
         """Every metric at one of the coefficients."""
+        if coefficient not in self.coefficients:
+            raise EvaluationError(f"at: {coefficient} was not tried; {listing(map(str, self.coefficients))} were")
         return {name: row[self.coefficients.index(coefficient)] for name, row in self.values.items()}
 
     def choose(
@@ -229,7 +240,10 @@ def sweep(
     """
     if not isinstance(metrics, Mapping) or not metrics:
         raise EvaluationError("sweep: metrics is empty, or no mapping; give {'forget': a function of the model, ...}")
-    grid = sorted({0.0, *(float(c) for c in coefficients)})
+    try:
+        grid = sorted({0.0, *(float(c) for c in coefficients)})
+    except (TypeError, ValueError) as e:
+        raise EvaluationError(f"sweep: coefficients {coefficients!r}: give a list of numbers") from e
     if not all(math.isfinite(c) for c in grid) or len(grid) < 2:
         raise EvaluationError(f"sweep: coefficients {list(coefficients)}: give at least one number that is not 0")
     values: dict[str, list[float]] = {name: [] for name in metrics}
@@ -240,7 +254,7 @@ def sweep(
                 value = metric(model)
                 try:
                     values[name].append(float(value))
-                except (TypeError, ValueError) as e:
+                except (TypeError, ValueError, RuntimeError) as e:
                     raise EvaluationError(f"sweep: {name} gave a {type(value).__name__}, and no number") from e
                 if c == 0 and not math.isfinite(values[name][-1]):
                     raise EvaluationError(f"sweep: {name} of the model as it is is {values[name][-1]}, and no number")

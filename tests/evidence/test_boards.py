@@ -352,6 +352,14 @@ def test_their_figures_stand_beside_ours(made: Made, said: Said, tmp_path: Path)
     assert table["tofu forget01"] == ["target", "edited", "reference", "tofu_Llama_NPO"]
     for column, name in THEIRS.items():
         assert table[column][-1] == f"{summary[name]:.4f}"
+    assert table["privleak"] == ["-5.50"]  # another benchmark's has a table of its own
+    # two of one name stand side by side, and so does one that is called like a model of the run
+    again = [tmp_path / "more" / name / "evals" / "TOFU_SUMMARY.json" for name in ("tofu_Llama_NPO", "edited")]
+    for number, path in enumerate(again):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({**summary, "model_utility": number / 8}))
+    assert main([str(run), str(place / "TOFU_SUMMARY.json"), *map(str, again)]) == 0
+    assert shown(said()[0])["Model Utility"][-3:] == ["0.6000", "0.0000", "0.1250"]
     ratio = f"{summary['forget_truth_ratio']:.4f}"
     assert [table[name][-1] for name in ("Model Utility", "Truth Ratio Forget", "Prob. Forget", "Forget Quality")] == [
         *("0.6000", ratio, "0.5000", "0.0625")

@@ -115,6 +115,17 @@ def test_fila_needs_whole_weights(tmp_path: Path) -> None:
     packed = START.replace("'pico:phi'", "'pico:phi', quantize: nf4")
     with pytest.raises(UnlearnError, match=r"vector\.ihl\.fila needs gradients of the weights"):
         read(tmp_path, f"{packed}{RETAIN}vector: {{method: ihl, ihl: {{fila: true}}}}\n")
+    with pytest.raises(UnlearnError, match=r"vector\.ihl\.fila begins every module at one rank"):
+        read(
+            tmp_path,
+            f"{START}{RETAIN}vector: {{method: ihl, ihl: {{fila: true}}, lora: {{rank_pattern: {{fc1: 2}}}}}}\n",
+        )
+
+
+def test_an_orthogonal_start_takes_even_ranks(tmp_path: Path) -> None:
+    for ranks in ("rank: 3", "rank_pattern: {fc1: 3}"):
+        with pytest.raises(UnlearnError, match="init_lora_weights orthogonal needs even ranks, and one is 3"):
+            read(tmp_path, f"{START}vector: {{lora: {{init_lora_weights: orthogonal, {ranks}}}}}\n")
 
 
 def test_what_older_recipes_say_has_the_keys_it_had() -> None:

@@ -221,14 +221,15 @@ def print_rows(
     places = _places(out, [run.folder for run, _, _ in found])
     for (run, logs, rows), place in zip(found, places, strict=True):
         screen.print(_safe(f"{run.name} ({run.folder})", screen))
-        shown = {str(who): row for who, row in rows.items()}
-        shown |= {file.name: file.row for file in files if file.benchmark == run.spec.name}
+        shown = [(str(who), row) for who, row in rows.items()]
+        shown += [(file.name, file.row) for file in files if file.benchmark == run.spec.name]
         _print_figures(f"{run.spec.name} {run.spec.set}", run.spec.name, shown, screen)
         _print_membership(run, screen)
         if place is not None:
             _write(place, logs, rows, method or run.name, submitted_by)
-    for benchmark in dict.fromkeys(file.benchmark for file in files) if not found else ():
-        _print_figures(benchmark, benchmark, {f.name: f.row for f in files if f.benchmark == benchmark}, screen)
+    alone = dict.fromkeys(file.benchmark for file in files)
+    for benchmark in [name for name in alone if name not in {run.spec.name for run, _, _ in found}]:
+        _print_figures(benchmark, benchmark, [(f.name, f.row) for f in files if f.benchmark == benchmark], screen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,10 +341,11 @@ def _print_membership(run: BenchRun, screen: Console) -> None:
         _print("membership, AUC", list(files), {n: [at.get((n, who), "-") for who in files] for n in names}, screen)
 
 
-def _print_figures(title: str, benchmark: str, rows: Mapping[str, Row], screen: Console) -> None:
-    names = [name for name in next(iter(rows.values())) if name != "name"]
-    lines = {name: [_figure(name, row.get(name), benchmark) for row in rows.values()] for name in names}
-    _print(title, list(rows), lines, screen)
+def _print_figures(title: str, benchmark: str, rows: Sequence[tuple[str, Row]], screen: Console) -> None:
+    """A column for each row, of which several may have one name."""
+    names = [name for name in rows[0][1] if name != "name"]
+    lines = {name: [_figure(name, row.get(name), benchmark) for _, row in rows] for name in names}
+    _print(title, [who for who, _ in rows], lines, screen)
 
 
 def _print(title: str, models: Sequence[str], lines: Mapping[str, Sequence[str]], screen: Console) -> None:

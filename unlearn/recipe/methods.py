@@ -80,6 +80,13 @@ class LoraSpec(Frozen):
             raise ValueError("the depth must go from a lower share to a higher one")
         return ends
 
+    @model_validator(mode="after")
+    def _in_pairs(self) -> LoraSpec:
+        odd = next((rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2), None)
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f"init_lora_weights orthogonal needs even ranks, and one is {odd}")
+        return self
+
 
 # Settings of the Trainer on which rests what this program says of a run: the keys of a recipe that stand for them.
 _GOVERNED = {

@@ -262,8 +262,13 @@ class Recipe(Frozen):
         passages = next((d.label() for role, d in self.goals() if role == "forget" and d.kind == "text"), None)
         if steps[0] == "idk_dpo" and passages:
             return f"vector.method idk_dpo refuses an answer, and the forget set {passages} has passages: take another"
-        if steps[0] == "ihl" and vector.settings("ihl").fila and self.model.quantize != "none":
-            return "vector.ihl.fila needs gradients of the weights, and quantised ones have none: drop model.quantize"
+        if steps[0] == "ihl" and vector.settings("ihl").fila:
+            if self.model.quantize != "none":
+                return (
+                    "vector.ihl.fila needs gradients of the weights, and quantised ones have none: drop model.quantize"
+                )
+            if vector.lora.rank_pattern:
+                return "vector.ihl.fila begins every module at one rank: leave vector.lora.rank_pattern out"
         if steps[0] == "ignorance" and (teacher := vector.settings("ignorance").teacher) != "clean":
             fits = {"short": ("text",), "other": ("qa", "mcq"), "blank": ("qa", "mcq")}[teacher]
             for data in (d for role, d in self.goals() if role == "forget" and d.kind not in fits):

@@ -214,7 +214,11 @@ class TaskVector:
         with TemporaryDirectory(prefix="unlearn-") as folder:
             # its own files say all that an adapter may hold beside factors, which is then refused
             model.save_pretrained(folder, selected_adapters=names, save_embedding_layers=False)
-            return from_adapter(Path(folder, *([] if names == ["default"] else names)))
+            place = Path(folder, *([] if names == ["default"] else names))
+            try:
+                return from_adapter(place)
+            except VectorError as e:
+                raise VectorError(f"adapter {names[0]!r}: {str(e).removeprefix(f'{place}: ')}") from e
 
     @classmethod
     def from_checkpoints(cls, base: str | Path, finetuned: str | Path, *, rank: int | None = None) -> TaskVector:
