@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import chats
 import pytest
 from compared_arena import read, run, write_data, write_recipe
+from transformers import AutoTokenizer
 
 from unlearn.cli import main
 from unlearn.recipe.load import load_recipe, resolved_yaml
@@ -48,6 +50,20 @@ def test_the_card_says_to_ask_in_the_template(finished: Path) -> None:
     card = (finished / "run" / "export" / "adapter" / "README.md").read_text("utf-8")
     assert "its tokenizer's chat template" in card
     assert """messages = [{"role": "system", "content": 'Be "short".'}, {"role": "user", "content": "..."}]""" in card
+
+
+@pytest.mark.parametrize("template", ["llama", "chatml"])
+def test_a_model_with_another_template_is_told_of(template: str, finished: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(finished / "run" / "target", tmp_path / "theirs")
+    words = AutoTokenizer.from_pretrained(theirs)
+    words.chat_template = chats.TEMPLATES[template]
+    words.save_pretrained(theirs)
+    recipe = json.loads((finished / "recipe.yaml").read_text())
+    path = finished / f"eval-{template}.yaml"
+    path.write_text(json.dumps({**recipe, "robustness": None, "holdout": None, "reuse": ["run"]}))
+    assert main(["eval", str(theirs), str(path), "--out", str(tmp_path / "out")]) == 0
+    told = any("another chat template" in said for said in read(tmp_path / "out").warnings)
+    assert told == (template == "chatml")
 
 
 def test_a_template_s_file_is_part_of_the_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,13 @@ def warnings(
         )
     if subjects.given is not None and subjects.given.fingerprint == subjects.target.fingerprint:
         found.append("the edited model is the very model before: nothing was edited")
+    if subjects.given is not None and recipe.model.chat_template == "auto":
+        ours, theirs = (m.tokenizer.chat_template for m in (subjects.target, subjects.given))
+        if theirs and theirs != ours:
+            found.append(
+                "the edited model has another chat template than the recipe's model, in whose it was asked: give its "
+                "own as a file (model.chat_template) to ask both in that"
+            )
     if subjects.given is not None and evidence.attacks and getattr(subjects.given.model, "is_quantized", False):
         found.append("the edited model is quantised, so that attacks which change its weights were left out")
     found += [
