@@ -197,6 +197,7 @@ def test_everything_else_is_as_it_was(
         ({"minimise": "acc", "keep": {"loss": 1.05}}, 0.5),
         ({"minimise": "acc"}, 2.0),  # as low at 3
         ({"maximise": "loss"}, 3.0),
+        ({"minimise": "acc", "keep": {"negloss": 1.25}}, 1.0),  # at most: it may rise by as much
         ({"minimise": "acc", "keep": {"logprob": 0.8}}, 1.0),  # a negative score keeps its share by not growing
     ],
 )
@@ -206,6 +207,7 @@ def test_choose_goes_as_far_as_what_is_kept_allows(how: dict[str, Any], best: fl
         "kept": (0.8, 0.8, 0.78, 0.6, 0.1),
         "loss": (2.0, 2.05, 2.2, 3.0, 9.0),
         "logprob": (-1.0, -1.1, -1.2, -2.0, -5.0),
+        "negloss": (-5.0, -4.5, -4.1, -3.0, -1.0),
     }
     found = unlearn.Sweep((0.0, 0.5, 1.0, 2.0, 3.0), values)
     assert found.choose(**how) == best
@@ -392,6 +394,8 @@ def test_a_model_with_an_adapter_on_it_is_refused(phi: Loaded) -> None:
     peft_model = get_peft_model(phi.model, LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(UnlearnError, match="has an adapter on it"):
         unlearn.fit(peft_model, phi.tokenizer, FORGET, **QUICK)
+    with pytest.raises(UnlearnError, match="was not trained"):
+        unlearn.TaskVector.from_peft_model(peft_model)
     dora = get_peft_model(peft_model.unload(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(UnlearnError, match=r"^adapter 'default': cannot become a task vector: it is a DoRA"):
         unlearn.TaskVector.from_peft_model(dora)

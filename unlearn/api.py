@@ -36,7 +36,6 @@ from unlearn.recipe.methods import METHODS, VectorSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.report.charts import Point, Series, axis_of, chart, style
 from unlearn.score.packed import PackedLM
-from unlearn.score.search import holds
 from unlearn.score.tasks import random_state_kept, task_manager
 from unlearn.store.stages import RunFolder, Store
 from unlearn.text import did_you_mean, listing, number
@@ -192,7 +191,10 @@ class Sweep:
         def stays(name: str, share: float, now: float) -> bool:
             if not share > 0:
                 raise EvaluationError(f"choose: keep {name!r} is {share}: give a share above 0, .95 for instance")
-            return holds("", share <= 1, start[name], now, share if share <= 1 else 1 / share, None)
+            least = share <= 1  # a negative value keeps its share by not growing, or not shrinking, more than that
+            bound = start[name] * share if start[name] >= 0 else start[name] / share
+            slack = 1e-9 * max(abs(start[name]), 1.0)
+            return math.isfinite(now) and (now >= bound - slack if least else now <= bound + slack)
 
         kept = [c for c in self.coefficients if all(stays(n, b, self.at(c)[n]) for n, b in keep.items()) and c]
         better = [c for c in kept if sign * self.at(c)[goal] < sign * start[goal]]

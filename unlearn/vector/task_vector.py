@@ -216,9 +216,12 @@ class TaskVector:
             model.save_pretrained(folder, selected_adapters=names, save_embedding_layers=False)
             place = Path(folder, *([] if names == ["default"] else names))
             try:
-                return from_adapter(place)
+                vector = from_adapter(place)
             except VectorError as e:
                 raise VectorError(f"adapter {names[0]!r}: {str(e).removeprefix(f'{place}: ')}") from e
+        if vector.norm() == 0.0:
+            raise VectorError(f"adapter {names[0]!r} changes nothing: it was not trained")
+        return vector
 
     @classmethod
     def from_checkpoints(cls, base: str | Path, finetuned: str | Path, *, rank: int | None = None) -> TaskVector:
