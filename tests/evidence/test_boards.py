@@ -448,6 +448,7 @@ def test_references_that_do_not_fit(made: Made, said: Said, write: Callable[[str
     long = write("log.json", a_log())
     refused([str(run), "--reference", long], said, "reference has 6 forget items and the model 5")
     refused(["--tofu-log", long, "--reference", write("r.json", a_log(items=7))], said, "has 7 forget items")
+    refused(["--tofu-log", summary, "--reference", long], said, "has no values of single forget items")
     refused(["--tofu-log", long, "--reference", "published"], said, "--reference published is MUSE's")
     refused(["--tofu-log", long, "--reference", str(tmp_path)], said, "is not the folder of a run")
 

@@ -262,13 +262,15 @@ def _log_row(
     place: Path, given: str | None, method: str, submitted_by: str
 ) -> tuple[Mapping[Who, Figures], Mapping[Who, Row]]:
     """Print TOFU's row of a log, as JSON on stdout and nothing else there."""
-    from unlearn.evidence.benchmarks import read_log
+    from unlearn.evidence.benchmarks import TheirFigures, read_log
 
     log = read_log(place)
     if log.benchmark != "tofu":
         raise UnlearnError(f"--tofu-log {place} is a file of MUSE: give it as it is, unlearn leaderboard {place}")
     if given == _PUBLISHED:
         raise UnlearnError("--reference published is MUSE's; for TOFU give the log (.json) of a retain model, or a run")
+    if given is not None and isinstance(log, TheirFigures):
+        log.need_ratios()
     try:
         row = log.row(None if given is None else read_reference(Path(given), "tofu"), "")
     except EvaluationError as error:
