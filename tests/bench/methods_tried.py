@@ -102,6 +102,7 @@ METHODS: dict[str, Callable[[Cell], TaskVector]] = {
     "shrink_contrast": _shaped(_plain, method=("shrink", "rescale"), shrink={"forget": 10.0}),
     # chosen on capitals; longer, because both sides leave little of it where the grid of coefficients looks
     "kfac": lambda cell: 2.0 * cell.shaped(_plain(cell), method=("kfac", "rescale")),
+    "ignorance+kfac": lambda cell: 2.0 * cell.shaped(_ignorance(cell), method=("kfac", "rescale")),
     "slopes": _shaped(_plain, method=("slopes", "rescale")),
     "slopes+learned": lambda cell: _learned(cell, "slopes", "rescale"),
 }
