@@ -29,7 +29,7 @@ from unlearn.data.sets import load_sets
 from unlearn.errors import DataError, GridError, ModelError, RecipeError, UnlearnError, VectorError
 from unlearn.evidence import boards as board_runs
 from unlearn.evidence import membership as member_files
-from unlearn.evidence.benchmarks import SETS, TofuLog, read_samples, rows
+from unlearn.evidence.benchmarks import SETS, read_log, read_samples, rows
 from unlearn.model.checkpoint import check_folder, read_checkpoint
 from unlearn.model.locate import WheelFile, extract
 from unlearn.recipe import data as template
@@ -236,7 +236,7 @@ def tofu_log(raw: bytes, folder: Path) -> None:
     """TOFU's row of a log, or DataError (or EvaluationError)."""
     (folder / "log.json").write_bytes(raw)
     with suppress(UnlearnError):
-        log = TofuLog.read(folder / "log.json")
+        log = read_log(folder / "log.json")
         rows({"edited": log}, log, "m")
 
 

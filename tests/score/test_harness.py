@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import capital_rows
 from unlearn import cli
-from unlearn.data.encoding import count_tokens
+from unlearn.data.encoding import encode_pair
 from unlearn.errors import EvaluationError
 from unlearn.model.load import Loaded
 from unlearn.model.pico import corpus
@@ -121,7 +121,7 @@ def items(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Items:
     folder, kinds = tmp_path_factory.mktemp("items"), dict[str, list[Found]](mcq=[], qa=[], text=[])
     for row in capital_rows(COUNTS["unlearn_mcq"]):
         prompt, choices, target = f"Question: {row['question']}\nAnswer:", list(row["choices"]), str(row["answer"])
-        counts = [count_tokens(tokenizer, prompt, f" {choice}") for choice in choices]
+        counts = [len(encode_pair(tokenizer, prompt, f" {choice}")[1]) for choice in choices]
         mcq = {"prompt": prompt, "choices": choices, "answer": row["correct"], "target": target}
         kinds["mcq"].append({**mcq, "choice_tokens": counts})
         if len(kinds["qa"]) < COUNTS["unlearn_qa"]:
@@ -129,7 +129,7 @@ def items(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Items:
     lines = corpus()
     for number in range(COUNTS["unlearn_text"]):
         prompt, target = "\n".join(lines[number : 8 * (number + 1)]), f" Snow is white, and {lines[number][:20]}"
-        tokens = count_tokens(tokenizer, prompt, target)
+        tokens = len(encode_pair(tokenizer, prompt, target)[1])
         kinds["text"].append({"prompt": prompt, "target": target, "target_tokens": tokens})
     assert len(tokenizer.encode(kinds["text"][-1]["prompt"])) > 1.5 * WINDOW
     for kind, rows in kinds.items():

@@ -97,16 +97,9 @@ def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
 # --- the vector ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["phi", "llama", "gpt2"])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_vector_is_what_peft_saved(
-    loaded: Load,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    family: str,
-    rslora: bool,
-) -> None:
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where PEFT itself saves the adapter that is trained, before a vector is read off it."""
     plain = finetune.read_adapter
 
     def save_first(peft_model: Any, meta: dict[str, str]) -> TaskVector:
@@ -114,6 +107,14 @@ def test_the_vector_is_what_peft_saved(
         return plain(peft_model, meta)
 
     monkeypatch.setattr(finetune, "read_adapter", save_first)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("family", ["phi", "llama", "gpt2"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_vector_is_what_peft_saved(
+    loaded: Load, request: pytest.FixtureRequest, tmp_path: Path, saved: Path, family: str, rslora: bool
+) -> None:
     folder = request.getfixturevalue(f"pico_{family}")
     model = loaded(folder)
     before = state(model.model)
@@ -122,8 +123,8 @@ def test_the_vector_is_what_peft_saved(
     assert_same_state(model.model, before)
     assert not any("lora" in name for name, _ in model.model.named_modules())
 
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(saved / "adapter_model.safetensors")
+    settings = json.loads((saved / "adapter_config.json").read_text())
     scale = 10 / math.sqrt(4) if rslora else 10 / 4
     assert settings["use_rslora"] is rslora
     assert settings["fan_in_fan_out"] is (family == "gpt2")
@@ -136,7 +137,7 @@ def test_the_vector_is_what_peft_saved(
     assert dict(vector.meta) == {"set": "forget", "rank": "4", "alpha": "10.0"}
 
     # and with nothing of ours: plain PEFT on a fresh model gives the logits of theta + tau
-    peft_model = PeftModel.from_pretrained(loaded(folder).model, str(tmp_path / "adapter")).eval()
+    peft_model = PeftModel.from_pretrained(loaded(folder).model, str(saved)).eval()
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad(), subtracted(model.model, vector, -1.0):
         edited = model.model(ids).logits
@@ -624,21 +625,14 @@ def test_a_step_is_made_by_the_optimiser_and_the_clipping_asked_for(phi: Loaded,
 
 
 def test_ranks_alphas_and_the_beginning_of_a_are_peft_s(
-    loaded: Load, pico_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: Load, pico_phi: Path, tmp_path: Path, saved: Path
 ) -> None:
     """The vector is what PEFT adds to the weights when it merges the adapter that was trained."""
-    plain = finetune.read_adapter
-
-    def save_first(peft_model: Any, meta: dict[str, str]) -> TaskVector:
-        peft_model.save_pretrained(tmp_path / "adapter")
-        return plain(peft_model, meta)
-
-    monkeypatch.setattr(finetune, "read_adapter", save_first)
     lora = LoraSpec(rank=4, alpha=8, rank_pattern={"mlp.fc1": 2}, alpha_pattern={"layers.1.self_attn.q_proj": 32})
     vector, _ = train(loaded(pico_phi), tmp_path / "work", train_spec(steps=2), lora)
     assert {m.rank for name, m in vector.modules.items() if name.endswith("fc1")} == {2}
     assert {m.rank for name, m in vector.modules.items() if not name.endswith("fc1")} == {4}
-    merged = PeftModel.from_pretrained(loaded(pico_phi).model, tmp_path / "adapter").merge_and_unload()
+    merged = PeftModel.from_pretrained(loaded(pico_phi).model, saved).merge_and_unload()
     before = dict(loaded(pico_phi).model.named_parameters())
     for name, m in vector.modules.items():
         added = merged.get_parameter(f"{name}.weight") - before[f"{name}.weight"]

@@ -71,11 +71,6 @@ def encode_item(tokenizer: Any, item: Item, kind: Kind, ending: str = "") -> tup
     return whole[:same], whole[same:]
 
 
-def count_tokens(tokenizer: Any, context: str, continuation: str) -> int:
-    """Tokens that are scored as the continuation."""
-    return len(encode_pair(tokenizer, context, continuation)[1])
-
-
 def encode(items: Sequence[Item], kind: Kind, tokenizer: Any, max_length: int) -> list[Encoded]:
     """Rows to train on: a text is learned whole; of qa and mcq only the answer carries loss, of qa with its end token,
     in a chat template with what ends the answer there.

@@ -278,11 +278,6 @@ class TofuLog(Log):
         return cls(sets, subset)
 
     @classmethod
-    def read(cls, path: Path) -> TofuLog:
-        """A log in the authors' layout: file name -> field -> item -> value."""
-        return cls.from_json(_json(path), str(path))
-
-    @classmethod
     def from_json(cls, data: Any, where: str) -> TofuLog:
         """The same from what was read, which messages call ``where``."""
         if not isinstance(data, Mapping):

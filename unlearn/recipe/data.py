@@ -146,9 +146,9 @@ class DataSet(Source):
     prompt: Template | Templates | SplitPrompts | None = Field(
         None, description="Template with {column} fields; what the model reads before the answer."
     )
-    reverse: Template | None = Field(
+    reverse: Template | None = later(
         None,
-        description="qa, mcq: a template of the question asked back, of which the answer is a part and the question is "
+        "qa, mcq: a template of the question asked back, of which the answer is a part and the question is "
         "the answer (Which country has the capital {answer}?); test items are scored so too, as NAME@reverse.",
     )
     shares: SplitShares = Field(
