@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
+import shutil
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from facts import capital_rows
@@ -18,42 +21,79 @@ if TYPE_CHECKING:
 
 # The hub's client reads this once, when it is imported: hence here, and the imports of it inside the functions.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# bitsandbytes would have torch import its compiler in every process that is started: seconds, and nothing is compiled
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+HERE = Path(__file__).parent
+LONGEST = (
+    *("faults/", "train/test_processes.py", "slurm/", "cluster/test_submit.py", "store/test_machines.py"),
+    *("store/", "golden/", "evidence/", "test_run.py", "test_requests.py", "train/", "security/", "fuzz/"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what runs in its background deaf to Ctrl-C, and whoever is deaf to it stays so.
 
-    Of several workers, whose files would come in the order of their numbers of tests: the few tests in a real Slurm
-    take longest, and would be left to one worker at the end.
+    Several workers get their files in the order of ``LONGEST``, not in that of their numbers of tests.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``, but that the tests of faults share one process, and so go to one worker."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "faults" if "/faults/" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes is run when it is asked for."""
+    """What takes minutes is run when it is asked for; what takes longest of the rest is not left to the end."""
     if "slow" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("slow") is not None:
                 item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
+    place = {item: item.path.relative_to(HERE).as_posix() for item in items}
+    rank = {folder: n for n, folder in enumerate(LONGEST)}
+    items.sort(key=lambda item: min((n for start, n in rank.items() if place[item].startswith(start)), default=99))
 
 
-@pytest.fixture(scope="session")
-def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache folder of this test session."""
-    return tmp_path_factory.mktemp("cache")
+def pytest_collection_finish() -> None:
+    """What all the imports have left stays: nobody has to look through it for garbage after every training."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of this test session: nobody's own is read or written, and no test goes online."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNLEARN_CACHE", str(folder))
+        patch.delenv("UNLEARN_OFFLINE", raising=False)
+        yield folder
 
 
 @pytest.fixture(autouse=True)
-def _isolated(monkeypatch: pytest.MonkeyPatch, session_cache: Path) -> None:
-    """Nobody's own cache is read or written, no test goes online, and tests share the machine politely."""
-    monkeypatch.setenv("UNLEARN_CACHE", str(session_cache))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("UNLEARN_OFFLINE", raising=False)
+def _politely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests share the machine.
+
+    Figures for papers, a third of a small run, are drawn by tests of them and by the runs that many tests read.
+    """
     import torch
 
     torch.set_num_threads(1)
+    if "unlearn.pipeline" in sys.modules:
+        monkeypatch.setattr("unlearn.pipeline.save_figures", lambda report, folder: None)
 
 
 def _pico(name: str, factory: pytest.TempPathFactory) -> Path:
@@ -92,19 +132,42 @@ def pico_gpt_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _pico("gpt_neox", tmp_path_factory)
 
 
-@pytest.fixture(scope="session")
-def compared(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Path:
-    """A folder with data, ``recipe.yaml`` and a finished ``run`` that is compared and attacked. Read only."""
+def _once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], int]) -> Path:
+    """A folder that the first of a session's workers fills by a run, for all of them."""
     import torch
+    from filelock import FileLock
+
+    shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder, whole = shared / name, shared / f"{name}.whole"
+    with FileLock(shared / f"{name}.lock"):
+        if not whole.exists():
+            torch.set_num_threads(1)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            assert make(folder) == 0
+            whole.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of ``pico_smoke.yaml``. Read only, or left as it is."""
+    from unlearn.cli import main
+
+    line = ["--recipe", "pico_smoke.yaml", "--out"]
+    return _once("smoke", tmp_path_factory, lambda folder: main([*line, str(folder / "run")])) / "run"
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, ``recipe.yaml`` and a finished ``run`` that is compared and attacked. Read only."""
     from compared_arena import run, write_data, write_recipe
 
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("compared")
-    write_data(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNLEARN_CACHE", str(session_cache))
-        assert run(write_recipe(folder), folder / "run") == 0
-    return folder
+    def make(folder: Path) -> int:
+        write_data(folder)
+        return run(write_recipe(folder), folder / "run")
+
+    return _once("compared", tmp_path_factory, make)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Trainings for the tests of several processes: run as a module, by one process or by more, or called in a test's own.
 
 ``python -m processes_arena '{"out": …, "model": …, "cases": {"name": {…}, …}}'``: every case leaves
-``<out>/<name>/vector.safetensors`` and ``log.json``. What a case may say is in :func:`fit`.
+``<out>/<name>/vector.safetensors`` and ``log.json``. What a case may say is in :func:`fit`, and what happens from it on
+in :func:`disturbed`.
 """
 
 from __future__ import annotations
@@ -111,13 +112,13 @@ def disturbed(step: int, what: str) -> None:
 def main() -> int:
     """The command line, with the exit codes of the project's own."""
     asked = json.loads(sys.argv[1])
-    if happens := asked.get("happens"):
-        disturbed(*happens)
     masks: list[list[bool]] = []
     masked(masks)
     try:
         distributed.join()
         for name, case in asked["cases"].items():
+            if happens := case.pop("happens", None):
+                disturbed(*happens)
             spec = ModelSpec.model_validate({"path": asked["model"], "device": "cpu", "dtype": "float32"})
             loaded = load(spec, asked["model"])
             vector, log = fit(loaded, Path(asked["out"]) / name / "work", **case)

@@ -16,7 +16,7 @@ from unlearn.recipe.load import load_recipe, resolved_yaml
 
 
 @pytest.fixture(scope="module")
-def finished(pico_llama: Path, session_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chatted")
     chats.build(pico_llama, folder / "model", "llama")
     write_data(folder)
@@ -24,9 +24,7 @@ def finished(pico_llama: Path, session_cache: Path, tmp_path_factory: pytest.Tem
     attacks = {"items": 6, "quantize": [], "relearn": None, "probes": ["paraphrase"], "samples": 0, "lens": False}
     without = dict.fromkeys(("reference", "benchmark"))
     recipe = write_recipe(folder, name="chatted", model=model, robustness=attacks, **without)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNLEARN_CACHE", str(session_cache))
-        assert run(recipe, folder / "run") == 0
+    assert run(recipe, folder / "run") == 0
     return folder
 
 

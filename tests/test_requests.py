@@ -28,12 +28,19 @@ def a_set(name: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "path": f"{name}.jsonl", "kind": "qa", "prompt": "{question}", "shares": SHARES, **more}
 
 
-@pytest.fixture
-def start(tmp_path: Path, pico_phi: Path) -> Callable[..., RunReport]:
-    """``start(out, **parts)`` runs a recipe of those parts in ``tmp_path/out``."""
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sets' files, and the folders of runs."""
+    folder = tmp_path_factory.mktemp("requests")
     for i, name in enumerate(("one", "two", "near", "form")):
         rows = [{"question": f"{name} {k}", "answer": f"{chr(97 + (k * (i + 2)) % 26)}{i}{k}"} for k in range(8)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(home: Path, pico_phi: Path) -> Callable[..., RunReport]:
+    """``start(out, **parts)`` runs a recipe of those parts in ``home/out``."""
 
     def begin(out: str, **parts: Any) -> RunReport:
         recipe: dict[str, Any] = {
@@ -50,10 +57,16 @@ def start(tmp_path: Path, pico_phi: Path) -> Callable[..., RunReport]:
             "eval": {"generate": "none", "examples": 1},
             **parts,
         }
-        (tmp_path / f"{out}.json").write_text(json.dumps(recipe))
-        return run(tmp_path / f"{out}.json", out=tmp_path / out)
+        (home / f"{out}.json").write_text(json.dumps(recipe))
+        return run(home / f"{out}.json", out=home / out)
 
     return begin
+
+
+@pytest.fixture(scope="module")
+def both(start: Callable[..., RunReport]) -> RunReport:
+    """Two requests at once, in the folder ``both``."""
+    return start("both", forget=ONE, also_forget=[TWO])
 
 
 def scores(report: RunReport) -> dict[Any, Any]:
@@ -73,8 +86,8 @@ def seal(folder: Path, stage: str) -> Mapping[str, Any]:
 ONE, TWO = a_set("one"), a_set("two")
 
 
-def test_the_order_of_requests_does_not_matter(start: Callable[..., RunReport], tmp_path: Path) -> None:
-    there = start("there", forget=ONE, also_forget=[TWO])
+def test_the_order_of_requests_does_not_matter(start: Callable[..., RunReport], both: RunReport, home: Path) -> None:
+    there = both
     back = start("back", forget=TWO, also_forget=[ONE])
     assert there.vector["digest"] == back.vector["digest"]
     assert there.vector["requests"] == back.vector["requests"]
@@ -85,35 +98,33 @@ def test_the_order_of_requests_does_not_matter(start: Callable[..., RunReport], 
     for name in ("one", "two"):
         before, after = scores(there)["forget", name, "prob"]
         assert after < before
-    files = [TaskVector.load(tmp_path / out / "vectors/edit" / VECTOR_FILE).digest() for out in ("there", "back")]
+    files = [TaskVector.load(home / out / "vectors/edit" / VECTOR_FILE).digest() for out in ("both", "back")]
     assert files[0] == files[1] == there.vector["digest"]
 
 
 def test_a_chain_of_requests_and_a_growing_one_are_lines_of_a_table(
-    start: Callable[..., RunReport], tmp_path: Path
+    start: Callable[..., RunReport], both: RunReport, home: Path
 ) -> None:
     """MUSE's sustainability and scalability: a request starts from the model that the one before left."""
     first = start("first", forget=ONE, export={"merged": True})
-    left = {"path": str(tmp_path / "first" / "export" / "merged"), "device": "cpu"}
+    left = {"path": str(home / "first" / "export" / "merged"), "device": "cpu"}
     second = start("second", forget=TWO, model=left)
-    grown = start("grown", forget=ONE, also_forget=[TWO])
     kept = ("retain", "near", "prob")
     assert first.chosen.coefficient > 0
     assert second.chosen.coefficient > 0
     assert scores(second)[kept][0] == pytest.approx(scores(first)[kept][1], rel=1e-3)
     assert scores(second)[kept][0] != pytest.approx(scores(first)[kept][0], rel=1e-3)
-    compare([tmp_path / name for name in ("first", "second", "grown")], tmp_path / "out")
-    with (tmp_path / "out" / "compare.csv").open(newline="") as file:
+    compare([home / name for name in ("first", "second", "both")], home / "out")
+    with (home / "out" / "compare.csv").open(newline="") as file:
         lines = {line["run"]: line for line in csv.DictReader(file)}
-    for name, report in {"first": first, "second": second, "grown": grown}.items():
+    for name, report in {"first": first, "second": second, "both": both}.items():
         found = [float(lines[name][f"retain near prob {when}"]) for when in ("before", "after")]
         assert found == list(scores(report)[kept])
 
 
 def test_a_request_is_withdrawn_exactly(
-    start: Callable[..., RunReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: Callable[..., RunReport], both: RunReport, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both = start("both", forget=ONE, also_forget=[TWO])
     parts = {r["name"]: r["digest"] for r in both.vector["requests"]}
     never = start("never", forget=TWO)
     capsys.readouterr()
@@ -125,9 +136,9 @@ def test_a_request_is_withdrawn_exactly(
     assert (withdrawn.chosen, withdrawn.sweep, scores(withdrawn)) == (never.chosen, never.sweep, scores(never))
 
 
-def test_nothing_is_scored_twice(start: Callable[..., RunReport], tmp_path: Path) -> None:
-    report = start("run", forget=ONE, also_forget=[TWO])
-    folder = tmp_path / "run"
+def test_nothing_is_scored_twice(start: Callable[..., RunReport], both: RunReport, home: Path) -> None:
+    report, folder = both, home / "again"
+    shutil.copytree(home / "both", folder)
     made = stages(folder)
     tried = json.loads((folder / "joint/trail/trail.json").read_text())
     assert tried["names"] == [["forget", "one"], ["forget", "two"]]
@@ -148,7 +159,7 @@ def test_nothing_is_scored_twice(start: Callable[..., RunReport], tmp_path: Path
     for name in ("report.json", "provenance.json"):
         (folder / name).unlink()
     shutil.rmtree(folder / "eval/1")
-    again = start("run", forget=ONE, also_forget=[TWO])
+    again = start("again", forget=ONE, also_forget=[TWO])
     assert scores(again) == scores(report)
     assert again.chosen == report.chosen
     now = stages(folder)
@@ -157,19 +168,23 @@ def test_nothing_is_scored_twice(start: Callable[..., RunReport], tmp_path: Path
     }
 
 
-def test_bisection_takes_fewer_points_of_the_diagonal(start: Callable[..., RunReport], tmp_path: Path) -> None:
+def test_bisection_takes_fewer_points_of_the_diagonal(start: Callable[..., RunReport], home: Path) -> None:
     grid = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
     report = start(
-        "run", forget=ONE, also_forget=[TWO], sweep={"coefficients": grid, "search": "bisect"}, choose={"keep": 0.9}
+        "bisected",
+        forget=ONE,
+        also_forget=[TWO],
+        sweep={"coefficients": grid, "search": "bisect"},
+        choose={"keep": 0.9},
     )
-    tried = json.loads((tmp_path / "run/joint/trail/trail.json").read_text())["tried"]
+    tried = json.loads((home / "bisected/joint/trail/trail.json").read_text())["tried"]
     assert 0 < sum(len(set(c)) == 1 for c, _, _ in tried) <= len(grid) / 2 + 1
     assert report.chosen.search == "bisect"
     assert len(report.vector["requests"]) == 2
 
 
 def test_addition(start: Callable[..., RunReport]) -> None:
-    report = start("run", learn=[ONE, TWO])
+    report = start("added", learn=[ONE, TWO])
     assert report.chosen.rule.startswith("most learning of one (prob) and two (prob)")
     assert report.chosen.bound_met
     for name in ("one", "two"):
@@ -179,19 +194,19 @@ def test_addition(start: Callable[..., RunReport]) -> None:
 
 
 def test_forgetting_and_learning_at_once(start: Callable[..., RunReport]) -> None:
-    report = start("run", forget=ONE, learn=[TWO])
+    report = start("at-once", forget=ONE, learn=[TWO])
     found = scores(report)
     assert found["forget", "one", "prob"][0] > found["forget", "one", "prob"][1]
     assert found["learn", "two", "prob"][0] < found["learn", "two", "prob"][1]
 
 
-def test_analogy(start: Callable[..., RunReport], tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+def test_analogy(start: Callable[..., RunReport], home: Path) -> None:
+    rows = [json.loads(line) for line in (home / "one.jsonl").read_text().splitlines()]
     told = [{"question": f"say {r['question']}", "answer": r["answer"]} for r in rows]
-    (tmp_path / "told.jsonl").write_text("\n".join(map(json.dumps, told)))
+    (home / "told.jsonl").write_text("\n".join(map(json.dumps, told)))
     terms = {k: a_set(n, shares=TERM) for k, n in (("a", "two"), ("b", "form"), ("c", "one"))}
-    report = start("run", learn=[a_set("told", shares=LATER)], analogy=terms)
-    folder = tmp_path / "run"
+    report = start("analogy", learn=[a_set("told", shares=LATER)], analogy=terms)
+    folder = home / "analogy"
     a, b, c = (TaskVector.load(folder / f"vectors/term-{n}" / VECTOR_FILE) for n in ("two", "form", "one"))
     edit = TaskVector.load(folder / "vectors/edit" / VECTOR_FILE)
     assert (edit + (c + b - a)).norm() < 1e-5 * edit.norm(), "what is subtracted is minus the analogy"
@@ -202,7 +217,7 @@ def test_analogy(start: Callable[..., RunReport], tmp_path: Path) -> None:
     assert after > before
 
 
-def hopeless(tmp_path: Path, name: str) -> dict[str, Any]:
+def hopeless(home: Path, name: str) -> dict[str, Any]:
     """A set of choices whose right answer is so long that any model takes the other: it scores 0."""
     rows = [
         {
@@ -212,14 +227,14 @@ def hopeless(tmp_path: Path, name: str) -> dict[str, Any]:
         }
         for k in range(8)
     ]
-    (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (home / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return a_set(name, kind="mcq", shares=LATER)
 
 
 def test_what_is_kept_and_scores_nothing_is_said_or_an_error(
-    start: Callable[..., RunReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: Callable[..., RunReport], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blind = hopeless(tmp_path, "blind")
+    blind = hopeless(home, "blind")
     with pytest.raises(
         EvaluationError, match=r"nothing that is to be kept could show harm.* retain blind acc is 0 before"
     ):
@@ -233,18 +248,18 @@ def test_what_is_kept_and_scores_nothing_is_said_or_an_error(
     assert headline(report).endswith("but 1 of 2 could not have shown harm.")
 
 
-def test_nothing_to_forget_is_an_error(start: Callable[..., RunReport], tmp_path: Path) -> None:
-    unknown = {**hopeless(tmp_path, "unknown"), "shares": SHARES}
+def test_nothing_to_forget_is_an_error(start: Callable[..., RunReport], home: Path) -> None:
+    unknown = {**hopeless(home, "unknown"), "shares": SHARES}
     with pytest.raises(EvaluationError, match=r"nothing to forget .* forget unknown acc is 0\.000"):
-        start("run", forget=unknown)
+        start("unknown", forget=unknown)
 
 
-def test_answers_and_passages_weigh_alike(start: Callable[..., RunReport], tmp_path: Path) -> None:
+def test_answers_and_passages_weigh_alike(start: Callable[..., RunReport], home: Path) -> None:
     """The choice and the balance, from the report's own scores by another hand."""
     passages = [{"text": " ".join(f"{chr(97 + (i * k) % 26)}{i}" for i in range(60))} for k in range(1, 9)]
-    (tmp_path / "book.jsonl").write_text("\n".join(map(json.dumps, passages)))
+    (home / "book.jsonl").write_text("\n".join(map(json.dumps, passages)))
     book = a_set("book", kind="text", prompt=None, prefix=8, length=40)
-    report = start("run", forget=ONE, also_forget=[book], choose={"keep": 0.0, "collapse": 100.0})
+    report = start("alike", forget=ONE, also_forget=[book], choose={"keep": 0.0, "collapse": 100.0})
     assert report.chosen.goals == (("forget", "one", "prob"), ("forget", "book", "perplexity"))
 
     def left(prob: float, perplexity: float, base: tuple[float, float]) -> float:
@@ -255,5 +270,5 @@ def test_answers_and_passages_weigh_alike(start: Callable[..., RunReport], tmp_p
     shares = {c: left(*values, base=tuple(at[0.0])) for c, values in at.items()}  # type: ignore[arg-type]
     assert shares[0.0] == 1
     assert report.chosen.coefficient == min(shares, key=lambda c: shares[c])
-    trail = json.loads((tmp_path / "run" / "joint" / "trail" / "trail.json").read_text())
+    trail = json.loads((home / "alike" / "joint" / "trail" / "trail.json").read_text())
     assert min(value for _, value, _ in trail["tried"]) == pytest.approx(min(shares.values()))

@@ -1,4 +1,4 @@
-"""The whole road, as a user walks it: the command line in a process of its own, killed, resumed, and read by others."""
+"""The whole road, as a user walks it: the command line, its report and files, resumed, and read by others."""
 
 from __future__ import annotations
 
@@ -41,24 +41,13 @@ def same(folder: Path) -> dict[str, Any]:
     return report
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    command = [sys.executable, "-m", "unlearn.run", *RECIPE, "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "forgot" in done.stdout
-    return folder
-
-
 def read(folder: Path) -> RunReport:
     return RunReport.from_json(json.loads((folder / "report.json").read_text()))
 
 
 @pytest.fixture(scope="module")
-def report(whole: Path) -> RunReport:
-    return read(whole)
+def report(smoke: Path) -> RunReport:
+    return read(smoke)
 
 
 def test_the_run_forgets_and_keeps_within_its_rule(report: RunReport) -> None:
@@ -73,67 +62,67 @@ def test_the_run_forgets_and_keeps_within_its_rule(report: RunReport) -> None:
     assert [p.coefficient for p in report.sweep] == [0, 0.5, 1, 1.5, 2, 3, 4]
 
 
-def test_report_and_files_agree(whole: Path, report: RunReport) -> None:
-    page = (whole / "report.html").read_text()
+def test_report_and_files_agree(smoke: Path, report: RunReport) -> None:
+    page = (smoke / "report.html").read_text()
     assert f"{report.chosen.coefficient:g}" in page
     assert "<script src" not in page
-    results = list((whole / "eval").rglob("results_*.json"))
+    results = list((smoke / "eval").rglob("results_*.json"))
     assert len(results) == len(report.sweep) + 2  # every coefficient on validation, two on test
-    provenance = json.loads((whole / "provenance.json").read_text())
+    provenance = json.loads((smoke / "provenance.json").read_text())
     assert provenance["key"] == report.provenance["key"]
     assert set(provenance["stages"]) >= {"items", "target", "vectors/forget", "vectors/retain", "export/adapter"}
 
 
-def test_a_second_run_changes_nothing_and_computes_nothing(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_changes_nothing_and_computes_nothing(smoke: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def times() -> dict[Path, int]:
         ignored = (".unlearn-lock", "recipe.yaml", "resolved.yaml")
-        return {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file() and p.name not in ignored}
+        return {p: p.stat().st_mtime_ns for p in smoke.rglob("*") if p.is_file() and p.name not in ignored}
 
     before = times()
-    assert main([*RECIPE, "--out", str(whole)]) == 0
+    assert main([*RECIPE, "--out", str(smoke)]) == 0
     assert "nothing has changed" in capfd.readouterr().err
     assert times() == before
 
 
-def test_a_damaged_vector_is_made_again(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_vector_is_made_again(smoke: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "run"
-    shutil.copytree(whole, copy)
+    shutil.copytree(smoke, copy)
     vector = copy / "vectors" / "forget" / "vector.safetensors"
     raw = bytearray(vector.read_bytes())
     raw[-5] ^= 0xFF
     vector.write_bytes(raw)
     assert main([*RECIPE, "--out", str(copy)]) == 0
     assert "made again" in capfd.readouterr().err
-    assert same(copy) == same(whole)
+    assert same(copy) == same(smoke)
 
 
-def test_plain_peft_gives_the_edited_model(whole: Path, report: RunReport) -> None:
-    target = whole / "target"
+def test_plain_peft_gives_the_edited_model(smoke: Path, report: RunReport) -> None:
+    target = smoke / "target"
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     ids = AutoTokenizer.from_pretrained(target)("Norway: Oslo", return_tensors="pt")["input_ids"]
-    vector = TaskVector.load(whole / "vectors" / "edit" / "vector.safetensors")
+    vector = TaskVector.load(smoke / "vectors" / "edit" / "vector.safetensors")
     with torch.no_grad():
         untouched = model(ids).logits
         with subtracted(model, vector, report.chosen.coefficient):
             wanted = model(ids).logits
-        peft = PeftModel.from_pretrained(model, str(whole / "export" / "adapter")).eval()
+        peft = PeftModel.from_pretrained(model, str(smoke / "export" / "adapter")).eval()
         got = peft(ids).logits
     assert (wanted - untouched).abs().max() > 0.1
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_bare_lm_eval_on_the_export_agrees_with_the_report(whole: Path, report: RunReport) -> None:
-    peft = str(whole / "export" / "adapter")
-    lm = HFLM(pretrained=str(whole / "target"), peft=peft, dtype="float32", device="cpu", batch_size=4)
-    scores, _ = scored(lm, "unlearn_mcq", items=str(whole / "items" / "forget.europe.test.jsonl"))
+def test_bare_lm_eval_on_the_export_agrees_with_the_report(smoke: Path, report: RunReport) -> None:
+    peft = str(smoke / "export" / "adapter")
+    lm = HFLM(pretrained=str(smoke / "target"), peft=peft, dtype="float32", device="cpu", batch_size=4)
+    scores, _ = scored(lm, "unlearn_mcq", items=str(smoke / "items" / "forget.europe.test.jsonl"))
     for row in report.scores:
         if row.set == "forget":
             assert scores[f"{row.metric},none"] == pytest.approx(row.after.value, abs=1e-4), row.metric
 
 
-def test_merged_weights_are_the_edited_model(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_merged_weights_are_the_edited_model(smoke: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Read again they say what was scored, and the report has by how much not; or the run says what to do."""
-    reuse = ["--set", f"reuse=[{whole}]", "--set", "export.merged=true"]
+    reuse = ["--set", f"reuse=[{smoke}]", "--set", "export.merged=true"]
     folder = tmp_path / "run"
     assert main([*RECIPE, "--out", str(folder), *reuse]) == 0
     report = read(folder)
@@ -153,9 +142,9 @@ def test_merged_weights_are_the_edited_model(whole: Path, tmp_path: Path, capfd:
     assert main([*RECIPE, "--out", str(tmp_path / "insists"), *reuse, *less, *insists]) == 0
 
 
-def test_nothing_passes_so_nothing_changes(whole: Path, tmp_path: Path) -> None:
+def test_nothing_passes_so_nothing_changes(smoke: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    less = ["--set", f"reuse=[{whole}]", "--set", "sweep.coefficients=[0.000001]"]
+    less = ["--set", f"reuse=[{smoke}]", "--set", "sweep.coefficients=[0.000001]"]
     assert main([*RECIPE, "--out", str(folder), "--strict", *less]) == 1
     report = read(folder)
     assert (report.chosen.coefficient, report.chosen.bound_met) == (0.0, False)
@@ -304,20 +293,20 @@ def test_answers_that_no_row_or_score_can_hold(
         assert word in " ".join(err.split())
 
 
-def test_from_python(whole: Path) -> None:
+def test_from_python(smoke: Path) -> None:
     import unlearn
 
-    found = unlearn.run("pico_smoke.yaml", out=whole)
+    found = unlearn.run("pico_smoke.yaml", out=smoke)
     assert isinstance(found, unlearn.RunReport)
-    assert found.to_json() == json.loads((whole / "report.json").read_text())
+    assert found.to_json() == json.loads((smoke / "report.json").read_text())
     assert issubclass(unlearn.Recipe, BaseModel)
     assert unlearn.TaskVector is TaskVector
     with pytest.raises(unlearn.errors.RecipeError, match="seeds"):
         unlearn.run("pico_smoke.yaml", set={"seeds": 1})
 
 
-def test_another_recipes_folder_is_refused(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main([*RECIPE, "--out", str(whole), "--set", "seed=7"]) == 2
+def test_another_recipes_folder_is_refused(smoke: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*RECIPE, "--out", str(smoke), "--set", "seed=7"]) == 2
     err = capfd.readouterr().err
     assert "seed" in err
     assert "--fresh" in err

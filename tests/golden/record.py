@@ -1,18 +1,19 @@
 """What whole runs found when the golden files were made: ``python tests/golden/record.py`` writes them anew.
 
-Every case is one run of the command line, in a process of its own. Kept are the report without times, places and
-machine, the names of the stages and the page's headings: nothing that depends on how the code is laid out.
+Every case is one run of the command line. Kept are the report without times, places and machine, the names of the
+stages and the page's headings: nothing that depends on how the code is laid out.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from unlearn import cli
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -37,12 +38,9 @@ def found(name: str, folder: Path) -> dict[str, Any]:
 
         write_data(folder)
         recipe = str(write_recipe(folder))
-    command = [sys.executable, "-m", "unlearn.run", "--recipe", recipe, "--out", str(folder / "run")]
-    for change in changes:
-        command += ["--set", change]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr}")
+    changed = [part for change in changes for part in ("--set", change)]
+    if code := cli.main(["--recipe", recipe, "--out", str(folder / "run"), *changed]):
+        raise RuntimeError(f"{name}: exit code {code}")
     return kept(folder / "run")
 
 

@@ -62,15 +62,13 @@ def train_lora(folder: Path, model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, pico_llama: Path, session_cache: Path) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, pico_llama: Path) -> Path:
     """A model, data, a run that fitted its own vector, that vector as an adapter, and a LoRA of PEFT's. Read only."""
     folder = tmp_path_factory.mktemp("own")
     shutil.copytree(pico_llama, folder / "model")
     for name, start in (("f", 0), ("r", 100), ("u", 200)):
         write_rows(folder / f"{name}.jsonl", rows(start, 12))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNLEARN_CACHE", str(session_cache))
-        assert run(recipe(folder), folder / "fitted") == 0
+    assert run(recipe(folder), folder / "fitted") == 0
     to_adapter(vector(folder / "fitted", "forget"), folder / "adapter", "someone/else")
     to_adapter(-vector(folder / "fitted", "forget"), folder / "forgets", "someone/else")
     train_lora(folder, folder / "model")

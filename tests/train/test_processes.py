@@ -17,10 +17,10 @@ import pytest
 from processes_arena import fit
 from waiting import torchrun, until
 
-from unlearn import cli
 from unlearn import processes as collective
 from unlearn.cluster.job import JobState
 from unlearn.cluster.plan import Grid
+from unlearn.errors import UnlearnError
 from unlearn.model import locate as fetch
 from unlearn.model import pico
 from unlearn.model.load import Loaded, fingerprint
@@ -74,33 +74,34 @@ def test_alone_there_is_nothing_to_agree_on() -> None:
 
 
 LOSES = """
-import os, sys
-from unlearn import processes as collective, processes as distributed
+import os
+from pathlib import Path
+from unlearn import processes as collective
 from unlearn.errors import UnlearnError
-distributed.join()
-if sys.argv[1] == "dies" and collective.rank() == 1:
-    os._exit(0)
-try:
-    if sys.argv[1] == "dies":
-        collective.wait()
-    with collective.all_there():
-        raise RuntimeError("NCCL error: 5, invalid usage\\nException raised from somewhere in the sources")
-except UnlearnError as e:
-    open(f"said{collective.rank()}.txt", "w").write(str(e))
-    os._exit(0)
+collective.join()
+def says(when):
+    try:
+        with collective.all_there():
+            if when == "other":
+                raise RuntimeError("NCCL error: 5, invalid usage\\nException raised from somewhere in the sources")
+            collective.wait()
+    except UnlearnError as e:
+        Path(f"{when}{collective.rank()}.txt").write_text(str(e))
+says("other")
+if collective.rank() == 0:
+    says("dies")
+os._exit(0)
 """
 
 
-@pytest.mark.parametrize(
-    ("what", "shows"), [("dies", "[Cc]onnection closed|reset"), ("other", "error: 5, invalid usage$")]
-)
-def test_of_a_process_that_is_gone_the_library_s_own_words_are_kept(tmp_path: Path, what: str, shows: str) -> None:
+def test_of_a_process_that_is_gone_the_library_s_own_words_are_kept(tmp_path: Path) -> None:
     (tmp_path / "loses.py").write_text(LOSES)
-    started([*torchrun(2), "loses", what], tmp_path, PYTHONPATH=within(tmp_path))
-    said = (tmp_path / "said0.txt").read_text()
-    assert said.startswith("another process has ended early, or cannot be reached. ")
-    assert re.search(shows, said)
-    assert "\n" not in said
+    started([*torchrun(2), "loses"], tmp_path, PYTHONPATH=within(tmp_path))
+    for when, shows in (("dies", "[Cc]onnection closed|reset"), ("other", "error: 5, invalid usage$")):
+        said = (tmp_path / f"{when}0.txt").read_text()
+        assert said.startswith("another process has ended early, or cannot be reached. ")
+        assert re.search(shows, said)
+        assert "\n" not in said
 
 
 PATIENT = """
@@ -108,7 +109,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 from unlearn import processes as collective, processes as distributed; from unlearn.store import stages as pool
-distributed._PATIENCE, pool._TURN = timedelta(seconds=8), 1.0
+distributed._PATIENCE, pool._TURN = timedelta(seconds=5), 0.5
 distributed.join()
 Path(f"joined{collective.rank()}").touch()
 with pool.Pool(Path("pool")).making("key") as lock:
@@ -126,7 +127,7 @@ def test_a_group_waits_for_another_run_longer_than_for_a_process(tmp_path: Path)
     with subprocess.Popen(line, cwd=tmp_path, env=environment(PYTHONPATH=within(tmp_path))) as process:
         try:
             until(lambda: all((tmp_path / f"joined{n}").exists() for n in (0, 1)) or process.poll() is not None)
-            time.sleep(16)
+            time.sleep(8)
             assert process.poll() is None
             assert not list(tmp_path.glob("turn*"))
         finally:
@@ -157,7 +158,7 @@ def test_models_are_fetched_before_the_group_is_joined(tmp_path: Path) -> None:
         )
         waiting.append(process)
         until(lambda: (tmp_path / "run" / "recipe.yaml").exists() or process.poll() is not None)
-        time.sleep(20)
+        time.sleep(14)
         assert process.poll() is None
         pico.build("phi", folder)
 
@@ -167,10 +168,18 @@ def test_models_are_fetched_before_the_group_is_joined(tmp_path: Path) -> None:
     assert waiting[0].wait(SECONDS) == 0
 
 
-def test_accelerate_on_cpus_is_said_to_start_one_process(tmp_path: Path, pico_phi: Path) -> None:
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
-    done = trained(line, tmp_path, pico_phi, {})
+def test_accelerate_on_cpus_is_said_to_start_one_process(tmp_path: Path) -> None:
+    (tmp_path / "joins.py").write_text("from unlearn import processes\nprocesses.join()\n")
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "joins"]
+    done = started(line, tmp_path, PYTHONPATH=within(tmp_path))
     assert "accelerate launch --cpu starts one process. For several: torchrun --nproc_per_node N -m" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_weights_are_not_spread_over_processes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(UnlearnError, match=f"every process holds the whole model: start without --use_{name}"):
+        collective.join()
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -187,24 +196,23 @@ CASES: dict[str, dict[str, Any]] = {
     "rmu": {"kind": "rmu", "steps": 4},
     "ihl": {"kind": "ihl", "steps": 4},
     "checkpointing": {"gradient_checkpointing": True},
-    "plain_again": {},
     "dropout": {"dropout": 0.2, "save_every": 100},
 }
 
 
-def trained(
-    line: Sequence[str], folder: Path, model: Path, cases: Mapping[str, Any], code: int = 0, happens: Any = None
-) -> subprocess.CompletedProcess[str]:
-    """Let processes train."""
-    asked = {"out": str(folder), "model": str(model), "cases": cases, "happens": happens}
-    return started([*line, "processes_arena", json.dumps(asked)], folder, code)
+def trained(folder: Path, model: Path, cases: Mapping[str, Any], code: int = 0) -> str:
+    """Let two processes train. Returns what they said."""
+    asked = {"out": str(folder), "model": str(model), "cases": cases}
+    return started([*torchrun(2), "processes_arena", json.dumps(asked)], folder, code).stderr
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, pico_phi: Path) -> Path:
-    """What two processes have trained."""
+    """What two processes have trained, and in the end were stopped in."""
     folder = tmp_path_factory.mktemp("two")
-    trained(torchrun(2), folder, pico_phi, {**CASES, "weights": {"kind": "weights", "learning_rate": 1e-3}})
+    last = {"stopped": {**CASES["dropout"], "happens": [4, "signal"]}}
+    said = trained(folder, pico_phi, {**CASES, "weights": {"kind": "weights", "learning_rate": 1e-3}, **last}, code=1)
+    (folder / "said").write_text(said)
     return folder
 
 
@@ -244,6 +252,7 @@ def test_every_process_draws_its_own_masks(two: Path) -> None:
     assert len(set(found["digests"])) == 1
 
 
+@pytest.mark.slow  # a job of two nodes is in tests/slurm
 def test_two_machines_train_what_two_processes_train(two: Path, tmp_path: Path, pico_phi: Path) -> None:
     """Each with its own torchrun; here both are one machine."""
     asked = json.dumps({"out": str(tmp_path), "model": str(pico_phi), "cases": {"plain": CASES["plain"]}})
@@ -267,36 +276,24 @@ def test_two_processes_train_all_weights_as_one_does(
     assert len(set(found["models"])) == 1
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_weights_are_not_spread_over_processes(name: str, tmp_path: Path, pico_phi: Path) -> None:
-    asked = json.dumps({"out": str(tmp_path), "model": str(pico_phi), "cases": {"plain": {}}})
-    line = [sys.executable, "-m", "processes_arena", asked]
-    done = started(line, tmp_path, code=2, **{f"ACCELERATE_USE_{name}": "true"})
-    assert done.stderr.startswith(f"error: every process holds the whole model: start without --use_{name.lower()}")
-    assert not (tmp_path / "plain").exists()
-
-
 # --- stops and failures ----------------------------------------------------------------------------------------------
 
 
-def test_a_signal_to_one_process_stops_all_after_one_step(two: Path, tmp_path: Path, pico_phi: Path) -> None:
-    """And what goes on from there ends as if it had not been stopped, bit for bit."""
-    line, case = torchrun(2), {"dropout": CASES["dropout"]}
-    done = trained(line, tmp_path, pico_phi, case, code=1, happens=[4, "signal"])
-    assert "stopped after step 5 of 7" in done.stderr
-    work = tmp_path / "dropout" / "work"
+def test_a_signal_to_one_process_stops_all_after_one_step(two: Path, pico_phi: Path) -> None:
+    """And what goes on from there ends as if it had not been stopped, bit for bit.
+
+    In the training after that one of them has no memory left: it is heard, and nobody waits.
+    """
+    assert "stopped after step 5 of 7" in (two / "said").read_text()
+    work = two / "stopped" / "work"
     assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-5"]
     files = json.loads((work / "checkpoint-5" / WHOLE).read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "adapter_model.safetensors"} <= set(files)
-    trained(line, tmp_path, pico_phi, case)
-    assert told(tmp_path, "dropout")["digests"] == told(two, "dropout")["digests"]
-    assert told(tmp_path, "dropout")["losses"] == told(two, "dropout")["losses"]
-
-
-def test_one_without_memory_is_heard_and_nobody_waits(tmp_path: Path, pico_phi: Path) -> None:
-    done = trained(torchrun(2), tmp_path, pico_phi, {"x": {}}, code=1, happens=[2, "memory"])
-    assert "error in process 1: vectors/forget: out of memory (DefaultCPUAllocator: can't alloc" in done.stderr
-    assert "lower vector.forget.batch_size (and raise" in done.stderr
+    said = trained(two, pico_phi, {"stopped": CASES["dropout"], "next": {"happens": [2, "memory"]}}, code=1)
+    assert told(two, "stopped")["digests"] == told(two, "dropout")["digests"]
+    assert told(two, "stopped")["losses"] == told(two, "dropout")["losses"]
+    assert "error in process 1: vectors/forget: out of memory (DefaultCPUAllocator: can't alloc" in said
+    assert "lower vector.forget.batch_size (and raise" in said
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------
@@ -319,19 +316,20 @@ def texts(report: RunReport) -> list[tuple[str, ...]]:
     return [(e.set, e.name, e.prompt, e.target, e.before, e.after) for e in report.examples]
 
 
-def test_two_processes_give_the_report_of_one(tmp_path: Path) -> None:
-    line = ["--recipe", "pico_smoke.yaml", "--out"]
-    cache = os.environ["UNLEARN_CACHE"]
-    done = started([*torchrun(2), "unlearn.run", *line, "two"], tmp_path, UNLEARN_CACHE=cache)
+@pytest.mark.slow  # one that takes over what was trained is in tests/evidence
+def test_two_processes_give_the_report_of_one(smoke: Path, tmp_path: Path) -> None:
+    line = [*torchrun(2), "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", "two"]
+    done = started(line, tmp_path, UNLEARN_CACHE=os.environ["UNLEARN_CACHE"])
     assert done.stderr.count("2 processes share training and scoring") == 1
-    assert cli.main([*line, str(tmp_path / "one")]) == 0
-    one, two = (RunReport.from_json(json.loads((tmp_path / n / "report.json").read_text())) for n in ("one", "two"))
+    assert "forgot" in done.stdout
+    one, two = (RunReport.from_json(json.loads((f / "report.json").read_text())) for f in (smoke, tmp_path / "two"))
     assert two.chosen == one.chosen
     assert values(two) == pytest.approx(values(one), rel=1e-4, abs=1e-4)
     assert [(t["steps"], t["examples"]) for t in two.training] == [(t["steps"], t["examples"]) for t in one.training]
     assert texts(two) == texts(one)
 
 
+@pytest.mark.slow  # a training alone is stopped above
 def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
     """SIGTERM to torchrun in the middle of a training, as a batch system ends a job."""
     line = [*torchrun(2), "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", "run", "--set"]
@@ -385,11 +383,12 @@ def test_a_job_says_why_a_process_that_is_not_the_main_one_failed(tmp_path: Path
     assert (state.state, state.error) == ("failed", "ValueError: enough of this"), done.stderr
 
 
+@pytest.mark.slow  # in a real Slurm it is in tests/slurm
 def test_a_job_of_several_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
     line = [*GRID_COMMAND, "pico_smoke", "--grid", "seed=0", "--local", "--out", "grid"]
     line += ["--set", "cluster.processes=2"]
     line += ["--set", "vector.method=negate", "--set", "sweep.coefficients=[1]"]
-    line += ["--set", "vector.forget={steps: 200, batch_size: 12, learning_rate: 0.0001, save_every: 20}"]
+    line += ["--set", "vector.forget={steps: 120, batch_size: 12, learning_rate: 0.0001, save_every: 20}"]
     more = {"UNLEARN_CACHE": os.environ["UNLEARN_CACHE"]}
     with subprocess.Popen(line, cwd=tmp_path, env=environment(**more)) as runner:
         until(lambda: any(tmp_path.glob(f"grid/jobs/*/.unlearn-work/*forget*/*/{WHOLE}")) or runner.poll() is not None)
@@ -403,4 +402,4 @@ def test_a_job_of_several_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
     assert f"[1/1] {job.name}: done" in done.stderr  # its preparation was done before
     log = job.log(tmp_path / "grid").read_text()
     assert log.count("2 processes share training and scoring") == 2
-    assert re.search(r"stopped after step \d+ of 200; it is kept", log)
+    assert re.search(r"stopped after step \d+ of 120; it is kept", log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -76,6 +77,7 @@ _DIFF_WORDS = 1500  # beyond this a word-by-word comparison is slow and nobody r
 _PROMPT_SHOWN = 480  # characters
 
 
+@functools.cache
 def templates(autoescape: bool = True) -> Environment:
     """The templates of ``templates/``, with our ways of writing numbers; a name that is not given is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
