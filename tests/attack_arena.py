@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import capital_rows
+from facts import capital_rows
+
 from unlearn.data.encoding import Encoded, encode
 from unlearn.data.sets import LoadedSet, load_sets
 from unlearn.evidence.attacks import Judge, Scene

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gc
 import json
 import os
@@ -75,9 +76,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache folder of this test session: nobody's own is read or written, and no test goes online."""
+    """The cache folder of this test session: nobody's own is read or written, and no test goes online.
+
+    lm-eval asks ten programs about the machine in every evaluation; once is enough.
+    """
+    from torch.utils import collect_env
+
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_pretty_env_info", functools.cache(collect_env.get_pretty_env_info))
         patch.setenv("UNLEARN_CACHE", str(folder))
         patch.delenv("UNLEARN_OFFLINE", raising=False)
         yield folder

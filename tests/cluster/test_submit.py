@@ -107,9 +107,8 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Iterator[Story]:
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNLEARN_CACHE", str(session_cache))
         tale = Story(tmp_path_factory.mktemp("submit") / "grid")
         local = ("submit", PICO, "--grid", "vector.lora.rank=2,4", *SETS, "--local", "--out", str(tale.root))
         runner = start(*local)
@@ -183,6 +182,7 @@ def test_the_runs_are_compared(story: Story) -> None:
     assert [s["label"] for s in family["settings"]] == ["rank=2", "rank=4"]
 
 
+@pytest.mark.slow  # in a real Slurm it is in tests/slurm
 def test_a_job_that_is_warned_goes_back_in_the_queue_and_on_from_where_it_was(tmp_path: Path) -> None:
     """Before a time limit or a pre-emption; submitit's local queue begins it again at once."""
     root = tmp_path / "grid"

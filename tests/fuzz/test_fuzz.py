@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from targets import GRID, REPORT, TARGETS, Target, zip_of
 
 FEW, MANY = 60, 1500
-SLOW_TO_READ = {"recipe": 12, "page": 25, "run_folder": 30}  # how often, where one reading takes milliseconds
+SLOW_TO_READ = {"recipe": 12, "page": 10, "run_folder": 15}  # how often, where one reading takes milliseconds
 
 
 def mutated(target: Target, draw: random.Random) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from facts import capital_rows
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
@@ -24,7 +25,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import capital_rows
 from unlearn import cli
 from unlearn.data.encoding import encode_pair
 from unlearn.errors import EvaluationError

@@ -13,6 +13,7 @@ import pytest
 import torch
 from compared_arena import RECIPE, read, run, write_data, write_recipe, write_rows
 
+from unlearn import pipeline
 from unlearn.data.sets import load_sets
 from unlearn.evidence import reference as references
 from unlearn.model.load import Loaded, numbers
@@ -49,6 +50,7 @@ class Bench:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Store, "stage", note)
+            patch.setattr(pipeline, "render_html", lambda report: "")  # most of the time that is left
             patch.chdir(self.place)
             folder = Path(self.out)
             wanted = resolved_yaml(load_recipe("recipe.yaml", list(changed)).recipe)

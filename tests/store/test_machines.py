@@ -61,6 +61,7 @@ def same_as_alone(folder: Path, tmp_path: Path) -> bool:
     return (one.chosen, one.scores, one.sweep, one.vector) == (two.chosen, two.scores, two.sweep, two.vector)
 
 
+@pytest.mark.slow  # two processes share one in tests/train, two machines a job in tests/slurm
 def test_two_machines_share_a_run(pair: Machines, tmp_path: Path) -> None:
     line = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=node1", "--master-port=29500")
     does = ("-m", "unlearn.run", "--recipe", "pico_smoke.yaml", "--out", str(pair.disk / "shared"), *SMALL)

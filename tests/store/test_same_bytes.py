@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -56,6 +57,11 @@ def test_two_runs_leave_the_same_bytes(tmp_path: Path) -> None:
 def test_a_compared_and_attacked_run_leaves_the_same_bytes(compared: Path, tmp_path: Path) -> None:
     one, two = files(compared / "run"), files(start(tmp_path / "again", 3, str(compared / "recipe.yaml")))
     adapter = {f"export/adapter/{name}" for name in ("adapter_config.json", "README.md", "export.json")}
+    runs = (compared / "run", tmp_path / "again" / "run")
+    configs = [(run / "export" / "adapter" / "adapter_config.json").read_text() for run in runs]
+    here, there = ({**json.loads(text), "base_model_name_or_path": ""} for text in configs)
+    assert here == there  # with modules in one order, which PEFT keeps in a set
+    assert len(here["target_modules"]) > 1
     assert one.keys() == two.keys()
     assert {name for name in one if one[name] != two[name]} <= adapter  # it names its base by the run's folder
     stages = {"eval/reference/", "benchmark/edited/", "membership/edited/", "robustness/edited/samples/"}

@@ -457,11 +457,11 @@ def test_a_clean_teacher_and_a_penalty_beside_it(loaded: Load, pico_phi: Path, t
 
 
 @pytest.mark.parametrize("teacher", ["other", "clean"])
-def test_a_recipe_fits_toward_ignorance(teacher: str, tmp_path: Path) -> None:
+def test_a_recipe_fits_toward_ignorance(teacher: str, smoke: Path, tmp_path: Path) -> None:
     """The whole road: taught, fitted inside the shrinking, swept, exported; the answers go and others stay."""
     settings = ["vector.method=ignorance", f"vector.ignorance.teacher={teacher}", "vector.inside=1"]
     settings += ["vector.retain_kl={sides: one, temperature: 2}", "vector.forget.learning_rate=0.03"]
-    settings += ["sweep.coefficients=[0.5, 1]"]
+    settings += ["sweep.coefficients=[0.5, 1]", f"reuse=['{smoke}']"]
     report = unlearn.run("pico_smoke.yaml", set=settings, out=tmp_path / "run")
     assert report is not None
     fell = {row.name: row.after.value / row.before.value for row in report.scores if row.metric == "prob"}
