@@ -51,7 +51,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
 
 
 def test_a_job_on_two_machines_saves_where_it_is_and_goes_on(pair: Pair) -> None:
-    text = recipe(300, nodes=2, cpus=1).replace("teach: {", "choose: {keep: 0}\n# {")
+    text = recipe(160, nodes=2, cpus=1).replace("teach: {", "choose: {keep: 0}\n# {")
     grid = pair.submit("spanning", text, "--grid", "seed=7")
     name = Grid.load(grid.root).jobs[0].name
     task = until(lambda: training(grid, name, "vectors+forget*"), "the training", grid)

@@ -761,7 +761,7 @@ EVERY = pytest.param(signal.SIGKILL, range(1, 1000), marks=pytest.mark.slow)
 @forks
 @pytest.mark.parametrize(
     ("number", "steps"),
-    [(signal.SIGKILL, range(1, 1000, 17)), (signal.SIGTERM, range(6, 1000, 29)), EVERY],
+    [(signal.SIGKILL, range(1, 1000, 4)), (signal.SIGTERM, range(6, 1000, 14)), EVERY],
 )
 def test_stopped_at_operations_on_files(
     number: signal.Signals, steps: range, llama_base: Path, vector: TaskVector, out: Path
