@@ -85,6 +85,7 @@ def test_a_good_recipe(here: Path) -> None:
 
 
 STEPS, TEXT, VECTOR = "steps: 3", "    kind: text", "vector:"  # lines after which a table's row adds one
+TRAINER, LORA = STEPS + "\n    trainer: ", "vector:\n  lora: "
 MISTAKES: list[tuple[str, str, int, str]] = [  # what to replace in GOOD, by what, and line and words of the message
     ("    learning_rate:", "    learning_rte:", 17, "forget.learning_rte: unknown key; did you mean 'learning_rate'"),
     ("name: tiny", "name: tiny\nlearning_rate: 1", 2, "it belongs at teach.learning_rate or vector."),
@@ -125,19 +126,7 @@ MISTAKES: list[tuple[str, str, int, str]] = [  # what to replace in GOOD, by wha
     ("kind: qa", "kind: qa\n  <<: {limit: 3}", 9, "merge keys (<<) are not part of YAML 1.2"),
     ("kind: qa", "kind: qa\n  ? [a]\n  : 3", 9, "a key must be plain text"),
     ("tiny", "!!int x", 1, "name: 'x' is no int"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("old", "new", "line", "part"), MISTAKES)
-def test_one_mistake_one_message_with_its_line(here: Path, old: str, new: str, line: int, part: str) -> None:
-    (message,) = fails(write(here, with_line(old, new)))
-    assert message.startswith(f"r.yaml:{line}: ")
-    assert part in message
-
-
-TRAINER = STEPS + "\n    trainer: "
-LORA = "vector:\n  lora: "
-PASSED_ON: list[tuple[str, str, int, str]] = [
+    # what is passed on, and familiar names
     (STEPS, TRAINER + "{optimm: sgd}", 19, "optimm: transformers' TrainingArguments have no such setting; did"),
     (STEPS, TRAINER + "\n      optim: sgd\n      seed: 1", 21, "seed: not for a recipe to set: seed at the top"),
     (STEPS, TRAINER + "{save_steps: 1}", 19, "trainer.save_steps: this is the key save_every beside trainer"),
@@ -163,13 +152,21 @@ PASSED_ON: list[tuple[str, str, int, str]] = [
     ("path: pico:phi", "path: m, device_map: auto, device: cpu", 5, "device is one device and device_map several"),
     ("path: pico:phi", "path: m, max_memory: {0: 1GB}", 5, "max_memory goes with device_map"),
     ("name: tiny", "name: tiny\nreport_to: [tensorbord]", 2, "got the text 'tensorbord'; did you mean 'tensorboard'?"),
+    # no recipe at all
+    (GOOD, "- a\n- b\n", 1, "at the top; found a list"),
+    (GOOD, "just words\n", 1, "found the text 'just words'"),
+    (GOOD, "a: 1\nb: [1,\nc: 3\n", 4, "not valid YAML"),
+    (GOOD, "a: 1\n\tb: 2\n", 2, "indent with spaces, not tabs"),
+    (GOOD, "a: 1\nb: c: d\n", 2, "needs quotes around it"),
+    (GOOD, "a: 1\nb: 'x\n", 3, "unexpected end of stream"),
+    (GOOD, "a: 1\nb: @x\n", 2, "found character '@' that cannot start any token"),
+    (GOOD, "a: 1\n---\nb: 2\n", 2, "found another document"),
+    (GOOD, "a: 1\nb: *x\n", 2, "undefined alias 'x'"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("old", "new", "line", "part"), PASSED_ON)
-def test_mistakes_in_what_is_passed_on_and_in_familiar_names(
-    here: Path, old: str, new: str, line: int, part: str
-) -> None:
+@pytest.mark.parametrize(("old", "new", "line", "part"), MISTAKES)
+def test_one_mistake_one_message_with_its_line(here: Path, old: str, new: str, line: int, part: str) -> None:
     (message,) = fails(write(here, with_line(old, new)))
     assert message.startswith(f"r.yaml:{line}: ")
     assert part in message
@@ -357,26 +354,6 @@ def test_json_is_yaml(here: Path) -> None:
 def test_plain_anchors_work(here: Path) -> None:
     text = with_line("    steps: 3\n", "    steps: &n 3\n    save_every: *n\n")
     assert load_recipe(write(here, text)).recipe.vector.forget.save_every == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "part"),
-    [
-        ("- a\n- b\n", 1, "at the top; found a list"),
-        ("just words\n", 1, "found the text 'just words'"),
-        ("a: 1\nb: [1,\nc: 3\n", 4, "not valid YAML"),
-        ("a: 1\n\tb: 2\n", 2, "indent with spaces, not tabs"),
-        ("a: 1\nb: c: d\n", 2, "needs quotes around it"),
-        ("a: 1\nb: 'x\n", 3, "unexpected end of stream"),
-        ("a: 1\nb: @x\n", 2, "found character '@' that cannot start any token"),
-        ("a: 1\n---\nb: 2\n", 2, "found another document"),
-        ("a: 1\nb: *x\n", 2, "undefined alias 'x'"),
-    ],
-)
-def test_not_a_recipe_at_all(here: Path, text: str, line: int, part: str) -> None:
-    (message,) = fails(write(here, text))
-    assert message.startswith(f"r.yaml:{line}: ")
-    assert part in message
 
 
 def test_files_that_cannot_be_read(here: Path) -> None:

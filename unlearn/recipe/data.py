@@ -11,6 +11,9 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 Scalar = bool | int | float | str
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Above = Annotated[float, Field(gt=0)]
+AtLeast0 = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 SetRole = Literal["forget", "learn", "term", "retain", "utility", "holdout"]
 Kind = Literal["text", "qa", "mcq"]
@@ -30,9 +33,14 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def key(default: Any, description: str, **more: Any) -> Any:
+    """A field of a recipe that need not be given."""
+    return Field(default, description=description, **more)
+
+
 def later(default: Any, description: str, **more: Any) -> Any:
     """A field that came when runs were finished already: at its default it is not written, so that their keys stay."""
-    return Field(default, description=description, exclude_if=lambda value: value == default, **more)
+    return key(default, description, exclude_if=lambda value: value == default, **more)
 
 
 ALSO: dict[str, str] = {}  # what other libraries call a key of a recipe -> what it is called here
@@ -47,8 +55,8 @@ def also(name: str, *others: str) -> dict[str, Any]:
 class Between(Frozen):
     """A condition on a column of numbers: strictly above one bound, strictly below the other, or both."""
 
-    above: float | int | None = Field(None, description="The column must be greater than this.")
-    below: float | int | None = Field(None, description="The column must be less than this.")
+    above: float | int | None = key(None, "The column must be greater than this.")
+    below: float | int | None = key(None, "The column must be less than this.")
 
     @model_validator(mode="after")
     def _bounded(self) -> Between:
@@ -65,17 +73,17 @@ class Source(Frozen):
         description="A .json, .jsonl, .csv, .parquet or .txt file, relative to the recipe or, where nothing is there, "
         "to the current folder; or hub:OWNER/NAME.",
     )
-    config: str | None = Field(None, description="Configuration (subset) of a hub data set.")
-    split: str | None = Field(None, description="Split of a hub data set; train when not given.")
-    revision: str | None = Field(None, description="Revision of a hub data set.")
-    rows: tuple[Annotated[int, Field(ge=0)], Positive] | None = Field(
-        None, description="Only the rows from the first number up to, and without, the second; counted from 0."
+    config: str | None = key(None, "Configuration (subset) of a hub data set.")
+    split: str | None = key(None, "Split of a hub data set; train when not given.")
+    revision: str | None = key(None, "Revision of a hub data set.")
+    rows: tuple[Count, Positive] | None = key(
+        None, "Only the rows from the first number up to, and without, the second; counted from 0."
     )
     where: dict[str, Scalar | tuple[Scalar, ...] | Between] = Field(
         default_factory=dict,
         description="Keep only rows whose columns equal (or are among) these values, or lie within {above:, below:}.",
     )
-    limit: Positive | None = Field(None, description="At most this many rows, chosen by the seed.")
+    limit: Positive | None = key(None, "At most this many rows, chosen by the seed.")
 
     @model_validator(mode="after")
     def _some_rows(self) -> Source:
@@ -87,13 +95,13 @@ class Source(Frozen):
 class SplitShares(Frozen):
     """How one source is divided, by content and seed."""
 
-    train: Share | Literal["all"] = Field(
+    train: Share | Literal["all"] = key(
         0.5,
-        description="Share of the rows trained on. all: every row is trained on, and validation and test divide "
-        "the same rows between them; right for memorised content, where what is forgotten is what was trained on.",
+        "Share of the rows trained on. all: every row is trained on, and validation and test divide the same rows "
+        "between them; right for memorised content, where what is forgotten is what was trained on.",
     )
-    validation: Share = Field(0.2, description="Share of the rows on which the coefficient is chosen.")
-    test: Share = Field(0.3, description="Share of the rows on which the result is reported.")
+    validation: Share = key(0.2, "Share of the rows on which the coefficient is chosen.")
+    test: Share = key(0.3, "Share of the rows on which the result is reported.")
 
     @model_validator(mode="after")
     def _adds_up(self) -> SplitShares:
@@ -129,10 +137,8 @@ class SplitPrompts(Frozen):
 class DataSet(Source):
     """A forget, retain or utility set."""
 
-    name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
-        description="Name in reports; the file's name when not given.",
+    name: str | None = key(
+        None, "Name in reports; the file's name when not given.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
     )
     kind: Kind = Field(
         description="text (passages), qa (question, answer) or mcq (question, choices, answer). In place of question "
@@ -143,26 +149,26 @@ class DataSet(Source):
         description="Our field -> your column (text; question, answer, messages, prompt, completion; choices may be a "
         "list of columns).",
     )
-    prompt: Template | Templates | SplitPrompts | None = Field(
-        None, description="Template with {column} fields; what the model reads before the answer."
+    prompt: Template | Templates | SplitPrompts | None = key(
+        None, "Template with {column} fields; what the model reads before the answer."
     )
     reverse: Template | None = later(
         None,
-        "qa, mcq: a template of the question asked back, of which the answer is a part and the question is "
-        "the answer (Which country has the capital {answer}?); test items are scored so too, as NAME@reverse.",
+        "qa, mcq: a template of the question asked back, of which the answer is a part and the question is the answer "
+        "(Which country has the capital {answer}?); test items are scored so too, as NAME@reverse.",
     )
     shares: SplitShares = Field(
         default_factory=SplitShares, description="How the rows are split when no files are given."
     )
-    validation: Source | None = Field(None, description="A file of its own for validation items.")
-    test: Source | None = Field(None, description="A file of its own for test items.")
-    length: Positive = Field(256, description="text: tokens per passage.")
-    prefix: Positive = Field(32, description="text: tokens the model is given before it must go on by itself.")
-    prefixes: tuple[Positive, ...] = Field(
-        (), description="text: further lengths of what the model is given; test items are scored at each of them too."
+    validation: Source | None = key(None, "A file of its own for validation items.")
+    test: Source | None = key(None, "A file of its own for test items.")
+    length: Positive = key(256, "text: tokens per passage.")
+    prefix: Positive = key(32, "text: tokens the model is given before it must go on by itself.")
+    prefixes: tuple[Positive, ...] = key(
+        (), "text: further lengths of what the model is given; test items are scored at each of them too."
     )
-    continuation: Positive = Field(
-        64, description="qa, text: tokens generated for ROUGE-L, and as many of the right answer are compared."
+    continuation: Positive = key(
+        64, "qa, text: tokens generated for ROUGE-L, and as many of the right answer are compared."
     )
 
     @model_validator(mode="after")

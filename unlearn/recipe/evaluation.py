@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from unlearn.errors import EvaluationError
-from unlearn.recipe.data import Frozen, Positive, Scalar, Share
+from unlearn.recipe.data import Above, AtLeast0, Count, Frozen, Positive, Scalar, Share, key
 from unlearn.text import did_you_mean
 
 Quantised = Literal["nf4", "int8"]
@@ -37,12 +37,12 @@ _SETS = {"tofu": tuple(FORGET_SETS), "muse": ("news", "books")}
 class EditedSpec(Frozen):
     """A model that was edited elsewhere, by whatever method: nothing is fitted, swept, chosen or exported."""
 
-    model: str | None = Field(
-        None, min_length=1, description="Folder, hub id or .gguf file; the recipe's (taught) model when not given."
+    model: str | None = key(
+        None, "Folder, hub id or .gguf file; the recipe's (taught) model when not given.", min_length=1
     )
-    revision: str | None = Field(None, description="Hub revision of the model.")
-    adapter: str | None = Field(
-        None, min_length=1, description="An adapter of PEFT's to merge into it, of any kind that changes weights."
+    revision: str | None = key(None, "Hub revision of the model.")
+    adapter: str | None = key(
+        None, "An adapter of PEFT's to merge into it, of any kind that changes weights.", min_length=1
     )
 
     @model_validator(mode="after")
@@ -61,18 +61,14 @@ class BenchmarkSpec(Frozen):
 
     name: Literal["tofu", "muse"] = Field(description="tofu (2401.06121) or muse (2407.06460).")
     set: str = Field(description="tofu: forget01, forget05 or forget10; muse: news or books.")
-    path: str | None = Field(
-        None, description="A local folder with its files, relative to the recipe; from the hub when not given."
-    )
-    items: Positive | None = Field(
-        None, description="Only the first so many items of every set (the authors' TOFU logs have 300)."
-    )
-    tag: Literal["prompt", "scored"] = Field(
+    path: str | None = key(None, "A local folder with its files, relative to the recipe; from the hub when not given.")
+    items: Positive | None = key(None, "Only the first so many items of every set (the authors' TOFU logs have 300).")
+    tag: Literal["prompt", "scored"] = key(
         "prompt",
-        description="tofu: whether the words 'Answer:' are part of the prompt or, as in the authors' logs of Phi-1.5, "
-        "of what is scored.",
+        "tofu: whether the words 'Answer:' are part of the prompt or, as in the authors' logs of Phi-1.5, of what is "
+        "scored.",
     )
-    max_tokens: Positive | None = Field(None, description="Tokens generated for ROUGE-L; the benchmark's own if none.")
+    max_tokens: Positive | None = key(None, "Tokens generated for ROUGE-L; the benchmark's own if none.")
 
     @model_validator(mode="after")
     def _known(self) -> BenchmarkSpec:
@@ -86,44 +82,41 @@ class BenchmarkSpec(Frozen):
 class RelearnSpec(Frozen):
     """Fine-tuning the edited model for a few steps: how fast does it come back? (2406.13356)"""
 
-    items: Positive = Field(8, description="Forget items trained on; they are not among those scored, where possible.")
-    steps: tuple[Positive, ...] = Field((1, 2, 5, 10, 20), min_length=1, description="Steps after which it is scored.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Of the relearning (AdamW, constant).")
-    batch_size: Positive = Field(4, description="Rows per step.")
-    unrelated: bool = Field(True, description="Relearn on utility texts as well, which have nothing of it in them.")
+    items: Positive = key(8, "Forget items trained on; they are not among those scored, where possible.")
+    steps: tuple[Positive, ...] = key((1, 2, 5, 10, 20), "Steps after which it is scored.", min_length=1)
+    learning_rate: Above = key(2e-4, "Of the relearning (AdamW, constant).")
+    batch_size: Positive = key(4, "Rows per step.")
+    unrelated: bool = key(True, "Relearn on utility texts as well, which have nothing of it in them.")
 
 
 class RobustnessSpec(Frozen):
     """Attacks on the result: how much of what was forgotten comes back."""
 
-    items: Positive = Field(48, description="Forget items of the test split that the attacks are scored on, at most.")
-    quantize: tuple[Quantised, ...] = Field(
-        ("nf4", "int8"), description="Quantised copies that are scored (2410.16454); needs bitsandbytes."
+    items: Positive = key(48, "Forget items of the test split that the attacks are scored on, at most.")
+    quantize: tuple[Quantised, ...] = key(
+        ("nf4", "int8"), "Quantised copies that are scored (2410.16454); needs bitsandbytes."
     )
     relearn: RelearnSpec | None = Field(default_factory=RelearnSpec, description="Relearning curves; null: none.")
-    probes: tuple[Probe, ...] = Field(
+    probes: tuple[Probe, ...] = key(
         ("paraphrase", "prefix", "few_shot", "template"),
-        description="Other ways to ask: reworded, after a text that sets the scene, after solved examples from the "
-        "retain sets, and under templates in other languages.",
+        "Other ways to ask: reworded, after a text that sets the scene, after solved examples from the retain sets, "
+        "and under templates in other languages.",
     )
-    contrast: bool = Field(
-        True,
-        description="Ask the same about others and subtract: the choice that gains most by its own prompt is taken.",
+    contrast: bool = key(
+        True, "Ask the same about others and subtract: the choice that gains most by its own prompt is taken."
     )
-    samples: Annotated[int, Field(ge=0)] = Field(
-        8, description="Continuations sampled per item; the best one counts. 0: none are sampled."
-    )
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Of the sampling.")
-    lens: bool = Field(True, description="Read the answer off every hidden layer (logit lens).")
+    samples: Count = key(8, "Continuations sampled per item; the best one counts. 0: none are sampled.")
+    temperature: Above = key(1.0, "Of the sampling.")
+    lens: bool = key(True, "Read the answer off every hidden layer (logit lens).")
 
 
 class PushSpec(Frozen):
     """What goes to the model hub. The token comes from the environment (HF_TOKEN) and from nowhere else."""
 
     repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", description="OWNER/NAME on the hub.")
-    what: Literal["adapter", "merged"] = Field("adapter", description="Which export is pushed.")
-    private: bool = Field(True, description="Whether a new repository is private.")
-    dry_run: bool = Field(False, description="Say what would be pushed, and push nothing.")
+    what: Literal["adapter", "merged"] = key("adapter", "Which export is pushed.")
+    private: bool = key(True, "Whether a new repository is private.")
+    dry_run: bool = key(False, "Say what would be pushed, and push nothing.")
 
     @field_validator("repo")
     @classmethod
@@ -138,15 +131,13 @@ class PushSpec(Frozen):
 class SweepSpec(Frozen):
     """Which coefficients are tried."""
 
-    coefficients: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
-        (0.25, 0.5, 0.75, 1.0),
-        min_length=1,
-        description="Grid of coefficients; 0, the model as it is, is always scored as well.",
+    coefficients: tuple[Annotated[float, Field(ge=0, le=100)], ...] = key(
+        (0.25, 0.5, 0.75, 1.0), "Grid of coefficients; 0, the model as it is, is always scored as well.", min_length=1
     )
-    search: Literal["grid", "bisect"] = Field(
+    search: Literal["grid", "bisect"] = key(
         "grid",
-        description="grid: every coefficient is scored, which shows the whole frontier. bisect: only as many as the "
-        "choice needs, half of the grid at most; takes kept scores to fall as the coefficient grows.",
+        "grid: every coefficient is scored, which shows the whole frontier. bisect: only as many as the choice needs, "
+        "half of the grid at most; takes kept scores to fall as the coefficient grows.",
     )
 
     @field_validator("coefficients")
@@ -166,19 +157,17 @@ class SweepSpec(Frozen):
 class ChooseSpec(Frozen):
     """The rule that picks the coefficient, on validation items only (Ilharco et al. 2212.04089, section 3)."""
 
-    metric: str | None = Field(
+    metric: str | None = key(
         None,
-        description="Metric to drive down on what is forgotten, or up on what is learned; by kind when not given. "
-        "Where sets are of several kinds, that of the first one's kind.",
+        "Metric to drive down on what is forgotten, or up on what is learned; by kind when not given. Where sets are "
+        "of several kinds, that of the first one's kind.",
     )
-    keep: Share = Field(0.95, description="Share of the target model's score that every kept metric must retain.")
-    perplexity: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="For kept metrics that are perplexities: the most they may rise."
-    )
-    collapse: Annotated[float, Field(gt=0)] = Field(
+    keep: Share = key(0.95, "Share of the target model's score that every kept metric must retain.")
+    perplexity: AtLeast0 = key(0.5, "For kept metrics that are perplexities: the most they may rise.")
+    collapse: Above = key(
         4.0,
-        description="Nats per token by which a kept set's loss may rise (mcq: an answer counts as three tokens) before "
-        "the model counts as collapsed and the coefficient is not chosen, whatever the bounds say.",
+        "Nats per token by which a kept set's loss may rise (mcq: an answer counts as three tokens) before the model "
+        "counts as collapsed and the coefficient is not chosen, whatever the bounds say.",
     )
 
 
@@ -189,55 +178,51 @@ class TaskSpec(Frozen):
         min_length=1,
         description="Its name in lm-eval (hellaswag, wmdp_bio, ...) or in the pack (unlearn_toxicity, ...).",
     )
-    set: Literal["forget", "learn", "retain", "utility"] = Field("utility", description="What it measures here.")
-    metric: str = Field("acc", description="Which of its metrics counts; others of a pack's task are reported as well.")
-    limit: Positive | None = Field(None, description="Use at most this many items, chosen by the seed.")
-    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Examples in the prompt.")
+    set: Literal["forget", "learn", "retain", "utility"] = key("utility", "What it measures here.")
+    metric: str = key("acc", "Which of its metrics counts; others of a pack's task are reported as well.")
+    limit: Positive | None = key(None, "Use at most this many items, chosen by the seed.")
+    num_fewshot: Count | None = key(None, "Examples in the prompt.")
     metadata: dict[str, Scalar | tuple[Scalar, ...] | dict[str, Scalar | tuple[Scalar, ...]]] = Field(
         default_factory=dict,
         description="Settings of the task, as lm-eval's --metadata takes them; files relative to the current folder.",
     )
-    whole: bool = Field(
+    whole: bool = key(
         False,
-        description="All of its items are test items, and the search does without it; else the seed halves them into "
-        "validation and test.",
+        "All of its items are test items, and the search does without it; else the seed halves them into validation "
+        "and test.",
     )
 
 
 class EvalSpec(Frozen):
     """How scores are computed."""
 
-    engine: Literal["packed", "hf"] = Field(
-        "packed", description="packed: one row per context with all its answers; hf: lm-eval's own model."
+    engine: Literal["packed", "hf"] = key(
+        "packed", "packed: one row per context with all its answers; hf: lm-eval's own model."
     )
-    batch_tokens: Positive | None = Field(None, description="packed: tokens per forward pass; found when not given.")
-    batch_size: Positive = Field(16, description="hf, and generation: rows per forward pass.")
-    bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="Resamples for stderr where no formula exists.")
-    generate: Literal["none", "test", "sweep"] = Field(
-        "test",
-        description="ROUGE-L of greedy answers (qa, text): test, before and after; sweep, at every coefficient too.",
+    batch_tokens: Positive | None = key(None, "packed: tokens per forward pass; found when not given.")
+    batch_size: Positive = key(16, "hf, and generation: rows per forward pass.")
+    bootstrap: Annotated[int, Field(ge=100)] = key(1000, "Resamples for stderr where no formula exists.")
+    generate: Literal["none", "test", "sweep"] = key(
+        "test", "ROUGE-L of greedy answers (qa, text): test, before and after; sweep, at every coefficient too."
     )
-    examples: Annotated[int, Field(ge=0)] = Field(6, description="Items per set shown before and after in the report.")
-    tasks: tuple[TaskSpec, ...] = Field((), description="lm-eval's own tasks, and those of the pack.")
+    examples: Count = key(6, "Items per set shown before and after in the report.")
+    tasks: tuple[TaskSpec, ...] = key((), "lm-eval's own tasks, and those of the pack.")
 
 
 class ExportSpec(Frozen):
     """What is handed back."""
 
-    adapter: bool = Field(True, description="The edit as a PEFT adapter with the coefficient folded in.")
-    merged: bool = Field(False, description="Whole edited weights, in safetensors shards, with the tokenizer.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of merged weights.")
-    stochastic_rounding: bool = Field(
-        False, description="merged in 16 bits: round up or down by chance, so that small edits survive on average."
+    adapter: bool = key(True, "The edit as a PEFT adapter with the coefficient folded in.")
+    merged: bool = key(False, "Whole edited weights, in safetensors shards, with the tokenizer.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "dtype of merged weights.")
+    stochastic_rounding: bool = key(
+        False, "merged in 16 bits: round up or down by chance, so that small edits survive on average."
     )
-    accept_rounding: bool = Field(
-        False,
-        description="merged in 16 bits: write it also where rounding has made another model of it than was scored.",
+    accept_rounding: bool = key(
+        False, "merged in 16 bits: write it also where rounding has made another model of it than was scored."
     )
-    shard_size: str = Field(
-        "5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Largest shard of merged weights: 500MB, 5GB."
-    )
-    push_to_hub: PushSpec | None = Field(None, description="Where an export is pushed to; null: nowhere.")
+    shard_size: str = key("5GB", "Largest shard of merged weights: 500MB, 5GB.", pattern=r"^\d+(\.\d+)?[KMGT]B$")
+    push_to_hub: PushSpec | None = key(None, "Where an export is pushed to; null: nowhere.")
 
     @model_validator(mode="after")
     def _pushable(self) -> ExportSpec:
@@ -254,35 +239,33 @@ class ClusterSpec(Frozen):
     Without Slurm ``gpus``, ``processes`` and ``parallelism`` count.
     """
 
-    partition: str | None = Field(None, min_length=1, description="Slurm partition; the cluster's own when not given.")
-    account: str | None = Field(None, min_length=1, description="Slurm account.")
-    qos: str | None = Field(None, min_length=1, description="Slurm quality of service.")
-    nodes: Positive = Field(1, description="Machines per job.")
-    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs per machine.")
-    cpus: Positive = Field(4, description="CPU cores per machine.")
-    memory: str | None = Field(
-        None, pattern=r"^\d+(\.\d+)?[KMGT]B$", description="Main memory per machine, 32GB; the cluster's own if none."
+    partition: str | None = key(None, "Slurm partition; the cluster's own when not given.", min_length=1)
+    account: str | None = key(None, "Slurm account.", min_length=1)
+    qos: str | None = key(None, "Slurm quality of service.", min_length=1)
+    nodes: Positive = key(1, "Machines per job.")
+    gpus: Count = key(0, "GPUs per machine.")
+    cpus: Positive = key(4, "CPU cores per machine.")
+    memory: str | None = key(
+        None, "Main memory per machine, 32GB; the cluster's own if none.", pattern=r"^\d+(\.\d+)?[KMGT]B$"
     )
-    time: str | None = Field(
+    time: str | None = key(
         None,
+        "Longest run before it is stopped and put back in the queue, 4:00:00 or 1-12:00:00.",
         pattern=r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$",
-        description="Longest run before it is stopped and put back in the queue, 4:00:00 or 1-12:00:00.",
     )
-    processes: Positive | None = Field(
-        None, description="Processes per machine that train and score together; one per GPU when not given."
+    processes: Positive | None = key(
+        None, "Processes per machine that train and score together; one per GPU when not given."
     )
-    parallelism: Positive | None = Field(
+    parallelism: Positive | None = key(
         None,
-        description="Most jobs at a time; as many as there is room for when not given. --local: as many as there are "
-        "GPUs for; without GPUs 1 when not given, and no more than there are cores.",
+        "Most jobs at a time; as many as there is room for when not given. --local: as many as there are GPUs for; "
+        "without GPUs 1 when not given, and no more than there are cores.",
     )
-    requeues: Annotated[int, Field(ge=0)] = Field(
-        100, description="How often a job that met its time limit goes back in the queue and goes on from there."
+    requeues: Count = key(100, "How often a job that met its time limit goes back in the queue and goes on from there.")
+    grace: Annotated[int, Field(ge=10)] = key(
+        120, "Seconds before the time limit at which a run saves where it is and stops."
     )
-    grace: Annotated[int, Field(ge=10)] = Field(
-        120, description="Seconds before the time limit at which a run saves where it is and stops."
-    )
-    setup: tuple[str, ...] = Field((), description="Shell lines run before a job: modules, environments, variables.")
+    setup: tuple[str, ...] = key((), "Shell lines run before a job: modules, environments, variables.")
     extra: dict[str, Scalar] = Field(
         default_factory=dict, description="Further sbatch options by their long names, {constraint: a100}."
     )

@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticKnownError
 
-from unlearn.recipe.data import ALSO, DataSet, Frozen, Positive, Share, also, later
+from unlearn.recipe.data import ALSO, Above, AtLeast0, Count, DataSet, Frozen, Positive, Share, also, key, later
 from unlearn.text import coefficient as number
 from unlearn.text import counted, did_you_mean, percent
 
@@ -43,35 +43,25 @@ _Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]  # a module's path,
 class LoraSpec(Frozen):
     """Shape of the adapter that becomes the task vector (Hu et al. 2106.09685)."""
 
-    rank: Positive = Field(16, **also("rank", "r"), description="Rank r of the update.")
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        32, **also("alpha", "lora_alpha"), description="Scale: the update is (alpha/rank) * B @ A."
+    rank: Positive = key(16, "Rank r of the update.", **also("rank", "r"))
+    alpha: Above = key(32, "Scale: the update is (alpha/rank) * B @ A.", **also("alpha", "lora_alpha"))
+    dropout: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.0, "Dropout on the adapter's input.", **also("dropout", "lora_dropout")
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, **also("dropout", "lora_dropout"), description="Dropout on the adapter's input."
-    )
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+    targets: Literal["all-linear"] | tuple[str, ...] = key(
         "all-linear",
+        "Module names (q_proj, fc1, ...), or all-linear: every linear layer but the head.",
         **also("targets", "target_modules"),
-        description="Module names (q_proj, fc1, ...), or all-linear: every linear layer but the head.",
     )
-    depth: tuple[Share, Share] = Field(
-        (0.0, 1.0),
-        description="The layers that get an adapter, as shares of the depth: [0.75, 1] is the last quarter. Training "
-        "then needs no gradient in the layers before.",
+    depth: tuple[Share, Share] = key(
+        (0.0, 1.0), "Layers with an adapter, as shares of the depth: [0.75, 1] is the last quarter, and trains faster."
     )
-    rslora: bool = Field(
-        False, **also("rslora", "use_rslora"), description="Scale by alpha/sqrt(rank) instead (2312.03732)."
-    )
+    rslora: bool = key(False, "Scale by alpha/sqrt(rank) instead (2312.03732).", **also("rslora", "use_rslora"))
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = later(
-        True,
-        "How A begins, as LoraConfig has it: true is Kaiming's uniform. B A begins at zero in any case, so that it is "
-        "the whole change.",
+        True, "How A begins, as in LoraConfig (true: Kaiming's uniform); B A begins at zero in any case."
     )
     rank_pattern: dict[_Module, Positive] = later({}, "Other ranks for some modules, by their names as in targets.")
-    alpha_pattern: dict[_Module, Annotated[float, Field(gt=0)]] = later(
-        {}, "Other alphas for some modules, in the same way."
-    )
+    alpha_pattern: dict[_Module, Above] = later({}, "Other alphas for some modules, in the same way.")
 
     @field_validator("depth")
     @classmethod
@@ -149,45 +139,33 @@ def _passed_on(name: str) -> str:
 class TrainSpec(Frozen):
     """One fine-tuning, run by transformers' Trainer."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, **also("epochs", "num_train_epochs"), description="Passes over the data."
+    epochs: Above | None = key(None, "Passes over the data.", **also("epochs", "num_train_epochs"))
+    steps: Positive | None = key(None, "Optimiser steps; instead of epochs.", **also("steps", "max_steps"))
+    learning_rate: Above = key(2e-4, "Peak learning rate (AdamW).")
+    batch_size: Positive = key(
+        8, "Examples of a batch, of all processes together.", **also("batch_size", "per_device_train_batch_size")
     )
-    steps: Positive | None = Field(
-        None, **also("steps", "max_steps"), description="Optimiser steps; instead of epochs."
+    accumulation: Positive = key(
+        1, "Batches added up before each step.", **also("accumulation", "gradient_accumulation_steps")
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate (AdamW).")
-    batch_size: Positive = Field(
-        8,
-        **also("batch_size", "per_device_train_batch_size"),
-        description="Examples of a batch, of all processes together.",
+    warmup: Share = key(0.1, "Share of the steps over which the rate rises.", **also("warmup", "warmup_ratio"))
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = key(
+        "linear", "Rate over time.", **also("schedule", "lr_scheduler_type")
     )
-    accumulation: Positive = Field(
-        1,
-        **also("accumulation", "gradient_accumulation_steps"),
-        description="Batches added up before each step.",
-    )
-    warmup: Share = Field(
-        0.1, **also("warmup", "warmup_ratio"), description="Share of the steps over which the rate rises."
-    )
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
-        "linear", **also("schedule", "lr_scheduler_type"), description="Rate over time."
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
-    max_length: Positive = Field(
+    weight_decay: AtLeast0 = key(0.0, "AdamW weight decay.")
+    max_length: Positive = key(
         512,
+        "Longest row in tokens. A longer prompt loses its beginning (the report says so), an answer that does not fit "
+        "is an error, and a longer passage becomes several rows.",
         **also("max_length", "max_seq_length"),
-        description="Longest row in tokens. A longer prompt loses its beginning, which is counted in the report; an "
-        "answer is never cut: one that does not fit is an error. A longer passage becomes several rows.",
     )
-    gradient_checkpointing: bool = Field(
-        False,
-        **also("gradient_checkpointing", "activation_checkpointing"),
-        description="Less memory for about a third more time.",
+    gradient_checkpointing: bool = key(
+        False, "Less memory for about a third more time.", **also("gradient_checkpointing", "activation_checkpointing")
     )
-    save_every: Positive | None = Field(
-        None, **also("save_every", "save_steps"), description="Checkpoint every so many steps; default: 4 in all."
+    save_every: Positive | None = key(
+        None, "Checkpoint every so many steps; default: 4 in all.", **also("save_every", "save_steps")
     )
-    report_to: tuple[str, ...] = Field((), description="Empty: report_to at the top of the recipe is for all.")
+    report_to: tuple[str, ...] = key((), "Empty: report_to at the top of the recipe is for all.")
     trainer: dict[Annotated[str, AfterValidator(_passed_on)], Any] = later(
         {},
         "Further settings of transformers' TrainingArguments, by their names: optim, max_grad_norm, adam_beta2, "
@@ -212,41 +190,30 @@ class TrainSpec(Frozen):
 class TeachSpec(TrainSpec):
     """Fine-tune the base on forget and retain together to get the target model, as TOFU and MUSE do."""
 
-    lora: LoraSpec | None = Field(None, description="Teach through a LoRA that is then merged; null: all weights.")
+    lora: LoraSpec | None = key(None, "Teach through a LoRA that is then merged; null: all weights.")
 
 
 # -- which vector is subtracted
 
 
-Above = Annotated[float, Field(gt=0)]
-AtLeast0 = Annotated[float, Field(ge=0)]
-
-
 class RetainKLSpec(Frozen):
     """Keep the model's predictions on retain data while the forget vector is fitted."""
 
-    sides: Literal["one", "two"] = Field(
+    sides: Literal["one", "two"] = key(
         "two",
-        description="one: KL(theta || theta + tau). two: also KL(theta || theta - c*tau), the side deployed. "
-        "With ignorance, which is fitted on the side deployed, plus and minus are exchanged.",
+        "one: KL(theta || theta + tau). two: also KL(theta || theta - c*tau), the side deployed. With ignorance, "
+        "which is fitted on the side deployed, plus and minus are exchanged.",
     )
-    weight: Above = Field(1.0, description="Weight of the penalty against the forget loss.")
-    coefficients: tuple[AtLeast0, Above] | None = Field(
-        None,
-        description="two: c is drawn from this range at every step; equal ends fix it. The sweep's range when not "
-        "given.",
+    weight: Above = key(1.0, "Weight of the penalty against the forget loss.")
+    coefficients: tuple[AtLeast0, Above] | None = key(
+        None, "two: c is drawn from this range at every step; equal ends fix it. The sweep's range when not given."
     )
-    batch_size: Positive = Field(8, description="Retain examples per step.")
-    temperature: Above = Field(
-        1.0,
-        description="Divides the logits of both, as in distillation: above 1 the unlikely tokens count too, which hold "
-        "what a model says of one subject against what it says of others.",
-    )
+    batch_size: Positive = key(8, "Retain examples per step.")
+    temperature: Above = key(1.0, "Divides the logits of both, as in distillation: above 1 unlikely tokens count too.")
     estimate: Literal["passes", "kfac"] = later(
         "passes",
-        "passes: the divergence itself, of batch_size retain items in every step. kfac: its second order by layer, "
-        "(1 + c^2)/2 * tr[(B^T G B)(A C A^T)] with the mean c^2 of the range, from one reading of the retain items: "
-        "steps cost what they cost without a penalty.",
+        "passes: the divergence itself, of batch_size retain items in every step. kfac: its second order by layer, (1 "
+        "+ c^2)/2 * tr[(B^T G B)(A C A^T)] with the range's mean c^2, read once: steps cost no more than without.",
     )
 
     @field_validator("coefficients")
@@ -266,39 +233,34 @@ class RetainKLSpec(Frozen):
 class MsaSpec(Frozen):
     """MSA (2506.20941): theta - c * (alpha*tau_f - beta*tau_r), both fitted on a checkpoint before the forget set."""
 
-    alpha: Above = Field(1.0, description="Weight of the forget vector.")
-    beta: AtLeast0 = Field(1.0, description="Weight of the retain vector.")
-    clean: str | None = Field(
+    alpha: Above = key(1.0, "Weight of the forget vector.")
+    beta: AtLeast0 = key(1.0, "Weight of the retain vector.")
+    clean: str | None = key(
         None,
-        description="Checkpoint of the same architecture that never saw the forget set; with teach it is the model "
-        "before the teaching, and nothing is to be given.",
+        "Checkpoint of the same architecture that never saw the forget set; with teach it is the model before that.",
     )
 
 
 class ConsensusSpec(Frozen):
     """NegMerge (2410.05583): the mean of several fine-tunings where their signs agree."""
 
-    runs: Annotated[int, Field(ge=2, le=32)] = Field(3, description="Fine-tunings, of seeds one after another.")
+    runs: Annotated[int, Field(ge=2, le=32)] = key(3, "Fine-tunings, of seeds one after another.")
 
 
 class IgnoranceSpec(Frozen):
     """Fit toward ignorance: KL(q || theta - tau) on the forget rows, q what a model says that never knew."""
 
-    teacher: Literal["other", "blank", "short", "clean"] = Field(
+    teacher: Literal["other", "blank", "short", "clean"] = key(
         "other",
-        description="q. other: the mean over prompts of other forget items in the same wording. blank: the wording "
-        "with nothing filled in. short (text): 8 tokens at a time after no more than as many. clean: a model that "
-        "never saw the forget set.",
+        "q. other: the mean over prompts of other forget items in the same wording. blank: the wording with nothing "
+        "filled in. short (text): 8 tokens at a time after no more than as many. clean: a model that never saw the "
+        "forget set.",
     )
-    others: Positive = Field(2, description="other: prompts that the mean is over, drawn anew for every row and step.")
-    clean: str | None = Field(
-        None,
-        description="teacher clean: that model, of the same tokenizer; with teach it is the model before the teaching, "
-        "and nothing is to be given.",
+    others: Positive = key(2, "other: prompts that the mean is over, drawn anew for every row and step.")
+    clean: str | None = key(
+        None, "teacher clean: that model, of the same tokenizer; with teach it is the model before that."
     )
-    grow: AtLeast0 = Field(
-        0.0, description="Weight of the forget rows' cross-entropy under theta + tau, on the side not deployed."
-    )
+    grow: AtLeast0 = key(0.0, "Weight of the forget rows' cross-entropy under theta + tau, on the side not deployed.")
 
     @model_validator(mode="after")
     def _of_a_clean_one(self) -> IgnoranceSpec:
@@ -333,46 +295,46 @@ class NpoSpec(RetainLossSpec):
     """Negative preference optimisation (2404.05868), a baseline."""
 
     weight: AtLeast0 = later(0.0, f"{_WEIGHT} 0 is the loss alone; open-unlearning has 1.")
-    beta: Above = Field(0.1, description="Inverse temperature.")
+    beta: Above = key(0.1, "Inverse temperature.")
 
 
 class SimNpoSpec(RetainLossSpec):
     """SimNPO (2410.07163), a baseline: NPO without a reference, by an answer's mean log-probability."""
 
     weight: AtLeast0 = Field(8.0, description=f"{_WEIGHT} 8 is the authors' 1 to .125.")
-    beta: Above = Field(4.5, description="Inverse temperature.")
-    margin: AtLeast0 = Field(0.0, description="The paper's gamma (open-unlearning's delta times beta).")
+    beta: Above = key(4.5, "Inverse temperature.")
+    margin: AtLeast0 = key(0.0, "The paper's gamma (open-unlearning's delta times beta).")
 
 
 class IdkDpoSpec(RetainLossSpec):
     """DPO with a refusal as the answer that is preferred (TOFU 2401.06121; open-unlearning's IdkDPO), a baseline."""
 
-    beta: Above = Field(0.1, description="Inverse temperature.")
-    refusals: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+    beta: Above = key(0.1, "Inverse temperature.")
+    refusals: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = key(
         None,
-        description="Sentences of which every forget item is answered with one, drawn anew at each step: a list, or a "
-        "text file with one a line; sixteen such as 'I don't know.' when not given.",
+        "Sentences to refuse with, one drawn for every item and step: a list, or a text file with one a line; sixteen "
+        "such as 'I don't know.' when not given.",
     )
 
 
 class RmuSpec(Frozen):
     """RMU (2403.03218), a baseline: forget activations are driven to one random direction, retain ones are held."""
 
-    layer: Annotated[int, Field(ge=0)] = Field(7, description="The layer whose output is driven, counted from 0.")
-    layers: Positive = Field(3, description="Layers that get an adapter: that one, and so many less one before it.")
-    scale: Above = Field(6.5, description="Length of the vector that forget activations are driven to (the paper's c).")
-    weight: AtLeast0 = Field(1200.0, description="Weight of the distance on retain items (the paper's alpha).")
+    layer: Count = key(7, "The layer whose output is driven, counted from 0.")
+    layers: Positive = key(3, "Layers that get an adapter: that one, and so many less one before it.")
+    scale: Above = key(6.5, "Length of the vector that forget activations are driven to (the paper's c).")
+    weight: AtLeast0 = key(1200.0, "Weight of the distance on retain items (the paper's alpha).")
 
 
 class IhlSpec(RetainLossSpec):
     """The inverted hinge loss of LoKU (2408.06621), a baseline."""
 
-    fila: bool = Field(
+    fila: bool = key(
         False,
-        description="Begin the LoRA at the part of the weights that matters for the forget items and not for retain "
-        "items, which is taken off them meanwhile (FILA); the vector has twice the rank.",
+        "Begin the LoRA at the part of the weights that matters for forget items and not for retain items (FILA); the "
+        "vector has twice the rank.",
     )
-    samples: Positive = Field(64, description="fila: training items of either side that this is estimated from.")
+    samples: Positive = key(64, "fila: training items of either side that this is estimated from.")
 
     @property
     def start(self) -> str:
@@ -383,23 +345,23 @@ class IhlSpec(RetainLossSpec):
 class ProjectSpec(Frozen):
     """Projection off the retain vector's row space."""
 
-    energy: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.9, description="Share of the retain vector's squared norm, per module, whose directions are removed."
+    energy: Annotated[float, Field(gt=0, le=1)] = key(
+        0.9, "Share of the retain vector's squared norm, per module, whose directions are removed."
     )
 
 
 class EthosSpec(Frozen):
     """Ethos (2403.08994): filter in the singular basis of the weights."""
 
-    threshold: Share = Field(0.03, description="Share of the largest component below which one is dropped.")
+    threshold: Share = key(0.03, "Share of the largest component below which one is dropped.")
 
 
 class PertaSpec(Frozen):
     """PerTA (2601.22030): scale each entry by its importance for forgetting against that for retaining."""
 
-    importance: Literal["grad", "fisher"] = Field("grad", description="Mean |gradient|, or its square.")
-    alpha: Above = Field(1.0, description="Weight of the importance for retaining.")
-    samples: Positive = Field(64, description="Training items of either side that it is estimated from.")
+    importance: Literal["grad", "fisher"] = key("grad", "Mean |gradient|, or its square.")
+    alpha: Above = key(1.0, "Weight of the importance for retaining.")
+    samples: Positive = key(64, "Training items of either side that it is estimated from.")
 
     @property
     def kind(self) -> str:
@@ -410,14 +372,13 @@ class PertaSpec(Frozen):
 class ShrinkSpec(Frozen):
     """Shrinking on the input side (SAGE 2606.18309; by rank AlphaEdit 2410.02355)."""
 
-    mu: Above = Field(1000.0, description="Weight of the retain items' activations, against their mean square.")
-    rank: Positive | None = Field(
-        None, description="Remove so many leading directions of these activations instead, and nothing else."
+    mu: Above = key(1000.0, "Weight of the retain items' activations, against their mean square.")
+    rank: Positive | None = key(
+        None, "Remove so many leading directions of these activations instead, and nothing else."
     )
     forget: AtLeast0 = later(
         0.0,
-        "Weight of the forget items' activations, against their mean square: what the change does to these is kept, so "
-        "that only what sets retain items apart is shrunk.",
+        "Weight of the forget items' activations, against their mean square: what the change does to these is kept.",
     )
 
     @model_validator(mode="after")
@@ -438,48 +399,44 @@ class ShrinkSpec(Frozen):
 class KfacSpec(Frozen):
     """Shrinking on both sides (after TAK 2602.17385)."""
 
-    mu: Above = Field(
-        1e6, description="Weight of the retain items' curvature, its root on either side, against their mean squares."
-    )
+    mu: Above = key(1e6, "Weight of the retain items' curvature, its root on either side, against their mean squares.")
 
 
 class SlopesSpec(Frozen):
     """Coefficients per component along which the retain items' losses do not move at first (after GU 2511.17100)."""
 
-    mu: Above = Field(100.0, description="Weight of the retain items' slopes, against their mean square.")
-    forget: AtLeast0 = Field(
-        1.0, description="How far components are raised along which the forget items' loss rises, in its mean slope."
+    mu: Above = key(100.0, "Weight of the retain items' slopes, against their mean square.")
+    forget: AtLeast0 = key(
+        1.0, "How far components are raised along which the forget items' loss rises, in its mean slope."
     )
-    samples: Positive = Field(64, description="Training items of either side whose slopes are taken, one by one.")
+    samples: Positive = key(64, "Training items of either side whose slopes are taken, one by one.")
 
 
 class LinesSpec(Frozen):
     """LiNeS (2410.17146): scale layer l of L by a + b*l/(L-1)."""
 
-    a: float = Field(0.2, description="Scale of the first layer.")
-    b: float = Field(0.8, description="What the last layer's scale has more.")
+    a: float = key(0.2, "Scale of the first layer.")
+    b: float = key(0.8, "What the last layer's scale has more.")
 
 
 class LearnedSpec(Frozen):
     """Coefficients per component fitted by gradient (after aTLAS, 2407.02880), vector and model frozen."""
 
-    by: Literal["component", "module"] = Field("component", description="One per singular component, or per module.")
-    steps: Positive = Field(15, description="Adam steps; on few items more of them gave worse vectors.")
-    learning_rate: Above = Field(0.1, description="Adam's learning rate; coefficients begin at 1.")
-    batch_size: Positive = Field(8, description="Forget examples per step.")
-    retain_batch_size: Positive = Field(8, description="Retain examples per step.")
-    beta: AtLeast0 = Field(5.0, description="Weight of the divergence on retain items.")
-    ceiling: Above = Field(10.0, description="Nats per token above which an answer counts as forgotten.")
-    scale: Above = Field(1.0, description="Coefficient that the weights are fitted at.")
+    by: Literal["component", "module"] = key("component", "One per singular component, or per module.")
+    steps: Positive = key(15, "Adam steps; on few items more of them gave worse vectors.")
+    learning_rate: Above = key(0.1, "Adam's learning rate; coefficients begin at 1.")
+    batch_size: Positive = key(8, "Forget examples per step.")
+    retain_batch_size: Positive = key(8, "Retain examples per step.")
+    beta: AtLeast0 = key(5.0, "Weight of the divergence on retain items.")
+    ceiling: Above = key(10.0, "Nats per token above which an answer counts as forgotten.")
+    scale: Above = key(1.0, "Coefficient that the weights are fitted at.")
 
 
 class LowRankSpec(Frozen):
     """Truncation to the leading singular components, per module."""
 
-    rank: Positive | None = Field(None, description="So many components.")
-    energy: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="As many as carry this share of the squared norm."
-    )
+    rank: Positive | None = key(None, "So many components.")
+    energy: Annotated[float, Field(gt=0, le=1)] | None = key(None, "As many as carry this share of the squared norm.")
 
     @model_validator(mode="after")
     def _one(self) -> LowRankSpec:
@@ -499,8 +456,8 @@ class LowRankSpec(Frozen):
 class PruneSpec(Frozen):
     """Keep the largest part of the vector, per module (Li et al. 2504.10957, Corollary 2, for rows)."""
 
-    keep: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Share that is kept.")
-    by: Literal["magnitude", "rows"] = Field("rows", description="Entries, or whole rows.")
+    keep: Annotated[float, Field(gt=0, le=1)] = key(0.2, "Share that is kept.")
+    by: Literal["magnitude", "rows"] = key("rows", "Entries, or whole rows.")
 
     @property
     def kind(self) -> str:
@@ -685,35 +642,28 @@ Name = Annotated[Literal[_Source, _Form], WrapValidator(_registered)]
 class CorrelationSpec(Frozen):
     """What is measured before the edit (Li et al. 2504.10957): see the report's "What could be known beforehand"."""
 
-    steps: Positive | None = Field(
-        20, description="Steps of the short fine-tuning on each retain set; null: as many as the forget set's."
+    steps: Positive | None = key(
+        20, "Steps of the short fine-tuning on each retain set; null: as many as the forget set's."
     )
-    items: Positive = Field(64, description="At most this many items of each set.")
+    items: Positive = key(64, "At most this many items of each set.")
 
 
 class FromSpec(Frozen):
     """A vector that is there already: a file, an adapter, or what a checkpoint has more than the one before it."""
 
-    path: str | None = Field(
-        None,
-        min_length=1,
-        description="A vector's file or its stage's folder, or a LoRA adapter of PEFT's (folder or hub id).",
+    path: str | None = key(
+        None, "A vector's file or its stage's folder, or a LoRA adapter of PEFT's (folder or hub id).", min_length=1
     )
-    finetuned: str | None = Field(
-        None, min_length=1, description="In place of path: a checkpoint (folder or hub id), of which base is taken off."
+    finetuned: str | None = key(
+        None, "In place of path: a checkpoint (folder or hub id), of which base is taken off.", min_length=1
     )
-    base: str | None = Field(
-        None, min_length=1, description="The checkpoint before finetuned; the recipe's model when not given."
-    )
-    revision: str | None = Field(None, description="Hub revision of path or finetuned.")
-    skip_unequal: bool = Field(
+    base: str | None = key(None, "The checkpoint before finetuned; the recipe's model when not given.", min_length=1)
+    revision: str | None = key(None, "Hub revision of path or finetuned.")
+    skip_unequal: bool = key(
         False,
-        description="Leave out what finetuned changed and no vector can hold (norms, embeddings, biases); else an "
-        "error that names them.",
+        "Leave out what finetuned changed and no vector can hold (norms, embeddings, biases); else that is an error.",
     )
-    negate: bool = Field(
-        False, description="It was trained to forget, not on the forget set: minus it is what is subtracted."
-    )
+    negate: bool = key(False, "It was trained to forget, not on the forget set: minus it is what is subtracted.")
 
     @model_validator(mode="after")
     def _one(self) -> FromSpec:
@@ -735,12 +685,12 @@ class VectorSpec(Frozen):
 
     model_config = ConfigDict(extra="allow", serialize_by_alias=True, json_schema_extra={"additionalProperties": False})
 
-    method: Annotated[Name | tuple[Name, ...], PlainSerializer(lambda given: given)] = Field(
+    method: Annotated[Name | tuple[Name, ...], PlainSerializer(lambda given: given)] = key(
         "negate",
-        description="What is subtracted. A source (negate: the forget vector itself, which a list need not say; msa; "
-        "consensus; ignorance; or a baseline: random, gradient_ascent, gradient_difference, npo, simnpo, idk_dpo, rmu, "
-        "ihl, retain_only; open-unlearning's names of trainers are taken too), then shapers, in the order given: "
-        "contrast, ext_sub, project, shrink, kfac, ethos, perta, lines, slopes, learned, low_rank, prune, rescale.",
+        "What is subtracted. A source (negate: the forget vector itself, which a list need not say; msa; consensus; "
+        "ignorance; or a baseline: random, gradient_ascent, gradient_difference, npo, simnpo, idk_dpo, rmu, ihl, "
+        "retain_only; open-unlearning's names of trainers are taken too), then shapers, in the order given: contrast, "
+        "ext_sub, project, shrink, kfac, ethos, perta, lines, slopes, learned, low_rank, prune, rescale.",
     )
     from_: str | FromSpec | None = later(
         None,
@@ -748,37 +698,37 @@ class VectorSpec(Frozen):
         "vector or of a LoRA adapter, or a mapping.",
         alias="from",
     )
-    mu: AtLeast0 | None = Field(
-        None, description="contrast: weight of the retain vector, theta - c*(tau_f - mu*tau_r); 1 when not given."
+    mu: AtLeast0 | None = key(
+        None, "contrast: weight of the retain vector, theta - c*(tau_f - mu*tau_r); 1 when not given."
     )
-    msa: MsaSpec | None = Field(None, description="Settings of msa.")
-    consensus: ConsensusSpec | None = Field(None, description="Settings of consensus.")
-    ignorance: IgnoranceSpec | None = Field(None, description="Settings of ignorance.")
-    gradient_difference: GradientDifferenceSpec | None = Field(None, description="Settings of gradient_difference.")
-    npo: NpoSpec | None = Field(None, description="Settings of npo.")
+    msa: MsaSpec | None = key(None, "Settings of msa.")
+    consensus: ConsensusSpec | None = key(None, "Settings of consensus.")
+    ignorance: IgnoranceSpec | None = key(None, "Settings of ignorance.")
+    gradient_difference: GradientDifferenceSpec | None = key(None, "Settings of gradient_difference.")
+    npo: NpoSpec | None = key(None, "Settings of npo.")
     simnpo: SimNpoSpec | None = later(None, "Settings of simnpo.")
     idk_dpo: IdkDpoSpec | None = later(None, "Settings of idk_dpo.")
     rmu: RmuSpec | None = later(None, "Settings of rmu.")
     ihl: IhlSpec | None = later(None, "Settings of ihl.")
-    project: ProjectSpec | None = Field(None, description="Settings of project.")
-    shrink: ShrinkSpec | None = Field(None, description="Settings of shrink.")
+    project: ProjectSpec | None = key(None, "Settings of project.")
+    shrink: ShrinkSpec | None = key(None, "Settings of shrink.")
     kfac: KfacSpec | None = later(None, "Settings of kfac.")
-    ethos: EthosSpec | None = Field(None, description="Settings of ethos.")
-    perta: PertaSpec | None = Field(None, description="Settings of perta.")
-    lines: LinesSpec | None = Field(None, description="Settings of lines.")
+    ethos: EthosSpec | None = key(None, "Settings of ethos.")
+    perta: PertaSpec | None = key(None, "Settings of perta.")
+    lines: LinesSpec | None = key(None, "Settings of lines.")
     slopes: SlopesSpec | None = later(None, "Settings of slopes.")
-    learned: LearnedSpec | None = Field(None, description="Settings of learned.")
-    low_rank: LowRankSpec | None = Field(None, description="Settings of low_rank; it needs them.")
-    prune: PruneSpec | None = Field(None, description="Settings of prune.")
-    retain_kl: Literal["none", "one_sided", "two_sided"] | RetainKLSpec | None = Field(
+    learned: LearnedSpec | None = key(None, "Settings of learned.")
+    low_rank: LowRankSpec | None = key(None, "Settings of low_rank; it needs them.")
+    prune: PruneSpec | None = key(None, "Settings of prune.")
+    retain_kl: Literal["none", "one_sided", "two_sided"] | RetainKLSpec | None = key(
         "none",
-        description="Penalty at the fitting of the forget vector that makes it, or its negation too, harmless on "
-        "retain items; a mapping sets its weight and range.",
+        "Penalty at the fitting that makes the forget vector, or its negation too, harmless on retain items; a "
+        "mapping sets its weight and range.",
     )
-    inside: Above | None = Field(
+    inside: Above | None = key(
         None,
-        description="Fit the LoRA of the forget vector inside the shrinking: A is kept as A(I + inside * C/d)^-1, C "
-        "the second moments of what the layer reads on retain items, d the mean of C's diagonal; 1000 is a good start.",
+        "Fit the LoRA of the forget vector inside the shrinking: A is kept as A(I + inside * C/d)^-1, C the second "
+        "moments of what the layer reads on retain items, d the mean of C's diagonal; 1000 is a good start.",
     )
     correlation: CorrelationSpec | None = Field(
         default_factory=CorrelationSpec,
@@ -786,8 +736,8 @@ class VectorSpec(Frozen):
     )
     lora: LoraSpec = Field(default_factory=LoraSpec, description="Shape of the adapters.")
     forget: TrainSpec = Field(default_factory=TrainSpec, description="Fine-tuning on the forget set.")
-    retain: TrainSpec | None = Field(
-        None, description="Fine-tuning on the retain sets, where a method needs it; like forget when not given."
+    retain: TrainSpec | None = key(
+        None, "Fine-tuning on the retain sets, where a method needs it; like forget when not given."
     )
 
     __pydantic_extra__: dict[Annotated[str, AfterValidator(_known)], Any]  # settings of methods that others registered

