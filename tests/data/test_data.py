@@ -14,10 +14,12 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tokenizers import processors
 
 from unlearn.data.items import SHORTEST_TARGET, Item, answer_index, normalise
 from unlearn.data.sets import LoadedSet, asked_back, counterparts, load_sets
 from unlearn.errors import DataError, EvaluationError
+from unlearn.model import pico
 from unlearn.recipe.data import SPLITS
 from unlearn.recipe.schema import Recipe
 
@@ -244,26 +246,12 @@ def test_the_same_question_about_another_context_is_no_duplicate(tmp_path: Path)
 # --- passages --------------------------------------------------------------------------------------------------------
 
 
-def bpe(trim: bool = False) -> Any:
-    """A byte-level BPE tokenizer trained on the spot: several tokens to one character of the Japanese and the emoji."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.ByteLevel(trim_offsets=trim)
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    raw.train_from_iterator([STORY], trainer)
-    build: Any = PreTrainedTokenizerFast
-    return build(tokenizer_object=raw)
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["whole offsets", "trimmed offsets"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
-    return bpe(request.param)
+    """Trained on the spot: several tokens to one character of the Japanese and the emoji."""
+    made: Any = pico.tokenizer([STORY], 330)
+    made.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=request.param)
+    return made
 
 
 def passages(loaded: LoadedSet) -> list[str]:
@@ -272,8 +260,7 @@ def passages(loaded: LoadedSet) -> list[str]:
 
 def load_text(folder: Path, document: str, tokenizer: Any, **more: Any) -> LoadedSet:
     (folder / "book.txt").write_text(document, encoding="utf-8")
-    shares = ALL
-    return load_sets(recipe(text("book.txt", shares=shares, **more)), folder, tokenizer)[0]
+    return load_sets(recipe(text("book.txt", shares=ALL, **more)), folder, tokenizer)[0]
 
 
 def shuffled_story(count: int) -> str:
@@ -490,38 +477,31 @@ CUT = [
     {"text": "4 The forgotten  words " * 30},
 ]
 # set k holds at its end what another set has too: the other set's rows and k's, the recipe, and the message
+ANEW = [*qa_rows(9, "k"), qa_rows(5, "f")[4]]  # nine of k's own, and one that f has
 OVERLAPS: dict[str, tuple[list[Any], list[Any], dict[str, Any], str, str]] = {
     **{
         f"kept, {role}": (
-            *(
-                qa_rows(10, "f"),
-                [*OTHERS, SAME],
-                {"forget": qa("f.jsonl"), role: [mcq("k.jsonl", prompt="{question} >")]},
-            ),
-            *(
-                f"{role} set 'k': the same item is to be forgotten and kept:\n  WHAT is f4? > It is f4.\n",
-                "forget set 'f'",
-            ),
+            *(qa_rows(10, "f"), [*OTHERS, SAME]),
+            {"forget": qa("f.jsonl"), role: [mcq("k.jsonl", prompt="{question} >")]},
+            f"{role} set 'k': the same item is to be forgotten and kept:\n  WHAT is f4? > It is f4.\n",
+            "forget set 'f'",
         )
         for role in ("retain", "utility")
     },
     **{
         f"another request, {role}": (
-            *(qa_rows(10, "f"), [*qa_rows(9, "k"), qa_rows(5, "f")[4]]),
-            {"forget": qa("a.jsonl"), "also_forget": [qa("f.jsonl")], role: [qa("k.jsonl")]},
+            *(qa_rows(10, "f"), ANEW, {"forget": qa("a.jsonl"), "also_forget": [qa("f.jsonl")], role: [qa("k.jsonl")]}),
             *(f"{role} set 'k': the same item is to be forgotten and {fate}:\n", "forget set 'f'"),
         )
         for role, fate in (("learn", "learned"), ("retain", "kept"))
     },
     "reached by analogy": (
-        *(qa_rows(10, "f"), [*qa_rows(9, "k"), qa_rows(5, "f")[4]]),
-        {"analogy": ABC | {"c": qa("k.jsonl")}, "learn": [qa("f.jsonl")]},
+        *(qa_rows(10, "f"), ANEW, {"analogy": ABC | {"c": qa("k.jsonl")}, "learn": [qa("f.jsonl")]}),
         *("term set 'k': the same item is to be reached by analogy and trained on:\n", "learn set 'f'"),
     ),
     **{
         f"held out, {role}": (
-            *(qa_rows(10, "f"), [*qa_rows(9, "k"), qa_rows(5, "f")[4]]),
-            {"forget": qa("a.jsonl"), "holdout": qa("k.jsonl"), role: [qa("f.jsonl")]},
+            *(qa_rows(10, "f"), ANEW, {"forget": qa("a.jsonl"), "holdout": qa("k.jsonl"), role: [qa("f.jsonl")]}),
             *("holdout set 'k': the same item is held out and in a set that a model has seen:\n", f"{role} set 'f'"),
         )
         for role in ("retain", "learn")

