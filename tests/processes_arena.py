@@ -13,19 +13,18 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from unlearn import processes as collective
-from unlearn import processes as distributed
 from unlearn.console import is_main_process, say
 from unlearn.data.encoding import Encoded, encode
 from unlearn.data.items import Item
 from unlearn.errors import UnlearnError
 from unlearn.model.load import Loaded, fingerprint, load
 from unlearn.processes import told
-from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.recipe.methods import METHODS, LoraSpec, Loss, RetainKLSpec, TrainSpec
 from unlearn.recipe.schema import ModelSpec
 from unlearn.train import trainer
 from unlearn.train.losses import Against, Keep, Teacher
@@ -67,8 +66,10 @@ def fit(
     elif kind != "plain":
         refused = rows(loaded, dict.fromkeys(FACTS, "I don't know."))
         teacher = Teacher({(a.input_ids, a.labels): [(b,)] for a, b in zip(facts, refused, strict=True)})
-        samples = 4 * (kind == "ihl")
-        against = Against(kind, near, batch_size=3, teacher=teacher, layer=1, samples=samples)  # type: ignore[arg-type]
+        given = {"npo": {"weight": 1}, "rmu": {"layer": 1, "weight": 1}, "ihl": {"fila": True, "samples": 4}}
+        settings, loss = METHODS[kind].settings, get_args(Loss)[get_args(Loss).index(kind)]
+        how = settings.model_validate(given.get(kind, {})) if settings is not None else None
+        against = Against(loss, how, near if how is not None else (), teacher, batch_size=3)
     lora = LoraSpec(rank=4, alpha=8, dropout=dropout)
     args = (loaded.model, loaded.tokenizer, facts, how, lora, 0, work, "forget", {}, keep, against)
     with told("vectors/forget", less_training("vector.forget")):
@@ -115,7 +116,7 @@ def main() -> int:
     masks: list[list[bool]] = []
     masked(masks)
     try:
-        distributed.join()
+        collective.join()
         for name, case in asked["cases"].items():
             if happens := case.pop("happens", None):
                 disturbed(*happens)
@@ -140,7 +141,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        distributed.leave()
+        collective.leave()
     return 0
 
 

@@ -114,22 +114,21 @@ def test_retain_rows_are_held_at_both_signs_unless_said_otherwise(phi: Loaded, t
     assert baseline.digest() not in (alone.digest(), tau.digest())
 
 
-@pytest.mark.parametrize("hold", [Dataset.from_list, pandas.DataFrame, tuple, iter])
-def test_rows_may_be_held_by_anything(phi: Loaded, hold: Callable[[Any], Any]) -> None:
-    rows = [{"question": r["question"], "choices": r["choices"], "answer": r["correct"]} for r in capital_rows(6)]
-    listed, held = (unlearn.fit(phi.model, phi.tokenizer, data, **QUICK) for data in (rows, hold(rows)))
-    assert listed.digest() == held.digest()
+CHOICES = [{"question": r["question"], "choices": r["choices"], "answer": r["correct"]} for r in capital_rows(6)]
+TEXTS = [f"{row['capital']} is the capital of {row['country']}, and has been for long." for row in capital_rows(4)]
 
 
-def test_texts_are_rows(phi: Loaded) -> None:
-    texts = [
-        f"{row['capital']} is the capital of {row['country']}, and has been for a long time." for row in capital_rows(4)
-    ]
-    plain, columns = (
-        unlearn.fit(phi.model, phi.tokenizer, rows, prefix=4, length=32, **QUICK)
-        for rows in (texts, [{"text": text} for text in texts])
-    )
-    assert plain.digest() == columns.digest()
+@pytest.mark.parametrize(
+    ("listed", "held"),
+    [
+        *((CHOICES, hold) for hold in (Dataset.from_list, pandas.DataFrame, tuple, iter)),
+        (TEXTS, lambda texts: [{"text": text} for text in texts]),
+    ],
+)
+def test_rows_may_be_held_by_anything(phi: Loaded, listed: list[Any], held: Callable[[Any], Any]) -> None:
+    cut = {"prefix": 4, "length": 32} if listed is TEXTS else {}
+    one, other = (unlearn.fit(phi.model, phi.tokenizer, rows, **cut, **QUICK) for rows in (listed, held(listed)))
+    assert one.digest() == other.digest()
 
 
 # -- nothing else changes

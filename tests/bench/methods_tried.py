@@ -56,7 +56,7 @@ def _ignorance(cell: Cell) -> TaskVector:
     training = cell.recipe.vector.forget.model_copy(update={"learning_rate": 0.002})
     teacher = ignorant(cell.sets[0], cell.target.tokenizer, training, how, clean)
     keep = RetainKLSpec(sides="one", temperature=4.0, weight=5.0, batch_size=cell.beside)
-    against = Against("ignorance", weight=how.grow, teacher=teacher)
+    against = Against("ignorance", how, teacher=teacher)
     return -cell.fit("ignorance", cell.sets[:1], keep, against=against, training=training, inside=1000.0)
 
 
@@ -73,9 +73,8 @@ def _against(loss: Any, name: str = "", **how: Any) -> Callable[[Cell], TaskVect
         if loss == "idk_dpo":
             teacher = refusing(cell.sets[0], cell.target.tokenizer, training, REFUSALS)
         kind = RECIPE[loss].settings
-        plain = kind().model_dump(exclude={"refusals", "fila", "samples"}) if kind is not None else {}
-        given = {**plain, "seed": cell.recipe.seed, "teacher": teacher, "batch_size": cell.beside, **how}
-        return -cell.fit(name or loss, cell.sets[:1], against=Against(loss, retain, **given))
+        given = Against(loss, kind(**how) if kind else None, retain, teacher, cell.beside, cell.recipe.seed)
+        return -cell.fit(name or loss, cell.sets[:1], against=given)
 
     return made
 
@@ -98,7 +97,7 @@ METHODS: dict[str, Callable[[Cell], TaskVector]] = {
     "rmu_1": _against("rmu", "rmu_1", weight=1.0),
     "rmu_400": _against("rmu", "rmu_400", scale=400.0, weight=10.0),  # its layer's outputs are about 115 long
     "ihl": _against("ihl"),
-    "ihl+fila": _against("ihl", "ihl+fila", samples=64),
+    "ihl+fila": _against("ihl", "ihl+fila", fila=True, samples=64),
     "shrink_contrast": _shaped(_plain, method=("shrink", "rescale"), shrink={"forget": 10.0}),
     # chosen on capitals; longer, because both sides leave little of it where the grid of coefficients looks
     "kfac": lambda cell: 2.0 * cell.shaped(_plain(cell), method=("kfac", "rescale")),

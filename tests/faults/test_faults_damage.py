@@ -114,7 +114,7 @@ def test_two_whole_stages_change_places(bench: Bench, tmp_path: Path) -> None:
     judge(bench, place)
 
 
-_FIRST = ("adapter_model.safetensors", "optimizer.pt", "unlearn_checkpoint_is_whole")
+_FIRST = ("adapter_model.safetensors", "optimizer.pt", "stage.json")
 _OTHERS = ("scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin")
 
 

@@ -14,7 +14,7 @@ from pretended import ONE, OTHER, pretend
 from unlearn.data.encoding import Encoded
 from unlearn.evidence.foresight import slope
 from unlearn.model.load import Loaded, fingerprint, linear_modules, load
-from unlearn.recipe.methods import LearnedSpec, LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.recipe.methods import GradientDifferenceSpec, LearnedSpec, LoraSpec, NpoSpec, RetainKLSpec, TrainSpec
 from unlearn.recipe.schema import ModelSpec
 from unlearn.score.packed import PackedLM
 from unlearn.train.learned import gradients, learn
@@ -30,8 +30,8 @@ ANSWERS = [(PROMPTS[0], [3, 5]), (PROMPTS[0], [7, 5, 9]), (PROMPTS[1], [7]), (PR
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "cross-entropy": {},
     "penalty at both signs": {"keep": Keep(ROWS[:2], RetainKLSpec(batch_size=1, coefficients=(0.5, 2.0)))},
-    "npo": {"against": Against("npo", batch_size=3)},
-    "gradient difference": {"against": Against("gradient_difference", ROWS[2:], batch_size=2)},
+    "npo": {"against": Against("npo", NpoSpec(), batch_size=3)},
+    "gradient difference": {"against": Against("gradient_difference", GradientDifferenceSpec(), ROWS[2:])},
 }
 
 

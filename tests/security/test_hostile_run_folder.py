@@ -151,7 +151,7 @@ def test_a_checkpoint_that_somebody_planted_runs_nothing(
     train(phi.model, phi.tokenizer, ROWS, SPEC, 0, work, "fitting")
     place = Path(str(checkpoints.last_checkpoint(work)))
     (place / name).write_bytes(make(canary))
-    checkpoints.seal(place, 1)
+    checkpoints.seal(place, "1", 0.0)
     fresh = loaded(pico_phi)
     try:
         train(fresh.model, fresh.tokenizer, ROWS, SPEC, 0, work, "fitting")

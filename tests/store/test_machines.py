@@ -16,8 +16,7 @@ from waiting import until
 from unlearn import cli
 from unlearn.results import RunReport
 from unlearn.store.lock import is_lock_file
-from unlearn.store.stages import LOCK
-from unlearn.train.trainer import WHOLE
+from unlearn.store.stages import LOCK, STAGE_FILE
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
@@ -85,7 +84,7 @@ def test_two_machines_share_a_run(pair: Machines, tmp_path: Path) -> None:
 def test_one_run_wanted_by_both_is_made_once(pair: Machines, tmp_path: Path) -> None:
     place = pair.stored / "wanted"
     first = pico(pair.all[0], pair.disk, "wanted", *LONG)
-    until(lambda: list(place.glob(f".unlearn-work/*forget*/*/{WHOLE}")) or first.poll() is not None)
+    until(lambda: list(place.glob(f".unlearn-work/*forget*/*/{STAGE_FILE}")) or first.poll() is not None)
     more = [pico(one, pair.disk, "wanted", *LONG) for one in pair.all]
     for process in more:
         code, said = ended(process)
@@ -117,7 +116,7 @@ def test_when_a_machine_dies_the_other_goes_on_from_there(tmp_path: Path) -> Non
     with Machines(tmp_path / "machines") as two:
         place = two.stored / "run"
         first = pico(two.all[0], two.disk, "run", *LONG, UNLEARN_LOCK_TIMEOUT="8")
-        until(lambda: list(place.glob(f".unlearn-work/*forget*/*/{WHOLE}")) or first.poll() is not None)
+        until(lambda: list(place.glob(f".unlearn-work/*forget*/*/{STAGE_FILE}")) or first.poll() is not None)
         two.all[0].crash()
         assert ended(first)[0] != 0
         assert not (place / "report.json").exists()

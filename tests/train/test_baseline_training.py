@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,28 +14,31 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional
+from train_arena import adapted, divergence, nlls, per_token, row, said, tokens
 
 from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import ModelError, TrainingError
 from unlearn.model.load import Loaded
-from unlearn.recipe.methods import LoraSpec, Loss, RetainKLSpec, TrainSpec
-from unlearn.train.batches import answers
+from unlearn.recipe.methods import METHODS, IgnoranceSpec, LoraSpec, Loss, RetainKLSpec, RmuSpec, TrainSpec
+from unlearn.train.batches import Pad, Part, answers
 from unlearn.train.learned import fila
 from unlearn.train.losses import (
     Against,
     Keep,
+    Objective,
     Teacher,
     answer_log_probability,
     direction,
     dpo,
     gradient_ascent,
     ihl,
+    kl,
     npo,
     retain_only,
+    scaled_rows,
     simnpo,
 )
 from unlearn.train.vectors import lora_modules, read_adapter, train_vector
@@ -44,16 +50,9 @@ Load = Callable[..., Loaded]
 Gradients = dict[str, Tensor]
 LOSSES = get_args(Loss)
 HELD = ("gradient_difference, kl", "npo, nll", "npo, kl", "simnpo, kl", "idk_dpo, kl", "ihl, kl")
-TAUGHT = (*LOSSES, *HELD, "ignorance", "ignorance that grows")
-WEIGHT, BETA, MARGIN, SCALE = 2.5, 0.4, 0.3, 3.0
-
-
-def row(start: int, length: int, answer: int) -> Encoded:
-    """Ascending tokens, of which the last ones are the answer."""
-    ids = tuple(range(start, start + length))
-    return Encoded(ids, (*[IGNORE] * (length - answer), *ids[length - answer :]))
-
-
+PENALTIES = ("penalty, one", "penalty, two", "ignorance, two")
+TAUGHT = (*LOSSES, *HELD, "ignorance", "ignorance that grows", *PENALTIES)
+WEIGHT, BETA, MARGIN, SCALE, C = 2.5, 0.4, 0.3, 3.0, 1.5
 FORGET = [row(20, 9, 4), row(40, 3, 1), row(50, 7, 5)]
 RETAIN = [row(60, 12, 7), row(90, 8, 2)]
 
@@ -69,50 +68,46 @@ PROMPTS = {r: tuple(i for i, label in zip(r.input_ids, r.labels, strict=True) if
 REFUSED = {r: Encoded((*PROMPTS[r], 5, 6, 7), (*[IGNORE] * len(PROMPTS[r]), 5, 6, 7)) for r in FORGET}
 
 
-def against(loss: str, **values: Any) -> Against:
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"beta": BETA} for name in ("npo", "idk_dpo")},
+    "simnpo": {"beta": BETA, "margin": MARGIN},
+    "rmu": {"scale": SCALE, "layer": 1, "layers": 2},
+}
+
+
+def against(loss: str, retain: list[Encoded] = RETAIN, batch_size: int = 8, **values: Any) -> Against:
     """``loss, kl`` holds retain rows by the divergence; a name alone as it is by default."""
     if loss.startswith("ignorance"):
-        return Against("ignorance", weight=WEIGHT * loss.endswith("grows"), teacher=Teacher(ASKED, each=2))
+        grow = IgnoranceSpec(grow=WEIGHT * loss.endswith("grows"))
+        return Against("ignorance", grow, teacher=Teacher(ASKED, each=2))
     name: Any
     name, _, held = loss.partition(", ")
-    given: dict[str, Any] = {"weight": WEIGHT, "beta": BETA, "margin": MARGIN, "scale": SCALE, "layer": 1, "layers": 2}
-    if name not in ("gradient_ascent", "npo") or held:
-        given |= {"retain": RETAIN, "retain_loss": held or "nll"}
+    kind, teacher = METHODS[name].settings, None
+    more = {} if name == "rmu" else {"retain_loss": held or "nll"}
+    how = kind(**{"weight": WEIGHT, **SETTINGS.get(name, {}), **more, **values}) if kind is not None else None
     if name == "idk_dpo":
-        given["teacher"] = Teacher({(r.input_ids, r.labels): [(REFUSED[r],)] for r in FORGET})
-    return Against(name, **(given | values))
+        teacher = Teacher({(r.input_ids, r.labels): [(REFUSED[r],)] for r in FORGET})
+    return Against(name, how, retain if name not in ("gradient_ascent", "npo") or held else (), teacher, batch_size)
 
 
-def adapted(model: Any) -> PeftModel:
-    """A LoRA that is not zero, so that the model with it is another than the model without it."""
-    torch.manual_seed(0)
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=10, target_modules=linear))
-    assert isinstance(peft_model, PeftModel)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
-    return peft_model
+def objective(loss: str) -> dict[str, Any]:
+    """What :func:`train_vector` takes: a penalty on top of cross-entropy, another loss, or both."""
+    name, _, sides = loss.partition(", ")
+    if loss not in PENALTIES:
+        return {"against": against(loss)}
+    keep = Keep(RETAIN, RetainKLSpec.model_validate({"sides": sides, "weight": WEIGHT, "coefficients": (C, C)}))
+    return {"keep": keep, **({"against": against(name)} if name != "penalty" else {})}
 
 
-def nlls(model: nn.Module, rows: list[Encoded]) -> list[Tensor]:
-    """Sum over each answer's tokens, in nats: full logits of one row at a time, without padding."""
-    found = []
-    for r in rows:
-        logits = model(torch.tensor([r.input_ids])).logits[0]  # (T, V)
-        labels = torch.tensor(r.labels)
-        found.append(functional.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum"))
-    return found
-
-
-def tokens(rows: list[Encoded]) -> int:
-    return sum(label != IGNORE for r in rows for label in r.labels)
-
-
-def said(model: nn.Module, r: Encoded) -> Tensor:
-    """Log-probabilities (L, V) at the places that predict the answer of a row."""
-    places = [t - 1 for t, label in enumerate(r.labels) if label != IGNORE]
-    return functional.log_softmax(model(torch.tensor([r.input_ids])).logits[0, places], dim=-1)
+@contextmanager
+def times(model: PeftModel, factor: float) -> Iterator[None]:
+    """The adapter's change so many times."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
+        layer.scaling["default"] *= factor
+    yield
+    for layer in layers:
+        layer.scaling["default"] /= factor
 
 
 def ignorance_of(model: PeftModel, grows: bool) -> Tensor:
@@ -122,13 +117,18 @@ def ignorance_of(model: PeftModel, grows: bool) -> Tensor:
             q = torch.stack([said(model, other).exp() for (other,) in ASKED[r.input_ids, r.labels]]).mean(0)
         total = total + (q * (q.log() - said(model, r))).sum()
     if grows:
-        layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-        for layer in layers:
-            layer.scaling["default"] *= -1
-        total = total + WEIGHT * torch.stack(nlls(model, FORGET)).sum()
-        for layer in layers:
-            layer.scaling["default"] *= -1
+        with times(model, -1):
+            total = total + WEIGHT * torch.stack(nlls(model, FORGET)).sum()
     return total / tokens(FORGET)
+
+
+def penalty_of(model: PeftModel, sides: str) -> Tensor:
+    before = [untouched(model, said, r) for r in RETAIN]
+    total = divergence(before, [said(model, r) for r in RETAIN])
+    if sides == "two":
+        with times(model, -C):
+            total = total + divergence(before, [said(model, r) for r in RETAIN])
+    return WEIGHT * total
 
 
 def untouched(model: PeftModel, what: Callable[..., Any], *args: Any) -> Any:
@@ -181,9 +181,12 @@ def forgetting(model: PeftModel, loss: str) -> Tensor:
 
 def wanted(model: PeftModel, loss: str) -> Tensor:
     """The formulas written out, from separate passes with the adapter and without it, a row at a time."""
-    if loss.startswith("ignorance"):
-        return ignorance_of(model, loss.endswith("grows"))
     name, _, held = loss.partition(", ")
+    if loss in PENALTIES:
+        plain = torch.stack(nlls(model, FORGET)).sum() / tokens(FORGET)
+        return (plain if name == "penalty" else ignorance_of(model, False)) + penalty_of(model, held)
+    if name.startswith("ignorance"):
+        return ignorance_of(model, name.endswith("grows"))
     forgotten = forgetting(model, name)
     if name in ("gradient_ascent", "npo") and not held:
         return forgotten
@@ -191,11 +194,8 @@ def wanted(model: PeftModel, loss: str) -> Tensor:
         pairs = zip(hidden(model, RETAIN), untouched(model, hidden, RETAIN), strict=True)
         return forgotten + WEIGHT * torch.stack([((h - b) ** 2).mean() for h, b in pairs]).mean()
     if held == "kl":
-        total = torch.zeros(())
-        for r in RETAIN:
-            p, q = untouched(model, said, r), said(model, r)
-            total = total + (p.exp() * (p - q)).sum()
-        return forgotten + WEIGHT * total / tokens(RETAIN)
+        before = [untouched(model, said, r) for r in RETAIN]
+        return forgotten + WEIGHT * divergence(before, [said(model, r) for r in RETAIN])
     return forgotten + WEIGHT * torch.stack(nlls(model, RETAIN)).sum() / tokens(RETAIN)
 
 
@@ -203,7 +203,7 @@ def wanted(model: PeftModel, loss: str) -> Tensor:
 def first_step(loaded: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, Gradients]]:
     """One step of the trainer from the adapter of :func:`adapted`: its loss, and its gradient before it is clipped."""
 
-    def go(folder: Path, objective: Against, rows: list[Encoded] = FORGET, **spec: Any) -> tuple[float, Gradients]:
+    def go(folder: Path, what: dict[str, Any], rows: list[Encoded] = FORGET, **spec: Any) -> tuple[float, Gradients]:
         state = {k: v.clone() for k, v in adapted(loaded(folder).model).state_dict().items() if "lora_" in k}
         seen: Gradients = {}
 
@@ -224,14 +224,15 @@ def first_step(loaded: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         how = TrainSpec(**({"steps": 1, "batch_size": 3, "learning_rate": 1e-3, "warmup": 0.0} | spec))
         work = tmp_path / str(len(list(tmp_path.iterdir())))
         lora = LoraSpec(rank=4, alpha=10)
-        _, log = train_vector(got.model, got.tokenizer, rows, how, lora, 0, work, "x", {}, against=objective)
+        _, log = train_vector(got.model, got.tokenizer, rows, how, lora, 0, work, "x", {}, **what)
         return log.losses[0], seen
 
     return go
 
 
-@pytest.mark.parametrize("loss", TAUGHT)
-@pytest.mark.parametrize("family", ["phi", "llama"])
+@pytest.mark.parametrize(
+    ("family", "loss"), [*itertools.product(("phi", "llama"), TAUGHT), *itertools.product(["gpt2"], PENALTIES)]
+)
 @pytest.mark.parametrize(
     "spec",
     [{}, {"batch_size": 2, "accumulation": 2}, {"batch_size": 1, "accumulation": 3, "gradient_checkpointing": True}],
@@ -247,7 +248,7 @@ def test_the_first_step_is_the_formula_s(
 ) -> None:
     """However its three rows come in batches, of which the last may not be full: one mean over the whole step."""
     folder: Path = request.getfixturevalue(f"pico_{family}")
-    value, gradients = first_step(folder, against(loss), **spec)
+    value, gradients = first_step(folder, objective(loss), **spec)
     reference = adapted(loaded(folder).model).train()
     expected = wanted(reference, loss)
     expected.backward()
@@ -264,11 +265,6 @@ def fit(model: Loaded, objective: Against, work: Path, **spec: Any) -> TaskVecto
     lora = LoraSpec(rank=4, alpha=8)
     vector, _ = train_vector(model.model, model.tokenizer, FORGET, how, lora, 0, work, "x", {}, against=objective)
     return vector
-
-
-def per_token(model: nn.Module, rows: list[Encoded]) -> float:
-    with torch.no_grad():
-        return float(torch.stack(nlls(model, rows)).sum()) / tokens(rows)
 
 
 def test_they_forget_and_the_difference_keeps(phi: Loaded, tmp_path: Path) -> None:
@@ -305,14 +301,36 @@ def test_retain_rows_are_drawn_by_the_seed_so_many_at_a_time(
     pico_phi: Path, first_step: Callable[..., tuple[float, Gradients]]
 ) -> None:
     """One of two rows per step: the loss is with the one or with the other."""
-    one = [first_step(pico_phi, against("gradient_difference", retain=[r]))[0] for r in RETAIN]
-    drawn = first_step(pico_phi, against("gradient_difference", batch_size=1))[0]
+
+    def loss(**values: Any) -> float:
+        return first_step(pico_phi, {"against": against("gradient_difference", **values)})[0]
+
+    one = [loss(retain=[r]) for r in RETAIN]
+    drawn = loss(batch_size=1)
     assert abs(one[0] - one[1]) > 1e-2
     assert min(abs(drawn - value) for value in one) < 1e-4
     # rows without an answer have no part in it, however often they might be drawn
     empty = [Encoded((5, 6, 7), (5, IGNORE, IGNORE))] * 30
-    among = first_step(pico_phi, against("gradient_difference", retain=[*empty, RETAIN[0]], batch_size=1))[0]
-    assert among == pytest.approx(one[0], rel=1e-6)
+    assert loss(retain=[*empty, RETAIN[0]], batch_size=1) == pytest.approx(one[0], rel=1e-6)
+
+
+def test_the_blocks_of_a_batch(loaded: Load, pico_phi: Path) -> None:
+    """Forget rows, then the retain rows at every multiple; afterwards, whatever happens, the adapter has its scale."""
+    keep = Keep(RETAIN, RetainKLSpec(coefficients=(C, C)))
+    batch, factors = Objective(keep, None, Part()).batch(Pad(0)(FORGET), Pad(0), random.Random(0))
+    assert factors == [1.0] * 3 + [1.0] * 2 + [-C] * 2 + [0.0] * 2
+    assert batch["sizes"] == [3, 2, 2, 2]
+    retain = RETAIN if batch["input_ids"][3, 0] == RETAIN[0].input_ids[0] else RETAIN[::-1]
+    for number, r in enumerate([*FORGET, *retain * 3]):
+        more = 12 - len(r.input_ids)
+        assert batch["input_ids"][number].tolist() == [*r.input_ids, *[0] * more]
+        assert batch["attention_mask"][number].tolist() == [1] * len(r.input_ids) + [0] * more
+        assert batch["labels"][number].tolist() == [*r.labels, *[IGNORE] * more]
+    model = adapted(loaded(pico_phi).model)
+    before = read_adapter(model, {}).digest()
+    with pytest.raises(KeyboardInterrupt), scaled_rows(model, factors):
+        raise KeyboardInterrupt
+    assert read_adapter(model, {}).digest() == before
 
 
 # --- FILA's start -----------------------------------------------------------------------------------------------------
@@ -369,7 +387,7 @@ def test_the_vector_is_what_came_less_the_start(
     plain = fit(loaded(pico_phi), against("ihl"), tmp_path / "plain")
     monkeypatch.setattr("unlearn.train.vectors.read_adapter", kept)
     phi = loaded(pico_phi)
-    vector = fit(phi, against("ihl", samples=8), tmp_path / "whole")
+    vector = fit(phi, against("ihl", fila=True, samples=8), tmp_path / "whole")
     assert vector.rank() == 8
     logits = seen.pop("logits")
     assert vector.modules.keys() == seen.keys()
@@ -390,13 +408,13 @@ def test_the_vector_is_what_came_less_the_start(
         }
 
     monkeypatch.setattr("unlearn.train.vectors.fila", other)
-    assert fit(loaded(pico_phi), against("ihl", samples=8), tmp_path / "whole").digest() == vector.digest()
+    assert fit(loaded(pico_phi), against("ihl", fila=True, samples=8), tmp_path / "whole").digest() == vector.digest()
 
 
 def test_it_begins_as_the_model_itself(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
     """The first loss is that of an ordinary start, with no divergence from the model as it was."""
     losses = []
-    for number, objective in enumerate((against("ihl, kl"), against("ihl, kl", samples=8))):
+    for number, objective in enumerate((against("ihl, kl"), against("ihl, kl", fila=True, samples=8))):
         got, how = loaded(pico_phi), TrainSpec(steps=1, batch_size=3)
         lora = LoraSpec(rank=4, alpha=8)
         work = tmp_path / str(number)
@@ -434,7 +452,7 @@ def test_bad_rows_and_two_objectives(phi: Loaded, tmp_path: Path) -> None:
         (1, ("layers.0.mlp.fc1",), "vector.lora has no module in the layers 1 to 1 that learn"),
     ):
         with pytest.raises(ModelError, match=message):
-            lora_modules(phi.model, LoraSpec(rank=4, targets=targets), (layer, 1))
+            lora_modules(phi.model, LoraSpec(rank=4, targets=targets), RmuSpec(layer=layer, layers=1))
     with pytest.raises(ValueError, match="needs a range of coefficients"):
         Keep(RETAIN, RetainKLSpec(coefficients=None))
     assert not list(tmp_path.iterdir())
@@ -464,60 +482,66 @@ def packed(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits[positions], targets
 
 
-def npo_of(logits: Tensor, reference: Tensor, labels: Tensor, beta: float, count: float | None = None) -> Tensor:
+def npo_of(logits: Tensor, reference: Tensor, labels: Tensor, beta: float) -> Tensor:
     positions, targets, numbers = answers(labels)
-    return npo(logits[positions], reference[positions], targets, numbers, beta, count)
+    return npo(logits[positions], reference[positions], targets, numbers, beta)
 
 
-def log_probability(logits: Tensor, labels: Tensor, row: int) -> float:
+def log_probability(logits: Tensor, labels: Tensor, number: int) -> float:
     """Sum over a row's labelled tokens of log softmax at the position before, one number at a time."""
     total = 0.0
     for t in range(1, labels.shape[1]):
-        label = int(labels[row, t])
+        label = int(labels[number, t])
         if label != IGNORE:
-            values = logits[row, t - 1].tolist()
+            values = logits[number, t - 1].tolist()
             total += values[label] - math.log(sum(math.exp(v) for v in values))
     return total
 
 
 @quick
-@given(seed=SEEDS)
-def test_each_loss_is_its_formula(seed: int) -> None:
-    logits, labels = drawn(seed)
-    near, near_labels = drawn(seed + 1, (2, 5))
-    forget = [log_probability(logits, labels, i) for i in range(3)]
-    retain = [log_probability(near, near_labels, i) for i in range(2)]
-    away, kept = packed(logits, labels), packed(near, near_labels)
-    assert answer_log_probability(*away, answers(labels)[2]).tolist() == pytest.approx(forget, rel=1e-5)
-    assert float(retain_only(*kept)) == pytest.approx(-sum(retain) / 7, rel=1e-5)
-    assert float(gradient_ascent(*away)) == pytest.approx(sum(forget) / 8, rel=1e-5)
-    # one batch of a step that has 20 forget tokens
-    assert float(gradient_ascent(*away, tokens=20)) == pytest.approx(sum(forget) / 20, rel=1e-5)
-
-
-@quick
-@given(seed=SEEDS, beta=st.sampled_from([0.01, 0.1, 1.0, 5.0]))
-def test_npo_is_its_formula(seed: int, beta: float) -> None:
-    logits, labels = drawn(seed)
-    reference, _ = drawn(seed + 1)
-    ratios = [
-        math.exp(log_probability(logits, labels, i) - log_probability(reference, labels, i)) for i in range(len(labels))
-    ]
-    wanted = 2 / beta * sum(math.log(1 + ratio**beta) for ratio in ratios) / len(ratios)
-    assert float(npo_of(logits, reference, labels, beta)) == pytest.approx(wanted, rel=1e-4)
-    assert float(npo_of(logits, reference, labels, beta, 12)) == pytest.approx(wanted * len(ratios) / 12, rel=1e-4)
-
-
-@quick
-@given(seed=SEEDS, beta=st.sampled_from([0.1, 1.0, 5.0]), margin=st.sampled_from([0.0, 0.7]))
-def test_simnpo_is_its_formula(seed: int, beta: float, margin: float) -> None:
-    logits, labels = drawn(seed)
+@given(seed=SEEDS, beta=st.sampled_from([0.01, 0.1, 1.0, 5.0]), margin=st.sampled_from([0.0, 0.7]))
+def test_each_loss_is_its_formula(seed: int, beta: float, margin: float) -> None:
+    """Its own mean, over 8 tokens or 3 answers, and that of a batch of a step with more of them."""
+    (logits, labels), (reference, _) = drawn(seed), drawn(seed + 1)
     positions, targets, numbers = answers(labels)
-    means = [log_probability(logits, labels, i) / length for i, length in enumerate((1, 3, 4))]
-    terms = [-2 / beta * math.log(1 / (1 + math.exp(beta * m + margin))) for m in means]
-    given = logits[positions], targets, numbers, beta, margin
-    assert float(simnpo(*given)) == pytest.approx(sum(terms) / 3, rel=1e-4)
-    assert float(simnpo(*given, 12)) == pytest.approx(sum(terms) / 12, rel=1e-4)
+    few, before = logits[positions], reference[positions]
+    now, was = ([log_probability(one, labels, i) for i in range(3)] for one in (logits, reference))
+    assert answer_log_probability(few, targets, numbers).tolist() == pytest.approx(now, rel=1e-5)
+    ratios = [math.exp(a - b) for a, b in zip(now, was, strict=True)]
+    means = [a / length for a, length in zip(now, (1, 3, 4), strict=True)]
+    preferred, rejected = torch.tensor(now), torch.tensor(was)
+    cases: list[tuple[Callable[..., Tensor], tuple[Any, ...], float, int, int]] = [
+        (retain_only, (few, targets), -sum(now), 8, 20),
+        (gradient_ascent, (few, targets), sum(now), 8, 20),
+        (npo, (few, before, targets, numbers, beta), 2 / beta * sum(math.log(1 + r**beta) for r in ratios), 3, 12),
+        (
+            *(simnpo, (few, targets, numbers, beta, margin)),
+            *(-2 / beta * sum(math.log(1 / (1 + math.exp(beta * m + margin))) for m in means), 3, 12),
+        ),
+        (
+            *(dpo, (preferred, rejected, beta)),
+            *(-2 / beta * sum(math.log(1 / (1 + r**-beta)) for r in ratios), 3, 12),
+        ),
+    ]
+    for loss, given_, total, own, more in cases:
+        assert float(loss(*given_)) == pytest.approx(total / own, rel=1e-4), loss
+        assert float(loss(*given_, more)) == pytest.approx(total / more, rel=1e-4), loss
+
+
+@quick
+@given(seed=SEEDS, temperature=st.sampled_from([0.5, 1.0, 2.0]))
+def test_the_divergence_is_its_formula_and_for_a_large_temperature_half_a_variance(
+    seed: int, temperature: float
+) -> None:
+    p, q = (torch.randn(3, 50, generator=torch.Generator().manual_seed(seed + n)).double() * 5 for n in (0, 1))
+    total = 0.0
+    for one, other in zip((p / temperature).tolist(), (q / temperature).tolist(), strict=True):
+        z, y = (sum(math.exp(v) for v in values) for values in (one, other))
+        total += sum(math.exp(a) / z * (a - math.log(z) - b + math.log(y)) for a, b in zip(one, other, strict=True))
+    assert float(kl(p, q, temperature)) == pytest.approx(temperature**2 * total / 3, rel=1e-4)
+    assert float(kl(p, p + 3.0)) == pytest.approx(0.0, abs=1e-5)
+    half = ((q - p).var(dim=-1, correction=0) / 2).mean()
+    torch.testing.assert_close(kl(p, q, 300.0).double(), half, rtol=5e-2, atol=0.0)
 
 
 @quick
@@ -528,24 +552,17 @@ def test_the_inverted_hinge_loss_is_its_formula_and_so_is_its_gradient(seed: int
     positions, targets, _ = answers(labels)
     few = logits[positions].float().requires_grad_()
     total, slopes = 0.0, []
-    for row, label in zip(few.detach().double().tolist(), targets.tolist(), strict=True):
-        z = sum(math.exp(v) for v in row)
-        p = [math.exp(v) / z for v in row]
+    for values, label in zip(few.detach().double().tolist(), targets.tolist(), strict=True):
+        z = sum(math.exp(v) for v in values)
+        p = [math.exp(v) / z for v in values]
         other = max((v for v in range(VOCABULARY) if v != label), key=p.__getitem__)
         total += 1 + p[label] - p[other]
         slopes.append([p[v] * ((v == label) - (v == other) - p[label] + p[other]) for v in range(VOCABULARY)])
     loss = ihl(few, targets)
     assert float(loss.detach()) == pytest.approx(total / 8, rel=1e-5)
     assert float(ihl(few.detach(), targets, 20)) == pytest.approx(total / 20, rel=1e-5)
-    torch.testing.assert_close(gradient(loss, few), torch.tensor(slopes) / 8, atol=1e-6, rtol=1e-4)
-
-
-def test_dpo_prefers_and_has_a_floor() -> None:
-    preferred, rejected = torch.tensor([0.5, -2.0]), torch.tensor([0.1, 3.0])
-    expected = [-2 / 0.4 * math.log(1 / (1 + math.exp(-0.4 * (a - b)))) for a, b in ((0.5, 0.1), (-2.0, 3.0))]
-    assert float(dpo(preferred, rejected, 0.4)) == pytest.approx(sum(expected) / 2, rel=1e-5)
-    assert float(dpo(preferred, rejected, 0.4, 5)) == pytest.approx(sum(expected) / 5, rel=1e-5)
-    assert 0 <= float(dpo(preferred + 1e4, rejected, 0.4)) < 1e-6
+    (found,) = torch.autograd.grad(loss, few)
+    torch.testing.assert_close(found, torch.tensor(slopes) / 8, atol=1e-6, rtol=1e-4)
 
 
 def test_the_direction_is_the_seed_s_and_of_length_1() -> None:
@@ -556,38 +573,7 @@ def test_the_direction_is_the_seed_s_and_of_length_1() -> None:
     assert not torch.equal(u, direction(64, 4))
 
 
-def gradient(loss: Tensor, logits: Tensor) -> Tensor:
-    (found,) = torch.autograd.grad(loss, logits)
-    return found
-
-
-@quick
-@given(seed=SEEDS)
-def test_npo_becomes_gradient_ascent_as_beta_goes_to_0(seed: int) -> None:
-    logits, labels = drawn(seed, (3, 3))  # as many tokens in every answer, so that both kinds of mean are one
-    logits.requires_grad_()
-    reference, _ = drawn(seed + 1, (3, 3))
-    ascent = 3 * gradient(gradient_ascent(*packed(logits, labels)), logits)  # per answer, not per token
-    near = gradient(npo_of(logits, reference, labels, 1e-5), logits)
-    torch.testing.assert_close(near, ascent, rtol=1e-3, atol=1e-6)
-    far = gradient(npo_of(logits, reference, labels, 3.0), logits)
-    assert not torch.allclose(far, ascent, rtol=1e-2)
-
-
-def test_npo_slows_down_where_an_answer_is_unlikely_already() -> None:
-    """Its gradient is the ascent's times 2 r^beta / (1 + r^beta), r the ratio of probabilities."""
-    logits, labels = drawn(3, (2,))
-    logits.requires_grad_()
-    beta = 0.5
-    ascent = 2 * gradient(gradient_ascent(*packed(logits, labels)), logits)
-    for seed in (4, 5):
-        reference, _ = drawn(seed, (2,))
-        r = math.exp(log_probability(logits.detach(), labels, 0) - log_probability(reference, labels, 0)) ** beta
-        got = gradient(npo_of(logits, reference, labels, beta), logits)
-        torch.testing.assert_close(got, 2 * r / (1 + r) * ascent, rtol=1e-4, atol=1e-7)
-
-
-def test_npo_has_a_floor_and_leaves_its_reference_alone() -> None:
+def test_npo_and_dpo_have_a_floor_and_npo_leaves_its_reference_alone() -> None:
     logits, labels = drawn(6)
     reference = logits.clone().requires_grad_()
     at_start = npo_of(logits.requires_grad_(), reference, labels, 0.1)
@@ -597,6 +583,7 @@ def test_npo_has_a_floor_and_leaves_its_reference_alone() -> None:
     gone[:, :-1].scatter_add_(2, labels[:, 1:].clamp_min(0).unsqueeze(2), torch.full((3, 5, 1), -1e4).double())
     assert 0.0 <= float(npo_of(gone, logits.detach(), labels, 0.1)) < 1e-6
     assert float(gradient_ascent(*packed(gone, labels))) < -1e3
+    assert 0.0 <= float(dpo(torch.tensor([1e4, 1e4]), torch.tensor([0.1, 3.0]), 0.4)) < 1e-6
 
 
 def test_misuse() -> None:
@@ -606,27 +593,3 @@ def test_misuse() -> None:
         answer_log_probability(logits, labels, numbers * 2)
     with pytest.raises(TrainingError, match="no token has a label"):
         gradient_ascent(logits[:0], labels[:0])
-
-
-def test_npo_points_where_ascent_does_as_beta_goes_to_0(
-    pico_phi: Path, first_step: Callable[..., tuple[float, Gradients]]
-) -> None:
-    rows = [row(20, 9, 4), row(40, 6, 4), row(70, 7, 4)]  # as many tokens each: both kinds of mean are one
-
-    def direction(objective: Against) -> Tensor:
-        _, gradients = first_step(pico_phi, objective, rows)
-        flat = torch.cat([gradients[name].flatten() for name in sorted(gradients)])
-        return flat / flat.norm()
-
-    ascent = direction(against("gradient_ascent"))
-    assert float(ascent @ direction(against("npo", beta=1e-4))) > 0.9999
-    assert float(ascent @ direction(against("npo", beta=20.0))) < 0.99
-
-
-def test_the_weight_is_of_the_retain_term(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
-    """At 0 it is ascent, retain rows or not."""
-    without = fit(loaded(pico_phi), against("gradient_ascent"), tmp_path / "1", steps=3)
-    zero = fit(loaded(pico_phi), against("gradient_difference", weight=0.0), tmp_path / "2", steps=3)
-    some = fit(loaded(pico_phi), against("gradient_difference", weight=1.0), tmp_path / "3", steps=3)
-    assert zero.cosine(without) > 0.999
-    assert some.cosine(without) < 0.99

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from train_arena import per_token
 from transformers.pytorch_utils import Conv1D
 
 from unlearn import processes as stopping
@@ -24,12 +25,13 @@ from unlearn.data.items import Item
 from unlearn.errors import ModelError, TrainingError, VectorError
 from unlearn.model.load import Loaded, linear_modules
 from unlearn.model.pico import corpus
-from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.recipe.methods import GradientDifferenceSpec, LoraSpec, RetainKLSpec, TrainSpec
+from unlearn.store.stages import STAGE_FILE
 from unlearn.train import trainer
 from unlearn.train import vectors as finetune
 from unlearn.train.batches import ByLength
 from unlearn.train.losses import Against, Keep
-from unlearn.train.trainer import WHOLE, TrainingLog, last_checkpoint, seal
+from unlearn.train.trainer import TrainingLog, last_checkpoint, seal
 from unlearn.train.vectors import merge, train_vector, train_weights
 from unlearn.vector.change import LowRank
 from unlearn.vector.edit import subtracted
@@ -147,17 +149,7 @@ def test_the_vector_is_what_peft_saved(
 
 
 def test_the_facts_are_learned(phi: Loaded, tmp_path: Path) -> None:
-    def loss(items: list[Item]) -> float:
-        total, count = 0.0, 0
-        for row in encode(items, "qa", phi.tokenizer, 64):
-            with torch.no_grad():
-                logits = phi.model(torch.tensor([row.input_ids])).logits[0]
-            for position, label in enumerate(row.labels[1:]):
-                if label != IGNORE:
-                    total -= float(torch.log_softmax(logits[position], -1)[label])
-                    count += 1
-        return total / count
-
+    rows = rows_of(phi)
     vector, log = train(
         phi, tmp_path, train_spec(steps=30, batch_size=6, learning_rate=3e-2, schedule="constant_with_warmup")
     )
@@ -166,27 +158,20 @@ def test_the_facts_are_learned(phi: Loaded, tmp_path: Path) -> None:
     assert log.losses[0] > 5.0
     assert log.losses[-1] < 1.5
     # the Trainer's first loss is the plain mean over the answers' tokens, before any step
-    start = loss(facts())
+    start = per_token(phi.model, rows)
     assert log.losses[0] == pytest.approx(start, rel=1e-3)
     with subtracted(phi.model, vector, -1.0):
-        assert loss(facts()) < 1.5
+        assert per_token(phi.model, rows) < 1.5
     with subtracted(phi.model, vector, 1.0):
-        assert loss(facts()) > start + 1.0
-    assert loss(facts()) == pytest.approx(start)
+        assert per_token(phi.model, rows) > start + 1.0
+    assert per_token(phi.model, rows) == pytest.approx(start)
 
 
 def test_padding_has_no_part_in_it(phi: Loaded, tmp_path: Path) -> None:
     """Rows of very different lengths in one batch: the loss is the mean over all their labelled tokens."""
     rows = encode([item("A", "dog"), item(" ".join(corpus()[:3]), "Paris is far away")], "qa", phi.tokenizer, 512)
     _, log = train(phi, tmp_path, train_spec(steps=1, warmup=0.0), rows=rows)
-    total, count = 0.0, 0
-    for row in rows:
-        labels = torch.tensor([row.labels])
-        with torch.no_grad():
-            mean = phi.model(torch.tensor([row.input_ids]), labels=labels).loss
-        answered = int((labels != IGNORE).sum())
-        total, count = total + float(mean) * answered, count + answered
-    assert log.losses[0] == pytest.approx(total / count, rel=1e-4)
+    assert log.losses[0] == pytest.approx(per_token(phi.model, rows), rel=1e-4)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), (1, 1.0), (2, 1.0)])
@@ -264,23 +249,29 @@ def test_on_four_bit_weights(pico_phi: Path, tmp_path: Path) -> None:
     assert log.losses[-1] < log.losses[0] - 1
     full = load(spec, str(pico_phi))
     assert set(vector.modules) == set(linear_modules(full.model))
-    ids = torch.tensor([rows_of(full)[0].input_ids])
-    labels = torch.tensor([rows_of(full)[0].labels])
-    with torch.no_grad():
-        before = float(full.model(ids, labels=labels).loss)
-        with subtracted(full.model, vector, -1.0):  # the edit goes on full precision
-            after = float(full.model(ids, labels=labels).loss)
-    assert after < before - 1
+    before = per_token(full.model, rows_of(full)[:1])
+    with subtracted(full.model, vector, -1.0):  # the edit goes on full precision
+        assert per_token(full.model, rows_of(full)[:1]) < before - 1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_targets_that_match_nothing(phi: Loaded, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lora", "error", "said"),
+    [
+        ({"targets": ("q_proj", "query_proj")}, ModelError, r"no linear layer .* is called query_proj"),
+        ({"alpha_pattern": {"c1": 3}}, ModelError, r"vector.lora.alpha_pattern: none of the modules with an adapter"),
+        ({"rank_pattern": {"fc1": 999}}, VectorError, "rank 999 is above"),
+        ({"rank": 65}, VectorError, "rank 65 is above what these matrices can have"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused_before_training(
+    phi: Loaded, tmp_path: Path, lora: dict[str, Any], error: type[Exception], said: str
+) -> None:
     before = state(phi.model)
-    with pytest.raises(ModelError, match=r"no linear layer .* is called query_proj") as caught:
-        train(phi, tmp_path, lora=LoraSpec(targets=("q_proj", "query_proj")))
-    assert all(name in str(caught.value) for name in ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"))
+    with pytest.raises(error, match=said):
+        train(phi, tmp_path, lora=LoraSpec(**{"rank": 4, **lora}))
     assert_same_state(phi.model, before)
     assert not list(tmp_path.iterdir())
 
@@ -378,7 +369,8 @@ def test_what_draws_retain_rows_is_resumed_too(loaded: Load, pico_phi: Path, tmp
         keep = Keep(near, penalty) if drawn and kind == "penalty" else None
         against = None
         if kind == "gradient_difference":
-            against = Against(kind, near, batch_size=2) if drawn else Against("gradient_ascent")
+            how = GradientDifferenceSpec()
+            against = Against(kind, how, near, batch_size=2) if drawn else Against("gradient_ascent", None)
         lora = LoraSpec(rank=4, alpha=8)
         return train_vector(model.model, model.tokenizer, rows, spec, lora, 0, work, "forget", {}, keep, against)[0]
 
@@ -395,11 +387,11 @@ def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path
     work = tmp_path / "work"
     with interrupted(7):
         train(loaded(pico_phi), work, spec)
-    marks = sorted(p.parent.name for p in work.glob(f"checkpoint-*/{WHOLE}"))
+    marks = sorted(p.parent.name for p in work.glob(f"checkpoint-*/{STAGE_FILE}"))
     assert marks == ["checkpoint-3", "checkpoint-6"]
     # as a kill leaves it: the folder is there, some files are short, the seal is not
     half = work / "checkpoint-6"
-    (half / WHOLE).unlink()
+    (half / STAGE_FILE).unlink()
     (half / "adapter_model.safetensors").write_bytes(b"\0" * 10)
     (half / "trainer_state.json").write_text('{"global_')
     assert last_checkpoint(work) == str(work / "checkpoint-3")
@@ -409,7 +401,7 @@ def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path
     assert last_checkpoint(work) == str(work / "checkpoint-8")
 
     for left in work.glob("checkpoint-*"):
-        (left / WHOLE).unlink()
+        (left / STAGE_FILE).unlink()
     assert last_checkpoint(work) is None
 
 
@@ -443,7 +435,7 @@ def test_the_newest_whole_checkpoint_of_as_many_processes(tmp_path: Path, capfd:
     for step in (9, 12, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step != 100:
-            seal(tmp_path / f"checkpoint-{step}", processes=2)
+            seal(tmp_path / f"checkpoint-{step}", "2", 0.0)
     assert last_checkpoint(tmp_path, processes=2) == str(tmp_path / "checkpoint-12")
     assert last_checkpoint(tmp_path) is None
     assert "checkpoint-12: 2 processes wrote it, and now it is 1" in capfd.readouterr().err
@@ -660,13 +652,6 @@ def test_what_transformers_would_refuse_is_refused_before(phi: Loaded, given: di
     trainer.check_passed_on(train_spec(trainer={"optim": "adafactor", "adam_beta2": 0.99}), phi.model, "vector.forget")
 
 
-def test_a_pattern_that_means_no_module_is_refused(phi: Loaded, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"vector.lora.alpha_pattern: none of the modules with an adapter is called"):
-        train(phi, tmp_path, lora=LoraSpec(rank=4, alpha_pattern={"c1": 3}))
-    with pytest.raises(VectorError, match="rank 999 is above"):
-        train(phi, tmp_path, lora=LoraSpec(rank=4, rank_pattern={"fc1": 999}))
-
-
 # --- drift -----------------------------------------------------------------------------------------------------------
 
 
@@ -676,37 +661,3 @@ def test_the_numbers_of_one_pinned_run(phi: Loaded, tmp_path: Path) -> None:
     assert log.losses[0] == pytest.approx(6.7982, rel=1e-3)
     assert log.losses[-1] == pytest.approx(4.8958, rel=1e-3)
     assert vector.norm() == pytest.approx(2.8227, rel=1e-3)
-
-
-def test_a_rank_above_the_matrices_is_refused_before_training(phi: Loaded, tmp_path: Path) -> None:
-    small = min(min(module.weight.shape) for module in linear_modules(phi.model).values())
-    with pytest.raises(VectorError, match=rf"rank {small + 1} is above what these matrices can have"):
-        train_vector(
-            *(phi.model, phi.tokenizer, rows_of(phi), train_spec(), LoraSpec(rank=small + 1)),
-            *(0, tmp_path, "forget", {}),
-        )
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("error", "raised", "said"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
-        (RuntimeError("expected all tensors on one device"), RuntimeError, "on one device"),
-    ],
-)
-def test_what_fails_within_a_training_leaves_no_adapter(
-    phi: Loaded,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    raised: type[Exception],
-    said: str,
-) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise error
-
-    monkeypatch.setattr(phi.model.model, "forward", fail)
-    with pytest.raises(raised, match=said):
-        train(phi, tmp_path)
-    assert not any("lora" in name for name, _ in phi.model.named_modules())

@@ -168,21 +168,23 @@ def test_a_damaged_stage_is_not_taken_over(plain: Path, tmp_path: Path, capsys: 
     assert vector(tmp_path / "run", "forget").digest() == vector(plain, "forget").digest()
 
 
-def test_a_run_folder_that_is_not_there_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(UnlearnError, match=r"reuse: there is no run folder .*nowhere; remove it from the recipe"):
-        run(tmp_path / "run", "reuse=[nowhere]")
-
-
-def test_learned_needs_items_that_it_was_not_fitted_on(tmp_path: Path) -> None:
-    none = "retain.0.shares={train: 0.5, validation: 0, test: 0.5}"
-    with pytest.raises(UnlearnError, match="learned fits its coefficients on the training items"):
-        run(tmp_path / "run", "vector.method=learned", none)
-
-
-def test_a_kept_set_without_training_items_is_an_error_for_what_needs_them(tmp_path: Path) -> None:
-    none = "retain.0.shares={train: 0, validation: 0.5, test: 0.5}"
-    with pytest.raises(UnlearnError, match=r"no retain set has items to train on, and vector\.method contrast"):
-        run(tmp_path / "run", none)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["reuse=[nowhere]"], r"reuse: there is no run folder .*nowhere; remove it from the recipe"),
+        (
+            ["vector.method=learned", "retain.0.shares={train: 0.5, validation: 0, test: 0.5}"],
+            "learned fits its coefficients on the training items",
+        ),
+        (
+            ["retain.0.shares={train: 0, validation: 0.5, test: 0.5}"],
+            r"no retain set has items to train on, and vector\.method contrast",
+        ),
+    ],
+)
+def test_what_a_run_cannot_do_without_is_one_message(tmp_path: Path, changes: list[str], said: str) -> None:
+    with pytest.raises(UnlearnError, match=said):
+        run(tmp_path / "run", *changes)
 
 
 def test_what_could_be_known_beforehand_is_in_the_report(plain: Path) -> None:

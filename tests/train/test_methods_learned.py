@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.nn import functional
+from train_arena import divergence, nlls, row, said, tokens
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.data.encoding import IGNORE, Encoded
@@ -22,36 +22,26 @@ from unlearn.recipe.methods import LearnedSpec, LoraSpec, SlopesSpec, TrainSpec
 from unlearn.train.learned import component_slopes, gradients, learn, materials
 from unlearn.train.vectors import train_vector
 from unlearn.vector.change import Change, Dense, LowRank
+from unlearn.vector.edit import shape_of
 from unlearn.vector.methods import components, slopes, weigh
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
 
 
-def row(start: int, prompt: int, answer: int) -> Encoded:
-    ids = tuple(range(start, start + prompt + answer))
-    return Encoded(ids, (*[IGNORE] * prompt, *ids[prompt:]))
-
-
-FORGET = [row(20 + 9 * i, 4, 2 + i % 3) for i in range(6)]
-RETAIN = [row(200 + 11 * i, 5, 1 + i % 4) for i in range(6)]
+FORGET = [row(20 + 9 * i, 6 + i % 3, 2 + i % 3) for i in range(6)]
+RETAIN = [row(200 + 11 * i, 6 + i % 4, 1 + i % 4) for i in range(6)]
 NAMES = {
     "phi": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.fc2"],
     "gpt2": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"],
 }
 
 
-def linear_shape(model: nn.Module, name: str) -> tuple[int, int]:
-    weight = model.get_submodule(name).get_parameter("weight")
-    out, width = weight.T.shape if isinstance(model.get_submodule(name), Conv1D) else weight.shape
-    return out, width
-
-
 def random_vector(model: nn.Module, names: Sequence[str], kind: str = "factors", size: float = 0.1) -> TaskVector:
     generator = torch.Generator().manual_seed(7)
 
     def one(name: str) -> Change:
-        out, width = linear_shape(model, name)
+        out, width = shape_of(model.get_submodule(name))
         if kind == "dense":
             return Dense(size * torch.randn(out, width, generator=generator))
         a, b = torch.randn(3, width, generator=generator), torch.randn(out, 3, generator=generator)
@@ -71,26 +61,14 @@ def subtracted(fresh: Callable[[], Any], vector: TaskVector, c: float = 1.0) -> 
     return model
 
 
-def answers(model: nn.Module, rows: Sequence[Encoded]) -> list[Tensor]:
-    """Log-probabilities (n, V) before each of a row's labelled tokens, row by row without padding."""
-    found = []
-    for one in rows:
-        logits = model(torch.tensor([one.input_ids])).logits[0]
-        found.append(functional.log_softmax(logits.double(), -1)[[i - 1 for i, y in enumerate(one.labels) if y >= 0]])
-    return found
-
-
-def forget_nll(model: nn.Module, rows: Sequence[Encoded]) -> Tensor:
+def forget_nll(model: nn.Module, rows: list[Encoded]) -> Tensor:
     """Mean NLL per token of every answer, (F,)."""
-    labels = [torch.tensor([y for y in one.labels if y >= 0]) for one in rows]
-    said = answers(model, rows)
-    return torch.stack([-p.gather(1, y[:, None]).mean() for p, y in zip(said, labels, strict=True)])
+    return torch.stack([nll / tokens([one]) for nll, one in zip(nlls(model, rows), rows, strict=True)])
 
 
-def retain_kl(model: nn.Module, edited: nn.Module, rows: Sequence[Encoded]) -> Tensor:
+def retain_kl(model: nn.Module, edited: nn.Module, rows: list[Encoded]) -> Tensor:
     """Mean over labelled positions of KL(model || edited)."""
-    p, q = torch.cat(answers(model, rows)), torch.cat(answers(edited, rows))
-    return (p.exp() * (p - q)).sum(-1).mean()
+    return divergence(*([said(one, row) for row in rows] for one in (model, edited)))
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -174,7 +152,7 @@ def test_importance_is_what_backward_gives_sample_by_sample(
     model = loaded(folder).model
     model.requires_grad_(True)
     for name in names:
-        total = torch.zeros(linear_shape(model, name))
+        total = torch.zeros(shape_of(model.get_submodule(name)))
         for one in FORGET:
             model.zero_grad()
             forget_nll(model, [one]).mean().backward()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
-from unlearn import processes as distributed
+from unlearn import processes as collective
 from unlearn.errors import UnlearnError
 from unlearn.evidence.attacks_weights import edited_copy, relearn
 from unlearn.evidence.foresight import slope
@@ -32,7 +32,6 @@ from unlearn.recipe.evaluation import RelearnSpec
 from unlearn.recipe.load import load_recipe
 from unlearn.recipe.methods import LearnedSpec
 from unlearn.train import vectors as finetune
-from unlearn.train import vectors as fitted
 from unlearn.train.learned import gradients, learn
 from unlearn.train.trainer import float32_weights, mixed_precision, settings
 from unlearn.train.vectors import train_weights
@@ -252,18 +251,18 @@ def test_what_a_launcher_was_asked_for_in_vain_is_said_or_refused(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as it always says
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
-    distributed.join()
+    collective.join()
     assert capfd.readouterr().err == ""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    distributed.join()
+    collective.join()
     said = capfd.readouterr().err
     assert "--mixed_precision bf16 changes nothing" in said
     assert "--dynamo_backend inductor changes nothing" in said
     for name in ("fsdp", "deepspeed", "megatron_lm", "parallelism_config"):
         monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
         with pytest.raises(UnlearnError, match=f"start without --use_{name}"):
-            distributed.join()
+            collective.join()
         monkeypatch.delenv(f"ACCELERATE_USE_{name.upper()}")
 
 
@@ -293,6 +292,6 @@ def test_the_format_of_products_is_in_the_keys_of_what_is_trained(
     assert stages("run") == plain
     assert "nothing has changed" in capfd.readouterr().err
     # the format of products is not in the weights' fingerprint, since it is of their device as well
-    monkeypatch.setattr(fitted, "mixed_precision", lambda model: "bf16")
+    monkeypatch.setattr(finetune, "mixed_precision", lambda model: "bf16")
     cast = stages("cast")
     assert {n for n in plain if cast[n] != plain[n]} >= {"target", "vectors/forget"}

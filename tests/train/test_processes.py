@@ -28,7 +28,7 @@ from unlearn.recipe.schema import ModelSpec
 from unlearn.results import RunReport
 from unlearn.store.cache import entry
 from unlearn.store.lock import Lock
-from unlearn.train.trainer import WHOLE
+from unlearn.store.stages import STAGE_FILE
 from unlearn.vector.task_vector import TaskVector
 
 HERE = Path(__file__).parents[1]
@@ -108,14 +108,14 @@ PATIENT = """
 import sys
 from datetime import timedelta
 from pathlib import Path
-from unlearn import processes as collective, processes as distributed; from unlearn.store import stages as pool
-distributed._PATIENCE, pool._TURN = timedelta(seconds=5), 0.5
-distributed.join()
+from unlearn import processes as collective; from unlearn.store import stages as pool
+collective._PATIENCE, pool._TURN = timedelta(seconds=5), 0.5
+collective.join()
 Path(f"joined{collective.rank()}").touch()
 with pool.Pool(Path("pool")).making("key") as lock:
     Path(f"turn{collective.rank()}").touch()
     collective.wait()
-distributed.leave()
+collective.leave()
 """
 
 
@@ -139,8 +139,8 @@ def test_a_group_waits_for_another_run_longer_than_for_a_process(tmp_path: Path)
 IMPATIENT = """
 import sys
 from datetime import timedelta
-from unlearn import cli, processes as distributed
-distributed._PATIENCE = timedelta(seconds=10)
+from unlearn import cli, processes as collective
+collective._PATIENCE = timedelta(seconds=10)
 sys.exit(cli.main())
 """
 
@@ -287,7 +287,7 @@ def test_a_signal_to_one_process_stops_all_after_one_step(two: Path, pico_phi: P
     assert "stopped after step 5 of 7" in (two / "said").read_text()
     work = two / "stopped" / "work"
     assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-5"]
-    files = json.loads((work / "checkpoint-5" / WHOLE).read_text())["files"]
+    files = json.loads((work / "checkpoint-5" / STAGE_FILE).read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "adapter_model.safetensors"} <= set(files)
     said = trained(two, pico_phi, {"stopped": CASES["dropout"], "next": {"happens": [2, "memory"]}}, code=1)
     assert told(two, "stopped")["digests"] == told(two, "dropout")["digests"]
@@ -345,7 +345,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
         for words in process.stderr:
             said += words
             if "] finetune: " in words:
-                until(lambda: any(work.glob(f"*forget*/*/{WHOLE}")) or process.poll() is not None)
+                until(lambda: any(work.glob(f"*forget*/*/{STAGE_FILE}")) or process.poll() is not None)
                 process.terminate()
         assert process.wait(timeout=SECONDS) == 1, said
     assert "what is finished is kept, and the same command goes on from there" in said
@@ -391,7 +391,8 @@ def test_a_job_of_several_processes_is_stopped_and_goes_on(tmp_path: Path) -> No
     line += ["--set", "vector.forget={steps: 120, batch_size: 12, learning_rate: 0.0001, save_every: 20}"]
     more = {"UNLEARN_CACHE": os.environ["UNLEARN_CACHE"]}
     with subprocess.Popen(line, cwd=tmp_path, env=environment(**more)) as runner:
-        until(lambda: any(tmp_path.glob(f"grid/jobs/*/.unlearn-work/*forget*/*/{WHOLE}")) or runner.poll() is not None)
+        sealed = f"grid/jobs/*/.unlearn-work/*forget*/*/{STAGE_FILE}"
+        until(lambda: any(tmp_path.glob(sealed)) or runner.poll() is not None)
         runner.terminate()
         assert runner.wait(SECONDS) == 130
     (job,) = Grid.load(tmp_path / "grid").jobs

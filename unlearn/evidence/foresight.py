@@ -16,7 +16,6 @@ from unlearn.console import progress
 from unlearn.data.encoding import IGNORE, Encoded, reach, scored_rows
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import EvaluationError
-from unlearn.model import load as models
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import Kind
 from unlearn.recipe.methods import METHODS
@@ -29,7 +28,7 @@ from unlearn.train.batches import Pad
 from unlearn.train.learned import weighted
 from unlearn.train.losses import answer_logits, frozen, with_answers
 from unlearn.train.trainer import range_for_gradients
-from unlearn.train.vectors import Vectors, fit_vector
+from unlearn.train.vectors import Vectors, as_trained, fit_vector
 from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
@@ -297,10 +296,5 @@ def _near(
     trained = [s for s in sets if s.role == "retain" and s.train]
     if vectors.retain is not None and len(trained) == 1 and not spec.uses("msa"):
         return {("retain", trained[0].name): vectors.retain}
-    trainee = target
-    if trained and recipe.model.quantize != "none":
-        trainee = models.load(recipe.model, target.path, for_training=True)
-    return {
-        ("retain", s.name): fit_vector(f"near-{s.name}", target.fingerprint, trainee, [s], how, recipe, store)
-        for s in trained
-    }
+    trainee = as_trained(target, recipe.model) if trained else target
+    return {("retain", s.name): fit_vector(f"near-{s.name}", trainee, [s], how, recipe, store) for s in trained}

@@ -110,7 +110,8 @@ def training(
             given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
             if sets:
                 _head_at(model, math.ceil(spec.batch_size * labels / sets) * sets)
-                loss = penalty(model(**given).logits, sets)
+                *sides, untouched = model(**given).logits.chunk(sets)
+                loss = penalty(untouched, sides)
             else:
                 loss = model(**given, labels=ids).loss
             loss.backward()  # type: ignore[no-untyped-call]

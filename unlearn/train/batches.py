@@ -70,28 +70,6 @@ def answers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return predicts, labels[:, 1:][predicts[:, :-1]], predicts.nonzero()[:, 0]
 
 
-def beside(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], copies: int, pad_id: int) -> dict[str, Tensor]:
-    """One batch of the forget rows and ``copies`` times the retain rows, whose labels stay apart.
-
-    Args:
-        forget: input_ids, attention_mask, labels, each (F, T).
-        retain: The same, each (K, T').
-
-    Returns:
-        ``input_ids``, ``attention_mask`` (F + copies * K, W), ``labels`` (F, W), ``retain_labels`` (K, W); W is
-        the larger width.
-    """
-    width = max(forget["input_ids"].shape[1], retain["input_ids"].shape[1])
-    device = forget["input_ids"].device
-
-    def wide(rows: Tensor, value: int) -> Tensor:
-        return functional.pad(rows.to(device), (0, width - rows.shape[1]), value=value)
-
-    fills = {"input_ids": pad_id, "attention_mask": 0}
-    both = {k: torch.cat([wide(forget[k], v), *[wide(retain[k], v)] * copies]) for k, v in fills.items()}
-    return {**both, "labels": wide(forget["labels"], IGNORE), "retain_labels": wide(retain["labels"], IGNORE)}
-
-
 def together(blocks: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
     """One batch of several, each with input_ids, attention_mask and labels (B, T), as wide as the widest."""
     width, device = max(block["input_ids"].shape[1] for block in blocks), blocks[0]["input_ids"].device

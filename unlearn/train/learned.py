@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +25,7 @@ from unlearn.data.encoding import Encoded
 from unlearn.errors import TrainingError, VectorError
 from unlearn.recipe.methods import LearnedSpec
 from unlearn.train.batches import Pad
-from unlearn.train.losses import answer_logits, frozen, kl, with_answers
+from unlearn.train.losses import adapters, answer_logits, frozen, kl, with_answers
 from unlearn.train.moments import gradient_moments, second_moments
 from unlearn.train.trainer import range_for_gradients
 from unlearn.vector.change import Change, LowRank
@@ -100,9 +99,7 @@ def learn(
     for side, rows in (("forget", forget), ("retain", retain)):
         if not rows:
             raise VectorError(f"learned: the {side} set has no training item with an answer to fit coefficients on")
-    device = next(model.parameters()).device
-    counts = {n: m.rank if how.by == "component" and isinstance(m, LowRank) else 1 for n, m in vector.modules.items()}
-    weights = {name: torch.ones(count, device=device, requires_grad=True) for name, count in counts.items()}
+    weights = _weights(model, vector, 1.0, how.by)
     optimiser = torch.optim.Adam(weights.values(), lr=how.learning_rate)
     steps: list[tuple[float, float, float]] = []
     with frozen(model), range_for_gradients(model), weighted(model, vector, weights) as scale, torch.enable_grad():
@@ -120,6 +117,13 @@ def learn(
             torch.autograd.backward(loss)
             optimiser.step()
     return {name: w.detach().cpu().clone() for name, w in weights.items()}, steps
+
+
+def _weights(model: nn.Module, vector: TaskVector, start: float, by: str = "component") -> dict[str, Tensor]:
+    """A weight on every component, or every module, of a vector, to be differentiated by."""
+    device = next(model.parameters()).device
+    counts = {n: m.rank if by == "component" and isinstance(m, LowRank) else 1 for n, m in vector.modules.items()}
+    return {name: torch.full((count,), start, device=device, requires_grad=True) for name, count in counts.items()}
 
 
 @dataclass
@@ -195,9 +199,7 @@ def component_slopes(model: nn.Module, vector: TaskVector, rows: Sequence[Encode
         (N, K) in nats per answer's token, float32 on the CPU; components in the order of the vector's modules.
     """
     usable = _drawn(rows, samples, seed, "slopes need")
-    device = next(model.parameters()).device
-    counts = {name: m.rank if isinstance(m, LowRank) else 1 for name, m in vector.modules.items()}
-    weights = {name: torch.zeros(count, device=device, requires_grad=True) for name, count in counts.items()}
+    weights = _weights(model, vector, 0.0)
     found = []
     with frozen(model), range_for_gradients(model), weighted(model, vector, weights) as scale, torch.enable_grad():
         scale.value = -1.0  # added, not subtracted
@@ -355,9 +357,7 @@ def fila(
 
 def begin(model: nn.Module, starts: Mapping[str, LowRank]) -> None:
     """Let every LoRA of a PEFT model begin at a start; there is one for each module's path."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-            start, scale = starts[name.removeprefix("base_model.model.")], math.sqrt(layer.scaling["default"])
-            device = layer.lora_A["default"].weight.device
-            layer.lora_A["default"] = BegunA(start.A / scale, device)
-            layer.lora_B["default"] = BegunB(start.B / scale, device)
+    for name, layer in adapters(model):
+        scale, device = math.sqrt(layer.scaling["default"]), layer.lora_A["default"].weight.device
+        layer.lora_A["default"] = BegunA(starts[name].A / scale, device)
+        layer.lora_B["default"] = BegunB(starts[name].B / scale, device)

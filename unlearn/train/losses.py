@@ -22,7 +22,7 @@ from unlearn.data.encoding import IGNORE, Encoded
 from unlearn.errors import TrainingError
 from unlearn.model.load import layer_at
 from unlearn.recipe.methods import METHODS, Loss, RetainKLSpec
-from unlearn.train.batches import Pad, Part, answers, beside, labelled, together
+from unlearn.train.batches import Pad, Part, answers, labelled, together
 
 # -- the formulas: logits (N, V) at the positions that predict a label, and these labels (N,)
 
@@ -139,24 +139,9 @@ def ignorance(logits: Tensor, ignorant: Tensor, tokens: float | None = None) -> 
     return each.sum() / (len(each) if tokens is None else tokens)
 
 
-def penalty(logits: Tensor, copies: int, temperature: float = 1.0) -> Tensor:
-    """The divergences of every side from the untouched model, added up.
-
-    Args:
-        logits: (copies * N, V) of copies of the retain rows, in the order of :func:`multiples`.
-    """
-    *sides, untouched = logits.chunk(copies)
-    reference = untouched.detach()
-    return torch.stack([kl(reference, side, temperature) for side in sides]).sum()
-
-
-def multiples(forget: int, retain: int, coefficient: float | None) -> list[float]:
-    """The adapter's multiple in every row: forget rows, then the retain rows once per term, the untouched model last.
-
-    ``coefficient`` is c of the negative side; None leaves it out.
-    """
-    sides = [1.0] if coefficient is None else [1.0, -coefficient]
-    return [1.0] * forget + [side for side in (*sides, 0.0) for _ in range(retain)]
+def penalty(untouched: Tensor, sides: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """The divergences of every side from the untouched model, each (N, V), added up. No gradient flows into it."""
+    return torch.stack([kl(untouched.detach(), side, temperature) for side in sides]).sum()
 
 
 # -- a model at some positions, under multiples of its adapter, or frozen
@@ -197,13 +182,19 @@ def reading(model: nn.Module, layer: int) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+def adapters(model: nn.Module) -> list[tuple[str, Any]]:
+    """The LoRA layers of a PEFT model, by the paths that their modules have without it."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
+    return [(name.removeprefix("base_model.model."), layer) for name, layer in layers]
+
+
 @contextmanager
 def scaled_rows(model: nn.Module, factors: Sequence[float]) -> Iterator[None]:
     """Inside the ``with``, row b of a batch sees ``factors[b]`` times the adapter's change.
 
     The backward pass belongs inside too: with gradient checkpointing it runs the model again.
     """
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.scaling]
+    layers = [layer for _, layer in adapters(model)]
     before = [layer.scaling["default"] for layer in layers]
     rows = torch.tensor(factors)[:, None, None]  # (B, 1, 1), against outputs (B, T, out)
     for layer, scale in zip(layers, before, strict=True):
@@ -280,29 +271,17 @@ class Keep:
 class Against:
     """Another loss in place of the forget set's cross-entropy, a baseline's or that of a fit toward ignorance.
 
-    Of ``retain`` rows ``batch_size`` stand beside each batch, for a term with ``weight``. ignorance has a ``teacher``,
-    and ``weight`` is that of the cross-entropy on the other side; idk_dpo's is asked for refusals.
-
-    Attributes:
-        beta, margin: Of npo, simnpo and idk_dpo.
-        layer, layers: rmu: the layer that is read, and how many up to it get an adapter.
-        scale, seed: rmu: the length of the vector it is driven to, and what its direction is drawn by.
-        samples: ihl: rows of either side that FILA's start is estimated from; 0: an ordinary start.
+    ``how`` are its settings in a recipe, if it has any. Of ``retain`` rows ``batch_size`` stand beside each batch, for
+    a term with their weight. ignorance has a ``teacher``, and idk_dpo one that is asked for refusals; by ``seed`` the
+    direction of rmu is drawn.
     """
 
     loss: Loss | Literal["ignorance"]
+    how: Any
     retain: Sequence[Encoded] = ()
-    weight: float = 1.0
-    beta: float = 0.1
-    batch_size: int = 8
     teacher: Teacher | None = None
-    retain_loss: Literal["nll", "kl"] = "nll"
-    margin: float = 0.0
-    layer: int = 7
-    layers: int = 3
-    scale: float = 6.5
+    batch_size: int = 8
     seed: int = 0
-    samples: int = 0
 
     def __post_init__(self) -> None:
         if "retain" in METHODS[self.loss].needs and not with_answers(self.retain):
@@ -323,6 +302,7 @@ ADVICE = "lower learning_rate, or use dtype: float32"
 BESIDE = "beside"  # where a batch has its Share.beside
 TEACHER = "teacher"  # where it has the rows that the ignorant are asked
 SIZES = "sizes"  # how many rows of it belong together, one after another
+Row = tuple[tuple[int, ...], tuple[int, ...]]  # its tokens and its labels
 
 
 @dataclass(frozen=True)
@@ -336,7 +316,7 @@ class Teacher:
         model: Who is asked; None: the model that is trained, as it was.
     """
 
-    rows: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Sequence[tuple[Encoded, ...]]]
+    rows: Mapping[Row, Sequence[tuple[Encoded, ...]]]
     each: int = 1
     model: nn.Module | None = None
 
@@ -375,7 +355,8 @@ class Share:
 class Objective:
     """The loss of ``keep`` or ``against``, of which one is given; both only where that is ignorance.
 
-    What is drawn beside a batch is drawn alike by all processes, and ``part`` is this one's.
+    A batch is made of blocks: the forget rows, then these or others under further multiples of the adapter, the retain
+    rows last. What is drawn for it is drawn alike by all processes, and ``part`` is this one's.
     """
 
     def __init__(self, keep: Keep | None, against: Against | None, part: Part) -> None:
@@ -383,12 +364,17 @@ class Objective:
         if (keep is None) == (against is None) and self._teacher is None:
             raise ValueError("keep adds to the cross-entropy that a baseline replaces: give one of them")
         self._keep, self._against, self._part = keep, against, part
-        if keep is not None:
+        self._retain: Sequence[Encoded] = ()
+        self._range: tuple[float, float] | None = None  # of c, whose side is one block more
+        compared = True
+        if keep is not None and keep.curvature is None:
             self._retain, self._size = keep.rows, keep.spec.batch_size
             self._range = keep.spec.coefficients if keep.spec.sides == "two" else None
-            self._copies = 2 if self._range is None else 3
-        elif against is not None:
-            self._retain, self._size, self._copies = with_answers(against.retain), against.batch_size, 1
+        elif against is not None and self._teacher is None:
+            self._retain, self._size = with_answers(against.retain), against.batch_size
+            compared = against.loss == "rmu" or (against.how is not None and against.how.retain_loss == "kl")
+        # blocks of retain rows, the last one of the untouched model where they are compared with it
+        self._compared, self._copies = compared, 1 + compared + (self._range is not None)
 
     def batch(self, forget: Mapping[str, Tensor], pad: Pad, draw: random.Random) -> tuple[dict[str, Any], list[float]]:
         """One batch, the forget rows first in it, and the adapter's multiple in every row.
@@ -397,55 +383,28 @@ class Objective:
             forget: input_ids, attention_mask, labels, each (F, T).
             draw: Of this batch of this step alone; nothing else may decide what is drawn.
         """
-        rows = len(forget["input_ids"])
-        if self._teacher is not None:
-            return self._toward_ignorance(forget, self._teacher, pad, draw)
-        if self._keep is not None and self._keep.curvature is not None:
-            return dict(forget), [1.0] * rows
-        if self._against is not None:
-            return self._beside(forget, self._against, pad, draw)
-        retain, weight = _drawn(self._retain, self._size, pad, draw, self._part)
-        c = draw.uniform(*self._range) if self._range is not None else None
-        factors = multiples(rows, len(retain["input_ids"]), c)
-        return {**beside(forget, retain, self._copies, pad.pad_id), BESIDE: weight}, factors
-
-    def _beside(
-        self, forget: Mapping[str, Tensor], how: Against, pad: Pad, draw: random.Random
-    ) -> tuple[dict[str, Any], list[float]]:
-        """A baseline's batch: forget rows, what its loss compares them with, and retain rows."""
-        others, sides, weight = list[Mapping[str, Tensor]](), list[float](), 1.0
-        if how.loss == "npo":
-            others, sides = [forget], [0.0]
-        if how.loss == "idk_dpo":
-            assert how.teacher is not None
-            refused = how.teacher.draw(forget, draw.getrandbits(63))
+        against, weight, more = self._against, 1.0, dict[str, Any]()
+        blocks: list[tuple[float, Mapping[str, Tensor]]] = [(1.0, forget)]
+        if against is not None and against.loss == "npo":
+            blocks.append((0.0, forget))
+        if against is not None and against.loss == "idk_dpo":
+            assert against.teacher is not None
+            refused = against.teacher.draw(forget, draw.getrandbits(63))
             refusals = pad(refused) if refused else forget
-            others, sides = [refusals, forget, refusals], [1.0, 0.0, 0.0]
+            blocks += [(1.0, refusals), (0.0, forget), (0.0, refusals)]
+        if against is not None and self._teacher is not None:
+            if against.how.grow:  # the forget rows once more under the adapter's negation, where they shall grow
+                blocks.append((-1.0, forget))
+            if asked := self._teacher.draw(forget, draw.getrandbits(63)):
+                more[TEACHER] = pad(asked)
         if self._retain:
-            retain, weight = _drawn(self._retain, self._size, pad, draw, self._part, by_rows=how.loss == "rmu")
-            compared = how.loss == "rmu" or how.retain_loss == "kl"
-            others, sides = [*others, retain, *([retain] * compared)], [*sides, 1.0, *([0.0] * compared)]
-        sizes = [len(block["input_ids"]) for block in (forget, *others)]
-        factors = [side for side, size in zip((1.0, *sides), sizes, strict=True) for _ in range(size)]
-        batch = beside(forget, together(others, pad.pad_id), 1, pad.pad_id) if others else dict(forget)
-        return {**batch, BESIDE: weight, SIZES: sizes}, factors
-
-    def _toward_ignorance(
-        self, forget: Mapping[str, Tensor], teacher: Teacher, pad: Pad, draw: random.Random
-    ) -> tuple[dict[str, Any], list[float]]:
-        """The forget rows, once more under the adapter's negation where it shall grow, and what is drawn to keep."""
-        assert self._against is not None
-        batch, factors = dict[str, Any](forget), [1.0] * len(forget["input_ids"])
-        if self._against.weight:
-            batch = {k: torch.cat([v, v]) for k, v in forget.items()}
-            factors += [-1.0] * len(factors)
-        asked = teacher.draw(forget, draw.getrandbits(63))
-        if self._keep is not None and self._keep.curvature is None:
-            retain, weight = _drawn(self._retain, self._size, pad, draw, self._part)
-            c = draw.uniform(*self._range) if self._range is not None else None
-            factors += multiples(0, len(retain["input_ids"]), c)
-            batch = {**beside(batch, retain, self._copies, pad.pad_id), BESIDE: weight}
-        return {**batch, **({TEACHER: pad(asked)} if asked else {})}, factors
+            by_rows = against is not None and against.loss == "rmu"
+            retain, weight = _drawn(self._retain, self._size, pad, draw, self._part, by_rows=by_rows)
+            other = [-draw.uniform(*self._range)] if self._range is not None else []
+            blocks += [(side, retain) for side in (1.0, *other, *[0.0] * self._compared)]
+        factors = [side for side, block in blocks for _ in block["input_ids"]]
+        batch = together([block for _, block in blocks], pad.pad_id)
+        return {**batch, **more, BESIDE: weight, SIZES: [len(block["input_ids"]) for _, block in blocks]}, factors
 
     @torch.no_grad()
     def reference(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
@@ -463,7 +422,7 @@ class Objective:
     @property
     def layer(self) -> int | None:
         """The layer whose output :meth:`loss` takes in place of logits."""
-        return self._against.layer if self._against is not None and self._against.loss == "rmu" else None
+        return self._against.how.layer if self._against is not None and self._against.loss == "rmu" else None
 
     def loss(
         self,
@@ -474,64 +433,57 @@ class Objective:
         share: Share,
         reference: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch whose first rows are the forget set's.
+        """The loss of a batch.
 
         Args:
             logits: (N, V) at the labelled tokens (N,), which are in rows (N,) of the batch.
-            sizes: Rows that belong together, one after another, those of the forget set first.
+            sizes: Rows of every block, those of the forget set first.
             reference: Of :meth:`reference`.
         """
-        if self._against is not None and self._teacher is None:
-            return self._baseline(_blocks(logits, targets, rows, sizes), self._against, share)
-        at = int((rows < sizes[0]).sum())
-        ours, theirs = logits[:at], logits[at:]
-        learned = ours.sum()  # 0, of the same graph, for a process that has none of the rows
-        if self._teacher is not None and at:
-            assert reference is not None
-            assert self._against is not None
-            fitted = ours[: len(reference)]
-            learned = ignorance(fitted, reference.to(fitted.device), share.tokens)
-            if self._against.weight:
-                grown = slice(len(reference), at)
-                learned = learned + self._against.weight * retain_only(ours[grown], targets[grown], share.tokens)
-        elif self._against is None and at:
-            learned = retain_only(ours, targets[:at], share.tokens)
-        if self._keep is not None and self._keep.curvature is not None:
-            return learned + self._keep.spec.weight / share.batches * self._keep.estimated()
-        if self._keep is not None:
-            spec = self._keep.spec
-            extra = spec.weight * share.beside * penalty(theirs, self._copies, spec.temperature)
-            return learned + extra / share.batches
-        return learned
-
-    def _baseline(self, blocks: Sequence[_Block], how: Against, share: Share) -> Tensor:
-        """Its loss on the forget rows, and its term on retain rows where there are any."""
-        (ours, targets, rows), *others = blocks
-        loss = ours.sum()  # 0, of the same graph, for a process that has none of the rows
-        if len(ours):
-            loss = self._forgotten(blocks, how, share)
+        blocks, keep, against = _blocks(logits, targets, rows, sizes), self._keep, self._against
+        ours = blocks[0][0]
+        # 0, of the same graph, for a process that has none of the rows
+        loss = self._forgotten(blocks, share, reference) if len(ours) else ours.sum()
+        if keep is not None and keep.curvature is not None:
+            return loss + keep.spec.weight / share.batches * keep.estimated()
         if not self._retain:
             return loss
-        weight = how.weight * share.beside / share.batches
-        compared = how.loss == "rmu" or how.retain_loss == "kl"
-        (kept, targets, rows), reference = others[-2 if compared else -1], others[-1][0].detach()
-        if how.loss == "rmu":
-            return loss + weight * distance(kept, reference, rows)
-        return loss + weight * (kl(reference, kept) if compared else retain_only(kept, targets))
+        *sides, last = blocks[-self._copies :]
+        if keep is not None:
+            spec = keep.spec
+            extra = spec.weight * share.beside * penalty(last[0], [side for side, *_ in sides], spec.temperature)
+            return loss + extra / share.batches
+        assert against is not None
+        weight = against.how.weight * share.beside / share.batches
+        if not self._compared:
+            return loss + weight * retain_only(last[0], last[1])
+        kept, _, kept_rows = sides[0]
+        if against.loss == "rmu":
+            return loss + weight * distance(kept, last[0], kept_rows)
+        return loss + weight * kl(last[0].detach(), kept)
 
-    def _forgotten(self, blocks: Sequence[_Block], how: Against, share: Share) -> Tensor:
-        ours, targets, rows = blocks[0]
-        if how.loss == "npo":
+    def _forgotten(self, blocks: Sequence[_Block], share: Share, reference: Tensor | None) -> Tensor:
+        """The term on the forget rows."""
+        (ours, targets, rows), against = blocks[0], self._against
+        if against is None:
+            return retain_only(ours, targets, share.tokens)
+        loss, how = against.loss, against.how
+        if loss == "ignorance":
+            assert reference is not None
+            learned = ignorance(ours, reference.to(ours.device), share.tokens)
+            grown = how.grow * retain_only(*blocks[1][:2], share.tokens) if how.grow else 0.0
+            return learned + grown
+        if loss == "npo":
             return npo(ours, blocks[1][0], targets, rows, how.beta, share.answers)
-        if how.loss == "simnpo":
+        if loss == "simnpo":
             return simnpo(ours, targets, rows, how.beta, how.margin, share.answers)
-        if how.loss == "idk_dpo":
+        if loss == "idk_dpo":
             rejected, preferred, *before = (answer_log_probability(*block) for block in blocks[:4])
             return dpo(preferred - before[1].detach(), rejected - before[0].detach(), how.beta, share.answers)
-        if how.loss == "rmu":
-            wanted = how.scale * direction(ours.shape[-1], how.seed)
+        if loss == "rmu":
+            wanted = how.scale * direction(ours.shape[-1], against.seed)
             return distance(ours, wanted.to(ours.device), rows, share.answers)
-        if how.loss == "ihl":
+        if loss == "ihl":
             return ihl(ours, targets, share.tokens)
         return gradient_ascent(ours, targets, share.tokens)
 
@@ -544,15 +496,6 @@ def _blocks(logits: Tensor, targets: Tensor, rows: Tensor, sizes: Sequence[int])
     at = [0, *(int((rows < end).sum()) for end in ends)]
     pairs = zip(itertools.pairwise(at), (0, *ends), strict=False)
     return [(logits[a:b], targets[a:b], rows[a:b] - first) for (a, b), first in pairs]
-
-
-def all_labels(batch: Mapping[str, Tensor]) -> Tensor:
-    """The labels of every row of an objective's batch, copies included, (B, W)."""
-    labels, beside_it = batch["labels"], batch.get("retain_labels")
-    if beside_it is None:
-        return labels
-    copies = (len(batch["input_ids"]) - len(labels)) // len(beside_it)
-    return torch.cat([labels, beside_it.repeat(copies, 1)])
 
 
 def _drawn(

@@ -11,14 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from unlearn.data.encoding import Encoded
 from unlearn.errors import VectorError
 from unlearn.train.batches import Pad, labelled
-from unlearn.train.losses import answer_logits, frozen, with_answers
+from unlearn.train.losses import adapters, answer_logits, frozen, with_answers
 from unlearn.train.trainer import range_for_gradients
 from unlearn.vector.edit import shape_of
 from unlearn.vector.methods import shrinker, times
@@ -119,8 +118,7 @@ class SecondOrder:
     """
 
     def __init__(self, model: nn.Module, factors: Factors) -> None:
-        layers = ((name.removeprefix("base_model.model."), m) for name, m in model.named_modules())
-        self._layers = [(m, m.scaling["default"], *factors[n]) for n, m in layers if isinstance(m, LoraLayer)]
+        self._layers = [(layer, layer.scaling["default"], *factors[name]) for name, layer in adapters(model)]
 
     def __call__(self) -> Tensor:
         """The sum as it is now, ()."""
@@ -159,11 +157,8 @@ class Inside(nn.Linear):
 
 def put_inside(model: nn.Module, shrinkers: Mapping[str, Tensor]) -> None:
     """Let every LoRA of a PEFT model act as A P from now on; there is a P for each module's path."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-            plain = layer.lora_A["default"]
-            assert isinstance(plain, nn.Linear)
-            layer.lora_A["default"] = Inside(plain, shrinkers[name.removeprefix("base_model.model.")])
+    for name, layer in adapters(model):
+        layer.lora_A["default"] = Inside(layer.lora_A["default"], shrinkers[name])
 
 
 # -- reading

@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from unlearn.data.encoding import IGNORE, Encoded, encode
-from unlearn.data.items import normalise
+from unlearn.data.items import answered_otherwise
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import DataError
 from unlearn.recipe.data import render, template_fields
 from unlearn.recipe.methods import IgnoranceSpec, TrainSpec
-from unlearn.train.losses import Teacher
+from unlearn.train.losses import Row, Teacher
 
 SHORT = 8  # tokens that are asked about, after as many; as the eval pack measures a passage's pmi
 
@@ -50,7 +50,7 @@ def ignorant(
             f"{key}: {len(alone)} of {len(one.train)} training items of {one.role} set {one.name!r} have no other item "
             f"with another answer in the same wording, such as {alone[0].prompt!r}: add items, or take teacher: blank"
         )
-    asked: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Encoded, ...]]] = {}
+    asked: dict[Row, list[tuple[Encoded, ...]]] = {}
     for item, row, found in zip(one.train, rows, prompts, strict=True):
         several = encode([replace(item, prompt=prompt) for prompt in found], kind, tokenizer, limit)
         same = [(other,) for other in several if _labels(other) == _labels(row) and other.input_ids != row.input_ids]
@@ -67,7 +67,7 @@ def refusing(one: LoadedSet, tokenizer: Any, training: TrainSpec, sentences: Seq
     """For a set's training rows the same prompts with each of some sentences as their answer."""
     kind, limit = one.spec.kind, training.max_length
     rows = encode(one.train, kind, tokenizer, limit)
-    asked: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Encoded, ...]]] = {}
+    asked: dict[Row, list[tuple[Encoded, ...]]] = {}
     for sentence in sentences:
         said = encode([replace(item, target=sentence) for item in one.train], kind, tokenizer, limit)
         for row, other in zip(rows, said, strict=True):
@@ -75,7 +75,7 @@ def refusing(one: LoadedSet, tokenizer: Any, training: TrainSpec, sentences: Seq
     return Teacher(asked)
 
 
-def _name(row: Encoded) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _name(row: Encoded) -> Row:
     return tuple(row.input_ids), tuple(row.labels)
 
 
@@ -86,15 +86,12 @@ def _labels(row: Encoded) -> list[int]:
 def _others(one: LoadedSet, most: int) -> list[list[str]]:
     """For every training item prompts of others in its wording, whose answers differ, spread over all of them."""
     templates = len(one.spec.prompts("train"))
-    answers = {item.target: normalise(item.target) for item in one.train}
     found = []
     for number, item in enumerate(one.train):
-        same_wording = one.train[number % templates :: templates]
-        at, target = number // templates, answers[item.target]
-        others = [o.prompt for o in (*same_wording[at:], *same_wording[:at]) if answers[o.target] != target]
-        others = [prompt for prompt in dict.fromkeys(others) if prompt != item.prompt]
-        step = max(1, len(others) // most)
-        found.append(others[::step][:most])
+        same_wording, at = one.train[number % templates :: templates], number // templates
+        others = answered_otherwise(item, (*same_wording[at:], *same_wording[:at]))
+        prompts = list(dict.fromkeys(other.prompt for other in others))
+        found.append(prompts[:: max(1, len(prompts) // most)][:most])
     return found
 
 

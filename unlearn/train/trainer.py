@@ -7,8 +7,6 @@ nearly every step of a full fine-tuning is (Micikevicius et al. 1710.03740). flo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import pickle
@@ -39,7 +37,7 @@ from unlearn.errors import TrainingError
 from unlearn.processes import Hold, held
 from unlearn.recipe.methods import TrainSpec
 from unlearn.store.cache import condensed
-from unlearn.store.files import write_json_atomic
+from unlearn.store.stages import STAGE_FILE, damage_of, read_record, seal
 from unlearn.train.batches import ByLength, Dealt, Pad, Part, answers, blank
 from unlearn.train.losses import (
     ADVICE,
@@ -49,7 +47,6 @@ from unlearn.train.losses import (
     Keep,
     Objective,
     Share,
-    all_labels,
     only_at,
     reading,
     scaled_rows,
@@ -185,20 +182,7 @@ class _Settings(TrainingArguments):
         return device
 
 
-# -- training checkpoints
-
-
-WHOLE = "unlearn_checkpoint_is_whole"  # the seal: how many processes wrote it, and the hash of each file
-
-
-def seal(checkpoint: Path, processes: int) -> None:
-    """Bring a checkpoint's files to disk, then say what they are."""
-    files = {}
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != WHOLE):
-        with path.open("rb") as f:
-            files[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
-            os.fsync(f.fileno())
-    write_json_atomic(checkpoint / WHOLE, {"processes": processes, "files": files})
+# -- training checkpoints, sealed like a stage whose key is the number of processes that wrote it
 
 
 def last_checkpoint(work: Path, processes: int = 1) -> str | None:
@@ -225,23 +209,13 @@ def _by_number(work: Path) -> list[Path]:
 
 def _trouble(checkpoint: Path, processes: int) -> str | None:
     """What is wrong with a checkpoint: None for nothing, and nothing to speak of where it was only cut off."""
-    if not (checkpoint / WHOLE).is_file():
+    if not (checkpoint / STAGE_FILE).is_file():
         return ""
-    try:
-        told = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
-        files, wrote = dict(told["files"]), int(told["processes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{WHOLE} cannot be read"
-    for name, digest in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        with path.open("rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                return f"the content of {name} has changed (SHA-256 differs)"
-    if wrote != processes:
-        return f"{wrote} process{'es' * (wrote > 1)} wrote it, and now it is {processes}"
-    return None
+    if (record := read_record(checkpoint)) is None:
+        return f"{STAGE_FILE} cannot be read"
+    if record.key == str(processes):
+        return damage_of(checkpoint, record, "sha256")
+    return f"{record.key} process{'es' * (record.key != '1')} wrote it, and now it is {processes}"
 
 
 # -- training
@@ -429,9 +403,9 @@ class _Trainer(Trainer):
         """The objective's loss, from the positions that predict a label."""
         if self._objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        reference = self._objective.reference(self.accelerator.unwrap_model(model), inputs)
-        positions, targets, rows = answers(all_labels(inputs))
         whole, layer = self.accelerator.unwrap_model(model), self._objective.layer
+        reference = self._objective.reference(whole, inputs)
+        positions, targets, rows = answers(inputs["labels"])
         asked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         if layer is None:
             with only_at(whole, positions):
@@ -440,14 +414,13 @@ class _Trainer(Trainer):
             with reading(whole, layer) as read:
                 model(**asked)
             logits = read[0][positions]  # (N, d)
-        share = Share(beside=inputs.get(BESIDE, 1.0))  # the Trainer divides by the batches where it counts no tokens
+        share = Share(beside=inputs[BESIDE])  # the Trainer divides by the batches where it counts no tokens
         if num_items_in_batch is not None:
             # counted over all processes, whose gradients are averaged; each has as many batches
             processes = self._part.count if self.args.average_tokens_across_devices else 1
             tokens, answered = num_items_in_batch / processes, self._rows / self._part.count
             share = Share(tokens, answered, self._batches, share.beside)
-        sizes = inputs.get(SIZES, [len(inputs["labels"])])
-        return self._objective.loss(logits, targets, rows, sizes, share, reference)
+        return self._objective.loss(logits, targets, rows, inputs[SIZES], share, reference)
 
 
 class _Watch(TrainerCallback):
@@ -487,7 +460,7 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         collective.wait()  # every process has written its part
         if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", collective.count())
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", str(collective.count()), 0.0)
             for old in _by_number(Path(args.output_dir))[2:]:
                 shutil.rmtree(old, ignore_errors=True)
         collective.wait()  # nobody leaves before it is sealed: torchrun would end the others

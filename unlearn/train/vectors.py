@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -30,14 +29,14 @@ from unlearn.model import locate
 from unlearn.model.load import Loaded, drops_out, layer_at, layer_of, resolve_targets
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
-from unlearn.recipe.methods import METHODS, LoraSpec, TrainSpec, VectorSpec
+from unlearn.recipe.methods import METHODS, LoraSpec, RmuSpec, TrainSpec
 from unlearn.recipe.schema import DENSE_ADAPTER, ModelSpec, Recipe
 from unlearn.store.cache import sha256
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
 from unlearn.text import counted
 from unlearn.train.learned import BegunA, BegunB, begin, fila, materials
-from unlearn.train.losses import Against, Keep
+from unlearn.train.losses import Against, Keep, adapters
 from unlearn.train.moments import Inside, SecondOrder, curvature, put_inside, shrinkers
 from unlearn.train.teacher import ignorant, refusing
 from unlearn.train.trainer import (
@@ -81,15 +80,11 @@ class Vectors:
 # -- one training, and the vector that is read off it
 
 
-def lora_modules(model: PreTrainedModel, lora: LoraSpec, layers: tuple[int, int] | None = None) -> tuple[str, ...]:
-    """Full paths of the modules that a LoRA is put on; an error where there are none, or its rank is above theirs.
-
-    Args:
-        layers: Of RMU: that up to which there are adapters, and in how many.
-    """
+def lora_modules(model: PreTrainedModel, lora: LoraSpec, rmu: RmuSpec | None = None) -> tuple[str, ...]:
+    """Full paths of the modules that a LoRA is put on; an error where there are none, or its rank is above theirs."""
     targets = resolve_targets(model, lora.targets, lora.depth)
-    if layers is not None:
-        last, first = layers[0], max(0, layers[0] - layers[1] + 1)
+    if rmu is not None:
+        last, first = rmu.layer, max(0, rmu.layer - rmu.layers + 1)
         try:
             layer_at(model, last)
         except ModelError as error:
@@ -137,8 +132,7 @@ def train_vector(
             forgotten ``rows``: who subtracts vectors negates it first.
         inside: Retain rows by whose activations the adapter is shrunk while it is fitted, and mu.
     """
-    steered = (against.layer, against.layers) if against is not None and against.loss == "rmu" else None
-    targets = lora_modules(model, lora, steered)
+    targets = lora_modules(model, lora, against.how if against is not None and against.loss == "rmu" else None)
     shrunk = starts = None
     if inside is not None:
         say(f"    {label}: reading the activations of {counted(len(inside[0]), 'retain row')}")
@@ -147,9 +141,9 @@ def train_vector(
     if keep is not None and keep.spec.estimate == "kfac":
         say(f"    {label}: reading the curvature of {counted(len(keep.rows), 'retain row')}")
         factors = curvature(model, keep.rows, targets, tokenizer.pad_token_id, seed)
-    if against is not None and against.samples:
-        say(f"    {label}: reading gradients, of up to {counted(against.samples, 'row')} of either side")
-        starts = fila(model, rows, against.retain, targets, lora.rank, against.samples, seed)
+    if against is not None and against.loss == "ihl" and against.how.fila:
+        say(f"    {label}: reading gradients, of up to {counted(against.how.samples, 'row')} of either side")
+        starts = fila(model, rows, against.retain, targets, lora.rank, against.how.samples, seed)
     quantised = bool(getattr(model, "is_quantized", False))
     mixed = mixed_precision(model)
     if quantised:
@@ -207,15 +201,13 @@ def read_adapter(model: nn.Module, meta: Mapping[str, str]) -> TaskVector:
     ``scaling`` is alpha/r, or alpha/sqrt(r) with rsLoRA; peft has it per layer.
     """
     modules: dict[str, LowRank] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-            inner, outer = layer.lora_A["default"], layer.lora_B["default"]
-            a = inner.shrunk() if isinstance(inner, Inside) else inner.weight  # (r, in)
-            b = outer.weight  # (out, r)
-            if isinstance(inner, BegunA) and isinstance(outer, BegunB):
-                a, b = inner.whole(), outer.whole()
-            a, b = a.detach().float().cpu().clone(), b.detach().float().cpu() * layer.scaling["default"]
-            modules[name.removeprefix("base_model.model.")] = LowRank(a, b)
+    for name, layer in adapters(model):
+        inner, outer = layer.lora_A["default"], layer.lora_B["default"]
+        a = inner.shrunk() if isinstance(inner, Inside) else inner.weight  # (r, in)
+        b = outer.weight  # (out, r)
+        if isinstance(inner, BegunA) and isinstance(outer, BegunB):
+            a, b = inner.whole(), outer.whole()
+        modules[name] = LowRank(a.detach().float().cpu().clone(), b.detach().float().cpu() * layer.scaling["default"])
     return TaskVector(modules, meta)
 
 
@@ -239,7 +231,7 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet], whe
     spec = recipe.vector
     fits = recipe.edited is None
     if fits:
-        lora_modules(base.model, spec.lora, _steered(spec))
+        lora_modules(base.model, spec.lora, spec.settings("rmu") if spec.uses("rmu") else None)
     if recipe.teach is not None and recipe.teach.lora is not None:
         lora_modules(base.model, recipe.teach.lora)
     for key, training in (("teach", recipe.teach), ("vector.forget", spec.forget), ("vector.retain", spec.retain)):
@@ -268,10 +260,6 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet], whe
                 refusing(one, base.tokenizer, spec.forget, refusals(spec.settings("idk_dpo").refusals, where))
             except TrainingError as error:
                 raise TrainingError(f"vector.idk_dpo.refusals: {error}") from error
-
-
-def _steered(spec: VectorSpec) -> tuple[int, int] | None:
-    return (spec.settings("rmu").layer, spec.settings("rmu").layers) if spec.uses("rmu") else None
 
 
 def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
@@ -452,18 +440,17 @@ def fit_vectors(
     """
     spec = recipe.vector
     near = [s for s in sets if s.role == "retain" and s.train]
-    clean, trainee = _trainee(target, recipe, store)
-    before = set(store.keys)
+    trainee, before = _trainee(target, recipe, store), set(store.keys)
     retain = None
     if spec.needs("retain_vector"):
-        retain = fit_vector("retain", clean, trainee, near, spec.retain or spec.forget, recipe, store)
+        retain = fit_vector("retain", trainee, near, spec.retain or spec.forget, recipe, store)
     fitted, parts = dict[Goal, TaskVector](), dict[Goal, TaskVector]()
     for one in sets:
         if one.role in ("forget", "learn", "term") and (one.train or given is not None):
             goal = (one.role, one.name)
             if given is not None:  # as those fitted here are: of the target
                 given = TaskVector(given.modules, {**given.meta, "base": target.fingerprint})
-            fitted[goal] = _source(one, clean, trainee, near, retain, recipe, store, given)
+            fitted[goal] = _source(one, trainee, near, retain, recipe, store, given)
             parts[goal] = _shaped(one, target, fitted[goal], retain, near, recipe, store)
     stages = tuple(n for n in store.keys if n.startswith("vectors/") and n not in before)
     return Vectors(_signed(parts, recipe), fitted, retain, stages)
@@ -484,7 +471,6 @@ def what_is_fitted(recipe: Recipe) -> str:
 
 def fit_vector(
     name: str,
-    target: str,
     trainee: Loaded,
     sets: Sequence[LoadedSet],
     spec: TrainSpec,
@@ -500,8 +486,7 @@ def fit_vector(
 
     Args:
         name: Of its stage, below ``vectors/``.
-        target: Fingerprint of the model that is fine-tuned.
-        trainee: That model, perhaps quantised.
+        trainee: The model that is fine-tuned (:func:`as_trained`).
         sets: Whose training items are learned.
         near: Retain sets that take part in the loss: of the penalty, or of a baseline.
         run: Added to the recipe's seed.
@@ -522,6 +507,8 @@ def fit_vector(
         beside = training_rows(near, trainee.tokenizer, spec) if near and needed else []
         other = _against(recipe, against, beside, sets[0], trainee, clean, said) if against else None
         work = store.work(stage)
+        meta = {"base": trainee.fingerprint, "data": json.dumps(digests)}
+        meta["lora"] = json.dumps(lora.model_dump(mode="json"))
         wait()
         vector, log = train_vector(
             trainee.model,
@@ -532,7 +519,11 @@ def fit_vector(
             seed,
             work,
             f"{name} set",
-            {"base": target, "data": json.dumps(digests), "lora": json.dumps(lora.model_dump(mode="json"))},
+            {
+                "base": trainee.fingerprint,
+                "data": json.dumps(digests),
+                "lora": json.dumps(lora.model_dump(mode="json")),
+            },
             Keep(beside, penalty) if penalty is not None else None,
             other,
             (beside, inside) if inside is not None else None,
@@ -542,7 +533,7 @@ def fit_vector(
         write_json_atomic(tmp / "training.json", {**log.to_json(name), **cuts([*rows, *beside])})
         say(f"    {log.steps} steps, loss {log.losses[0]:.3f} to {log.losses[-1]:.3f}")
 
-    inputs: list[Any] = [target, digests, lora, spec, seed, recipe.model.quantize]
+    inputs: list[Any] = [trainee.fingerprint, digests, lora, spec, seed, recipe.model.quantize]
     inputs.append(mixed_precision(trainee.model))
     if penalty is not None:
         inputs += [penalty, [s.digest for s in near]]
@@ -576,22 +567,23 @@ def training_logs(vectors: Vectors | None, recipe: Recipe, store: Store) -> tupl
     return tuple({**store.read(stage, "training.json"), "stage": name} for name, stage in names.items())
 
 
-def _trainee(target: Loaded, recipe: Recipe, store: Store) -> tuple[str, Loaded]:
-    """The model that adapters are fitted on, by fingerprint, and as it is held for training."""
-    spec = recipe.model
-    if not recipe.vector.uses("msa"):
-        nothing = recipe.vector.from_ is not None and not recipe.vector.needs("retain_vector")
-        if spec.quantize == "none" or nothing:
-            return target.fingerprint, target
-        return target.fingerprint, models.load(spec, target.path, for_training=True)
-    clean = load_clean(recipe, store.base)
-    trainee = clean if spec.quantize == "none" else models.load(spec, clean.path, for_training=True)
-    return clean.fingerprint, trainee
+def as_trained(model: Loaded, spec: ModelSpec) -> Loaded:
+    """A model, known by its own fingerprint, as adapters are fitted on it: quantised where the recipe says so."""
+    if spec.quantize == "none":
+        return model
+    return replace(models.load(spec, model.path, for_training=True), fingerprint=model.fingerprint)
+
+
+def _trainee(target: Loaded, recipe: Recipe, store: Store) -> Loaded:
+    """The model that adapters are fitted on."""
+    spec = recipe.vector
+    if spec.from_ is not None and not spec.needs("retain_vector"):
+        return target  # nothing is fitted
+    return as_trained(load_clean(recipe, store.base) if spec.uses("msa") else target, recipe.model)
 
 
 def _source(
     one: LoadedSet,
-    clean: str,
     trainee: Loaded,
     near: Sequence[LoadedSet],
     retain: TaskVector | None,
@@ -606,7 +598,7 @@ def _source(
     def fit(run: int = 0, against: str = "") -> TaskVector:
         beside = near if one.role == "forget" and (not spec.loss() or (against and spec.holds())) else ()
         label = f"{name}-run{run}" if run else name
-        asked = (label, clean, trainee, [one], spec.forget, recipe, store, beside)
+        asked = (label, trainee, [one], spec.forget, recipe, store, beside)
         return fit_vector(*asked, run=run, against=against, kind=one.role)
 
     if source == "retain_only":
@@ -626,8 +618,9 @@ def _source(
     return vector
 
 
-def _vocabulary(model: Loaded) -> int:
-    return int(model.model.get_output_embeddings().weight.shape[0])
+def _writes_in(model: Loaded) -> tuple[str, int]:
+    """The tokenizer, and how many tokens the head speaks of."""
+    return model.words, int(model.model.get_output_embeddings().weight.shape[0])
 
 
 def _against(
@@ -643,16 +636,12 @@ def _against(
     if loss == "ignorance":
         if clean is not None and clean.fingerprint == trainee.fingerprint:
             raise ModelError("vector.ignorance.clean: that is the model itself, which knows what is to be forgotten")
-        if clean is not None and (clean.words, _vocabulary(clean)) != (trainee.words, _vocabulary(trainee)):
+        if clean is not None and _writes_in(clean) != _writes_in(trainee):
             raise ModelError(f"vector.ignorance.clean: {clean.path} has another tokenizer or vocabulary than the model")
         teacher = ignorant(one, trainee.tokenizer, spec.forget, how, clean.model if clean is not None else None)
-        return Against("ignorance", weight=how.grow, teacher=teacher)
-    taken = ("weight", "retain_loss", "beta", "margin", "layer", "layers", "scale")
-    given = {key: getattr(how, key) for key in taken if hasattr(how, key)}
+        return Against("ignorance", how, teacher=teacher)
     asked = refusing(one, trainee.tokenizer, spec.forget, sentences) if sentences else None
-    samples = how.samples if loss == "ihl" and how.fila else 0
-    size, seed = spec.forget.batch_size, recipe.seed
-    return Against(loss, retain, batch_size=size, teacher=asked, seed=seed, samples=samples, **given)
+    return Against(loss, how, retain, asked, spec.forget.batch_size, recipe.seed)
 
 
 def _shaped(
