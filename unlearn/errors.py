@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _EXTRAS = {"bitsandbytes": "quant", "gguf": "gguf", "submitit": "cluster", "detoxify": "toxicity", "wandb": "wandb"}
 
@@ -20,6 +22,15 @@ class UnlearnError(Exception):
 
     The message says what is wrong, where (file, line, key), and what to do about it.
     """
+
+
+@contextmanager
+def prefixed(place: str, kind: type[UnlearnError]) -> Iterator[None]:
+    """Mistakes of a kind that are met inside the ``with`` begin with their place: a key, a set, a file."""
+    try:
+        yield
+    except kind as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
 class RecipeError(UnlearnError):

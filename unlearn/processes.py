@@ -20,9 +20,9 @@ from typing import Any
 
 from unlearn.console import say
 from unlearn.errors import UnlearnError
+from unlearn.text import first_line, shorten
 
 _PATIENCE = timedelta(minutes=30)  # a process that is not heard of for so long is taken for lost
-_MOST = 300  # characters of a library's complaint
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|socket", re.IGNORECASE)
 _SPREAD = ("fsdp", "deepspeed", "megatron_lm", "parallelism_config")  # ways of accelerate to hold a part of a model
 # of these a Trainer here hears nothing: trainer_arguments.recipe_decides
@@ -116,10 +116,9 @@ def all_there() -> Iterator[None]:
     except RuntimeError as e:
         if count() == 1 or not _LOST.search(str(e)):
             raise
-        line = str(e).strip().partition("\n")[0][:_MOST]  # places in the library's sources follow
         raise UnlearnError(
             "another process has ended early, or cannot be reached. Its message, if it left one, is above; without one "
-            f"the system may have killed it, mostly for its memory. Here it shows as: {line}"
+            f"the system may have killed it, mostly for its memory. Here it shows as: {shorten(first_line(e), 300)}"
         ) from e
 
 
@@ -358,7 +357,7 @@ def told(where: str, advice: str) -> Iterator[None]:
         if not is_out_of_memory(e):
             raise
         words = " ".join(str(e).split()).rstrip(".")
-        said = f" ({words[:_LONGEST]}{'...' if len(words) > _LONGEST else ''})" if words else ""
+        said = f" ({shorten(words, _LONGEST)})" if words else ""
         message = f"{where}: out of memory{said}. To need less, {advice}; or choose {_LESS}"
         if _ELSEWHERE not in words:
             alarm(message)

@@ -83,6 +83,17 @@ def counted(n: float, noun: str) -> str:
     return f"{f'{n:,}' if isinstance(n, int) else f'{n:g}'} {noun}{'' if n == 1 else 's'}"
 
 
+def shorten(text: str, width: int = 80) -> str:
+    """One line of at most ``width`` characters, for messages."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of an error, without the places in its sources that may follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def listing(items: Iterable[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     *head, last = list(items) or [""]

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from unlearn.data.files import shorten
 from unlearn.data.items import Item, Messages, Record, Turn
 from unlearn.errors import DataError
 from unlearn.recipe.schema import ModelSpec, Recipe
+from unlearn.text import shorten
 
 _ASKED, _ANSWER = "QUESTION", "ANSWER"  # stand where a question and an answer will
 

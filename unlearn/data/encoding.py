@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unlearn.data.files import shorten
 from unlearn.data.items import Item
 from unlearn.errors import EvaluationError, TrainingError
 from unlearn.recipe.data import Kind
+from unlearn.text import shorten
 
 IGNORE = -100  # label of tokens without loss
 

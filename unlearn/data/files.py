@@ -15,7 +15,7 @@ from typing import Any
 from unlearn.errors import DataError
 from unlearn.recipe.data import Between, Scalar, Source
 from unlearn.store.cache import hub_away, no_data
-from unlearn.text import did_you_mean
+from unlearn.text import did_you_mean, first_line, shorten
 
 HUB = "hub:"
 _LARGEST_CELL = 2**31 - 1  # characters; Python's own limit of 131072 refuses a chapter in one cell
@@ -66,12 +66,6 @@ def source_path(source: Source, base: Path) -> Path:
     return base / given if (base / given).exists() or not given.exists() else given.absolute()
 
 
-def shorten(text: str, width: int = 80) -> str:
-    """One line of at most ``width`` characters, for messages."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
-
-
 # -- files, one reader for each ending
 
 
@@ -85,7 +79,7 @@ def read_file(path: Path) -> list[Row]:
             raise DataError(f"{path}: not a regular file")
         return reader(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or _first_line(error)}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
 
 
 def _read_local(source: Source, base: Path) -> list[Row]:
@@ -103,10 +97,6 @@ def _read_local(source: Source, base: Path) -> list[Row]:
 
 def _numbered(entries: Iterable[Mapping[str, Any]]) -> list[Row]:
     return [Row(f"row {number}", entry) for number, entry in enumerate(entries, start=1)]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _text(path: Path) -> str:
@@ -216,7 +206,7 @@ def _read_parquet(path: Path) -> list[Row]:
             return _numbered(pyarrow.parquet.read_table(file).to_pylist())
     # a damaged file may claim more than memory holds, or hold times that Python has no value for
     except (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
+        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -246,7 +236,7 @@ def _read_hub(source: Source) -> list[Row]:
         if away and isinstance(error, ConnectionError):
             raise DataError(no_data(f"{source.path} ({asked})", away)) from error
         raise DataError(
-            f"{source.path} ({asked}): cannot be loaded: {type(error).__name__}: {_first_line(error)}. "
+            f"{source.path} ({asked}): cannot be loaded: {type(error).__name__}: {first_line(error)}. "
             "If the hub is out of reach, download the file elsewhere and give it in this set's `path` "
             "(.json, .jsonl, .csv or .parquet; remove config, split and revision)"
         ) from error

@@ -18,9 +18,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from unlearn.data.files import Row, shorten, source_path
+from unlearn.data.files import Row, source_path
 from unlearn.errors import DataError
 from unlearn.recipe.data import DataSet, Kind, Source, SplitPrompts, render, template_fields
+from unlearn.text import shorten
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from unlearn.data.chat import Chat, chat_of
 from unlearn.data.encoding import encode_item
-from unlearn.data.files import Row, read_placed, require_columns, shorten, source_label
+from unlearn.data.files import Row, read_placed, require_columns, source_label
 from unlearn.data.items import (
     Built,
     Item,
@@ -27,10 +27,10 @@ from unlearn.data.items import (
     columns_needed,
     digest,
 )
-from unlearn.errors import DataError, EvaluationError, RunFolderError
+from unlearn.errors import DataError, EvaluationError, RunFolderError, prefixed
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source, Split, render, stops, template_fields
 from unlearn.recipe.schema import Recipe
-from unlearn.text import listing
+from unlearn.text import listing, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -112,7 +112,7 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
     seen: dict[str, _Origin] = {}
     for role, spec in recipe.sets():
         name = f"{role} set '{spec.label()}'"
-        try:
+        with prefixed(name, DataError):
             pools = _read(spec, base, recipe.seed, tokenizer)
             if role == "forget":
                 forgotten = {**_known(pools.values(), name), **forgotten}
@@ -127,8 +127,6 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
             elif role in ("retain", "learn") and recipe.holdout is not None:
                 seen = {**_known(pools.values(), name), **seen}
             loaded.append(_divide(role, spec, pools, recipe, chat))
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
     return tuple(loaded)
 
 
@@ -141,7 +139,7 @@ def training_sets(recipe: Recipe, rows: Mapping[SetRole, Sequence[Row]], tokeniz
         if role not in rows:
             continue
         templates = (*spec.prompts("train"), *spec.asked("train"))
-        try:
+        with prefixed(role, DataError):
             require_columns(rows[role], partial(columns_needed, spec, templates), f"the {role} rows")
             built = build(rows[role], spec, templates, tokenizer)
             pool = _Pool(f"the {role} rows", len(rows[role]), built, built.records)
@@ -150,8 +148,6 @@ def training_sets(recipe: Recipe, rows: Mapping[SetRole, Sequence[Row]], tokeniz
             else:
                 _refuse_overlap(forgotten, [pool], role, "to be forgotten and " + _FATE[role])
             items = _items(_ordered(built.records, recipe.seed), spec, "train", chat)
-        except DataError as error:
-            raise DataError(f"{role}: {error}") from error
         content = [[i.id, i.prompt, i.target, i.choices, i.answer] for i in items]
         loaded.append(LoadedSet(role, role, spec, items, (), (), digest(content, *_turns(items)), {}))
     return tuple(loaded)
@@ -192,10 +188,8 @@ def _read(spec: DataSet, base: Path, seed: int, tokenizer: Tokenizer | None) -> 
         templates = tuple(dict.fromkeys(worded))
         rows = read_placed(source, base, partial(columns_needed, spec, templates))
         label = source_label(source, base)
-        try:
+        with prefixed(label, DataError):
             built = build(rows, spec, templates, tokenizer)
-        except DataError as error:
-            raise DataError(f"{label}: {error}") from error
         ordered = _ordered(built.records, seed)
         pools[key] = _Pool(label, len(rows), built, ordered[: source.limit])
     return pools

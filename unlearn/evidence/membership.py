@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from unlearn.console import is_main_process, progress
 from unlearn.data.encoding import IGNORE, Encoded, encode, reach
-from unlearn.data.files import shorten
 from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import BrokenModelError, DataError, EvaluationError, TrainingError
@@ -35,6 +34,7 @@ from unlearn.results import Membership, Who
 from unlearn.score.scorer import Questions
 from unlearn.store.files import write_text_atomic
 from unlearn.store.stages import Store
+from unlearn.text import shorten
 from unlearn.train.batches import Pad
 from unlearn.train.losses import answer_logits, frozen
 

@@ -36,6 +36,7 @@ from unlearn.processes import cpus_only, is_out_of_memory, told
 from unlearn.recipe.schema import ModelSpec
 from unlearn.store import files as atomic
 from unlearn.store.cache import NETWORK_LIBRARIES, condensed, hub_away, sha256, vanished
+from unlearn.text import first_line, shorten
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)(?:\.|$)")
 _SHOWN = 12  # names in a message
@@ -449,7 +450,7 @@ def _understood(folder: Path) -> Iterator[None]:
         with quietly():
             yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError) as e:
-        said = str(e).strip().split("\n")[0][:200]
+        said = shorten(first_line(e), 200)
         raise VectorError(
             f"{folder}: transformers cannot tell from its config.json what the weights are ({said})"
         ) from e

@@ -45,7 +45,7 @@ from unlearn.store.cache import (
     whole,
 )
 from unlearn.store.provenance import versions
-from unlearn.text import hide
+from unlearn.text import first_line, hide
 
 _INSTEAD = "model.path also takes a local folder with the model in safetensors"
 _KINDS = "set model.path to a folder with the model in safetensors, a .gguf file, or a hub id"
@@ -384,19 +384,15 @@ def convert(source: Path, folder: Path) -> None:
             raise
         except ImportError as error:
             raise ModelError(
-                f"{source}: converting this GGUF file needs a package that is not installed: {_first_line(error)}"
+                f"{source}: converting this GGUF file needs a package that is not installed: {first_line(error)}"
             ) from error
         except Exception as error:  # a reader of a binary format fails in many ways on what is cut
             if "os error" in str(error):
                 raise
             raise ModelError(
-                f"{source}: transformers cannot convert this GGUF file ({_first_line(error)}). Is it whole? Otherwise "
+                f"{source}: transformers cannot convert this GGUF file ({first_line(error)}). Is it whole? Otherwise "
                 "set model.path to a folder with the model in safetensors"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _convert(source: Path, folder: Path) -> None:

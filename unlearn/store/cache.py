@@ -29,13 +29,13 @@ from unlearn.errors import DataError, ModelError, RunFolderError, UnlearnError
 from unlearn.processes import switched_on
 from unlearn.store.files import FULL, unique, unwritable, write_json_atomic
 from unlearn.store.lock import Lock
+from unlearn.text import shorten
 
 MANIFEST = "complete.json"
 _TEMPORARY, _ASIDE, _LOCKS = ".part-", ".damaged-", ".locks"
 _ASIDE_SECONDS = 24 * 3600
 # Whose exceptions mean that the network or the hub failed, where they are not OSErrors already.
 NETWORK_LIBRARIES = frozenset({"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"})
-_LONGEST = 300  # characters of another library's message in ours
 _PATIENCE = 2.0  # seconds until the hub must have given a sign of life
 
 
@@ -224,8 +224,7 @@ def _full(cache: Path) -> ModelError:
 
 def condensed(error: Exception) -> str:
     """Another library's message on one line, cut where it gets long."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return shorten(" ".join(str(error).split()).rstrip(".") or type(error).__name__, 303)
 
 
 def hub_away() -> str:
