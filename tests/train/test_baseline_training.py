@@ -282,7 +282,7 @@ def test_they_forget_and_the_difference_keeps(phi: Loaded, tmp_path: Path) -> No
 @pytest.mark.parametrize(("loss", "least"), [("npo", 1), ("simnpo", 1), ("idk_dpo", 1), ("ihl", 0.3), ("rmu", 0.05)])
 def test_held_by_the_divergence_the_rest_stays(phi: Loaded, tmp_path: Path, loss: str, least: float) -> None:
     """Of RMU by its own term; what its layer puts out comes to lie along the one direction, of the length asked."""
-    objective = against(f"{loss}, kl", scale=6.0)
+    objective = against(f"{loss}, kl", **({"scale": 6.0} if loss == "rmu" else {}))
     before = per_token(phi.model, FORGET), per_token(phi.model, RETAIN)
     u = direction(64, 0)
     with torch.no_grad():

@@ -38,6 +38,7 @@ from unlearn.vector.edit import subtracted
 from unlearn.vector.task_vector import TaskVector
 
 Load = Callable[..., Loaded]
+Go = Callable[..., tuple[TaskVector, TrainingLog]]
 FACTS = [
     ("Bhutan", "Thimphu"),
     ("Iceland", "Reykjavik"),
@@ -72,6 +73,7 @@ def train(
     lora: LoraSpec | None = None,
     seed: int = 0,
     rows: list[Encoded] | None = None,
+    **more: Any,
 ) -> tuple[TaskVector, TrainingLog]:
     return train_vector(
         model.model,
@@ -83,6 +85,7 @@ def train(
         work,
         "forget",
         {"set": "forget"},
+        **more,
     )
 
 
@@ -209,8 +212,7 @@ def test_the_model_s_settings_stay_as_they_are(phi: Loaded, tmp_path: Path, pena
     phi.model.generation_config.pad_token_id = None
     config, generation = phi.model.config.to_dict(), phi.model.generation_config.to_dict()
     keep = Keep(rows_of(phi)[:2], RetainKLSpec(batch_size=1, coefficients=(0.5, 3.0))) if penalised else None
-    lora = LoraSpec(rank=4, alpha=8)
-    train_vector(phi.model, phi.tokenizer, rows_of(phi), train_spec(steps=2), lora, 0, tmp_path, "forget", {}, keep)
+    train(phi, tmp_path, train_spec(steps=2), keep=keep)
     assert phi.model.config.to_dict() == config
     assert phi.model.generation_config.to_dict() == generation
 
@@ -316,26 +318,30 @@ SHORT = [item(f"The capital of {country} is", city) for country, city in FACTS]
 MANY = [*facts(), *SHORT, item("A dog", "barks")]  # 13 rows: seven batches of two, the last one not full
 
 
-@pytest.mark.parametrize(("every", "stopped"), [(3, [5]), (3, [11, 14]), (3, [16]), (7, [9]), (4, [13])])
-def test_an_interrupted_training_ends_the_same(
-    loaded: Load, pico_phi: Path, tmp_path: Path, every: int, stopped: list[int]
-) -> None:
-    """In the middle of an epoch of seven steps, at its end, in the second and third one, and twice; with dropout."""
-    spec = train_spec(steps=17, save_every=every)
-    lora = LoraSpec(rank=4, alpha=8, dropout=0.2)
+@pytest.fixture
+def go(loaded: Load, pico_phi: Path, tmp_path: Path) -> Go:
+    """``go("work", spec, …)``: a training on these rows, by a model of its own and with dropout."""
 
-    def go(work: Path) -> tuple[TaskVector, TrainingLog]:
+    def start(work: str, spec: TrainSpec, **more: Any) -> tuple[TaskVector, TrainingLog]:
         model = loaded(pico_phi)
-        return train(model, work, spec, lora, rows=encode(MANY, "qa", model.tokenizer, 64))
+        rows, lora = encode(MANY, "qa", model.tokenizer, 64), LoraSpec(rank=4, alpha=8, dropout=0.2)
+        return train(model, tmp_path / work, spec, lora, rows=rows, **more)
 
-    whole, log = go(tmp_path / "whole")
+    return start
+
+
+@pytest.mark.parametrize(("every", "stopped"), [(3, [5]), (3, [11, 14]), (3, [16]), (7, [9]), (4, [13])])
+def test_an_interrupted_training_ends_the_same(go: Go, tmp_path: Path, every: int, stopped: list[int]) -> None:
+    """In the middle of an epoch of seven steps, at its end, in the second and third one, and twice."""
+    spec = train_spec(steps=17, save_every=every)
+    whole, log = go("whole", spec)
     for step in stopped:
         with interrupted(step):
-            go(tmp_path / "stopped")
+            go("stopped", spec)
     left = last_checkpoint(tmp_path / "stopped")
     assert left is not None
     assert Path(left).name == f"checkpoint-{(stopped[-1] - 1) // every * every}"
-    again, log_again = go(tmp_path / "stopped")
+    again, log_again = go("stopped", spec)
     assert log_again.losses == log.losses
     assert again.digest() == whole.digest()
     assert dict(again.meta) == dict(whole.meta)
@@ -355,38 +361,27 @@ def test_a_finished_training_ends_the_same_again(
 
 
 @pytest.mark.parametrize("kind", ["penalty", "gradient_difference"])
-def test_what_draws_retain_rows_is_resumed_too(loaded: Load, pico_phi: Path, tmp_path: Path, kind: str) -> None:
+def test_what_draws_retain_rows_is_resumed_too(go: Go, phi: Loaded, kind: str) -> None:
     """The draws are per step: seven batches by threes, so that the last step of an epoch has one batch only."""
     spec = train_spec(steps=8, save_every=2, accumulation=3)
-
-    def go(work: Path, drawn: bool = True) -> TaskVector:
-        model = loaded(pico_phi)
-        rows = encode(MANY, "qa", model.tokenizer, 64)
-        near = encode(
-            [item(f"A {animal}", "is an animal") for animal in ("cat", "cow", "bee")], "mcq", model.tokenizer, 64
-        )
-        penalty = RetainKLSpec(batch_size=2, coefficients=(0.5, 3.0))
-        keep = Keep(near, penalty) if drawn and kind == "penalty" else None
-        against = None
-        if kind == "gradient_difference":
-            how = GradientDifferenceSpec()
-            against = Against(kind, how, near, batch_size=2) if drawn else Against("gradient_ascent", None)
-        lora = LoraSpec(rank=4, alpha=8)
-        return train_vector(model.model, model.tokenizer, rows, spec, lora, 0, work, "forget", {}, keep, against)[0]
-
-    whole = go(tmp_path / "whole")
+    near = encode([item(f"A {animal}", "is an animal") for animal in ("cat", "cow", "bee")], "mcq", phi.tokenizer, 64)
+    drawn: dict[str, Any] = {"keep": Keep(near, RetainKLSpec(batch_size=2, coefficients=(0.5, 3.0)))}
+    without: dict[str, Any] = {}
+    if kind == "gradient_difference":
+        drawn = {"against": Against(kind, GradientDifferenceSpec(), near, batch_size=2)}
+        without = {"against": Against("gradient_ascent", None)}
+    whole, _ = go("whole", spec, **drawn)
     with interrupted(7):
-        go(tmp_path / "stopped")
-    assert go(tmp_path / "stopped").digest() == whole.digest()
-    assert go(tmp_path / "without", drawn=False).digest() != whole.digest()
+        go("stopped", spec, **drawn)
+    assert go("stopped", spec, **drawn)[0].digest() == whole.digest()
+    assert go("without", spec, **without)[0].digest() != whole.digest()
 
 
-def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path: Path) -> None:
-    spec = train_spec(steps=8, save_every=3)
-    whole, _ = train(loaded(pico_phi), tmp_path / "whole", spec)
-    work = tmp_path / "work"
+def test_half_a_checkpoint_is_passed_over(go: Go, tmp_path: Path) -> None:
+    spec, work = train_spec(steps=8, save_every=3), tmp_path / "work"
+    whole, _ = go("whole", spec)
     with interrupted(7):
-        train(loaded(pico_phi), work, spec)
+        go("work", spec)
     marks = sorted(p.parent.name for p in work.glob(f"checkpoint-*/{STAGE_FILE}"))
     assert marks == ["checkpoint-3", "checkpoint-6"]
     # as a kill leaves it: the folder is there, some files are short, the seal is not
@@ -396,7 +391,7 @@ def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path
     (half / "trainer_state.json").write_text('{"global_')
     assert last_checkpoint(work) == str(work / "checkpoint-3")
     assert not half.exists()
-    again, _ = train(loaded(pico_phi), work, spec)
+    again, _ = go("work", spec)
     assert again.digest() == whole.digest()
     assert last_checkpoint(work) == str(work / "checkpoint-8")
 
@@ -407,20 +402,19 @@ def test_half_a_checkpoint_is_passed_over(loaded: Load, pico_phi: Path, tmp_path
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "rng_state.pth"])
 def test_a_damaged_checkpoint_is_passed_over(
-    loaded: Load, pico_phi: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+    go: Go, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One bit of one file, as a failing disk leaves it: the training goes on from an older one, and says so."""
     spec = train_spec(steps=8, save_every=3)
-    whole, _ = train(loaded(pico_phi), tmp_path / "whole", spec)
-    work = tmp_path / "work"
+    whole, _ = go("whole", spec)
     with interrupted(7):
-        train(loaded(pico_phi), work, spec)
-    damaged = work / "checkpoint-6" / name
+        go("work", spec)
+    damaged = tmp_path / "work" / "checkpoint-6" / name
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     capfd.readouterr()
-    again, log = train(loaded(pico_phi), work, spec)
+    again, log = go("work", spec)
     said = capfd.readouterr().err
     assert said.count("checkpoint-6: ") == 1
     assert name in said
@@ -466,24 +460,17 @@ def signalled(step: int, number: int) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [0, 6, 7, 11, 15])
-def test_a_signal_costs_no_step(loaded: Load, pico_phi: Path, tmp_path: Path, step: int, number: int) -> None:
+def test_a_signal_costs_no_step(go: Go, step: int, number: int) -> None:
     """In the first step, the last of an epoch of seven, the first of the next, in the middle, and in the very last."""
-    spec = train_spec(steps=16, save_every=100, accumulation=2)
-    lora = LoraSpec(rank=4, alpha=8, dropout=0.2)
+    spec = train_spec(steps=16, save_every=100, accumulation=2, batch_size=1)
     before = signal.getsignal(number)
-
-    def go(work: Path) -> tuple[TaskVector, TrainingLog]:
-        model = loaded(pico_phi)
-        rows = encode(MANY, "qa", model.tokenizer, 64)
-        return train(model, work, spec.model_copy(update={"batch_size": 1}), lora, rows=rows)
-
-    whole, log = go(tmp_path / "whole")
+    whole, log = go("whole", spec)
     with signalled(step, number) as made, pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "stopped")
+        go("stopped", spec)
     assert made == list(range(step + 1))  # the step at hand is finished, and no other is begun
     assert signal.getsignal(number) is before
     with signalled(-1, number) as made:
-        again, log_again = go(tmp_path / "stopped")
+        again, log_again = go("stopped", spec)
     assert made == list(range(step + 1, 16))  # none is made twice
     assert again.digest() == whole.digest()
     assert log_again.losses == log.losses

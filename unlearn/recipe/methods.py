@@ -591,9 +591,6 @@ def register_method(name: str, **facts: Any) -> Callable[[Callable[..., Any]], C
         name: What ``vector.method`` calls it; its settings, if it has any, are under ``vector.NAME``.
         facts: See :class:`Method`: ``words``, ``settings`` (a subclass of ``unlearn.recipe.data.Frozen``),
             ``needs``, ``paper``, ``addable``.
-
-    Raises:
-        ValueError: the package has such a method, or ``vector`` has another setting of that name.
     """
     if name in _PACKAGED or name in VectorSpec.model_fields or not name.isidentifier():
         raise ValueError(f"{name!r} cannot be a method's name: it is taken, or no identifier")
@@ -792,6 +789,12 @@ class VectorSpec(Frozen):
         """Whether that loss has a term on retain rows, which stand beside the forget rows of every batch."""
         loss = self.loss()
         return bool(loss) and ("retain" in METHODS[loss].needs or (loss == "npo" and self.settings(loss).weight > 0))
+
+    def needy(self) -> str:
+        """What asks for a retain set with items to train on, or nothing."""
+        found = [f"method {m}" for m in self.steps() if "retain" in METHODS[m].needs]
+        found += [f"{self.loss()}.weight"] if self.holds() else []
+        return next((f"vector.{one}" for one in (*found, *self.beside())), "")
 
     def clean(self) -> tuple[str, str | None] | None:
         """The key and the path of the model that never saw the forget set, where the source asks for one."""

@@ -251,13 +251,8 @@ class Recipe(Frozen):
                 )
             if given.finetuned is not None and self.export.adapter and "low_rank" not in steps:
                 return f"vector.from: {DENSE_ADAPTER}"
-        needy = next((m for m in steps if "retain" in METHODS[m].needs), None)
-        if needy and not self.retain:
-            return f"vector.method {needy} needs a retain set: add one, or leave {needy} out"
-        if (beside := vector.beside()) and not self.retain:
-            return f"vector.{beside[0]} needs a retain set: add one, or leave it out"
-        if vector.holds() and not self.retain:
-            return f"vector.{steps[0]}.weight needs a retain set: add one, or leave it out"
+        if (needy := vector.needy()) and not self.retain:
+            return f"{needy} needs a retain set: add one, or leave it out"
         passages = next((d.label() for role, d in self.goals() if role == "forget" and d.kind == "text"), None)
         if steps[0] == "idk_dpo" and passages:
             return f"vector.method idk_dpo refuses an answer, and the forget set {passages} has passages: take another"
@@ -295,7 +290,7 @@ class Recipe(Frozen):
                 else "fitted against what must be forgotten"
             )
             return f"vector.method {unfit} is {which}; sets of learn take {', '.join(addable)}"
-        if self.learn and beside:
+        if self.learn and (beside := vector.beside()):
             return f"vector.{beside[0]} makes a subtraction harmless; sets of learn are added: leave it out"
         return ""
 
@@ -359,9 +354,6 @@ def goal_metrics(recipe: Recipe) -> tuple[Key, ...]:
     """Keys of the scores the edit is for, in report order: to be driven down (forget) or up (learn).
 
     ``choose.metric`` names the metric of the sets of the first one's kind; others have the default of their kind.
-
-    Raises:
-        EvaluationError: the recipe names one that this kind of data does not have in the search.
     """
     goals = recipe.goals()
     kind = goals[0][1].kind

@@ -52,10 +52,6 @@ class Lock:
             wait: Seconds to wait for a holder that is alive; None: for ever. One of which nothing is known from here
                 is watched until it gives a sign of life or has been silent for the timeout.
             what: What the lock is for, in messages; its folder when not given.
-
-        Raises:
-            RunFolderError: another process is at work.
-            OSError: the lock's file cannot be made.
         """
         lock = cls(path, what)
         began = changed = time.monotonic()
@@ -104,12 +100,7 @@ class Lock:
         return lock if lock._attempt() else None
 
     def check(self) -> None:
-        """Make sure that the lock is still this process's.
-
-        Raises:
-            RunFolderError: it was taken over or removed, cannot be reached, or belongs to the process this one was
-                forked from.
-        """
+        """Raise where the lock is not this process's any more."""
         if os.getpid() != self.pid:
             raise RunFolderError(f"{self.what} belongs to process {self.pid}, from which this one was forked")
         owner = self.lease.owner

@@ -60,7 +60,7 @@ def seal(folder: Path, key: str, seconds: float) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         sync(path)
-        if path.is_file():
+        if path.is_file() and path != folder / STAGE_FILE:
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     record = {"schema": STAGE_SCHEMA, "key": key, "seconds": round(seconds, 3), "files": files}
     write_json_atomic(folder / STAGE_FILE, {**record, "seal": fingerprint(record)})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -160,15 +160,11 @@ def weighted(model: nn.Module, vector: TaskVector, weights: Mapping[str, Tensor]
         c, to be set; it begins at 0.
     """
     scale = Scale()
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, (module, change) in fit(model, vector).items():
             hook = partial(_subtract, change.to(module.get_parameter("weight").device), weights[name], scale)
-            handles.append(module.register_forward_hook(hook))
+            hooks.enter_context(module.register_forward_hook(hook))
         yield scale
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _subtract(
@@ -267,15 +263,11 @@ def _added(weights: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], kind
         g, weight.grad = weight.grad.float(), None
         total.add_((g.abs() if kind == "grad" else g * g).to(total.device))
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, weight in weights.items():
             weight.grad = None
-            handles.append(weight.register_post_accumulate_grad_hook(partial(add, sums[name])))  # type: ignore[no-untyped-call]
+            hooks.enter_context(weight.register_post_accumulate_grad_hook(partial(add, sums[name])))  # type: ignore[no-untyped-call]
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _drawn(rows: Sequence[Encoded], samples: int, seed: int, what: str) -> list[Encoded]:

@@ -151,11 +151,8 @@ def penalty(untouched: Tensor, sides: Sequence[Tensor], temperature: float = 1.0
 def only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Inside the ``with``, the model's head runs at some positions (B, T) only, and its logits are (N, V)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][positions.to(args[0].device)],))
-    try:
+    with head.register_forward_pre_hook(lambda module, args: (args[0][positions.to(args[0].device)],)):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -171,15 +168,9 @@ def reading(model: nn.Module, layer: int) -> Iterator[list[Tensor]]:
         found.append(output[0] if isinstance(output, tuple) else output)
 
     head = model.get_output_embeddings()  # type: ignore[operator]
-    hooks = [
-        layer_at(model, layer).register_forward_hook(keep),
-        head.register_forward_pre_hook(lambda module, args: (args[0][:, :0],)),
-    ]
-    try:
+    nowhere = head.register_forward_pre_hook(lambda module, args: (args[0][:, :0],))
+    with nowhere, layer_at(model, layer).register_forward_hook(keep):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def adapters(model: nn.Module) -> list[tuple[str, Any]]:

@@ -6,7 +6,7 @@ A change that answers little to what retain rows bring to a layer changes little
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,9 +38,6 @@ def second_moments(
     Yields:
         Paths of modules that read the same input, and its (in, in), float32 on the model's device. No more than a
         gigabyte of them is held at a time (or one, if it is larger), for which the rows are read several times.
-
-    Raises:
-        VectorError: the rows have no token that is read, or activations are not finite.
     """
     usable = [row for row in rows if len(row.input_ids) > 1]
     if not usable:
@@ -267,16 +264,15 @@ def _watched(model: nn.Module, names: Sequence[str], seen: Seen, gradients: bool
     def answered(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         output.register_hook(partial(seen, name))  # type: ignore[no-untyped-call]
 
-    modules = {name: model.get_submodule(name) for name in names}
-    if gradients:
-        embedded = model.get_input_embeddings()  # type: ignore[operator]
-        # where the graph begins: nothing learns
-        handles = [embedded.register_forward_hook(lambda module, args, output: output.requires_grad_())]
-        handles += [module.register_forward_hook(partial(answered, name)) for name, module in modules.items()]
-    else:
-        handles = [module.register_forward_pre_hook(partial(read, name)) for name, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        if gradients:
+            embedded = model.get_input_embeddings()  # type: ignore[operator]
+            # where the graph begins: nothing learns
+            hooks.enter_context(embedded.register_forward_hook(lambda module, args, output: output.requires_grad_()))
+        for name in names:
+            module = model.get_submodule(name)
+            if gradients:
+                hooks.enter_context(module.register_forward_hook(partial(answered, name)))
+            else:
+                hooks.enter_context(module.register_forward_pre_hook(partial(read, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -27,11 +27,7 @@ SHORT = 8  # tokens that are asked about, after as many; as the eval pack measur
 def ignorant(
     one: LoadedSet, tokenizer: Any, training: TrainSpec, how: IgnoranceSpec, clean: nn.Module | None = None
 ) -> Teacher:
-    """The teacher for a set's training rows.
-
-    Raises:
-        DataError: the set has no such prompts: too few items, or all with one answer.
-    """
+    """The teacher for a set's training rows."""
     kind, limit = one.spec.kind, training.max_length
     rows = encode(one.train, kind, tokenizer, limit)
     if how.teacher == "clean":

@@ -23,13 +23,13 @@ from unlearn.console import is_main_process, say
 from unlearn.data.encoding import Encoded, cuts, encode
 from unlearn.data.items import refusals
 from unlearn.data.sets import LoadedSet
-from unlearn.errors import DataError, ModelError, TrainingError, VectorError
+from unlearn.errors import DataError, ModelError, TrainingError, VectorError, prefixed
 from unlearn.model import load as models
 from unlearn.model import locate
 from unlearn.model.load import Loaded, drops_out, layer_at, layer_of, resolve_targets
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
-from unlearn.recipe.methods import METHODS, LoraSpec, RmuSpec, TrainSpec
+from unlearn.recipe.methods import LoraSpec, RmuSpec, TrainSpec
 from unlearn.recipe.schema import DENSE_ADAPTER, ModelSpec, Recipe
 from unlearn.store.cache import sha256
 from unlearn.store.files import write_json_atomic
@@ -85,10 +85,8 @@ def lora_modules(model: PreTrainedModel, lora: LoraSpec, rmu: RmuSpec | None = N
     targets = resolve_targets(model, lora.targets, lora.depth)
     if rmu is not None:
         last, first = rmu.layer, max(0, rmu.layer - rmu.layers + 1)
-        try:
+        with prefixed("vector.rmu.layer", ModelError):
             layer_at(model, last)
-        except ModelError as error:
-            raise ModelError(f"vector.rmu.layer: {error}") from error
         targets = tuple(name for name in targets if (number := layer_of(name)) is not None and first <= number <= last)
         if not targets:
             raise ModelError(
@@ -238,10 +236,7 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet], whe
         if training is not None:
             check_passed_on(training, base.model, key)
     near = [s for s in sets if s.role == "retain" and s.train]
-    needy = next((f"vector.method {m}" for m in spec.steps() if "retain" in METHODS[m].needs), None)
-    needy = needy or (f"vector.{spec.loss()}.weight" if spec.holds() else None)
-    needy = needy or next((f"vector.{key}" for key in ("retain_kl", "inside") if key in spec.beside()), None)
-    if fits and needy and not near:
+    if fits and (needy := spec.needy()) and not near:
         raise DataError(
             f"no retain set has items to train on, and {needy} needs some: raise shares.train of a retain set"
         )
@@ -256,10 +251,8 @@ def check_trainable(recipe: Recipe, base: Loaded, sets: Sequence[LoadedSet], whe
         if fits and one.role == "forget" and spec.uses("ignorance"):
             ignorant(one, base.tokenizer, spec.forget, spec.settings("ignorance"))
         if fits and one.role == "forget" and spec.uses("idk_dpo"):
-            try:
+            with prefixed("vector.idk_dpo.refusals", TrainingError):
                 refusing(one, base.tokenizer, spec.forget, refusals(spec.settings("idk_dpo").refusals, where))
-            except TrainingError as error:
-                raise TrainingError(f"vector.idk_dpo.refusals: {error}") from error
 
 
 def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
@@ -332,11 +325,9 @@ def given_vector(recipe: Recipe, store: Store) -> TaskVector | None:
         (-vector if given.negate else vector).save(tmp / VECTOR_FILE)
 
     content = [[[path.name, sha256(path)] for path in locate.weight_files(place)] for place in places]
-    with told("vectors/given", "shape the vector elsewhere (unlearn vector low-rank)"):
-        try:
-            place = store.stage("vectors/given", [content, given.negate, given.skip_unequal], make, share=True)
-        except VectorError as error:
-            raise VectorError(f"vector.from: {error}") from error
+    elsewhere = told("vectors/given", "shape the vector elsewhere (unlearn vector low-rank)")
+    with elsewhere, prefixed("vector.from", VectorError):
+        place = store.stage("vectors/given", [content, given.negate, given.skip_unequal], make, share=True)
     vector = TaskVector.load(place / VECTOR_FILE)
     if vector.norm() == 0.0:
         raise VectorError(f"vector.from: {given.words()} changes nothing")
@@ -348,10 +339,8 @@ def given_vector(recipe: Recipe, store: Store) -> TaskVector | None:
 
 def require_fit(base: Loaded, given: TaskVector) -> None:
     """Refuse a vector that does not fit the model, naming every module: before anything is trained."""
-    try:
+    with prefixed("vector.from", VectorError):
         fit(base.model, given)
-    except VectorError as error:
-        raise VectorError(f"vector.from: {error}") from error
 
 
 def other_base(given: TaskVector, recipe: Recipe, target: Loaded) -> str:
@@ -373,10 +362,8 @@ def encoded(sets: Sequence[LoadedSet], tokenizer: Any, spec: TrainSpec) -> list[
     """Training rows of some sets; an error names the set whose answers have no token to learn, or too many."""
     found: list[Encoded] = []
     for s in sets:
-        try:
+        with prefixed(f"{s.role} set {s.name!r}", TrainingError):
             found += encode(s.train, s.spec.kind, tokenizer, spec.max_length)
-        except TrainingError as error:
-            raise TrainingError(f"{s.role} set {s.name!r}: {error}") from error
     return found
 
 
@@ -507,8 +494,8 @@ def fit_vector(
         beside = training_rows(near, trainee.tokenizer, spec) if near and needed else []
         other = _against(recipe, against, beside, sets[0], trainee, clean, said) if against else None
         work = store.work(stage)
-        meta = {"base": trainee.fingerprint, "data": json.dumps(digests)}
-        meta["lora"] = json.dumps(lora.model_dump(mode="json"))
+        of = {"data": json.dumps(digests), "lora": json.dumps(lora.model_dump(mode="json"))}
+        meta = {"base": trainee.fingerprint, **of}
         wait()
         vector, log = train_vector(
             trainee.model,
@@ -519,11 +506,7 @@ def fit_vector(
             seed,
             work,
             f"{name} set",
-            {
-                "base": trainee.fingerprint,
-                "data": json.dumps(digests),
-                "lora": json.dumps(lora.model_dump(mode="json")),
-            },
+            meta,
             Keep(beside, penalty) if penalty is not None else None,
             other,
             (beside, inside) if inside is not None else None,
