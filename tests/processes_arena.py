@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast
 
 import torch
 
@@ -67,9 +67,9 @@ def fit(
         refused = rows(loaded, dict.fromkeys(FACTS, "I don't know."))
         teacher = Teacher({(a.input_ids, a.labels): [(b,)] for a, b in zip(facts, refused, strict=True)})
         given = {"npo": {"weight": 1}, "rmu": {"layer": 1, "weight": 1}, "ihl": {"fila": True, "samples": 4}}
-        settings, loss = METHODS[kind].settings, get_args(Loss)[get_args(Loss).index(kind)]
-        how = settings.model_validate(given.get(kind, {})) if settings is not None else None
-        against = Against(loss, how, near if how is not None else (), teacher, batch_size=3)
+        settings, loss = METHODS[kind].settings, cast("Loss", kind)
+        asked = settings.model_validate(given.get(kind, {})) if settings is not None else None
+        against = Against(loss, asked, near if asked is not None else (), teacher, batch_size=3)
     lora = LoraSpec(rank=4, alpha=8, dropout=dropout)
     args = (loaded.model, loaded.tokenizer, facts, how, lora, 0, work, "forget", {}, keep, against)
     with told("vectors/forget", less_training("vector.forget")):
