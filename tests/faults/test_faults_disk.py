@@ -127,10 +127,10 @@ def test_the_disk_for_temporary_files_is_full(bench: Bench, disk: Disks, tmp_pat
     assert bench.again(place, full) in (SAME, THEN_SAME)
 
 
-@pytest.mark.parametrize("kilobytes", [2, 60])
-def test_files_may_not_grow(kilobytes: int, bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kilobytes", "stage"), [(2, "data"), (60, "teach")])
+def test_files_may_not_grow(kilobytes: int, stage: str, bench: Bench, tmp_path: Path) -> None:
     """A limit on the size of files (ulimit -f), which needs no root."""
-    place = bench.cold(tmp_path / "place")
+    place = bench.copy(tmp_path / "place").without(stage)
     limited = bench.run(place, largest=kilobytes * 1024)
     assert bench.again(place, limited) == THEN_SAME
 
@@ -155,7 +155,7 @@ def test_an_unfinished_run_on_a_read_only_disk(bench: Bench, disk: Disks, tmp_pa
     assert bench.again(place, fault) == THEN_SAME
 
 
-@pytest.mark.parametrize("stage", some("test", "report", slow=("data", "teach", "finetune", "robustness", "export")))
+@pytest.mark.parametrize("stage", some("test", slow=("data", "teach", "finetune", "robustness", "export", "report")))
 def test_read_only_midway(stage: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     place, there = on_disk(bench, tmp_path / "place", disk, stage)
     plan = place.plan(1, match=of_stage(stage), action=there.read_only())
@@ -183,8 +183,14 @@ _WRITERS = {
 _CASES = [(how, writer) for writer in _WRITERS for how in ("full", "read-only")]
 
 
-# each writer once: by turns on a full disk and on one that is read-only by then; the slow suite has the others
-@pytest.mark.parametrize(("how", "writer"), some(*_CASES[0::4], *_CASES[3::4], slow=(*_CASES[1::4], *_CASES[2::4])))
+# each kind of writer once, on a full disk or on one that is read-only by then; the slow suite has all
+_FEW = (
+    *(("full", writer) for writer in ("weights of a checkpoint", "vector", "adapter")),
+    *(("read-only", writer) for writer in ("random state of a checkpoint", "samples of lm-eval", "merged shard")),
+)
+
+
+@pytest.mark.parametrize(("how", "writer"), some(*_FEW, slow=[case for case in _CASES if case not in _FEW]))
 def test_what_a_writer_says(how: str, writer: str, bench: Bench, disk: Disks, tmp_path: Path) -> None:
     stage, match = _WRITERS[writer]
     place, there = on_disk(bench, tmp_path / "place", disk, stage)

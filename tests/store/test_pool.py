@@ -111,7 +111,6 @@ def test_runs_take_what_a_preparation_made(
     shared = run(first, out="a", pool="pool")
     assert taken() == {"target", "reference"}
     assert Path("a/target/model.safetensors").stat().st_nlink >= 3  # the preparation, the pool, this run
-    run(other, out="b")
     alone = run(first, out="alone")
     assert taken() == set()  # not asked to share
     assert shared is not None
@@ -121,7 +120,7 @@ def test_runs_take_what_a_preparation_made(
     run(other, out="c", pool="pool")
     # with what was fitted, by the first run that needed it
     assert taken() == {"target", "reference", "vectors/forget", "vectors/near-retain"}
-    run(first.model_copy(update={"seed": 1}), out="d", pool="pool")
+    run(first.model_copy(update={"seed": 1}), out="d", pool="pool", prepare=True)
     assert taken() == set()  # another seed is another teaching
 
 

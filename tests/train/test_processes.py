@@ -139,8 +139,9 @@ def test_a_group_waits_for_another_run_longer_than_for_a_process(tmp_path: Path)
 IMPATIENT = """
 import sys
 from datetime import timedelta
-from unlearn import cli, processes as collective
+from unlearn import cli, execute, processes as collective
 collective._PATIENCE = timedelta(seconds=10)
+execute._run = lambda *_: collective.wait()  # they have joined
 sys.exit(cli.main())
 """
 

@@ -616,9 +616,10 @@ def test_a_method_that_is_written_anew_is_another_method() -> None:
 
 
 @pytest.mark.usefixtures("damp")
-def test_a_run_uses_a_method_of_one_s_own(tmp_path: Path) -> None:
+def test_a_run_uses_a_method_of_one_s_own(smoke: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ("vector.method=damp", "vector.damp.share=0.25", "sweep.coefficients=[1]", "export.adapter=false")
+    settings += ("vector.forget.steps=2", f"reuse=['{smoke}']")
     assert unlearn.run("pico_smoke.yaml", set=settings, out=out) is not None
     fitted, edit = (TaskVector.load(out / "vectors" / n / "vector.safetensors") for n in ("forget", "edit"))
     assert apart(edit, 0.25 * fitted) < 1e-6
