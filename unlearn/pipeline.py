@@ -218,23 +218,24 @@ def prepare(recipe: Recipe, store: Store) -> None:
 
 def steps(recipe: Recipe) -> tuple[str, ...]:
     """The names of the steps that a run of the recipe has, in order."""
-    edited = recipe.edited is not None
-    absent = dict.fromkeys(("finetune", "balance", "foresee", "sweep", "export"), True) if edited else {}
-    absent = {
-        "edited": not edited,
-        "teach": recipe.teach is None,
-        "balance": len(recipe.goals()) < 2,
-        "foresee": recipe.vector.correlation is None or recipe.forget is None,
-        "reference": not references.is_model(recipe),
-        "benchmark": recipe.benchmark is None,
-        "membership": recipe.holdout is None,
-        "robustness": recipe.robustness is None,
-        **absent,
+    made = recipe.edited is None  # here, and not elsewhere
+    present = {
+        "load": True,
+        "data": True,
+        "teach": recipe.teach is not None,
+        "edited": not made,
+        "finetune": made,
+        "balance": made and len(recipe.goals()) > 1,
+        "foresee": made and recipe.vector.correlation is not None and recipe.forget is not None,
+        "sweep": made,
+        "test": True,
+        "reference": references.is_model(recipe),
+        "benchmark": recipe.benchmark is not None,
+        "membership": recipe.holdout is not None,
+        "robustness": recipe.robustness is not None,
+        "export": made,
     }
-    names = (
-        "load data teach edited finetune balance foresee sweep test reference benchmark membership robustness export"
-    )
-    return tuple(name for name in names.split() if not absent.get(name))
+    return tuple(name for name, there in present.items() if there)
 
 
 def open_store(recipe: Recipe, base: Path, folder: RunFolder, pool: Pool | None = None) -> Store:

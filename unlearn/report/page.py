@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup, escape
 
+from unlearn import text
 from unlearn.recipe.schema import is_perplexity
+from unlearn.report import figures, words
 from unlearn.report.charts import DASHES, Axis, Chart, Key, Mark, Point, Series, axis_of, chart, spark, style
 from unlearn.report.figures import (
     FrontierPoint,
@@ -24,7 +26,6 @@ from unlearn.report.figures import (
     kept_figure,
     kept_keys,
     margin,
-    margin_of_change,
     mean_left,
     memories,
     missed,
@@ -32,23 +33,7 @@ from unlearn.report.figures import (
     with_margin,
     worst_kept,
 )
-from unlearn.report.words import (
-    CAVEAT,
-    FORESIGHT_CAVEAT,
-    NAMES,
-    attacks_line,
-    chance_of,
-    foreseen_at,
-    headline,
-    how_good,
-    how_searched,
-    loss_changes,
-    memory_line,
-    point_at,
-    reading,
-    remarks,
-    wording_line,
-)
+from unlearn.report.words import NAMES, chance_of, foreseen_at, how_searched, loss_changes, reading
 from unlearn.report.words import Point as Change
 from unlearn.results import (
     AttackScore,
@@ -62,7 +47,7 @@ from unlearn.results import (
     plain_metric,
 )
 from unlearn.score.search import bound_of
-from unlearn.text import MISSING, clean, coefficient, counted, duration, file_size, listing, number, percent, signed
+from unlearn.text import MISSING, clean, coefficient, counted, duration, listing, number, percent, signed
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -79,13 +64,14 @@ _PROMPT_SHOWN = 480  # characters
 
 @functools.cache
 def templates(autoescape: bool = True) -> Environment:
-    """The templates of ``templates/``, with our ways of writing numbers; a name that is not given is an error."""
+    """The templates of ``templates/``, which may call what says numbers and reports; an unknown name is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     place = Environment(loader=PackageLoader("unlearn.report"), autoescape=autoescape, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
-    words = (coefficient, counted, duration, file_size, number, percent, signed, with_margin, chance_of)
-    place.globals.update({word.__name__: word for word in words}, caveat=CAVEAT, missing=MISSING)
+    for module in (text, figures, words):
+        known = vars(module).items()
+        place.globals.update({name: value for name, value in known if callable(value) or name.isupper()})
     return place
 
 
@@ -98,17 +84,14 @@ def render_html(report: RunReport) -> str:
     """The report as a self-contained HTML document (UTF-8 text)."""
     entries, date, points = _foreseen(report), report.provenance.get("date"), frontier_points(report)
     sizes = {"wide": WIDE, "narrow": NARROW} if points else {}
-    functions = (attack_rows, attacks_line, by_layer, changes, columns, end_of, headline, how_good, how_searched)
-    more = (kept_figure, kept_keys, losses, margin_of_change, memories, memory_line, missed, point_at, remarks, same)
+    own = (attack_rows, by_layer, changes, columns, end_of, fluent, losses, same, spark, with_numbers)
     return render(
         "report.html.j2",
-        **{function.__name__: function for function in (*functions, *more, spark, with_numbers, wording_line)},
-        isfinite=math.isfinite,
+        **{function.__name__: function for function in own},
         is_hash=re.compile(r"(sha256:)?[0-9a-f]{24,}").fullmatch,
         label_of=lambda key: str(key)[:1].upper() + str(key)[1:].replace("_", " "),
         general=lambda value: f"{value:.6g}".replace("-", "−") if math.isfinite(value) else number(value),
         heads=lambda who: [NAMES[w] for w in who],
-        names=NAMES,
         roles=_ROLES,
         report=report,
         date=date[:16].replace("T", " ") if isinstance(date, str) else "",
@@ -121,11 +104,9 @@ def render_html(report: RunReport) -> str:
         entries=entries,
         compared_at=foreseen_at(report),
         readings=_grouped(report.foresight.kept if report.foresight else (), reading),
-        foresight_caveat=FORESIGHT_CAVEAT,
         predictions=predictions(report),
         relearning=relearning(report),
         changed=lambda examples: sum(not same(e.before, e.after) for e in examples),
-        fluent=fluent,
         examples=_grouped(report.examples, lambda e: (e.set, e.name)),
         metrics=_metrics(report),
         stages=_stages(report),
@@ -247,11 +228,7 @@ def predictions(report: RunReport) -> list[Drawn]:
         if len(points) < 2:
             continue
         known = [p for p in points if math.isfinite(p.measured) and math.isfinite(p.predicted)]
-        values = [v for p in known for v in (p.measured, p.predicted)] + [0.0]
-        low, high = min(values), max(values)
-        # both are changes from 0, so the axis is linear: only there is a straight line straight
-        room = 0.06 * (high - low) or 1.0
-        y = Axis(low - room * (low < 0), high + room, "nats")
+        y = _from_zero([v for p in known for v in (p.measured, p.predicted)], "nats")
         said = [(coefficient(p.coefficient), f"measured {signed(p.measured)}, predicted {signed(p.predicted)}")
                 for p in known]  # fmt: skip
         line = Series([Point(p.coefficient, p.predicted) for p in known], "muted", "predicted", dash=DASHES[1], size=0)
@@ -282,18 +259,24 @@ def relearning(report: RunReport) -> list[Drawn]:
             steps = [(s.steps or 0, s.value) for s in scores if (s.attack, s.who) == (name, who)]
             if steps or start:
                 lines[who] = [*([(0, start.value)] if start else []), *steps]
-        values = [v for line in lines.values() for _, v in line if math.isfinite(v)] + [0.0]
-        low, high = min(values), max(values) or 1.0
+        y = _from_zero([v for line in lines.values() for _, v in line if math.isfinite(v)])
         last = max(steps for line in lines.values() for steps, _ in line)
         drawn = [Series([Point(n, v, tip=f"{NAMES[w]}, {n} steps: {number(v)}") for n, v in line], _ROLES[w], NAMES[w])
                  for w, line in lines.items()]  # fmt: skip
         described = "; ".join(
             f"{NAMES[w]}: {', '.join(f'{n}: {number(v)}' for n, v in line)}" for w, line in lines.items()
         )
-        whole = chart(drawn, Axis(0, last or 1, "steps"), Axis(low, high + 0.06 * (high - low)))
+        whole = chart(drawn, Axis(0, last or 1, "steps"), y)
         title = f"{attacks.metric} while relearning: {name}"
         found.append(Drawn(_file_name("relearning", index, name), title, described, name, whole))
     return found
+
+
+def _from_zero(values: Sequence[float], title: str = "") -> Axis:
+    """A linear axis that has 0 on it: only there is a straight line straight."""
+    low, high = min(*values, 0.0), max(*values, 0.0)
+    room = 0.06 * (high - low) or 1.0
+    return Axis(low - room * (low < 0), high + room, title)
 
 
 def _over_coefficients(
@@ -374,7 +357,7 @@ def _cards(report: RunReport) -> list[Card]:
         where = f"of {row.set}/{row.name} {row.metric}"
         cards.append(Card("Kept, at worst", (kept_figure(report, row),), where, notes, "retain"))
     note = "no change" if chosen.coefficient == 0 else "chosen on validation items"
-    searched = [words] if (words := how_searched(report)) else []
+    searched = [said] if (said := how_searched(report)) else []
     if chosen.search != "given":
         cards.append(Card("Coefficient", (f"λ = {coefficient(chosen.coefficient)}",), note, [chosen.rule, *searched]))
     if stages:
@@ -462,14 +445,9 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
     return {k: Markup(' class="num"' if k in numeric else "") for k in keys}
 
 
-def losses(value: Any) -> list[float]:
-    """The numbers of ``[2.1, 1.9]``, of ``[[step, 2.1], …]`` and of ``[{"loss": 2.1}, …]``; empty for anything else."""
-    if not isinstance(value, (list, tuple)):
-        return []
-    flat = [
-        v.get("loss") if isinstance(v, Mapping) else v[-1] if isinstance(v, (list, tuple)) and v else v for v in value
-    ]
-    return [float(v) for v in flat if v is not None] if all(map(_is_number, flat)) else []
+def losses(value: Any) -> Sequence[float]:
+    """A list of numbers, to be drawn as a line; empty for anything else."""
+    return value if isinstance(value, (list, tuple)) and all(map(_is_number, value)) else ()
 
 
 def _is_number(value: Any) -> bool:

@@ -51,11 +51,7 @@ class CardFacts:
     recipe: Recipe
     chosen: Chosen
     scores: tuple[ScoreRow, ...]
-
-    @property
-    def sweep(self) -> tuple[SweepPoint, ...]:
-        """A card rests on the choice and the scores alone."""
-        return ()
+    sweep: tuple[SweepPoint, ...] = ()  # a card rests on the choice and the scores alone
 
 
 def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str, Any] | None = None) -> str:
