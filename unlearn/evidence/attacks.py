@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from unlearn.data.items import Item, digest
@@ -32,7 +31,7 @@ from unlearn.recipe.evaluation import Probe, RobustnessSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.results import PLAIN, AttackKind, AttackScore, Robustness, Who
 from unlearn.score.evaluate import evaluate
-from unlearn.score.packed import PackedLM, interface
+from unlearn.score.packed import WholeLM, interface
 from unlearn.score.scorer import Questions
 from unlearn.score.tasks import build_tasks, quiet_harness
 from unlearn.store.files import write_json_atomic
@@ -108,7 +107,7 @@ class Judge:
         """The forget score of a model as it is now."""
         return self.read(self.lm(model, label))[self.metric]
 
-    def read(self, lm: HFLM) -> Mapping[str, Judged]:
+    def read(self, lm: WholeLM) -> Mapping[str, Judged]:
         """Every metric of the set's tasks that is a mean over items, which perplexity is not, by name."""
         result = evaluate(lm, self._tasks, model_name="attacked", bootstrap=0)
         values = result.values()
@@ -131,12 +130,11 @@ class Judge:
         """The items as lm-eval has them, with ``continuation`` (text): what generated text is compared with."""
         return [dict(doc) for doc in next(iter(self._tasks.tasks.values())).eval_docs]
 
-    def lm(self, model: PreTrainedModel, label: str = "scoring") -> HFLM:
+    def lm(self, model: PreTrainedModel, label: str = "scoring") -> WholeLM:
         """lm-eval's interface to a model, by the recipe's engine."""
         with quiet_harness():
             lm = interface(model, self.tokenizer, self.recipe.eval)
-        if isinstance(lm, PackedLM):
-            lm.label = label
+        lm.label = label
         return lm
 
 

@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
@@ -28,6 +27,7 @@ from unlearn.processes import count, together
 from unlearn.recipe.data import Kind
 from unlearn.recipe.evaluation import Probe
 from unlearn.results import CONTRAST, GREEDY, AttackScore, probing, sampling
+from unlearn.score.packed import WholeLM
 from unlearn.score.tasks import pack_config, quiet_harness, random_state_kept
 from unlearn.store.files import write_json_atomic
 
@@ -236,7 +236,7 @@ def _rouge() -> Any:
     return pack_config("unlearn_qa_rouge")["process_results"]  # the report's own
 
 
-def _greedy(lm: HFLM, prompts: Sequence[str], tokens: int, stops: Sequence[list[str]]) -> list[str]:
+def _greedy(lm: WholeLM, prompts: Sequence[str], tokens: int, stops: Sequence[list[str]]) -> list[str]:
     asked = [
         Instance("generate_until", {}, (prompt, {"until": ends, "max_gen_toks": tokens, "do_sample": False}), 0)
         for prompt, ends in zip(prompts, stops, strict=True)
@@ -247,7 +247,7 @@ def _greedy(lm: HFLM, prompts: Sequence[str], tokens: int, stops: Sequence[list[
 
 
 def _written(
-    lm: HFLM,
+    lm: WholeLM,
     prompts: Sequence[str],
     tokens: int,
     samples: int,
@@ -259,8 +259,6 @@ def _written(
     with quiet_harness():
         ids, mask = lm.tok_batch_encode(list(prompts), left_truncate_len=lm.max_length - tokens)
     width, ends = ids.shape[1], [own for own in stops for _ in range(samples)]
-    own = lm.model.generation_config.eos_token_id
-    last = {*(own if isinstance(own, list) else [own]), lm.eot_token_id} - {None}
     # set in full: what is not said here would be taken from the model's own settings
     how = GenerationConfig(
         do_sample=True,
@@ -275,7 +273,7 @@ def _written(
         max_new_tokens=tokens,
         max_length=None,
         pad_token_id=lm.tokenizer.pad_token_id,
-        eos_token_id=sorted(last),
+        eos_token_id=sorted(lm.end_tokens()),
     )
     with random_state_kept(), torch.inference_mode():
         torch.manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unlearn.console import progress
-from unlearn.data.encoding import IGNORE, Encoded, reach, scored_rows
+from unlearn.data.encoding import Encoded, reach, scored_rows
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import EvaluationError
 from unlearn.model.load import Loaded
@@ -24,7 +24,7 @@ from unlearn.results import Foresight, Role, SetForesight, read, verdict
 from unlearn.score.scorer import digests
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
-from unlearn.train.batches import Pad
+from unlearn.train.batches import Pad, grouped, labelled
 from unlearn.train.learned import weighted
 from unlearn.train.losses import answer_logits, frozen, with_answers
 from unlearn.train.trainer import range_for_gradients
@@ -61,7 +61,7 @@ def outputs(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
     """What the model says of every labelled token: (N, V) log-probabilities, float32, on the model's device."""
     found = []
     with frozen(model), torch.no_grad():
-        for batch in _groups(rows, _TOKENS, _padded):
+        for batch in grouped(rows, _TOKENS, _padded):
             logits, _, _ = answer_logits(model, Pad(pad_id)(batch))
             found.append(functional.log_softmax(logits, dim=-1))
     return torch.cat(found)
@@ -86,11 +86,11 @@ def correlate(
     means, variances = [], []
     for rows in answered:
         parts = []
-        for chunk in _groups(rows, max(1, _NUMBERS // vocabulary), _predicted):
+        for chunk in grouped(rows, max(1, _NUMBERS // vocabulary), labelled):
             parts.append(_cosines(model, first, second, chunk, pad_id))
             advance(len(chunk))
         cosines = torch.cat(parts)  # (N, 2)
-        item = torch.repeat_interleave(torch.tensor([_predicted([row]) for row in rows]))
+        item = torch.repeat_interleave(torch.tensor([labelled([row]) for row in rows]))
         means.append(cosines.mean(0))
         variances.append(_variance(cosines[:, 1], item))
     both = torch.stack(means).mean(0)
@@ -121,7 +121,7 @@ def slope(
     shared = dict.fromkeys(vector.modules, coefficient)
     with frozen(model), range_for_gradients(model), weighted(model, vector, shared) as scale:
         scale.value = 1.0  # so that the weight that all modules share is lambda itself
-        for batch in _groups(rows, _TOKENS_BACKWARD, _padded):
+        for batch in grouped(rows, _TOKENS_BACKWARD, _padded):
             with torch.enable_grad():
                 logits, wanted, row = answer_logits(model, Pad(pad_id)(batch))
                 nll = functional.cross_entropy(logits, wanted, reduction="none")  # (N,)
@@ -167,26 +167,9 @@ def _variance(values: Tensor, item: Tensor) -> float | None:
     return float(sums.square().sum()) * count / (count - 1) / len(values) ** 2
 
 
-def _predicted(rows: Sequence[Encoded]) -> int:
-    """Tokens of some rows that are predicted."""
-    return sum(label != IGNORE for row in rows for label in row.labels[1:])
-
-
 def _padded(rows: Sequence[Encoded]) -> int:
     """Tokens of a pass, those that fill up short rows among them."""
     return len(rows) * max(len(row.input_ids) for row in rows)
-
-
-def _groups(rows: Sequence[Encoded], most: int, size: Callable[[list[Encoded]], int]) -> Iterator[list[Encoded]]:
-    """Rows in order, together while their size allows it; a larger row goes alone."""
-    group: list[Encoded] = []
-    for row in rows:
-        if group and size([*group, row]) > most:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
 
 
 # -- before the edit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from unlearn.score.scorer import Questions
 from unlearn.store.files import write_text_atomic
 from unlearn.store.stages import Store
 from unlearn.text import shorten
-from unlearn.train.batches import Pad
+from unlearn.train.batches import Pad, grouped
 from unlearn.train.losses import answer_logits, frozen
 
 SAMPLES = "samples_membership.jsonl"
@@ -271,7 +271,9 @@ def token_scores(
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     found: dict[int, TokenScores] = {}
     with frozen(model), torch.no_grad():
-        for numbers in _batches(rows, min(_TOKENS, _LOGITS // vocabulary)):
+        longest_first = sorted(range(len(rows)), key=lambda n: -len(rows[n].input_ids))
+        most = min(_TOKENS, _LOGITS // vocabulary)
+        for numbers in grouped(longest_first, most, lambda found: len(found) * len(rows[found[0]].input_ids)):
             logits, wanted, place = answer_logits(model, Pad(tokenizer.pad_token_id)([rows[n] for n in numbers]))
             step = max(1, _AT_ONCE // vocabulary)
             parts = zip(torch.split(logits, step), torch.split(wanted, step), strict=True)
@@ -301,15 +303,3 @@ def _columns(logits: Tensor, wanted: Tensor) -> Tensor:
     mean = (p * logp).sum(-1)
     variance = (p * (logp - mean[:, None]).square_()).sum(-1)
     return torch.stack([picked, mean, variance.sqrt()], dim=-1)
-
-
-def _batches(rows: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
-    """Numbers of rows of like length, together while they fit into so many padded tokens; the longest first."""
-    batch: list[int] = []
-    for n in sorted(range(len(rows)), key=lambda n: -len(rows[n].input_ids)):
-        if batch and len(rows[batch[0]].input_ids) * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(n)
-    if batch:
-        yield batch

@@ -32,8 +32,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     goal_metrics(recipe)  # refuses a metric that these data do not have
     template_path(recipe.model, base)
     _check_reuse(recipe, base)
-    _check_clean(recipe, base)
-    _check_given(recipe, base)
+    _check_brought(recipe, base)
     if recipe.vector.uses("idk_dpo"):
         refusals(recipe.vector.settings("idk_dpo").refusals, base)
     _check_bitsandbytes(recipe)
@@ -71,22 +70,15 @@ def _check_reuse(recipe: Recipe, base: Path) -> None:
             raise RunFolderError(f"reuse: there is no run folder {base / given}{near or '; remove it from the recipe'}")
 
 
-def _check_clean(recipe: Recipe, base: Path) -> None:
-    """The model that never saw the forget set, where the recipe gives one."""
-    key, given = recipe.vector.clean() or ("", None)
-    if given is None:
-        return
-    with said_of(key):
-        model_place(recipe.model.other(given), base)
-
-
-def _check_given(recipe: Recipe, base: Path) -> None:
-    """The vector that the recipe brings, or the checkpoints that it is the difference of."""
-    given = recipe.vector.given()
-    named = {"from.base": given.base, "from.finetuned": given.finetuned} if given is not None else {}
-    for key, path in named.items():
+def _check_brought(recipe: Recipe, base: Path) -> None:
+    """The models and the vector that the recipe's vector is made with, where it names them."""
+    clean, given = recipe.vector.clean(), recipe.vector.given()
+    named = [clean] if clean is not None else []
+    if given is not None:
+        named += [("vector.from.base", given.base), ("vector.from.finetuned", given.finetuned)]
+    for key, path in named:
         if path is not None:
-            with said_of(f"vector.{key}"):
+            with said_of(key):
                 model_place(recipe.model.other(path), base)
     if given is not None and given.path is not None:
         with said_of("vector.from"):

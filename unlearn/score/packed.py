@@ -51,6 +51,7 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e
 class WholeLM(HFLM):
     """lm-eval's ``HFLM``, but prompts are encoded singly, cut ones are told of, and what has no score is refused."""
 
+    label = "scoring"  # of progress
     _told = False
 
     def tok_batch_encode(
@@ -83,6 +84,11 @@ class WholeLM(HFLM):
         how = {"disable_tqdm": disable_tqdm, "override_bs": override_bs}
         found: list[tuple[float, bool]] = super()._loglikelihood_tokens(list(requests), **how)
         return found
+
+    def end_tokens(self) -> set[int]:
+        """Those that end what the model writes."""
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return {*(ends if isinstance(ends, list) else [ends]), self.eot_token_id} - {None}
 
     def _check(self, requests: Sequence[Request]) -> None:
         """Refuse what has no score: lm-eval asserts the same, without a word."""
@@ -131,7 +137,6 @@ class PackedLM(WholeLM):
         if hasattr(self, "accelerator"):  # lm-eval found several processes, each with a whole model
             share_requests(self)
         self.batch_tokens = batch_tokens
-        self.label = "scoring"
         self._forward: Forward | Literal[False] | None = None
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
@@ -249,7 +254,7 @@ class PackedLM(WholeLM):
             return full
         masks = generation_kwargs["attention_mask"].bool()
         prompts = [row[mask].tolist() for row, mask in zip(context, masks, strict=True)]
-        ends = self._end_tokens()
+        ends = self.end_tokens()
         back = max((len(self.tokenizer.encode(s, add_special_tokens=False)) for s in stop), default=0) + 2
 
         def done(text: Sequence[int]) -> bool:
@@ -263,12 +268,6 @@ class PackedLM(WholeLM):
                 found[index, : len(text)] = torch.tensor(text)
                 advance(1)
         return torch.cat([context, found], dim=1)
-
-    def _end_tokens(self) -> frozenset[int]:
-        config = getattr(self.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        listed = ends if isinstance(ends, list) else [ends]
-        return frozenset(e for e in (*listed, self.eot_token_id) if e is not None)
 
     @property
     def packs(self) -> bool:
@@ -356,9 +355,9 @@ def _is_greedy(model: Any, options: dict[str, Any]) -> bool:
     return not wanted["do_sample"] and not unknown
 
 
-def interface(model: Any, tokenizer: Any, spec: EvalSpec) -> HFLM:
+def interface(model: Any, tokenizer: Any, spec: EvalSpec) -> WholeLM:
     """lm-eval's interface to a model in memory, by the recipe's engine; several processes share its requests."""
-    lm: HFLM
+    lm: WholeLM
     if spec.engine == "hf":
         # its cache of logits (on by default) scores a text that is cut in two places at the wrong one
         own: dict[str, Any] = {"logits_cache": False, "softmax_dtype": _SOFTMAX}

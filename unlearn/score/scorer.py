@@ -26,7 +26,7 @@ from unlearn.recipe.schema import KEPT, Key, Recipe, default_metric, goal_metric
 from unlearn.results import Chosen, Example, Fluency, Score, SweepPoint, TaskScore
 from unlearn.score import search, tasks
 from unlearn.score.evaluate import evaluate
-from unlearn.score.packed import PackedLM, interface
+from unlearn.score.packed import WholeLM, interface
 from unlearn.score.tasks import TaskSet, quiet_harness
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
@@ -114,9 +114,8 @@ def score_model(loaded: Loaded, asked: TaskSet, label: str, recipe: Recipe, fold
     _score(lm, asked, label, f"{recipe.name}-{label}", recipe.eval.bootstrap, folder)
 
 
-def _score(lm: HFLM, asked: TaskSet, label: str, name: str, bootstrap: int, folder: Path) -> None:
-    if isinstance(lm, PackedLM):
-        lm.label = label
+def _score(lm: WholeLM, asked: TaskSet, label: str, name: str, bootstrap: int, folder: Path) -> None:
+    lm.label = label
     result = evaluate(lm, asked, model_name=name, bootstrap=bootstrap)
     if is_main_process():
         result.save(folder)

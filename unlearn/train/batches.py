@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -103,6 +103,18 @@ class Part:
 def blank(row: Encoded) -> Encoded:
     """A row without a label: what a process runs that has no row of a batch, so that no other waits for it."""
     return Encoded(row.input_ids, (IGNORE,) * len(row.labels))
+
+
+def grouped(items: Iterable[_T], most: float, size: Callable[[list[_T]], float]) -> Iterator[list[_T]]:
+    """Items in order, together while their size allows it; a larger one goes alone."""
+    group: list[_T] = []
+    for item in items:
+        if group and size([*group, item]) > most:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def labelled(rows: Sequence[Encoded]) -> int:
