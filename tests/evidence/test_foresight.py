@@ -27,7 +27,7 @@ from unlearn.model.pico import corpus
 from unlearn.recipe.data import Kind
 from unlearn.recipe.schema import Recipe
 from unlearn.report.words import loss_changes, reading
-from unlearn.results import Foresight, Role, Score, SetForesight, SweepPoint, TaskScore, read, verdict
+from unlearn.results import Foresight, Score, SweepPoint, TaskScore, read, verdict
 from unlearn.score.evaluate import evaluate
 from unlearn.score.tasks import build_tasks
 from unlearn.vector.change import Change, Dense, LowRank
@@ -268,10 +268,6 @@ def test_a_run_is_foreseen(recipe: Recipe, phi: Loaded, sets: tuple[LoadedSet, .
 )
 def test_verdicts(alpha: float | None, stderr: float | None, wanted: str | None) -> None:
     assert verdict(alpha, stderr) == wanted
-
-
-def entry(role: Role, name: str, slope: float, alpha: float | None = None, metric: str = "loss") -> SetForesight:
-    return SetForesight(role, name, metric, slope, 40, 0.99, alpha, 0.05, 0.3, {}, verdict(alpha, 0.05))
 
 
 def test_what_is_no_number_is_left_out_with_the_reason(

@@ -67,6 +67,7 @@ def own(path: str, **source: Any) -> list[dict[str, Any]]:
 
 
 HUB = {"path": None, "items": 300}
+MUSE = {"name": "muse", "set": "books"}
 MSA = {**RECIPE["vector"], "method": "msa", "msa": {"clean": "./none"}}
 OTHER_COUNT = "forget quality compares the two on the same ones; set benchmark.items to the number that both have"
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -82,10 +83,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (tofu(path="tofuu"), "benchmark.path: there is no folder tofuu here or in"),
     (tofu(set="forget10"), "has no forget10_perturbed.json, which the tasks of forget10 need"),
     (tofu(set="forget1"), "tofu has no set 'forget1'; it has forget01, forget05, forget10; did you mean"),
-    (
-        {"benchmark": {"name": "muse", "set": "books", "path": "tofu"}},
-        "the data of muse books cannot be had:",
-    ),
+    ({"benchmark": {**MUSE, "path": "tofu"}}, "the data of muse books cannot be had:"),
     ({"reference": "lgo.json"}, "reference: there is no file lgo.json here or in"),
     ({"reference": "lgo.json"}, "did you mean log.json"),
     (
@@ -118,6 +116,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"export": {"push_to_hub": {"repo": "me/a--b"}}},
         "repo: Cannot have -- or .. in repo_id: 'me/a--b'",
     ),
+    ({"reference": "log.json", "benchmark": MUSE}, "log.json is a log of TOFU, and no reference for MUSE"),
+    ({"reference": "torn.json"}, "torn.json: not JSON"),
+    ({"reference": "untaught"}, "reference: the run untaught trained no reference itself"),
+    ({"retain": None}, "reference: train needs a retain set to teach"),
+    (tofu(path="lacking"), "row 1: 'paraphrased_answer' is missing or empty"),
 ]
 QUANTISED = (
     "quantised copies need the package bitsandbytes: pip install bitsandbytes (the extra [quant] has it), or set"
@@ -145,9 +148,12 @@ def test_it_is_said_at_once(
     for name, log in (("log", a_log(6)), ("log5", a_log(5)), ("long", a_log(9)), ("log300", a_log(300))):
         (here / f"{name}.json").write_text(json.dumps(log))
     (here / "other.json").write_text(json.dumps(a_log(6, "Who wrote it?")))
-    for name in ("resolved.yaml", "reference/config.json"):  # a run that was cut off
-        (here / "earlier" / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / "earlier" / name).write_text("{}")
+    (here / "torn.json").write_text('{"eval_log.json": ')
+    write_rows(here / "lacking" / "forget01_perturbed.json", [{"question": "Who?", "answer": "Ada."}])
+    # a run that was cut off, and one without a reference
+    for name in ("earlier/resolved.yaml", "earlier/reference/config.json", "untaught/resolved.yaml"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("{}")
     if QUANTISED in message:
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     said = refused(write_recipe(here, **changed), capfd, extra)
@@ -169,6 +175,7 @@ def test_a_log_that_fits(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
             assert "TOFU_EVAL.json: the reference has 5 forget items" in refused(recipe, capfd, "--dry-run")
 
 
+UNTAUGHT = [{"kind": "qa", "path": "r.jsonl", "shares": {"train": 0.0, "validation": 0.5, "test": 0.5}}]
 WORDLESS = {**RECIPE["forget"], "path": "wordless.jsonl"}
 AFTER_LOADING: dict[str, tuple[dict[str, Any], str]] = {
     "a layer": (
@@ -180,10 +187,14 @@ AFTER_LOADING: dict[str, tuple[dict[str, Any], str]] = {
     "items to train on": (
         {
             "vector": {**RECIPE["vector"], "method": ["negate", "project"]},
-            "retain": [{"kind": "qa", "path": "r.jsonl", "shares": {"train": 0.0, "validation": 0.5, "test": 0.5}}],
+            "retain": UNTAUGHT,
             "reference": None,
         },
         "no retain set has items to train on, and vector.method project needs some",
+    ),
+    "items to teach a reference": (
+        {"retain": UNTAUGHT},
+        "reference: train has nothing to teach: no retain set has items to train on",
     ),
     "the reference's tokenizer": ({"reference": "./other"}, "reference: this model has another tokenizer"),
     "room for an answer": (

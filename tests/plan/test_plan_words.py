@@ -52,6 +52,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     words = " ".join(f"word{i}" for i in range(400))
     (tmp_path / "passages.txt").write_text(words)
     (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "held.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -89,6 +90,7 @@ def test_the_whole_plan(here: Path) -> None:
 
 ALSO = "also_forget=[{path: asia.jsonl, kind: qa, name: more}]"
 PASSAGES = "forget={path: passages.txt, kind: text, length: 16, prefix: 4, shares: {train: all}}"
+FEW_ATTACKS = "robustness={quantize: [], contrast: false, lens: false, "
 PLANS: dict[str, tuple[list[str], list[str], list[str]]] = {  # changes, what the plan then says, and what it does not
     "all stages": (
         [
@@ -108,7 +110,7 @@ PLANS: dict[str, tuple[list[str], list[str], list[str]]] = {  # changes, what th
             "export: merged weights in bfloat16, rounded stochastically",
             "else float32, on cpu; the LoRA is trained on a copy quantised to nf4",
         ],
-        ["ROUGE-L"],
+        ["ROUGE-L", "benchmark:", "attack "],
     ),
     "methods in order": (
         [
@@ -207,6 +209,56 @@ PLANS: dict[str, tuple[list[str], list[str], list[str]]] = {  # changes, what th
             "examples not counted (on the hub), 3 epochs in steps of 4 x 2",
         ],
         [],
+    ),
+    "comparisons": (
+        [
+            *("teach={steps: 1}", "reference=train", "benchmark={name: tofu, set: forget05, items: 30}"),
+            *("holdout={path: held.jsonl, kind: qa}", "robustness={}"),
+        ],
+        [
+            "reference: teach the base model the retain sets alone, in the same way; score it on the same test items",
+            "benchmark: tofu forget05 on 3 models, the first 30 items of every set",
+            "membership: can the forget set be told from held, which no model has seen?",
+            "attack 3 models: copies in nf4 and int8, 20 steps of relearning on 8 forget items and on unrelated texts, "
+            "other prompts (paraphrase, prefix, few-shot, template), a choice beside other prompts, the best of 8 "
+            "samples and the logit lens",
+        ],
+        [],
+    ),
+    "a model as reference": (
+        ["reference=pico:llama", "benchmark={name: tofu, set: forget05}"],
+        [
+            "reference: pico:llama, a model that never saw the forget set, scored on the same test items",
+            "benchmark: tofu forget05 on 3 models, all items",
+        ],
+        ["compared with"],
+    ),
+    "published figures": (
+        ["reference=published", "benchmark={name: muse, set: news}"],
+        ["benchmark: muse news on 2 models, all items, compared with published"],
+        ["reference:"],
+    ),
+    "some attacks": (
+        [FEW_ATTACKS + "samples: 1, probes: [few_shot], relearn: {items: 1, steps: [1], unrelated: false}}"],
+        ["attack 2 models: 1 step of relearning on 1 forget item, other prompts (few-shot) and the best of 1 sample"],
+        [],
+    ),
+    "no attack": (
+        [FEW_ATTACKS + "samples: 0, probes: [], relearn: null}"], ["attack 2 models: no attack is switched on"], []
+    ),
+    # passages have no question to reword; solved examples need a retain set of questions
+    "attacks on passages": (
+        [PASSAGES, "robustness={quantize: [], samples: 0, relearn: null}"],
+        ["attack 2 models: other prompts (prefix) and the logit lens"],
+        [],
+    ),
+    "no solved examples": (
+        [
+            "retain=[{path: passages.txt, kind: text, length: 16, prefix: 4}]",
+            *("utility=[]", FEW_ATTACKS + "samples: 0, probes: [prefix, few_shot], relearn: null}"),
+        ],
+        ["attack 2 models: other prompts (prefix)"],
+        ["few-shot"],
     ),
 }  # fmt: skip
 
@@ -356,7 +408,6 @@ SCORES = {
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_that_will_be_absent_are_named(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, wanted = SCORES[name]
-    (here / "held.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
     (here / "r.yaml").write_text(recipe)
     monkeypatch.setitem(sys.modules, "detoxify", None)  # as if it were not installed
     text = " ".join(plan(load_recipe("r.yaml")).split())

@@ -214,26 +214,6 @@ NAN, INF = float("nan"), float("inf")
 NASTY = "x | y\n---\n# <script>alert(1)</script> `code` [a](http://e.vil) *b* \\ \x07 $x$ \u2028 ```\nlicense: mit"
 
 
-def test_nothing_the_user_writes_breaks_the_card() -> None:
-    about = facts(description=NASTY, eval={"tasks": ({"task": NASTY, "set": "retain"},)})
-    row = ScoreRow("utility", NASTY, "test", NASTY, True, Score(0.5, None, 1), Score(0.5, None, 1))
-    about = replace(about, chosen=replace(about.chosen, rule=NASTY), scores=(*about.scores, row))
-    for base in (NASTY, "a: b\n---\n", "'''\"\"\"", "owner/base\nlicense: mit"):
-        text = card(about, "adapter", base)
-        header, body = split(text)
-        assert set(header) == {"library_name", "pipeline_tag", "tags", "model-index"}
-        table = [line for line in body.splitlines() if line.startswith("|")]
-        assert len(table) == 5
-        assert all(len(re.findall(r"(?<!\\)\|", line)) == 7 for line in table)
-        prose = re.sub(r"```python\n.*?\n```", "", body, flags=re.DOTALL)  # inside a fence nothing is markup
-        assert "<script" not in prose
-        assert "http://e" not in prose
-        assert [line for line in body.splitlines() if line.startswith("#")].count("# capitals") == 1
-        assert body.count("\n```") == 2
-        assert compile(body.split("```python\n")[1].split("\n```")[0], "card", "exec")
-        assert not re.search(r"^license: mit|^---$", body, re.MULTILINE)
-
-
 @pytest.mark.parametrize("line", ["# a", "- a", "+ a", "> a", "1. a", "2) a", "=== a", "| a"])
 def test_line_starts_are_plain_text(line: str) -> None:
     assert not re.match(r"\s*([#+>=|-]|\d+[.)])", escape(line))

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
+from typing import Any
 
-from reports import with_evidence
+import pytest
+from reports import FORESIGHT, foreseen, make, row, with_evidence
 from rich.console import Console
 
 from unlearn.report.terminal import render_table
 from unlearn.report.words import evidence_facts
-from unlearn.results import Chosen, Foresight, RunReport, Score, ScoreRow, SetForesight, SweepPoint, TaskScore
-
-
-def report(
-    name: str = "asia", metric: str = "acc_norm", after: float = 0.857, stderr: float | None = 0.05
-) -> RunReport:
-    kept = TaskScore("retain", name, "validation", metric, True, Score(0.88, None, 40))
-    return RunReport(
-        name="quickstart",
-        description="",
-        chosen=Chosen(1.5, True, "most forgetting within the bound", metric, 0.95, 0.5, (("retain", name, metric),)),
-        scores=(
-            ScoreRow("forget", "europe", "test", metric, True, Score(0.917, 0.04, 48), Score(0.458, 0.072, 48)),
-            ScoreRow("retain", name, "test", metric, True, Score(0.878, stderr, 49), Score(after, stderr, 49)),
-        ),
-        sweep=(SweepPoint(0.0, (kept,), True),),
-        examples=(),
-        data=(),
-        vector={},
-        training=(),
-        exports={"adapter": {"path": "runs/q/export/adapter", "bytes": 12}, "hub": {"repo": "a/b"}, "merged": None},
-        seconds={"load": 4.0, "search": 129.0},
-        provenance={},
-        warnings=("Two rows were cut.",),
-    )
+from unlearn.results import RunReport, Score
 
 
 def printed(what: RunReport, width: int = 80, colour: bool = False, encoding: str = "utf-8") -> str:
@@ -47,125 +26,106 @@ def printed(what: RunReport, width: int = 80, colour: bool = False, encoding: st
     return raw.getvalue().decode(encoding)
 
 
-def squeezed(text: str) -> str:
-    return " ".join(text.split())
+def other(**asia: Any) -> RunReport:
+    """The small report with another row of what is kept."""
+    forget, kept, _ = make().scores
+    return make(scores=(forget, replace(kept, **asia)))
 
 
-def test_everything_that_matters_is_there_in_80_columns() -> None:
-    text = printed(report())
-    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
-    assert "\x1b" not in text
-    flat = squeezed(text)
-    assert "The model still answers 46 % of what it was asked to forget: europe accuracy fell from 0.92" in flat
-    assert "forget europe acc_norm ↑ 0.917 ±.078 0.458 ±.141 −0.459 48" in flat
-    assert "retain asia acc_norm ↑ 0.878 ±.098 0.857 ±.098 −0.021 97.6 % 49" in flat
-    for fact in ("test items", "coefficient λ = 1.5", "rule most forgetting within the bound", "time 2 min 13 s",
-                 "adapter runs/q/export/adapter", "kept at worst 97.6 % (retain/asia acc_norm, test items)",
-                 "! Two rows were cut."):  # fmt: skip
-        assert fact in flat
-    assert "merged" not in flat
-    assert "nan" not in flat.lower()
+FORGET = "forget europe acc_norm ↑ 0.917 ±.098 0.458 ±.098 "
+CASES: dict[str, tuple[RunReport, list[str], list[str]]] = {  # what is said of a report, and what is not
+    "everything that matters": (
+        make(),
+        [
+            "The model still answers 46 % of what it was asked to forget: europe accuracy fell from 0.92",
+            *("! Two rows were cut.", "test items", f"{FORGET}−0.459 48"),
+            "retain asia acc_norm ↑ 0.878 ±.098 0.857 ±.098 −0.021 97.6 % 48",
+            *("coefficient λ = 1.5", "rule most forgetting within the bound", "time 2 min 13 s"),
+            *("adapter export/adapter", "kept at worst 97.6 % (retain/asia acc_norm, test items)"),
+        ],
+        ["merged", "chance", "foreseen", "\x1b"],
+    ),
+    "a bound missed on test items": (
+        other(after=Score(0.7, 0.05, 48)),
+        ["79.7 % !", "on test items not that of retain/asia acc_norm (79.7 %, bound 95 %)."],
+        [],
+    ),
+    "choices have a column for chance": (
+        make(scores=(replace(make().scores[0], chance=0.25), make().scores[1])),
+        [
+            *("set data metric before after chance change kept n", f"{FORGET}0.25 −0.459 48"),
+            "retain asia acc_norm ↑ 0.878 ±.098 0.857 ±.098 −0.021 97.6 % 48",
+            *("chance is what guessing scores", "where guessing would give 25 %"),
+        ],
+        [],
+    ),
+    "no error estimates, and no number, which is within no bound": (
+        other(before=Score(0.878, None, 48), after=Score(math.nan, None, 48)),
+        ["retain asia acc_norm ↑ 0.878 – – – ! 48"],
+        [],
+    ),
+    "nothing passed": (
+        make(chosen=replace(make().chosen, coefficient=0.0, bound_met=False), exports={}),
+        ["No coefficient passed the rule; the model is unchanged.", "coefficient λ = 0"],
+        [],
+    ),
+    "no scores": (make(scores=()), ["coefficient"], ["set data"]),
+    "items of several splits": (
+        other(split="validation", before=Score(0.9, None, 7)),
+        ["n items", "7/48 validation", "48 test"],
+        [],
+    ),
+    "huge perplexities": (
+        make(scores=(make().scores[0], row("retain", "book", 30.0, 1.2e12, "perplexity", False))),
+        ["1.2×10¹²"],
+        [],
+    ),
+    "what was foreseen, of each unit the dearest": (
+        foreseen(),
+        [
+            "foreseen retain/asia aligned (α +0.420), +2.250 nats predicted, +0.750 measured at λ = 1.5; "
+            "utility/general, −0.021 nats predicted, +0.188 measured at λ = 1.5",
+            "prediction At λ = 1.5 the straight line was off by 1.500 nats per answer on average",
+        ],
+        [],
+    ),
+    "what was foreseen of losses that were not scored": (
+        make(foresight=FORESIGHT),
+        ["retain/asia aligned (α +0.420), +1.500 nats per unit of λ"],
+        [],
+    ),
+    "comparisons and attacks": (
+        with_evidence(),
+        [f"{name} {line}" for name, line in evidence_facts(with_evidence())],
+        [],
+    ),
+}
 
 
-def test_a_bound_missed_on_test_items_is_flagged() -> None:
-    text = squeezed(printed(report(after=0.7)))
-    assert "79.7 % !" in text
-    assert "on test items not that of retain/asia acc_norm (79.7 %, bound 95 %)." in text
-
-
-def test_chance_has_a_column_where_choices_were_scored() -> None:
-    base = report()
-    rows = (replace(base.scores[0], chance=0.25), base.scores[1])
-    text = printed(replace(base, scores=rows))
-    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
-    flat = squeezed(text)
-    assert "set data metric before after chance change kept n" in flat
-    assert "forget europe acc_norm ↑ 0.917 ±.078 0.458 ±.141 0.25 −0.459 48" in flat
-    assert "retain asia acc_norm ↑ 0.878 ±.098 0.857 ±.098 −0.021 97.6 % 49" in flat
-    assert "chance is what guessing scores" in flat
-    assert "where guessing would give 25 %" in flat
-    assert "chance" not in printed(base)
-
-
-def test_missing_error_estimates_and_values() -> None:
-    text = squeezed(printed(report(after=float("nan"), stderr=None)))
-    assert "retain asia acc_norm ↑ 0.878 – – – ! 49" in text, "what is no number is within no bound"
-    assert "nan" not in text.lower()
-
-
-def test_nothing_passed() -> None:
-    base = report()
-    text = squeezed(printed(replace(base, chosen=replace(base.chosen, coefficient=0.0, bound_met=False), exports={})))
-    assert "No coefficient passed the rule; the model is unchanged." in text
-    assert "coefficient λ = 0" in text
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_printed(name: str) -> None:
+    report, said, unsaid = CASES[name]
+    width = 100 if "splits" in name else 80
+    text = printed(report, width)
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+    flat = " ".join(printed(report, 2000 if "comparisons" in name else width).split())
+    assert [part for part in said if part not in flat] == []
+    assert [part for part in (*unsaid, "nan") if part in text.lower()] == []
 
 
 def test_an_old_encoding_gets_plain_characters() -> None:
-    text = printed(report(name="東京"), encoding="ascii")
-    assert "lambda = 1.5" in text
-    assert "+/-" in text
-    assert "-0.459" in text
-    assert "??" in text
+    text = printed(other(name="東京"), encoding="ascii")
+    for plain in ("lambda = 1.5", "+/-", "-0.459", "??"):
+        assert plain in text
 
 
 def test_names_cannot_style_or_move_the_terminal() -> None:
-    text = printed(report(name="[red]a[/red]\x1b[2J\r\x07"), width=120)
+    text = printed(other(name="[red]a[/red]\x1b[2J\r\x07"), width=120)
     assert "[red]a[/red]?[2J" in text
     assert not set(text) & {"\x1b", "\r", "\x07"}
 
 
 def test_colour_only_adds_escape_codes() -> None:
-    coloured = printed(report(), colour=True)
+    coloured = printed(make(), colour=True)
     assert "\x1b[" in coloured
-    assert "0.458 ±.141" in coloured
-
-
-def test_a_report_without_scores_and_mixed_splits() -> None:
-    base = report()
-    assert "coefficient" in printed(replace(base, scores=()))
-    mixed = replace(
-        base, scores=(base.scores[0], replace(base.scores[1], split="validation", before=Score(0.9, None, 7)))
-    )
-    flat = squeezed(printed(mixed, width=100))
-    assert "items" in flat
-    assert "7/49 validation" in flat
-    assert "48 test" in flat
-
-
-def test_huge_perplexities_fit() -> None:
-    base = report()
-    big = ScoreRow("retain", "book", "test", "perplexity", False, Score(30.0, 1.0, 9), Score(1.2e12, 3e11, 9))
-    text = printed(replace(base, scores=(base.scores[0], big)))
-    assert "1.2×10¹²" in text
-    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
-
-
-def test_what_was_foreseen_takes_two_lines() -> None:
-    base = report()
-    foresight = Foresight(
-        (SetForesight("forget", "europe", "logprob", 4.0, 36),),
-        (
-            SetForesight("utility", "general", "loss", 0.01, 64),
-            SetForesight("retain", "asia", "logprob", 0.25, 35, 0.99, 0.42, 0.03, 0.2, {}, "aligned"),
-        ),
-    )
-    sweep = tuple(
-        SweepPoint(c, (TaskScore("retain", "asia", "validation", "logprob", True, Score(-2.0 - c, 0.1, 40)),), True)
-        for c in (0.0, 1.5)
-    )
-    text = printed(replace(base, foresight=foresight, sweep=sweep))
-    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
-    flat = squeezed(text)
-    dearest = "retain/asia aligned (α +0.420), +0.375 nats predicted, +1.500 measured at λ = 1.5"
-    assert f"foreseen {dearest}; utility/general, +0.010 nats per unit of λ" in flat, "of each unit the dearest"
-    assert "prediction At λ = 1.5 the straight line was off by 1.125 nats per answer on average" in flat
-    early = squeezed(printed(replace(base, foresight=foresight), encoding="ascii"))
-    assert "retain/asia aligned (alpha +0.420), +0.250 nats per unit of lambda" in early
-    assert "foreseen" not in printed(base)
-
-
-def test_comparisons_and_attacks_are_told() -> None:
-    text = squeezed(printed(with_evidence(), width=2000))
-    for name, line in evidence_facts(with_evidence()):
-        assert f"{name} {line}" in text
-    assert all(len(line.rstrip()) <= 80 for line in printed(with_evidence()).splitlines())
+    assert "0.458 ±.098" in coloured

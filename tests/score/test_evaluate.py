@@ -285,19 +285,6 @@ def test_generation_is_for_the_final_comparison_only(recipe: Recipe, sets: Sets,
     recited = {"exact_memorisation", "extraction_strength", "pmi"}
     assert metrics == {"loss", "perplexity", "rougeL", "rougeL_f1"} | recited
 
-    item, row = sets[0].test[0], result.samples["forget.near.rouge"][0]
-    assert (row["doc"]["id"], row["doc"]["prompt"], row["target"]) == (item.id, item.prompt, item.target)
-    ids = lm.tokenizer(item.prompt, return_tensors="pt")["input_ids"]
-    own = lm.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    assert row["filtered_resps"][0].strip() == lm.tokenizer.decode(own, skip_special_tokens=True).split("\n")[0].strip()
-
-    asked = result.samples["retain.far"]
-    likeliest = [max(enumerate(row["filtered_resps"][:4]), key=lambda pair: pair[1][0])[0] for row in asked]
-    (acc,) = [s.score.value for s in result.scores if s.key == ("retain", "far", "acc")]
-    assert len(asked) == len(sets[1].test)
-    right = [best == row["target"] for best, row in zip(likeliest, asked, strict=True)]
-    assert sum(right) / len(right) == pytest.approx(acc)
-
 
 def test_lm_evals_own_model_recites_in_the_final_comparison_only(
     recipe: Recipe, sets: Sets, lm: Recording, tmp_path: Path

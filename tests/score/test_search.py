@@ -347,21 +347,9 @@ def test_most_learning_is_chosen_and_only_if_something_is_learned() -> None:
     assert not choose(points(0.6, 0.6, 0.5), [AFRICA], [FACTS], spec()).bound_met
 
 
-KEEP = ("retain", "near", "acc")
-GOAL = ("forget", "far", "acc")
-
-
-def kept_score(role: Role, name: str, metric: str, value: float) -> TaskScore:
-    higher = metric not in ("loss", "perplexity")
-    return TaskScore(role, name, "validation", metric, higher, Score(value, None, 10))
-
-
-def near_point(c: float, forget: float, near: float, metric: str, nats: float) -> tuple[TaskScore, ...]:
-    return (
-        kept_score("forget", "far", "acc", forget),
-        kept_score("retain", "near", "acc", near),
-        kept_score("retain", "near", metric, nats),
-    )
+def with_nats(forget: float, kept: float, metric: str, nats: float) -> list[TaskScore]:
+    """Accuracies, and beside that of what is kept a metric in nats."""
+    return [score(FORGET, forget), score(ASIA, kept), score((*ASIA[:2], metric), nats, metric == "logprob")]
 
 
 @pytest.mark.parametrize(
@@ -369,27 +357,23 @@ def near_point(c: float, forget: float, near: float, metric: str, nats: float) -
     [("loss", 2.0, 5.5, 3.5), ("logprob", -2.0, -12.5, 3.5), ("perplexity", 10.0, 10.0 * math.exp(3.5), 3.5)],
 )
 def test_the_loss_is_compared_in_nats(metric: str, before: float, after: float, rise: float) -> None:
-    base = {s.key: s for s in near_point(0, 1, 1, metric, before)}
-    here = {s.key: s for s in near_point(1, 1, 1, metric, after)}
-    assert collapsed(here, base, [KEEP], rise + 0.01) == ""
-    assert f"retain near rose by {rise:.1f} nats per token" in collapsed(here, base, [KEEP], rise - 0.01)
+    base, here = ({s.key: s for s in with_nats(1, 1, metric, value)} for value in (before, after))
+    assert collapsed(here, base, [ASIA], rise + 0.01) == ""
+    assert f"retain asia rose by {rise:.1f} nats per token" in collapsed(here, base, [ASIA], rise - 0.01)
     assert collapsed(here, base, [], 0.1) == ""  # nothing was asked to be kept
-    assert collapsed(here, base, [GOAL], 0.1) == ""  # and the forget set may lose as much as it likes
+    assert collapsed(here, base, [FORGET], 0.1) == ""  # and the forget set may lose as much as it likes
 
 
 def test_a_collapsed_point_is_not_chosen_though_its_accuracies_look_best() -> None:
-    rule = ChooseSpec(collapse=4.0)
-    base = near_point(0, 0.9, 0.8, "logprob", -2.0)
-    points = [
-        judge(0.0, base, base, [KEEP], rule),
-        judge(1.0, near_point(1, 0.5, 0.8, "logprob", -3.0), base, [KEEP], rule),
-        judge(2.0, near_point(2, 0.1, 0.8, "logprob", -19.0), base, [KEEP], rule),
-        SweepPoint(3.0, (), False, collapsed=BROKEN),
-    ]
+    rule, base = spec(collapse=4.0), with_nats(0.9, 0.8, "logprob", -2.0)
+    later = [(1.0, 0.5, -3.0), (2.0, 0.1, -19.0)]
+    points = [judge(0.0, base, base, [ASIA], rule)]
+    points += [judge(c, with_nats(f, 0.8, "logprob", nats), base, [ASIA], rule) for c, f, nats in later]
+    points.append(SweepPoint(3.0, (), False, collapsed=BROKEN))
     assert [p.within_bound for p in points] == [True, True, True, False]
     assert [may_be_chosen(p) for p in points] == [True, True, False, False]
-    assert remaining(points[3], [GOAL], points[0]) == math.inf
-    assert choose(points, [GOAL], [KEEP], rule).coefficient == 1.0
+    assert remaining(points[3], [FORGET], points[0]) == math.inf
+    assert choose(points, [FORGET], [ASIA], rule).coefficient == 1.0
 
 
 def test_a_sweep_goes_past_a_model_without_numbers(tmp_path: Path) -> None:
