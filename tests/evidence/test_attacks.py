@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from attack_arena import Arena
-from compared_arena import EVERYONE, copied, made, read, run, same, stages, write_data, write_recipe
+from compared_arena import EVERYONE, copied, made, read, run, same, stages
 
 from unlearn.data.sets import LoadedSet, load_sets
 from unlearn.evidence import attacks_ask, lens  # noqa: F401  they register their attacks
@@ -194,41 +193,10 @@ def test_an_attack_that_was_cut_off_is_made_again_alone(
     assert stages(folder) >= {"reference", "eval/reference", "benchmark/edited", "membership/target"}
 
 
-@pytest.fixture
-def small(compared: Path, tmp_path: Path) -> Iterator[Any]:
-    """Run the recipe with other attacks, beside what was made before; the result's attacks."""
-    write_data(tmp_path)
-
-    def go(robustness: dict[str, Any], **more: Any) -> Robustness | None:
-        changed = {"reference": None, "benchmark": None, "holdout": None, **more}
-        path = write_recipe(tmp_path, reuse=[str(compared / "run")], robustness=robustness, **changed)
-        assert run(path, tmp_path / "run") == 0
-        return read(tmp_path / "run").robustness
-
-    return go
-
-
-NOTHING: dict[str, Any] = {
-    "quantize": [],
-    "relearn": None,
-    "probes": [],
-    "contrast": False,
-    "samples": 0,
-    "lens": False,
-}
-
-
-def test_no_attack_at_all(small: Any, found: Robustness) -> None:
-    got = small(NOTHING)
-    assert [(s.who, s.kind) for s in got.scores] == [("target", "none"), ("edited", "none")]
-    assert [s.value for s in got.scores] == [found.plain(who).value for who in ("target", "edited")]  # type: ignore[union-attr]
-    assert attacks_line(got) == ""
-
-
-def test_few_shots_need_a_retain_set_and_unrelated_texts_a_utility_set(small: Any) -> None:
-    alone = {**NOTHING, "probes": ["few_shot"], "relearn": {"items": 2, "steps": [1]}}
-    got = small(alone, retain=None, utility=None, teach=None, vector={"forget": {"steps": 2}, "lora": {"rank": 2}})
-    assert {s.attack for s in got.scores if s.kind != "none"} == {"relearning on 2 forgotten items"}
+def test_what_is_switched_off_is_not_made(phi: Loaded, tmp_path: Path) -> None:
+    off = {"quantize": [], "relearn": None, "probes": [], "contrast": False, "samples": 0, "lens": False}
+    scene = Arena(phi, tmp_path, "qa").scene(**off)
+    assert [name for name, one in ATTACKS.items() if one.settings(scene) is not None] == ["plain"]
 
 
 EIGHT = relearning(8)

@@ -231,7 +231,7 @@ def test_what_takes_the_model_to_know_is_said_before_anything_is_trained(
         pico.tokenizer(["Quite other words make quite other tokens."] * 9).save_pretrained(here / "other")
     said = refused(write_recipe(here, **changed), capfd)
     assert message in said
-    assert "teach: " not in said
+    assert "] teach: " not in said
     assert not (here / "out" / "target").exists()
 
 

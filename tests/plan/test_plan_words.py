@@ -248,7 +248,7 @@ PLANS: dict[str, tuple[list[str], list[str], list[str]]] = {  # changes, what th
     ),
     # passages have no question to reword; solved examples need a retain set of questions
     "attacks on passages": (
-        [PASSAGES, "robustness={quantize: [], samples: 0, relearn: null}"],
+        [PASSAGES, "utility=[]", "robustness={quantize: [], samples: 0, relearn: null}"],
         ["attack 2 models: other prompts (prefix) and the logit lens"],
         [],
     ),

@@ -38,7 +38,6 @@ from unlearn.report.words import (
     memory_line,
     reading,
     remarks,
-    spearman,
     wording_line,
 )
 from unlearn.results import Chosen, Foresight, Robustness, Role, RunReport, SetForesight, SweepPoint
@@ -362,36 +361,19 @@ def test_readings_say_the_range() -> None:
     assert "only the slope" in reading(replace(entry("retain", "a", 1.0), alpha_vectors=None))
 
 
-def test_spearman() -> None:
-    assert spearman([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]) == pytest.approx(-1.0)
-    # 1 - 6 * (0 + 1 + 1 + 0 + 0) / (5 * 24)
-    assert spearman([1, 2, 3, 4, 5], [0.1, 0.3, 0.2, 0.4, 0.5]) == pytest.approx(0.9)
-    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
-    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(22.5))
-    for one, two in (([1.0, 2.0], [1.0, 2.0]), ([1.0] * 3, [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0, 2.0, math.nan])):
-        assert spearman(one, two) is None
-
-
 def test_predictions_are_held_against_what_came_by_hand() -> None:
     assert loss_changes(A, SWEEP) == (Point(0, 0, 0), Point(1, 1.5, 1))
     assert loss_changes(A, SWEEP[:1]) == (), "without λ = 0 there is no change"
-    # |1.5 - 1|, |.2 - .5|, |0 - .1|; α ranks a 3, b 1, c 2; nats lost a 1.5, b .2, c 0: ranks 3, 2, 1
-    assert how_good(of((A, B, C))) == (
-        "At λ = 1 the straight line was off by 0.300 nats per token on average over 3 kept sets.",
-        "It put them in order of their loss with a rank correlation of +1.000.",
-        "The correlation α put 3 sets in order of their loss with a rank correlation of +0.500.",
-    )
+    # |1.5 - 1|, |.2 - .5|, |0 - .1|
+    off = "the straight line was off by"
+    assert how_good(of((A, B, C))) == f"At λ = 1 {off} 0.300 nats per token on average over 3 kept sets."
     assert how_good(of((M, B, C))) == (
-        "At λ = 1 the straight line was off by 0.500 nats per answer on average over 1 kept set and 0.200 nats per "
-        "token on average over 2 kept sets.",
-        "Sets measured in unlike units have no order of loss to predict.",
+        f"At λ = 1 {off} 0.500 nats per answer on average over 1 kept set and 0.200 nats per token on average over "
+        "2 kept sets."
     )
-    words = " ".join(how_good(of((A, B))))
-    assert "Of fewer than 3 kept sets there is no order" in words
-    assert "cannot be said of fewer than 3 sets" in words
-    assert how_good(of((A, B, C), at=0.0))[0].startswith("At λ = 1 "), "nothing was chosen: the smallest tried"
+    assert how_good(of((A, B, C), at=0.0)).startswith("At λ = 1 "), "nothing was chosen: the smallest tried"
     for nothing in (of((A, B), SWEEP[1:], 0.0), of((A, B), at=2.0)):
-        assert how_good(nothing) == ("The sweep has no loss of a kept set to hold against the prediction.",)
+        assert how_good(nothing) == "The sweep has no loss of a kept set to hold against the prediction."
 
 
 @pytest.mark.parametrize(

@@ -203,15 +203,12 @@ def test_a_budget_that_is_none(phi: Loaded, wrong: Any) -> None:
         packed(phi, batch_tokens=wrong)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
-def test_however_the_rows_are_batched(phi: Loaded, batch_tokens: int) -> None:
-    compare(phi, questions(), batch_tokens=batch_tokens)
-
-
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_however_the_head_is_chunked(phi: Loaded, chunk: int, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize(("batch_tokens", "chunk"), [(1, 1), (40, 3), (100_000, 1000)])
+def test_however_the_rows_are_batched_and_the_head_is_chunked(
+    phi: Loaded, batch_tokens: int, chunk: int, monkeypatch: Patch
+) -> None:
     monkeypatch.setattr(forward, "_HEAD_BYTES", chunk * 4 * phi.model.get_output_embeddings().weight.shape[0])
-    compare(phi, questions())
+    compare(phi, questions(), batch_tokens=batch_tokens)
 
 
 @pytest.mark.parametrize("costs", [Costs(0.0, math.inf), Costs(1.0, 0.0)])

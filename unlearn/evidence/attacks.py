@@ -71,12 +71,8 @@ class Judged:
 class Judge:
     """Scores models on the same items: accuracy (mcq), answer probability (qa), exact memorisation (text).
 
-    Args:
-        loaded: The forget set.
-        items: Which of its items, with whatever prompts.
-        tokenizer: The models'.
-        folder: Where the items are written for lm-eval; each choice of items has a folder of its own in it.
-        recipe: For the seed and the engine (``eval.engine``, ``batch_tokens``, ``batch_size``).
+    ``items`` are some of the forget set's, with whatever prompts; they are written into ``folder`` for lm-eval, each
+    choice of them apart. The recipe has the seed and the engine.
     """
 
     def __init__(

@@ -39,14 +39,11 @@ from unlearn.vector.task_vector import TaskVector
 
 @torch.no_grad()
 def edited_copy(model: PreTrainedModel, vector: TaskVector | None, coefficient: float) -> PreTrainedModel:
-    """A copy of its own with the weights of theta - coefficient * tau; coefficient 0 (or no vector): a plain copy.
+    """A copy of a model that is under no edit, with theta - coefficient * tau as weights; coefficient 0: a plain copy.
 
     Each edited weight is the float32 sum, cast once to the weight's dtype: what a merged export holds. Under
     :class:`unlearn.vector.edit.Edit` a 16-bit model has the change beside its weights, where neither quantisation nor
     further training would see it.
-
-    Args:
-        model: The unedited model, under no edit at the moment; not changed.
     """
     twin = copy.deepcopy(model)
     twin.eval()
@@ -144,13 +141,10 @@ def _read(model: PreTrainedModel, folder: Path, kind: Quantised) -> PreTrainedMo
 def parted(
     loaded: LoadedSet, scored: Sequence[Item], count: int, seed: int
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """Which forget items are relearned, and which are then still to be scored: no item is both, where that can be.
+    """At most ``count`` forget items to relearn, and those that are then still scored: none is both, where that can be.
 
     First come training items that are not scored. Where those are too few (``train: all``) some are taken out of the
     scored ones, up to half of them. Only a set of one item in all is relearned and scored on the same.
-
-    Returns:
-        At most ``count`` items to relearn, in an order of the seed's, and the others of ``scored`` in their order.
     """
     ids = {item.id for item in scored}
     pool = {item.id: item for item in reversed(loaded.train) if item.id not in ids}  # of several prompts the first
@@ -228,18 +222,11 @@ def relearn(
     judge: Judge,
     label: str = "relearning",
 ) -> list[tuple[int, Judged]]:
-    """Fine-tune all weights (AdamW, constant rate, gradients cut at norm 1) and score after each of ``spec.steps``.
+    """Fine-tune all weights (AdamW, constant rate, gradients cut at norm 1): (steps, score) for each of ``spec.steps``.
 
+    ``model`` is a copy to be used up (:func:`edited_copy`), trained in float32: in 16 bits small steps are rounded
+    away, and the attack would look weaker than it is. The seed decides the order in which the rows come over and over.
     Several processes take the same steps, each on a copy of its own.
-
-    Args:
-        model: A copy to be used up (:func:`edited_copy`). It is trained in float32: in 16
-            bits small steps are rounded away, and the attack would look weaker than it is.
-        rows: What is trained on, over and over, in an order of the seed's.
-        judge: Scores the model, in evaluation mode.
-
-    Returns:
-        (steps, score), steps rising. The same seed gives the same curve.
     """
     size, steps = min(spec.batch_size, len(rows)), sorted(set(spec.steps))
     draw, order = random.Random(f"{seed} relearning"), list[Encoded]()

@@ -190,13 +190,11 @@ def foresee(
     """Slopes along the edit for every set, and correlations for those that have a fine-tuning of their own.
 
     Both are taken on validation items, those that the sweep scores (training items where a set has no others), in
-    random order; test items are not looked at. Sets without any such item, and terms of an analogy, are left out.
+    random order, ``limit`` at most; test items are not looked at. Sets without any such item, and terms of an analogy,
+    are left out.
 
-    Args:
-        edit: What will be subtracted, as shaped.
-        forget_vector: The fine-tuning on the forget set, before it was shaped; of several sets, the sum.
-        near: (role, name) of a kept set -> the fine-tuning on it. One on several sets may stand for each of them.
-        limit: Items per set at most.
+    ``edit`` is what will be subtracted, as shaped; ``forget_vector`` the fine-tuning on the forget set before that, of
+    several sets the sum; ``near`` has the fine-tuning on a kept set. One on several sets may stand for each of them.
     """
     longest = reach(model, tokenizer)
     rows: dict[tuple[Role, str], list[Encoded]] = {}

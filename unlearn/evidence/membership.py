@@ -261,12 +261,7 @@ def token_scores(
     """Log-probability, mean and deviation of log p of every labelled token, per row and in order.
 
     A row's first token has nothing before it and so no prediction, whatever its label; a row in which nothing is
-    predicted gives empty arrays.
-
-    Args:
-        model: A causal LM on its device; it comes back as it was.
-        tokenizer: Fills up short rows, and gives the labelled tokens' text for its compressed size.
-        advance: Called with the number of rows that are done.
+    predicted gives empty arrays. The model comes back as it was; ``advance`` is told how many more rows are done.
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     found: dict[int, TokenScores] = {}

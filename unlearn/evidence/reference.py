@@ -44,8 +44,7 @@ _TASK_FILES = ("items", "tofu", "muse", "classifier")  # what the pack's tasks r
 def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
     """Look for what the recipe names from its folder ``base`` on; models are not fetched.
 
-    Args:
-        hub: Also read a benchmark's data that come from the hub.
+    ``hub``: also read a benchmark's data that come from the hub.
     """
     log, spec = log_file(recipe, base), recipe.benchmark
     if spec is not None:

@@ -24,11 +24,10 @@ from unlearn.store.cache import check_data
 
 
 def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
-    """Look for all that a recipe names beside its data sets and its model.
+    """Look for all that a recipe in the folder ``base`` names beside its data sets and its model.
 
-    Args:
-        base: The recipe's folder, where relative paths start.
-        hub: Also ask the hub for a benchmark's data."""
+    ``hub``: also ask the hub for a benchmark's data.
+    """
     goal_metrics(recipe)  # refuses a metric that these data do not have
     template_path(recipe.model, base)
     _check_reuse(recipe, base)

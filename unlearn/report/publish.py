@@ -55,11 +55,9 @@ class CardFacts:
 
 
 def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str, Any] | None = None) -> str:
-    """The README.md of an export.
+    """The README.md of an export made from the model ``base_name``, a hub id or a path.
 
-    Args:
-        base_name: What the model was made from: a hub id, or a path.
-        survived: For merged weights, what ``export_merged`` says under this name.
+    ``survived`` is what ``export_merged`` says under this name.
     """
     recipe, chosen = facts.recipe, facts.chosen
     met = "met on validation items" if chosen.bound_met else "not met by any λ > 0"
@@ -201,12 +199,7 @@ class PushError(UnlearnError):
 def push(folder: Path, spec: PushSpec) -> str | None:
     """Upload an export of a finished run, in a repository that is made if there is none; returns the commit's address.
 
-    Args:
-        folder: ``<run>/export/adapter`` or ``<run>/export/merged``, as ``spec.what`` says; not changed.
-        spec: With ``dry_run`` nothing but a list of what would go: no network, no token, no address.
-
-    Raises:
-        PushError: no finished export, files among it that must not go, no token, offline, or the hub refused.
+    With ``spec.dry_run`` there is nothing but a list of what would go: no network, no token, no address.
     """
     files = _files(folder, spec.what)
     whole = counted(len(files), "file")

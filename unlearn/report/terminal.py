@@ -46,7 +46,7 @@ def render_table(report: RunReport, console: Console) -> None:
             ("kept at worst", f"{kept_figure(report, row)} ({row.set}/{row.name} {row.metric}, {row.split} items)")
         )
     if foreseen := dearest(report):
-        facts += [("foreseen", foreseen), ("prediction", how_good(report)[0])]
+        facts += [("foreseen", foreseen), ("prediction", how_good(report))]
     facts += evidence_facts(report)
     facts += [(name, value["path"]) for name, value in report.exports.items() if value and "path" in value]
     facts.append(("time", duration(total_seconds(report))))

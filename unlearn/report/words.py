@@ -330,7 +330,6 @@ def _of_the_reference(found: Robustness, strong: Sequence[AttackScore]) -> Itera
 # -- what the theory says of a measured correlation, and how good the first-order prediction was
 
 
-_FEWEST = 3  # sets of which ranks can be compared
 _UNITS = {"logprob": "nats per answer", "loss": "nats per token"}
 FORESIGHT_CAVEAT = (
     "The theory (arXiv 2504.10957) is about a model of one layer and tasks with two classes; of a language model this "
@@ -395,51 +394,20 @@ def point_at(points: Sequence[Point], value: float | None) -> Point | None:
     return next((p for p in points if value is not None and math.isclose(p.coefficient, value, abs_tol=1e-12)), None)
 
 
-def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Spearman's rank correlation; None of fewer than three, or where there are no ranks."""
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
-
-    if len(one) < _FEWEST or not all(map(math.isfinite, (*one, *two))) or 1 in (len(set(one)), len(set(two))):
-        return None
-    return float(spearmanr(one, two).statistic)
-
-
-def how_good(report: RunReport) -> tuple[str, ...]:
-    """How good the predictions were for the kept sets, in sentences: mean |measured - predicted|, and order."""
+def how_good(report: RunReport) -> str:
+    """How good the predictions were for the kept sets, in a sentence: mean |measured - predicted|."""
     at = foreseen_at(report)
-    points = [
-        (e, point_at(loss_changes(e, report.sweep), at)) for e in (report.foresight.kept if report.foresight else ())
-    ]
-    here = [(entry, point) for entry, point in points if point is not None]
-    if at is None or not here:
-        return ("The sweep has no loss of a kept set to hold against the prediction.",)
     off: dict[str, list[float]] = {}
-    for entry, p in here:
-        off.setdefault(_UNITS.get(entry.metric, entry.metric), []).append(abs(p.measured - p.predicted))
+    for entry in report.foresight.kept if report.foresight else ():
+        if p := point_at(loss_changes(entry, report.sweep), at):
+            off.setdefault(_UNITS.get(entry.metric, entry.metric), []).append(abs(p.measured - p.predicted))
+    if at is None or not off:
+        return "The sweep has no loss of a kept set to hold against the prediction."
     means = [
         f"{number(math.fsum(nats) / len(nats))} {unit} on average over {counted(len(nats), 'kept set')}"
         for unit, nats in off.items()
     ]
-    said = [f"At λ = {coefficient(at)} the straight line was off by {listing(means)}."]
-    if len(off) > 1:
-        return (*said, "Sets measured in unlike units have no order of loss to predict.")
-    ranks = spearman([p.predicted for _, p in here], [p.measured for _, p in here])
-    if len(here) < _FEWEST:
-        said.append(f"Of fewer than {_FEWEST} kept sets there is no order to predict.")
-    elif ranks is not None:
-        said.append(f"It put them in order of their loss with a rank correlation of {signed(ranks)}.")
-    lost = [(entry.alpha_changes, p.measured) for entry, p in here if entry.alpha_changes is not None]
-    ranks = spearman([alpha for alpha, _ in lost], [nats for _, nats in lost])
-    if len(lost) < _FEWEST:
-        said.append(
-            f"Whether the correlation α tells who will lose most cannot be said of fewer than {_FEWEST} sets with both."
-        )
-    elif ranks is not None:
-        said.append(
-            f"The correlation α put {counted(len(lost), 'set')} in order of their loss with a rank "
-            f"correlation of {signed(ranks)}."
-        )
-    return tuple(said)
+    return f"At λ = {coefficient(at)} the straight line was off by {listing(means)}."
 
 
 def dearest(report: RunReport) -> str:

@@ -226,10 +226,8 @@ class Scorer:
     def scores(self, edit: Edit | None, vector: str, coefficient: float, split: Split, under: str = "eval") -> Path:
         """The folder with the scores of a split under θ − coefficient · τ, made or found again.
 
-        Args:
-            edit: The vector on the target model; none is needed at 0.
-            vector: Its digest.
-            under: Where a new stage lies in the run's folder. Its key does not depend on it.
+        ``vector`` is the edit's digest; at 0 neither is needed. ``under`` is where a new stage lies in the run's
+        folder, on which its key does not depend.
         """
         recipe, sets, last = self._recipe, self._questions.sets, split == "test"
 

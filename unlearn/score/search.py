@@ -312,13 +312,9 @@ def bisect(
     *,
     ties: bool,
 ) -> tuple[SweepPoint, ...]:
-    """Score what the choice from a grid (coefficients above 0, ascending) needs; returns ``base`` and these points.
+    """Score what the choice from a grid (coefficients above 0, ascending) needs; returns ``base``, at 0, and these.
 
-    Args:
-        base: The point at coefficient 0.
-        score: The judged point at a coefficient.
-        remaining: What is left to do at a point.
-        ties: Whether equal values are to be expected, so that the smallest coefficient of equal ones is looked for.
+    ``ties``: equal values are to be expected, so that the smallest coefficient of equal ones is looked for.
     """
     budget = max(len(grid) / 2, math.ceil(math.log2(len(grid) + 1)))
     found = {0: base}
@@ -367,11 +363,8 @@ def balance(
     The start is the diagonal's best passing point, or all at the smallest coefficient where none passes. No part is
     ever given 0: a request that is not granted should be withdrawn, not dropped without a word.
 
-    Args:
-        grid: Coefficients above 0, ascending.
-        score: The judged point of a combination; none is asked for twice.
-        better: ``better(a, b)``: whether the rule prefers a to b, both of them within the bounds.
-        diagonal: Coefficients of the grid to try for all parts alike; all of them when not given.
+    ``better(a, b)``: whether the rule prefers a to b, both of them within the bounds. ``diagonal`` are coefficients of
+    the grid to try for all parts alike, all of them when not given. No combination is asked for twice.
 
     Returns:
         A weight above 0 for every name, the largest 1, and every combination that was tried, in order.
