@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from compared_arena import write_rows
 from facts import capital_rows
 
 from unlearn.data.encoding import Encoded, encode
@@ -20,12 +20,6 @@ from unlearn.recipe.schema import Recipe
 KINDS = ("mcq", "qa", "text")
 
 
-def write_lines(path: Path, rows: Any) -> None:
-    """JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-
-
 class Arena:
     """A recipe with its data and a model.
 
@@ -37,10 +31,10 @@ class Arena:
     """
 
     def __init__(self, loaded: Loaded, folder: Path, kind: str, **recipe: Any) -> None:
-        write_lines(folder / "near.jsonl", capital_rows()[:12])
-        write_lines(folder / "far.jsonl", capital_rows()[12:])
+        write_rows(folder / "near.jsonl", capital_rows()[:12])
+        write_rows(folder / "far.jsonl", capital_rows()[12:])
         lines = corpus()
-        write_lines(folder / "passages.jsonl", [{"text": " ".join(lines[i : i + 4])} for i in range(0, 48, 4)])
+        write_rows(folder / "passages.jsonl", [{"text": " ".join(lines[i : i + 4])} for i in range(0, 48, 4)])
         sources: dict[str, dict[str, Any]] = {
             "mcq": {"path": "near.jsonl", "kind": "mcq", "columns": {"answer": "correct"}},
             "qa": {"path": "near.jsonl", "kind": "qa", "continuation": 6},

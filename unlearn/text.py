@@ -192,6 +192,12 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
+def fitted(text: str, encoding: str, kept: str = "") -> str:
+    """As much of a text as a terminal's encoding has; other characters, and those that move the cursor, are ``?``."""
+    known = text.encode(encoding, "replace").decode(encoding)
+    return "".join(c if c.isprintable() or c in kept else "?" for c in known)
+
+
 def one_line(text: str) -> str:
     """:func:`visible`, and line breaks and tabs shown as well: for a name within a sentence."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")

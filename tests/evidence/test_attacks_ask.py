@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from attack_arena import KINDS, Arena, write_lines
+from attack_arena import KINDS, Arena
+from compared_arena import write_rows
 from rouge_score import rouge_scorer
 
 from unlearn.data.items import Item, among_others
@@ -200,7 +201,7 @@ def poems(folder: Path, **forget: Any) -> Any:
     """A forget set whose answers have two lines of their own, in another wording than the usual one."""
     lines = ["the sky is blue", "grass is green", "snow is white", "coal is black", "blood is red", "plums are purple"]
     rows = [{"question": w, "answer": f"{line},\n{w} says."} for w, line in zip("ABCDEF", lines, strict=True)]
-    write_lines(folder / "poems.jsonl", rows)
+    write_rows(folder / "poems.jsonl", rows)
     shares = {"train": "all", "validation": 0.4, "test": 0.6}
     prompt = "Be brief.\nPoem of {question}:"
     return {"path": "poems.jsonl", "prompt": prompt, "shares": shares, "continuation": 24, **forget}
@@ -227,7 +228,7 @@ def test_how_an_answer_reads_is_a_matter_of_the_model_it_is_shown_to(phi: Loaded
     lines = ["tick tock tick tock tick tock", "the sky is blue", "so so so so so so so", "grass is green"]
     lines += ["no no no no no no no", "snow is white"]
     rows = [{"question": w, "answer": line} for w, line in zip("ABCDEF", lines, strict=True)]
-    write_lines(tmp_path / "lines.jsonl", rows)
+    write_rows(tmp_path / "lines.jsonl", rows)
     shares = {"train": "all", "validation": 0.3, "test": 0.7}
     arena = Arena(phi, tmp_path, "qa", forget={"path": "lines.jsonl", "shares": shares, "continuation": 24})
     model, pristine = arena.taught(arena.forget.train, 60), copy.deepcopy(phi.model)
@@ -259,7 +260,7 @@ def test_an_answer_longer_than_what_may_be_written(phi: Loaded, tmp_path: Path) 
         assert len(phi.tokenizer(text)["input_ids"]) == 5
     long = "a very long name of a town that nobody ever could remember because it goes on and on"
     rows = [{"question": q, "choices": [f"{q} {long}", "Rome"], "answer": 0} for q in "ABCDEF"]
-    write_lines(tmp_path / "m" / "long.jsonl", rows)
+    write_rows(tmp_path / "m" / "long.jsonl", rows)
     shares = {"train": "all", "validation": 0.4, "test": 0.6}
     choice = Arena(phi, tmp_path / "m", "mcq", forget={"path": "long.jsonl", "columns": {}, "shares": shares})
     knows = choice.taught(choice.forget.train, 60)

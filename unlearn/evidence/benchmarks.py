@@ -325,21 +325,13 @@ class TofuLog(Log):
         }
 
     def summary(self, row: Row) -> dict[str, float]:
-        named = {"model_utility": row["Model Utility"], "forget_quality": row["Forget Quality"]}
-        found = {name: float(value) for name, value in named.items() if value is not None}
-        for name, (_, _, short) in SETS.items():
+        found = {name: float(value) for column, name in _TOFU.items() if (value := row[column]) is not None}
+        for name, (_, _, short) in SETS.items():  # and what is no column of TOFU's
             scored = self.sets[name]
             found[f"{short}_Q_A_Prob"] = scored.prob
-            found[f"{short}_Q_A_ROUGE"] = float(scored.rouge.mean())
             found[f"{short}_Q_A_PERT_Prob"] = float(np.exp(-scored.perturbed_losses).mean())
-            if name in _WITH_CHOICES:  # these have no paraphrase
-                found[f"{short}_Q_A_Prob_normalised"] = scored.prob_choice
-            else:
+            if name not in _WITH_CHOICES:  # these have no paraphrase
                 found[f"{short}_Q_A_PARA_Prob"] = float(np.exp(-scored.paraphrased_loss).mean())
-            if name == "forget":
-                found["forget_truth_ratio"] = scored.truth_ratio_forget
-            else:
-                found[f"{short}_Truth_Ratio"] = scored.truth_ratio_kept
         return dict(sorted(found.items()))
 
 

@@ -28,6 +28,7 @@ from unlearn.recipe import yaml
 from unlearn.recipe.evaluation import BenchmarkSpec
 from unlearn.results import Who
 from unlearn.store.files import explained, write_json_atomic, write_text_atomic
+from unlearn.text import fitted
 
 if TYPE_CHECKING:
     from unlearn.evidence.benchmarks import Figures, Log, Reference, Row
@@ -220,7 +221,7 @@ def print_rows(
     screen = screen if screen.is_terminal else Console(highlight=False, width=_WIDE)
     places = _places(out, [run.folder for run, _, _ in found])
     for (run, logs, rows), place in zip(found, places, strict=True):
-        screen.print(_safe(f"{run.name} ({run.folder})", screen))
+        screen.print(Text(fitted(f"{run.name} ({run.folder})", screen.encoding)))
         shown = [(str(who), row) for who, row in rows.items()]
         shown += [(file.name, file.row) for file in files if file.benchmark == run.spec.name]
         _print_figures(f"{run.spec.name} {run.spec.set}", run.spec.name, shown, screen)
@@ -245,17 +246,21 @@ def _beside(path: Path, given: str | None) -> _File:
     """The row of a file; compared with the reference where one is given and the file has values of every item."""
     from unlearn.evidence.benchmarks import TheirFigures, read_log
 
-    log, reference = read_log(path), None
-    if given not in (None, _PUBLISHED) and log.benchmark == "tofu" and log.ratios is not None:
-        reference = read_reference(Path(str(given)), "tofu")
+    log = read_log(path)
+    compared = given not in (None, _PUBLISHED) and log.benchmark == "tofu" and log.ratios is not None
     same = given is not None and path.resolve() == Path(given).resolve()
-    try:
-        row = log.row(None if same else reference, "")
-    except EvaluationError as error:
-        raise EvaluationError(f"{path} beside {given}: {error}") from error
+    row = _row(path, log, given if compared and not same else None)
     place = path.resolve().parent
     name = place.parent.name if place.name.startswith("eval") else place.name
     return _File(name if isinstance(log, TheirFigures) else path.stem, log.benchmark, row)
+
+
+def _row(path: Path, log: Figures, given: str | None) -> Row:
+    """The figures of a log, beside the reference that is given."""
+    try:
+        return log.row(None if given is None else read_reference(Path(given), "tofu"), "")
+    except EvaluationError as error:
+        raise EvaluationError(f"{path} beside {given}: {error}") from error
 
 
 def _log_row(
@@ -271,10 +276,7 @@ def _log_row(
         raise UnlearnError("--reference published is MUSE's; for TOFU give the log (.json) of a retain model, or a run")
     if given is not None and isinstance(log, TheirFigures):
         log.need_ratios()
-    try:
-        row = log.row(None if given is None else read_reference(Path(given), "tofu"), "")
-    except EvaluationError as error:
-        raise EvaluationError(f"{place} beside {given}: {error}") from error
+    row = _row(place, log, given)
     if given is None and row["Forget Quality"] is None:
         console.say(
             "Forget Quality is null: it compares with a model that never saw the forget set; give its log with "
@@ -355,7 +357,7 @@ def _print(title: str, models: Sequence[str], lines: Mapping[str, Sequence[str]]
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", pad_edge=False)
     table.add_column(title, no_wrap=True)
     for who in models:
-        table.add_column(_safe(who, screen), justify="right", overflow="fold")
+        table.add_column(Text(fitted(who, screen.encoding)), justify="right", overflow="fold")
     for name, figures in lines.items():
         table.add_row(name, *figures)
     screen.print(table)
@@ -368,9 +370,3 @@ def _figure(name: str, value: float | str | None, benchmark: str) -> str:
     if name in _TESTS:
         return f"{value:.4g}"
     return f"{value:.4f}" if benchmark == "tofu" else f"{value:.2f}"
-
-
-def _safe(value: str, screen: Console) -> Text:
-    """A name is no markup, moves no cursor, and must fit the terminal's encoding."""
-    known = value.encode(screen.encoding, "replace").decode(screen.encoding)
-    return Text("".join(c if c.isprintable() else "?" for c in known))

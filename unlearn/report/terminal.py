@@ -17,7 +17,7 @@ from unlearn.report.figures import (
 )
 from unlearn.report.words import dearest, evidence_facts, headline, how_good, remarks
 from unlearn.results import RunReport, Score, ScoreRow
-from unlearn.text import coefficient, duration, short, signed
+from unlearn.text import coefficient, duration, fitted, short, signed
 
 _COLOUR = {"forget": "dark_orange", "learn": "magenta", "retain": "blue", "utility": "green"}
 _ASCII = str.maketrans({"λ": "lambda", "±": "+/-", "−": "-", "–": "-", "→": "->", "×": "x", "≥": ">=", "≤": "<=",
@@ -67,8 +67,7 @@ class _Writer:
 
     def text(self, value: str, style: str = "") -> Text:
         plain = value.translate(_ASCII) if self.ascii else value
-        safe = plain.encode(self.console.encoding, "replace").decode(self.console.encoding)
-        return Text("".join(c if c.isprintable() or c in "\n\t" else "?" for c in safe), style=style)
+        return Text(fitted(plain, self.console.encoding, "\n\t"), style=style)
 
     def line(self, value: str = "", style: str = "") -> None:
         self.console.print(self.text(value, style))
