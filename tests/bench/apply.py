@@ -14,7 +14,7 @@ compares the weights with a reference in float64 that is rounded once, on 256 ro
 Every way is a process of its own. Before each, the files it reads are taken out of the page cache as far as the system
 lets one (``--warm``: they are read once instead). Peak memory is the process's own (``ru_maxrss``), which leaves out
 the page cache: what ``cp`` and the others read and write passes through that and pushes other files out of it, what
-this program reads and writes does not. Processor seconds tell how much of the time was work, should others be at work
+this program writes does not. Processor seconds tell how much of the time was work, should others be at work
 too.
 """
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-from vector_arena import FIVE, Load, edited_logits, edited_weights, exact, logits, model_vector, same, state
+from vector_arena import FIVE, Load, edited_logits, edited_weights, exact, logits, model_vector, same, state, trained
 
 from unlearn.errors import VectorError
 from unlearn.model.load import Loaded, linear_modules
@@ -46,23 +43,10 @@ def test_it_is_the_dense_sum(loaded: Load, folder: Path, c: float, dense: bool) 
     torch.testing.assert_close(logits(model), wanted, atol=2e-4, rtol=1e-4)
 
 
-def random_adapter(model: Any, seed: int = 0, **options: Any) -> PeftModel:
-    """PEFT's own LoRA on every linear layer, its B filled so that it does something."""
-    linear = linear_modules(model)
-    conv = any(isinstance(m, Conv1D) for m in linear.values())
-    config = LoraConfig(r=4, lora_alpha=10, target_modules=list(linear), fan_in_fan_out=conv, **options)
-    torch.manual_seed(seed)
-    peft_model = get_peft_model(model, config)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
-    return peft_model.eval()
-
-
 @FIVE
 @pytest.mark.parametrize("rslora", [False, True])
 def test_negation_is_peft_s_own_at_minus_one(loaded: Load, folder: Path, rslora: bool) -> None:
-    peft_model = random_adapter(loaded(folder).model, use_rslora=rslora)
+    peft_model = trained(loaded(folder).model, r=4, lora_alpha=10, use_rslora=rslora)
     vector = read_adapter(peft_model, {"set": "forget"})
     tuned = logits(peft_model)
     # peft gives the new adapter alpha = r and folds the old scale in, but under rsLoRA alpha/sqrt(r) is then sqrt(r)
@@ -259,7 +243,7 @@ def test_a_tied_head_would_change_twice(llama: Loaded, phi: Loaded) -> None:
 
 
 def test_contrast_of_two_adapters_is_peft_s_concatenation(loaded: Load, pico_phi: Path) -> None:
-    peft_model, retain_model = (random_adapter(loaded(pico_phi).model, seed=seed) for seed in (1, 2))
+    peft_model, retain_model = (trained(loaded(pico_phi).model, seed) for seed in (1, 2))
     forget, retain = (read_adapter(m, {}) for m in (peft_model, retain_model))
     peft_model.add_adapter("retain", peft_model.peft_config["default"])
     for name, layer in retain_model.named_modules():

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
+from vector_arena import THREE, Load, logits, model_vector, trained
 
 from unlearn.errors import VectorError
-from unlearn.model.load import Loaded, linear_modules, model_of
+from unlearn.model.load import linear_modules, model_of
 from unlearn.train.vectors import read_adapter
 from unlearn.vector.change import Dense, LowRank
 from unlearn.vector.edit import subtracted
@@ -29,34 +30,6 @@ from unlearn.vector.interop import (
 )
 from unlearn.vector.streamed import apply, check
 from unlearn.vector.task_vector import ADAPTER_CONFIG, TaskVector
-
-FAMILIES = ["phi", "llama", "gpt2"]
-Load = Callable[..., Loaded]
-
-
-@pytest.fixture(params=FAMILIES)
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"pico_{request.param}")
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    ids = torch.randint(0, 250, (2, 17), generator=torch.Generator().manual_seed(2))
-    return model(input_ids=ids).logits.clone()  # type: ignore[no-any-return]
-
-
-def trained(model: Any, **options: Any) -> PeftModel:
-    """PEFT's LoRA with values in both factors."""
-    targets = options.pop("target_modules", list(linear_modules(model)))
-    conv = any(isinstance(m, Conv1D) for m in linear_modules(model).values())
-    settings = {"r": 3, "lora_alpha": 7, "target_modules": targets, "fan_in_fan_out": conv} | options
-    peft_model = get_peft_model(model, LoraConfig(**settings))
-    torch.manual_seed(0)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
-    return peft_model.eval()
-
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -71,6 +44,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 
 
+@THREE
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS.keys())
 def test_what_peft_saves_is_read_as_peft_means_it(
     loaded: Load, folder: Path, tmp_path: Path, options: dict[str, Any]
@@ -97,26 +71,14 @@ def test_factors_in_other_formats(loaded: Load, pico_phi: Path, tmp_path: Path, 
         torch.testing.assert_close(m.delta().double(), 7 / 3 * b @ a, atol=1e-6, rtol=1e-5)
 
 
-def some_vector(model: nn.Module, only: str = "", fixed: int = 0) -> TaskVector:
-    generator = torch.Generator().manual_seed(3)
-    modules = {}
-    for number, (name, module) in enumerate(linear_modules(model).items()):
-        if only in name:
-            shape = module.weight.shape
-            rows, columns = shape[::-1] if isinstance(module, Conv1D) else shape
-            rank = fixed or 1 + number % 3
-            a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
-            modules[name] = LowRank(a, 0.05 * b)
-    return TaskVector(modules, {"set": "forget"})
-
-
-@pytest.mark.parametrize("only", ["", "layers.1.", "h.0.", "c_proj", "fc1"])
+@THREE
+@pytest.mark.parametrize("only", ["", r"layers\.1\.", r"h\.0\.", "c_proj", "fc1"])
 @pytest.mark.parametrize("there", [True, False])
 def test_what_is_written_peft_loads_as_the_same_change(
     loaded: Load, folder: Path, tmp_path: Path, only: str, there: bool
 ) -> None:
     model = loaded(folder).model
-    vector = some_vector(model, only) if any(only in n for n in linear_modules(model)) else some_vector(model)
+    vector = model_vector(model, only=only if any(re.search(only, n) for n in linear_modules(model)) else "")
     conv = any(isinstance(m, Conv1D) for m in linear_modules(model).values())
     with subtracted(model, vector, -1.0):
         wanted = logits(model)

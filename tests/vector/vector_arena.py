@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -44,6 +46,19 @@ def model_vector(
         change = factors(*shape_of(model.get_submodule(name)), ranks[number % len(ranks)], generator, scale)
         modules[name] = Dense(change.delta()) if dense and number % 2 == 0 else change
     return TaskVector(modules, {"set": "forget"})
+
+
+def trained(model: Any, seed: int = 0, **options: Any) -> PeftModel:
+    """PEFT's own LoRA, on every linear layer if not told otherwise, its B filled so that it does something."""
+    linear = linear_modules(model)
+    conv = any(isinstance(m, Conv1D) for m in linear.values())
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": list(linear), "fan_in_fan_out": conv} | options
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(model, LoraConfig(**settings))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return peft_model.eval()
 
 
 def exact(change: Change) -> Tensor:
@@ -94,6 +109,18 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Writing more than so many bytes to one file fails, as on a disk that fills up."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 THREE = pytest.mark.parametrize("folder", ["phi", "llama", "gpt2"], indirect=True)

@@ -38,6 +38,7 @@ from unlearn.processes import handled
 from unlearn.recipe.evaluation import ClusterSpec
 from unlearn.store.files import explained, unwritable, write_json_atomic
 from unlearn.store.lock import Lock, started
+from unlearn.store.provenance import cores
 from unlearn.text import counted, duration, hide, shown
 
 Standing = Literal["done", "running", "queued", "stopped", "failed", "lost", "blocked", "waiting"]
@@ -436,12 +437,8 @@ def _queue(submissions: Sequence[Submission]) -> tuple[dict[str, _Entry], str | 
 def submit(root: Path, grid: Grid, what: str, local: bool, at_once: int | None = None) -> int:
     """Submit those of a grid's jobs that stand so (:data:`AGAIN`), and the preparations they still need.
 
-    Args:
-        root: The grid's folder, absolute; made if it is not there.
-        local: Run them on this machine, ``at_once`` at a time, and wait for the end.
-
-    Returns:
-        Exit code: 0 submitted or done, 1 a local job did not end well, 130 stopped.
+    ``local`` runs them on this machine, ``at_once`` at a time. Returns the exit code: 0 submitted or done, 1 a local
+    job did not end well, 130 stopped.
     """
     if cure := absent("submitit"):
         raise GridError(f"jobs are run by the package submitit: {cure}")
@@ -602,15 +599,11 @@ def slots(spec: ClusterSpec, at_once: int | None) -> list[str]:
     each = max(1, spec.gpus)
     if visible and len(visible) < each:
         raise GridError(f"cluster.gpus is {each}, and {len(visible)} here: add --set cluster.gpus={len(visible)}")
-    room = len(visible) // each if visible else max(1, _cores() // (spec.processes or 1))
+    room = len(visible) // each if visible else max(1, cores() // (spec.processes or 1))
     asked = at_once or spec.parallelism or (room if visible else 1)
     if asked > room:
         say(f"{asked} jobs at a time are more than there are {'GPUs' if visible else 'cores'} for: {room}", "yellow")
     return [",".join(visible[n * each : (n + 1) * each]) for n in range(min(asked, room))]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_here(root: Path, grid: Grid, one: Submission, places: Sequence[str]) -> int:
@@ -626,7 +619,7 @@ def _run_here(root: Path, grid: Grid, one: Submission, places: Sequence[str]) ->
     processes = grid.cluster.processes or (max(1, grid.cluster.gpus) if any(places) else 1)
     executor = submitit.AutoExecutor(root / _SUBMITIT, cluster="local")
     executor.update_parameters(timeout_min=_YEAR, tasks_per_node=processes)
-    threads = os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // (processes * min(len(free), len(waiting))))
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores() // (processes * min(len(free), len(waiting))))
 
     def end(name: str, how: str, about: str) -> None:
         ended[name] = how
@@ -689,8 +682,7 @@ def _ended(root: Path, job: Job, since: str) -> tuple[str, str]:
 def cancel(root: Path) -> int:
     """Take the grid's jobs out of the queue, and stop what runs here. What is done stays, and can be gone on from.
 
-    Returns:
-        How many processes run on that cannot be stopped from here; which and where was said.
+    Returns how many processes run on that cannot be stopped from here; which and where was said.
     """
     Grid.load(root)  # a folder that is no grid's gets no lock
     with _locked(root):

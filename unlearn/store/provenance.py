@@ -51,7 +51,7 @@ def collect(recipe_source: Path | str, argv: Sequence[str], extra: Mapping[str, 
         "code": checkout(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "machine": {"cpu": _cpu(), "cores": _cores(), "memory_gb": _memory_gb(), "gpus": _gpus()},
+        "machine": {"cpu": _cpu(), "cores": cores(), "memory_gb": _memory_gb(), "gpus": _gpus()},
         "versions": versions(LIBRARIES),
         **scrub(dict(extra or {})),
     }
@@ -148,7 +148,7 @@ def _cpu() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use: a container or a batch job often has fewer than the machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if limit := re.fullmatch(r"(\d+) (\d+)", _text("/sys/fs/cgroup/cpu.max")):

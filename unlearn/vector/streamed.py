@@ -7,37 +7,40 @@ it takes is the vector's; everything else is copied byte for byte. Files, their 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
-from io import BufferedReader
+from fcntl import F_GETFL, F_SETFL, fcntl
+from functools import partial
+from io import FileIO
+from mmap import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from unlearn.console import progress, say
 from unlearn.errors import ModelError, RunFolderError, VectorError
 from unlearn.model.checkpoint import INDEX, Checkpoint, Stored, read_checkpoint, real_place
-from unlearn.store.files import explained, some, sync, unique, write_json_atomic
+from unlearn.store.files import explained, some, write_json_atomic, written_whole
 from unlearn.store.lock import Lock
-from unlearn.store.provenance import versions
+from unlearn.store.provenance import cores, versions
 from unlearn.vector.change import (
     Change,
     Survival,
     edited,
     generator_for,
-    listed,
     lost,
     round_stochastically,
     row_blocks,
@@ -62,7 +65,9 @@ _WAYS_OUT = (
     "Give the model in float32, round with --stochastic-rounding (to another folder), or put the vector on as an "
     "adapter, which is exact; --accept-rounding writes them all the same"
 )
-_CHUNK, _MB = 2**23, 10**6
+_CHUNK, _MB = 2**22, 10**6
+_AHEAD, _NEXT = 8, 2**25  # pieces that are edited before they are written, and bytes that are read before that
+_Piece: TypeAlias = Callable[[], bytearray | memoryview]
 _SPARE = 64 * 2**20  # bytes that stay free
 _MEASURED_WHOLE = 2**20  # elements of a tensor of which every row is measured; of larger ones these are:
 _EVERY_BLOCK, _EVERY_ROW = 16, 4
@@ -91,6 +96,19 @@ class Verdict:
     wrong: Mapping[str, str]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A block is too small for torch to share: its threads would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def apply(
     vector: str | Path | TaskVector,
     model: str | Path,
@@ -108,11 +126,6 @@ def apply(
         model: A folder with safetensors.
         stochastic_rounding: Round edited weights to 16 bits by chance (``seed``) instead of to nearest.
         accept_rounding: Write also what rounding to nearest has made another edit of.
-
-    Raises:
-        ModelError: the checkpoint is damaged, quantised, or none.
-        VectorError: the vector does not fit it, the result is not finite, or too little of the edit survived rounding.
-        RunFolderError: the output's folder is not for it, is full, or cannot be written.
     """
     checkpoint = read_checkpoint(Path(model))
     vector = _vector_for(vector, checkpoint, coefficient)
@@ -151,13 +164,13 @@ def apply(
                 measured = name not in checkpoint.files and not (accept_rounding or stochastic_rounding)
                 if measured and (said := lost(_survived(files), _WAYS_OUT)):
                     raise VectorError(f"{out}: {said}")
-                with explained(place), _hidden(place / name) as temporary:
+                with explained(place):
+                    (place / name).parent.mkdir(parents=True, exist_ok=True)
+                with written_whole(place / name) as temporary:
                     chance = seed if stochastic_rounding else None
                     files[name] = _write(path, temporary, targets.get(name, ()), coefficient, chance)
                     lock.check()
                     keep()  # first: a file under its name is always one that the record knows
-                    temporary.replace(place / name)
-                    sync((place / name).parent)
                 advance(path.stat().st_size // _MB)
         survived = _survived(files)
         with explained(place):
@@ -167,6 +180,7 @@ def apply(
     return Applied(count, len(checkpoint.tensors) - count, size, kept, left_out, survived)
 
 
+@_one_thread()
 def check(
     vector: str | Path | TaskVector,
     model: str | Path,
@@ -179,10 +193,6 @@ def check(
     """Compare a checkpoint, however it is cut into files, with ``theta - coefficient * tau``, bit by bit.
 
     Its ``config.json``, by which the weights are read, must say the same as the base's.
-
-    Raises:
-        ModelError: one of the checkpoints is damaged, or none, or an adapter lies in it.
-        VectorError: the vector does not fit the base.
     """
     if not Path(out).is_dir():
         raise RunFolderError(f"{out}: no such folder, so there is nothing to check")
@@ -193,7 +203,7 @@ def check(
     heads = copies(base) ^ copies(other)  # a head that is a copy of the embeddings may be stored or not
     wrong = dict.fromkeys(other.tensors.keys() - base.tensors.keys() - heads, "the base has no such tensor")
     chance = seed if stochastic_rounding else None
-    with _one_thread(), progress("checking, tensors", len(base.tensors)) as advance:
+    with progress("checking, tensors", len(base.tensors)) as advance:
         for name, mine in base.tensors.items():
             advance(1)
             theirs = other.tensors.get(name)
@@ -203,10 +213,8 @@ def check(
             elif (theirs.format, theirs.shape) != (mine.format, mine.shape):
                 wrong[name] = f"{theirs.format} {theirs.shape} instead of {mine.format} {mine.shape}"
             else:
-                with base.files[mine.file].open("rb") as one, other.files[theirs.file].open("rb") as two:
-                    one.seek(mine.begin)
-                    two.seek(theirs.begin)
-                    if differ := _differing(one, two, mine, targets.get(name), coefficient, chance):
+                with base.files[mine.file].open("rb", 0) as one, other.files[theirs.file].open("rb", 0) as two:
+                    if differ := _differing(one, two, mine, theirs, targets.get(name), coefficient, chance):
                         wrong[name] = f"{differ} of {math.prod(mine.shape)} elements differ"
     if said := _other_config(base.folder, other.folder):
         wrong[CONFIG] = said
@@ -334,9 +342,9 @@ def _misfit(
     if weight not in layout.linear:
         return layout.why_not(weight)
     if weight in made:
-        return f"transformers makes its weight out of {listed(made[weight])} on loading, so it is not in the files"
+        return f"transformers makes its weight out of {some(made[weight])} on loading, so it is not in the files"
     if len(stored) != 1:
-        found = f"{len(stored)} tensors, {listed([t.name for t in stored])}, for" if stored else "no"
+        found = f"{len(stored)} tensors, {some([t.name for t in stored])}, for" if stored else "no"
         more = "; transformers makes weights of this model out of others on loading" if made and not stored else ""
         return f"the checkpoint holds {found} {weight}{more}"
     tensor, wanted = stored[0], shape[::-1] if layout.linear[weight] else shape
@@ -415,57 +423,43 @@ def _config(folder: Path) -> Mapping[str, Any]:
 def _write(source: Path, to: Path, targets: Iterable[Target], coefficient: float, chance: int | None) -> dict[str, Any]:
     """Write one file with its tensors edited; what is to be recorded of it."""
     origin = source.stat()
-    survived: dict[str, Any] = {}
-    with _one_thread(), source.open("rb") as old, to.open("xb") as new:
+    survived: dict[str, list[Survival]] = {}
+    with source.open("rb", buffering=0) as old, _new_file(to) as write:
+        pieces, place = list[_Piece](), 0
         for target in targets:
-            for part in _bytes(old, target.stored.begin - old.tell()):
-                new.write(part)
-            parts: list[Survival] = []
-            for rows in _edited(old, target, coefficient, chance, parts):
-                new.write(rows.view(torch.uint8).numpy().data)
-            survived[target.module] = astuple(Survival.total(parts))
-        for part in _bytes(old, origin.st_size - old.tell()):
-            new.write(part)
-        new.flush()
-        os.fsync(new.fileno())
+            pieces += _copied(old, place, target.stored.begin)
+            pieces += _edited(old, target, coefficient, chance, survived.setdefault(target.module, []))
+            place = target.stored.end
+        pieces += _copied(old, place, origin.st_size)
+        for data in _done_ahead(pieces, chance):
+            write(data)
     if _state(source.stat()) != _state(origin):
         raise ModelError(f"{source}: it was changed while it was read: run the same command again")
-    return {"made": _state(to.stat())[:3], "base": _state(origin), "survived": dict(sorted(survived.items()))}
+    sums = {module: astuple(Survival.total(survived[module])) for module in sorted(survived)}
+    return {"made": _state(to.stat())[:3], "base": _state(origin), "survived": sums}
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A block is too small to share: threads would wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
+def _copied(file: FileIO, begin: int, end: int) -> list[_Piece]:
+    """Bytes of a file as they are."""
+    return [partial(_read, file, place, min(_CHUNK, end - place)) for place in range(begin, end, _CHUNK)]
 
 
 def _edited(
-    file: BufferedReader, target: Target, coefficient: float, chance: int | None, measured: list[Survival] | None = None
-) -> Iterator[Tensor]:
-    """The rows of an edited tensor as stored, block by block; ``file`` stands where the base's begin.
-
-    Blocks are read and edited by some threads while earlier ones are used.
-    """
+    file: FileIO, target: Target, coefficient: float, chance: int | None, measured: list[Survival] | None = None
+) -> list[_Piece]:
+    """The rows of an edited tensor as stored, block by block."""
     stored, transposed = target.stored, target.transposed
     dtype, columns = _DTYPES[stored.format], stored.shape[1]
+    width = columns * dtype.itemsize
     by_chance = chance is not None and dtype != torch.float32
     generator = generator_for(chance or 0, f"{target.module}.weight") if by_chance else None
     whole = math.prod(stored.shape) <= _MEASURED_WHOLE
-    beginning = file.tell()
 
-    def edit(number: int, first: int, end: int) -> tuple[Tensor, Survival | None]:
-        raw = bytearray((end - first) * columns * dtype.itemsize)
-        if os.preadv(file.fileno(), [raw], beginning + first * columns * dtype.itemsize) < len(raw):
-            raise ModelError(f"{file.name}: it was cut off while it was read")
+    def edit(number: int, first: int, end: int) -> memoryview:
+        raw = _read(file, stored.begin + first * width, (end - first) * width)
         before = torch.frombuffer(raw, dtype=dtype).view(-1, columns)
-        part = rows_of(target.change, first, end, transposed)
-        exact = edited(before.float(), part, -coefficient, transposed)
+        part, exact = rows_of(target.change, first, end, transposed), before.to(torch.float32, copy=True)
+        edited(exact, part, -coefficient, transposed, out=exact)
         after = round_stochastically(exact, dtype, generator) if generator else exact.to(dtype)
         if not bool(torch.isfinite(torch.stack(torch.aminmax(exact)).to(dtype)).all()):
             raise VectorError(
@@ -473,60 +467,90 @@ def _edited(
                 "hold (or they are not finite before): take a smaller one"
             )
         step = 1 if whole else 0 if number % _EVERY_BLOCK else _EVERY_ROW
-        if measured is None or not step:
-            return after, None
-        delta = part.delta().T if transposed else part.delta()
-        return after, Survival.of(after[::step], before[::step], -coefficient * delta[::step])
+        if measured is not None and step:
+            delta = part.delta().T if transposed else part.delta()
+            measured.append(Survival.of(after[::step], before[::step], -coefficient * delta[::step]))
+        return after.reshape(-1).view(torch.uint8).numpy().data
 
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = 1 if generator else processors  # one generator draws for one block after the other
+    return [partial(edit, number, *rows) for number, rows in enumerate(row_blocks(*stored.shape))]
+
+
+def _done_ahead(pieces: Iterable[_Piece], chance: int | None) -> Iterator[bytearray | memoryview]:
+    """What the pieces come to, in order, while some threads are at the next ones."""
+    workers = cores() if chance is None else 1  # one generator draws for one block after the other
+    waiting: deque[Future[bytearray | memoryview]] = deque()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[tuple[Tensor, Survival | None]]] = deque()
-        blocks = enumerate(row_blocks(*stored.shape))
-        while True:
-            for number, (first, end) in blocks:
-                waiting.append(pool.submit(edit, number, first, end))
-                if len(waiting) > 2 * workers:  # more would only fill the memory
-                    break
-            if not waiting:
-                break
-            after, survival = waiting.popleft().result()
-            if measured is not None and survival is not None:
-                measured.append(survival)
-            yield after
-    file.seek(stored.end)
+        for piece in pieces:
+            waiting.append(pool.submit(piece))
+            if len(waiting) > _AHEAD:  # more would only fill the memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _differing(
-    one: BufferedReader,
-    two: BufferedReader,
-    stored: Stored,
+    one: FileIO,
+    two: FileIO,
+    mine: Stored,
+    theirs: Stored,
     target: Target | None,
     coefficient: float,
     chance: int | None,
 ) -> int:
-    """How many elements of a tensor are not what they should be, bit by bit; both files stand at its beginning."""
-    size = stored.end - stored.begin
-    width = max(size // max(math.prod(stored.shape), 1), 1)
-    parts: Iterator[Any] = _bytes(one, size)
-    if target is not None:
-        parts = (rows.view(torch.uint8).numpy().data for rows in _edited(one, target, coefficient, chance))
-    differ = 0
-    for part in parts:
-        wanted, found = (np.frombuffer(p, np.uint8) for p in (part, two.read(memoryview(part).nbytes)))
+    """How many elements of a tensor are not what they should be, bit by bit."""
+    differ, place = 0, theirs.begin
+    pieces = _edited(one, target, coefficient, chance) if target else _copied(one, mine.begin, mine.end)
+    for data in _done_ahead(pieces, chance):
+        wanted, found = (np.frombuffer(part, np.uint8) for part in (data, _read(two, place, len(data))))
+        place += len(data)
         if not np.array_equal(wanted, found):
+            width = (mine.end - mine.begin) // math.prod(mine.shape)
             differ += int((wanted.reshape(-1, width) != found.reshape(-1, width)).any(1).sum())
     return differ
 
 
-def _bytes(file: BufferedReader, count: int) -> Iterator[bytes]:
-    """The next bytes of a file, chunk by chunk."""
-    while count:
-        part = file.read(min(count, _CHUNK))
-        if not part:
-            raise ModelError(f"{file.name}: it was cut off while it was read")
-        count -= len(part)
-        yield part
+def _read(file: FileIO, begin: int, size: int) -> bytearray:
+    """Some bytes of a file; those that come soon after them begin to be read from the disk."""
+    raw = bytearray(size)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), begin + _NEXT, size, os.POSIX_FADV_WILLNEED)
+    if os.preadv(file.fileno(), [raw], begin) < size:
+        raise ModelError(f"{file.name}: it was cut off while it was read")
+    return raw
+
+
+@contextmanager
+def _new_file(place: Path) -> Iterator[Callable[[bytearray | memoryview], None]]:
+    """Gives what writes to a new file: past the page cache where the system can, in half the time that it takes
+    through it, which asks for large pieces that begin at a page of memory and of the file."""
+    with place.open("xb", buffering=0) as file:
+        used, flags, buffer = 0, fcntl(file, F_GETFL), memoryview(mmap(-1, _CHUNK))
+
+        def put(data: memoryview) -> None:
+            while data:
+                try:
+                    data = data[file.write(data) :]
+                except OSError as e:
+                    if e.errno != errno.EINVAL or fcntl(file, F_GETFL) == flags:
+                        raise
+                    fcntl(file, F_SETFL, flags)  # not with these pieces, or the last one was cut off: as usual
+
+        def write(data: bytearray | memoryview) -> None:
+            nonlocal used
+            left = memoryview(data)
+            while left:
+                count = min(_CHUNK - used, len(left))
+                buffer[used : used + count] = left[:count]
+                used, left = used + count, left[count:]
+                if used == _CHUNK:
+                    put(buffer)
+                    used = 0
+
+        with suppress(OSError):
+            fcntl(file, F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+        yield write
+        fcntl(file, F_SETFL, flags)
+        put(buffer[:used])
 
 
 # -- the folder
@@ -541,17 +565,6 @@ def _state(status: os.stat_result) -> list[int]:
     """By which a file is known again without reading it: size, time, number; device and time of its status, which
     nobody may set (copies and images may keep one time for all files)."""
     return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns]
-
-
-@contextmanager
-def _hidden(place: Path) -> Iterator[Path]:
-    """A hidden name beside ``place`` for what will be renamed to it; removed if it is still there at the end."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{unique()}.tmp")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
