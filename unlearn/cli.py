@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -416,7 +415,7 @@ def status(
             *(row.name, Text(row.state, _COLOURS.get(row.state, "red")), str(row.attempt or "")),
             *("" if since is None else duration(since), Text(one_line(shown(error[-1] if error else row.where or "")))),
         )
-    out = _terminal()
+    out = console.results()
     out.print(table, "", Text(found.totals(), "bold"), sep="\n")
     if found.unasked is not None:
         out.print(Text(shown(f"! Slurm cannot be asked ({found.unasked}): this is the last that was heard"), "yellow"))
@@ -442,7 +441,7 @@ def compare(
     alone = len(runs) == 1 and (runs[0] / GRID_FILE).is_file()
     place = (out or (runs[0] if alone else Path("compare"))).absolute()
     found, missing = write([run.absolute() for run in runs], place)
-    terminal = _terminal()
+    terminal = console.results()
     for family in found:
         table = _table("setting", "runs", "λ", f"{family.goal} before", "after", "memory", "kept", "bound met", "")
         for n, setting in enumerate(family.settings):
@@ -454,10 +453,6 @@ def compare(
         console.say(f"! {line}", style="yellow")
     console.say(f"report: {place / 'report.html'}" if found else "no run has finished: there is nothing to compare")
     raise typer.Exit(0 if found else 1)
-
-
-def _terminal() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 220, highlight=False, markup=False)  # columns in a file
 
 
 def _table(*columns: str) -> Table:

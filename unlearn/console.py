@@ -73,6 +73,12 @@ def say(message: str, style: str | None = None) -> None:
         log.log(_LEVELS.get(style or "", logging.INFO), "%s", message, extra={"style": style})
 
 
+def results() -> Console:
+    """The console for results on stdout: in a pipe so wide that every row stays one line, for other programs."""
+    screen = Console(highlight=False, markup=False)
+    return screen if screen.is_terminal else Console(highlight=False, markup=False, width=1000)
+
+
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line every ten seconds in a log file: ``advance(n)`` says that ``n`` more are done."""

@@ -15,12 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from vector_arena import FIVE, Load, logits
 
 from unlearn.errors import UnlearnError, VectorError
+from unlearn.model.checkpoint import INDEX, SINGLE
 from unlearn.model.load import architecture_of, linear_modules
 from unlearn.vector.change import Dense, LowRank
 from unlearn.vector.edit import subtracted
 from unlearn.vector.interop import from_checkpoints
-
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @torch.no_grad()
@@ -96,7 +95,7 @@ def test_a_tied_head_may_be_stored_or_not(loaded: Load, pico_llama: Path, tmp_pa
     shutil.copytree(pico_llama, base)
     tuned(loaded(pico_llama).model).save_pretrained(after)
     wanted, _ = from_checkpoints(base, after, on_unequal="error")
-    embeddings = load_file(base / FILE)["model.embed_tokens.weight"]
+    embeddings = load_file(base / SINGLE)["model.embed_tokens.weight"]
     rewrite(after, {"lm_head.weight": embeddings.clone()})
     assert from_checkpoints(base, after, on_unequal="error")[0].digest() == wanted.digest()
     rewrite(base, {"lm_head.weight": embeddings.clone()})
@@ -141,7 +140,7 @@ def test_changes_that_no_vector_holds_are_named(loaded: Load, folder: Path, tmp_
     vector, report = from_checkpoints(folder, tmp_path, on_unequal="skip")
     model = dict(before.named_parameters())
     linear = {f"{name}.weight" for name in vector.modules} | {"lm_head.weight"}
-    stored = {k if k in model else "lm_head.weight" for k in load_file(tmp_path / FILE)}
+    stored = {k if k in model else "lm_head.weight" for k in load_file(tmp_path / SINGLE)}
     assert set(report.unequal) - {"embed_out.weight"} == stored - linear
     assert f"in {len(report.unequal)} tensors" in str(caught.value)
     for why in report.unequal.values():
@@ -166,8 +165,8 @@ def pair(loaded: Load, pico_phi: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def rewrite(folder: Path, changes: dict[str, Tensor | None]) -> None:
     """Put tensors into a checkpoint, or take them out."""
-    tensors: dict[str, Tensor | None] = {**load_file(folder / FILE), **changes}
-    save_file({name: t.clone() for name, t in tensors.items() if t is not None}, folder / FILE)
+    tensors: dict[str, Tensor | None] = {**load_file(folder / SINGLE), **changes}
+    save_file({name: t.clone() for name, t in tensors.items() if t is not None}, folder / SINGLE)
 
 
 FC1 = "model.layers.0.mlp.fc1"
@@ -225,9 +224,9 @@ def test_a_checkpoint_of_the_body_alone(loaded: Load, pico_gpt2: Path, tmp_path:
     shutil.copytree(pico_gpt2, base)
     tuned(loaded(pico_gpt2).model).save_pretrained(after)
     wanted, _ = from_checkpoints(base, after, on_unequal="error")
-    body = {name.removeprefix("transformer."): t for name, t in load_file(base / FILE).items()}
+    body = {name.removeprefix("transformer."): t for name, t in load_file(base / SINGLE).items()}
     assert "h.0.mlp.c_fc.weight" in body
-    save_file(body, base / FILE, {"format": "pt"})
+    save_file(body, base / SINGLE, {"format": "pt"})
     vector, _ = from_checkpoints(base, after, on_unequal="error")
     assert vector.digest() == wanted.digest()
     assert "transformer.h.0.mlp.c_fc" in vector.modules
@@ -290,9 +289,9 @@ def test_folders_that_are_no_checkpoint(pair: tuple[Path, Path], tmp_path: Path)
     base, after = pair
     refused((tmp_path / "none", after), "none: no folder of a model: it has no config.json")
     refused((base, tmp_path / "none"), "none: no such folder")
-    (after / FILE).write_bytes((after / FILE).read_bytes()[:-7])
+    (after / SINGLE).write_bytes((after / SINGLE).read_bytes()[:-7])
     refused(pair, "its weights are damaged or do not belong together")
-    (after / FILE).unlink()
+    (after / SINGLE).unlink()
     torch.save({f"{FC1}.weight": torch.ones(128, 64)}, after / "pytorch_model.bin")
     refused(pair, "pickled as .bin .* never opened")
 

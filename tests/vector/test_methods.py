@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from vector_arena import exact, factors
 
 import unlearn
 from unlearn.errors import VectorError
@@ -48,9 +49,7 @@ quick = settings(deadline=None, max_examples=20)  # a shared machine has slow mo
 
 
 def draw(shape: tuple[int, int], kind: str, generator: torch.Generator, rank: int = 3) -> Change:
-    if kind == "dense":
-        return Dense(torch.randn(shape, generator=generator))
-    return LowRank(torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator))
+    return Dense(torch.randn(shape, generator=generator)) if kind == "dense" else factors(*shape, rank, generator)
 
 
 def random_vector(seed: int, kind: str = "factors", names: list[str] | None = None, rank: int = 3) -> TaskVector:
@@ -60,10 +59,7 @@ def random_vector(seed: int, kind: str = "factors", names: list[str] | None = No
 
 def dense(vector: TaskVector) -> dict[str, Tensor]:
     """Every change in float64, from its own tensors."""
-    return {
-        n: m.B.double() @ m.A.double() if isinstance(m, LowRank) else m.values.double()
-        for n, m in vector.modules.items()
-    }
+    return {name: exact(m) for name, m in vector.modules.items()}
 
 
 def assert_is(vector: TaskVector, wanted: Mapping[str, Tensor], tolerance: float = 1e-4) -> None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from unlearn.evidence.benchmarks import Figures, Log, Reference, Row
 
 _PUBLISHED = "published"  # as a reference: MUSE's authors' value
-_WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it
 _TESTS = ("Forget Quality", "KS Test PVal Forget")  # p-values, which may be anything down to 1e-300
 
 
@@ -217,8 +216,7 @@ def print_rows(
     if out is not None and not folders:
         raise UnlearnError("--out is for what runs scored: give the folder of a run as well")
     found = [(run, *_compared(run, reference, method or run.name)) for run in map(read_run, folders)]
-    screen = Console(highlight=False)
-    screen = screen if screen.is_terminal else Console(highlight=False, width=_WIDE)
+    screen = console.results()
     places = _places(out, [run.folder for run, _, _ in found])
     for (run, logs, rows), place in zip(found, places, strict=True):
         screen.print(Text(fitted(f"{run.name} ({run.folder})", screen.encoding)))

@@ -110,11 +110,6 @@ def refused(error: OSError, place: Path) -> RunFolderError:
     )
 
 
-def no_space(error: BaseException) -> bool:
-    """Whether the disk is full, also where a library says so in an error of its own."""
-    return _number(error) in FULL
-
-
 def unwritable(error: BaseException | None, folder: Path | None = None) -> OSError | None:
     """What the file system said, where that is behind an error that some library raised in words of its own.
 

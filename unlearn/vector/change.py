@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from unlearn.errors import VectorError
-from unlearn.text import one_line
+from unlearn.store.files import some
 
 LARGEST = 2**34  # elements of one weight; the largest ones in use have 2**31
-_LONGEST = 200  # characters of a name in a message
 _ROWS = 1024  # of a matrix that are in float64 at a time
 _BLOCK = 2**19  # elements of a matrix that are edited at a time
 _FEWEST = 64  # rows of a block: thin products are computed another way
@@ -200,12 +199,6 @@ def rows_of(change: Change, first: int, end: int, transposed: bool) -> Change:
     return Dense(change.values[:, first:end] if transposed else change.values[first:end])
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first few of a long list, each on one line and cut where it is endless, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(one_line(name[:_LONGEST]) for name in names[:most]) + more
-
-
 def _same_shape(one: Change, other: Change) -> None:
     if one.shape != other.shape:
         raise VectorError(f"changes of {one.shape} and {other.shape} are not of the same weight")
@@ -233,7 +226,7 @@ def check_rank(rank: int | None, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse a rank that some of these matrices cannot have."""
     small = [f"{name} {shape}" for name, shape in shapes.items() if rank is not None and rank > min(shape)]
     if small:
-        raise VectorError(f"rank {rank} is above what these matrices can have: {listed(small)}")
+        raise VectorError(f"rank {rank} is above what these matrices can have: {some(small)}")
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

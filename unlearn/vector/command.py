@@ -5,14 +5,11 @@ Nothing here imports torch before there is work to do, so that ``--help`` answer
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,10 +19,10 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from unlearn import console
-from unlearn.errors import UnlearnError, VectorError
+from unlearn.errors import VectorError
 from unlearn.processes import told
-from unlearn.store.files import no_space, some, sync, unique
-from unlearn.text import counted, file_size, number, percent
+from unlearn.store.files import explained, some, sync, written_whole
+from unlearn.text import counted, file_size, fitted, number, percent
 
 if TYPE_CHECKING:
     from unlearn.vector.interop import CheckpointReport
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
 
 EXIT_DIFFERS = 1
 _SHOWN = 10  # modules in a table
-_WIDE = 1000  # columns of a pipe: every row stays one line, so that other programs can read it
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _A_VECTOR = "a vector's file (vector.safetensors), its stage's folder, or the folder of a LoRA adapter of PEFT's"
 
@@ -78,7 +74,7 @@ def _read(place: Path) -> TaskVector:
 @app.command()
 def info(vector: V, all_: All = False) -> None:
     """Show what a vector is and where it is largest."""
-    show_info(_read(vector), _stdout(), None if all_ else _SHOWN)
+    show_info(_read(vector), console.results(), None if all_ else _SHOWN)
 
 
 @app.command()
@@ -98,7 +94,7 @@ def cosine(vector: V, other: Annotated[Path, typer.Argument(metavar="W", help="a
     def row(name: str) -> Sequence[str]:
         return name, f"{cosines[name]:+.4f}", f"{norms[0][name]:.4g}", f"{norms[1][name]:.4g}"
 
-    _print(facts, heads, largest, row, None if all_ else _SHOWN, _stdout())
+    _print(facts, heads, largest, row, None if all_ else _SHOWN, console.results())
 
 
 @app.command("sum")
@@ -198,10 +194,13 @@ def to_adapter(
     found = _read(vector)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise VectorError(f"{folder} exists and is not an empty folder: choose another one")
-    with _whole(folder) as temporary:
-        write(found, temporary, base)
-        if folder.exists():
-            folder.rmdir()
+    _check_parent(folder)
+    with explained(folder), TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        write(found, made := Path(temporary) / folder.name, base)
+        for path in (*made.iterdir(), made):
+            sync(path)
+        made.replace(folder)
+        sync(folder.parent)
     console.say(f"{folder}: an adapter of {len(found.modules)} modules for {base}")
 
 
@@ -229,40 +228,17 @@ def _keep(vector: TaskVector, out: Path, made: str, before: TaskVector | None = 
 
     if out.is_dir():
         raise VectorError(f"{out} is a folder: give -o the name of a file")
-    with _whole(out) as temporary:
+    _check_parent(out)
+    with written_whole(out) as temporary:
         TaskVector(vector.modules, {**vector.meta, "made": made}).save(temporary)
     said = f"{out}: {len(vector.modules)} modules, largest rank {vector.rank()}, norm {vector.norm():.4g}"
     whole = before.norm() if before is not None else 0.0
     console.say(said + (f", {vector.norm() / whole:.1%} of what it was" if whole else ""))
 
 
-@contextmanager
-def _whole(place: Path) -> Iterator[Path]:
-    """A name beside ``place`` for a file or folder that takes its place when it is whole, or is removed."""
+def _check_parent(place: Path) -> None:
     if not place.parent.is_dir():
         raise VectorError(f"{place}: cannot be written: there is no folder {place.parent}")
-    temporary = place.with_name(f".{place.name}.{unique()}.tmp")
-    try:
-        try:
-            yield temporary
-            for path in (temporary, *temporary.rglob("*")):
-                if path.is_dir():
-                    sync(path)
-                else:
-                    with path.open("rb") as f:
-                        os.fsync(f.fileno())
-            temporary.replace(place)
-            sync(place.parent)
-        finally:
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-    except UnlearnError:
-        raise
-    except Exception as e:
-        # a library that writes files has errors of its own for what the file system says
-        if not isinstance(e, OSError) and type(e).__name__ != "SafetensorError":
-            raise
-        why = "no space left on the disk" if no_space(e) else getattr(e, "strerror", None) or e
-        raise VectorError(f"{place}: cannot be written: {why}") from e
 
 
 def _say_skipped(report: CheckpointReport) -> None:
@@ -280,12 +256,7 @@ def _say_skipped(report: CheckpointReport) -> None:
 # -- tables
 
 
-def _stdout() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDE)
-
-
-def show_info(vector: TaskVector, console: Console, most: int | None) -> None:
+def show_info(vector: TaskVector, screen: Console, most: int | None) -> None:
     """Print what a vector is, and its ``most`` modules of the largest norm (None for all)."""
     from unlearn.vector.change import Dense
 
@@ -308,7 +279,7 @@ def show_info(vector: TaskVector, console: Console, most: int | None) -> None:
         return name, f"{change.shape[0]} x {change.shape[1]}", rank, f"{norm:.4g}", share
 
     largest = sorted(norms, key=lambda n: (-norms[n], n))
-    _print(facts, ("module", "out x in", "rank", "norm", "share"), largest, row, most, console)
+    _print(facts, ("module", "out x in", "rank", "norm", "share"), largest, row, most, screen)
 
 
 def _print(
@@ -317,30 +288,22 @@ def _print(
     names: Sequence[str],
     row: Callable[[str], Iterable[str]],
     most: int | None,
-    console: Console,
+    screen: Console,
 ) -> None:
     """Facts, and a table with the first ``most`` of some modules."""
-
-    def safe(value: str) -> Text:
-        """Text of a file is no markup, moves no cursor, and must fit the terminal's encoding."""
-        known = value.encode(console.encoding, "replace").decode(console.encoding)
-        return Text("".join(c if c.isprintable() else "?" for c in known))
-
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in facts.items():
-        grid.add_row(safe(name), safe(value))
+        grid.add_row(Text(fitted(name, screen.encoding)), Text(fitted(value, screen.encoding)))
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim", pad_edge=False)
     for position, head in enumerate(heads):
         table.add_column(head, overflow="fold", justify="right" if position else "left")
     for name in names[:most]:
-        table.add_row(*map(safe, row(name)))
-    console.print(grid)
-    console.print()
-    console.print(table)
+        table.add_row(*(Text(fitted(value, screen.encoding)) for value in row(name)))
+    screen.print(grid, "", table, sep="\n")
     if most is not None and len(names) > most:
-        console.print(Text(f"and {len(names) - most} modules of smaller norm (--all shows them)", style="dim"))
+        screen.print(f"and {len(names) - most} modules of smaller norm (--all shows them)", style="dim")
 
 
 # -- unlearn apply
@@ -394,9 +357,9 @@ def apply_command(
 
 
 def _say_verdict(out: Path, coefficient: float, verdict: Verdict) -> None:
+    screen = console.results()
     for name, why in verdict.wrong.items():
-        sys.stdout.write(f"{''.join(c if c.isprintable() else '?' for c in name)}: {why}\n")
-    sys.stdout.flush()
+        screen.print(Text(fitted(name, screen.encoding)), why, sep=": ", soft_wrap=True)
     what = f"exactly the model less {coefficient!r} times the vector"
     if verdict.wrong:
         differ = f"{counted(len(verdict.wrong), 'difference')} in {verdict.tensors} tensors and config.json"

@@ -28,9 +28,6 @@ class Edit:
     Args:
         model: A transformers model. Its weights are changed in place between enter and exit only.
         vector: The change. It is moved to each module's device once.
-
-    Raises:
-        VectorError: see :func:`fit`.
     """
 
     def __init__(self, model: nn.Module, vector: TaskVector) -> None:

@@ -27,7 +27,8 @@ from unlearn.console import progress
 from unlearn.errors import VectorError
 from unlearn.model.checkpoint import read_checkpoint
 from unlearn.model.load import Architecture, architecture_of
-from unlearn.vector.change import Change, Dense, LowRank, check_rank, check_terms, listed, truncated
+from unlearn.store.files import some
+from unlearn.vector.change import Change, Dense, LowRank, check_rank, check_terms, truncated
 from unlearn.vector.task_vector import ADAPTER_CONFIG, UNREADABLE, TaskVector
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -61,11 +62,6 @@ def from_adapter(folder: Path) -> TaskVector:
 
     The weights of the base that PEFT saves beside factors on the head are left out (:func:`unlike_base` compares them).
     Its metadata name the base model, and whether that one keeps its weights transposed.
-
-    Raises:
-        VectorError: no such folder, damaged, pickled weights, or more than a plain LoRA on linear layers: DoRA,
-            trained biases, ``modules_to_save``, embeddings, or a setting this program does not know; factors and
-            configuration that do not belong together.
     """
     try:
         config = _read_config(folder)
@@ -93,23 +89,19 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         raise VectorError(f"{ADAPTER_CONFIG}: damaged, or cannot be read: {e}") from e
     kind, start, saved = (config.get(key) for key in ("peft_type", "init_lora_weights", "modules_to_save"))
     strange = sorted(key for key, value in config.items() if key not in _KNOWN and value)
-    why = ""
-    if kind != "LORA":
-        why = f"it is {kind or 'of no kind'}; only LORA is a sum with the weights"
-    elif config.get("use_dora"):
-        why = "it is a DoRA, which rescales whole weights; a vector holds sums only"
-    elif (config.get("bias") or "none") != "none":
-        why = "it trained biases, which a vector cannot hold: train with bias none"
-    elif saved:
-        why = f"it holds whole modules (modules_to_save: {saved}), which a vector cannot"
-    elif start not in _PLAIN_STARTS:
-        why = (
+    reasons = (
+        (kind != "LORA", f"it is {kind or 'of no kind'}; only LORA is a sum with the weights"),
+        (config.get("use_dora"), "it is a DoRA, which rescales whole weights; a vector holds sums only"),
+        ((config.get("bias") or "none") != "none", "it trained biases, which a vector cannot hold: use bias none"),
+        (saved, f"it holds whole modules (modules_to_save: {saved}), which a vector cannot"),
+        (
+            start not in _PLAIN_STARTS,
             f"it starts with init_lora_weights {start!r}, which changes the base model's own weights as well: save it "
-        )
-        why += "with PEFT's path_initial_model_for_weight_conversion"
-    elif strange:
-        why = f"it uses {listed(strange)}, which this program does not know how to read"
-    if why:
+            "with PEFT's path_initial_model_for_weight_conversion",
+        ),
+        (strange, f"it uses {some(strange)}, which this program does not know how to read"),
+    )
+    if why := next((why for holds, why in reasons if holds), None):
         raise VectorError(f"cannot become a task vector: {why}")
     return config
 
@@ -141,9 +133,9 @@ def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         else:
             found.setdefault(match[1], {})[match[2]] = tensor
     if strange:
-        raise VectorError(f"it holds what is no factor of a linear layer: {listed(strange)}")
+        raise VectorError(f"it holds what is no factor of a linear layer: {some(strange)}")
     if alone := [name for name, pair in found.items() if len(pair) < 2]:
-        raise VectorError(f"a factor is missing for {listed(alone)}")
+        raise VectorError(f"a factor is missing for {some(alone)}")
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
@@ -182,9 +174,9 @@ def _refuse_unreached(config: Mapping[str, Any], names: Collection[str]) -> None
         raise VectorError(f"{ADAPTER_CONFIG} does not tell which modules are meant: {e}") from e
     lines = []
     if unreached:
-        lines.append(f"  {', '.join(_REACH)} do not reach {listed(unreached)}: PEFT leaves these factors out")
+        lines.append(f"  {', '.join(_REACH)} do not reach {some(unreached)}: PEFT leaves these factors out")
     if empty:
-        lines.append(f"  target_modules names {listed(empty)}, for which there are no factors")
+        lines.append(f"  target_modules names {some(empty)}, for which there are no factors")
     if lines:
         raise VectorError("\n".join([f"its factors are not those that its {ADAPTER_CONFIG} means:", *lines]))
 
@@ -284,8 +276,8 @@ def strangers(model: Any, folder: str | Path, revision: str | None = None) -> st
         sorted({key.replace(".default.", ".").removeprefix(PREFIX).removesuffix(".weight") for key in keys})
         for keys in (found.missing_keys, found.unexpected_keys)
     )
-    lines = [f"  it holds what the model has no place for: {listed(unused)}"] if unused else []
-    lines += [f"  {ADAPTER_CONFIG} reaches what it holds nothing for: {listed(lacking)}"] if lacking else []
+    lines = [f"  it holds what the model has no place for: {some(unused)}"] if unused else []
+    lines += [f"  {ADAPTER_CONFIG} reaches what it holds nothing for: {some(lacking)}"] if lacking else []
     return "\n".join(lines)
 
 
@@ -379,7 +371,7 @@ def require_factors(vector: TaskVector) -> None:
     """Refuse a vector that cannot be an adapter, because a module is dense."""
     if dense := [name for name, m in vector.modules.items() if isinstance(m, Dense)]:
         raise VectorError(
-            f"an adapter holds low-rank factors, but the change is dense in {len(dense)} modules: {listed(dense)}. "
+            f"an adapter holds low-rank factors, but the change is dense in {len(dense)} modules: {some(dense)}. "
             "Compress it with to_low_rank(rank) (unlearn vector low-rank) first, or export merged weights"
         )
 
@@ -447,10 +439,6 @@ def from_checkpoints(
             name them in the report.
         rank, energy: Truncate each difference at once (:func:`truncated`); else the vector is dense and as large as
             the changed weights in float32.
-
-    Raises:
-        ModelError: a folder that is no checkpoint in safetensors.
-        VectorError: unequal tensors; nothing changed; a difference that is not finite; a rank above a matrix.
     """
     check_terms(rank, energy, required=False)
     model = architecture_of(base)
@@ -500,7 +488,7 @@ def from_checkpoints(
                 modules[module] = change if whole else truncated(change, rank, energy)
             advance(1)
     if broken:
-        raise VectorError(f"{finetuned} less {base} is not finite in {listed(broken)}")
+        raise VectorError(f"{finetuned} less {base} is not finite in {some(broken)}")
     if not modules:
         raise VectorError(f"{finetuned} and {base} do not differ in any linear layer: there is no vector")
     meta = {
@@ -573,4 +561,4 @@ def _unequal_message(base: Path, finetuned: Path, unequal: Mapping[str, str]) ->
         f"{finetuned} differs from {base} in {len(unequal)} tensors that a task vector cannot hold; skip them "
         "(--skip-unequal) to take the linear layers alone:"
     )
-    return "\n".join([first, *(f"  {why} ({len(names)}): {listed(names)}" for why, names in groups.items())])
+    return "\n".join([first, *(f"  {why} ({len(names)}): {some(names)}" for why, names in groups.items())])

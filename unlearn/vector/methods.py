@@ -33,7 +33,8 @@ from unlearn.recipe.methods import (
     SlopesSpec,
     VectorSpec,
 )
-from unlearn.vector.change import Change, Dense, LowRank, listed, row_lengths, svd, truncated
+from unlearn.store.files import some
+from unlearn.vector.change import Change, Dense, LowRank, row_lengths, svd, truncated
 from unlearn.vector.task_vector import TaskVector
 
 Matrices = Mapping[str, Tensor]  # module path -> (out, in)
@@ -112,7 +113,7 @@ def _check_pair(method: str, forget: TaskVector, retain: TaskVector) -> None:
     both = {n: (m.shape, retain.modules[n].shape) for n, m in forget.modules.items() if n in retain.modules}
     clash = [f"{name} {one} and {two}" for name, (one, two) in both.items() if one != two]
     if clash or not both:
-        why = f"are of different models: {listed(clash)}" if clash else "share no module: fit both with the same LoRA"
+        why = f"are of different models: {some(clash)}" if clash else "share no module: fit both with the same LoRA"
         raise VectorError(f"{method}: the forget and the retain vector {why}")
 
 
@@ -125,9 +126,9 @@ def _check_matrices(method: str, what: str, vector: TaskVector, matrices: Matric
         if shapes.get(name) != m.shape
     ]
     if wrong:
-        raise VectorError(f"{method}: every module needs a {what} of the shape of its change: {listed(wrong)}")
+        raise VectorError(f"{method}: every module needs a {what} of the shape of its change: {some(wrong)}")
     if bad := [name for name in vector.modules if not bool(torch.isfinite(matrices[name]).all())]:
-        raise VectorError(f"{method}: a {what} holds values that are not finite: {listed(bad)}")
+        raise VectorError(f"{method}: a {what} holds values that are not finite: {some(bad)}")
 
 
 # -- vectors made of fitted ones
@@ -140,7 +141,7 @@ def consensus(vectors: Sequence[TaskVector]) -> TaskVector:
         check_moved("consensus", f"vector {number} of {len(vectors)}", vector)
         one, two = ({n: m.shape for n, m in v.modules.items()} for v in (first, vector))
         if differing := sorted(n for n in one.keys() | two.keys() if one.get(n) != two.get(n)):
-            raise VectorError(f"consensus: vectors 1 and {number} are not of the same modules: {listed(differing)}")
+            raise VectorError(f"consensus: vectors 1 and {number} are not of the same modules: {some(differing)}")
 
     def agreed(name: str, change: Change) -> Dense:
         total, signs = torch.zeros(2, *change.shape, device=change.device)
@@ -424,7 +425,7 @@ def lines(vector: TaskVector, have: Have, how: LinesSpec) -> TaskVector:
     check_moved("lines", "the vector", vector)
     numbers = {name: layer for name in vector.modules if (layer := layer_of(name)) is not None}
     if outside := [name for name in vector.modules if name not in numbers]:
-        raise VectorError(f"lines: no layer number in {listed(outside)}: leave these out of vector.lora.targets")
+        raise VectorError(f"lines: no layer number in {some(outside)}: leave these out of vector.lora.targets")
     layers = have.layers or max(numbers.values()) + 1
 
     scales = {name: how.a + how.b * layer / max(layers - 1, 1) for name, layer in numbers.items()}

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unlearn.errors import ModelError, VectorError
+from unlearn.store.files import some
 from unlearn.vector.change import (
     Change,
     Dense,
@@ -34,7 +35,6 @@ from unlearn.vector.change import (
     check_terms,
     largest_entries,
     largest_rows,
-    listed,
     total,
     truncated,
 )
@@ -56,9 +56,7 @@ class TaskVector:
 
     Vectors add and scale as the dense changes they stand for. Sums of factors concatenate along r, so they stay exact
     and low-rank; a sum with a dense change is dense. A module that only one operand names is unchanged by the other.
-
-    Raises:
-        VectorError: no module, or a value that is not finite; also from every operation whose result would be so.
+    A vector without a module, or with a value that is not finite, is refused, also as the result of an operation.
     """
 
     modules: Mapping[str, Change]
@@ -69,7 +67,7 @@ class TaskVector:
             raise VectorError("a task vector without a single module changes nothing")
         bad = [n for n, m in self.modules.items() if not all(bool(t.isfinite().all()) for t in m.tensors().values())]
         if bad:
-            raise VectorError(f"the vector holds values that are not finite in {len(bad)} modules: {listed(bad)}")
+            raise VectorError(f"the vector holds values that are not finite in {len(bad)} modules: {some(bad)}")
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
         object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
 
@@ -295,9 +293,7 @@ def _changes(tensors: Mapping[str, Tensor], kinds: Sequence[list[str]]) -> dict[
     if strange := [n for n, found in parts.items() if not n or sorted(found) not in kinds]:
         keys = sorted(key for key in tensors if key.rpartition(".")[0] in strange)
         needed = "A and B" + (", or W" if ["W"] in kinds else "")
-        raise VectorError(
-            f"of every module it must hold {needed}, and nothing else; it is otherwise for {listed(keys)}"
-        )
+        raise VectorError(f"of every module it must hold {needed}, and nothing else; it is otherwise for {some(keys)}")
     return {n: Dense(p["W"]) if "W" in p else LowRank(p["A"], p["B"]) for n, p in parts.items()}
 
 
@@ -315,7 +311,7 @@ def _refuse_clashes(changes: Mapping[str, Iterable[Change]], done: str) -> None:
     shapes = {n: list(dict.fromkeys(m.shape for m in ms)) for n, ms in changes.items()}
     clash = [f"{n} {' and '.join(map(str, s))}" for n, s in shapes.items() if len(s) > 1]
     if clash:
-        raise VectorError(f"vectors of different models cannot be {done}: {listed(clash)}")
+        raise VectorError(f"vectors of different models cannot be {done}: {some(clash)}")
 
 
 def _norm(m: Change) -> float:

@@ -49,9 +49,6 @@ def export_adapter(vector: TaskVector, coefficient: float, base_name: str, model
     Args:
         base_name: What the adapter is to be put on: a hub id or a folder.
         model: The unedited model, to fit the vector to; not changed.
-
-    Returns:
-        ``coefficient``, ``modules`` (how many), ``rank`` (the largest), ``bytes``, ``files``.
     """
     require_factors(vector)
     scaled = -coefficient * vector
@@ -87,14 +84,8 @@ def export_merged(
         accept_rounding: Write also what rounding to nearest has made another edit of.
 
     Returns:
-        ``coefficient``, ``dtype``, ``stochastic_rounding``, ``bytes``, ``files``, and ``survived``: ``cosine`` and
-        ``norm_ratio`` of the realised against the intended change, ``changed`` (share of the elements of edited
-        weights), and the same per module under ``modules``. The realised change is what is stored less the unedited
-        weights in the same dtype (to nearest).
-
-    Raises:
-        VectorError: the vector does not fit the model, or a weight it changes is quantised; a weight is not finite in
-            its number format; too little is left of the edit; the folder holds other weights beside.
+        What report.json has of it. ``survived`` is :func:`summary_of` the realised change, which is what is stored
+        less the unedited weights in the same dtype (to nearest), against the intended one.
     """
     fitted = fit(model, vector)
     packed = [n for n in fitted if not model.get_parameter(f"{n}.weight").is_floating_point()]
@@ -103,18 +94,17 @@ def export_merged(
             "whole weights cannot be written from a quantised model: load it without quantisation, or export the "
             "adapter only" + (f". Quantised: {', '.join(packed)}" if packed else "")
         )
-    state = _distinct(model)
+    state, edits = _distinct(model), {f"{name}.weight": found for name, found in fitted.items()}
 
     @torch.no_grad()
     def value(name: str) -> Tensor:
         pristine = state[name]
         target = dtype if dtype is not None and pristine.is_floating_point() else pristine.dtype
-        module = name.removesuffix(".weight")
-        if module not in fitted or name == module:
+        if name not in edits:
             stored = pristine.to(target)
         else:
             # the same operation that put the vector on the model while it was scored
-            layer, change = fitted[module]
+            layer, change = edits[name]
             exact = edited(pristine.float(), change.to(pristine.device), -coefficient, isinstance(layer, Conv1D))
             by_chance = stochastic_rounding and target in _16_BITS
             stored = round_stochastically(exact, target, generator_for(seed, name)) if by_chance else exact.to(target)
@@ -123,11 +113,11 @@ def export_merged(
 
     measured = {}
     with torch.no_grad():
-        for name, (module, change) in fitted.items():
-            stored = value(f"{name}.weight")
+        for name, (module, change) in edits.items():
+            stored = value(name)
             delta = change.to(stored.device).delta()
             intended = -coefficient * (delta.T if isinstance(module, Conv1D) else delta)
-            measured[name] = Survival.of(stored, state[f"{name}.weight"].to(stored.dtype), intended)
+            measured[name.removesuffix(".weight")] = Survival.of(stored, state[name].to(stored.dtype), intended)
     survived = summary_of(measured)
     if not accept_rounding and not stochastic_rounding and (said := lost(survived, _WAYS_OUT)):
         raise VectorError(f"export.merged: {said}")
@@ -160,9 +150,6 @@ def rescored(
         ``items``; ``difference``, the mean over answer tokens of |log p(reloaded) - log p(edited)|, in nats; ``edit``,
         the same between the edited and the unedited model; ``allowed``, what rounding explains of a difference:
         that of the coarser number format in a forward pass, and a tenth of what the edit does.
-
-    Raises:
-        VectorError: the reloaded model does not work, or (unless ``accept_rounding``) it is another one.
     """
     before = np.concatenate(log_probs(model))
     with subtracted(model, vector, coefficient):
