@@ -22,8 +22,7 @@ def finished(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     write_data(folder)
     model = {"path": "model", "device": "cpu", "chat_template": "auto", "system": 'Be "short".'}
     attacks = {"items": 6, "quantize": [], "relearn": None, "probes": ["paraphrase"], "samples": 0, "lens": False}
-    without = dict.fromkeys(("reference", "benchmark"))
-    recipe = write_recipe(folder, name="chatted", model=model, robustness=attacks, **without)
+    recipe = write_recipe(folder, name="chatted", model=model, robustness=attacks, reference=None)
     assert run(recipe, folder / "run") == 0
     return folder
 
@@ -44,6 +43,22 @@ def test_the_report_has_both_wordings(finished: Path, capsys: pytest.CaptureFixt
     assert "asked outside its chat template" in (finished / "run" / "report.html").read_text("utf-8")
 
 
+def test_the_benchmark_is_asked_in_the_template(finished: Path) -> None:
+    words = AutoTokenizer.from_pretrained(finished / "model")
+    for who in ("target", "edited"):
+        asked = {}
+        for path in (finished / "run" / "benchmark" / who).rglob("samples_*.jsonl"):
+            lines = path.read_text("utf-8").splitlines()
+            asked |= {json.loads(line)["arguments"]["gen_args_0"]["arg_0"]: path.name for line in lines}
+            messages = [{"role": "system", "content": 'Be "short".'}, {"role": "user", "content": "QUESTION"}]
+            before, after = words.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, date_string="26 Jul 2024"
+            ).split("QUESTION")
+        assert len(asked) == 19
+        assert all(prompt.startswith(before) and prompt.endswith(after) for prompt in asked)
+        assert not any("Question:" in prompt for prompt in asked)
+
+
 def test_the_card_says_to_ask_in_the_template(finished: Path) -> None:
     card = (finished / "run" / "export" / "adapter" / "README.md").read_text("utf-8")
     assert "its tokenizer's chat template" in card
@@ -58,7 +73,7 @@ def test_a_model_with_another_template_is_told_of(template: str, finished: Path,
     words.save_pretrained(theirs)
     recipe = json.loads((finished / "recipe.yaml").read_text())
     path = finished / f"eval-{template}.yaml"
-    path.write_text(json.dumps({**recipe, "robustness": None, "holdout": None, "reuse": ["run"]}))
+    path.write_text(json.dumps({**recipe, "robustness": None, "holdout": None, "benchmark": None, "reuse": ["run"]}))
     assert main(["eval", str(theirs), str(path), "--out", str(tmp_path / "out")]) == 0
     told = any("another chat template" in said for said in read(tmp_path / "out").warnings)
     assert told == (template == "chatml")
@@ -79,7 +94,7 @@ def test_a_plan_says_what_the_model_has(
     change: str, told: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = json.loads((finished / "recipe.yaml").read_text())
-    recipe["model"] = {"path": str(finished / "model")}
+    recipe |= {"model": {"path": str(finished / "model")}, "benchmark": None}
     path = tmp_path / "recipe.yaml"
     for name in "fruh":
         (tmp_path / f"{name}.jsonl").write_bytes((finished / f"{name}.jsonl").read_bytes())

@@ -13,7 +13,7 @@ import torch
 
 from unlearn import processes
 from unlearn.console import is_main_process, say
-from unlearn.data.chat import unused_template
+from unlearn.data.chat import chat_of, unused_template
 from unlearn.data.sets import LoadedSet, asked_back, at_prefixes, load_sets, plainly, write_items
 from unlearn.evidence import benchmarks
 from unlearn.evidence import reference as references
@@ -36,6 +36,7 @@ from unlearn.score.search import as_given
 from unlearn.store import provenance
 from unlearn.store.files import write_json_atomic, write_text_atomic
 from unlearn.store.stages import Pool, RunFolder, Store
+from unlearn.text import parameters
 from unlearn.train.vectors import (
     Goal,
     check_trainable,
@@ -253,7 +254,7 @@ def load_base(recipe: Recipe, store: Store) -> Loaded:
         models.place(recipe.model.device)  # before anything is downloaded
         loaded = models.load(recipe.model, locate.locate(recipe.model, store.base))
         size = sum(p.numel() for p in loaded.model.parameters())
-        say(f"    {size / 1e6:,.0f} M parameters, {loaded.dtype}, on {loaded.device}".replace("torch.", ""))
+        say(f"    {parameters(size)}, {loaded.dtype}, on {loaded.device}".replace("torch.", ""))
     return loaded
 
 
@@ -281,10 +282,12 @@ def prepare_questions(recipe: Recipe, base: Loaded, sets: tuple[LoadedSet, ...],
     """What is asked; and get hold of all that later steps need: what is missing is said before anything is trained."""
     check_trainable(recipe, base, sets, store.base)
     scoring = [references.pack_digest(), *map(references.content, references.task_files(recipe))]
-    questions = build_questions(recipe, sets, base.tokenizer, store.path("items"), scoring)
+    asks = recipe.benchmark is not None or recipe.eval.tasks
+    chat = chat_of(recipe.model, store.base, base.tokenizer) if asks else None
+    questions = build_questions(recipe, sets, base.tokenizer, store.path("items"), scoring, chat)
     if recipe.benchmark is not None and recipe.benchmark.name == "tofu":
         place = base.tokenizer.name_or_path  # MUSE's take long to cut into tokens, and its rows were read
-        benchmarks.build(recipe.benchmark, store.base, place, recipe.seed)
+        benchmarks.build(recipe.benchmark, store.base, place, recipe.seed, chat)
     references.require_same_tokens(recipe, store.base, base.tokenizer)
     if recipe.edited is None:
         clean_checkpoint(recipe, store.base)

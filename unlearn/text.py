@@ -78,6 +78,11 @@ def file_size(count: int) -> str:
     return f"{size:.1f} {units[0]}"
 
 
+def parameters(count: int) -> str:
+    """``53 K parameters``, ``135 M parameters``."""
+    return f"{count / 1e6:,.0f} M parameters" if count >= 999_500 else f"{count / 1e3:,.0f} K parameters"
+
+
 def counted(n: float, noun: str) -> str:
     """``1 metric``, ``1.5 epochs``, ``3,000 metrics``."""
     return f"{f'{n:,}' if isinstance(n, int) else f'{n:g}'} {noun}{'' if n == 1 else 's'}"

@@ -43,7 +43,7 @@ from unlearn.report.words import (
 from unlearn.results import Chosen, Foresight, Robustness, Role, RunReport, SetForesight, SweepPoint
 from unlearn.results import verdict as correlation_verdict
 from unlearn.score.search import holds, judge
-from unlearn.text import duration, file_size, number, percent, tick_label
+from unlearn.text import duration, file_size, number, parameters, percent, tick_label
 
 
 def test_the_headline_says_what_is_left() -> None:
@@ -277,6 +277,8 @@ def test_other_wordings() -> None:
         "1 h 05 min",
     ]
     assert [file_size(n) for n in (512, 4_100_000, 2_840_000_000)] == ["512 bytes", "4.1 MB", "2.8 GB"]
+    sizes = (53_312, 999_400, 999_600, 1_235_814_400)
+    assert [parameters(n).split(" p")[0] for n in sizes] == ["53 K", "999 K", "1 M", "1,236 M"]
     assert [percent(s) for s in (0.9643, 1.0, None, -0.5, 1e14)] == ["96.4 %", "100 %", "–", "−50 %", "1.0×10¹⁶ %"]
     assert [tick_label(v) for v in (0.25, 150.0, 1e6, 2e-5, -3.0)] == ["0.25", "150", "10⁶", "2×10⁻⁵", "−3"]
 

@@ -86,6 +86,10 @@ class Chat:
             )
         return replace(outside, prompt=prompt, turn=Turn(words, after, outside.prompt, joint, ending))
 
+    def asked(self, place: str, question: str, answer: str, context: Messages = ()) -> Item:
+        """A question that is no row of a set; messages call it ``place``."""
+        return self.item(Record(place, place, "", place, {"": question}, answer.strip(), context=context), "", "")
+
     @cached_property
     def _around(self) -> tuple[str, str, str]:
         """What stands between question and answer, white space before the answer apart, and what ends it.

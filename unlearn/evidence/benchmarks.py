@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from unlearn.data.chat import Chat, chat_of
 from unlearn.errors import DataError, EvaluationError
 from unlearn.evidence.membership import auc
 from unlearn.evidence.reference import WHO, Subjects, benchmark_folder, log_file, no_data
@@ -23,8 +24,9 @@ from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
 from unlearn.recipe.load import tasks_folder
 from unlearn.results import Benchmark, Role, Who
 from unlearn.score.scorer import Questions, score_model
-from unlearn.score.tasks import TaskInfo, TaskSet, quiet_harness, task_manager
+from unlearn.score.tasks import TaskInfo, TaskSet, in_template, quiet_harness, task_manager
 from unlearn.store.stages import Store
+from unlearn.text import listing
 
 Record = Mapping[str, Any]
 Samples = Mapping[str, Sequence[Record]]
@@ -279,12 +281,13 @@ class TofuLog(Log):
     @classmethod
     def from_json(cls, data: Any, where: str) -> TofuLog:
         """The same from what was read, which messages call ``where``."""
-        if not isinstance(data, Mapping):
-            raise DataError(
-                f"{where}: not a log in the layout of TOFU's authors (an object of files) or of open-unlearning (of "
-                "metrics)"
-            )
         files = [file for file, *_ in SETS.values()]
+        if not isinstance(data, Mapping) or not data.keys() & set(files):
+            raise DataError(
+                f"{where}: no log that is known here: give open-unlearning's TOFU_EVAL.json or MUSE_EVAL.json, the "
+                "TOFU_SUMMARY.json or MUSE_SUMMARY.json beside it, or a log of TOFU's authors "
+                f"(eval_log_aggregated.json, an object with {listing(files)})"
+            )
         for file in files:
             if not isinstance(data.get(file), Mapping):
                 raise DataError(f"{where}: no {file!r} in it; a TOFU log has {', '.join(files)}")
@@ -715,13 +718,14 @@ def absent(name: str, reference: Reference) -> str:
     return f"{figure} is absent because {_ZERO_AUC}." if zero else ""
 
 
-def build(spec: BenchmarkSpec, base: Path, tokenizer: str, seed: int) -> TaskSet:
+def build(spec: BenchmarkSpec, base: Path, tokenizer: str, seed: int, chat: Chat | None) -> TaskSet:
     """Every task of the benchmark, on all items.
 
     Args:
         base: The recipe's folder, for ``path``.
         tokenizer: Folder or name of the scored model's tokenizer; token counts are in its tokens.
         seed: For few-shot examples.
+        chat: The conversations in which questions are asked, if the recipe has any.
     """
     folder = benchmark_folder(spec, base)
     metadata = {"tokenizer": tokenizer, "items": spec.items, "max_tokens": spec.max_tokens}
@@ -733,6 +737,8 @@ def build(spec: BenchmarkSpec, base: Path, tokenizer: str, seed: int) -> TaskSet
             loaded = task_manager(paths=[tasks_folder()], metadata=known).load(f"{spec.name}_{spec.set}")["tasks"]
         except (OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
             raise no_data(spec, error) from error
+        if chat is not None:
+            in_template(loaded, chat)
         for task in loaded.values():
             task.set_fewshot_seed(seed)
     return TaskSet(loaded, {}, {name: TaskInfo(_role(name), name, "test") for name in loaded}, {})
@@ -749,7 +755,9 @@ def run_benchmark(subjects: Subjects, questions: Questions, store: Store) -> Ben
     recipe = questions.recipe
     spec = recipe.benchmark
     assert spec is not None  # the caller looked
-    built = build(spec, store.base, subjects.target.tokenizer.name_or_path, recipe.seed)
+    tokenizer = subjects.target.tokenizer
+    chat = chat_of(recipe.model, store.base, tokenizer)
+    built = build(spec, store.base, tokenizer.name_or_path, recipe.seed, chat)
     how = recipe.eval.model_dump(mode="json", include={"engine", "batch_tokens", "batch_size", "bootstrap"})
     inputs: list[Any] = [built.digest(), questions.scoring, subjects.target.words]
     inputs += [spec.model_dump(mode="json", exclude={"path"}), how]

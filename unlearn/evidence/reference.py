@@ -7,21 +7,19 @@ imported for that.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from unlearn.data.sets import LoadedSet
 from unlearn.errors import DataError, EvaluationError, ModelError
 from unlearn.model import locate as models
 from unlearn.recipe.evaluation import FORGET_SETS, BenchmarkSpec
-from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.load import pack_module, tasks_folder
 from unlearn.recipe.schema import ModelSpec, Recipe
 from unlearn.results import TaskScore, Who
 from unlearn.store.cache import hub_away, sha256
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 WHO: tuple[Who, ...] = ("target", "edited", "reference")
+_TEXT = "Ann was born in 1987."
 _TASK_FILES = ("items", "tofu", "muse", "classifier")  # what the pack's tasks read from their metadata
 
 
@@ -184,7 +183,7 @@ def benchmark_rows(spec: BenchmarkSpec, base: Path, *, hub: bool = False) -> Map
         if whole is not None and spec.items is not None and spec.items > whole:
             raise EvaluationError(f"benchmark.items is {spec.items}, and TOFU's {spec.set} has {whole} questions")
         return None
-    where, reader = None if folder is None else str(folder), _reader(spec)
+    where, reader = None if folder is None else str(folder), pack_module(f"{spec.name}/{spec.name}_items")
     try:
         if spec.name == "muse":
             parts = [("verbmem", "forget"), ("knowmem", "forget"), ("knowmem", "retain")]
@@ -211,17 +210,6 @@ def no_data(spec: BenchmarkSpec, error: Exception, away: str = "") -> Evaluation
         + (f". {away[:1].upper()}{away[1:]}" if away else "")
         + ("" if spec.path else ". They come from the hub; benchmark.path names a local folder with them")
     )
-
-
-def _reader(spec: BenchmarkSpec) -> ModuleType:
-    """The module of the pack that reads a benchmark's rows; it stands alone, and is no package."""
-    path = tasks_folder() / spec.name / f"{spec.name}_items.py"
-    found = importlib.util.spec_from_file_location(f"unlearn_eval_{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
 
 
 def _check_log(recipe: Recipe, spec: BenchmarkSpec, path: Path, rows: Mapping[str, Sequence[Row]] | None) -> None:
@@ -406,6 +394,13 @@ def require_same_tokens(recipe: Recipe, base: Path, ours: Any) -> None:
             raise ModelError(
                 f"{key}: this model has another tokenizer than the target, so that their scores per token cannot "
                 "be compared: give one that was made from the same base model"
+            )
+        read = [one.convert_ids_to_tokens(one.encode(_TEXT)) for one in (ours, found)]
+        if read[0] != read[1]:
+            mine, theirs = (f"{len(tokens)} tokens ({' '.join(map(repr, tokens[:3]))} ...)" for tokens in read)
+            raise ModelError(
+                f"{key}: this model's tokenizer has the target's vocabulary and reads a text otherwise: {_TEXT!r} is "
+                f"{theirs}, and {mine} to the target's: save the target's tokenizer beside it"
             )
 
 

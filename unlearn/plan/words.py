@@ -31,6 +31,11 @@ _WIDTH = 110
 
 def plan(loaded: LoadedRecipe) -> str:
     """Check what can be checked without torch and the network, and describe the run."""
+    with loaded.telling_where():
+        return _plan(loaded)
+
+
+def _plan(loaded: LoadedRecipe) -> str:
     recipe, base = loaded.recipe, loaded.source.parent
     place = model_place(recipe.model, base)
     checks.check(recipe, base)
@@ -80,7 +85,8 @@ def _held(recipe: Recipe) -> str:
 
 def _conversing(recipe: Recipe) -> list[str]:
     model = recipe.model
-    if model.chat_template is None or all(spec.kind == "text" for _, spec in recipe.sets()):
+    asks = recipe.benchmark is not None or any(spec.kind != "text" for _, spec in recipe.sets())
+    if model.chat_template is None or not asks:
         return []
     where = "its tokenizer's chat template" if model.chat_template == "auto" else f"the template {model.chat_template}"
     system = f", after the system message {model.system!r}" if model.system else ""

@@ -6,19 +6,22 @@ A message reads ``file.yaml:LINE: key.path: what is wrong``; what came from the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from unlearn.errors import RecipeError, RunFolderError
+from unlearn.errors import RecipeError, RunFolderError, UnlearnError
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.data import ALSO
 from unlearn.recipe.methods import METHODS, REFUSED, trainer_settings
@@ -37,12 +40,38 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 class LoadedRecipe:
     """A checked recipe, the file it came from (absolute), and that file's text as written.
 
-    Relative paths in the recipe are relative to ``source.parent``.
+    Relative paths in the recipe are relative to ``source.parent``. ``places`` are its keys' lines, and the flags that
+    changed one.
     """
 
     recipe: Recipe
     source: Path
     text: str
+    places: Mapping[KeyPath, str] = field(default_factory=dict)
+
+    @contextmanager
+    def telling_where(self) -> Iterator[None]:
+        """What is found wrong behind a key is told with the key's place, as what is wrong with the key itself is."""
+        try:
+            yield
+        except UnlearnError as error:
+            key = self._key_of(str(error))
+            where = next((self.places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.places), None)
+            if where is None:
+                raise
+            said = str(error).removeprefix(f"{where.removeprefix('--set ')}: ")
+            raise type(error)(f"{where}: {said}") from error
+
+    def _key_of(self, message: str) -> KeyPath:
+        """The key that a message is about: it begins with the key, or with a data set and has its file's name."""
+        head = message.partition(": ")[0]
+        spec = next((spec for role, spec in self.recipe.sets() if head == f"{role} set '{spec.label()}'"), None)
+        if spec is None:
+            return tuple(int(part) if part.isdecimal() else part for part in head.split("."))
+        key = next(path for path, value in _values(self.recipe) if value is spec)
+        others = {name: source.path for name in ("validation", "test") if (source := getattr(spec, name)) is not None}
+        own = [name for name, path in others.items() if re.search(rf"(?:^|[ /]){re.escape(path)}[:,]", message)]
+        return (*key, *own[:1], "path")
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), text: str | None = None) -> LoadedRecipe:
@@ -67,7 +96,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), text: str | No
         what = "the file is empty" if document.data is None else f"found {_shown(document.data)}"
         raise RecipeError(f"{file}:1: expected 'key: value' lines (name, model, forget, ...) at the top; {what}")
     places = {path: _Place(line, f"{file}:{line}") for path, line in document.lines.items()}
-    return LoadedRecipe(_check(document.data, overrides, places), source, text)
+    recipe = _check(document.data, overrides, places)
+    return LoadedRecipe(recipe, source, text, {path: place.text for path, place in places.items()})
 
 
 def from_recipe(recipe: Recipe) -> LoadedRecipe:
@@ -99,6 +129,17 @@ def recipes_folder() -> Path:
 def tasks_folder() -> Path:
     """Folder of the lm-eval task pack, to be given to lm-eval as its include path."""
     return _folder("eval")
+
+
+def pack_module(name: str) -> ModuleType:
+    """A module of the task pack by its path in it, without ``.py``; the pack stands alone, and is no package."""
+    path = tasks_folder() / f"{name}.py"
+    found = importlib.util.spec_from_file_location(f"unlearn_eval_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def _folder(name: str) -> Path:
@@ -259,6 +300,15 @@ def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         yield from leaves(item, (*path, key))
     if not inner:
         yield path, value
+
+
+def _values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Everything in a recipe, by its key."""
+    yield path, value
+    fields = type(value).model_fields if isinstance(value, BaseModel) else ()
+    inner = [(name, getattr(value, name)) for name in fields] or enumerate(value if isinstance(value, tuple) else ())
+    for key, one in inner:
+        yield from _values(one, (*path, key))
 
 
 def _dotted(path: Sequence[str | int]) -> str:

@@ -74,8 +74,8 @@ class ModelSpec(Frozen):
         None,
         min_length=1,
         description="auto: qa and mcq items stand in the tokenizer's own chat template, prompt being what the user "
-        "says, and answers end as the template ends them; or a file with a Jinja template, relative to the recipe; "
-        "none, as when not given: plain prompts. Passages (text) always stand by themselves.",
+        "says, and answers end as the template ends them; so do TOFU's and MUSE's questions. Or a file with a Jinja "
+        "template, relative to the recipe; none, as when not given: plain prompts. Passages always stand alone.",
     )
     system: str | None = later(
         None, min_length=1, description="The system message of every conversation that has none of its own."

@@ -77,6 +77,24 @@ class WholeLM(HFLM):
         masks = [[0] * len(fill) + [1] * len(row) for row, fill in zip(rows, fills, strict=True)]
         return torch.tensor(ids), torch.tensor([mask if left else mask[::-1] for mask in masks])
 
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """As lm-eval does it, but a text ends at a special token of the stops.
+
+        Its batch goes on until all texts have met a stop, and a special token is gone before texts are cut there.
+        """
+        known = self.tokenizer.added_tokens_decoder.items()
+        ends = self._end_tokens()
+        if more := {i for i, token in known if token.special and token.content in stop} - ends:
+            generation_kwargs["eos_token_id"] = sorted(ends | more)
+        whole: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        return whole
+
+    def _end_tokens(self) -> frozenset[int]:
+        config = getattr(self.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        listed = ends if isinstance(ends, list) else [ends]
+        return frozenset(e for e in (*listed, self.eot_token_id) if e is not None)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -250,8 +268,7 @@ class PackedLM(WholeLM):
         """(rows, padded prompts + texts), as ``HFLM`` returns it; ``context`` is padded on the left."""
         forward = self._packable()
         if forward is None or self.batch_size_per_gpu != _ALL:
-            full: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
-            return full
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
         masks = generation_kwargs["attention_mask"].bool()
         prompts = [row[mask].tolist() for row, mask in zip(context, masks, strict=True)]
         ends = self.end_tokens()

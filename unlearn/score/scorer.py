@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn import functional
 
 from unlearn.console import is_main_process, say
+from unlearn.data.chat import Chat
 from unlearn.data.encoding import encode_item, encode_pair, spaces_before
 from unlearn.data.items import Item
 from unlearn.data.sets import LoadedSet, plainly
@@ -69,13 +70,18 @@ class Questions:
 
 
 def build_questions(
-    recipe: Recipe, sets: Sequence[LoadedSet], tokenizer: Any, items: Path, scoring: list[str]
+    recipe: Recipe,
+    sets: Sequence[LoadedSet],
+    tokenizer: Any,
+    items: Path,
+    scoring: list[str],
+    chat: Chat | None = None,
 ) -> Questions:
     """Build every task before anything is trained, so that what is missing is said then; its items go to ``items``."""
 
     def build(split: Split, generate: bool) -> TaskSet:
         asked = plainly(sets) if split == "test" else sets
-        return tasks.build_tasks(asked, split, recipe, tokenizer, items, generate=generate)
+        return tasks.build_tasks(asked, split, recipe, tokenizer, items, generate=generate, chat=chat)
 
     asked = build("validation", recipe.eval.generate == "sweep"), build("test", recipe.eval.generate != "none")
     if recipe.robustness is not None and recipe.robustness.samples and recipe.eval.generate == "none":

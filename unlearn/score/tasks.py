@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
@@ -29,13 +31,15 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from unlearn.data.chat import Chat
+from unlearn.data.items import Messages
 from unlearn.data.sets import MEMORY_TOKENS, LoadedSet, asked_back, at_prefixes, items_path, write_items
 from unlearn.errors import EvaluationError
 from unlearn.model.locate import no_foreign_code
 from unlearn.recipe import schema
 from unlearn.recipe.data import Split, stops
 from unlearn.recipe.evaluation import TaskSpec, families, no_such_task, shipped_tasks, task_files, task_names
-from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.load import pack_module, tasks_folder
 from unlearn.recipe.schema import RECITED, Key, Recipe
 from unlearn.results import Role
 from unlearn.store.cache import hub_away
@@ -189,10 +193,11 @@ class Named:
     metrics: tuple[str, ...]
 
 
-def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
+def load(spec: TaskSpec, seed: int, tokenizer: str, chat: Chat | None = None) -> Named:
     """The task or group of a name in ``eval.tasks``, with all its data; ``seed`` draws few-shot examples.
 
-    The pack's tasks are told the folder or name of the scored model's ``tokenizer``, unless that is empty.
+    The pack's tasks are told the folder or name of the scored model's ``tokenizer``, unless that is empty, and ask
+    TOFU's and MUSE's questions in ``chat``.
     """
     given = spec.model_dump(mode="json")["metadata"]
     ours = spec.task in _pack().task_index
@@ -224,6 +229,8 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
             f"eval.tasks: {spec.task} runs the program text that a model writes, which is not done here: take it out "
             "of the recipe, and run it apart with lm-eval's --confirm_run_unsafe_code"
         )
+    if ours and chat is not None:
+        in_template(tasks, chat)
     for task in tasks.values():
         if spec.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a task's own config is binding
             task.set_config("num_fewshot", spec.num_fewshot)
@@ -231,6 +238,51 @@ def load(spec: TaskSpec, seed: int, tokenizer: str) -> Named:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed)
     return Named(tasks, groups, _metrics(spec, tasks, groups, ours))
+
+
+def in_template(tasks: Mapping[str, Any], chat: Chat) -> None:
+    """Have TOFU's and MUSE's questions asked in a chat template, with the tokens that training has there.
+
+    The user says the question alone, after solved examples as turns of their own; scored with an answer, right or
+    wrong, is what ends the assistant's turn, and a written one ends there. Tasks of passages stay as they are.
+    """
+    for name, task in tasks.items():
+        asks, known = task.config.dataset_kwargs or {}, task.config.metadata or {}
+        if asks.get("kind") not in ("prob", "rouge", "knowmem"):
+            continue
+        if known.get("tag", "prompt") != "prompt":
+            raise EvaluationError(
+                f"{name}: tag: scored scores the words 'Answer:', which are not there in a chat template: leave tag "
+                "out, or set model.chat_template to none"
+            )
+        docs, solved = list(task.eval_docs), []
+        if asks["kind"] == "knowmem":
+            rows = pack_module("muse/muse_items").read_rows(**asks, muse=known.get("muse"), items=known.get("items"))
+            _, questions, solved = rows
+            docs = [{**doc, "question": row["question"]} for doc, row in zip(docs, questions, strict=True)]
+        turns = [(("user", row["question"]), ("assistant", row["answer"])) for row in solved]
+        before: Messages = tuple(itertools.chain.from_iterable(turns))
+        made = [_in_turn(doc, f"{name}, item {doc['id']}", chat, before) for doc in docs]
+        task.dataset = {task.config.test_split: Dataset.from_list(made)}
+        joint, ending = made[0]["joint"], made[0]["ending"]
+        if asks["kind"] == "prob":  # not in the pack's own files: finished scores are found by them
+            task._start = joint
+            task._end = task._end and (ending or task._end)  # empty where metadata want no end scored
+        elif ending:
+            how = task.config.generation_kwargs
+            task.set_config("generation_kwargs", {**how, "until": [*how["until"], ending.strip()]})
+
+
+def _in_turn(doc: Mapping[str, Any], place: str, chat: Chat, before: Messages) -> dict[str, Any]:
+    """One of TOFU's or MUSE's items as it stands in the template; its answers without white space around them."""
+    item = chat.asked(place, doc["question"], doc["target"], before)
+    assert item.turn is not None
+    answers: dict[str, Any] = {
+        key: doc[key].strip() for key in ("target", "answer", "paraphrased_answer") if key in doc
+    }
+    if "perturbed_answer" in doc:
+        answers["perturbed_answer"] = [answer.strip() for answer in doc["perturbed_answer"]]
+    return {**doc, **answers, "prompt": item.prompt, "joint": item.turn.joint, "ending": item.turn.ending}
 
 
 def _metrics(spec: TaskSpec, tasks: Mapping[str, Task], groups: Mapping[str, Group], ours: bool) -> tuple[str, ...]:
@@ -316,10 +368,12 @@ def build_tasks(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     generate: bool = False,
+    chat: Chat | None = None,
 ) -> TaskSet:
     """Everything that is scored on one split; the items are written into ``folder`` for lm-eval.
 
-    ``generate`` adds tasks for which the model must write text, which is too slow for a search.
+    ``generate`` adds tasks for which the model must write text, which is too slow for a search. ``chat`` is where the
+    tasks of benchmarks in ``eval.tasks`` are asked; the sets stand in it already.
     """
     if split == "test":
         sets = at_prefixes(asked_back(sets), tokenizer) if generate else asked_back(sets)
@@ -339,7 +393,7 @@ def build_tasks(
         groups: dict[str, Group] = {}
         samples: dict[str, list[int]] = {}
         for spec in recipe.eval.tasks:  # built even where they are not scored: what is missing shows before the search
-            named = load(spec, recipe.seed, str(getattr(tokenizer, "name_or_path", "")))
+            named = load(spec, recipe.seed, str(getattr(tokenizer, "name_or_path", "")), chat)
             if spec.whole and split != "test":
                 continue
             if not generate and any(task.OUTPUT_TYPE == "generate_until" for task in named.tasks.values()):
