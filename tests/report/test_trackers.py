@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
+from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from reports import make
 
@@ -102,10 +105,33 @@ def test_mlflow(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {one.path for one in client.list_artifacts(run.info.run_id)} == {"report.json", "report.html"}
 
 
+def test_trackio(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    track(recipe("trackio"), report(), folder)
+    with sqlite3.connect(tmp_path / "mine.db") as base:
+        rows = [(step, json.loads(values)) for step, values in base.execute("SELECT step, metrics FROM metrics")]
+        ((told,),) = base.execute("SELECT config FROM configs").fetchall()
+    assert sorted(rows) == sorted((step, dict(values)) for step, values in figures(report()).items())
+    assert json.loads(told).items() >= settings(recipe()).items()
+
+
+def test_wandb(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline it writes a file to be sent later, in a format of its own: names and files stand in it."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    track(recipe("wandb"), report(), folder)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    there = file.read_bytes()
+    for text in ("loss/forget", "chosen/coefficient", "sweep/coefficient", "vector.lora.rank", "report.html"):
+        assert text.encode() in there, text
+
+
 class Told(GeneralTracker):
     """Remembers, or fails where it is told to."""
 
-    name, requires_logging_directory = "aim", False
+    name, requires_logging_directory, main_process_only = "aim", False, False
     fails, calls = "", list[str]()
 
     def __init__(self, run_name: str, **options: Any) -> None:
@@ -128,6 +154,7 @@ class Told(GeneralTracker):
         self.note("finish")
 
     def note(self, call: str) -> None:
+        get_logger(__name__).debug(call)  # as accelerate's own do, which have it refuse to speak without its state
         self.calls.append(call)
         if call == self.fails:
             raise RuntimeError("no answer\nfor an hour")
@@ -140,6 +167,7 @@ def test_a_run_tells_before_it_is_sealed_and_a_failure_costs_one_warning(
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "aim", Told)
     monkeypatch.setattr(Told, "fails", fails)
     monkeypatch.setattr(Told, "calls", [])
+    monkeypatch.setattr(PartialState, "_shared_state", {})
     finish(report(), recipe("aim"), "key", Path("mine.yaml"), folder, Store(folder))
     assert json.loads(folder.path("report.json").read_text())["name"] == "quickstart"
     assert json.loads(folder.path("provenance.json").read_text())["key"] == "key"

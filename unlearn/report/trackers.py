@@ -39,6 +39,7 @@ def track(recipe: Recipe, report: RunReport, folder: RunFolder) -> None:
 
 
 def _tell(name: str, recipe: Recipe, report: RunReport, root: Path) -> None:
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     from unlearn.train.trainer import recipe_decides
@@ -48,6 +49,7 @@ def _tell(name: str, recipe: Recipe, report: RunReport, root: Path) -> None:
     if kind.requires_logging_directory:
         options["logging_dir"] = root / TRACKERS
     with recipe_decides():  # the environment may hold ranks of processes that are gone
+        PartialState()  # what these classes log asks for it
         tracker = kind(recipe.name, **options)
         tracker.start()
         try:
