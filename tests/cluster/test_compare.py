@@ -400,10 +400,14 @@ def test_one_seed_splits_data_in_one_way_and_a_run_counts_once(tmp_path: Path) -
     assert [len(family["settings"]) for family in compared(folders, tmp_path)] == [1, 1]
 
 
-def test_other_versions_are_averaged_but_said(tmp_path: Path) -> None:
-    folders = [run_folder(tmp_path / str(n), report_of(str(n), versions={"torch": f"2.1{n}"}), seed=n) for n in (2, 3)]
+@pytest.mark.parametrize(("versions", "said"), [(("2.12", "2.13"), "2.12, 2.13"), ((None, "0.19"), "0.19, none")])
+def test_other_versions_are_averaged_but_said(versions: tuple[str | None, str], said: str, tmp_path: Path) -> None:
+    folders = [
+        run_folder(tmp_path / str(n), report_of(str(n), versions={"torch": version}), seed=n)
+        for n, version in enumerate(versions)
+    ]
     (family,) = compared(folders, tmp_path)
-    assert family["remarks"] == ["Averaged as if they were one: torch 2.12, 2.13."]
+    assert family["remarks"] == [f"Averaged as if they were one: torch {said}."]
 
 
 def test_taught_models_differ_and_their_base_does_not(tmp_path: Path) -> None:

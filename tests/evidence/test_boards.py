@@ -373,6 +373,11 @@ def test_their_figures_stand_beside_ours(made: Made, said: Said, tmp_path: Path)
     ratios = [[(7.5 - i / 4) / 3 - 0.75 - shift - i / 8 for i in range(5)] for shift in (0.0, 1.0)]
     assert table["Forget Quality"] == [f"{ks_2samp(*ratios).pvalue:.4g}", "-"]
     assert table["Truth Ratio Forget"][0] == ratio
+    # a log of other questions is shown beside, and that is said; a summary does not say how many it is of
+    (place / "MORE_EVAL.json").write_text(json.dumps(evaluated(a_log(items=6))))
+    assert main([str(run), *(str(place / f"{name}.json") for name in ("TOFU_EVAL", "TOFU_SUMMARY", "MORE_EVAL"))]) == 0
+    warned = [line for line in said()[1].splitlines() if "forget items" in line]
+    assert warned == ["tofu_Llama_NPO is of 6 forget items and run-recipe of 5: not the same questions"]
     # files alone, each benchmark in a table of its own
     assert main([str(place / "TOFU_EVAL.json"), str(tmp_path / "MUSE_SUMMARY.json")]) == 0
     table = shown(said()[0])
@@ -406,7 +411,10 @@ def refused(command: list[str], said: Said, *words: str) -> None:
 
 def test_a_folder_that_is_no_run(tmp_path: Path, said: Said) -> None:
     refused([str(tmp_path)], said, f"{tmp_path} is not the folder of a run (it has no resolved.yaml)")
-    refused([str(tmp_path / "nothing")], said, "is not the folder of a run")
+    refused([str(tmp_path / "nothing")], said, "is not the folder of a run", "give one of runs/, or what --out was")
+    (tmp_path / "NPO" / "evals").mkdir(parents=True)
+    (tmp_path / "NPO" / "evals" / "TOFU_SUMMARY.json").write_text("{}")
+    refused([str(tmp_path / "NPO")], said, "give the file itself, ", "NPO/evals/TOFU_SUMMARY.json")
     refused([str(tmp_path), "--tofu-log", "x.json"], said, "give either the folders of runs, or one log")
     refused(["--tofu-log", str(tmp_path / "none.json")], said, "there is no such file")
     (tmp_path / "resolved.yaml").write_text("name: x\nbenchmark: null\n")
@@ -475,12 +483,15 @@ EVAL = '{"forget_truth_ratio": {"value_by_index": {"0": {"score": %s}}}}'
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("\x00", "not JSON"),
-        ("[]", "not a log in the layout of TOFU's authors"),
-        ("{}", "eval_real_author_wo_options.json"),
+        ("[]", "no log that is known here"),
+        ('{"results": {"tofu": 1}}', "TOFU_EVAL.json or MUSE_EVAL.json, the TOFU_SUMMARY.json or MUSE_SUMMARY.json"),
+        ("{}", "eval_log_aggregated.json, an object with eval_real_author_wo_options.json, "),
+        ('{"eval_log.json": {}}', "no 'eval_real_author_wo_options.json' in it; a TOFU log has"),
     ],
 )
 def test_files_that_are_no_logs(write: Callable[[str, Any], str], said: Said, text: str, word: str) -> None:
     path = write("log.json", text)
+    refused([path], said, path, word)
     refused(["--tofu-log", path], said, path, word)
     refused(["--tofu-log", write("good.json", a_log()), "--reference", path], said, path, word)
 

@@ -94,7 +94,7 @@ class Run:
     frontier: Mapping[float, FrontierPoint]  # every coefficient tried, on validation items
     measured: Mapping[str, Any]  # the same in runs that are averaged
     splits: Mapping[str, str]  # digests of the data, which depend on the seed
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
     unseeing: tuple[str, ...]  # the kept metrics that could have shown no harm
     memory: tuple[str, ...]  # what became of each set to forget, where its pointwise information was scored
     kept_scores: Mapping[str, float]  # of every kept metric on test items, before and after
@@ -243,7 +243,7 @@ class Family:
             text = f"Compared on the seeds that most settings have: {', '.join(seeds)}"
             remarks.append(f"{text}; not compared, for want of one of these: {some(out)}." if out else f"{text}.")
         runs = [run for _, members in groups for run in members]
-        versions = {name: sorted({run.versions.get(name, "unknown") for run in runs}) for name in runs[0].versions}
+        versions = {name: sorted({run.versions.get(name) or "none" for run in runs}) for name in runs[0].versions}
         several = [f"{name} {', '.join(found)}" for name, found in versions.items() if len(found) > 1]
         remarks += [f"Averaged as if they were one: {'; '.join(several)}."] if several else []
         for metric in sorted({metric for run in runs for metric in run.unseeing}):

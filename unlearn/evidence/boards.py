@@ -114,7 +114,7 @@ def _benchmark(folder: Path) -> tuple[_Recipe, BenchmarkSpec]:
     with explained(path):
         if not path.is_file():
             raise RunFolderError(
-                f"{folder} is not the folder of a run (it has no resolved.yaml): give one of runs/, or what --out was"
+                f"{folder} is not the folder of a run (it has no resolved.yaml): give {_meant(folder)}"
             )
         content = path.read_bytes()
     try:
@@ -127,6 +127,12 @@ def _benchmark(folder: Path) -> tuple[_Recipe, BenchmarkSpec]:
             "books) to its recipe and run it again"
         )
     return recipe, recipe.benchmark
+
+
+def _meant(folder: Path) -> str:
+    """What may be meant by a folder that is none of a run: a file of open-unlearning's in it, or below."""
+    files = sorted(path for inner in ("", "*/") for path in folder.glob(f"{inner}*_SUMMARY.json"))
+    return f"the file itself, {files[0]}" if files else "one of runs/, or what --out was"
 
 
 def _nothing_chosen(folder: Path) -> bool:
@@ -221,7 +227,15 @@ def print_rows(
     for (run, logs, rows), place in zip(found, places, strict=True):
         screen.print(Text(fitted(f"{run.name} ({run.folder})", screen.encoding)))
         shown = [(str(who), row) for who, row in rows.items()]
-        shown += [(file.name, file.row) for file in files if file.benchmark == run.spec.name]
+        beside = [file for file in files if file.benchmark == run.spec.name]
+        shown += [(file.name, file.row) for file in beside]
+        scored = len(ratios.items) if (ratios := getattr(logs["target"], "ratios", None)) is not None else None
+        for file in beside:
+            if scored is not None and file.items not in (None, scored):
+                console.say(
+                    f"{file.name} is of {file.items} forget items and {run.name} of {scored}: not the same questions",
+                    style="yellow",
+                )
         _print_figures(f"{run.spec.name} {run.spec.set}", run.spec.name, shown, screen)
         _print_membership(run, screen)
         if place is not None:
@@ -238,6 +252,7 @@ class _File:
     name: str
     benchmark: str
     row: Row
+    items: int | None
 
 
 def _beside(path: Path, given: str | None) -> _File:
@@ -250,7 +265,8 @@ def _beside(path: Path, given: str | None) -> _File:
     row = _row(path, log, given if compared and not same else None)
     place = path.resolve().parent
     name = place.parent.name if place.name.startswith("eval") else place.name
-    return _File(name if isinstance(log, TheirFigures) else path.stem, log.benchmark, row)
+    items = len(log.ratios.items) if log.ratios is not None else None
+    return _File(name if isinstance(log, TheirFigures) else path.stem, log.benchmark, row, items)
 
 
 def _row(path: Path, log: Figures, given: str | None) -> Row:
