@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
 import unlearn
-from unlearn.errors import UnlearnError
+from unlearn.errors import RecipeError, UnlearnError
 from unlearn.model.load import Loaded
 from unlearn.score.tasks import random_state_kept
 from unlearn.vector.task_vector import TaskVector
@@ -183,6 +183,14 @@ def test_everything_else_is_as_it_was(
     assert not out
     assert bool(err) == verbose
     assert not recwarn.list
+
+
+def test_a_misspelt_argument_is_told_the_right_one(phi: Loaded) -> None:
+    for wrong, right in (("retian", "retain"), ("learning_rat", "learning_rate"), ("chat_tmplate", "chat_template")):
+        with pytest.raises(RecipeError, match=f"{wrong}: there is no such argument; did you mean '{right}'"):
+            unlearn.fit(phi.model, phi.tokenizer, FORGET, **{wrong: RETAIN, **QUICK})
+    with pytest.raises(RecipeError, match=r"adam_beta2: unknown key here; .*trainer"):
+        unlearn.fit(phi.model, phi.tokenizer, FORGET, adam_beta2=0.9, **QUICK)
 
 
 # -- coefficients

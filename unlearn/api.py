@@ -28,11 +28,11 @@ from unlearn.data.encoding import Encoded
 from unlearn.data.files import Row
 from unlearn.data.items import FORMS
 from unlearn.data.sets import training_sets
-from unlearn.errors import DataError, EvaluationError, ModelError, VectorError
+from unlearn.errors import DataError, EvaluationError, ModelError, RecipeError, VectorError
 from unlearn.model.load import Loaded, check_tokenizer
-from unlearn.recipe.data import DataSet, SetRole
+from unlearn.recipe.data import ALSO, DataSet, SetRole
 from unlearn.recipe.load import from_mapping, tasks_folder
-from unlearn.recipe.methods import METHODS, VectorSpec
+from unlearn.recipe.methods import METHODS, TrainSpec, VectorSpec, trainer_settings
 from unlearn.recipe.schema import Recipe
 from unlearn.report.charts import Point, Series, axis_of, chart, style
 from unlearn.score.packed import PackedLM
@@ -296,6 +296,8 @@ def evaluate(
 
 # -- a model, rows and settings as the pipeline takes them
 
+_ARGUMENTS = ("forget", "retain", "seed", "verbose", "chat_template", "system", "date")  # beside keys of a recipe
+
 
 def _asked(
     rows: Mapping[SetRole, Any], seed: int, settings: Mapping[str, Any], *, shaping: bool = False
@@ -306,6 +308,10 @@ def _asked(
     vector = {key: value for key, value in settings.items() if key in VectorSpec.model_fields or key in METHODS}
     template = {key: settings[key] for key in ("chat_template", "system", "date") if key in settings}
     training = {key: value for key, value in settings.items() if not any(key in d for d in (data, vector, template))}
+    known = {*_ARGUMENTS, *DataSet.model_fields, *VectorSpec.model_fields, *TrainSpec.model_fields, *ALSO}
+    for key in training:
+        if key not in known and key not in trainer_settings() and (guess := did_you_mean(key, known)):
+            raise RecipeError(f"{key}: there is no such argument{guess}")
     if "retain" in given and "retain_kl" not in vector and not shaping:
         method = vector.get("method", "negate")
         first = method if isinstance(method, str) else next(iter(method), "negate")

@@ -35,7 +35,11 @@ def execute(
     # what a batch system gives a run is no part of what is run
     recipe, base = loaded.recipe.model_copy(update={"cluster": None}), loaded.source.parent
     shared = Pool(pool.absolute()) if pool is not None else None
-    with processes.told(recipe.name, "stop what else runs there"), open_run(out, recipe, loaded.text, fresh) as folder:
+    with (
+        loaded.telling_where(),
+        processes.told(recipe.name, "stop what else runs there"),
+        open_run(out, recipe, loaded.text, fresh) as folder,
+    ):
         say(f"{recipe.name}: {folder.root}")
         asked = recipe.model_dump(mode="json", exclude={"cluster"})
         key = fingerprint(asked, _inputs(recipe, base), provenance.surroundings())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from compared_arena import copied, read, write_recipe
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from unlearn.cli import main
@@ -147,12 +148,19 @@ def strange(home: Path, tmp_path: Path) -> Path:
     one, two = list(tokens["model"]["vocab"])[-2:]
     tokens["model"]["vocab"] |= {one: tokens["model"]["vocab"][two], two: tokens["model"]["vocab"][one]}
     (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(tokens))
+    shutil.copytree(home / "theirs", tmp_path / "begun")
+    words = AutoTokenizer.from_pretrained(tmp_path / "begun")
+    end = words.eos_token
+    begin = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, words.eos_token_id)])
+    words.backend_tokenizer.post_processor = begin
+    words.save_pretrained(tmp_path / "begun")
     return tmp_path
 
 
 REFUSED = {
     "no/such/model": "edited.model: there is no folder",
     "words": "edited.model: this model has another tokenizer than the target",
+    "begun": "edited.model: this model's tokenizer has the target's vocabulary and reads a text otherwise",
     "prompts": "it adds to the prompts, not to the weights",
     "pickled": "adapter_model.safetensors is missing",
 }

@@ -122,6 +122,55 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"retain": None}, "reference: train needs a retain set to teach"),
     (tofu(path="lacking"), "row 1: 'paraphrased_answer' is missing or empty"),
 ]
+
+
+LINES = """name: placed
+model:
+  path: pico:llama
+forget:
+  kind: qa
+  path: f.jsonl
+  shares: {train: all, validation: 0.5, test: 0.5}
+retain:
+- kind: qa
+  path: r.jsonl
+- kind: qa
+  name: other
+  path: u.jsonl
+  validation:
+    path: h.jsonl
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("  path: f.jsonl", "  path: ff.jsonl", ":6: forget set 'ff': "),
+        ("  path: u.jsonl", "  path: uu.jsonl", ":13: retain set 'other': "),
+        ("    path: h.jsonl", "    path: hh.jsonl", ":15: retain set 'other': "),
+        (
+            "  path: pico:llama",
+            "  path: pico:llama\n  chat_template: own.jinja",
+            ":4: model.chat_template: there is no",
+        ),
+        ("name: placed", "name: placed\nreuse: [none]", ":2: reuse: there is no run folder"),
+    ],
+)
+def test_what_is_wrong_behind_a_key_has_the_key_s_line(
+    here: Path, capfd: pytest.CaptureFixture[str], before: str, after: str, told: str
+) -> None:
+    (here / "placed.yaml").write_text(LINES.replace(before, after))
+    for more in ((), ("--dry-run",)):
+        assert f"error: placed.yaml{told}" in refused(here / "placed.yaml", capfd, *more)
+    (here / "placed.yaml").write_text(LINES)
+    for key, value, said in (
+        ("retain.0.path", "rr.jsonl", "retain set 'rr': "),
+        ("model.chat_template", "own", "there is"),
+    ):
+        changed = ("--dry-run", "--set", f"{key}={value}")
+        assert f"error: --set {key}: {said}" in refused(here / "placed.yaml", capfd, *changed)
+
+
 QUANTISED = (
     "quantised copies need the package bitsandbytes: pip install bitsandbytes (the extra [quant] has it), or set"
 )

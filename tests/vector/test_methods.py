@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -593,6 +594,19 @@ def test_a_method_of_one_s_own_stands_in_a_recipe() -> None:
         unlearn.register_method("low_rank")
     with pytest.raises(ValueError, match="cannot be a method's name"):
         unlearn.register_method("lora")
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "told"),
+    [
+        ("half of {0.nothing}", DampSpec, "{0.nothing} is none of its settings; there are {0.share}"),
+        ("half of {share}", DampSpec, "{share} is none of its settings"),
+        ("half of {0.share:%}", None, "{0.share} is none of its settings; it has no settings"),
+    ],
+)
+def test_words_that_no_setting_fills_are_told_at_once(words: str, settings: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"words of method 'damp': {told}")):
+        unlearn.register_method("damp", words=words, settings=settings)
 
 
 @pytest.mark.usefixtures("damp")

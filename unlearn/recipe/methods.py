@@ -597,6 +597,8 @@ def register_method(name: str, **facts: Any) -> Callable[[Callable[..., Any]], C
     if isinstance(facts.get("needs"), str):
         facts["needs"] = (facts["needs"],)
     method = Method("shaper", **facts)
+    if problem := _unspeakable(method):
+        raise ValueError(f"words of method {name!r}: {problem}")
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
@@ -607,6 +609,18 @@ def register_method(name: str, **facts: Any) -> Callable[[Callable[..., Any]], C
         return function
 
     return register
+
+
+def _unspeakable(method: Method) -> str:
+    """Which field of a method's words none of its settings fills, or nothing."""
+    there = method.settings.model_fields if method.settings is not None else {}
+    for _, field, _, _ in Formatter().parse(method.words):
+        first, _, setting = (field or "").partition(".")
+        setting = re.split(r"[.\[]", setting)[0]
+        if field is not None and not (first == "0" and (setting in there or hasattr(method.settings, setting))):
+            has = f"there are {', '.join(f'{{0.{one}}}' for one in there)}" if there else "it has no settings"
+            return f"{{{field}}} is none of its settings; {has}"
+    return ""
 
 
 def _known(name: str) -> str:

@@ -559,6 +559,7 @@ def _unequal_message(base: Path, finetuned: Path, unequal: Mapping[str, str]) ->
         groups.setdefault(why, []).append(name)
     first = (
         f"{finetuned} differs from {base} in {len(unequal)} tensors that a task vector cannot hold; skip them "
-        "(--skip-unequal) to take the linear layers alone:"
+        '(on_unequal="skip"; --skip-unequal of the command, skip_unequal: true in a recipe) to take the linear layers '
+        "alone:"
     )
     return "\n".join([first, *(f"  {why} ({len(names)}): {some(names)}" for why, names in groups.items())])
