@@ -85,12 +85,12 @@ def _held(recipe: Recipe) -> str:
 
 def _conversing(recipe: Recipe) -> list[str]:
     model = recipe.model
-    asks = recipe.benchmark is not None or any(spec.kind != "text" for _, spec in recipe.sets())
-    if model.chat_template is None or not asks:
+    asked = [role for role, spec in recipe.sets() if spec.kind != "text"]
+    if model.chat_template is None or not (asked or recipe.benchmark is not None):
         return []
     where = "its tokenizer's chat template" if model.chat_template == "auto" else f"the template {model.chat_template}"
     system = f", after the system message {model.system!r}" if model.system else ""
-    beside = "; test items of forget sets outside it too" if recipe.forget is not None else ""
+    beside = "; test items of forget sets outside it too" if "forget" in asked else ""
     return [f"asked in {where}{system}{beside}"]
 
 
