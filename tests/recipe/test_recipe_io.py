@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from unlearn.errors import RecipeError
@@ -454,6 +454,7 @@ NUMBERS = st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infini
 
 
 @settings(deadline=None)
+@example("", {"<<": False})
 @given(TEXTS, st.dictionaries(TEXTS, st.booleans() | NUMBERS | st.sampled_from(TRAPS) | TEXTS))
 def test_any_value_survives_writing_and_reading(description: str, where: dict[str, object]) -> None:
     data = {"name": "n", "model": {"path": "m"}, "forget": {"path": "f", "kind": "qa", "where": where}}

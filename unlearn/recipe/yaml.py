@@ -73,9 +73,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Escape what PyYAML would take for a line end and fold away."""
+        """Escape what PyYAML would take for a line end and fold away; quote what would be a merge key."""
         unusual = any(char in text for char in "\r\x85\u2028\u2029")
-        return self.represent_scalar(_TAG + "str", text, style='"' if unusual else None)
+        return self.represent_scalar(_TAG + "str", text, style='"' if unusual or text == "<<" else None)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
@@ -168,7 +168,7 @@ class _Builder:
             here = (*path, key)
             if key in data:
                 raise _refused(key_node, here, f"given twice: on line {self.lines[here]} and again here; keep one")
-            if key == "<<":
+            if key == "<<" and not key_node.style:
                 raise _refused(key_node, here, "merge keys (<<) are not part of YAML 1.2; write the keys out")
             self.lines[here] = key_node.start_mark.line + 1
             data[key] = self.build(value_node, here)
