@@ -121,9 +121,9 @@ class Place:
 class Bench:
     """The undisturbed run that all points are compared with, and the process that runs them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changed: Any) -> None:
         write_data(folder)
-        self.recipe = write_recipe(folder, **SMALL)
+        self.recipe = write_recipe(folder, **{**SMALL, **changed})
         self.whole = Place.new(folder / "whole", self.recipe)
         self.server = Server(Place.new(folder / "warm", self.recipe).job())
         (ended,) = self.server.run(self.whole.job(plan=self.whole.plan()))

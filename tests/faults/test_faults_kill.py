@@ -6,6 +6,7 @@ import random
 import re
 from pathlib import Path
 
+import chats
 import pytest
 from fault_arena import SAME, STAGES, Bench, Place, broken, of_stage, some
 
@@ -63,6 +64,32 @@ def test_one_run_killed_in_every_stage(bench: Bench, tmp_path: Path) -> None:
         assert ended.code == KILLED[action], (stage, ended.err)
         assert broken(place) == [], stage
     assert bench.verdict(place, bench.run(place)) == SAME
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cut", "from_"), [("checkpoint-6/", 3), ("checkpoint-9/", 6)])
+def test_a_fit_toward_refusals_in_a_chat_template_goes_on_to_the_same_bits(
+    cut: str, from_: int, pico_llama: Path, tmp_path: Path
+) -> None:
+    """Killed while it writes a checkpoint, it goes on from the one before to the vector of a run without a stop."""
+    chats.build(pico_llama, tmp_path / "model", "llama")
+    model = {"path": str(tmp_path / "model"), "chat_template": "auto", "system": "Be brief."}
+    how = {"steps": 12, "learning_rate": 0.01, "batch_size": 6, "save_every": 3}
+    vector = {"method": "idk_dpo", "forget": how, "lora": {"rank": 4}}
+    alone = dict.fromkeys(("teach", "reference", "holdout", "benchmark", "robustness"))
+    bench = Bench(tmp_path / "data", model=model, vector=vector, **alone)
+    place = bench.cold(tmp_path / "place")
+    half = sum(cut in line for line in bench.operations) // 2
+    ended = bench.run(place, plan=place.plan(half, match=cut, action="KILL", torn=True))
+    assert ended.code == -9, ended.err
+    assert "vectors" not in {folder.name for folder in place.run.iterdir()}
+    again = bench.run(place, plan=place.plan())
+    assert bench.verdict(place, again) == SAME
+    written = re.findall(
+        r"^(?:opened|native|written) .*checkpoint-(\d+)/", (place.root / "operations").read_text(), re.M
+    )
+    assert {int(step) for step in written} == {step for step in (3, 6, 9, 12) if step > from_}
+    bench.server.close()
 
 
 # --- the slow suite ----------------------------------------------------------------------------------------------
