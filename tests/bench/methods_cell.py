@@ -25,7 +25,7 @@ from unlearn.model.load import Loaded
 from unlearn.model.locate import locate
 from unlearn.recipe.data import Split
 from unlearn.recipe.evaluation import ChooseSpec
-from unlearn.recipe.methods import RetainKLSpec, TrainSpec, VectorSpec
+from unlearn.recipe.methods import LoraSpec, RetainKLSpec, TrainSpec, VectorSpec
 from unlearn.recipe.schema import Recipe
 from unlearn.results import Score, SweepPoint, TaskScore
 from unlearn.score import tasks
@@ -122,8 +122,9 @@ class Cell:
         training: TrainSpec | None = None,
         inside: float | None = None,
         share: float = 1.0,
+        lora: LoraSpec | None = None,
     ) -> TaskVector:
-        """LoRA on some sets, with the recipe's training or another, for a share of what a method may train on."""
+        """LoRA on some sets, with the recipe's training and shape or others, for a share of what a method may train on."""
         spec = training or self.recipe.vector.forget
         near = self.rows(self.near)
         also = keep is not None or (against is not None and bool(against.retain))
@@ -135,7 +136,7 @@ class Cell:
                 self.target.tokenizer,
                 self.rows(sets),
                 spec.model_copy(update={"steps": steps}),
-                self.recipe.vector.lora,
+                lora or self.recipe.vector.lora,
                 self.recipe.seed,
                 scratch,
                 name,
@@ -197,16 +198,21 @@ def teach(pair: str, work: Path) -> None:
     loaded.model.save_pretrained(place)
 
 
-def run_cell(pair: str, seed: int, work: Path, only: Sequence[str], threads: int) -> list[dict[str, Any]]:
-    """Every method on one pair and seed: a row for each. In a process of its own."""
+def make_cell(pair: str, seed: int, work: Path) -> Cell:
+    """One pair and seed, whose passages were taught before."""
     quiet_libraries()
-    torch.set_num_threads(threads)
     plain, base = recipe_of(pair, seed, work / pair)
     recipe = Recipe.model_validate_json(json.dumps(plain))
     where = locate(recipe.model, base)
     target = models.load(recipe.model, str(work / pair / "target") if pair == "passages" else where)
     clean = (lambda: models.load(recipe.model, where)) if pair == "passages" else None
-    cell = Cell(recipe, base, target, work / pair / str(seed), clean)
+    return Cell(recipe, base, target, work / pair / str(seed), clean)
+
+
+def run_cell(pair: str, seed: int, work: Path, only: Sequence[str], threads: int) -> list[dict[str, Any]]:
+    """Every method on one pair and seed: a row for each. In a process of its own."""
+    torch.set_num_threads(threads)
+    cell = make_cell(pair, seed, work)
     return [row for name in _names(only) for row in _method(cell, name)]
 
 

@@ -46,7 +46,7 @@ def _two_sided(cell: Cell) -> TaskVector:
     return cell.fit("two_sided", cell.sets[:1], keep)
 
 
-def _ignorance(cell: Cell) -> TaskVector:
+def _ignorance(cell: Cell, name: str = "ignorance", **lora: Any) -> TaskVector:
     """Inside the shrinking, the retain penalty on the side deployed; all settings chosen on capitals.
 
     Where the pair teaches, the teacher is the model before that.
@@ -57,7 +57,13 @@ def _ignorance(cell: Cell) -> TaskVector:
     teacher = ignorant(cell.sets[0], cell.target.tokenizer, training, how, clean)
     keep = RetainKLSpec(sides="one", temperature=4.0, weight=5.0, batch_size=cell.beside)
     against = Against("ignorance", how, teacher=teacher)
-    return -cell.fit("ignorance", cell.sets[:1], keep, against=against, training=training, inside=1000.0)
+    how_wide = cell.recipe.vector.lora.model_copy(update=lora)
+    return -cell.fit(name, cell.sets[:1], keep, against, training, 1000.0, lora=how_wide)
+
+
+def _late(cell: Cell) -> TaskVector:
+    """Toward ignorance, in the MLPs of the last third alone."""
+    return _ignorance(cell, "late", depth=(0.67, 1.0), targets=("gate_proj", "up_proj", "down_proj"))
 
 
 def _shaped(source: Callable[[Cell], TaskVector], **how: Any) -> Callable[[Cell], TaskVector]:
@@ -102,6 +108,7 @@ METHODS: dict[str, Callable[[Cell], TaskVector]] = {
     # chosen on capitals; longer, because both sides leave little of it where the grid of coefficients looks
     "kfac": lambda cell: 2.0 * cell.shaped(_plain(cell), method=("kfac", "rescale")),
     "ignorance+kfac": lambda cell: 2.0 * cell.shaped(_ignorance(cell), method=("kfac", "rescale")),
+    "late+kfac": lambda cell: 2.0 * cell.shaped(_late(cell), method=("kfac", "rescale")),
     "slopes": _shaped(_plain, method=("slopes", "rescale")),
     "slopes+learned": lambda cell: _learned(cell, "slopes", "rescale"),
 }
