@@ -124,7 +124,7 @@ class Cell:
         share: float = 1.0,
         lora: LoraSpec | None = None,
     ) -> TaskVector:
-        """LoRA on some sets, with the recipe's training and shape or others, for a share of what a method may train on."""
+        """LoRA on some sets, of the recipe's or other settings, for a share of what a method may train on."""
         spec = training or self.recipe.vector.forget
         near = self.rows(self.near)
         also = keep is not None or (against is not None and bool(against.retain))

@@ -83,17 +83,11 @@ class WholeLM(HFLM):
         Its batch goes on until all texts have met a stop, and a special token is gone before texts are cut there.
         """
         known = self.tokenizer.added_tokens_decoder.items()
-        ends = self._end_tokens()
+        ends = self.end_tokens()
         if more := {i for i, token in known if token.special and token.content in stop} - ends:
             generation_kwargs["eos_token_id"] = sorted(ends | more)
         whole: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
         return whole
-
-    def _end_tokens(self) -> frozenset[int]:
-        config = getattr(self.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        listed = ends if isinstance(ends, list) else [ends]
-        return frozenset(e for e in (*listed, self.eot_token_id) if e is not None)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
