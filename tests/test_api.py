@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import re
 from collections.abc import Callable
@@ -112,6 +113,8 @@ def test_retain_rows_are_held_at_both_signs_unless_said_otherwise(phi: Loaded, t
     assert alone.digest() == unheld.digest() != tau.digest()
     baseline = unlearn.fit(phi.model, phi.tokenizer, FORGET, RETAIN, method="gradient_difference", **QUICK)
     assert baseline.digest() not in (alone.digest(), tau.digest())
+    theirs = unlearn.fit(phi.model, phi.tokenizer, FORGET, RETAIN, method="GradDiff", **QUICK)
+    assert theirs.digest() == baseline.digest()
 
 
 CHOICES = [{"question": r["question"], "choices": r["choices"], "answer": r["correct"]} for r in capital_rows(6)]
@@ -325,6 +328,7 @@ MISTAKES: dict[str, tuple[Callable[[Loaded, TaskVector], object], str]] = {
     "a misspelt setting": (lambda phi, tau: _fit(phi, learning_rat=1), "learning_rate"),
     "no retain rows": (lambda phi, tau: _fit(phi, retain_kl="two_sided"), "retain_kl needs a retain set"),
     "a source to shape with": (lambda phi, tau: unlearn.shape(tau, "npo"), "give it to fit"),
+    "a source by its other name": (lambda phi, tau: unlearn.shape(tau, ["IdkDPO"]), "give it to fit"),
     "an unknown shaper": (lambda phi, tau: unlearn.shape(tau, "shrnk"), "shrink"),
     "a shaper without rows": (lambda phi, tau: unlearn.shape(tau, "shrink"), "give model and retain as well"),
     "a shaper without a vector": (lambda phi, tau: unlearn.shape(tau, "project"), "give retain_vector as well"),
@@ -379,6 +383,21 @@ MISTAKES: dict[str, tuple[Callable[[Loaded, TaskVector], object], str]] = {
     "an unknown task": (
         lambda phi, tau: unlearn.evaluate(phi.model, tau, 1, ["unlearn_mqc"]),
         "did you mean 'unlearn_mcq'",
+    ),
+    "no task": (lambda phi, tau: unlearn.evaluate(phi.model, tau, 1, []), "tasks is empty"),
+    "an unknown option": (
+        lambda phi, tau: unlearn.evaluate(phi.model, tau, 1, ["unlearn_mcq"], limt=3),
+        "did you mean 'limit'",
+    ),
+    "a task without its items": (
+        lambda phi, tau: unlearn.evaluate(
+            phi.model, tau, 1, ["unlearn_qa"], tokenizer=phi.tokenizer, metadata={"items": "nowhere.jsonl"}
+        ),
+        "nowhere.jsonl",
+    ),
+    "an endless coefficient": (
+        lambda phi, tau: unlearn.evaluate(phi.model, tau, math.nan, ["unlearn_qa"]),
+        "give a finite number",
     ),
     "coefficient 0": (lambda phi, tau: unlearn.save_adapter(tau, 0.0, "x", "base"), "no other model"),
     "no adapter": (lambda phi, tau: unlearn.TaskVector.from_peft("nobody here"), "there is no nobody here"),

@@ -8,6 +8,7 @@ Every function raises an :class:`~unlearn.errors.UnlearnError` that says what is
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import tempfile
@@ -32,7 +33,7 @@ from unlearn.errors import DataError, EvaluationError, ModelError, RecipeError, 
 from unlearn.model.load import Loaded, check_tokenizer
 from unlearn.recipe.data import ALSO, DataSet, SetRole
 from unlearn.recipe.load import from_mapping, tasks_folder
-from unlearn.recipe.methods import METHODS, TrainSpec, VectorSpec, trainer_settings
+from unlearn.recipe.methods import METHODS, TrainSpec, VectorSpec, registered, trainer_settings
 from unlearn.recipe.schema import Recipe
 from unlearn.report.charts import Point, Series, axis_of, chart, style
 from unlearn.score.packed import PackedLM
@@ -109,7 +110,7 @@ def shape(
         settings: As of :func:`fit`; ``shrink={"mu": 100}`` holds a method's own.
     """
     steps = [method] if isinstance(method, str) else list(method)
-    if source := next((s for s in steps if s in METHODS and METHODS[s].role != "shaper"), None):
+    if source := next((s for s in steps if (name := registered(s)) and METHODS[name].role != "shaper"), None):
         raise VectorError(f"{source} makes a vector and shapes none: give it to fit() as method={source!r}")
     recipe, rows = _asked({"forget": forget, "retain": retain}, seed, {**settings, "method": steps}, shaping=True)
     spec = recipe.vector
@@ -278,19 +279,27 @@ def evaluate(
     Args:
         tasks: Names of lm-eval's tasks and of those in this program's pack, or YAML files.
         tokenizer: The model's; when not given, that of the name it was loaded by.
-        options: Of ``lm_eval.simple_evaluate``: ``limit``, ``num_fewshot``, ``log_samples``, ...
+        options: Of ``lm_eval.simple_evaluate``: ``limit``, ``num_fewshot``, ``log_samples``, ``metadata``, ...
 
     Returns:
         What ``lm_eval.simple_evaluate`` returns.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    index = task_manager(names, [tasks_folder()])
+    if not names:
+        raise EvaluationError("evaluate: tasks is empty; name one at least")
+    known = inspect.signature(simple_evaluate).parameters
+    if odd := next((key for key in options if key not in known), None):
+        raise EvaluationError(f"evaluate: lm-eval's simple_evaluate has no option {odd!r}{did_you_mean(odd, known)}")
+    index = task_manager(names, [tasks_folder()], options.pop("metadata", None))
     for name in names:
         if not index.match_tasks([name]) and not Path(name).exists():
             raise EvaluationError(f"evaluate: lm-eval knows no task {name!r}{did_you_mean(name, index.all_tasks)}")
     with random_state_kept(), _as_it_was(model, True), subtracted(model, vector, coefficient):
         lm = PackedLM(model, _loaded(model, tokenizer).tokenizer)
-        found: dict[str, Any] = simple_evaluate(model=lm, tasks=names, task_manager=index, **options)
+        try:
+            found: dict[str, Any] = simple_evaluate(model=lm, tasks=names, task_manager=index, **options)
+        except (OSError, ValueError) as e:
+            raise EvaluationError(f"evaluate: {listing(names)} cannot be loaded or scored: {e}") from e
     return found
 
 
@@ -315,7 +324,7 @@ def _asked(
     if "retain" in given and "retain_kl" not in vector and not shaping:
         method = vector.get("method", "negate")
         first = method if isinstance(method, str) else next(iter(method), "negate")
-        if METHODS.get(first, METHODS["negate"]).role != "baseline":
+        if METHODS[registered(first) or "negate"].role != "baseline":
             vector["retain_kl"] = "two_sided"
 
     def described(role: SetRole) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_the_hub_refuses_or_is_out_of_reach(tmp_path: Path, refusing: str) -> No
     done = _run(tmp_path, HF_ENDPOINT=refusing)
     start = "error model.path: owner/name is neither a local folder nor to be had from the model hub: 401"
     assert done.stdout.startswith(start)
-    assert done.stdout.endswith("model.path also takes a local folder with the model in safetensors\n")
+    assert done.stdout.endswith("A local folder with safetensors is taken as well\n")
     away = _run(tmp_path, HF_ENDPOINT=NOBODY)
     assert away.stdout.startswith("error model.path: there is no folder owner/name here, no such model in the hub's")
     assert f"and the hub ({NOBODY}) cannot be reached: " in away.stdout

@@ -24,6 +24,7 @@ from unlearn.vector.edit import subtracted
 from unlearn.vector.interop import (
     ADAPTER_WEIGHTS,
     from_adapter,
+    merged,
     refuse_misfit,
     target_modules,
     to_adapter,
@@ -59,6 +60,22 @@ def test_what_peft_saves_is_read_as_peft_means_it(
     with subtracted(model, vector, -1.0):
         torch.testing.assert_close(logits(model), tuned, atol=1e-4, rtol=1e-4)
     assert (plain - tuned).abs().max() > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"]], ids=["head", "embeddings"])
+def test_an_adapter_on_one_end_of_a_tied_model_is_merged_into_that_end_alone(
+    loaded: Load, pico_llama: Path, tmp_path: Path, targets: list[str]
+) -> None:
+    peft_model = trained(loaded(pico_llama).model, target_modules=targets)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_embedding_A" in name:  # of embeddings this half begins at zero
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft_model.save_pretrained(tmp_path)
+    model = loaded(pico_llama).model
+    assert (logits(model) - logits(peft_model)).abs().max() > 0.05
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(logits(merged(model, tmp_path)), logits(peft_model), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

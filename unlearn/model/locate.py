@@ -47,7 +47,7 @@ from unlearn.store.cache import (
 from unlearn.store.provenance import versions
 from unlearn.text import first_line, hide
 
-_INSTEAD = "model.path also takes a local folder with the model in safetensors"
+_INSTEAD = "A local folder with safetensors is taken as well"
 _KINDS = "set model.path to a folder with the model in safetensors, a .gguf file, or a hub id"
 _FORBIDDEN = "going online is forbidden (HF_HUB_OFFLINE or UNLEARN_OFFLINE)"
 _TRUST = "UNLEARN_TRUST_REMOTE_CODE"

@@ -633,10 +633,13 @@ def _known(name: str) -> str:
 _ELSEWHERE = {"gradascent": "gradient_ascent", "graddiff": "gradient_difference", "dpo": "idk_dpo", "idkdpo": "idk_dpo"}
 
 
+def registered(name: str) -> str | None:
+    """The method that is meant by a name, in whatever case, or by that of an open-unlearning trainer."""
+    return next((known for known in (name, name.lower(), _ELSEWHERE.get(name.lower())) if known in METHODS), None)
+
+
 def _registered(value: Any, handler: Callable[[Any], Any]) -> Any:
-    """A method's name, in whatever case, or that of an open-unlearning trainer."""
-    names = (value, value.lower(), _ELSEWHERE.get(value.lower())) if isinstance(value, str) else ()
-    return next((name for name in names if name in METHODS), None) or handler(value)
+    return (registered(value) if isinstance(value, str) else None) or handler(value)
 
 
 # The package's own, as they stand in the schema of recipes and in messages; what others registered is taken as well.

@@ -7,6 +7,7 @@ the change acts beside the weight, in float32, and only its output is rounded.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ class Edit:
 
     def subtract(self, coefficient: float) -> None:
         """Make the model theta - coefficient * tau, from the pristine theta."""
+        if not math.isfinite(coefficient):
+            raise VectorError(f"coefficient {coefficient}: give a finite number")
         with torch.no_grad():
             for part in self._parts:
                 part.set(-coefficient)

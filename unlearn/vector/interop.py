@@ -296,11 +296,24 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             prompts = whole.active_peft_config.is_prompt_learning
             said = "  it adds to the prompts, not to the weights" if prompts else strangers(whole, folder)
             if not said:
+                _untie(model)
                 found: PreTrainedModel = whole.merge_and_unload()
                 return found
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, OSError) as e:
         said = f"  {' '.join(str(e).split())[:_LONGEST_PATTERN]}"
     raise VectorError(f"{folder}: the adapter cannot be merged into the model:\n{said}")
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give a head that shares the embeddings' weight one of its own, where an adapter is on either of them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(isinstance(end, BaseTunerLayer) for end in ends):
+        embedded, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+        if head is not None and head.weight is embedded.weight:
+            head.weight = nn.Parameter(head.weight.detach().clone())
+            model.config.tie_word_embeddings = False
 
 
 # -- to an adapter

@@ -254,11 +254,13 @@ class TaskVector:
     @classmethod
     def load(cls, path: str | Path) -> TaskVector:
         """Read what :meth:`save` wrote, now or in version 1."""
+        if Path(path).is_dir():
+            raise VectorError(f"{path}: a folder, and no file of a vector; from_peft reads that of an adapter")
         try:
             with safe_open(path, framework="pt") as f:
                 head = f.metadata() or {}
                 if head.get("format") != FORMAT:
-                    raise VectorError("not a task vector of this program")
+                    raise VectorError("not a task vector of this program; an adapter of PEFT's is read from its folder")
                 version = head.get("version")
                 if version not in _KINDS:
                     raise VectorError(f"written as version {version}, this program reads up to {VERSION}")
