@@ -136,7 +136,7 @@ def test_merged_weights_are_the_edited_model(smoke: Path, tmp_path: Path, capfd:
     assert main([*RECIPE, "--out", str(tmp_path / "less"), *reuse, *less]) == 2
     said = capfd.readouterr().err
     assert said.count("error:") == 1
-    assert "error: export.merged: rounded to the stored number format, the edit has cosine" in said
+    assert "export.merged: rounded to the stored number format, the edit has cosine" in said
     assert "Traceback" not in said
     insists = ["--set", "export.accept_rounding=true"]
     assert main([*RECIPE, "--out", str(tmp_path / "insists"), *reuse, *less, *insists]) == 0

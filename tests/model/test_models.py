@@ -181,6 +181,8 @@ def test_fingerprint_knows_code_of_the_models_own(copy: Path, tmp_path: Path, mo
     monkeypatch.setenv("UNLEARN_TRUST_REMOTE_CODE", "1")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # of another test's folder
     _edit_json(copy / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
     (copy / "own.py").write_text(
         "from transformers import PhiForCausalLM\nfrom .scale import SCALE\n\n"

