@@ -273,7 +273,7 @@ def test_what_cannot_be_opened(copy: Path) -> None:
         _edit_json(copy / "config.json", model_type=kind)
         with pytest.raises(ModelError, match="cannot be opened as a causal language model"):
             load(_spec(copy), str(copy))
-    with pytest.raises(ModelError, match=r"owner/gone at revision abc is neither a local folder.*taken as well") as caught:
+    with pytest.raises(ModelError, match=r"owner/gone at revision abc is neither a local folder.*as well") as caught:
         load(_spec("owner/gone", revision="abc"), "owner/gone")
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=r"no cuda:99 here \(CUDA devices: \d\)"):
