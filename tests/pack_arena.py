@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,17 +19,6 @@ CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-
-
-def imported(name: str) -> ModuleType:
-    """A module of the pack by its path in it, without ``.py``."""
-    path = tasks_folder() / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def half_learnt(pico: Path, folder: Path, texts: Sequence[str] | None = None, steps: int = 60) -> Path:

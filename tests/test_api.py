@@ -329,6 +329,9 @@ MISTAKES: dict[str, tuple[Callable[[Loaded, TaskVector], object], str]] = {
     "no retain rows": (lambda phi, tau: _fit(phi, retain_kl="two_sided"), "retain_kl needs a retain set"),
     "a source to shape with": (lambda phi, tau: unlearn.shape(tau, "npo"), "give it to fit"),
     "a source by its other name": (lambda phi, tau: unlearn.shape(tau, ["IdkDPO"]), "give it to fit"),
+    "no name of a shaper": (lambda phi, tau: unlearn.shape(tau, [3]), "vector.method"),  # type: ignore[list-item]
+    "no name of a method": (lambda phi, tau: _fit(phi, retain=RETAIN, method=3), "vector.method"),
+    "an option of ours": (lambda phi, tau: unlearn.evaluate(phi.model, tau, 1, ["x"], task_manager=3), "has no option"),
     "an unknown shaper": (lambda phi, tau: unlearn.shape(tau, "shrnk"), "shrink"),
     "a shaper without rows": (lambda phi, tau: unlearn.shape(tau, "shrink"), "give model and retain as well"),
     "a shaper without a vector": (lambda phi, tau: unlearn.shape(tau, "project"), "give retain_vector as well"),

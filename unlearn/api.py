@@ -110,7 +110,7 @@ def shape(
         settings: As of :func:`fit`; ``shrink={"mu": 100}`` holds a method's own.
     """
     steps = [method] if isinstance(method, str) else list(method)
-    if source := next((s for s in steps if (name := registered(s)) and METHODS[name].role != "shaper"), None):
+    if source := next((s for s in steps if (name := registered(str(s))) and METHODS[name].role != "shaper"), None):
         raise VectorError(f"{source} makes a vector and shapes none: give it to fit() as method={source!r}")
     recipe, rows = _asked({"forget": forget, "retain": retain}, seed, {**settings, "method": steps}, shaping=True)
     spec = recipe.vector
@@ -287,7 +287,7 @@ def evaluate(
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise EvaluationError("evaluate: tasks is empty; name one at least")
-    known = inspect.signature(simple_evaluate).parameters
+    known = inspect.signature(simple_evaluate).parameters.keys() - {"model", "tasks", "task_manager"}
     if odd := next((key for key in options if key not in known), None):
         raise EvaluationError(f"evaluate: lm-eval's simple_evaluate has no option {odd!r}{did_you_mean(odd, known)}")
     index = task_manager(names, [tasks_folder()], options.pop("metadata", None))
@@ -323,8 +323,8 @@ def _asked(
             raise RecipeError(f"{key}: there is no such argument{guess}")
     if "retain" in given and "retain_kl" not in vector and not shaping:
         method = vector.get("method", "negate")
-        first = method if isinstance(method, str) else next(iter(method), "negate")
-        if METHODS[registered(first) or "negate"].role != "baseline":
+        first = method[0] if isinstance(method, list | tuple) and method else method
+        if METHODS[registered(str(first)) or "negate"].role != "baseline":
             vector["retain_kl"] = "two_sided"
 
     def described(role: SetRole) -> dict[str, Any]:

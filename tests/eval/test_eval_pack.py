@@ -21,11 +21,11 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from pack_arena import half_learnt, imported, scored, written
+from pack_arena import half_learnt, scored, written
 from rouge_score import rouge_scorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.load import pack_module, tasks_folder
 
 TOLERANCE = 1e-4
 COUNTRIES = ("France", "Italy", "Argentina", "Norway")
@@ -45,7 +45,7 @@ def lm(pico_phi: Path, tmp_path_factory: pytest.TempPathFactory) -> HFLM:
 
 @functools.cache
 def load_pack() -> ModuleType:
-    return imported("unlearn_tasks")
+    return pack_module("unlearn_tasks")
 
 
 @pytest.fixture(scope="module")

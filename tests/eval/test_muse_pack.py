@@ -16,11 +16,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from pack_arena import half_learnt, imported, scored, written
+from pack_arena import half_learnt, scored, written
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.load import pack_module, tasks_folder
 from unlearn.score.packed import PackedLM
 
 TOLERANCE = 1e-4
@@ -35,12 +35,12 @@ PASSAGES = (
 
 @pytest.fixture(scope="module")
 def muse() -> ModuleType:
-    return imported("muse/muse_tasks")
+    return pack_module("muse/muse_tasks")
 
 
 @pytest.fixture(scope="module")
 def items() -> ModuleType:
-    return imported("muse/muse_items")
+    return pack_module("muse/muse_items")
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from pack_arena import half_learnt, imported, scored, written
+from pack_arena import half_learnt, scored, written
 
-from unlearn.recipe.load import tasks_folder
+from unlearn.recipe.load import pack_module, tasks_folder
 from unlearn.score.packed import PackedLM
 
 TOLERANCE = 1e-4
@@ -37,12 +37,12 @@ FIGURES += ("truth_ratio_prob",)
 
 @pytest.fixture(scope="module")
 def tasks() -> ModuleType:
-    return imported("tofu/tofu_tasks")
+    return pack_module("tofu/tofu_tasks")
 
 
 @pytest.fixture(scope="module")
 def items() -> ModuleType:
-    return imported("tofu/tofu_items")
+    return pack_module("tofu/tofu_items")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from pack_arena import imported
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from unlearn import run
@@ -29,7 +28,7 @@ from unlearn.errors import EvaluationError
 from unlearn.model import pico
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import Split
-from unlearn.recipe.load import load_recipe, tasks_folder
+from unlearn.recipe.load import load_recipe, pack_module, tasks_folder
 from unlearn.recipe.schema import Recipe
 from unlearn.results import RunReport
 from unlearn.score import tasks as named_tasks
@@ -86,7 +85,7 @@ def judged(folder: str, text: str, label: int = 1, softmax: bool = False) -> flo
 
 @pytest.fixture(scope="module")
 def pack() -> ModuleType:
-    return imported("toxicity_tasks")
+    return pack_module("toxicity_tasks")
 
 
 def managed(**metadata: Any) -> TaskManager:
