@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compared_arena import RECIPE, run, write_data, write_recipe, write_rows
+from compared_arena import RECIPE, read, run, write_data, write_recipe, write_rows
 
 from unlearn import pipeline
 from unlearn.data.sets import load_sets
@@ -24,6 +24,7 @@ from unlearn.score.tasks import build_tasks
 from unlearn.store import provenance
 from unlearn.store.stages import Store
 from unlearn.train.vectors import masks
+from unlearn.vector.task_vector import TaskVector
 
 VECTORS = ("vectors/forget", "vectors/near-r")
 SCORED = ("eval/*", "benchmark/*", "robustness/*")
@@ -325,3 +326,41 @@ def test_a_finished_run_sees_other_files_of_its_tasks(tmp_path: Path, monkeypatc
     (tmp_path / "eval" / "unlearn_qa.yaml").write_text("")
     found.append(references.state(recipe, tmp_path))
     assert len({json.dumps(one) for one in found}) == len(found)
+
+
+# --- a model whose texts end otherwise -------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    key: value for key, value in RECIPE.items() if key in ("forget", "retain", "choose", "eval", "vector")
+}
+SMALL |= {"name": "small", "model": {"path": "model"}, "sweep": {"coefficients": [1.0]}}
+
+
+@pytest.mark.slow  # that the keys change is shown above
+def test_nothing_is_taken_over_from_a_model_with_another_end_token(
+    tmp_path: Path, pico_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in place nor by ``reuse``: the vector and the scores are those of a run that knows no other."""
+    write_data(tmp_path)
+    shutil.copytree(pico_llama, tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(SMALL), "utf-8")
+    assert run(recipe, tmp_path / "run") == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "earlier")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text("utf-8")) | {"eos_token": "a"}), "utf-8")
+    capfd.readouterr()
+    assert run(recipe, tmp_path / "run") == 0
+    assert "nothing has changed" not in (said := capfd.readouterr().err)
+    assert "as before" not in said
+    assert run(recipe, tmp_path / "other", "--set", f"reuse=[{tmp_path / 'earlier'}]") == 0
+    assert "taken from" not in capfd.readouterr().err
+    assert run(recipe, tmp_path / "alone") == 0
+    vectors = {
+        name: TaskVector.load(tmp_path / name / "vectors" / "forget" / "vector.safetensors")
+        for name in ("earlier", "run", "other", "alone")
+    }
+    assert vectors["run"].digest() == vectors["other"].digest() == vectors["alone"].digest()
+    assert vectors["alone"].cosine(vectors["earlier"]) < 0.99
+    assert read(tmp_path / "run").scores == read(tmp_path / "other").scores == read(tmp_path / "alone").scores
+    assert read(tmp_path / "alone").scores != read(tmp_path / "earlier").scores
