@@ -153,6 +153,19 @@ def test_nothing_passes_so_nothing_changes(smoke: Path, tmp_path: Path) -> None:
     assert all(r.before == r.after for r in report.scores)
 
 
+def test_each_metric_that_is_named_must_be_kept(smoke: Path, tmp_path: Path) -> None:
+    named = ["--set", f"reuse=[{smoke}]", "--set", "choose.kept=[acc,prob,acc]"]
+    assert main([*RECIPE, "--out", str(tmp_path / "run"), *named]) == 0
+    report = read(tmp_path / "run")
+    assert report.chosen.kept == (("retain", "africa", "acc"), ("retain", "africa", "prob"))
+    before, *rest = ({s.key: s.score.value for s in point.scores} for point in report.sweep)
+    within = [all(scores[key] >= 0.95 * before[key] for key in report.chosen.kept) for scores in rest]
+    assert [point.within_bound for point in report.sweep[1:]] == within
+    assert set(within) == {True, False}
+    plain = {p.coefficient for p in read(smoke).sweep[1:] if p.within_bound}
+    assert plain > {p.coefficient for p in report.sweep[1:] if p.within_bound}, "accuracy alone allows more"
+
+
 BISECT = (
     *("--set", "retain.0.where={continent: [Africa, Asia]}", "--set", "retain.0.limit=84"),
     *("--set", "retain.0.shares={train: all, validation: 0.5, test: 0.5}", "--set", "teach.steps=150"),
@@ -208,6 +221,7 @@ MISTAKES: list[tuple[list[str], Sequence[str]]] = [
     (["--set", "vector.forget.learning_rate=1e30"], ["learning_rate"]),
     (["--set", "retain.0.shares={train: 0, validation: 0.5, test: 0.5}"], ["contrast", "shares.train"]),
     (["--set", "choose.metric=perplexity"], ["choose.metric", "acc"]),
+    (["--set", "choose.kept=[acc,pni]"], ["choose.kept", "'pni'", "did you mean 'pmi'?"]),
     (["--set", "eval.tasks=[{task: hellaswog}]"], ["hellaswog", "hellaswag"]),
 ]
 

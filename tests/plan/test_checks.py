@@ -106,6 +106,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"reuse": ["tof"]}, "tof; did you mean tofu?"),
     ({"vector": MSA, "teach": None, "reference": None}, "vector.msa.clean: there is no folder ./none"),
     ({"choose": {"metric": "prop"}}, "choose.metric: qa data have no 'prop' in the search; did you mean 'prob'"),
+    ({"choose": {"kept": ["perplexity"]}}, "choose.kept: no set that is to be kept has 'perplexity' in the search"),
     (
         {"forget": {**RECIPE["forget"], "validation": {"path": "f.jsonl", "rows": [300, 400]}}},
         "f.jsonl: it has 12 rows, so rows [300, 400] goes beyond its end",

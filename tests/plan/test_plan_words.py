@@ -346,6 +346,15 @@ def test_metrics_of_a_recipe(here: Path) -> None:
         ("utility", "passages", "perplexity"),
         ("utility", "hellaswag", "acc_norm"),
     )
+    named = load_recipe("r.yaml", [tasks, "choose.kept=[exact, loss, exact]"]).recipe
+    assert kept_metrics(named) == (
+        ("retain", "asia", "exact"),
+        ("retain", "asia", "loss"),
+        ("utility", "passages", "loss"),
+        ("utility", "hellaswag", "acc_norm"),
+    )
+    alone = load_recipe("r.yaml", ["choose.kept=[exact]"]).recipe
+    assert kept_metrics(alone) == (("retain", "asia", "exact"), ("utility", "passages", "perplexity"))
 
 
 def test_where_a_model_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

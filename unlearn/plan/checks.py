@@ -19,7 +19,7 @@ from unlearn.model.locate import model_place, said_of, vector_place
 from unlearn.recipe.data import SPLITS, DataSet, SetRole, Source
 from unlearn.recipe.evaluation import TaskSpec, no_such_task, shipped_tasks, task_files, task_names, unheard_of
 from unlearn.recipe.load import tasks_folder
-from unlearn.recipe.schema import Recipe, goal_metrics
+from unlearn.recipe.schema import Recipe, goal_metrics, kept_metrics
 from unlearn.store.cache import check_data
 
 
@@ -28,7 +28,7 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
 
     ``hub``: also ask the hub for a benchmark's data.
     """
-    goal_metrics(recipe)  # refuses a metric that these data do not have
+    goal_metrics(recipe), kept_metrics(recipe)  # refuse metrics that these data do not have
     template_path(recipe.model, base)
     _check_reuse(recipe, base)
     _check_brought(recipe, base)

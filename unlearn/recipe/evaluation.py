@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from unlearn.errors import EvaluationError
-from unlearn.recipe.data import Above, AtLeast0, Count, Frozen, Positive, Scalar, Share, key
+from unlearn.recipe.data import Above, AtLeast0, Count, Frozen, Positive, Scalar, Share, key, later
 from unlearn.text import did_you_mean
 
 Quantised = Literal["nf4", "int8"]
@@ -161,6 +161,11 @@ class ChooseSpec(Frozen):
         None,
         "Metric to drive down on what is forgotten, or up on what is learned; by kind when not given. Where sets are "
         "of several kinds, that of the first one's kind.",
+    )
+    kept: tuple[str, ...] | None = later(
+        None,
+        "Metrics that every retain and utility set must keep, those of them that its kind has ([acc, pmi]); by kind "
+        "when not given, and for a set that has none of them.",
     )
     keep: Share = key(0.95, "Share of the target model's score that every kept metric must retain.")
     perplexity: AtLeast0 = key(0.5, "For kept metrics that are perplexities: the most they may rise.")

@@ -367,8 +367,21 @@ def goal_metrics(recipe: Recipe) -> tuple[Key, ...]:
 
 
 def kept_metrics(recipe: Recipe) -> tuple[Key, ...]:
-    """Keys of the scores that must stay within the bound: one for each retain and utility set, and lm-eval's tasks."""
-    own = [(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role in KEPT]
+    """Keys of the scores that must stay within the bound: of each retain and utility set, and of lm-eval's tasks."""
+    asked = tuple(dict.fromkeys(recipe.choose.kept or ()))
+    sets = [(role, data) for role, data in recipe.sets() if role in KEPT]
+    known = list(dict.fromkeys(metric for _, data in sets for metric in METRICS[data.kind]))
+    if unknown := [metric for metric in asked if metric not in known]:
+        guess = did_you_mean(unknown[0], known)
+        raise EvaluationError(
+            f"choose.kept: no set that is to be kept has {unknown[0]!r} in the search{guess} (there are "
+            f"{', '.join(known) or 'none'})"
+        )
+    own = [
+        (role, data.label(), metric)
+        for role, data in sets
+        for metric in [name for name in asked if name in METRICS[data.kind]] or [default_metric(data.kind)]
+    ]
     shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set in KEPT and not spec.whole]
     return (*own, *shipped)
 

@@ -23,7 +23,7 @@ from unlearn.data.sets import LoadedSet, plainly
 from unlearn.errors import BrokenModelError
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import SetRole, Split
-from unlearn.recipe.schema import KEPT, Key, Recipe, default_metric, goal_metrics
+from unlearn.recipe.schema import Recipe, goal_metrics, kept_metrics
 from unlearn.results import Chosen, Example, Fluency, Score, SweepPoint, TaskScore
 from unlearn.score import search, tasks
 from unlearn.score.evaluate import evaluate
@@ -203,8 +203,8 @@ def point_line(recipe: Recipe, point: SweepPoint, coefficients: str = "") -> str
 
     ``coefficients`` stand in place of the one coefficient where several vectors have one each.
     """
-    main: set[Key] = {(role, data.label(), default_metric(data.kind)) for role, data in recipe.sets() if role in KEPT}
-    main |= {*goal_metrics(recipe), *((spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks)}
+    main = {*goal_metrics(recipe), *kept_metrics(recipe)}
+    main |= {(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks}
     values = "  ".join(f"{s.name} {s.metric} {s.score.value:.3g}" for s in point.scores if s.key in main)
     where = f"{coefficients}  " if coefficients and point.coefficient else f"λ = {point.coefficient:<6g}"
     wrong = f"   collapsed: {point.collapsed}" if point.collapsed else "" if point.within_bound else "   out of bounds"

@@ -381,7 +381,8 @@ def build_tasks(
     tasks: dict[str, Task] = {}
     info: dict[str, TaskInfo] = {}
     # Reciting takes a request for each token: one row for a packed passage, but one row each for lm-eval's own model.
-    recite = generate or recipe.eval.engine == "packed" or recipe.choose.metric in RECITED
+    searched = {recipe.choose.metric, *(recipe.choose.kept or ())}
+    recite = generate or recipe.eval.engine == "packed" or not searched.isdisjoint(RECITED)
     with quiet_harness():
         for loaded in sets:
             if loaded.role == "term" or loaded.role == "holdout" or not _has_items(loaded, split):
