@@ -405,6 +405,13 @@ MISTAKES: dict[str, tuple[Callable[[Loaded, TaskVector], object], str]] = {
     "coefficient 0": (lambda phi, tau: unlearn.save_adapter(tau, 0.0, "x", "base"), "no other model"),
     "no adapter": (lambda phi, tau: unlearn.TaskVector.from_peft("nobody here"), "there is no nobody here"),
     "no PeftModel": (lambda phi, tau: unlearn.TaskVector.from_peft_model(phi.model), "is no PeftModel"),
+    "a path to fit": (
+        lambda phi, tau: unlearn.fit("me/llama", None, FORGET),
+        "'me/llama' is a str, and no model in memory",
+    ),
+    "a path to sweep": (lambda phi, tau: unlearn.sweep("llama", tau, [1], {"a": len}), "no model in memory"),
+    "a path to evaluate": (lambda phi, tau: unlearn.evaluate("llama", tau, 1, ["unlearn_mcq"]), "no model in memory"),
+    "a path to edit": (lambda phi, tau: unlearn.subtracted("llama", tau, 1).__enter__(), "no model in memory"),
     "another model's vector": (
         lambda phi, tau: unlearn.sweep(torch.nn.Linear(2, 2), tau, [1], {"a": len}),
         "does not fit this model",

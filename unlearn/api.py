@@ -44,7 +44,7 @@ from unlearn.train.learned import materials
 from unlearn.train.trainer import check_passed_on
 from unlearn.train.vectors import encoded, fit_vectors
 from unlearn.vector import methods
-from unlearn.vector.edit import Edit, subtracted
+from unlearn.vector.edit import Edit, check_in_memory, subtracted
 from unlearn.vector.edit import fit as fitting
 from unlearn.vector.interop import to_adapter
 from unlearn.vector.task_vector import TaskVector
@@ -374,6 +374,7 @@ def _kind(role: SetRole, rows: Sequence[Row], data: Mapping[str, Any]) -> str:
 
 def _loaded(model: PreTrainedModel, tokenizer: Any) -> Loaded:
     """A model in memory as the pipeline has it. Its tokenizer is a copy, which may get a padding token."""
+    check_in_memory(model)
     if isinstance(model, PeftModel):
         raise ModelError("the model has an adapter on it: give the base (model.unload() returns it), or merge it first")
     if getattr(model, "hf_quantizer", None) is not None:
@@ -392,6 +393,7 @@ def _loaded(model: PreTrainedModel, tokenizer: Any) -> Loaded:
 @contextmanager
 def _as_it_was(model: PreTrainedModel, verbose: bool) -> Iterator[None]:
     """The model evaluates inside the ``with``; its flags, random numbers and the logger are as before outside it."""
+    check_in_memory(model)
     training = {module: module.training for module in model.modules()}
     learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
     level = log.level

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from unlearn.errors import VectorError
+from unlearn.errors import ModelError, VectorError
 from unlearn.vector.change import Change, edited
 from unlearn.vector.task_vector import TaskVector
 
@@ -102,8 +102,18 @@ class _Beside:
         return (output.float() + self.coefficient * change).to(output.dtype)
 
 
+def check_in_memory(model: Any) -> None:
+    """Refuse a name or a path where a model is wanted."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{model!r} is a {type(model).__name__}, and no model in memory: "
+            "AutoModelForCausalLM.from_pretrained(...) of transformers gives one"
+        )
+
+
 def fit(model: nn.Module, vector: TaskVector) -> dict[str, tuple[nn.Module, Change]]:
     """Pair every module of the vector with the model's, or raise one error that names all misfits."""
+    check_in_memory(model)
     found = dict(model.named_modules())
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in found.items():
