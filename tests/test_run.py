@@ -158,6 +158,8 @@ def test_each_metric_that_is_named_must_be_kept(smoke: Path, tmp_path: Path) -> 
     assert main([*RECIPE, "--out", str(tmp_path / "run"), *named]) == 0
     report = read(tmp_path / "run")
     assert report.chosen.kept == (("retain", "africa", "acc"), ("retain", "africa", "prob"))
+    assert "every kept metric (acc and prob) stays within its bound" in report.chosen.rule
+    assert "retain/africa, acc against" in (tmp_path / "run" / "report.html").read_text()
     before, *rest = ({s.key: s.score.value for s in point.scores} for point in report.sweep)
     within = [all(scores[key] >= 0.95 * before[key] for key in report.chosen.kept) for scores in rest]
     assert [point.within_bound for point in report.sweep[1:]] == within
@@ -222,6 +224,15 @@ MISTAKES: list[tuple[list[str], Sequence[str]]] = [
     (["--set", "retain.0.shares={train: 0, validation: 0.5, test: 0.5}"], ["contrast", "shares.train"]),
     (["--set", "choose.metric=perplexity"], ["choose.metric", "acc"]),
     (["--set", "choose.kept=[acc,pni]"], ["choose.kept", "'pni'", "did you mean 'pmi'?"]),
+    (["--set", "choose.kept=[]"], ["choose.kept"]),
+    (
+        ["--set", "choose.kept=[acc]", "--set", "retain=[]", "--set", "vector.method=negate"],
+        ["no retain or utility set"],
+    ),
+    (
+        ["--set", "choose.kept=[acc]", "--set", "retain.0.shares={train: 1, validation: 0, test: 0}"],
+        ["choose.kept: 'acc' would bind nothing"],
+    ),
     (["--set", "eval.tasks=[{task: hellaswog}]"], ["hellaswog", "hellaswag"]),
 ]
 

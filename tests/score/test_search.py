@@ -28,6 +28,7 @@ from unlearn.score.search import (
     blind,
     choose,
     collapsed,
+    holds,
     judge,
     may_be_chosen,
     may_tie,
@@ -335,6 +336,9 @@ def test_what_can_show_harm_is_not_doubted() -> None:
     assert not blind("perplexity", False, 30.0, None, 0.95)
     assert not blind("loss", False, 0.0, None, 0.95), "any rise breaks that bound"
     assert not blind("logprob", True, -3.0, None, 0.95)
+    assert not blind("pmi", True, 0.1, None, 0.95)
+    assert "nothing ties the answers" in blind("pmi", True, -0.1, None, 0.95)
+    assert holds("pmi", True, -0.1, -3.0, 0.95, None), "where nothing is tied, nothing can be lost"
 
 
 def test_most_learning_is_chosen_and_only_if_something_is_learned() -> None:

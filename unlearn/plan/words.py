@@ -43,7 +43,8 @@ def _plan(loaded: LoadedRecipe) -> str:
     goals = goal_metrics(recipe)
     sets = {(s.role, s.name): s for s in load_sets(local_part(recipe), base)}
     unscored = {key for key, one in sets.items() if not one.validation}
-    chosen = rule(recipe.choose, goals, [key for key in kept_metrics(recipe) if (key[0], key[1]) not in unscored])
+    scored = {key[:2] for key in kept_metrics(recipe)} - unscored
+    chosen = rule(recipe.choose, goals, kept_metrics(recipe, scored))
     blocks = {
         "recipe": [f"{recipe.name}  ({loaded.source})", *recipe.description.strip().splitlines()[:1]],
         "model": [recipe.model.path, place, _held(recipe), *_conversing(recipe)],

@@ -166,6 +166,7 @@ class ChooseSpec(Frozen):
         None,
         "Metrics that every retain and utility set must keep, those of them that its kind has ([acc, pmi]); by kind "
         "when not given, and for a set that has none of them.",
+        min_length=1,
     )
     keep: Share = key(0.95, "Share of the target model's score that every kept metric must retain.")
     perplexity: AtLeast0 = key(0.5, "For kept metrics that are perplexities: the most they may rise.")
@@ -174,6 +175,12 @@ class ChooseSpec(Frozen):
         "Nats per token by which a kept set's loss may rise (mcq: an answer counts as three tokens) before the model "
         "counts as collapsed and the coefficient is not chosen, whatever the bounds say.",
     )
+
+    @field_validator("kept")
+    @classmethod
+    def _in_any_order(cls, kept: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """The same metrics are the same recipe."""
+        return None if kept is None else tuple(sorted(set(kept)))
 
 
 class TaskSpec(Frozen):

@@ -7,7 +7,7 @@ costs no torch. Each field's description is what ``unlearn schema`` shows in an 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -366,24 +366,30 @@ def goal_metrics(recipe: Recipe) -> tuple[Key, ...]:
     return tuple((role, d.label(), metric if d.kind == kind else default_metric(d.kind)) for role, d in goals)
 
 
-def kept_metrics(recipe: Recipe) -> tuple[Key, ...]:
-    """Keys of the scores that must stay within the bound: of each retain and utility set, and of lm-eval's tasks."""
-    asked = tuple(dict.fromkeys(recipe.choose.kept or ()))
+def kept_metrics(recipe: Recipe, scored: Container[tuple[str, str]] | None = None) -> tuple[Key, ...]:
+    """Keys of the scores that must stay within the bound: of each retain and utility set, and of lm-eval's tasks.
+
+    ``scored``: only of these, by set and name; EvaluationError where none has a metric that ``choose.kept`` names.
+    """
+    asked = recipe.choose.kept or ()
     sets = [(role, data) for role, data in recipe.sets() if role in KEPT]
     known = list(dict.fromkeys(metric for _, data in sets for metric in METRICS[data.kind]))
     if unknown := [metric for metric in asked if metric not in known]:
         guess = did_you_mean(unknown[0], known)
-        raise EvaluationError(
-            f"choose.kept: no set that is to be kept has {unknown[0]!r} in the search{guess} (there are "
-            f"{', '.join(known) or 'none'})"
-        )
+        there = f"{guess} (there are {', '.join(known)})" if known else ": the recipe has no retain or utility set"
+        raise EvaluationError(f"choose.kept: no set that is to be kept has {unknown[0]!r} in the search{there}")
     own = [
         (role, data.label(), metric)
         for role, data in sets
         for metric in [name for name in asked if name in METRICS[data.kind]] or [default_metric(data.kind)]
     ]
     shipped = [(spec.set, spec.task, spec.metric) for spec in recipe.eval.tasks if spec.set in KEPT and not spec.whole]
-    return (*own, *shipped)
+    found = tuple(key for key in (*own, *shipped) if scored is None or key[:2] in scored)
+    if lacking := [metric for metric in asked if metric not in {key[2] for key in found}]:
+        raise EvaluationError(
+            f"choose.kept: {lacking[0]!r} would bind nothing: no set that has it has validation items; give it some"
+        )
+    return found
 
 
 def is_perplexity(metric: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from unlearn.recipe.schema import KEPT, Key, is_perplexity
 from unlearn.results import Chosen, RunReport, Score, ScoreRow, SweepPoint, TaskScore
-from unlearn.score.search import blind, holds, share_left
+from unlearn.score.search import blind, holds, share_left, unbound
 from unlearn.text import MISSING, number, percent, signed
 
 Z95 = 1.96
@@ -76,7 +76,7 @@ def share_kept(
     ``1 - (1 - keep) * rise / perplexity``, or where one of the two bounds allows nothing ``keep`` times what is left of
     the largest perplexity allowed. For pictures: whether a bound holds, :func:`~unlearn.score.search.holds` says.
     """
-    if not (math.isfinite(before) and math.isfinite(after)):
+    if not (math.isfinite(before) and math.isfinite(after)) or unbound(metric, before):
         return None
     if is_perplexity(metric) and keep and perplexity is not None:
         if keep < 1 and perplexity > 0:

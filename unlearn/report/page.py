@@ -201,7 +201,7 @@ def curves(report: RunReport) -> list[Drawn]:
     """One metric of each set (the rule's, where it has it) against the coefficient, with 95 % error bars."""
     chosen, kept, found = report.chosen, kept_keys(report), []
     for index, metrics in enumerate(_metrics(report).values()):
-        key = min(metrics, key=lambda s: (s.metric != chosen.forget_metric, s.key not in kept)).key
+        key = min(metrics, key=lambda s: (s.key not in (*chosen.goals, *kept), s.metric != chosen.forget_metric)).key
         pairs = [(p.coefficient, s) for p in report.sweep for s in p.scores if s.key == key]
         pairs.sort(key=lambda pair: pair[0])
         known = [(c, s.score) for c, s in pairs if math.isfinite(s.score.value)]

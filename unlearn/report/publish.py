@@ -64,7 +64,8 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
     if chosen.bound_met and (out := missed(facts)):
         met += f"; on test items not by {listing(' '.join(row.key) for row in out)}"
     labels = {role: [d.label() for r, d in recipe.goals() if r == role] for role in ("forget", "learn")}
-    kept = [f"{d.label()} ({role})" for role, d in recipe.sets() if role in KEPT]
+    by = f" by {listing(recipe.choose.kept)}" if recipe.choose.kept else ""
+    kept = [f"{d.label()} ({role}{by})" for role, d in recipe.sets() if role in KEPT]
     together = ["the weights w were found together, on validation items"] if len(recipe.goals()) > 1 else []
     brought = recipe.vector.given()
     given = [] if brought is None else [f"nothing was trained for it, it is that of {tidy(brought.words())}"]

@@ -193,6 +193,11 @@ def blind(metric: str, higher_is_better: bool, before: float, chance: float | No
     """
     if is_perplexity(metric) or not higher_is_better or not keep:
         return ""
+    if unbound(metric, before):
+        return (
+            f"is {number(before)} before the edit, so that nothing ties the answers to their own prompts: it cannot "
+            "show harm"
+        )
     if before == 0:
         return "is 0 before the edit, so that nothing can break its bound: it cannot show harm"
     if chance is not None and before <= chance + _SLACK:
@@ -237,13 +242,18 @@ def require_grounds(base: SweepPoint, goals: Sequence[Key], kept: Sequence[Key],
 # -- bounds
 
 
+def unbound(metric: str, before: float) -> bool:
+    """Whether nothing can be kept: pointwise information where there is none."""
+    return metric == "pmi" and before <= 0
+
+
 def bound_of(
     metric: str, higher_is_better: bool, before: float, keep: float | None, perplexity: float | None
 ) -> float | None:
     """The value that a kept metric may not pass; None where there is no bound (``keep`` 0), or none is known."""
     if is_perplexity(metric):
         return None if perplexity is None else before + perplexity
-    if not keep:
+    if not keep or unbound(metric, before):
         return None
     # a negative score (a log-probability) keeps its share by not growing more than 1/keep times as large
     return before * keep if higher_is_better and before >= 0 else before / keep
@@ -279,7 +289,8 @@ def rule(spec: ChooseSpec, goals: Sequence[Key], kept: Sequence[Key]) -> str:
         goal += ", on average over what is left of each beside λ = 0"
     if not kept:
         return goal + "; nothing was asked to be kept"
-    return f"{goal}, while every kept metric stays within its bound: {_bounds(spec, kept)}"
+    named = f" ({listing(dict.fromkeys(key[2] for key in kept))})" if spec.kept else ""
+    return f"{goal}, while every kept metric{named} stays within its bound: {_bounds(spec, kept)}"
 
 
 def _bounds(spec: ChooseSpec, kept: Sequence[Key]) -> str:

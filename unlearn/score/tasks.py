@@ -357,8 +357,7 @@ class TaskSet:
 
 def kept_metrics(recipe: Recipe, built: TaskSet) -> tuple[Key, ...]:
     """Keys of the scores that must stay within the bound, of those that ``built``, the tasks of the search, gives."""
-    scored = {(info.set, info.name) for info in built.info.values()}
-    return tuple(key for key in schema.kept_metrics(recipe) if key[:2] in scored)
+    return schema.kept_metrics(recipe, {(info.set, info.name) for info in built.info.values()})
 
 
 def build_tasks(

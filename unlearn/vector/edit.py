@@ -8,6 +8,7 @@ the change acts beside the weight, in float32, and only its output is rounded.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def check_in_memory(model: Any) -> None:
     """Refuse a name or a path where a model is wanted."""
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"{model!r} is a {type(model).__name__}, and no model in memory: "
+            f"{reprlib.repr(model)} is a {type(model).__name__}, and no model in memory: "
             "AutoModelForCausalLM.from_pretrained(...) of transformers gives one"
         )
 
