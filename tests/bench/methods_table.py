@@ -21,6 +21,7 @@ CHOICES = ("capitals", "currencies", "authors")  # pairs whose goals for what is
 
 def show(rows: Sequence[Row]) -> None:
     """Print everything."""
+    rows = _floored(rows)
     head, *lines = _lines(rows)
     table = Table(title="kept ≥ 95 % on validation items; test items unless said otherwise")
     for name in head:
@@ -40,9 +41,14 @@ def show(rows: Sequence[Row]) -> None:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The same as a page's table."""
-    head, *lines = _lines(rows)
+    head, *lines = _lines(_floored(rows))
     quoted = [[line[0] if line[0] == "before" else f"`{line[0]}`", *line[1:]] for line in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *quoted))
+
+
+def _floored(rows: Sequence[Row]) -> list[Row]:
+    """An answer that is less likely after its own prompt than after others: nothing is left, and not less than that."""
+    return [{**r, "pmi_after": max(r["pmi_after"], 0.0)} for r in rows]
 
 
 def _lines(rows: Sequence[Row]) -> list[list[str]]:
