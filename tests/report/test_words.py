@@ -327,6 +327,21 @@ def test_what_is_only_said_less_often_is_suppressed(accuracy: float, pmi: float,
     assert memory_line(make()) == ""
 
 
+@pytest.mark.parametrize(("never", "left"), [(4.0, 0.25), (5.0, 0.0), (6.0, 0.0), (-1.0, 0.625), (math.nan, 0.625)])
+def test_what_a_model_that_never_knew_has_is_no_memory(never: float, left: float) -> None:
+    rows = (
+        row("forget", "europe", 0.917, 0.458),
+        replace(row("forget", "europe", 8.0, 5.0, "pmi"), reference=score(never)),
+    )
+    report = make(scores=rows)
+    found = memory(report, rows[0])
+    assert found is not None
+    assert (found.became, found.left) == ("forgotten" if left <= 0.2 else "suppressed", pytest.approx(left))
+    assert ("in a model that never knew" in memory_line(report)) == (never > 0)
+    knew = replace(rows[1], reference=score(8.0))
+    assert memory(make(scores=(rows[0], knew)), rows[0]) is None, "there was no more to be had"
+
+
 # --- what was foreseen, held against what came ---
 
 

@@ -125,23 +125,33 @@ class Memory:
     row: ScoreRow  # of the pointwise information
 
     @property
+    def never(self) -> float:
+        """What a model that never knew has: of questions with words of the answer in them more than nothing."""
+        known = self.row.reference.value if self.row.reference is not None else 0.0
+        return known if known > 0 and math.isfinite(known) else 0.0
+
+    @property
     def left(self) -> float:
-        """The share of it that is left, not below 0."""
-        return max(0.0, self.row.after.value / self.row.before.value)
+        """The share that is left of what is more than that, not below 0."""
+        return max(0.0, (self.row.after.value - self.never) / (self.row.before.value - self.never))
 
 
 def memory(result: Result, row: ScoreRow) -> Memory | None:
     """Whether a set is forgotten, or is only said less often whatever is asked; None where that was not measured.
 
-    ``kept``: its score is no worse than chance explains. Otherwise ``forgotten`` where at most a fifth of the pointwise
-    information is left: asked about others and subtracted, the answer would come back from ``suppressed``.
+    ``kept``: its score is no worse than chance explains. Otherwise ``forgotten`` where at most a fifth is left of the
+    pointwise information (of what it is above that of a reference which never knew, where there is one): asked about
+    others and subtracted, the answer would come back from ``suppressed``.
     """
-    found = next((r for r in result.scores if r.key == (row.set, row.name, "pmi")), None)
-    if found is None or not found.before.value > (margin(found.before) or 0.0) or not math.isfinite(found.after.value):
+    line = next((r for r in result.scores if r.key == (row.set, row.name, "pmi")), None)
+    if line is None or not math.isfinite(line.after.value):
+        return None
+    found = Memory("kept", line)
+    if not line.before.value - found.never > (margin(line.before) or 0.0):
         return None
     if not gone(row) > (margin_of_change(row) or 0.0):
-        return Memory("kept", found)
-    return Memory("forgotten" if found.after.value <= FORGOTTEN * found.before.value else "suppressed", found)
+        return found
+    return Memory("forgotten" if found.left <= FORGOTTEN else "suppressed", line)
 
 
 def memories(result: Result) -> dict[Key, Memory]:

@@ -207,9 +207,10 @@ def memory_line(result: Result) -> str:
     parts = []
     for (_, name, _), found in memories(result).items():
         before, after = short(found.row.before.value), short(found.row.after.value)
+        never = f", {short(found.never)} in a model that never knew" if found.never else ""
         parts.append(
             f"{name} is {found.became}: {percent(round(found.left, 2))} of what ties its answers to their own "
-            f"prompts is left ({before} to {after} nats; forgotten is {percent(FORGOTTEN)} or less)"
+            f"prompts is left ({before} to {after} nats{never}; forgotten is {percent(FORGOTTEN)} or less)"
         )
     return "; ".join(parts)
 
