@@ -90,6 +90,9 @@ def test_card_says_what_is_left_and_whether_the_bounds_hold_on_test_items() -> N
         "Unlearning is not deletion",
     ):
         assert words in body
+    assert "asia (retain)" in body
+    named = replace(facts(choose={"kept": ("acc", "pmi")}), chosen=replace(chosen, kept=(("retain", "asia", "pmi"),)))
+    assert "asia (retain by pmi)" in split(card(named, "adapter", "owner/base"))[1]
     roomy = replace(chosen, perplexity=0.5)
     body = card(replace(about, chosen=roomy, scores=about.scores[:2]), "adapter", "owner/base")
     assert "(met on validation items)" in body

@@ -64,8 +64,7 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
     if chosen.bound_met and (out := missed(facts)):
         met += f"; on test items not by {listing(' '.join(row.key) for row in out)}"
     labels = {role: [d.label() for r, d in recipe.goals() if r == role] for role in ("forget", "learn")}
-    by = f" by {listing(recipe.choose.kept)}" if recipe.choose.kept else ""
-    kept = [f"{d.label()} ({role}{by})" for role, d in recipe.sets() if role in KEPT]
+    kept = [f"{d.label()} ({role}{_by(facts, role, d.label())})" for role, d in recipe.sets() if role in KEPT]
     together = ["the weights w were found together, on validation items"] if len(recipe.goals()) > 1 else []
     brought = recipe.vector.given()
     given = [] if brought is None else [f"nothing was trained for it, it is that of {tidy(brought.words())}"]
@@ -89,6 +88,12 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
         met=met,
         survived=survived,
     )
+
+
+def _by(facts: CardFacts, role: str, name: str) -> str:
+    """The metrics that a kept set is bound by, where the recipe names some."""
+    metrics = [metric for *of, metric in facts.chosen.kept if of == [role, name]]
+    return f" by {listing(metrics)}" if facts.recipe.choose.kept and metrics else ""
 
 
 def escape(text: str) -> str:
