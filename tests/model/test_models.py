@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import shutil
@@ -194,6 +195,7 @@ def test_fingerprint_knows_code_of_the_models_own(copy: Path, tmp_path: Path, mo
     for scale, writes in (("2", "[]"), ("3", "[]"), ("2", "None"), ("2", "[]")):
         (copy / "scale.py").write_text(f"SCALE = {scale}\n")
         (copy / "custom_generate" / "generate.py").write_text(f"def generate(model, **more):\n    return {writes}\n")
+        importlib.invalidate_caches()  # of two folders made within a tick of the clock it sees the first
         found.append(load(_spec(copy, trust_remote_code=True), str(copy)).fingerprint)
     assert found[0] == found[3]
     assert len(set(found)) == 3
