@@ -28,7 +28,8 @@ def check(recipe: Recipe, base: Path, *, hub: bool = False) -> None:
 
     ``hub``: also ask the hub for a benchmark's data.
     """
-    goal_metrics(recipe), kept_metrics(recipe)  # refuse metrics that these data do not have
+    goal_metrics(recipe)  # these two refuse metrics that these data do not have
+    kept_metrics(recipe)
     template_path(recipe.model, base)
     _check_reuse(recipe, base)
     _check_brought(recipe, base)

@@ -44,7 +44,7 @@ def _plan(loaded: LoadedRecipe) -> str:
     sets = {(s.role, s.name): s for s in load_sets(local_part(recipe), base)}
     unscored = {key for key, one in sets.items() if not one.validation}
     scored = {key[:2] for key in kept_metrics(recipe)} - unscored
-    chosen = rule(recipe.choose, goals, kept_metrics(recipe, scored))
+    chosen = rule(recipe.choose, goals, () if recipe.edited is not None else kept_metrics(recipe, scored))
     blocks = {
         "recipe": [f"{recipe.name}  ({loaded.source})", *recipe.description.strip().splitlines()[:1]],
         "model": [recipe.model.path, place, _held(recipe), *_conversing(recipe)],

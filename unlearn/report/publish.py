@@ -92,7 +92,7 @@ def card(facts: CardFacts, export: Export, base_name: str, survived: Mapping[str
 
 def _by(facts: CardFacts, role: str, name: str) -> str:
     """The metrics that a kept set is bound by, where the recipe names some."""
-    metrics = [metric for *of, metric in facts.chosen.kept if of == [role, name]]
+    metrics = [key[2] for key in facts.chosen.kept if key[:2] == (role, name)]
     return f" by {listing(metrics)}" if facts.recipe.choose.kept and metrics else ""
 
 

@@ -23,7 +23,7 @@ from unlearn.data.sets import LoadedSet, plainly
 from unlearn.errors import BrokenModelError
 from unlearn.model.load import Loaded
 from unlearn.recipe.data import SetRole, Split
-from unlearn.recipe.schema import Recipe, goal_metrics, kept_metrics
+from unlearn.recipe.schema import Key, Recipe, goal_metrics, kept_metrics
 from unlearn.results import Chosen, Example, Fluency, Score, SweepPoint, TaskScore
 from unlearn.score import search, tasks
 from unlearn.score.evaluate import evaluate
@@ -52,6 +52,7 @@ class Questions:
     """What is asked of models: lm-eval's tasks for the validation and the test items of all sets.
 
     ``scoring`` is what every score of lm-eval's depends on beside: the task pack, and files that tasks were told of.
+    ``kept`` is what the search is bound by; nothing where an edited model is given, which needs none.
     """
 
     sets: Sequence[LoadedSet]
@@ -59,6 +60,7 @@ class Questions:
     validation: TaskSet
     test: TaskSet
     scoring: list[str]
+    kept: tuple[Key, ...]
 
     def tasks(self, split: Split) -> TaskSet:
         """Those of one split."""
@@ -86,7 +88,8 @@ def build_questions(
     asked = build("validation", recipe.eval.generate == "sweep"), build("test", recipe.eval.generate != "none")
     if recipe.robustness is not None and recipe.robustness.samples and recipe.eval.generate == "none":
         build("test", True)  # what is sampled is compared by its words as well
-    return Questions(sets, recipe, *asked, scoring)
+    kept = () if recipe.edited is not None else tasks.kept_metrics(recipe, asked[0])
+    return Questions(sets, recipe, *asked, scoring, kept)
 
 
 def unlikely_spaces(target: Loaded, sets: Sequence[LoadedSet]) -> str:
@@ -227,7 +230,7 @@ class Scorer:
         self._lm = interface(target.model, target.tokenizer, self._recipe.eval)
         self._judge: Scorer = self  # of how answers read
         self._goals = goal_metrics(self._recipe)
-        self._kept = tasks.kept_metrics(self._recipe, questions.validation)
+        self._kept = questions.kept
 
     def scores(self, edit: Edit | None, vector: str, coefficient: float, split: Split, under: str = "eval") -> Path:
         """The folder with the scores of a split under θ − coefficient · τ, made or found again.
