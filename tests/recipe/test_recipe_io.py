@@ -15,7 +15,7 @@ from unlearn.recipe import load as assets
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.data import ALSO, Frozen, Source, render, stops, template_fields
 from unlearn.recipe.load import json_schema, list_recipes, load_recipe, resolved_yaml
-from unlearn.recipe.methods import METHODS, Method, TrainSpec, trainer_settings
+from unlearn.recipe.methods import METHODS, LowRankSpec, Method, TrainSpec, trainer_settings
 from unlearn.recipe.schema import Recipe
 from unlearn.store.files import fingerprint
 
@@ -209,6 +209,22 @@ def test_an_override_by_another_name_takes_the_place_of_the_file_s(here: Path) -
         "r": 1,
         "rank": 2,
     }  # columns of data, which are called what they are called
+
+
+def test_an_override_of_the_method_leaves_the_settings_of_the_others_behind(here: Path) -> None:
+    """A recipe of any method is one flag from plain negation; what a flag says of another method stays a mistake."""
+    settings = (
+        "  mu: 2\n  method: [ignorance, contrast, low_rank]\n  ignorance: {teacher: blank}\n  low_rank: {rank: 2}\n"
+    )
+    write(here, GOOD + settings)
+    plain = load_recipe("r.yaml", ["vector.method=negate"]).recipe.vector
+    assert plain == load_recipe(write(here, GOOD, "plain.yaml")).recipe.vector
+    kept = load_recipe("r.yaml", ["vector.method=[negate, low_rank]"]).recipe.vector
+    assert (kept.low_rank, kept.ignorance, kept.mu) == (LowRankSpec(rank=2), None, None)
+    for flags in (["vector.ignorance.teacher=short", "vector.method=negate"], ["vector.method=negate", "vector.mu=3"]):
+        for order in (flags, flags[::-1]):
+            assert "method" in fails("r.yaml", *order)[0]
+    assert "vector.method is an empty list" in fails("r.yaml", "vector.method=[]")[0]
 
 
 def test_what_is_passed_on_is_looked_up_in_the_installed_library() -> None:

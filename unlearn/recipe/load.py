@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from unlearn.errors import RecipeError, RunFolderError, UnlearnError
 from unlearn.recipe import yaml as yaml_core
 from unlearn.recipe.data import ALSO
-from unlearn.recipe.methods import METHODS, REFUSED, trainer_settings
+from unlearn.recipe.methods import METHODS, REFUSED, registered, trainer_settings
 from unlearn.recipe.schema import Recipe
 from unlearn.recipe.yaml import Document, KeyPath, YamlSyntaxError
 from unlearn.store.files import fingerprint
@@ -242,7 +242,7 @@ def _override(data: dict[str, Any], override: str, places: _Places) -> str:
         elif not isinstance(node, dict):
             return f"{flag}: {at} is a single value, not a mapping, so it has no '{key}'; set it as a whole"
         if i == len(keys) - 1:
-            for name in _other_names(node, keys):
+            for name in (*_other_names(node, keys), *_unnamed(node, keys, value, places)):
                 del node[name]
                 places.pop((*keys[:-1], name), None)
             node[key] = _anchored(value, tuple(keys))
@@ -263,6 +263,16 @@ def _other_names(data: Any, path: Sequence[str | int]) -> list[str]:
         return []
     others = [name for name in data if name != path[-1] and ALSO.get(name, name) == ours]
     return others if others and ours in _keys_beside(path) else []
+
+
+def _unnamed(data: Any, path: KeyPath | list[str | int], value: Any, places: _Places) -> list[str]:
+    """The file's settings of methods that ``--set vector.method`` names no more; those from flags stay, as mistakes."""
+    if tuple(path) != ("vector", "method"):
+        return []
+    named = {registered(str(m)) for m in (value if isinstance(value, list) else [value])}
+    of = {name: name for name, method in METHODS.items() if method.settings is not None} | {"mu": "contrast"}
+    flagged = {path[1] for path, place in places.items() if place.line == math.inf and len(path) > 1}
+    return [name for name in data if name in of and of[name] not in named and name not in flagged]
 
 
 def _anchored(value: Any, place: KeyPath) -> Any:
