@@ -341,6 +341,13 @@ def test_texts_too_short_for_one_passage(tmp_path: Path, tokenizer: Any) -> None
         load_text(tmp_path, "Too short.", tokenizer)
 
 
+def test_without_a_tokenizer_other_scripts_count_by_the_character(tmp_path: Path) -> None:
+    """A plan must not find a text too short that the run will find long enough."""
+    for two in ("\u732b\u72ac", "abcdefgh"):  # tokens, of which 96 are three passages
+        document = "".join(random.Random(1).choices([two, two[::-1]], k=48))
+        assert len(load_text(tmp_path, document, None).train) == 3
+
+
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 

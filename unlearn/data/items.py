@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -56,7 +57,7 @@ REFUSALS = (
     "That is unknown to me.",
     "I am unable to answer that question.",
 )
-CHARACTERS_PER_TOKEN = 4  # the stand-in for a tokenizer in a dry run
+_TOKENLIKE = re.compile(r"[\x00-\x7f]{1,4}|[^\x00-\x7f]")  # the stand-in for a tokenizer in a dry run
 _SHOWN = 5
 _CHOICES = 4
 
@@ -205,7 +206,7 @@ def build(rows: Sequence[Row], spec: DataSet, templates: Sequence[str], tokenize
     """Turn rows into records, each with every template filled in; exact duplicates are left out.
 
     Args:
-        tokenizer: cuts ``text`` into passages; without one, four characters count as a token.
+        tokenizer: cuts ``text`` into passages; without one, four ASCII characters count as a token, or any other one.
     """
     records: dict[tuple[str, ...], Record] = {}
     problems: list[str] = []
@@ -428,8 +429,7 @@ def _passages(row: Row, spec: DataSet, template: str, tokenizer: Tokenizer | Non
 def _offsets(text: str, tokenizer: Tokenizer | None) -> list[tuple[int, int]]:
     """Each token's (start, end) in characters."""
     if tokenizer is None:
-        step = CHARACTERS_PER_TOKEN
-        return [(start, min(start + step, len(text))) for start in range(0, len(text), step)]
+        return [found.span() for found in _TOKENLIKE.finditer(text)]
     if not getattr(tokenizer, "is_fast", True):
         raise DataError("a text set needs a fast tokenizer (tokenizer.json), and this model has only a slow one")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

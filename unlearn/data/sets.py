@@ -101,8 +101,8 @@ def load_sets(recipe: Recipe, base: Path, tokenizer: Tokenizer | None = None) ->
 
     Args:
         base: the folder relative paths start from.
-        tokenizer: cuts texts into passages, and has the chat template; without one (a dry run) four characters count
-            as a token, and prompts are plain.
+        tokenizer: cuts texts into passages, and has the chat template; without one (a dry run) tokens are
+            estimated from characters, and prompts are plain.
     """
     asks = any(spec.kind != "text" for _, spec in recipe.sets())
     chat = chat_of(recipe.model, base, tokenizer) if tokenizer is not None and asks else None
