@@ -224,12 +224,16 @@ def evaluate(
     alone = adapter is None and (Path(model) / "adapter_config.json").is_file()
     given = {"edited.model": None if alone else model, "edited.adapter": model if alone else adapter}
     settings += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    if not any(word.startswith("name=") for word in settings):
-        from unlearn.recipe.load import load_recipe
+    try:
+        if not any(word.startswith("name=") for word in settings):
+            from unlearn.recipe.load import load_recipe
 
-        told_by = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(adapter or model).name)
-        settings.append(f"name={load_recipe(name, settings).recipe.name}-{told_by}")
-    report = unlearn.run(name, set=settings, out=out, fresh=fresh)
+            told_by = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(adapter or model).name)
+            settings.append(f"name={load_recipe(name, settings).recipe.name}-{told_by}")
+        report = unlearn.run(name, set=settings, out=out, fresh=fresh)
+    except UnlearnError as error:  # in the words of this command
+        said = re.sub(r"(--set )?edited\.model", "MODEL", str(error))
+        raise type(error)(re.sub(r"(--set )?edited\.adapter", "MODEL" if alone else "--adapter", said)) from error
     if strict and report is not None and not report.chosen.bound_met:
         raise typer.Exit(1)
 

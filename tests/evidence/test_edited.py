@@ -15,7 +15,9 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from unlearn.cli import main
+from unlearn.cluster.compare import compare
 from unlearn.results import RunReport
+from unlearn.text import MISSING
 
 SCORES = {"benchmark": None, "holdout": None, "robustness": None, "reference": None}  # alone
 
@@ -94,6 +96,8 @@ def test_an_adapter_is_scored_on_the_model_that_the_recipe_teaches(home: Path, t
     report = evaluated(home, tmp_path / "both", "run/target", *more, **SCORES)
     same_scores(report, read(home / "run"))
     assert report.name == "compared-adapter"
+    found, _ = compare([home / "run", tmp_path / "alone"], tmp_path / "compared")
+    assert sorted(setting.cells()[1] for family in found for setting in family.settings) == ["1", MISSING]
 
 
 def test_it_goes_on_where_it_was_killed_and_sees_another_model(
@@ -158,9 +162,9 @@ def strange(home: Path, tmp_path: Path) -> Path:
 
 
 REFUSED = {
-    "no/such/model": "edited.model: there is no folder",
-    "words": "edited.model: this model has another tokenizer than the target",
-    "begun": "edited.model: this model's tokenizer has the target's vocabulary and reads a text otherwise",
+    "no/such/model": "error: MODEL: there is no folder",
+    "words": "MODEL: this model has another tokenizer than the target",
+    "begun": "MODEL: this model's tokenizer has the target's vocabulary and reads a text otherwise",
     "prompts": "it adds to the prompts, not to the weights",
     "pickled": "adapter_model.safetensors is missing",
 }

@@ -89,8 +89,20 @@ def test_default_place_and_what_is_written(tmp_path: Path) -> None:
     assert {name for name in files_under(folder.root) if "/" not in name} == {"recipe.yaml", "resolved.yaml"}
 
 
-def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
+def test_a_folder_in_which_nothing_was_made_is_anybody_s(tmp_path: Path) -> None:
+    """A mistake ended the run: the recipe is mended, and the command given again."""
     open_run(tmp_path, recipe(), TEXT).close()
+    (tmp_path / "resolved.yaml").write_text("[]\n")
+    with open_run(tmp_path, recipe(seed=1), TEXT) as folder:
+        assert (tmp_path / "resolved.yaml").read_text() == resolved_yaml(recipe(seed=1))
+        (folder.work("target", "k") / "checkpoint-1").mkdir()  # half a training is something
+    with pytest.raises(RunFolderError, match="another recipe"):
+        open_run(tmp_path, recipe(), TEXT)
+
+
+def test_another_recipes_folder_is_refused_and_named(tmp_path: Path) -> None:
+    with open_run(tmp_path, recipe(), TEXT) as folder:
+        make(folder)
     retain = {"path": "r.txt", "kind": "text"}
     other = recipe(seed=7, sweep={"coefficients": (0.5,)}, eval={"examples": 2}, description="x", retain=(retain,))
     with pytest.raises(RunFolderError) as caught:
@@ -136,7 +148,8 @@ OTHER_FILES: dict[str, tuple[Callable[[Data], object] | str, Data, str]] = {
 @pytest.mark.parametrize("what", OTHER_FILES)
 def test_the_recipe_of_a_folder_is_compared(tmp_path: Path, what: str) -> None:
     change, wanted, said = OTHER_FILES[what]
-    open_run(tmp_path, recipe(**MINE), TEXT).close()
+    with open_run(tmp_path, recipe(**MINE), TEXT) as folder:
+        make(folder)
     place = tmp_path / "resolved.yaml"
     if callable(change):
         data = yaml_core.parse(place.read_text()).data

@@ -179,7 +179,8 @@ class Setting:
             score = Spread.of(point.forget.value if point.forget else None for point in here)
             steps.append((c, score, Spread.of(point.worst for point in here)))
         chosen = [run.frontier.get(round(run.chosen.coefficient, 9)) for run in runs]
-        text = " · ".join(labels(settings)) or members[0].recipe["name"].strip('"')
+        told = {k: v for k, v in settings.items() if v != "null" or not k.startswith("edited.")}  # a run's own has none
+        text = " · ".join(labels(told)) or members[0].recipe["name"].strip('"')
         return cls(
             label=text if len(text) <= 90 else f"{text[:89]}…",
             settings=settings,
@@ -198,7 +199,8 @@ class Setting:
 
     def cells(self) -> list[str]:
         """Its line of the table: runs, λ, before, after, memory, kept, bound met."""
-        lambdas = " ".join(coefficient(c) if c else "none" for c in sorted(set(self.lambdas)))
+        elsewhere = self.runs[0].chosen.search == "given"
+        lambdas = MISSING if elsewhere else " ".join(coefficient(c) if c else "none" for c in sorted(set(self.lambdas)))
         became = ", ".join(f"{word} {count}" for word, count in self.memory.items()) or MISSING
         became = next(iter(self.memory)) if len(self.memory) == 1 else became
         figures = self.before.words(), self.after.words(), became, self.kept.words(percent)

@@ -143,6 +143,11 @@ def _passing(name: str) -> bool:
     return is_lock_file(name, LOCK) or _HALF_WRITTEN.fullmatch(name) is not None
 
 
+def _made(names: Iterable[str]) -> bool:
+    """Whether a run's folder has more in it than a run leaves that a mistake ended before it had made anything."""
+    return any(name not in ("recipe.yaml", "resolved.yaml", TEMPORARY) and not _passing(name) for name in names)
+
+
 def _require_own(place: Path) -> None:
     """A place may be used if it is new, empty, a run's folder without links, or what a kill left of one."""
     if not place.exists() and not place.is_symlink():
@@ -217,7 +222,7 @@ class RunFolder:
         Args:
             resolved: The recipe with every default filled in, kept as ``resolved.yaml``.
             text: The recipe as the user wrote it.
-            require_same: Raises where the ``resolved.yaml`` of a folder is of another recipe than the given one.
+            require_same: Raises where the ``resolved.yaml`` of a folder with anything made is of another recipe.
             fresh: Remove what an earlier run left here, of whatever recipe.
         """
         if not is_main_process():
@@ -229,7 +234,7 @@ class RunFolder:
             try:
                 if fresh:
                     _clear(place)
-                elif (place / "resolved.yaml").exists():
+                elif "resolved.yaml" in (names := {child.name for child in place.iterdir()}) and _made(names):
                     require_same(place, resolved)
                 shutil.rmtree(place / TEMPORARY, ignore_errors=True)  # what a killed run left half written
                 for child in (*place.iterdir(), *(place / "figures").glob("*")):
