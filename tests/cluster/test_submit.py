@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden.record import HERE, kept
+from golden.test_golden import differences
 from gridfolder import dead, finish, make, say, submitted
 from waiting import gone, until
 
@@ -161,6 +163,12 @@ def test_the_lost_job_is_run_again_and_comes_to_what_it_would_have(story: Story,
     assert main([*AGAIN, "--local", str(story.root)]) == 0
     assert "nothing to submit; 2 done, of 2 jobs" in said()
     assert len(submissions(story.root)) == 3
+
+
+def test_the_stopped_job_finds_what_it_found(story: Story) -> None:
+    """``grid.json`` is of ``kept`` in tests/golden/record.py, of this job."""
+    found = kept(Grid.load(story.root).jobs[0].folder(story.root))
+    assert not differences(json.loads((HERE / "grid.json").read_text(encoding="utf-8")), found)
 
 
 def test_logs_tell_every_attempt_and_that_what_is_shared_was_made_once(story: Story) -> None:
