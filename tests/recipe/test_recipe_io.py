@@ -224,6 +224,7 @@ def test_an_override_of_the_method_leaves_the_settings_of_the_others_behind(here
     for flags in (["vector.ignorance.teacher=short", "vector.method=negate"], ["vector.method=negate", "vector.mu=3"]):
         for order in (flags, flags[::-1]):
             assert "method" in fails("r.yaml", *order)[0]
+    assert "method" in fails("r.yaml", "vector={method: npo, npo: {}}", "vector.method=negate")[0]
     assert "vector.method is an empty list" in fails("r.yaml", "vector.method=[]")[0]
 
 

@@ -271,8 +271,9 @@ def _unnamed(data: Any, path: KeyPath | list[str | int], value: Any, places: _Pl
         return []
     named = {registered(str(m)) for m in (value if isinstance(value, list) else [value])}
     of = {name: name for name, method in METHODS.items() if method.settings is not None} | {"mu": "contrast"}
-    flagged = {path[1] for path, place in places.items() if place.line == math.inf and len(path) > 1}
-    return [name for name in data if name in of and of[name] not in named and name not in flagged]
+    flags = {path[:2] for path, place in places.items() if place.line == math.inf}
+    file = [name for name in data if not flags & {("vector",), ("vector", name)}]
+    return [name for name in file if name in of and of[name] not in named]
 
 
 def _anchored(value: Any, place: KeyPath) -> Any:
