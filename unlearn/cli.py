@@ -232,8 +232,9 @@ def evaluate(
             settings.append(f"name={load_recipe(name, settings).recipe.name}-{told_by}")
         report = unlearn.run(name, set=settings, out=out, fresh=fresh)
     except UnlearnError as error:  # in the words of this command
-        said = re.sub(r"(--set )?edited\.model", "MODEL", str(error))
-        raise type(error)(re.sub(r"(--set )?edited\.adapter", "MODEL" if alone else "--adapter", said)) from error
+        said = re.sub(r"(--set |(?<![\w/.-]))edited\.model\b", "MODEL", str(error))
+        ours = "MODEL" if alone else "--adapter"
+        raise type(error)(re.sub(r"(--set |(?<![\w/.-]))edited\.adapter\b", ours, said)) from error
     if strict and report is not None and not report.chosen.bound_met:
         raise typer.Exit(1)
 
