@@ -103,6 +103,23 @@ def _politely(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("unlearn.pipeline.save_figures", lambda report, folder: None)
 
 
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where transformers copies a model's own code in this test alone: not the user's folder, nor another test's.
+
+    It reads its variable once, on import, and puts the folder on ``sys.path`` for good; a second such folder behind
+    the first would not be found.
+    """
+    from transformers import dynamic_module_utils
+
+    folder = tmp_path / "modules"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    return folder
+
+
 def _pico(name: str, factory: pytest.TempPathFactory) -> Path:
     from unlearn.model import pico
 

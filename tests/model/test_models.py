@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel, dynamic_module_utils
+from transformers import AutoTokenizer, PreTrainedModel
 
 from unlearn.errors import ModelError
 from unlearn.model.load import Loaded, fingerprint, linear_modules, load, resolve_targets
@@ -178,12 +177,9 @@ def test_fingerprint_knows_no_place_no_layout_and_no_use(
     assert loaded(pico_phi).words == before.words
 
 
-def test_fingerprint_knows_code_of_the_models_own(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_modules")
+def test_fingerprint_knows_code_of_the_models_own(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNLEARN_TRUST_REMOTE_CODE", "1")
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)  # of another test's folder
     _edit_json(copy / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
     (copy / "own.py").write_text(
         "from transformers import PhiForCausalLM\nfrom .scale import SCALE\n\n"

@@ -57,9 +57,8 @@ def folder(pico_llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def canary(tmp_path: Path, own_modules: Path) -> Any:
     """The file that only an attacker's code makes, wherever transformers keeps copies of such code."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     place = tmp_path / "canary"
     yield place
     assert not place.exists()
