@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,18 @@ class Cell:
         items = Path(tempfile.mkdtemp())
         made = tasks.build_tasks(self.sets, split, self.recipe, self.target.tokenizer, items, generate=False)
         return without_others(made) if split == "validation" else made  # pmi takes four fifths of the requests
+
+    @contextlib.contextmanager
+    def general(self) -> Iterator[None]:
+        """The general statements that are not scored stand beside the retain sets' training rows."""
+        (scored,) = (s for s in self.sets if s.role == "utility")
+        whole = self.recipe.model_copy(update={"utility": (scored.spec.model_copy(update={"limit": None}),)})
+        (every,) = (s for s in load_sets(whole, self.base, self.target.tokenizer) if s.role == "utility")
+        seen = {item.prompt for item in (*scored.validation, *scored.test)}
+        rest = tuple(item for item in (*every.validation, *every.test) if item.prompt not in seen)
+        self.near.append(dataclasses.replace(scored, train=rest))
+        yield
+        self.near.pop()
 
     def steps(self, batches: float = 1.0, share: float = 1.0) -> int:
         """Of a training that gets a share of what a method may train on and reads so many batches at each step."""

@@ -66,6 +66,11 @@ def _late(cell: Cell) -> TaskVector:
     return _ignorance(cell, "late", depth=(0.67, 1.0), targets=("gate_proj", "up_proj", "down_proj"))
 
 
+def _beside_general(cell: Cell) -> TaskVector:
+    with cell.general():
+        return 2.0 * cell.shaped(_ignorance(cell, "ignorance_general"), method=("kfac", "rescale"))
+
+
 def _shaped(source: Callable[[Cell], TaskVector], **how: Any) -> Callable[[Cell], TaskVector]:
     return lambda cell: cell.shaped(source(cell), **how)
 
@@ -108,6 +113,7 @@ METHODS: dict[str, Callable[[Cell], TaskVector]] = {
     # chosen on capitals; longer, because both sides leave little of it where the grid of coefficients looks
     "kfac": lambda cell: 2.0 * cell.shaped(_plain(cell), method=("kfac", "rescale")),
     "ignorance+kfac": lambda cell: 2.0 * cell.shaped(_ignorance(cell), method=("kfac", "rescale")),
+    "ignorance+kfac+general": _beside_general,
     "late+kfac": lambda cell: 2.0 * cell.shaped(_late(cell), method=("kfac", "rescale")),
     "slopes": _shaped(_plain, method=("slopes", "rescale")),
     "slopes+learned": lambda cell: _learned(cell, "slopes", "rescale"),

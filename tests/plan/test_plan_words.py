@@ -196,6 +196,14 @@ PLANS: dict[str, tuple[list[str], list[str], list[str]]] = {  # changes, what th
         ["epochs = about", "scored on what is trained on", "most forgetting of passages (perplexity)"],
         [],
     ),
+    "a utility set with training items that nothing reads": (
+        ["utility.0.shares={train: 0.4, validation: 0.3, test: 0.3}"], ["training items are read by nothing"], []
+    ),
+    "a utility set with training items": (
+        ["utility.0.shares={train: 0.4, validation: 0.3, test: 0.3}", "vector.retain_kl=one_sided"],
+        ["training items stand beside those of the retain sets"],
+        [],
+    ),
     "a retain set on the hub": (
         ["retain.0.path=hub:owner/set"], ["retain set qa not checked: on the hub (hub:owner/set)"], []
     ),

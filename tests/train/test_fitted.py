@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from unlearn.data.sets import LoadedSet, load_sets
 from unlearn.errors import UnlearnError
 from unlearn.execute import execute
+from unlearn.model.load import Loaded
 from unlearn.recipe.load import load_recipe
+from unlearn.recipe.schema import Recipe
 from unlearn.results import RunReport
+from unlearn.store.stages import RunFolder, Store
 from unlearn.train import vectors as fitted
 from unlearn.vector.task_vector import TaskVector
 
 QUICK = ("teach.steps=20", "vector.forget.steps=4", "sweep.coefficients=[0.5, 1]", "eval.examples=0")
 FORGET = ("forget", "europe", "logprob")
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def run(folder: Path, *changes: str) -> RunReport:
@@ -41,6 +48,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.getbasetemp() / "plain-negation"
     run(folder, "vector.method=negate")
     return folder
+
+
+def made(model: Loaded, sets: Sequence[LoadedSet], recipe: Recipe, place: Path) -> fitted.Vectors:
+    """The vectors of some sets on a model in memory."""
+    folder = place / str(len(list(place.iterdir())))
+    with RunFolder.open(folder, "", "", lambda *_: None) as run_folder:
+        return fitted.fit_vectors(model, sets, recipe, Store(run_folder, base=place))
 
 
 def change(report: RunReport) -> float:
@@ -123,6 +137,45 @@ def test_consensus_fits_several_times_and_keeps_what_agrees(plain: Path, tmp_pat
         agree = first.sign() == second.sign()
         assert bool((got[~agree] == 0).all())
         assert bool(((got - (first + second) / 2)[agree].abs() < 1e-6).all())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"retain_kl": {"sides": "one", "weight": 5.0}},
+        {"method": "gradient_difference"},
+        {"method": ("negate", "kfac"), "inside": 1000.0},
+        {"method": ("negate", "learned"), "learned": {"steps": 2}},
+    ],
+)
+def test_training_rows_of_a_utility_set_stand_beside_those_of_the_retain_sets(
+    phi: Loaded, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    recipe = load_recipe("pico_smoke.yaml").recipe
+    shares = {"train": 0.5, "validation": 0.2, "test": 0.3}
+    plain = recipe.model_dump(mode="json", by_alias=True)
+    plain["utility"] = [{**plain["retain"][0], "name": "asia", "where": {"continent": "Asia"}, "shares": shares}]
+    plain["vector"] = {"lora": {"rank": 2}, "forget": {"steps": 3, "learning_rate": 0.005}, **asked}
+    recipe = Recipe.model_validate_json(json.dumps(plain))
+    sets = load_sets(recipe, RECIPES, phi.tokenizer)
+    asia = next(s for s in sets if s.role == "utility")
+    others = [s for s in sets if s is not asia]
+
+    def fitted_with(*more: LoadedSet) -> str:
+        return made(phi, [*others, *more], recipe, tmp_path).parts["forget", "europe"].digest()
+
+    assert fitted_with(asia) == fitted_with(replace(asia, role="retain"))
+    assert fitted_with(asia) != fitted_with(replace(asia, train=())) == fitted_with()
+
+
+def test_no_utility_set_is_fine_tuned_on(phi: Loaded, tmp_path: Path) -> None:
+    recipe = load_recipe("pico_smoke.yaml").recipe
+    sets = load_sets(recipe, RECIPES, phi.tokenizer)
+    more = replace(next(s for s in sets if s.role == "retain"), role="utility", name="more")
+    alone, beside = made(phi, sets, recipe, tmp_path).retain, made(phi, [*sets, more], recipe, tmp_path).retain
+    assert alone is not None
+    assert beside is not None
+    assert alone.digest() == beside.digest()
 
 
 def test_what_was_shaped_is_not_shaped_again(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

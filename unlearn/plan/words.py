@@ -110,6 +110,9 @@ def _data(recipe: Recipe, sets: _Sets) -> list[str]:
             notes.append(f"each trained on in {prompts} phrasings")
         if spec.shares.train == "all":
             notes.append("scored on what is trained on")
+        if role == "utility" and one.train:
+            read = recipe.edited is None and recipe.vector.reads_kept()
+            notes.append(f"training items {'stand beside those of the retain sets' if read else 'are read by nothing'}")
         row = f"{head}  {len(one.train):5}  {len(one.validation):10}  {len(one.test):4}"
         noted = f" ({', '.join(notes)})" if notes else ""
         lines.append(f"{row}  of {counted(one.counts['rows'], 'row')} in {spec.path}{noted}")

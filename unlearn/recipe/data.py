@@ -209,10 +209,12 @@ class DataSet(Source):
 
 
 class UtilitySet(DataSet):
-    """A utility set: only scored, so by default none of its rows are held back for training."""
+    """A utility set: only scored, unless a share of its rows is to stand beside those of the retain sets."""
 
     shares: SplitShares = Field(
-        default_factory=lambda: SplitShares(train=0.0, validation=0.4, test=0.6), description="How the rows are split."
+        default_factory=lambda: SplitShares(train=0.0, validation=0.4, test=0.6),
+        description="How the rows are split. Training rows are read beside those of the retain sets (penalty, "
+        "baselines, shapers), and never fine-tuned on.",
     )
 
 

@@ -807,6 +807,10 @@ class VectorSpec(Frozen):
         loss = self.loss()
         return bool(loss) and ("retain" in METHODS[loss].needs or (loss == "npo" and self.settings(loss).weight > 0))
 
+    def reads_kept(self) -> bool:
+        """Whether training items of retain and utility sets are read beside the forget set's, not only fine-tuned on."""
+        return bool(self.beside()) or self.holds() or self.needs("rows", "activations")
+
     def needy(self) -> str:
         """What asks for a retain set with items to train on, or nothing."""
         found = [f"method {m}" for m in self.steps() if "retain" in METHODS[m].needs]

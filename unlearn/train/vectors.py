@@ -30,7 +30,7 @@ from unlearn.model.load import Loaded, drops_out, layer_at, layer_of, resolve_ta
 from unlearn.processes import count, told, wait
 from unlearn.recipe.data import SetRole
 from unlearn.recipe.methods import LoraSpec, RmuSpec, TrainSpec
-from unlearn.recipe.schema import DENSE_ADAPTER, ModelSpec, Recipe
+from unlearn.recipe.schema import DENSE_ADAPTER, KEPT, ModelSpec, Recipe
 from unlearn.store.cache import sha256
 from unlearn.store.files import write_json_atomic
 from unlearn.store.stages import Store
@@ -264,9 +264,9 @@ def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
         return found if one.train else []
     if one.role in ("forget", "learn", "term") and spec.reads_forget_rows() and not spec.uses("retain_only"):
         found.append(spec.forget)
-    if one.role == "retain" and spec.needs("retain"):
+    if one.role in KEPT and spec.needs(*(("retain",) if one.role == "retain" else ("rows", "activations"))):
         found.append(spec.retain or spec.forget)
-    if one.role == "retain" and (spec.beside() or spec.holds()):
+    if one.role in KEPT and (spec.beside() or spec.holds()):
         found.append(spec.forget)
     return found if one.train else []
 
@@ -427,6 +427,8 @@ def fit_vectors(
     """
     spec = recipe.vector
     near = [s for s in sets if s.role == "retain" and s.train]
+    # not fine-tuned on, as retain sets are for a retain vector: only read beside them
+    beside = [*near, *(s for s in sets if s.role == "utility" and s.train)]
     trainee, before = _trainee(target, recipe, store), set(store.keys)
     retain = None
     if spec.needs("retain_vector"):
@@ -437,8 +439,8 @@ def fit_vectors(
             goal = (one.role, one.name)
             if given is not None:  # as those fitted here are: of the target
                 given = TaskVector(given.modules, {**given.meta, "base": target.fingerprint})
-            fitted[goal] = _source(one, trainee, near, retain, recipe, store, given)
-            parts[goal] = _shaped(one, target, fitted[goal], retain, near, recipe, store)
+            fitted[goal] = _source(one, trainee, beside, retain, recipe, store, given)
+            parts[goal] = _shaped(one, target, fitted[goal], retain, beside, recipe, store)
     stages = tuple(n for n in store.keys if n.startswith("vectors/") and n not in before)
     return Vectors(_signed(parts, recipe), fitted, retain, stages)
 
@@ -475,7 +477,7 @@ def fit_vector(
         name: Of its stage, below ``vectors/``.
         trainee: The model that is fine-tuned (:func:`as_trained`).
         sets: Whose training items are learned.
-        near: Retain sets that take part in the loss: of the penalty, or of a baseline.
+        near: Retain and utility sets that take part in the loss: of the penalty, or of a baseline.
         run: Added to the recipe's seed.
         against: A baseline's loss in place of cross-entropy.
         kind: What the stage's key calls it, where several names stand for one sort of vector.
