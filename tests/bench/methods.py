@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=None, help="where vectors and scores are kept")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="only print the table of --json")
-    parser.add_argument("--collect", action="store_true", help="only put what --work has into --json")
+    parser.add_argument(
+        "--collect", action="store_true", help="only put what --work has into --json, beside what is there"
+    )
     parser.add_argument("--markdown", action="store_true", help="only print the page's table of --json")
     options = parser.parse_args()
     if options.collect:
@@ -70,13 +72,15 @@ def _collect(options: argparse.Namespace) -> None:
 
 
 def _keep(place: Path, rows: list[dict[str, Any]]) -> None:
-    """Without the whole paths of validation scores, which stay in --work."""
+    """Put rows beside those of other cells and methods, without the validation scores' paths, which stay in --work."""
 
     def short(value: Any) -> Any:
         return round(value, 6) if isinstance(value, float) else value
 
+    there = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else []
     kept = [{k: short(v) for k, v in row.items() if k != "validation"} for row in rows]
-    write_json(place, sorted(kept, key=_order))
+    found = {_order(row): row for row in [*there, *kept]}
+    write_json(place, [found[key] for key in sorted(found)])
 
 
 def _order(row: dict[str, Any]) -> tuple[int, int, str]:

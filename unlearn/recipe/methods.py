@@ -808,7 +808,7 @@ class VectorSpec(Frozen):
         return bool(loss) and ("retain" in METHODS[loss].needs or (loss == "npo" and self.settings(loss).weight > 0))
 
     def reads_kept(self) -> bool:
-        """Whether training items of retain and utility sets are read beside the forget set's, not only fine-tuned on."""
+        """Whether training items of retain and utility sets are read beside the forget set's."""
         return bool(self.beside()) or self.holds() or self.needs("rows", "activations")
 
     def needy(self) -> str:
