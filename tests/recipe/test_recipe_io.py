@@ -84,6 +84,31 @@ def test_a_good_recipe(here: Path) -> None:
     assert load_recipe("windows.yaml").recipe == loaded.recipe
 
 
+def test_paths_on_the_command_line_count_from_where_one_stands(here: Path) -> None:
+    """Every key that names a file or a folder; what is not there is left as it stands, for the recipe's folder."""
+    (here / "elsewhere").mkdir()
+    recipe = write(here / "elsewhere", GOOD)
+    for name in ("mine.jsonl", "template.jinja", "never.txt", "auto"):
+        (here / name).write_text("")
+    (here / "old").mkdir()
+    given = {
+        "forget.path": "mine.jsonl",
+        "model.chat_template": "template.jinja",
+        "vector.method": "idk_dpo",
+        "vector.idk_dpo.refusals": "never.txt",
+        "reuse": "[old, gone]",
+    }
+    loaded = load_recipe(f"elsewhere/{recipe}", [f"{key}={value}" for key, value in given.items()]).recipe
+    assert loaded.forget is not None
+    assert loaded.forget.path == str(here / "mine.jsonl")
+    assert loaded.model.chat_template == str(here / "template.jinja")
+    assert loaded.vector.settings("idk_dpo").refusals == str(here / "never.txt")
+    assert loaded.reuse == (str(here / "old"), "gone")
+    assert load_recipe(f"elsewhere/{recipe}", ["retain.0.path=mine.jsonl"]).recipe.retain[0].path == str(
+        here / "mine.jsonl"
+    )
+
+
 STEPS, TEXT, VECTOR = "steps: 3", "    kind: text", "vector:"  # lines after which a table's row adds one
 TRAINER, LORA = STEPS + "\n    trainer: ", "vector:\n  lora: "
 MISTAKES: list[tuple[str, str, int, str]] = [  # what to replace in GOOD, by what, and line and words of the message

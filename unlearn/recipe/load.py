@@ -216,6 +216,7 @@ class _Place(NamedTuple):
 
 
 _Places = dict[KeyPath, _Place]
+_FILES = {"path", "chat_template", "refusals"}  # keys that name one
 _NO_FILES = {"where", "columns", "benchmark", "eval"}  # a ``path`` in these is no data file
 
 
@@ -282,10 +283,10 @@ def _anchored(value: Any, place: KeyPath) -> Any:
         return {key: _anchored(item, (*place, key)) for key, item in value.items()}
     if isinstance(value, list):
         return [_anchored(item, (*place, i)) for i, item in enumerate(value)]
-    named = ALSO.get(str(place[-1]), place[-1]) == "path" or place[:2] == ("vector", "from") or place[0] == "edited"
-    if isinstance(value, str) and named and not _NO_FILES & set(place):
+    named = ALSO.get(str(place[-1]), place[-1]) in _FILES or place[:2] == ("vector", "from")
+    if isinstance(value, str) and (named or place[0] in ("edited", "reuse")) and not _NO_FILES & set(place):
         file, mark, digest = value.partition("#")
-        if file and os.path.exists(file):  # noqa: PTH110
+        if file not in ("", "auto", "none") and os.path.exists(file):  # noqa: PTH110 (chat_template's words)
             return f"{Path.cwd() / file}{mark}{digest}"
     return value
 
