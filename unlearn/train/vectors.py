@@ -264,7 +264,8 @@ def _trainings(recipe: Recipe, one: LoadedSet) -> list[TrainSpec]:
         return found if one.train else []
     if one.role in ("forget", "learn", "term") and spec.reads_forget_rows() and not spec.uses("retain_only"):
         found.append(spec.forget)
-    if one.role in KEPT and spec.needs(*(("retain",) if one.role == "retain" else ("rows", "activations"))):
+    shaped_by = spec.needs("retain") if one.role == "retain" else spec.needs("rows", "activations")
+    if one.role in KEPT and shaped_by:
         found.append(spec.retain or spec.forget)
     if one.role in KEPT and (spec.beside() or spec.holds()):
         found.append(spec.forget)
